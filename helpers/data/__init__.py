@@ -1,0 +1,1 @@
+"""Data preparation: sources → formats → cleaning → mixing → split → chat template → parquet, with nothing lost uncounted."""

@@ -1,0 +1,1 @@
+"""Tunebook's helpers: what the five notebooks call. Importing this package loads no heavy library."""

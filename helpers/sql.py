@@ -1,0 +1,208 @@
+"""Run SQL that nobody has read: a read-only SQLite connection with limits, and a fair comparison of answers.
+
+Used wherever a model's query is executed: making rejected queries for preference pairs, and text-to-SQL
+evaluation. Three fences stand around a query: the file is opened read-only, SQLite's authorizer admits nothing
+but reading (https://www.sqlite.org/c3ref/set_authorizer.html), and steps, time, rows and bytes are counted.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers.errors import TunebookError
+
+ALLOWED_ACTIONS = frozenset(
+    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+)
+DENIED_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_log"})
+LIMITS = (
+    (sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000),  # one value, so that zeroblob(1e9) cannot fill memory
+    (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
+    (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200),
+    (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 50),
+    (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+    (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
+)
+STEPS_PER_CHECK = 1_000  # SQLite calls back this often; a check costs under a microsecond
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one query did.
+
+    rows: list of tuples (empty when it failed). columns: their names. error: SQLite's message or the limit
+    that was hit, "" when it ran. kind: "ok", or why it failed: "syntax", "schema" (no such table, column or
+    function), "denied" (anything but reading), "statements" (none, or more than one), "parameters" (unbound ?),
+    "steps", "timeout", "rows", "size", "error".
+    """
+
+    rows: list[tuple] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    error: str = ""
+    kind: str = "ok"
+
+    @property
+    def ok(self) -> bool:
+        return self.kind == "ok"
+
+
+def open_readonly(path: str | Path) -> sqlite3.Connection:
+    """Connection to the SQLite file at `path` on which nothing but SELECT is admitted.
+
+    One thread at a time may use it. Raises TunebookError when the file is missing or is no SQLite database.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TunebookError(f"The database {path} was not found; name an existing SQLite file.")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head != b"SQLite format 3\x00":
+        raise TunebookError(f"{path} is not a SQLite database (it begins with {head!r}); name a .sqlite file.")
+    conn = sqlite3.connect(
+        path.resolve().as_uri() + "?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+    try:
+        conn.execute("PRAGMA query_only = ON")
+        conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as err:
+        conn.close()
+        raise TunebookError(f"{path} cannot be read as a SQLite database ({err}); rebuild or replace it.") from err
+    conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    for limit, value in LIMITS:
+        conn.setlimit(limit, value)
+    conn.set_authorizer(_authorize)
+    return conn
+
+
+def execute(
+    conn: sqlite3.Connection,
+    sql: str,
+    max_rows: int = 10_000,
+    max_steps: int = 20_000_000,
+    timeout_s: float = 5.0,
+    max_bytes: int = 16 << 20,
+) -> Result:
+    """Run one SELECT on a connection of `open_readonly`; never raises for what the query does.
+
+    max_steps counts SQLite's virtual-machine instructions (20 million are about a second), so a verdict does not
+    depend on how busy the machine is; timeout_s is the second fence. A query with more than max_rows rows, or
+    more than max_bytes of values, fails with kind "rows" or "size" rather than with a part of its answer.
+    """
+    if not isinstance(sql, str) or not sql.strip():
+        return Result(error="no statement", kind="statements")
+    stopped = ""
+    steps = 0
+    deadline = time.monotonic() + timeout_s
+
+    def watch() -> int:
+        nonlocal stopped, steps
+        steps += STEPS_PER_CHECK
+        if steps > max_steps:
+            stopped = "steps"
+        elif time.monotonic() > deadline:
+            stopped = "timeout"
+        return 1 if stopped else 0
+
+    conn.set_progress_handler(watch, STEPS_PER_CHECK)
+    cursor = None
+    try:
+        cursor = conn.execute(sql)
+        if cursor.description is None:
+            return Result(error="the statement returns no rows", kind="statements")
+        rows, size = [], 0
+        for row in cursor:
+            size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
+            if len(rows) >= max_rows:
+                return Result(error=f"more than {max_rows} rows", kind="rows")
+            if size > max_bytes:
+                return Result(error=f"more than {max_bytes} bytes of values", kind="size")
+            rows.append(tuple(row))
+        return Result(rows, [column[0] for column in cursor.description])
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as err:
+        if stopped:
+            limit = f"{max_steps} steps" if stopped == "steps" else f"{timeout_s:g} s"
+            return Result(error=f"stopped after {limit}", kind=stopped)
+        return Result(error=str(err) or type(err).__name__, kind=_kind(str(err)))
+    finally:
+        if cursor is not None:
+            cursor.close()
+        conn.set_progress_handler(None, 0)
+
+
+def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
+    """Whether two row lists answer `gold_sql` alike: as multisets, in order only under a top-level ORDER BY.
+
+    Column names do not count, column order does. Numbers are compared at nine significant digits, 1 equals 1.0,
+    and text never equals a number. The multiset rule is that of the Spider test suite
+    (Zhong et al. 2020, https://arxiv.org/abs/2010.02840), which is stricter than a set of distinct rows.
+    """
+    if len(rows_a) != len(rows_b):
+        return False
+    left = [tuple(map(_canonical, row)) for row in rows_a]
+    right = [tuple(map(_canonical, row)) for row in rows_b]
+    return left == right if has_order(gold_sql) else Counter(left) == Counter(right)
+
+
+def has_order(sql: str) -> bool:
+    """Whether the outermost query has an ORDER BY; those in subqueries, CTEs and windows order nothing."""
+    depth, before = 0, ""
+    for token in filter(None, _TOKENS.findall(sql)):
+        if token == "(":
+            depth += 1
+        elif token == ")":
+            depth -= 1
+        elif depth == 0 and before == "order" and token.lower() == "by":
+            return True
+        before = token.lower() if depth == 0 else ""
+    return False
+
+
+# Literals, quoted names and comments are swallowed whole, or an ORDER BY inside one would count.
+_TOKENS = re.compile(
+    r"""(?: '(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\] | --[^\n]* | /\*.*?(?:\*/|\Z) | \s+ )
+        | ( \( | \) | \w+ | [^\w\s] )""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
+    if action not in ALLOWED_ACTIONS:
+        return sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS:
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+def _canonical(value: object) -> tuple:
+    """A hashable form in which equal answers are equal: (type, value)."""
+    if isinstance(value, float):
+        value = value if value.is_integer() else float(f"{value:.9g}")
+        if value.is_integer() and abs(value) < 2**63:
+            value = int(value)
+        return ("number", value)
+    if isinstance(value, int):
+        return ("number", value)
+    return (type(value).__name__, value)
+
+
+def _kind(message: str) -> str:
+    """Result.kind from SQLite's or the sqlite3 module's message."""
+    for kind, pattern in _KINDS:
+        if re.search(pattern, message, re.IGNORECASE):
+            return kind
+    return "error"
+
+
+_KINDS = (
+    ("denied", r"not authorized|authorization denied|prohibited|readonly"),
+    ("statements", r"one statement at a time"),
+    ("parameters", r"number of bindings|binding"),
+    ("schema", r"no such (table|column|function|module|collation)|ambiguous column|wrong number of arguments"),
+    ("syntax", r"syntax error|unrecognized token|incomplete input|null character|surrogates not allowed|codec"),
+    ("size", r"too big|too large|out of memory"),
+)

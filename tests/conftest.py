@@ -1,0 +1,68 @@
+"""Shared parts of the tests: the real tokenizer and model, a small random model, places to write."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub; one that talks to a hub of its own says so itself
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The default model's files (a ModelSource)."""
+    from helpers.model.loading import DEFAULT_MODEL, resolve_model
+    return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    from helpers.model.loading import load_tokenizer
+    return load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer, tmp_path_factory):
+    """Folder of a random two-layer Llama of width 256 with SmolLM2's tokenizer; 13 M parameters, mostly embeddings."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+                         pad_token_id=0)
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def runs_root(tmp_path, monkeypatch):
+    """An empty folder that holds this test's runs."""
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("TUNEBOOK_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_data():
+    """LLaMA-Factory's demo sets, where a copy lies beside the checkout."""
+    folder = PROJECT.parent / "shared" / "data" / "llama_factory_demo"
+    if not folder.is_dir():
+        pytest.skip("LLaMA-Factory's demo sets are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Path of a Chromium that playwright can drive."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no Chromium on this machine (apt-get install chromium)")

@@ -1,0 +1,78 @@
+"""Write what all notebooks share into each of them: the badge, the bootstrap cell and the parameters cell.
+
+    python ci/stamp.py            writes
+    python ci/stamp.py --check    says which notebooks differ, and exits with 1 when one does
+
+The repository and tag come from helpers/runtime.py, the parameters from helpers/params.py.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from helpers import params, runtime  # noqa: E402
+from helpers.runs import FOLDERS  # noqa: E402
+
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+BOOTSTRAP = '''\
+# @title Bootstrap: in Colab this fetches the project and installs what is missing; elsewhere it only finds the project
+import os
+import pathlib
+import subprocess
+import sys
+
+_here = next((p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p / "helpers/params.py").is_file()), None)
+if "google.colab" in sys.modules:
+    _here = pathlib.Path("/content/tunebook")
+    if not (_here / ".installed").exists():
+        if not _here.exists():
+            subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", "{tag}", "https://github.com/{repository}", str(_here)], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-r", str(_here / "ci/locks/colab.txt")], check=True)
+        (_here / ".installed").touch()
+os.chdir(_here)
+sys.path.insert(0, str(_here))'''
+
+
+def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNode:
+    """The notebook with its shared parts as they should be: title line kept, badge below it, cells 1 and 2 replaced."""
+    name = FOLDERS[stage]
+    title, *rest = [line for line in notebook.cells[0].source.split("\n") if not line.startswith("[![Open in Colab]")]
+    while rest and not rest[0].strip():
+        rest.pop(0)
+    badge = f"{BADGE}(https://colab.research.google.com/github/{runtime.REPOSITORY}/blob/{runtime.TAG}/notebooks/{name}.ipynb)"
+    notebook.cells[0].source = "\n".join([title, badge, "", *rest]).rstrip()
+    notebook.cells[1].source = BOOTSTRAP.format(repository=runtime.REPOSITORY, tag=runtime.TAG)
+    notebook.cells[2].source = params.cell(stage)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"{stage}-{number:02d}"
+        cell.metadata = nbformat.from_dict({"tags": ["parameters"]} if number == 2 else {"cellView": "form"} if number == 1 else {})
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata = nbformat.from_dict({
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"}, "accelerator": "GPU", "colab": {"provenance": []}})
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def main(check: bool) -> int:
+    stale = []
+    for stage, name in FOLDERS.items():
+        path = PROJECT / "notebooks" / f"{name}.ipynb"
+        before = path.read_text()
+        after = nbformat.writes(stamped(nbformat.reads(before, as_version=4), stage)) + "\n"
+        if before != after:
+            stale.append(path.name)
+            if not check:
+                path.write_text(after)
+    if stale:
+        print(("Stale, run `python ci/stamp.py`: " if check else "Written: ") + ", ".join(stale))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

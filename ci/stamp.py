@@ -33,6 +33,7 @@ if "google.colab" in sys.modules:
             subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", "{tag}", "https://github.com/{repository}", str(_here)], check=True)
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-r", str(_here / "ci/locks/colab.txt")], check=True)
         (_here / ".installed").touch()
+assert _here, "Open this notebook from inside the project's folder: helpers/ was not found above " + os.getcwd()
 os.chdir(_here)
 sys.path.insert(0, str(_here))'''
 

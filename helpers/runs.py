@@ -189,6 +189,7 @@ class Stage:
             "peak_memory_gib": runtime.peak_memory_gib(), "resumed": self.resumed,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **runtime.versions(), **(extra or {})}
         write_json(self.path / "manifest.json", manifest)
+        unlock(self.params.run, self.name)
         return Manifest(self.path, manifest)
 
     def _inherited(self, key: str) -> Any:
@@ -207,6 +208,7 @@ def open_stage(stage: str, params: Any, needs: tuple[str, ...] | None = None) ->
     that was made with another chat template than its own parent.
     """
     path = folder(params.run, stage)
+    lock(params.run, stage)
     parents = {}
     for name in needs if needs is not None else PARENTS[stage]:
         if name.endswith("?") and not (folder(params.run, name[:-1]) / "manifest.json").is_file():
@@ -230,13 +232,51 @@ def open_stage(stage: str, params: Any, needs: tuple[str, ...] | None = None) ->
     return Stage(stage, params, path, parents, resumed)
 
 
+_locks: dict[Path, Any] = {}
+
+
+def lock(run: str, stage: str) -> None:
+    """Keep other processes off a stage's folder until `unlock` or the end of this process, however it comes.
+
+    Raises TunebookError when another process works on it: two writers would mix their checkpoints.
+    """
+    import fcntl
+    path = root() / run / ".locks" / stage
+    unlock(run, stage)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  held open on purpose: closing it lets the lock go
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise TunebookError(f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}; wait for it, stop it, "
+                            "or use another run name.") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _locks[path] = file
+
+
+def unlock(run: str, stage: str) -> None:
+    """Let go of a lock that this process holds; nothing happens when it holds none."""
+    file = _locks.pop(root() / run / ".locks" / stage, None)
+    if file is not None:
+        file.close()
+
+
 def is_done(stage: str, params: Any) -> Manifest | None:
-    """The stage's manifest when it is finished with these very parameters and parents, else None."""
+    """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
     try:
         manifest = load(params.run, stage)
         known = manifest.data["parents"]
         current = {s: (folder(params.run, s) / "manifest.json") for s in FOLDERS if f"{s}?" in PARENTS[stage] or s in PARENTS[stage]}
-        fresh = all(s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items() if f.is_file())
+        current = {s: f for s, f in current.items() if f.is_file()}
+        fresh = manifest.data["code_revision"] == runtime.revision() and all(s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items())
     except TunebookError:
         return None
     same = manifest.params == params.as_dict() and fresh

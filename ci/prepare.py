@@ -1,0 +1,25 @@
+"""The parts that set-up fetches besides packages: the default model and llama.cpp's libraries. Both only once."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from helpers.errors import TunebookError  # noqa: E402
+
+
+def main() -> int:
+    from helpers.gguf import llama_lib
+    from helpers.model import loading
+    try:
+        source = loading.resolve_model(loading.DEFAULT_MODEL)
+        print(f"Model: {source.name} from {'its offline copy' if source.origin == 'wheel' else 'the ' + source.origin} in {source.path}")
+        llama_lib.setup()
+    except TunebookError as error:
+        print(f"Set-up stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+# Sourced by run.sh and test.sh: makes .venv with the locked packages, the default model and llama.cpp's libraries, once.
+# PYTHON names another interpreter (3.11 to 3.13); what is already there is used again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false TRL_EXPERIMENTAL_SILENCE=1 UNSLOTH_DISABLE_STATISTICS=1
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Python 3.11, 3.12 or 3.13 is needed and was not found; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    return 1
+}
+
+lock=ci/locks/cpu.txt
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then lock=ci/locks/cuda.txt; fi
+wanted=$(cat "$lock" ci/setup.sh | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
+    echo "Setting up .venv from $lock (about 3 GB; two to four minutes)"
+    python=$(find_python)
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r "$lock" 2>&1 |
+        awk '/^(Collecting|Using cached|Downloading)/ { n++; if (n % 25 == 0) print "  " n " packages looked at ..."; next }
+             /^(ERROR|Installing collected|Successfully installed)/ { print substr($0, 1, 200) }'
+    .venv/bin/python -m ipykernel install --sys-prefix --name python3 >/dev/null
+    echo "$wanted" > .venv/.installed
+fi
+.venv/bin/python ci/prepare.py

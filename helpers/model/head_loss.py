@@ -1,0 +1,167 @@
+"""Cross-entropy and token log-probabilities straight from hidden states: whole logits are never held.
+
+With a vocabulary of 128,256 the logits of 16,384 tokens are 4 GB in bf16 and their gradient as much again. Here the head
+is applied to a slice of tokens at a time; on CUDA through liger-kernel's Triton kernels, elsewhere in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import types
+
+import torch
+
+SLICE = 16384  # tokens handed to liger at once: it cuts them by vocabulary/hidden into logits as large as the slice
+CHUNK = 1024  # tokens of logits held at once without liger: 200 MB in fp32 at a vocabulary of 49,152
+IGNORE = -100
+# Final-logit arithmetic that a plain matrix product and softmax would leave out.
+UNPLAIN_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """logps[i] = log softmax(hidden[i] · weightᵀ)[target[i]], 0 where ignored; logits are recomputed going back."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
+            logits = (hidden[rows] @ weight.t()).float()
+            logps[rows] = -torch.nn.functional.cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORE)
+        ctx.save_for_backward(hidden, weight, target)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, target = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
+            probabilities = (hidden[rows] @ weight.t()).float().softmax(-1)
+            scale = grad[rows] * (target[rows] != IGNORE)
+            back = probabilities.mul_(-scale[:, None])
+            back.scatter_add_(1, target[rows].clamp(min=0)[:, None], scale[:, None])
+            back = back.to(hidden.dtype)
+            if need_hidden:
+                grad_hidden[rows] = back @ weight
+            if need_weight:
+                grad_weight += (back.t() @ hidden[rows]).float()
+        return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None
+
+
+def token_logps(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each target token, differentiable. hidden (tokens, size), weight (vocab, size), target (tokens,).
+
+    Returns (tokens,) float32, 0 where the target is -100.
+    """
+    liger = _liger() if hidden.is_cuda else None
+    if liger is None:
+        return _ChunkedHead.apply(hidden, weight, target)
+    pieces = [liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0]
+              for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)]
+    return -torch.cat(pieces)
+
+
+def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Σ −log p(target) over the targets that are not -100, float32 scalar, same shapes as `token_logps`."""
+    liger = _liger() if hidden.is_cuda else None
+    if liger is None:
+        return -_ChunkedHead.apply(hidden, weight, target).sum()
+    pieces = [liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0]
+              for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)]
+    return torch.stack([p.float() for p in pieces]).sum()
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """targets[..., t] = labels[..., t + 1]; the last predicts nothing. Same shape as labels."""
+    return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
+
+
+def can_fuse(model) -> str:
+    """Empty when the model's head is a plain matrix product, else why its own loss has to be kept."""
+    config = model.config.get_text_config()
+    for name in UNPLAIN_HEADS:
+        if getattr(config, name, None) not in (None, 0, 1, 1.0):
+            return f"{config.model_type} applies {name} to its logits"
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return f"the output head is {type(head).__name__}, not a plain linear layer"
+    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        return f"{config.model_type} is a mixture of experts and adds a router loss"
+    return ""
+
+
+def install(model) -> None:
+    """Give a causal LM (not its PEFT wrapper) a forward whose loss holds no logits.
+
+    With `labels`: `.loss` is Σ −log p / `num_items_in_batch` (or the mean over trained tokens), `.logits` None. With
+    `token_logps=True` too: `.logps` (batch, tokens) float32, logps[:, t] = log p(labels[:, t + 1]); no loss.
+    `loss_positions` (from the collator) names the positions that predict something, so that prompts skip the head.
+    Without labels (generation, evaluation of logits) the model's own forward runs.
+    """
+    if getattr(model, "_own_forward", None) is not None:
+        return
+    model._own_forward = model.forward
+    model.forward = types.MethodType(_forward, model)
+
+
+def _forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+             labels=None, use_cache=None, logits_to_keep=0, token_logps=False, loss_positions=None,
+             num_items_in_batch=None, **kwargs):
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache)
+    if labels is None:
+        return self._own_forward(**given, logits_to_keep=logits_to_keep, **kwargs)
+    for name in ("return_dict", "output_hidden_states", "output_attentions"):
+        kwargs.pop(name, None)
+    given["use_cache"] = False
+    hidden = getattr(self, self.base_model_prefix)(**given, **kwargs)[0]
+    target = shifted(labels)
+    weight = self.get_output_embeddings().weight
+    flat, goal = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    if loss_positions is not None:
+        flat, goal = flat[loss_positions], goal[loss_positions]
+    if torch.is_autocast_enabled(flat.device.type) or flat.dtype != weight.dtype:
+        flat = flat.to(weight.dtype)
+    with torch.autocast(flat.device.type, enabled=False):
+        if token_logps:
+            logps = globals()["token_logps"](flat, weight, goal)
+            if loss_positions is not None:
+                logps = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device).index_copy(0, loss_positions, logps)
+            return LogpsOutput(logps=logps.view_as(target))
+        total = summed_loss(flat, weight, goal)
+        count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
+        return CausalLMOutputWithPast(loss=total / count)
+
+
+def _output_class():
+    from dataclasses import dataclass
+
+    from transformers.utils import ModelOutput
+
+    @dataclass
+    class Output(ModelOutput):
+        """logps (batch, tokens) float32: log-probability of the next label at each position, 0 where masked."""
+
+        logps: torch.Tensor | None = None
+
+    return Output
+
+
+LogpsOutput = _output_class()
+
+
+def per_document(values: torch.Tensor, document_lengths) -> torch.Tensor:
+    """Sums of `values` (1, tokens) over each document of a packed row → (documents,)."""
+    lengths = torch.as_tensor(document_lengths, device=values.device)
+    index = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths, output_size=values.numel())
+    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, index, values.reshape(-1))
+
+
+def _liger():
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyFunction

@@ -1,0 +1,267 @@
+"""Duplicates: exact ones by content hash, near ones by MinHash with every candidate verified.
+
+Rows are compared as whole examples. Two rows are near-duplicates when their system prompt and tools are the same and
+the Jaccard similarity of their shingle sets reaches the threshold twice: over question and answer together, and over
+the answer alone. Without the second rule, questions that share a long context (a schema, a passage) would all be
+"duplicates"; without the first, a shared system prompt would make them so.
+
+MinHash in bands (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3) proposes pairs: 8 bands
+of 5 find a pair of Jaccard 0.9 with probability 0.9992, of 0.8 with 0.96. Each pair is then measured on its shingles,
+so a false duplicate needs a hash collision. Shingles and band keys lie in temporary files; memory holds a few bytes a row.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from helpers.data.rows import Row, StepReport, Table, text_of
+from helpers.data.shingles import SeenHashes, mix, shingles
+
+BANDS, BAND_ROWS = 8, 5
+WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
+PAIRS_AT_ONCE = 4_000
+_HASHES = BANDS * BAND_ROWS
+_FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
+_SHIFTS = mix(np.arange(1001, 1001 + _HASHES, dtype=np.uint64)).astype(np.uint32)
+_KEYS = mix(np.arange(2001, 2001 + _HASHES, dtype=np.uint64)) | np.uint64(1)
+
+
+def exact_duplicates(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
+    """Keep the first of the rows with the same content (`id`): messages, tools, answers and label."""
+    seen = SeenHashes()
+    for batch in rows:
+        report.seen += len(batch)
+        fresh = seen.add(np.fromiter((int(row["id"], 16) for row in batch), np.uint64, len(batch)))
+        kept = []
+        for row, new in zip(batch, fresh, strict=True):
+            if new:
+                kept.append(row)
+            else:
+                report.drop(row, "exact duplicate")
+        report.kept += len(kept)
+        if kept:
+            yield kept
+
+
+def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: float = 0.8) -> Iterator[list[Row]]:
+    """Keep the first of rows that are near-duplicates of each other, at Jaccard `threshold` (0 to 1).
+
+    A row is dropped only when it was measured against a kept row and reached the threshold: chains of ever slightly
+    different rows do not vanish whole. `rows` is read twice; give a Table, or it is spooled into one.
+    """
+    index = NearIndex()
+    table = rows if isinstance(rows, Table) else Table.collect(index.watch(rows))
+    if table is rows:
+        for _ in index.watch(table):
+            pass
+    _, keeper = index.find(threshold)
+    report.figures |= {"threshold": threshold, "near_duplicates": int((keeper >= 0).sum())}
+    shown = int(keeper[keeper >= 0][0]) if (keeper >= 0).any() else -1  # the kept row behind the example
+    at, text = 0, ""
+    for batch in table:
+        report.seen += len(batch)
+        kept = []
+        for row in batch:
+            if at == shown:
+                text = text_of(row)[:200]
+            if keeper[at] < 0:
+                kept.append(row)
+            else:
+                report.drop(row, "near duplicate", f"of kept row {keeper[at] + 1:,}" + (f": {text}" if keeper[at] == shown else ""))
+            at += 1
+        report.kept += len(kept)
+        if kept:
+            yield kept
+
+
+def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> np.ndarray:
+    """Group of every row, int64 (rows,): the position of the first row it is linked to by near-duplicates.
+
+    Links are transitive, so that rows of one group can be kept on one side of a split.
+    """
+    index = NearIndex()
+    for _ in index.watch(rows):
+        pass
+    return index.find(threshold, groups_only=True)[0]
+
+
+def parts_of(row: Row) -> tuple[str, str, str]:
+    """What is compared of a row: (scope, question, answer); only rows of the same scope can be duplicates."""
+    messages = row["messages"]
+    if row["kind"] == "text":
+        return "", "", messages[0].get("content") or ""
+    scope = [m.get("content") or "" for m in messages if m["role"] == "system"]
+    scope += [row.get("tools") or "", str(row.get("label", ""))]
+    talk = [_said(m) for m in messages if m["role"] != "system"]
+    if row["kind"] == "preference":
+        answer = [_said(m) for m in row["chosen"] + row["rejected"]]
+    else:
+        answer, talk = talk[-1:], talk[:-1]
+    return "\n".join(scope), "\n".join(talk), "\n".join(answer)
+
+
+def _said(message: dict) -> str:
+    text = message.get("content") or ""
+    if message.get("tool_calls"):
+        text += json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
+    return text
+
+
+class NearIndex:
+    """Shingles and MinHash band keys of rows, kept in temporary files until `find` compares them."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
+        self._shingles = tempfile.TemporaryFile(prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
+        self._bands = [tempfile.TemporaryFile(prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
+
+    def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
+        """Pass batches through, indexing them on the way."""
+        for batch in batches:
+            self.add([parts_of(row) for row in batch])
+            yield batch
+
+    def add(self, parts: list[tuple[str, str, str]]) -> None:
+        """Index rows given as (scope, question, answer)."""
+        if not parts:
+            return
+        flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
+        # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
+        short = (flat >> np.uint64(32)).astype(np.uint32)
+        self._sizes.extend(np.diff(offsets).astype(np.int32).tolist())
+        self._shingles.write(short.data)
+        scopes: dict[str, int] = {}
+        scope_ids = np.array([scopes.setdefault(scope, _scope_hash(scope) if scope not in scopes else 0) for scope, _, _ in parts], np.uint64)
+        keys = _band_keys(short, offsets[::2]) ^ scope_ids
+        for file, band in zip(self._bands, keys, strict=True):
+            file.write(band.data)
+        self.rows += len(parts)
+
+    def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(group, keeper), int64 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
+        sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
+        group, keeper = np.arange(self.rows), np.full(self.rows, -1)
+        self._shingles.flush()
+        pool = np.memmap(self._shingles, np.uint32, "r") if sizes.any() else np.zeros(0, np.uint32)
+        starts = np.zeros(self.rows + 1, np.int64)
+        np.cumsum(sizes.sum(1), out=starts[1:])
+        measure = _Measure(pool, starts, sizes, threshold)
+        subset = np.flatnonzero(sizes.any(1))
+        first = True
+        while len(subset) > 1:
+            roots = self._components(subset, measure)
+            if first:
+                group[subset] = roots
+                if groups_only:
+                    break
+            other = roots != subset
+            heads, members = roots[other], subset[other]
+            close = measure(heads, members)
+            keeper[members[close]] = heads[close]
+            subset, first = members[~close], False  # linked to the group's first row only through others
+        return group, keeper
+
+    def _components(self, subset: np.ndarray, measure: _Measure) -> np.ndarray:
+        """First row of the component of every row of the ascending `subset`, linked by measured pairs."""
+        parent = array("q", range(len(subset)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = parent[i]
+            return i
+
+        for file in self._bands:
+            file.flush()
+            file.seek(0)
+            keys = np.fromfile(file, np.uint64, self.rows)
+            file.seek(0, 2)
+            if len(subset) < self.rows:
+                keys = keys[subset]
+            pairs = {(a, b) for a, b in _candidates(keys) if root(a) != root(b)}
+            if not pairs:
+                continue
+            left, right = np.array(sorted(pairs), np.int64).T
+            close = measure(subset[left], subset[right])
+            for a, b in zip(left[close].tolist(), right[close].tolist(), strict=True):
+                a, b = root(a), root(b)
+                parent[max(a, b)] = min(a, b)
+        return subset[np.array([root(i) for i in range(len(subset))], np.int64)]
+
+
+class _Measure:
+    """Which pairs of rows are near-duplicates, by true Jaccard on their hashed shingle sets."""
+
+    def __init__(self, pool: np.ndarray, starts: np.ndarray, sizes: np.ndarray, threshold: float):
+        self.pool, self.starts, self.sizes, self.threshold = pool, starts, sizes, threshold
+
+    def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """bool (pairs,) for row numbers int64 (pairs,) each."""
+        close = np.zeros(len(left), bool)
+        for at in range(0, len(left), PAIRS_AT_ONCE):
+            a, b = left[at : at + PAIRS_AT_ONCE], right[at : at + PAIRS_AT_ONCE]
+            near = self._jaccard(a, b, answers=False) >= self.threshold
+            twice = np.flatnonzero(near & (self.sizes[a, 0] + self.sizes[b, 0] > 0))  # without a question the answer is the whole
+            near[twice] = self._jaccard(a[twice], b[twice], answers=True) >= self.threshold
+            close[at : at + PAIRS_AT_ONCE] = near
+        return close
+
+    def _jaccard(self, a: np.ndarray, b: np.ndarray, answers: bool) -> np.ndarray:
+        left, right = self._sets(a, answers), self._sets(b, answers)
+        both = np.sort(np.concatenate([left, right]))
+        both = both[1:][both[1:] == both[:-1]]
+        shared, one, two = (np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(a)) for keys in (both, left, right))
+        union = one + two - shared
+        return np.where(union == 0, 1.0, shared / np.maximum(union, 1))
+
+    def _sets(self, rows: np.ndarray, answers: bool) -> np.ndarray:
+        """Distinct shingles of the rows, sorted, each with its place in `rows` in the upper 32 bits."""
+        counts = self.sizes[rows, 1] if answers else self.sizes[rows].sum(1)
+        begins = self.starts[rows] + (self.sizes[rows, 0] if answers else 0)
+        place = np.repeat(np.arange(len(rows)), counts)
+        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+        flat = self.pool[begins[place] + within].astype(np.uint64)
+        keys = np.sort(flat | place.astype(np.uint64) << np.uint64(32))  # np.unique hashes, at a tenth of the speed
+        return keys[np.r_[True, keys[1:] != keys[:-1]]] if len(keys) else keys
+
+
+def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Key of every row in every band, uint64 (BANDS, rows); rows without shingles get 0 before the scope is added."""
+    rows = len(offsets) - 1
+    filled = np.flatnonzero(np.diff(offsets))
+    keys = np.zeros((BANDS, rows), np.uint64)
+    for at in range(0, len(filled), 100):  # a hundred rows of 150 shingles stay in the cache
+        some = filled[at : at + 100]
+        part = flat[offsets[some[0]] : offsets[some[-1] + 1]]
+        begins = offsets[some] - offsets[some[0]]
+        work = np.empty_like(part)
+        for k in range(_HASHES):
+            np.multiply(part, _FACTORS[k], out=work)
+            work += _SHIFTS[k]
+            keys[k // BAND_ROWS, some] += np.minimum.reduceat(work, begins).astype(np.uint64) * _KEYS[k]
+    return mix(keys)
+
+
+def _candidates(keys: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Pairs (earlier, later) of rows with the same key: each with the first of its bucket and with the one before it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    if not len(same):
+        return
+    begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    firsts = order[begins[np.searchsorted(begins, same, "right") - 1]]
+    yield from zip(firsts.tolist(), order[same].tolist(), strict=True)
+    yield from zip(order[same - 1].tolist(), order[same].tolist(), strict=True)
+
+
+def _scope_hash(scope: str) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(scope.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") if scope.strip() else 0

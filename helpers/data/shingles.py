@@ -1,0 +1,208 @@
+"""Texts as hashed shingles, a whole batch at once in numpy: what duplicate search and decontamination compare.
+
+A token is a run of letters and digits, or one character where a script puts no spaces between words (Chinese,
+Japanese, Thai, …), or one symbol. A shingle is `words` tokens in a row, `chars` tokens where it begins in such a
+script. Case does not count, white space never does.
+
+Splitting and hashing words in Python makes 28,000 documents of 150 words a second. Here a word's hash is a
+difference of prefix sums of a polynomial in a 64-bit ring (Karp and Rabin, https://doi.org/10.1147/rd.312.0249),
+so every step is one pass of numpy over the characters of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterator
+
+import numpy as np
+
+BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
+INVERSE = pow(BASE, -1, 2**64)
+PORTION_CHARS = 100_000  # arrays of this many 64-bit numbers stay in the cache: twice as fast as a million
+SPACE, WORD, UNSPACED, SYMBOL = 0, 1, 2, 3
+# Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han, Yi.
+UNSPACED_RANGES = (
+    (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF),
+    (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA000, 0xA4CF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D),
+    (0x20000, 0x3FFFF),
+)  # fmt: skip
+
+
+def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of the tokens of every text.
+
+    Returns (hashes, offsets, unspaced): uint64 (tokens,), int64 (texts + 1,) so that text i owns
+    hashes[offsets[i]:offsets[i + 1]], and bool (tokens,), true for characters of scripts without spaces.
+    """
+    lowered = [text.lower() for text in texts]
+    lengths = np.fromiter(map(len, lowered), np.int64, len(lowered)) + 1
+    joined = "\n".join(lowered) + "\n"
+    if joined.isascii():
+        raw = joined.encode("ascii")
+        codes, classes = np.frombuffer(raw, np.uint8), np.frombuffer(raw.translate(_ascii_classes(symbols)), np.uint8)
+    else:
+        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+        classes = _classes(symbols).take(codes, mode="clip")
+    is_word = classes == WORD
+    is_single = classes >= UNSPACED
+    before, after = np.zeros_like(is_word), np.zeros_like(is_word)
+    before[1:], after[:-1] = is_word[:-1], is_word[1:]
+    starts = np.flatnonzero(is_word & ~before | is_single)
+    ends = np.flatnonzero(is_word & ~after | is_single)
+    powers, inverses = _powers(1 << max(17, len(codes).bit_length()))
+    terms = codes * powers[: len(codes)]
+    sums = np.cumsum(terms)
+    hashes = sums[ends] - sums[starts] + terms[starts]
+    hashes *= inverses[starts]
+    ends_of_texts = np.cumsum(lengths)
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    offsets[1:] = np.searchsorted(starts, ends_of_texts)
+    return mix(hashes), offsets, classes[starts] == UNSPACED
+
+
+def shingles(
+    texts: list[str], words: int = 3, chars: int = 5, symbols: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the shingles of every text, in order, repeats included: (uint64 (shingles,), int64 (texts + 1,)).
+
+    A text of fewer than `words` tokens is one shingle; one without tokens has none.
+    """
+    parts = [_shingles(part, words, chars, symbols) for part in _portions(texts)]
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    if not parts:
+        return np.zeros(0, np.uint64), offsets
+    np.cumsum(np.concatenate([np.diff(part[1]) for part in parts]), out=offsets[1:])
+    return np.concatenate([part[0] for part in parts]), offsets
+
+
+def _portions(texts: list[str]) -> Iterator[list[str]]:
+    """`texts` in lists of about PORTION_CHARS characters."""
+    first, size = 0, 0
+    for i, text in enumerate(texts):
+        size += len(text)
+        if size >= PORTION_CHARS:
+            yield texts[first : i + 1]
+            first, size = i + 1, 0
+    if first < len(texts):
+        yield texts[first:]
+
+
+def _shingles(texts: list[str], words: int, chars: int, symbols: bool) -> tuple[np.ndarray, np.ndarray]:
+    hashes, offsets, unspaced = tokens(texts, symbols)
+    counts = np.diff(offsets)
+    if not len(hashes):
+        return hashes, np.zeros(len(texts) + 1, np.int64)
+    grams = _grams(hashes, words)
+    if unspaced.any() and chars != words:
+        left = np.repeat(offsets[1:], counts) - np.arange(len(hashes))  # tokens from here to the end of the text
+        grams = np.where(unspaced & (left >= chars), _grams(hashes, chars), grams)
+    short = np.flatnonzero((counts > 0) & (counts < words))
+    if len(short):
+        whole = np.zeros(len(short), np.uint64)
+        for k in range(words - 1):
+            more = counts[short] > k
+            whole[more] = whole[more] * np.uint64(BASE) + hashes[offsets[short[more]] + k]
+        grams[offsets[short]] = mix(whole + counts[short].astype(np.uint64))
+    keep = np.ones(len(hashes), bool)
+    for k in range(1, words):  # the last words - 1 positions begin no shingle
+        keep[offsets[1:][counts >= k] - k] = False
+    keep[offsets[short]] = True
+    sizes = np.where(counts >= words, counts - words + 1, np.minimum(counts, 1))
+    result = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(sizes, out=result[1:])
+    return grams[keep], result
+
+
+def mix(hashes: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, in place: every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        hashes ^= hashes >> np.uint64(30)
+        hashes *= np.uint64(0xBF58476D1CE4E5B9)
+        hashes ^= hashes >> np.uint64(27)
+        hashes *= np.uint64(0x94D049BB133111EB)
+        hashes ^= hashes >> np.uint64(31)
+    return hashes
+
+
+class SeenHashes:
+    """A set of 64-bit hashes in sorted numpy arrays, about 8 bytes each however many there are.
+
+    Arrays double in size from level to level, so that adding costs a logarithm of merges.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add uint64 (n,); returns bool (n,), true where a hash was not seen before, earlier in `hashes` included."""
+        unique, first = np.unique(hashes, return_index=True)
+        new = np.ones(len(unique), bool)
+        for level in self._levels:
+            new &= ~contains(level, unique)
+        fresh = np.zeros(len(hashes), bool)
+        fresh[first[new]] = True
+        level = unique[new]
+        while self._levels and len(self._levels[-1]) <= 2 * len(level):
+            level = np.sort(np.concatenate([self._levels.pop(), level]), kind="stable")
+        if len(level):
+            self._levels.append(level)
+        return fresh
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels))
+
+
+def contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """bool (n,): which of `values` are in the sorted array `ordered`."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    at = np.searchsorted(ordered, values)
+    at[at == len(ordered)] = 0
+    return ordered[at] == values
+
+
+def _grams(hashes: np.ndarray, size: int) -> np.ndarray:
+    """Hash of `size` tokens from each position on, as though the tokens went on past the end with zeros."""
+    grams = hashes.copy()
+    with np.errstate(over="ignore"):
+        for k in range(1, size):
+            grams *= np.uint64(BASE)
+            grams[:-k] += hashes[k:]
+    return mix(grams)
+
+
+@functools.cache
+def _classes(symbols: bool) -> np.ndarray:
+    """Class of every code point, uint8 (0x110000,)."""
+    table = np.zeros(0x110000, np.uint8)
+    for code in range(0x30000):
+        char = chr(code)
+        if char.isspace() or code == 0:
+            continue
+        group = unicodedata.category(char)[0]
+        if group in "LNM":
+            table[code] = WORD
+        elif group in "PS" and symbols:
+            table[code] = SYMBOL
+    table[0xE0100:0xE01F0] = WORD  # variation selectors belong to the character before them
+    for low, high in UNSPACED_RANGES:
+        span = table[low : high + 1]
+        span[(span == WORD) | (low >= 0x20000)] = UNSPACED
+    return table
+
+
+@functools.cache
+def _ascii_classes(symbols: bool) -> bytes:
+    return _classes(symbols)[:256].tobytes()
+
+
+@functools.lru_cache(maxsize=2)
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """BASE**i and BASE**-i modulo 2**64 for i < size."""
+    tables = []
+    for base in (BASE, INVERSE):
+        table = np.full(size, base, np.uint64)
+        table[0] = 1
+        tables.append(np.multiply.accumulate(table))
+    return tables[0], tables[1]

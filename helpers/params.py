@@ -101,6 +101,38 @@ def _literal(value: Value) -> str:
 RUN = Param("run", "default", "Name of the run: its folder under runs/")
 MODEL_AGAIN = Param("model", "", "Base model; empty: the model that the data was prepared for", advanced=True)
 
+# What both training stages take. Rarely touched: folded away in the panel, not in the form.
+TRAINING = (
+    Param("seed", 17, "Seed of every random choice", low=0, high=2**31 - 1),
+    Param("eval_steps", 0, "Held-out loss every so many steps; 0: five times a run", unit="steps", low=0, high=10**6, advanced=True),
+    Param("eval_rows", 64, "Held-out rows used for it; 0: all", unit="rows", low=0, high=10**7, advanced=True),
+    Param("save_steps", 0, "Checkpoint every so many steps; 0: five times a run, at least every 50 steps", unit="steps", low=0, high=10**6, advanced=True),
+    Param("keep_checkpoints", 2, "Newest checkpoints kept, besides the best", low=2, high=1000, advanced=True),
+    Param("early_stopping", 0, "Stop after so many evaluations without a better held-out loss; 0: never", low=0, high=1000, advanced=True),
+    Param("best_checkpoint", True, "Keep the adapter with the best held-out loss instead of the last one", advanced=True),
+    Param("sample_every", 0, "Write sample answers every so many steps; 0: only at the end", unit="steps", low=0, high=10**6, advanced=True),
+    Param("resume", "auto", "A killed run of these parameters: auto goes on with it, must refuses to start over, never starts over", choices=("auto", "must", "never"), advanced=True),
+    Param("mirror", "", "Folder (a mounted drive) that checkpoints are copied to, and read back from when the run folder is lost", advanced=True),
+    Param("loggers", "", "Besides TensorBoard: trackio, wandb, mlflow, separated by commas", advanced=True),
+    Param("backend", "auto", "Training code; auto chooses by card, model and length", choices=("auto", "hf", "unsloth"), advanced=True),
+    Param("precision", "auto", "auto: bf16 where the card has it, else fp16 with fp32 adapters", choices=("auto", "bf16", "fp16", "fp32"), advanced=True),
+    Param("packing", True, "Put several rows into one, without attention across them", advanced=True),
+    Param("row_tokens", 0, "Longest packed row; 0: the planner chooses what fits", unit="tokens", low=0, high=10**7, advanced=True),
+    Param("recompute", "auto", "Activations computed a second time to save memory", choices=("auto", "none", "half", "all", "offload"), advanced=True),
+    Param("plan_for", "", "Plan for a named card (T4, L4, A100-40, A100-80, H100, H200) instead of the one here", advanced=True),
+    Param("optimizer", "adamw", "Optimizer; 8bit and paged forms keep their state small", choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd"), advanced=True),
+    Param("weight_decay", 0.0, "Weight decay", low=0.0, high=1.0, advanced=True),
+    Param("max_grad_norm", 1.0, "Gradients are clipped to this norm", low=0.0, high=1000.0, advanced=True),
+)
+ADAPTER = (
+    Param("target_modules", "all-linear", "Layers that get an adapter: all-linear, or names separated by commas", advanced=True),
+    Param("dropout", 0.0, "Dropout on the adapter's input", low=0.0, high=0.9, advanced=True),
+    Param("rslora", False, "Rank-stabilised scaling, alpha over the root of the rank", advanced=True),
+    Param("dora", False, "DoRA: magnitude and direction apart", advanced=True),
+    Param("init", "default", "First value of the adapter: noise and zeros, or the base's main directions (pissa), or its 4-bit error (loftq)", choices=("default", "pissa", "loftq"), advanced=True),
+    Param("lora_plus_ratio", 0.0, "LoRA+: learning rate of B over that of A; 0: the same, the paper's is 16", low=0.0, high=1000.0, advanced=True),
+)
+
 STAGES: dict[str, tuple[Param, ...]] = {
     "data": (
         RUN,
@@ -117,15 +149,42 @@ STAGES: dict[str, tuple[Param, ...]] = {
     "sft": (
         RUN,
         MODEL_AGAIN,
+        Param("method", "qlora", "What is trained: LoRA on a 4-bit or a 16-bit base, every weight, or the last layers", choices=("qlora", "lora", "full", "freeze")),
         Param("rank", 16, "Rank r of the LoRA adapter", low=1, high=256, step=1),
         Param("alpha", 32, "LoRA's scaling numerator alpha", low=1, high=512, step=1),
         Param("learning_rate", 1e-3, "Peak learning rate", low=1e-7, high=1e-1, log=True),
-        Param("seed", 17, "Seed of every random choice", low=0, high=2**31 - 1),
+        Param("epochs", 1.0, "Passes over the training rows", low=0.01, high=100, step=0.5),
+        Param("batch_size", 8, "Rows per optimizer step, however they are packed or spread over GPUs", unit="rows", low=1, high=4096),
+        Param("schedule", "cosine", "Course of the learning rate after warm-up", choices=("linear", "cosine", "constant", "wsd")),
+        Param("max_steps", 0, "Stop after this many optimizer steps; 0: when the epochs are done", unit="steps", low=0, high=10**7),
+        Param("start_from", "", "Adapter folder to train further; empty: a new adapter"),
+        *TRAINING,
+        Param("warmup_ratio", 0.05, "Share of the steps in which the learning rate rises", low=0.0, high=1.0, step=0.01, advanced=True),
+        Param("freeze_layers", 2, "method freeze: how many of the last layers are trained", unit="layers", low=1, high=1000, advanced=True),
+        Param("train_on", "completion", "Which tokens count: answers only, or all (continued pretraining)", choices=("completion", "all"), advanced=True),
+        Param("neftune_alpha", 0.0, "NEFTune's noise on the embeddings; 0: none", low=0.0, high=50.0, advanced=True),
+        *ADAPTER,
     ),
     "orpo": (
         RUN,
         MODEL_AGAIN,
-        Param("seed", 17, "Seed of every random choice", low=0, high=2**31 - 1),
+        Param("loss", "orpo", "Preference objective", choices=("orpo", "dpo", "kto", "simpo")),
+        Param("start_from", "sft", "sft: the adapter of notebook 02; base: a new adapter; or an adapter folder"),
+        Param("beta", 0.5, "Weight of the preference term; 0.05 to 0.1 at 7B, 0.5 to 1 for small models", low=0.0, high=10.0, step=0.05),
+        Param("learning_rate", 1e-4, "Peak learning rate; 5e-6 to 8e-6 at 7B", low=1e-8, high=1e-1, log=True),
+        Param("epochs", 1.0, "Passes over the pairs", low=0.01, high=100, step=0.5),
+        Param("batch_size", 8, "Pairs per optimizer step", unit="pairs", low=1, high=4096),
+        Param("max_length", 512, "Longest prompt with an answer; longer pairs are left out and counted", unit="tokens", low=16, high=131072, step=16),
+        Param("schedule", "cosine", "Course of the learning rate after warm-up", choices=("linear", "cosine", "constant", "wsd")),
+        Param("max_steps", 0, "Stop after this many optimizer steps; 0: when the epochs are done", unit="steps", low=0, high=10**7),
+        *TRAINING,
+        Param("method", "qlora", "From base: LoRA on a 4-bit or 16-bit base. From an adapter: the base it is trained on", choices=("qlora", "lora"), advanced=True),
+        Param("rank", 16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1, advanced=True),
+        Param("alpha", 32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1, advanced=True),
+        Param("warmup_ratio", 0.1, "Share of the steps in which the learning rate rises", low=0.0, high=1.0, step=0.01, advanced=True),
+        Param("swap_labels", False, "Exchange chosen and rejected: the control that shows what the preference term does", advanced=True),
+        Param("simpo_gamma", 0.5, "SimPO's target margin", low=0.0, high=10.0, advanced=True),
+        *ADAPTER,
     ),
     "gguf": (
         RUN,

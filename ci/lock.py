@@ -71,7 +71,8 @@ def colab() -> list[str]:
     wanted = [bare(line) for line in text.splitlines() if line.strip() and not line.startswith("#") and name_of(line) not in NOT_ON_COLAB]
     wanted = [name_of(line) if name_of(line) in runtime and name_of(line) not in OURS else line for line in wanted]
     exact = [re.sub(r"\+\w+", "", runtime[name]) for name in STAY]
-    preferred = "\n".join(canonical(line) for line in runtime.values())
+    locked = {name_of(line): line for line in current("colab").splitlines() if "==" in line}
+    preferred = "\n".join(canonical(line) for line in {**runtime, **locked}.values())
     options = ["--python-version", "3.13", "--python-platform", "x86_64-manylinux_2_35"]
     resolved = compile_lock([*wanted, *exact, *COLAB_ALSO], options, preferred)
     shipped = {canonical(line) for line in runtime.values()}

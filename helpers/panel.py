@@ -45,6 +45,8 @@ def row(param: Param, params: Params, message: Any) -> Any:
     control.layout = w.Layout(width="30em", max_width="100%")
 
     def changed(event: dict[str, Any]) -> None:
+        if event["new"] == getattr(params, param.name):
+            return
         try:
             setattr(params, param.name, event["new"])
             message.value = ""

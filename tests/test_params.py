@@ -1,0 +1,96 @@
+"""Parameters: one source for names, bounds, forms, sliders and papermill."""
+
+import subprocess
+import sys
+
+import ipywidgets
+import nbformat
+import papermill
+import pytest
+
+from helpers import panel, params
+from helpers.errors import TunebookError
+from helpers.runs import FOLDERS
+from tests.conftest import PROJECT
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+def test_the_notebook_holds_exactly_the_parameters_cell_that_params_renders(stage):
+    notebook = nbformat.read(PROJECT / "notebooks" / f"{FOLDERS[stage]}.ipynb", as_version=4)
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert [c.source for c in tagged] == [params.cell(stage)]
+    assert len(tagged[0].source.splitlines()) <= 25
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+def test_papermill_finds_every_name_and_default_of_the_form(stage):
+    found = papermill.inspect_notebook(str(PROJECT / "notebooks" / f"{FOLDERS[stage]}.ipynb"))
+    expected = {p.name: repr(p.default) for p in params.STAGES[stage] if not p.advanced}
+    assert {n: repr(eval(v["default"], {})) for n, v in found.items()} == expected
+    assert all(v["help"].startswith("@param") for v in found.values())
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+def test_every_default_passes_its_own_check_and_has_a_meaning(stage):
+    names = [p.name for p in params.STAGES[stage]]
+    assert len(names) == len(set(names))
+    for param in params.STAGES[stage]:
+        assert param.check(param.default) == param.default
+        assert len(param.help) > 8
+
+
+@pytest.mark.parametrize("stage", params.STAGES)
+def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage):
+    values = params.resolve(stage)
+    for param in params.STAGES[stage]:
+        control = panel.widget(param, param.default)
+        assert control.value == pytest.approx(param.default, rel=1e-6) if isinstance(param.default, float) else control.value == param.default
+        if isinstance(control, ipywidgets.FloatLogSlider):
+            assert 10**control.min == pytest.approx(param.low) and 10**control.max == pytest.approx(param.high)
+        elif isinstance(control, (ipywidgets.IntSlider, ipywidgets.FloatSlider)):
+            assert (control.min, control.max, control.step) == (param.low, param.high, param.step)
+    box = panel.row(params.find(stage, "run"), values, ipywidgets.HTML())
+    box.children[0].value = "another"
+    assert values.run == "another"
+
+
+def test_a_slider_moved_out_of_bounds_is_put_back_and_explained():
+    values, message = params.resolve("sft"), ipywidgets.HTML()
+    control = panel.row(params.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
+    control.max = 10_000
+    control.value = 5_000
+    assert control.value == 16 and "5000" in message.value
+
+
+def test_the_learning_rate_slider_is_logarithmic():
+    assert isinstance(panel.widget(params.find("sft", "learning_rate"), 1e-4), ipywidgets.FloatLogSlider)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("rnk", 8, "rank"), ("rank", 10_000, "10000"), ("rank", "many", "'many'"), ("rank", 2.5, "2.5"), ("rank", True, "True"),
+    ("learning_rate", float("nan"), "nan"), ("learning_rate", "1", "'1'")])
+def test_a_wrong_name_type_or_value_is_refused_with_the_name_the_value_and_the_range(name, value, said):
+    with pytest.raises(TunebookError) as refused:
+        params.resolve("sft", {name: value})
+    assert said in str(refused.value) and name in str(refused.value)
+
+
+def test_texts_from_a_command_line_become_the_parameters_types():
+    resolved = params.resolve("sft", {"rank": "32", "learning_rate": "2e-4"})
+    assert resolved.rank == 32 and resolved.learning_rate == 2e-4
+    flag = params.Param("flag", True, "A switch")
+    assert flag.check("false") is False and flag.check("True") is True
+    with pytest.raises(TunebookError):
+        flag.check("no")
+
+
+def test_a_misspelt_global_is_found_among_a_notebooks_names():
+    with pytest.raises(TunebookError, match="learning_rat"):
+        params.read_globals("sft", {"rank": 4, "learning_rat": 1e-4, "os": sys, "_hidden": 3, "In": [], "Out": {}})
+
+
+def test_importing_helpers_is_quick_and_brings_no_torch():
+    code = ("import importlib, pkgutil, sys, time; start = time.perf_counter(); import helpers, helpers.params, helpers.runs, helpers.notebook; "
+            "spent = time.perf_counter() - start; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(spent)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0

@@ -16,13 +16,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from making import card, database, mistakes, slots  # noqa: E402
+from making import card, database, leaks, mistakes, slots  # noqa: E402
 from making.patterns_joined import GROUPS, JOINS, NESTED  # noqa: E402
 from making.patterns_numbers import AGGREGATES, COUNTS, ORDERS  # noqa: E402
 from making.patterns_plain import LISTS, LOOKUP  # noqa: E402
 
 PATTERNS = LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED
-PER_PATTERN = {"train": 8, "preference": 4}
+PER_PATTERN = {"train": 8, "preference": 3}
 MADE = ("atlas.sqlite", "atlas_train.jsonl", "atlas_test.jsonl", "atlas_preference.jsonl", "dataset_info.json", "README.md")
 
 
@@ -55,6 +55,9 @@ def build(folder: Path) -> None:
     prompts = pattern_rows("preference", PER_PATTERN["preference"], checker, taken)
     test = pattern_rows("test", 0, checker, taken) + hand_rows(checker)
     pairs = mistakes.pairs(prompts, checker)
+    told = leaks.found(train + pairs, test)
+    if told:
+        raise SystemExit("\n".join(told))
     # Mixed, so that the first rows of a file are a fair sample of it.
     for rows in (train, test, pairs):
         rows.sort(key=lambda row: slots.rank("order", row["question"]))

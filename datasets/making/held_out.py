@@ -15,7 +15,7 @@ COUNTRIES = (
 )
 
 LANGUAGES = ("German", "Italian", "Malay", "Portuguese", "Quechua", "Swahili", "Swedish", "Tamil")
-CURRENCIES = ("Australian dollar", "East Caribbean dollar", "Swiss franc", "US dollar")
+CURRENCIES = ("Australian dollar", "East Caribbean dollar", "New Zealand dollar", "Swiss franc", "US dollar")
 RIVERS = (
     "Nile", "Danube", "Mekong", "Rhine", "Zambezi", "Mississippi", "Murray", "Vistula", "Po", "Tiber",
     "Tigris", "Elbe", "Magdalena", "Chao Phraya", "Orinoco", "Amazon", "Rio Grande", "Inn", "Main",

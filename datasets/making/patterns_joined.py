@@ -80,7 +80,7 @@ JOINS = [
     ("join", f"SELECT countries.name {LANGUAGE_JOIN}languages.language = '{{language}}' AND countries.continent = '{{continent}}'", [
         "Which countries in {continent} speak {language}?", "List the countries of {continent} where {language} is spoken.",
         "Name the {language} speaking countries in {continent}.", "In what countries of {continent} do people speak {language}?",
-    ], ["Which {continent} nations count {language} among their languages?"]),
+    ], ["Which nations of {continent} count {language} among their languages?"]),
     ("join", f"SELECT SUM(countries.population) {LANGUAGE_JOIN}languages.language = '{{language}}'", [
         "What is the total population of the countries that speak {language}?", "How many people live in countries where {language} is spoken?",
         "Add up the population of all {language} speaking countries.",
@@ -93,11 +93,11 @@ JOINS = [
         "Which languages are spoken in countries of {continent} with more than {people} people?",
         "List the languages of countries in {continent} with over {people} inhabitants.",
         "Name the languages spoken in {continent} in countries whose population is above {people}.",
-    ], ["Which tongues are in use in {continent} nations with upwards of {people} people?"]),
+    ], ["Which tongues are in use in nations of {continent} with upwards of {people} people?"]),
     ("join", f"SELECT cities.name {CITY_JOIN}countries.continent = '{{continent}}' AND cities.population > {{people}}", [
         "Which cities in {continent} have more than {people} people?", "List the cities of {continent} with over {people} inhabitants.",
         "Name the cities in {continent} whose population is above {people}.", "What cities of {continent} have a population greater than {people}?",
-    ], ["Which {continent} cities are home to upwards of {people} people?"]),
+    ], ["Which cities of {continent} are home to upwards of {people} people?"]),
     ("join", f"SELECT cities.name {CITY_JOIN}countries.continent = '{{continent}}' ORDER BY cities.population DESC LIMIT {{n}}", [
         "What are the {n} largest cities in {continent}?", "List the top {n} cities of {continent} by population.",
         "Name the {n} most populous cities in {continent}.", "Show the {n} biggest cities of {continent}.",
@@ -132,7 +132,7 @@ JOINS = [
     ("join", f"SELECT mountains.name {PEAK_JOIN}countries.continent = '{{continent}}' AND mountains.height > {{height}}", [
         "Which mountains in {continent} are higher than {height} metres?", "List the mountains of {continent} above {height} m.",
         "Name the mountains in {continent} that are taller than {height} metres.",
-    ], ["Which {continent} peaks rise beyond {height} metres?"]),
+    ], ["Which peaks of {continent} rise beyond {height} metres?"]),
     ("join", f"SELECT countries.continent, COUNT(*) {LANGUAGE_JOIN}languages.language = '{{language}}' GROUP BY countries.continent", [
         "How many countries of each continent speak {language}?", "Count the {language} speaking countries per continent.",
         "For every continent, count the countries where {language} is spoken.",
@@ -147,7 +147,7 @@ NESTED = [
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND area > (SELECT area FROM countries WHERE name = '{country}')", [
         "Which countries in {continent} are larger than {country}?", "List the countries of {continent} with a greater area than {country}.",
         "Name all countries in {continent} whose area is above that of {country}.",
-    ], ["Which {continent} nations exceed {country} in territory?"]),
+    ], ["Which nations of {continent} exceed {country} in territory?"]),
     ("nested", "SELECT COUNT(*) FROM countries WHERE area < (SELECT area FROM countries WHERE name = '{country}')", [
         "How many countries are smaller than {country}?", "Count the countries with a smaller area than {country}.",
         "What is the number of countries whose area is below that of {country}?",
@@ -166,7 +166,7 @@ NESTED = [
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND {up} > (SELECT AVG({up}) FROM countries)", [
         "Which countries in {continent} have a {up} above the world average?", "List the countries of {continent} whose {up} is greater than average.",
         "Name the countries in {continent} with more than the average {up} of all countries.",
-    ], ["Which {continent} nations exceed the global mean {up}?"]),
+    ], ["Which nations of {continent} exceed the global mean {up}?"]),
     ("nested", "SELECT name FROM mountains WHERE range = '{range}' AND height > (SELECT AVG(height) FROM mountains WHERE range = '{range}')", [
         "Which mountains of the {range} are higher than the average of that range?", "List mountains in the {range} above the average height of the {range}.",
         "Name the mountains of the {range} that are taller than its average.",
@@ -174,11 +174,11 @@ NESTED = [
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND name NOT IN (SELECT country FROM borders)", [
         "Which countries in {continent} have no neighbors?", "List the countries of {continent} without any border.",
         "Name the countries in {continent} that border no other country.", "What countries of {continent} have no neighboring country?",
-    ], ["Which {continent} nations are adjacent to nobody?"]),
+    ], ["Which nations of {continent} are adjacent to nobody?"]),
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND name NOT IN (SELECT country FROM {table})", [
         "Which countries in {continent} have no {table}?", "List the countries of {continent} without {table}.",
         "Name the countries in {continent} for which there are no {table}.",
-    ], ["Which {continent} nations lack {table}?"]),
+    ], ["Which nations of {continent} lack {table}?"]),
     ("nested", "SELECT language FROM languages WHERE country IN (SELECT country FROM flows WHERE river = '{river}')", [
         "Which languages are spoken in the countries along the {river}?", "List the languages of the countries the {river} flows through.",
         "What languages do the countries on the {river} have?",

@@ -158,13 +158,13 @@ LISTS = [
         "List the countries of {continent} with less than {people} inhabitants.",
         "Name countries in {continent} whose population is below {people}.",
         "What countries in {continent} have a population under {people}?",
-    ], ["Which {continent} nations don't reach {people} people?"]),
+    ], ["Which nations of {continent} don't reach {people} people?"]),
     ("filter", "SELECT name FROM countries WHERE continent = '{continent}' AND area > {area}", [
         "Which countries in {continent} are larger than {area} square kilometres?",
         "List the countries of {continent} with an area above {area}.",
         "Name all countries in {continent} that cover more than {area} km2.",
         "What countries in {continent} have an area greater than {area}?",
-    ], ["Which {continent} nations are bigger than {area} square kilometres?"]),
+    ], ["Which nations of {continent} are bigger than {area} square kilometres?"]),
     ("filter", "SELECT name FROM mountains WHERE height > {height}", [
         "Which mountains are higher than {height} metres?", "List all mountains above {height} m.",
         "Name the mountains that are taller than {height} metres.", "What mountains have a height of more than {height} m?",

@@ -18,13 +18,13 @@ NUMBERS = {  # slot: (training values, test values); test values never stand in 
                (4_000_000, 6_000_000, 8_000_000, 12_000_000, 25_000_000, 40_000_000, 80_000_000, 150_000_000)),
     "area": ((10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000),
              (30_000, 250_000, 300_000, 400_000, 800_000, 1_500_000)),
-    "length": ((500, 800, 1000, 1500, 2000, 2500, 3000, 4000, 5000), (900, 1200, 1800, 2200, 3500, 4500)),
+    "length": ((500, 800, 1000, 1500, 2000, 2500, 3000, 4000, 5000), (900, 1200, 1800, 2200, 3500, 4200)),
     "height": ((1000, 2000, 2500, 3000, 4000, 4500, 5000, 6000, 7000, 8000), (3500, 5500, 6500, 7500)),
     "depth": ((50, 100, 150, 200, 300, 400, 500), (90, 120, 250, 350, 450)),
     "n": ((2, 3, 5, 7, 9, 10), (4, 6, 8, 12)),
     "n2": ((3, 5), (4, 6)),
-    "k": ((1, 3, 5, 7), (2, 4, 6)),
-    "k3": ((1, 3), (2, 4)),
+    "k": ((3, 5, 7), (2, 4, 6)),
+    "k3": ((3, 5), (2, 4)),
 }
 
 WORDS = {  # slot: (word in the question, text in the query); both sides share them
@@ -34,6 +34,13 @@ WORDS = {  # slot: (word in the question, text in the query); both sides share t
               ("languages", "languages")),
     "agg": (("average", "AVG"), ("maximum", "MAX"), ("minimum", "MIN")),
 }
+
+
+TURNS = (
+    (r"MAX\(", "MIN("), (r"MIN\(", "MAX("), (r"SUM\(", "AVG("), (r"AVG\(", "MAX("),
+    (r"(ORDER BY \S+) DESC", r"\1"), (r"(ORDER BY \S+)(?= LIMIT|$)", r"\1 DESC"),
+    (r" AND [\w.]+ [<>=] ('[^']*'|\d+)", ""), (r" HAVING .*", ""), (r"SELECT DISTINCT", "SELECT"),
+)
 
 
 def rank(*key: object) -> int:
@@ -56,12 +63,11 @@ def entities(side: str) -> dict[str, list[str]]:
         return sorted({value for value in values if value and "'" not in value and (value in held) == test})
 
     nations = set(held_out.COUNTRIES)
-    shores, flows = {}, {}
+    shores: dict[str, set[str]] = {}
     for lake, country in tables["shores"]:
         shores.setdefault(lake, set()).add(country)
-    for river, country in tables["flows"]:
-        flows.setdefault(river, set()).add(country)
     lakes = {lake for lake, around in shores.items() if around <= nations} | set(held_out.LAKES)
+    ranges = [row[3] for row in tables["mountains"]]
     cities = {city: country for city, country, *_ in tables["cities"]}
     return {
         "country": pick((row[0] for row in tables["countries"]), nations),
@@ -76,7 +82,7 @@ def entities(side: str) -> dict[str, list[str]]:
                          {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}),
         "rangemountain": pick((row[0] for row in tables["mountains"] if row[3]),
                               {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}),
-        "range": pick((row[3] for row in tables["mountains"]), held_out.RANGES),
+        "range": pick((name for name in ranges if ranges.count(name) > 1), held_out.RANGES),
         "lake": pick((row[0] for row in tables["lakes"]), lakes),
         "language": pick((row[1] for row in tables["languages"]), held_out.LANGUAGES),
     }
@@ -99,7 +105,16 @@ class Checker:
         found = self.answer(sql)
         again = self.shuffled.execute(sql).fetchall()
         again = again if "ORDER BY" in sql.upper() else sorted(again, key=repr)
-        return filled(found) and found == again
+        return filled(found) and found != [(0,)] and found == again
+
+    def telling(self, sql: str) -> bool:
+        """Whether the query's aggregate, order and conditions matter: turned round or left
+        out, the answer is another one. What fails here would reward a wrong query."""
+        for pattern, other in TURNS:
+            turned = re.sub(pattern, other, sql, count=1)
+            if turned != sql and self.answer(turned) == self.answer(sql):
+                return False
+        return True
 
 
 def filled(answer: list[tuple]) -> bool:
@@ -134,7 +149,8 @@ def fill(pattern: tuple, side: str, values: dict[str, list[str]], checker: Check
         question = wordings[attempt % len(wordings)].format(**said)
         question = question[0].upper() + question[1:]
         sql = sql_form.format(**written)
-        if question in taken or len(set(written.values())) < len(written) or not checker.sound(sql):
+        if question in taken or len(set(written.values())) < len(written) or not (
+                checker.sound(sql) and checker.telling(sql)):
             continue
         taken.add(question)
         made += 1

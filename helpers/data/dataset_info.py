@@ -8,7 +8,7 @@ Format: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,10 @@ def _entry(name: str, described: dict[str, Any], path: Path) -> Entry:
     if not file_name and not hub and not described.get("ms_hub_url") and not described.get("om_hub_url"):
         script = " (a script would have to run code, which data never does here)" if described.get("script_url") else ""
         raise TunebookError(f"Dataset {name!r} in {path} names no file_name and no hf_hub_url{script}.")
+    shape = _shape(formatting, columns, tags, bool(described.get("ranking")))
     return Entry(
         name=name,
-        shape=_shape(formatting, columns, tags, bool(described.get("ranking"))),
+        shape=replace(shape, exact=True),
         file=path.parent / file_name if file_name else None,
         hub=hub,
         subset=described.get("subset") or "",

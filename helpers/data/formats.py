@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference", "kto", "context_qa")
@@ -62,7 +62,7 @@ class Shape:
     role_tag: str = ""
     content_tag: str = ""
     unanswerable: str = UNANSWERABLE
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
 
     def columns(self) -> dict[str, str]:
         """Part → column, for the parts that have one."""

@@ -283,6 +283,21 @@ class Rejects:
             "Mend the rows, or raise `reject_limit` to go on without them."
         )
 
+    def check_rows_left(self, rows: Any, what: str) -> None:
+        """Stop when there is nothing to go on with. rows: anything with a length."""
+        if len(rows):
+            return
+        self.flush()
+        if self.invalid:
+            reason, count = self.invalid.most_common(1)[0]
+            first = self.first[reason]
+            raise TunebookError(f"No row of {what} can be used: {count:,} of {self.total_seen:,} have {reason} (first in {first['file']}, row {first['row']}: "
+                                f"{first['detail']}). Mend the file, or name its format and columns.")
+        if self.removed:
+            reason, count = self.removed.most_common(1)[0]
+            raise TunebookError(f"No row of {what} is left: {count:,} were removed for {reason!r}. Loosen that setting, or bring more data.")
+        raise TunebookError(f"{what} holds no rows; name a file that has some.")
+
     def flush(self) -> None:
         if self._file is not None:
             self._file.flush()

@@ -1,0 +1,291 @@
+"""Rows to token ids and the mask of what is trained, by the tokenizer's own template, each promise checked on each row.
+
+The mask is found by rendering prefixes: what the model will be given when it has to answer, `render(messages[:i],
+add_generation_prompt=True)`, must be a prefix of the row's rendering, and its tokens a prefix of the row's tokens. Then the
+trained part of a turn begins right after it and ends with the end of turn. A row that breaks this is rejected; where the
+template marks its own answers (`{% generation %}`), its marks are used instead.
+
+Only one text a row is tokenised. Special tokens cut a text before it is tokenised, so the tokens up to the last special
+token of the prefix are the same in both, and only the prefix's tail behind it ("assistant\\n") has to be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from helpers.data import template as templates
+from helpers.data.formats import RowError
+from helpers.data.rows import Rejects, Row
+from helpers.data.template import Template
+
+TRAIN_ON = ("last", "all", "everything")
+CALLS = ("auto", "reject")
+
+
+@dataclass
+class Encoded:
+    """One row as tokens. ids: (length,) int32; mask: (length,) int8, 1 = trained; turns: trained turns.
+
+    prompt: tokens before the first trained one. ends: positions of the end of turn of each trained turn.
+    """
+
+    row: Row
+    ids: Any
+    mask: Any
+    prompt: int
+    ends: list[int]
+
+
+@dataclass
+class ChatReport:
+    """What rendering showed: rows in and out, trained tokens, and what the template did to the content."""
+
+    seen: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained: int = 0
+    turns: int = 0
+    notes: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def note(self, what: str, example: str = "") -> None:
+        self.notes[what] += 1
+        self.examples.setdefault(what, example[:300])
+
+    def as_dict(self) -> dict:
+        return {"seen": self.seen, "kept": self.kept, "tokens": self.tokens, "trained_tokens": self.trained, "trained_turns": self.turns,
+                "trained_share": self.trained / self.tokens if self.tokens else 0.0, "notes": dict(self.notes), "examples": self.examples}
+
+
+class Encoder:
+    """Encodes batches of rows with one template. train_on: "last" turn, "all" assistant turns, or "everything"."""
+
+    def __init__(self, template: Template, train_on: str = "last", rejects: Rejects | None = None):
+        self.template, self.train_on = template, train_on
+        self.rejects = rejects or Rejects()
+        self.report = ChatReport()
+        self._backend = template.tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._tails: dict[str, list[int]] = {}
+
+    def encode(self, rows: Iterable[list[Row]]) -> Iterator[list[Encoded]]:
+        """Batches of sft, kto and text rows as tokens; what breaks the contract is rejected with file, row and reason."""
+        for batch in rows:
+            self.report.seen += len(batch)
+            chats, broken = self._chats([row for row in batch if row["kind"] != "text"])
+            done = self._texts([row for row in batch if row["kind"] == "text"]) + chats
+            for row, error in broken:
+                self._reject(row, error)
+            self.report.kept += len(done)
+            for one in done:
+                self.report.tokens += len(one.ids)
+                self.report.trained += int(one.mask.sum())
+                self.report.turns += len(one.ends)
+            yield done
+
+    def pairs(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Encoded, Encoded]]]:
+        """Preference rows as (row, chosen, rejected); both share the prompt, and each ends with its one end of turn."""
+        for batch in rows:
+            self.report.seen += len(batch)
+            sides = [self._chats([{**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch])
+                     for side in ("chosen", "rejected")]
+            whole = [{one.row["id"]: one for one in encoded} for encoded, _ in sides]
+            errors = {row["id"]: error for _, broken in sides for row, error in broken}
+            done = []
+            for row in batch:
+                chosen, rejected = (side.get(row["id"]) for side in whole)
+                if row["id"] in errors:
+                    self._reject(row, errors[row["id"]])
+                elif list(chosen.ids[: chosen.prompt]) != list(rejected.ids[: rejected.prompt]):
+                    self._reject(row, RowError("prompts differ", "the template writes another prompt for the chosen than for the rejected answer"))
+                else:
+                    done.append((row, chosen, rejected))
+            self.report.kept += len(done)
+            yield done
+
+    # ------------------------------------------------------------ one batch
+
+    def _texts(self, rows: list[Row]) -> list[Encoded]:
+        """Plain text: the tokenizer's own beginning, every token trained, the end of sequence behind it."""
+        import numpy as np
+
+        if not rows:
+            return []
+        tokenizer = self.template.tokenizer
+        done = []
+        for row, encoding in zip(rows, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in rows], add_special_tokens=True), strict=True):
+            ids = encoding.ids
+            if found := self.template.special_text.search(row["messages"][0]["content"]):
+                self._reject(row, RowError("special token in text", f"the text holds {found.group()!r}, which the tokenizer reads as a control token"))
+                continue
+            if not ids or ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, tokenizer.eos_token_id]
+            done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, [len(ids) - 1]))
+        return done
+
+    def _chats(self, rows: list[Row]) -> tuple[list[Encoded], list[tuple[Row, RowError]]]:
+        """Conversations as tokens, and those that break the contract with what they break."""
+        ready, broken, done = [], [], []
+        for row in rows:
+            try:
+                ready.append(self._prepared(row))
+            except RowError as error:
+                broken.append((row, error))
+        fulls = templates.render(self.template, [(row["messages"], row.get("tools")) for row in ready])
+        prefixes = self._prefixes(ready)
+        encodings = self._backend.encode_batch_fast([full if isinstance(full, str) else "" for full in fulls], add_special_tokens=False)
+        for row, full, prefix, encoding in zip(ready, fulls, prefixes, encodings, strict=True):
+            try:
+                if isinstance(full, RowError):
+                    raise full
+                done.append(self._masked(row, full, prefix, encoding.ids))
+            except RowError as error:
+                broken.append((row, error))
+        return done, broken
+
+    def _prepared(self, row: Row) -> Row:
+        """The row with its tool turns as this template can show them. Raises RowError for control tokens in its text."""
+        template = self.template
+        special = template.special_text.search
+        for message in row["messages"]:
+            if message["content"] and (found := special(message["content"])):
+                raise RowError("special token in text", f"a {message['role']} turn holds {found.group()!r}, which the tokenizer reads as a control token")
+        tools, messages = row.get("tools"), row["messages"]
+        if tools and special(tools):
+            raise RowError("special token in text", f"the tools hold {special(tools).group()!r}, which the tokenizer reads as a control token")
+        if tools and not template.shows_tools:
+            self.report.note("tool list written into the system message, as the template shows none", tools)
+            messages = _with_system(messages, tools)
+            tools = None
+        if any(message.get("tool_calls") for message in messages) and not template.shows_tool_calls:
+            self.report.note("tool calls written as JSON text, as the template shows none")
+            messages = [_spelt_out(message) for message in messages]
+        if not template.shows_tool_results and any(message["role"] == "tool" for message in messages):
+            self.report.note("tool results written as user turns, as the template shows none")
+            messages = [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
+        if messages is row["messages"] and tools == row.get("tools"):
+            return row
+        return {**row, "messages": messages, "tools": tools}
+
+    def _trained_turns(self, row: Row) -> list[int]:
+        turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i >= row.get("first", 0)]
+        return turns[-1:] if self.train_on == "last" and "first" not in row else turns
+
+    def _prefixes(self, rows: list[Row]) -> list[list[str | RowError]]:
+        """For each row what the model is given before each trained turn."""
+        wanted = [(number, turn) for number, row in enumerate(rows) for turn in self._trained_turns(row)]
+        rendered = templates.render(self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in wanted], generation=True)
+        result: list[list[str | RowError]] = [[] for _ in rows]
+        for (number, _), text in zip(wanted, rendered, strict=True):
+            result[number].append(text)
+        return result
+
+    def _masked(self, row: Row, full: str, prefixes: list[str | RowError], token_ids: list[int]) -> Encoded:
+        """Mask the prompt, keep each trained turn with its end. Raises RowError when the template breaks the contract."""
+        import numpy as np
+
+        template = self.template
+        ids = np.array(token_ids, np.int32)
+        mask = np.zeros(len(ids), np.int8)
+        starts = np.isin(ids, self._special_array())
+        specials = np.flatnonzero(starts)
+        ends_at = specials[np.isin(ids[specials], template.end_ids)]
+        if template.tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == template.tokenizer.bos_token_id:
+            raise RowError("two beginnings", "the template and the text both begin the sequence")
+        spans: list[tuple[int, int]] = []
+        turns = self._trained_turns(row)
+        for turn, prefix in zip(turns, prefixes, strict=True):
+            if isinstance(prefix, RowError):
+                raise prefix
+            if not full.startswith(prefix):
+                if template.has_markers:
+                    return self._by_markers(row, ids)
+                raise RowError("template is no prefix", f"what the model is given before turn {turn + 1} is not how the whole row begins; train_on='last' may help")
+            begin = self._boundary(prefix, token_ids, specials)
+            after = ends_at[np.searchsorted(ends_at, begin):]
+            if begin >= len(ids) or not len(after):
+                raise RowError("no end of turn", f"turn {turn + 1} has no {template.end_text} in its labels")
+            spans.append((begin, int(after[0]) + 1))
+            content = row["messages"][turn]["content"].strip()
+            if content and content not in full[len(prefix):]:
+                self.report.note("the template changed an answer", content)
+        for begin, end in spans:
+            mask[begin:end] = 1
+        if self.train_on == "everything":
+            mask[:] = 1
+        return Encoded(row, ids, mask, spans[0][0], [end - 1 for _, end in spans])
+
+    def _boundary(self, prefix: str, ids: list[int], specials: Any) -> int:
+        """How many tokens of the row the prefix is. Raises RowError when its tokens are not the row's first tokens."""
+        found = list(self.template.special_text.finditer(prefix))
+        begin, tail = 0, prefix
+        if 0 < len(found) <= len(specials):
+            begin, tail = int(specials[len(found) - 1]), prefix[found[-1].start():]
+        known = self._tails.get(tail)
+        if known is None:
+            known = self._backend.encode(tail, add_special_tokens=False).ids
+            if len(self._tails) < 10_000:
+                self._tails[tail] = known
+        if ids[begin : begin + len(known)] != known:
+            raise RowError("answer runs into the prompt", "the first token of the answer joins the last of the prompt, often because the answer begins with white space")
+        return begin + len(known)
+
+    def _by_markers(self, row: Row, ids: Any) -> Encoded:
+        """The template's own `{% generation %}` marks, for templates that write earlier turns otherwise than the last."""
+        import numpy as np
+
+        tools = json.loads(row["tools"]) if row.get("tools") else None
+        with templates.guarded(templates.PROBE_SECONDS):
+            marked = self.template.tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        mask = np.array(marked["assistant_masks"], np.int8)
+        if len(mask) != len(ids) or not mask.any():
+            raise RowError("template is no prefix", "the template's marks do not fit its rendering")
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
+        spans = list(zip(edges[::2], edges[1::2], strict=True))
+        if self.train_on == "last":
+            spans = spans[-1:]
+        mask = np.zeros(len(ids), np.int8)
+        ends = []
+        for begin, end in spans:
+            if ids[end - 1] not in self.template.end_ids and end < len(ids) and ids[end] in self.template.end_ids:
+                end += 1
+            held = np.flatnonzero(np.isin(ids[begin:end], self.template.end_ids))
+            if not len(held):
+                raise RowError("no end of turn", f"the template's marks leave {self.template.end_text} out of the labels")
+            mask[begin : begin + held[-1] + 1] = 1
+            ends.append(int(begin + held[-1]))
+        if self.train_on == "everything":
+            mask[:] = 1
+        self.report.note("masked by the template's own marks")
+        return Encoded(row, ids, mask, int(spans[0][0]), ends)
+
+    def _special_array(self) -> Any:
+        import numpy as np
+
+        if not hasattr(self, "_specials"):
+            self._specials = np.array(sorted(self.template.special_ids), np.int32)
+        return self._specials
+
+    def _reject(self, row: Row, error: RowError) -> None:
+        self.rejects.add(row["file"], row["row"], error.reason, error.detail, step="chat template")
+
+
+def _with_system(messages: list[dict], text: str) -> list[dict]:
+    """The data's own tool list in the system message, where the template has no place for it."""
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _spelt_out(message: dict) -> dict:
+    if not message.get("tool_calls"):
+        return message
+    calls = [call["function"] for call in message["tool_calls"]]
+    text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**kept, "content": "\n".join(filter(None, [message["content"], text]))}

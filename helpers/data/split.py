@@ -1,0 +1,91 @@
+"""Splits by content: where a row lands depends on the row alone, so it lands there again next year and in every other job.
+
+A key (the row's id, or its group: the value of a column that the user names) is hashed to a number between 0 and 1; the test split
+takes the lowest, the eval split the highest, training what lies between. Near-duplicates share one key:
+that of a group among them, else the smallest id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from helpers.data.rows import Row, Table
+from helpers.errors import TunebookError
+
+SPLITS = ("train", "eval", "test")
+
+
+def position(key: str) -> float:
+    """A key's place in [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"split:{key}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+
+
+def split_of(key: str, eval_share: float, test_share: float) -> str:
+    place = position(key)
+    return "test" if place < test_share else "eval" if place >= 1 - eval_share else "train"
+
+
+class Groups:
+    """Sets of keys that must not be parted, joined pair by pair; `key` names a set by the smallest key in it."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parent
+
+    def key(self, name: str) -> str:
+        root = name
+        while (above := self._parent.get(root, root)) != root:
+            root = above
+        while (above := self._parent.get(name, name)) != root:
+            self._parent[name], name = root, above
+        return root
+
+    def join(self, one: str, other: str) -> None:
+        one, other = sorted((self.key(one), self.key(other)))
+        if one != other:
+            self._parent[other] = one
+        self._parent.setdefault(one, one)
+        self._parent.setdefault(other, one)
+
+
+def split(rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float = 0.0, group_by: str = "",
+          together: Iterable[tuple[str, str]] = ()) -> dict[str, Table]:
+    """Tables of train, eval and test rows.
+
+    group_by: a column whose equal values stay together (looked up in the row's other columns, or "source", "file").
+    together: pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column that no row has.
+    """
+    table = rows if isinstance(rows, Table) else Table.collect(rows)
+    groups = Groups()
+    for one, other in together:
+        groups.join(one, other)
+    if group_by:
+        found = 0
+        for row in table.rows():
+            value = group_value(row, group_by)
+            found += value is not None
+            if value is not None and row["id"] in groups:
+                groups.join(row["id"], value)
+        if not found and len(table):
+            columns = sorted(next(table.rows())["meta"])
+            raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {', '.join(columns) or 'none'}.")
+    tables = {name: Table() for name in SPLITS}
+    for batch in table:
+        parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
+        for row in batch:
+            key = row["id"] if row["id"] in groups else group_value(row, group_by) or row["id"]
+            parts[split_of(groups.key(key), eval_share, test_share)].append(row)
+        for name, part in parts.items():
+            tables[name].append(part)
+    return {name: part.close() for name, part in tables.items()}
+
+
+def group_value(row: Mapping[str, Any], column: str) -> str | None:
+    """The row's group as a key that sorts before every id, so that a group keeps its place whatever rows join it."""
+    value = row["meta"].get(column, row.get(column) if column in ("source", "file") else None) if column else None
+    return None if value is None else " " + json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)

@@ -56,8 +56,8 @@ FAMILIES = {
     "gemma 3": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set brief = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
         "{% set brief = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<start_of_turn>"
-        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ brief if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n"
-        "{% endif %}", "<bos>", True),
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ brief if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "<bos>", True),
     "phi 3": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}", None, False),
     "phi 4": ("{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"

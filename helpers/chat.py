@@ -1,0 +1,145 @@
+"""A small chat in the notebook with one served model, or with two side by side (base and tuned).
+
+    chat.show(serve.start("myrun"))
+    chat.show({"base": serve.start(base_gguf), "tuned": serve.start("myrun")}, system="You write SQL.")
+
+Only what ipywidgets 7.7 and 8 share is used. Answers stream in; what a model writes is text, never markup.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from helpers import serve
+
+REDRAW_S = 0.1  # a widget message per token would flood the notebook's connection
+BUBBLE = ("margin:4px 0;padding:6px 10px;border-radius:8px;border:1px solid rgba(128,128,128,.35);white-space:pre-wrap;"
+          "overflow-wrap:anywhere;line-height:1.4")
+
+
+class Column:
+    """One model's side of the conversation. messages: what was said so far, without the system prompt."""
+
+    def __init__(self, name: str, server: Any):
+        import ipywidgets as w
+        self.name, self.server = name, server
+        self.messages: list[dict[str, str]] = []
+        self.note = ""
+        self.box = w.HTML(layout=w.Layout(width="100%"))
+        self.draw()
+
+    def ask(self, question: str, system: str, temperature: float, max_tokens: int, stop: threading.Event) -> None:
+        """Send the conversation with `question` and stream the answer into the box until it ends or `stop` is set."""
+        self.messages.append({"role": "user", "content": question})
+        answer = {"role": "assistant", "content": ""}
+        sent = ([{"role": "system", "content": system}] if system.strip() else []) + list(self.messages)
+        self.messages.append(answer)
+        self.note, began, drawn, pieces = "…", time.monotonic(), 0.0, 0
+        try:
+            stream = serve.client(self.server).chat.completions.create(
+                model=self.name, messages=sent, temperature=temperature, max_tokens=max_tokens, stream=True)
+            with stream:
+                for event in stream:
+                    if stop.is_set():
+                        self.note = "stopped"
+                        return
+                    if not event.choices:
+                        continue
+                    piece = event.choices[0].delta.content or ""
+                    answer["content"] += piece
+                    pieces += bool(piece)
+                    if time.monotonic() - drawn > REDRAW_S:
+                        drawn = time.monotonic()
+                        self.draw()
+                    if event.choices[0].finish_reason == "length":
+                        self.note = f"cut off at {max_tokens} tokens"
+            if self.note == "…":
+                seconds = time.monotonic() - began
+                self.note = f"{pieces} tokens, {pieces / max(seconds, 1e-6):.0f} a second"
+        except Exception as error:  # whatever the network or the server does belongs in this box, and the other column goes on
+            self.note = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        finally:
+            if not answer["content"]:
+                self.messages.pop()
+            self.draw()
+
+    def clear(self) -> None:
+        self.messages.clear()
+        self.note = ""
+        self.draw()
+
+    def draw(self) -> None:
+        turns = "".join(
+            f'<div style="{BUBBLE};{"background:rgba(80,130,240,.13);margin-left:12%" if m["role"] == "user" else "margin-right:12%"}">'
+            f'{html.escape(m["content"])}</div>' for m in self.messages)
+        self.box.value = (f'<div style="font-weight:600">{html.escape(self.name)}</div><div style="max-height:26em;overflow-y:auto">{turns}</div>'
+                          f'<div style="opacity:.7;font-size:90%">{html.escape(self.note)}</div>')
+
+
+class Chat:
+    """The widgets and their buttons. `view` is what a notebook displays; `send`, `stop` and `wait` do what the buttons do."""
+
+    def __init__(self, servers: Mapping[str, Any], system: str = "", temperature: float = 0.0, max_tokens: int = 256):
+        import ipywidgets as w
+        self.columns = [Column(name, server) for name, server in servers.items()]
+        self._stop, self._threads = threading.Event(), []
+        wide = w.Layout(width="100%")
+        self.system = w.Textarea(value=system, placeholder="System prompt (empty: the model's own)", layout=wide, rows=2)
+        self.question = w.Textarea(placeholder="Ask something", layout=wide, rows=2)
+        self.temperature = w.FloatSlider(value=temperature, min=0.0, max=2.0, step=0.1, description="temperature")
+        self.max_tokens = w.IntSlider(value=max_tokens, min=16, max=2048, step=16, description="max tokens")
+        buttons = {"Send": self._on_send, "Stop": self.stop, "Clear": self.clear}
+        self.buttons = {name: w.Button(description=name, button_style="primary" if name == "Send" else "") for name in buttons}
+        for name, action in buttons.items():
+            self.buttons[name].on_click(lambda _, action=action: action())
+        self.view = w.VBox([
+            self.system, w.HBox([c.box for c in self.columns], layout=w.Layout(width="100%")), self.question,
+            w.HBox([*self.buttons.values(), self.temperature, self.max_tokens], layout=w.Layout(flex_flow="row wrap"))], layout=wide)
+
+    def _on_send(self) -> None:
+        if self.question.value.strip() and not self.busy():
+            question, self.question.value = self.question.value, ""
+            self.send(question)
+
+    def send(self, question: str) -> None:
+        """Ask every model at once; returns at once."""
+        self.stop()
+        self.wait()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=c.ask, daemon=True, args=(question, self.system.value, self.temperature.value,
+                                                                           self.max_tokens.value, self._stop)) for c in self.columns]
+        for thread in self._threads:
+            thread.start()
+
+    def busy(self) -> bool:
+        return any(t.is_alive() for t in self._threads)
+
+    def stop(self) -> None:
+        """Stop the answers that are being written; what is there stays."""
+        self._stop.set()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when every answer has ended."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def clear(self) -> None:
+        self.stop()
+        self.wait(5)
+        for column in self.columns:
+            column.clear()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+        display(self.view)
+
+
+def show(servers: Any, system: str = "", temperature: float = 0.0, max_tokens: int = 256) -> Chat:
+    """A chat with one server (or OpenAI-compatible URL), or with several side by side: {"base": server, "tuned": server}."""
+    if not isinstance(servers, Mapping):
+        servers = {getattr(getattr(servers, "path", None), "stem", "model"): servers}
+    return Chat(servers, system, temperature, max_tokens)

@@ -1,0 +1,107 @@
+"""Claims about the notebook chat, on real ipywidgets and a real llama.cpp server."""
+
+import http.server
+import threading
+import time
+from typing import ClassVar
+
+import pytest
+
+from helpers import chat, serve
+
+
+@pytest.fixture(scope="module")
+def server():
+    from helpers.model import offline
+    yield serve.start(offline.wheel_gguf(), context=1024, parallel=2)
+    serve.stop_all()
+
+
+def test_two_models_answer_side_by_side_and_remember_the_conversation(server):
+    talk = chat.show({"base": server, "tuned": server}, max_tokens=16)
+    talk.question.value = "Name a colour."
+    talk.buttons["Send"].click()
+    talk.wait(120)
+    talk.send("Another one?")
+    talk.wait(120)
+    for column in talk.columns:
+        assert [m["role"] for m in column.messages] == ["user", "assistant"] * 2
+        assert column.messages[1]["content"] in column.box.value.replace("&#x27;", "'").replace("&quot;", '"')
+        assert "tokens" in column.note
+    assert talk.question.value == ""
+    talk.buttons["Clear"].click()
+    assert all(not c.messages for c in talk.columns)
+
+
+def test_stop_ends_an_answer_early_and_keeps_what_is_there(server):
+    talk = chat.show(server, max_tokens=1000)
+    talk.send("Count from one to one thousand, one number a line.")
+    column = talk.columns[0]
+    for _ in range(600):
+        if len(column.messages) > 1 and column.messages[1]["content"]:
+            break
+        time.sleep(0.05)
+    talk.buttons["Stop"].click()
+    talk.wait(60)
+    assert column.note == "stopped" and column.messages[1]["content"] and not talk.busy()
+
+
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """A model that answers with markup and writes down what it was asked."""
+
+    asked: ClassVar[list] = []
+
+    def do_POST(self):
+        import json
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for piece in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>\x07"):
+            event = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m",
+                     "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_):
+        return
+
+
+@pytest.fixture
+def recorder():
+    Recorder.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as endpoint:
+        threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{endpoint.server_port}/v1"
+        endpoint.shutdown()
+
+
+def test_markup_in_an_answer_is_shown_and_never_run(recorder):
+    talk = chat.show({"<b>m</b>": recorder}, system="You write SQL.", temperature=0.5)
+    talk.send("<i>hi</i>")
+    talk.wait(30)
+    html = talk.columns[0].box.value
+    assert "&lt;script&gt;alert(1)" in html and "&lt;img src=x" in html and "&lt;i&gt;hi" in html and "&lt;b&gt;m" in html
+    assert "<script" not in html and "<img" not in html and "<i>" not in html
+    assert Recorder.asked[0]["messages"][0] == {"role": "system", "content": "You write SQL."}
+    assert Recorder.asked[0]["temperature"] == 0.5 and Recorder.asked[0]["stream"] is True
+
+
+def test_one_model_that_fails_does_not_silence_the_other(recorder):
+    talk = chat.show({"gone": "http://127.0.0.1:9/v1", "here": recorder})
+    talk.send("hi")
+    talk.wait(60)
+    gone, here = talk.columns
+    assert gone.note.startswith("no answer") and [m["role"] for m in gone.messages] == ["user"]
+    assert here.messages[1]["content"].startswith("<script>")
+
+
+def test_only_widgets_that_both_ipywidgets_share_are_used(server):
+    shared = {"VBox", "HBox", "HTML", "Textarea", "Button", "FloatSlider", "IntSlider"}
+    seen, open_ = set(), [chat.show(server).view]
+    while open_:
+        widget = open_.pop()
+        seen.add(type(widget).__name__)
+        open_ += getattr(widget, "children", ())
+    assert seen <= shared

@@ -50,7 +50,7 @@ def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNod
     notebook.cells[2].source = params.cell(stage)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"{stage}-{number:02d}"
-        cell.metadata = nbformat.from_dict({"tags": ["parameters"]} if number == 2 else {"cellView": "form"} if number == 1 else {})
+        cell.metadata = nbformat.from_dict({"tags": ["parameters"]} if number == 2 else {"cellView": "form", "jupyter": {"source_hidden": True}} if number == 1 else {})
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     notebook.metadata = nbformat.from_dict({

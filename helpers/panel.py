@@ -55,8 +55,9 @@ def row(param: Param, params: Params, message: Any) -> Any:
             control.value = getattr(params, param.name)
 
     control.observe(changed, names="value")
-    meaning = w.HTML(f"<span style='opacity:.75'>{html.escape(param.help)}{html.escape(f' ({param.unit})' if param.unit else '')}</span>")
-    return w.HBox([control, meaning], layout=w.Layout(flex_flow="row wrap", align_items="center"))
+    meaning = w.HTML(f"<span style='opacity:.75; line-height:1.3; display:inline-block'>{html.escape(param.help)}{html.escape(f' ({param.unit})' if param.unit else '')}</span>",
+                     layout=w.Layout(flex="1 1 12em", min_width="12em"))
+    return w.HBox([control, meaning], layout=w.Layout(align_items="center", margin="1px 0"))
 
 
 def widget(param: Param, value: Any) -> Any:
@@ -72,7 +73,7 @@ def widget(param: Param, value: Any) -> Any:
                                 readout_format=".1e", continuous_update=False)
     if isinstance(param.default, float):
         if bounded and param.step:
-            return w.FloatSlider(value=value, min=param.low, max=param.high, step=param.step, readout_format="g", continuous_update=False)
+            return w.FloatSlider(value=value, min=param.low, max=param.high, step=param.step, readout_format=".3g", continuous_update=False)
         return w.BoundedFloatText(value=value, min=_or(param.low, -1e30), max=_or(param.high, 1e30))
     if isinstance(param.default, int):
         if bounded and param.step:

@@ -66,7 +66,7 @@ def build(folder: Path) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
     (folder / "dataset_info.json").write_text(json.dumps(card.INFO, indent=2) + "\n", encoding="utf-8", newline="\n")
-    (folder / "README.md").write_text(card.render(train, test, pairs, HERE), encoding="utf-8", newline="\n")
+    (folder / "README.md").write_text(card.render(train, test, pairs, checker, len(PATTERNS)), encoding="utf-8", newline="\n")
 
 
 def main() -> int:

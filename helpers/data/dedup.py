@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from helpers.data.rows import Row, StepReport, Table, text_of
-from helpers.data.shingles import SeenHashes, mix, shingles
+from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
@@ -136,9 +136,8 @@ class NearIndex:
         short = (flat >> np.uint64(32)).astype(np.uint32)
         self._sizes.extend(np.diff(offsets).astype(np.int32).tolist())
         self._shingles.write(short.data)
-        scopes: dict[str, int] = {}
-        scope_ids = np.array([scopes.setdefault(scope, _scope_hash(scope) if scope not in scopes else 0) for scope, _, _ in parts], np.uint64)
-        keys = _band_keys(short, offsets[::2]) ^ scope_ids
+        scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
+        keys = _band_keys(short, offsets[::2]) ^ np.array([scopes[scope] for scope, _, _ in parts], np.uint64)
         for file, band in zip(self._bands, keys, strict=True):
             file.write(band.data)
         self.rows += len(parts)
@@ -259,9 +258,3 @@ def _candidates(keys: np.ndarray) -> Iterator[tuple[int, int]]:
     firsts = order[begins[np.searchsorted(begins, same, "right") - 1]]
     yield from zip(firsts.tolist(), order[same].tolist(), strict=True)
     yield from zip(order[same - 1].tolist(), order[same].tolist(), strict=True)
-
-
-def _scope_hash(scope: str) -> int:
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(scope.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") if scope.strip() else 0

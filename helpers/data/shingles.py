@@ -12,6 +12,7 @@ so every step is one pass of numpy over the characters of the batch.
 from __future__ import annotations
 
 import functools
+import hashlib
 import unicodedata
 from collections.abc import Iterator
 
@@ -123,6 +124,11 @@ def mix(hashes: np.ndarray) -> np.ndarray:
         hashes *= np.uint64(0x94D049BB133111EB)
         hashes ^= hashes >> np.uint64(31)
     return hashes
+
+
+def text_hash(text: str) -> int:
+    """64 bits that name a text, white space and all."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 class SeenHashes:

@@ -1,0 +1,298 @@
+"""Answers of a Hugging Face model to many prompts: length-sorted batches, shared prefixes read once, finished rows let go.
+
+`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.runtime` and `helpers.evaluate.endpoint` give
+the same three methods for GGUF files and for servers: `encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from helpers.errors import TunebookError
+
+# 64 rows decode at about the same cost a step as 32 on 2 cores (AVX-512 BF16), and long batches wait for their longest row.
+ROWS = 64
+SCORE_BYTES = 256 << 20  # attention scores of one layer while a batch of prompts is read
+MIN_SHARED = 16          # tokens; below this a prefix is not worth a batch of its own
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn. temperature 0 is greedy; `seed` matters above 0 only; max_new_tokens counts the end of turn."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 17
+
+    def key(self) -> dict[str, Any]:
+        """What the answers depend on, for the cache: a greedy answer has no seed."""
+        return asdict(self) if self.temperature > 0 else {"max_new_tokens": self.max_new_tokens, "temperature": 0.0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens and outer blanks; tokens: how many were generated; stopped: ended its turn by itself;
+    failed: why there is no answer (endpoints), else ""."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    failed: str = ""
+
+
+class HfModel:
+    """A transformers causal model with its tokenizer.
+
+    Fast decoding is used where `shared_prefix.supports` the architecture and the first prompt's logits agree with the
+    plain forward pass; else transformers' own `generate`. `self.path_note` says which and why.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any):
+        from helpers.evaluate import shared_prefix
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.stops = end_ids(model, tokenizer)
+        self.fast = shared_prefix.supports(model)
+        self.path_note = "shared-prefix decoding" if self.fast else f"transformers.generate ({model.config.model_type} attention is not plain)"
+        self._checked = False
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation, rendered by the tokenizer's own template with the generation prompt."""
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding = Decoding(),
+                 done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+        """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""
+        import torch
+        self._room(prompts, decoding)
+        answers: list[Answer | None] = [None] * len(prompts)
+
+        def finish(index: int, ids: list[int], stopped: bool) -> None:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[index] = Answer(text, len(ids) + stopped, stopped)
+            if done:
+                done(index, answers[index])
+
+        with torch.inference_mode():
+            if self.fast and not self._checked and prompts:
+                self._check(prompts[0])
+            if self.fast:
+                self._generate_fast(prompts, decoding, finish)
+            else:
+                self._generate_plain(prompts, decoding, finish)
+        return answers
+
+    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """For each (prompt ids, completion ids) the natural log-probability of every completion token, in order."""
+        import torch
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        found: list[list[float]] = [[] for _ in pairs]
+        with torch.inference_mode():
+            for batch in _chunks(order, lambda i: len(pairs[i][0]) + len(pairs[i][1]), 2048):
+                rows = [list(pairs[i][0]) + list(pairs[i][1]) for i in batch]
+                ids, mask = self._pad(rows)
+                start = max(min(len(pairs[i][0]) for i in batch) - 1, 0)
+                keep = torch.arange(start, ids.shape[1], device=ids.device)
+                logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+                for row, i in enumerate(batch):
+                    first, size = len(pairs[i][0]), len(pairs[i][1])
+                    here = logits[row, first - 1 - start:first - 1 - start + size].float().log_softmax(-1)
+                    target = ids[row, first:first + size]
+                    found[i] = here.gather(-1, target[:, None])[:, 0].tolist()
+        return found
+
+    # ------------------------------------------------------------ the fast path
+
+    def _generate_fast(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
+        from helpers.evaluate import shared_prefix
+        for shared, members in groups(prompts):
+            with shared_prefix.decoding(self.model) as state:
+                if shared:
+                    prefix = self._tensor([list(prompts[members[0]][:shared])])
+                    self.model(input_ids=prefix, use_cache=False, logits_to_keep=1)
+                members = sorted(members, key=lambda i: -len(prompts[i]))
+                heads = self.model.config.get_text_config().num_attention_heads
+                for batch in _batches(members, lambda i: len(prompts[i]) - shared, shared, heads):
+                    self._decode(state, [list(prompts[i][shared:]) for i in batch], [len(prompts[i]) for i in batch],
+                                 Draws(decoding, [prompts[i] for i in batch]), lambda row, *a: finish(batch[row], *a), shared)
+
+    def _decode(self, state: Any, tails: list[list[int]], lengths: list[int], draws: Draws, finish: Callable, shared: int) -> None:
+        """One batch: read the tails (rows, longest tail), then a token a row at a time until every row has ended."""
+        import torch
+        limit = draws.decoding.max_new_tokens
+        ids, mask = self._pad(tails)
+        rows, width = ids.shape
+        state.phase, state.used, state.capacity, state.suffix = "prompt", 0, width + limit, {}
+        state.allowed = torch.ones(rows, width + limit, dtype=torch.bool, device=ids.device)
+        state.allowed[:, :width] = mask.bool()
+        lasts = torch.tensor([len(t) - 1 for t in tails], device=ids.device)
+        keep, where = torch.unique(lasts, return_inverse=True)
+        positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
+        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        logits = logits[torch.arange(rows, device=ids.device), where]
+        state.phase, state.used = "answer", width
+        alive, written = list(range(rows)), [[] for _ in range(rows)]
+        position = torch.tensor(lengths, device=ids.device)
+        for step in range(limit):
+            tokens = draws.pick(logits, alive, step)
+            stay = []
+            for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
+                if token in self.stops:
+                    finish(row, written[row], True)
+                    continue
+                written[row].append(token)
+                if step + 1 == limit:
+                    finish(row, written[row], False)
+                else:
+                    stay.append(place)
+            if not stay:
+                return
+            if len(stay) < len(alive):
+                index = torch.tensor(stay, device=ids.device)
+                state.keep(index)
+                tokens, position, alive = tokens[index], position[index], [alive[p] for p in stay]
+            logits = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False).logits[:, -1]
+            state.used += 1
+            position = position + 1
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        """Hold the fast path's logits for one prompt against the plain forward pass; disagreement turns it off, aloud."""
+        import torch
+        from helpers.evaluate import shared_prefix
+        self._checked = True
+        ids, half = self._tensor([list(prompt)]), len(prompt) // 2
+        plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        with shared_prefix.decoding(self.model) as state:
+            if half:
+                self.model(input_ids=ids[:, :half], use_cache=False, logits_to_keep=1)
+            state.phase, state.capacity = "prompt", len(prompt) - half
+            state.allowed = torch.ones(1, state.capacity, dtype=torch.bool, device=ids.device)
+            positions = torch.arange(half, len(prompt), device=ids.device)[None]
+            fast = self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        kl = torch.nn.functional.kl_div(fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum").item()
+        if not kl < 0.02:  # rounding in bf16 stays below 0.005
+            self.fast, self.path_note = False, f"transformers.generate (shared-prefix logits differ, KL {kl:.3g})"
+            print(f"Decoding through {self.path_note}")
+
+    # ------------------------------------------------------------ the plain path
+
+    def _generate_plain(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
+        import torch
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        options = {"do_sample": False} if decoding.temperature == 0 else {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+        pad = self._pad_id()
+        for batch in _chunks(order, lambda i: len(prompts[i]) + decoding.max_new_tokens, 16384):
+            width = max(len(prompts[i]) for i in batch)
+            ids = self._tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
+            mask = self._tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            torch.manual_seed(decoding.seed)
+            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, pad_token_id=pad,
+                                      eos_token_id=sorted(self.stops), **options)
+            for row, i in enumerate(batch):
+                new = out[row, width:].tolist()
+                end = next((n for n, token in enumerate(new) if token in self.stops), None)
+                finish(i, new[:end] if end is not None else new, end is not None)
+
+    # ------------------------------------------------------------ small parts
+
+    def _room(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
+        if limit and longest > limit:
+            raise TunebookError(f"The longest question with its answer takes {longest} tokens, the model reads {limit}; "
+                                "shorten the prompts or lower max_new_tokens.")
+        if any(len(p) == 0 for p in prompts):
+            raise TunebookError("A prompt has no tokens; every question needs some text.")
+
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.stops)
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple:
+        width, pad = max(map(len, rows)), self._pad_id()
+        ids = self._tensor([list(r) + [pad] * (width - len(r)) for r in rows])
+        return ids, self._tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+
+    def _tensor(self, rows: list[list[int]]) -> Any:
+        import torch
+        return torch.tensor(rows, dtype=torch.long, device=self.model.device)
+
+
+class Draws:
+    """Chooses tokens: the most likely one, or a seeded draw that depends on the prompt and not on its neighbours in the batch."""
+
+    def __init__(self, decoding: Decoding, prompts: Sequence[Sequence[int]]):
+        self.decoding, self.uniform = decoding, None
+        if decoding.temperature > 0:
+            import numpy as np
+            self.uniform = np.stack([np.random.default_rng([decoding.seed, zlib.crc32(repr(list(p)).encode())]).random(decoding.max_new_tokens)
+                                     for p in prompts])
+
+    def pick(self, logits: Any, rows: list[int], step: int) -> Any:
+        """logits: (rows, vocab) → token ids (rows,)."""
+        import torch
+        if self.uniform is None:
+            return logits.argmax(-1)
+        total = torch.softmax(logits.float() / self.decoding.temperature, -1).double().cumsum(-1)
+        draw = torch.tensor(self.uniform[rows, step], device=logits.device)[:, None] * total[:, -1:]
+        return torch.searchsorted(total, draw).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token id that ends an answer: the generation config's, the tokenizer's, and the chat template's end of turn."""
+    listed = getattr(model.generation_config, "eos_token_id", None) if getattr(model, "generation_config", None) else None
+    found = set(listed if isinstance(listed, (list, tuple)) else [listed]) | {tokenizer.eos_token_id}
+    for token in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>"):
+        number = tokenizer.convert_tokens_to_ids(token) if token in tokenizer.get_vocab() else None
+        if number is not None:
+            found.add(number)
+    return {int(i) for i in found if i is not None}
+
+
+def groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """(length of the shared prefix, indices) of prompts that begin alike; each prompt keeps at least one token of its own.
+
+    Sorted token by token, neighbours share the most; a cut goes where they share less than half of the shorter one.
+    Groups of fewer than four are read together under whatever prefix they all have in common.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
+    runs: list[list[int]] = []
+    for i in order:
+        if runs and common(prompts[runs[-1][-1]], prompts[i]) * 2 >= min(len(prompts[runs[-1][-1]]), len(prompts[i])):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    few = [i for run in runs if len(run) < 4 for i in run]
+    for run in [run for run in runs if len(run) >= 4] + ([few] if few else []):
+        shared = min(common(prompts[run[0]], prompts[run[-1]]), min(len(prompts[i]) for i in run) - 1)
+        yield (shared if shared >= MIN_SHARED and len(run) > 1 else 0), run
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` share from the start."""
+    size = min(len(a), len(b))
+    return next((n for n in range(size) if a[n] != b[n]), size)
+
+
+def _batches(members: list[int], length: Callable[[int], int], shared: int, heads: int) -> Iterator[list[int]]:
+    """Even batches of at most ROWS, fewer where the prompts' attention scores would take more than SCORE_BYTES."""
+    longest = max(length(members[0]), 1)
+    rows = max(1, min(ROWS, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
+    count = -(-len(members) // rows)
+    size = -(-len(members) // count)
+    for start in range(0, len(members), size):
+        yield members[start:start + size]
+
+
+def _chunks(order: Sequence[int], length: Callable[[int], int], budget: int) -> Iterator[list[int]]:
+    """Consecutive indices whose padded size stays within `budget` tokens; at least one each."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) + 1) * max(length(j) for j in (*batch[:1], i)) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

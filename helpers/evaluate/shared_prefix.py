@@ -1,0 +1,111 @@
+"""Batched decoding that reads a shared prompt prefix once, instead of once a row.
+
+Questions of one data set begin alike: the same system prompt, often the same schema. Expanding its keys and values to
+every row makes decoding wait for memory. Here the prefix stays a single copy, (1, heads, prefix, dim); its scores are one
+matrix product for the whole batch, and the softmax runs over prefix and suffix together, so the result is exact
+(compare cascade attention, Juravsky et al. 2024, https://arxiv.org/abs/2402.05099).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NAME = "tunebook_shared_prefix"
+# Features that change which keys a query may see or how scores are made; such models decode through transformers instead.
+_UNSUPPORTED = ("attn_logit_softcapping", "attention_chunk_size", "kv_lora_rank", "linear_attn_config", "is_encoder_decoder")
+
+
+def supports(model: Any) -> bool:
+    """Whether every layer of `model` is plain full attention with rotary positions, as in Llama, Qwen2/3, Mistral 0.3, Phi."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if any(getattr(config, name, None) for name in _UNSUPPORTED) or not getattr(config, "rope_parameters", None):
+        return False
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return not windowed and bool(getattr(model, "_supports_attention_backend", False))
+
+
+@dataclass
+class State:
+    """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
+    (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
+    allowed: bool (rows, capacity), the suffix columns that belong to the row and are no padding."""
+
+    phase: str = "prefix"
+    prefix: dict[int, tuple] = field(default_factory=dict)
+    suffix: dict[int, tuple] = field(default_factory=dict)
+    used: int = 0
+    capacity: int = 0
+    allowed: Any = None
+
+    def keep(self, rows: Any) -> None:
+        """Drop finished rows; `rows` holds the indices that stay."""
+        self.allowed = self.allowed[rows]
+        self.suffix = {layer: (k[rows], v[rows]) for layer, (k, v) in self.suffix.items()}
+
+
+class decoding:
+    """`with decoding(model) as state:` routes the model's attention through `state`, and puts it back afterwards."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __enter__(self) -> State:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+        state = State()
+        AttentionInterface.register(NAME, lambda module, *a, **k: attention(state, module, *a, **k))
+        AttentionMaskInterface.register(NAME, lambda *a, **k: None)
+        self.before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(NAME)
+        return state
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.set_attn_implementation(self.before)
+
+
+def attention(state: State, module: Any, query: Any, key: Any, value: Any, mask: Any = None, scaling: float | None = None,
+              **_: Any) -> tuple:
+    """Attention for transformers' AttentionInterface. query: (rows, heads, tokens, dim); key, value: (rows, kv_heads, tokens,
+    dim) of the new tokens only. Returns (rows, tokens, heads, dim) and no weights."""
+    import torch
+    import torch.nn.functional as F
+    rows, heads, tokens, dim = query.shape
+    kv_heads, layer = key.shape[1], module.layer_idx
+    if state.phase == "prefix":
+        state.prefix[layer] = (key, value)
+    elif state.phase == "prompt":
+        shape = (rows, kv_heads, state.capacity, dim)
+        state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+    if state.phase != "prefix":
+        keys, values = state.suffix[layer]
+        keys[:, :, state.used:state.used + tokens] = key
+        values[:, :, state.used:state.used + tokens] = value
+    if state.phase == "prefix" or (state.phase == "prompt" and layer not in state.prefix):
+        # Right padding under a causal mask: no real token ever sees a pad.
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != kv_heads)
+        return out.transpose(1, 2), None
+    groups, end = heads // kv_heads, state.used + tokens
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    grouped = query.reshape(rows, kv_heads, groups * tokens, dim)
+    own = grouped @ keys.transpose(-1, -2)
+    allowed = state.allowed[:, None, None, :end]
+    if state.phase == "prompt":
+        causal = torch.ones(tokens, end, dtype=torch.bool, device=query.device).tril(end - tokens)
+        allowed = allowed & causal.repeat(groups, 1)
+    own = own.masked_fill(~allowed, torch.finfo(own.dtype).min)
+    scale = dim ** -0.5 if scaling is None else scaling
+    if layer not in state.prefix:
+        weights = torch.softmax(own * scale, dim=-1, dtype=torch.float32).to(query.dtype)
+        out = weights @ values
+    else:
+        before, before_values = state.prefix[layer]
+        width = before.shape[2]
+        flat = grouped.transpose(0, 1).reshape(kv_heads, rows * groups * tokens, dim)
+        shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, groups * tokens, width).transpose(0, 1)
+        weights = torch.softmax(torch.cat([shared, own], dim=-1) * scale, dim=-1, dtype=torch.float32).to(query.dtype)
+        flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * groups * tokens, width)
+        out = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1) + weights[..., width:] @ values
+    return out.reshape(rows, kv_heads, groups, tokens, dim).reshape(rows, heads, tokens, dim).transpose(1, 2), None

@@ -164,7 +164,7 @@ class Encoder:
             tools = None
         if any(message.get("tool_calls") for message in messages) and not template.shows_tool_calls:
             self.report.note("tool calls written as JSON text, as the template shows none")
-            messages = [_spelt_out(message) for message in messages]
+            messages = [spelt_out(message) for message in messages]
         if not template.shows_tool_results and any(message["role"] == "tool" for message in messages):
             self.report.note("tool results written as user turns, as the template shows none")
             messages = [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
@@ -282,7 +282,7 @@ def _with_system(messages: list[dict], text: str) -> list[dict]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _spelt_out(message: dict) -> dict:
+def spelt_out(message: dict) -> dict:
     if not message.get("tool_calls"):
         return message
     calls = [call["function"] for call in message["tool_calls"]]

@@ -6,7 +6,8 @@ have lost their end of turn if they had simply been cut (a model trained on such
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,11 @@ CANDIDATES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192,
 
 @dataclass
 class LengthReport:
-    """lengths: tokens of every row before anything was cut, in order. lost_end: rows over the limit whose end of turn lies behind it."""
+    """lengths: tokens of a row, before anything was cut → rows. lost_end: rows over the limit whose end of turn lies behind it."""
 
     max_length: int
     over_long: str
-    lengths: list[int] = field(default_factory=list)
+    lengths: Counter = field(default_factory=Counter)
     over: int = 0
     lost_end: int = 0
     dropped: int = 0
@@ -35,12 +36,20 @@ class LengthReport:
 
     def as_dict(self) -> dict:
         counts = {name: getattr(self, name) for name in ("max_length", "over_long", "over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")}
-        rows = len(self.lengths)
+        rows, lengths = self.lengths.total(), expanded(self.lengths)
         return {**counts, "rows": rows, "over_share": self.over / rows if rows else 0.0, "lost_end_share": self.lost_end / self.over if self.over else 0.0,
-                "proposed_max_length": propose(self.lengths), **quantiles(self.lengths)}
+                "proposed_max_length": propose(lengths), **quantiles(lengths)}
 
 
-def quantiles(lengths: list[int]) -> dict[str, int]:
+def expanded(counts: Mapping[int, int]) -> Any:
+    """A histogram (length → rows) as a sorted int64 array of every row's length."""
+    import numpy as np
+
+    pairs = sorted((int(length), count) for length, count in counts.items())
+    return np.repeat(np.array([length for length, _ in pairs], np.int64), [count for _, count in pairs])
+
+
+def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     import numpy as np
 
     if not len(lengths):
@@ -49,7 +58,7 @@ def quantiles(lengths: list[int]) -> dict[str, int]:
     return dict(zip(("shortest", "median", "p90", "p99", "longest"), (int(round(v)) for v in values), strict=True))
 
 
-def propose(lengths: list[int], covered: float = COVERED) -> int:
+def propose(lengths: Sequence[int], covered: float = COVERED) -> int:
     """The smallest usual length that holds `covered` of the rows whole; the longest row's, rounded up, when that is smaller."""
     import numpy as np
 
@@ -60,7 +69,7 @@ def propose(lengths: list[int], covered: float = COVERED) -> int:
     return min(next((size for size in CANDIDATES if size >= needed), (needed + 1023) // 1024 * 1024), longest)
 
 
-def choices(lengths: list[int]) -> list[dict[str, Any]]:
+def choices(lengths: Sequence[int]) -> list[dict[str, Any]]:
     """For each usual `max_length`: rows that would be over it, and the tokens lost with them, so that the proposal can be judged."""
     import numpy as np
 
@@ -89,7 +98,7 @@ class Fitter:
         for batch in encoded:
             fitting = []
             for one in batch:
-                report.lengths.append(len(one.ids))
+                report.lengths[len(one.ids)] += 1
                 if len(one.ids) <= report.max_length:
                     fitting.append(one)
                     continue

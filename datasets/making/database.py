@@ -59,12 +59,18 @@ CREATE TABLE languages (
 ) WITHOUT ROWID;
 """
 
-SYSTEM = (
-    "Answer with one SQLite query. Tables: countries(name, capital, continent, area, population, currency), "
-    "cities(name, country, population, river), rivers(name, length, mouth), flows(river, country), "
-    "mountains(name, country, height, range), lakes(name, area, depth), shores(lake, country), "
-    "borders(country, neighbor), languages(country, language)"
-)
+COLUMNS = {
+    "countries": "countries(name, capital, continent, area, population, currency)",
+    "cities": "cities(name, country, population, river)",
+    "rivers": "rivers(name, length, mouth)",
+    "flows": "flows(river, country)",
+    "mountains": "mountains(name, country, height, range)",
+    "lakes": "lakes(name, area, depth)",
+    "shores": "shores(lake, country)",
+    "borders": "borders(country, neighbor)",
+    "languages": "languages(country, language)",
+}
+SYSTEM = f"Answer with one SQLite query. Tables: {', '.join(COLUMNS.values())}"
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -92,16 +98,13 @@ def rows() -> dict[str, list[tuple]]:
 
 
 def fill(connection: sqlite3.Connection, reverse: bool = False) -> None:
-    """Create and fill all tables. `reverse` stores rows the other way round, without key
-    order, so that an answer which depends on storage order can be told from one that doesn't."""
-    connection.execute("PRAGMA foreign_keys = OFF")
-    schema = SCHEMA.replace(") WITHOUT ROWID", ")").replace("TEXT PRIMARY KEY", "TEXT") if reverse else SCHEMA
-    if reverse:
-        schema = "\n".join(line for line in schema.splitlines() if "PRIMARY KEY" not in line)
-        schema = schema.replace(",\n)", "\n)").replace(" REFERENCES countries(name)", "").replace(
-            " REFERENCES rivers(name)", "").replace(" REFERENCES lakes(name)", "")
-    connection.executescript(schema)
+    """Create and fill all tables. With `reverse` they have no keys and their rows stand the
+    other way round, so that an answer which depends on storage order can be told."""
+    if not reverse:
+        connection.executescript(SCHEMA)
     for name, table in rows().items():
+        if reverse:
+            connection.execute(f"CREATE TABLE {COLUMNS[name]}")
         marks = ", ".join("?" * len(table[0]))
         connection.executemany(f"INSERT INTO {name} VALUES ({marks})", table[::-1] if reverse else table)
     connection.commit()

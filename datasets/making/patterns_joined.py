@@ -164,11 +164,13 @@ NESTED = [
         "Which lakes are deeper than {lake}?", "List the lakes with a greater depth than {lake}.", "Name all lakes deeper than {lake}.",
     ], ["Which lakes go down further than {lake}?"]),
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND {up} > (SELECT AVG({up}) FROM countries)", [
-        "Which countries in {continent} have a {up} above the world average?", "List the countries of {continent} whose {up} is greater than average.",
+        "Which countries in {continent} have a {up} above the world average?",
+        "List the countries of {continent} whose {up} is greater than average.",
         "Name the countries in {continent} with more than the average {up} of all countries.",
     ], ["Which nations of {continent} exceed the global mean {up}?"]),
     ("nested", "SELECT name FROM mountains WHERE range = '{range}' AND height > (SELECT AVG(height) FROM mountains WHERE range = '{range}')", [
-        "Which mountains of the {range} are higher than the average of that range?", "List mountains in the {range} above the average height of the {range}.",
+        "Which mountains of the {range} are higher than the average of that range?",
+        "List mountains in the {range} above the average height of the {range}.",
         "Name the mountains of the {range} that are taller than its average.",
     ], ["Which peaks of the {range} exceed the mean elevation of the {range}?"]),
     ("nested", "SELECT name FROM countries WHERE continent = '{continent}' AND name NOT IN (SELECT country FROM borders)", [
@@ -192,10 +194,12 @@ NESTED = [
         "Show name and capital of every country on the shore of {lake}.",
     ], ["{lake} touches which countries, and what is the capital of each?"]),
     ("nested", "SELECT MAX(height) FROM mountains WHERE country IN (SELECT neighbor FROM borders WHERE country = '{country}')", [
-        "How high is the highest mountain among the neighbors of {country}?", "What is the greatest mountain height in countries that border {country}?",
+        "How high is the highest mountain among the neighbors of {country}?",
+        "What is the greatest mountain height in countries that border {country}?",
         "Give the maximum height of mountains in the neighboring countries of {country}.",
     ], ["What elevation does the topmost peak of the nations adjacent to {country} reach?"]),
-    ("nested", "SELECT neighbor FROM borders WHERE country = '{country}' AND neighbor IN (SELECT neighbor FROM borders WHERE country = '{country2}')", [
+    ("nested",
+    "SELECT neighbor FROM borders WHERE country = '{country}' AND neighbor IN (SELECT neighbor FROM borders WHERE country = '{country2}')", [
         "Which countries border both {country} and {country2}?", "List the common neighbors of {country} and {country2}.",
         "Name every country that is a neighbor of {country} and also of {country2}.",
     ], ["Which nations are adjacent to {country} and {country2} alike?"]),

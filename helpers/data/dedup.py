@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from helpers.data.rows import Row, StepReport, Table, text_of
+from helpers.data.rows import shown as shown_text
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 
 BANDS, BAND_ROWS = 8, 5
@@ -68,7 +69,7 @@ def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: fl
         kept = []
         for row in batch:
             if at == shown:
-                text = text_of(row)[:200]
+                text = shown_text(row, 200)
             if keeper[at] < 0:
                 kept.append(row)
             else:

@@ -15,7 +15,7 @@ STYLE = """
 body{margin:0 auto;padding:24px 16px 64px;max-width:960px;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 .3em}h2{font-size:1.15rem;margin:2em 0 .5em}p{margin:.4em 0}.soft{color:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:left;vertical-align:top;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere;min-width:4.5em}
+th,td{text-align:left;vertical-align:top;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);overflow-wrap:break-word}td{max-width:34em}td.long{min-width:15em;overflow-wrap:anywhere}
 th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:10px;margin:1em 0}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px}.card b{display:block;font-size:1.35rem;font-weight:650}
@@ -25,11 +25,11 @@ th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-num
 .tokens{font:14px/1.9 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .tokens span{border-radius:3px;padding:1px 0}.tokens span:hover{outline:2px solid var(--accent)}
 .t{background:var(--trained);color:var(--trained-ink)}.e{background:var(--end);color:var(--end-ink);font-weight:600}.s{background:var(--special);color:var(--special-ink)}
-.key span{border-radius:3px;padding:1px 6px;margin-right:8px;white-space:nowrap}
+.key span{border-radius:3px;padding:1px 6px;margin:0 8px 4px 0;display:inline-block}
 .wide{width:100%;height:auto;display:block}.bar{fill:var(--bar)}.axis{fill:var(--soft);font-size:11px}.rule{stroke:var(--line)}
 .mark{stroke:var(--bad);stroke-width:2}.mark2{stroke:var(--accent);stroke-width:2;stroke-dasharray:5 4}
 pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
-@media (max-width:560px){body{padding:16px 12px 48px;font-size:15px}h1{font-size:1.35rem}.scroll table{min-width:460px}}
+@media (max-width:560px){body{padding:16px 12px 48px;font-size:15px}h1{font-size:1.35rem}}
 """
 
 
@@ -51,7 +51,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]], numbers: Iterabl
     right = set(numbers)
 
     def line(values: Iterable[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{' class=n' if at in right else ''}>{cell(value)}</{tag}>" for at, value in enumerate(values)) + "</tr>"
+        def kind(at: int, value: Any) -> str:
+            return " class=n" if at in right else " class=long" if len(str(value)) > 40 else ""
+
+        return "<tr>" + "".join(f"<{tag}{kind(at, value)}>{cell(value)}</{tag}>" for at, value in enumerate(values)) + "</tr>"
 
     return f"<div class=scroll><table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table></div>"
 
@@ -78,8 +81,8 @@ def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bin
         x = left + at * top / bins * scale
         title = f"{at * top // bins:,} to {(at + 1) * top // bins:,} tokens: {rows:,} rows"
         drawn.append(f'<rect class=bar x="{x:.1f}" y="{base - tall}" width="{max(1, top / bins * scale - 1):.1f}" height="{tall}"><title>{cell(title)}</title></rect>')
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        drawn.append(f'<text class=axis text-anchor=middle x="{left + share * top * scale:.0f}" y="{base + 18}">{round(share * top):,}</text>')
+    for tick in ticks(top):
+        drawn.append(f'<text class=axis text-anchor=middle x="{left + tick * scale:.0f}" y="{base + 18}">{tick:,}</text>')
     drawn.append(f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text><text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>')
     drawn.append(f'<text class=axis text-anchor=end x="{left - 6}" y="{base}">0</text><line class=rule x1="{left}" x2="{width - 10}" y1="{base}" y2="{base}"/>')
     for number, (label, x, kind) in enumerate(marks):
@@ -89,3 +92,9 @@ def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bin
             drawn.append(f'<line class={kind} x1="{at:.1f}" x2="{at:.1f}" y1="12" y2="{base}"/>'
                          f'<text class=axis text-anchor={side} x="{at + shift:.1f}" y="{20 + 16 * number}">{cell(label)}</text>')
     return f'<svg class=wide viewBox="0 0 {width} {height}" role="img" aria-label="lengths of rows in tokens">{"".join(drawn)}</svg>'
+
+
+def ticks(top: int, most: int = 7) -> list[int]:
+    """Round numbers from 0 to `top`, at most `most` of them."""
+    step = next(base * 10**power for power in range(12) for base in (1, 2, 5) if top / (base * 10**power) < most)
+    return list(range(0, top + 1, step))

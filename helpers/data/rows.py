@@ -102,6 +102,12 @@ def text_of(row: Row) -> str:
     return "\n".join(parts)
 
 
+def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
+    """The start of an example for people: without the system prompt, which every row of a set may share."""
+    parts = [message.get("content") or json.dumps(message.get("tool_calls") or "") for message in all_messages(row) if message["role"] != "system"]
+    return "\n".join(parts)[:chars]
+
+
 def answer_of(row: Row) -> str:
     """What the model would learn to say: the chosen answer, the last assistant turn, or the text itself."""
     messages = row.get("chosen") or row["messages"]
@@ -213,7 +219,7 @@ class StepReport:
         """Count a removed row, keep the first as example, and write it to rejected.jsonl when there is a writer."""
         self.dropped[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = {"file": row.get("file", ""), "row": row.get("row", 0), "detail": detail, "text": text_of(row)[:EXAMPLE_CHARS]}
+            self.examples[reason] = {"file": row.get("file", ""), "row": row.get("row", 0), "detail": detail, "text": shown(row)}
         if self.rejects is not None:
             self.rejects.add(row.get("file", ""), row.get("row", 0), reason, detail, step=self.step, invalid=False)
 

@@ -63,6 +63,17 @@ class HfModel:
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def tokens(self, text: str, end: bool = False) -> list[int]:
+        """Token ids of plain text, nothing added; with the end of turn after it when `end`."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if end:
+            from helpers.model.loading import end_of_turn
+            ids = ids + [end_of_turn(self.tokenizer)]
+        return ids
+
+    def close(self) -> None:
+        self.model = None
+
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding = Decoding(),
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""

@@ -1,0 +1,95 @@
+"""A GGUF file behind the same methods as a Hugging Face model, run by the llama.cpp that users run.
+
+Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own tokenizer:
+what is judged is the whole chain that a person downloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers.evaluate.generate import Answer, Decoding, common
+
+PARALLEL = 32  # answers at once; on 2 cores 16 gains 15 % less, 64 nothing more
+
+
+class GgufModel:
+    """path: the file; end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>")."""
+
+    path_note = "llama.cpp"
+
+    def __init__(self, path: Path, end_of_turn: str = ""):
+        self.path, self._end_text = Path(path), end_of_turn
+        self._context = 512
+        self.runtime = self._open()
+        if not self.runtime.chat_template:
+            from helpers.errors import TunebookError
+            raise TunebookError(f"{self.path} has no chat template inside, so nobody can know how to prompt it; export it again.")
+
+    def _open(self) -> Any:
+        from helpers.gguf.runtime import LlamaCpp
+        return LlamaCpp(self.path, context=self._context, parallel=PARALLEL)
+
+    def _need(self, context: int) -> None:
+        """Open the file again with a longer context where the present one is too short."""
+        if context > self._context:
+            self._context = -(-context // 256) * 256
+            self.runtime.close()
+            self.runtime = self._open()
+
+    def close(self) -> None:
+        self.runtime.close()
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation with the generation prompt; one BOS where the model has one."""
+        text = self.runtime.apply_template([dict(m) for m in messages])
+        ids = self.runtime.tokenize(text, add_special=True)
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] == self._bos() else ids
+
+    def tokens(self, text: str, end: bool = False) -> list[int]:
+        """Token ids of plain text, with the end of turn after it when `end`."""
+        ids = self.runtime.tokenize(text, parse_special=False)
+        return ids + (self.runtime.tokenize(self._end_text) if end and self._end_text else [])
+
+    def _bos(self) -> int | None:
+        ids = self.runtime.tokenize("", add_special=True)
+        return ids[0] if ids else None
+
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding = Decoding(),
+                 done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+        """An answer a prompt. Prompts go in portions, longest first, so that finished ones are kept when a run is killed."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        answers: list[Answer | None] = [None] * len(prompts)
+        for start in range(0, len(order), 2 * PARALLEL):
+            portion = order[start:start + 2 * PARALLEL]
+            rows = [list(prompts[i]) for i in portion]
+            shared = min(common(rows[0], r) for r in rows)
+            longest = max(len(r) - shared for r in rows) + decoding.max_new_tokens + 8
+            self._need(shared + min(PARALLEL, len(rows)) * longest)
+            made = self.runtime.generate(rows, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed)
+            for i, answer in zip(portion, made, strict=True):
+                stopped = answer.finish == "stop"
+                answers[i] = Answer(answer.text.strip(), len(answer.token_ids) + stopped, stopped)
+                if done:
+                    done(i, answers[i])
+        return answers
+
+    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the runtime's logits."""
+        import numpy as np
+        found = []
+        for prompt, completion in pairs:
+            ids = list(prompt) + list(completion)
+            self._need(len(ids))
+            first, at, values = max(len(prompt) - 1, 0), 0, []
+            for logits in self.runtime.iter_logits(ids[:-1]):
+                rows = logits[max(first - at, 0):].astype(np.float64)
+                target = np.array(ids[max(first, at) + 1:at + len(logits) + 1])
+                if len(target):
+                    top = rows.max(-1)
+                    values += (rows[np.arange(len(target)), target] - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
+                at += len(logits)
+            found.append(values)
+        return found

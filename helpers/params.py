@@ -254,7 +254,8 @@ class Params:
         return table(rows, ("parameter", "value", "unit", "changed", "meaning"))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{n} = {v!r}" for n, v in self._values.items())
+        import textwrap
+        return textwrap.fill(", ".join(f"{n} = {v!r}" for n, v in self._values.items()), 110, break_long_words=False)
 
 
 def find(stage: str, name: str) -> Param:

@@ -89,7 +89,7 @@ def hash_json(value: Any) -> str:
 
 # ---------------------------------------------------------------- manifests
 
-@dataclass
+@dataclass(repr=False)
 class Manifest:
     """What a finished stage wrote down about itself; `data` is the parsed manifest.json."""
 
@@ -114,6 +114,10 @@ class Manifest:
         if not path.exists():
             raise TunebookError(f"{path} is missing; run the {self.data['stage']} stage again to make it.")
         return path
+
+    def __repr__(self) -> str:
+        d = self.data
+        return f"{d['stage']}: {d['wall_s']} s, peak memory {d['peak_memory_gib']} GiB, {len(d['artifacts'])} files in {self.path}"
 
     def _repr_html_(self) -> str:
         from helpers.notebook import table

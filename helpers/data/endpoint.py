@@ -6,6 +6,7 @@ journal the moment it arrives, so that a killed job goes on where it stopped and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,10 +102,8 @@ class Journal:
         at = 0
         for line in self._file:
             if line.endswith(b"\n"):
-                try:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a killed run: it is asked again
                     self._offsets[json.loads(line)["key"]] = at
-                except (ValueError, KeyError, TypeError):
-                    pass  # half a line of a killed run: its question is asked again
             at += len(line)
         if at and not line.endswith(b"\n"):
             self._file.write(b"\n")

@@ -124,6 +124,7 @@ class SharedPairCollator:
             batch["pair_count"] = len(pairs)
         else:
             batch = batching.PairCollator(self.pad_token_id, self.layout)(pairs)
+        batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
         batch["row_ids"] = [str(p.get("id", "")) for p in pairs]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
         return batch

@@ -100,7 +100,7 @@ def execute(stage: str, chosen: params.Params) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
     try:
-        papermill.execute_notebook(PROJECT / "notebooks" / f"{name}.ipynb", output, parameters=chosen.as_dict(), kernel_name="python3",
+        papermill.execute_notebook(PROJECT / "notebooks" / f"{name}.ipynb", output, parameters=chosen.changed(), kernel_name="python3",
                                    progress_bar=False, log_output=True, cwd=str(PROJECT))
         runs.load(chosen.run, stage, verify=False)  # a notebook that ended early raises nothing, but it leaves no manifest
     except papermill.PapermillExecutionError as error:

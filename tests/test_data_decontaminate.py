@@ -1,0 +1,114 @@
+"""Evaluation questions are found in training rows, however they are wrapped, and rows that merely share a prompt are kept."""
+
+import math
+import random
+
+import pytest
+
+from helpers.data import decontaminate as d
+from helpers.data.rows import StepReport, batches, make_row
+
+WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(3_000)]
+HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
+
+
+def talk(question, answer="yes", system="", at=1, file="train"):
+    messages = [{"role": "system", "content": system}] if system else []
+    return make_row("sft", [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], file=file, row=at)
+
+
+def run(rows, evaluation, share=d.SHARE):
+    report = StepReport("decontamination")
+    kept = [row for batch in d.decontaminate(batches(rows, 7), report, [evaluation], share) for row in batch]
+    return kept, report
+
+
+@pytest.fixture(scope="module")
+def carriers():
+    rng = random.Random(1)
+    return [talk(" ".join(rng.choices(WORDS, k=120)), " ".join(rng.choices(WORDS, k=60)), at=i) for i in range(300)]
+
+
+def test_planted_questions_are_all_found(carriers):
+    rng = random.Random(2)
+    questions = [talk(" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) + "?", file="eval", at=i) for i in range(400)]
+    assert d.injection_recall([questions], carriers) == 1.0
+
+
+def test_planted_chinese_questions_are_all_found(carriers):
+    rng = random.Random(3)
+    questions = [talk("".join(rng.choices(HAN, k=rng.randint(2, 60))) + "？", file="eval", at=i) for i in range(400)]
+    chinese = [talk("".join(rng.choices(HAN, k=200)), at=i) for i in range(100)]
+    assert d.injection_recall([questions], carriers) == 1.0
+    assert d.injection_recall([questions], chinese) == 1.0
+
+
+def test_recall_is_measured_and_not_assumed(carriers):
+    assert math.isnan(d.injection_recall([], carriers)) and math.isnan(d.injection_recall([[talk("a b c")]], []))
+
+
+def test_unrelated_rows_are_kept(carriers):
+    rng = random.Random(4)
+    questions = [talk(" ".join(rng.choices(WORDS, k=20)), file="eval", at=i) for i in range(500)]
+    kept, report = run(carriers, questions)
+    assert len(kept) == len(carriers) and not report.dropped
+    assert report.figures["items"] == 500 and report.figures["items_found"] == 0
+
+
+def test_the_reason_names_the_question_and_the_row_is_counted(carriers):
+    question = "How many rivers longer than two thousand kilometres flow into the Black Sea in total?"
+    planted = talk("Please answer.\n" + question.replace(" ", "\n").upper(), at=77)
+    kept, report = run([*carriers, planted], [talk(question, file="eval.jsonl", at=12)])
+    assert planted not in kept and len(kept) == len(carriers)
+    assert dict(report.dropped) == {"holds an evaluation question": 1}
+    assert report.examples["holds an evaluation question"]["row"] == 77
+    assert "eval.jsonl row 12: How many rivers" in report.examples["holds an evaluation question"]["detail"]
+
+
+def test_a_shared_system_prompt_is_no_contamination():
+    schema = " ".join(WORDS[:200])
+    training = [talk(f"List the {a} of {b} please", f"SELECT {a} FROM {b}", system=schema, at=i) for i, (a, b) in enumerate(zip(WORDS[300:350], WORDS[400:450], strict=True))]
+    evaluation = [talk(f"Count the {a} there", f"SELECT count(*) FROM {a}", system=schema, file="eval") for a in WORDS[500:550]]
+    assert len(run(training, evaluation)[0]) == len(training)
+
+
+def test_a_question_in_the_answer_or_in_a_pretraining_text_is_found(carriers):
+    question = " ".join(WORDS[2_000:2_020])
+    in_answer = talk("Repeat it.", f"It was: {question}. Done.", at=1)
+    in_text = make_row("text", [{"role": "text", "content": f"chapter one {question} and more"}], file="train", row=2)
+    in_rejected = make_row(
+        "preference",
+        [{"role": "user", "content": "hm"}],
+        file="train",
+        row=3,
+        chosen=[{"role": "assistant", "content": "a"}],
+        rejected=[{"role": "assistant", "content": question}],
+    )
+    kept, _ = run([in_answer, in_text, in_rejected], [talk(question, file="eval")])
+    assert kept == []
+
+
+def test_a_short_question_is_compared_as_a_whole_message():
+    kept, report = run([talk("Capital of France?"), talk("What is the capital of France and of Spain, and of every other country?")], [talk("capital of france")])
+    assert len(kept) == 1 and report.figures["items_too_short"] == 1
+
+
+def test_half_a_question_is_enough_and_a_third_is_not():
+    words = WORDS[1_000:1_047]  # forty 8-grams
+    evaluation = [talk(" ".join(words))]
+    other = " ".join(WORDS[2_500:2_520])
+    for held, found in ((20 + 7, True), (13 + 7, False)):
+        kept, _ = run([talk(f"{other} {' '.join(words[:held])} {other}")], evaluation)
+        assert (kept == []) is found, held
+
+
+def test_grams_shared_by_several_questions_count_for_each():
+    common = " ".join(WORDS[100:112])
+    evaluation = [talk(f"{common} {' '.join(WORDS[i : i + 3])}", at=i, file="eval") for i in range(200, 260, 3)]
+    kept, report = run([talk(f"{common} {' '.join(WORDS[230:233])}")], evaluation)
+    assert kept == [] and report.figures["items_found"] == 1
+
+
+def test_an_empty_evaluation_set_drops_nothing(carriers):
+    assert len(run(carriers, [])[0]) == len(carriers)
+    assert len(run(carriers, [talk("")])[0]) == len(carriers)

@@ -129,7 +129,7 @@ gives the same bytes everywhere.
 - `borders` counts land borders of the listed countries, without overseas lands. `languages` has
   official or main languages, and not all of them where there are dozens.
 - A mountain on a border stands under one of its countries only. Mountains, lakes, rivers and cities
-  are a choice of well-known ones: an answer is right for this database, not for the world.
+  are a choice of well-known ones, and a city has a river only where that river is in `rivers`: an answer is right for this database, not for the world.
 - Names are plain ASCII (Sao Paulo, Ivory Coast, Turkey). Each question has one gold query; another
   query with the same answer is as good, so compare answers, not text.
 - Training questions come from patterns, so a high score here says that a model has learned this

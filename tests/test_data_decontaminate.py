@@ -67,7 +67,10 @@ def test_the_reason_names_the_question_and_the_row_is_counted(carriers):
 
 def test_a_shared_system_prompt_is_no_contamination():
     schema = " ".join(WORDS[:200])
-    training = [talk(f"List the {a} of {b} please", f"SELECT {a} FROM {b}", system=schema, at=i) for i, (a, b) in enumerate(zip(WORDS[300:350], WORDS[400:450], strict=True))]
+    training = [
+        talk(f"List the {a} of {b} please", f"SELECT {a} FROM {b}", system=schema, at=i)
+        for i, (a, b) in enumerate(zip(WORDS[300:350], WORDS[400:450], strict=True))
+    ]
     evaluation = [talk(f"Count the {a} there", f"SELECT count(*) FROM {a}", system=schema, file="eval") for a in WORDS[500:550]]
     assert len(run(training, evaluation)[0]) == len(training)
 
@@ -89,7 +92,9 @@ def test_a_question_in_the_answer_or_in_a_pretraining_text_is_found(carriers):
 
 
 def test_a_short_question_is_compared_as_a_whole_message():
-    kept, report = run([talk("Capital of France?"), talk("What is the capital of France and of Spain, and of every other country?")], [talk("capital of france")])
+    kept, report = run(
+        [talk("Capital of France?"), talk("What is the capital of France and of Spain, and of every other country?")], [talk("capital of france")]
+    )
     assert len(kept) == 1 and report.figures["items_too_short"] == 1
 
 

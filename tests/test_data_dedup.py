@@ -149,7 +149,7 @@ def test_chinese_near_duplicates_are_found():
         changed[rng.randrange(300)] = "一"
         texts.append("".join(changed))
     kept, _ = near([text(t, i) for i, t in enumerate(texts)])
-    gone = {i for i in range(len(texts))} - {row["row"] for row in kept}
+    gone = set(range(len(texts))) - {row["row"] for row in kept}
     assert gone <= set(range(300, 350)) and len(gone) >= 49
 
 

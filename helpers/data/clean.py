@@ -150,7 +150,7 @@ RUN = re.compile(r"([^\s\-=_.*#~+|/\\])\1{59,}")
 
 def repeated_shares(texts: list[str], least: int = 40) -> np.ndarray:
     """Share of the shingles of every text that occurred before in it, float64 (texts,); 0 for fewer than `least`."""
-    flat, offsets = shingles(texts, words=5, chars=8)
+    flat, offsets = shingles(texts, words=5, chars=8, symbols=False)  # a ruled table is no repetition
     sizes = np.diff(offsets)
     place = np.repeat(np.arange(len(texts), dtype=np.uint64), sizes)
     keys = np.sort(place << np.uint64(40) | flat >> np.uint64(24))

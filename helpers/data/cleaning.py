@@ -28,6 +28,14 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
         rows = clean.drop_repetitive(rows, step("repetition"))
     if p.drop_gibberish:
         rows = clean.drop_gibberish(rows, step("gibberish"))
+    if p.personal_data != "off":
+        from helpers.data.privacy import mask_personal_data
+
+        rows = mask_personal_data(rows, step("personal data"), action=p.personal_data)
+    if p.toxicity != "none":
+        from helpers.data.toxicity import drop_toxic
+
+        rows = drop_toxic(rows, step("toxicity"), p.toxicity, p.toxicity_threshold, job.path / "work" / "toxicity.jsonl")
     if p.exact_duplicates:
         rows = dedup.exact_duplicates(rows, step("exact duplicates"))
     if p.near_duplicates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ def encode_splits(job: Any) -> dict[str, Any]:
         job.rejects.check_rows_left([], f"the training split of {p.dataset}")
     found["written"]["test"] = output.write_test(job.path / "test.parquet", job.splits["test"])
     if any(report.kinds.get("kto") for report in job.training.reports):
-        bad_and_good = ([row for row in batch if row["kind"] == "kto"] for batch in job.training.table)
-        found["written"]["kto"] = output.write_kto(job.path / "kto.parquet", bad_and_good)
+        labelled = Table.collect([row for row in batch if row["kind"] == "kto"] for batch in job.training.table)
+        if not job.tests and len(job.splits["test"]):
+            labelled = job._without_test_questions(labelled)
+        found["written"]["kto"] = output.write_kto(job.path / "kto.parquet", labelled)
     return found
 
 
@@ -49,6 +51,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
     lost = Rejects(job.path / LOST)
     result: dict[str, Any] = {"splits": {}, "written": {}, "notes": {}, "examples": {}, "max_length": limit}
     histogram, counts = Counter(), Counter()
+    by_source: defaultdict[str, Counter] = defaultdict(Counter)
     for name in TRAINED_SPLITS:
         encoder = Encoder(template, p.train_on, lost)
         fitter = lengths.Fitter(encoder, limit, p.over_long, lost)
@@ -57,6 +60,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         def counted(batches: Any, trained: Counter = trained) -> Any:
             for batch in batches:
                 for one in batch:
+                    by_source[one.row["source"]] += Counter(rows=1, tokens=len(one.ids))
                     trained["tokens"] += len(one.ids)
                     trained["trained_tokens"] += int(one.mask.sum())
                     trained["trained_turns"] += len(one.ends)
@@ -70,6 +74,8 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         result["examples"] |= encoder.report.examples
     lost.close()
     whole = lengths.LengthReport(limit, p.over_long, histogram, **counts)
+    rows, tokens = (max(1, sum(part[unit] for part in by_source.values())) for unit in ("rows", "tokens"))
+    result["mixture"] = [{"source": name, **part, "row_share": part["rows"] / rows, "token_share": part["tokens"] / tokens} for name, part in by_source.items()]
     return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
 
 

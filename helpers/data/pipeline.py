@@ -1,6 +1,8 @@
 """Notebook 01 in order: read, clean, split, render, write. One `Job` holds what the steps hand on to each other.
 
-    job = Job(stage);  job.read();  job.clean();  job.split();  job.template();  job.encode();  job.pairs();  job.finish()
+    job = Job(stage)
+    job.read();  job.generate();  job.clean();  job.mix();  job.split()
+    job.template();  job.vocabulary();  job.encode();  job.pairs();  job.report();  job.finish()
 
 Each step shows what it did when it ends a cell. Rows move in batches and lie on disk when there are many, so that memory
 stays flat from a hundred rows to a million.
@@ -31,6 +33,7 @@ class Job:
         self.rejects = Rejects(self.path / "rejected.jsonl", self.params.reject_limit)
         self.steps: list[StepReport] = []
         self.figures: dict[str, Any] = {}
+        self.made_pairs: Table | None = None
         self._tokenizer: Any = None
         self._template: Any = None
         self.chosen = self._companions()
@@ -50,11 +53,13 @@ class Job:
 
     def read(self) -> Any:
         """Read every named set; rows that cannot be used are in rejected.jsonl, counted."""
+        self.database()
         self.training = self._reading(self.params.dataset, self.params.format, self.params.columns)
         self.tests = self._reading(self.chosen["test_dataset"]) if self.chosen["test_dataset"] else None
         self.preferences = self._reading(self.chosen["preference_dataset"]) if self.chosen["preference_dataset"] else None
         self._check_preferences()
-        everything = [reading for reading in (self.training, self.tests, self.preferences) if reading]
+        self.replay = self._reading(self.params.replay_dataset) if self.params.replay_dataset else None
+        everything = [reading for reading in (self.training, self.tests, self.preferences, self.replay) if reading]
         self.sources = [report for reading in everything for report in reading.reports]
         return type(self.training)(self.training.table, self.sources)
 
@@ -83,6 +88,24 @@ class Job:
         self.pair_rows = run(pairs, self.params, self, evaluation, label="pairs: ") if len(pairs) else pairs
         return self.show_steps()
 
+    def generate(self) -> Html:
+        """Rows from a model behind an endpoint and preference pairs from run queries, where the parameters ask for them."""
+        from helpers.data import blend
+
+        return blend.generate(self)
+
+    def mix(self) -> Html:
+        """The mixture of the sources: weights, caps and replay; without them, every row, sources interleaved."""
+        from helpers.data import blend
+
+        return blend.mix_sources(self)
+
+    def vocabulary(self) -> Html:
+        """Tokens per character of the data, beside a second tokenizer, and words that would be worth a token."""
+        from helpers.data import blend
+
+        return blend.vocabulary(self)
+
     def _for_training(self, rows: Table) -> Table:
         """Rows that answers are learnt from: a pair gives its chosen answer, a KTO row its good one."""
         if all(kind in ("sft", "text") for report in self.training.reports for kind in report.kinds):
@@ -107,8 +130,9 @@ class Job:
         return Table.collect(usable())
 
     def _pairs_found(self) -> Iterator[list[Row]]:
-        for reading in (self.training, self.preferences):
-            for batch in reading.table if reading else ():
+        found_in = [reading.table for reading in (self.training, self.preferences) if reading]
+        for rows in [*found_in, *([self.made_pairs] if self.made_pairs is not None else [])]:
+            for batch in rows:
                 if found := [row for row in batch if row["kind"] == "preference"]:
                     yield found
 
@@ -141,12 +165,35 @@ class Job:
         if self.tests:
             self.splits["test"] = self.tests.table
         self.rejects.check_rows_left(self.splits["train"], f"the training split of {p.dataset}")
-        self.pair_splits = split(self.pair_rows, p.preference_eval_share, 0.0, p.group_by if len(self.pair_rows) and p.group_by in next(self.pair_rows.rows())["meta"] else "")
+        if not self.tests and len(self.splits["test"]) and len(self.pair_rows):
+            self.pair_rows = self._without_test_questions(self.pair_rows)
+        grouped = p.group_by if any(p.group_by in row["meta"] for row in self.pair_rows.rows()) else ""
+        self.pair_splits = split(self.pair_rows, p.preference_eval_share, 0.0, grouped)
         self.figures["splits"] = {name: len(part) for name, part in self.splits.items()}
         self.figures["preference_splits"] = {name: len(self.pair_splits[name]) for name in ("train", "eval")}
         sizes = [(name, f"{len(part):,}") for name, part in self.splits.items()]
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
         return Html(table(sizes, ("split", "rows")), ", ".join(f"{name} {count}" for name, count in sizes))
+
+    def _without_test_questions(self, rows: Iterable[list[Row]]) -> Table:
+        """Pairs (and KTO rows) whose question landed in the test split must not be trained on either."""
+        report = self._step("pairs: question in the test split")
+        asked = {json.dumps(row["messages"][:-1], sort_keys=True) for row in self.splits["test"].rows()}
+
+        def others() -> Iterator[list[Row]]:
+            for batch in rows:
+                kept = []
+                report.seen += len(batch)
+                for row in batch:
+                    question = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
+                    if json.dumps(question, sort_keys=True) in asked:
+                        report.drop(row, "its question is in the test split")
+                    else:
+                        kept.append(row)
+                report.kept += len(kept)
+                yield kept
+
+        return Table.collect(others())
 
     # ------------------------------------------------------------ render
 
@@ -157,6 +204,10 @@ class Job:
 
             self.source = resolve_model(self.params.model)
             self._tokenizer = load_tokenizer(self.source)
+            if self.params.add_tokens:
+                from helpers.data.vocabulary import add_tokens
+
+                add_tokens(None, self._tokenizer, self.params.add_tokens)
         return self._tokenizer
 
     def template(self) -> Any:
@@ -201,24 +252,31 @@ class Job:
         """Write report.html and the data card README.md."""
         from helpers.data import card, report
 
-        if self.chosen["database"]:
-            self._copy_database(Path(self.chosen["database"]))
+        self._copy_database()
         self.rejects.close()
         card.write(self)
         return report.write(self)
 
-    def _copy_database(self, path: Path) -> None:
+    def database(self) -> Path | None:
+        """The SQLite file that goes with the data; None when there is none. Raises TunebookError for a missing or foreign file."""
         from helpers import runtime
 
-        found = next((p for p in (path, runtime.PROJECT / path) if p.is_file()), None)
+        name = self.chosen["database"]
+        if not name:
+            return None
+        found = next((p for p in (Path(name), runtime.PROJECT / name) if p.is_file()), None)
         if found is None:
-            raise TunebookError(f"The database {path} is not there; name a SQLite file, or leave the parameter empty.")
+            raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
         with found.open("rb") as file:
             if file.read(16) != b"SQLite format 3\x00":
-                raise TunebookError(f"{path} is no SQLite database; name a file that sqlite3 opens, or leave the parameter empty.")
-        partial = self.path / ".database.sqlite.partial"
-        shutil.copyfile(found, partial)
-        partial.replace(self.path / "database.sqlite")
+                raise TunebookError(f"{name} is no SQLite database; name a file that sqlite3 opens, or leave the parameter empty.")
+        return found
+
+    def _copy_database(self) -> None:
+        if (found := self.database()) is not None:
+            partial = self.path / ".database.sqlite.partial"
+            shutil.copyfile(found, partial)
+            partial.replace(self.path / "database.sqlite")
 
     def metrics(self) -> dict[str, Any]:
         """What the manifest and the report say about the job, as plain JSON."""

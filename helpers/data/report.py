@@ -40,7 +40,7 @@ def body(job: Any) -> str:
             parts.append(f"<p>{cell(step.step)}: an example of “{cell(reason)}”{cell(where)} {cell(example.get('detail', ''))}</p><pre>{cell(text)}</pre>")
         if step.figures:
             parts.append(f"<p class=soft>{cell(step.step)}: {cell(', '.join(f'{k} {v}' for k, v in step.figures.items()))}</p>")
-    parts.append(_mixture(job.figures))
+    parts.append(_mixture(encoded["mixture"]))
     parts.append("<h2>Lengths</h2>" + histogram(encoded["histogram"], [(f"max_length {encoded['max_length']:,}", encoded["max_length"], "mark"),
                                                                      (f"proposed {found['proposed_max_length']:,}", found["proposed_max_length"], "mark2")]))
     parts.append(f"<p>{found['over']:,} of {found['rows']:,} rows are over max_length; cutting them would have taken the end of turn from {found['lost_end_share']:.0%} of those. "
@@ -59,9 +59,6 @@ def body(job: Any) -> str:
     return "".join(parts)
 
 
-def _mixture(figures: dict[str, Any]) -> str:
-    mixture = figures.get("mixture")
-    if not mixture:
-        return ""
-    return "<h2>Mixture</h2>" + table(("source", "rows", "share of rows", "tokens", "share of tokens"), (
+def _mixture(mixture: list[dict[str, Any]]) -> str:
+    return "<h2>Mixture of the training and eval rows</h2>" + table(("source", "rows", "share of rows", "tokens", "share of tokens"), (
         (m["source"], f"{m['rows']:,}", f"{m['row_share']:.1%}", f"{m['tokens']:,}", f"{m['token_share']:.1%}") for m in mixture), (1, 2, 3, 4))

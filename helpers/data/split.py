@@ -55,7 +55,7 @@ class Groups:
 
 def split(rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float = 0.0, group_by: str = "",
           together: Iterable[tuple[str, str]] = ()) -> dict[str, Table]:
-    """Tables of train, eval and test rows.
+    """Tables of train, eval and test rows. Plain text asks no question, so none of it goes to the test split.
 
     group_by: a column whose equal values stay together (looked up in the row's other columns, or "source", "file").
     together: pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column that no row has.
@@ -79,7 +79,7 @@ def split(rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float
         parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
         for row in batch:
             key = row["id"] if row["id"] in groups else group_value(row, group_by) or row["id"]
-            parts[split_of(groups.key(key), eval_share, test_share)].append(row)
+            parts[split_of(groups.key(key), eval_share, 0.0 if row["kind"] == "text" else test_share)].append(row)
         for name, part in parts.items():
             tables[name].append(part)
     return {name: part.close() for name, part in tables.items()}

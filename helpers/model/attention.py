@@ -4,7 +4,7 @@ A packed row is one long row of several examples ("documents"). No token may loo
 block mask would cost the square of the row. Two exact ways are registered with transformers instead, under names that
 `attn_implementation` takes:
 
-`packed_flash`  PyTorch's own variable-length FlashAttention (compute capability 8.0 and newer, 16-bit)
+`packed_varlen`  PyTorch's own variable-length FlashAttention (compute capability 8.0 and newer, 16-bit)
 `packed_sdpa`   one `scaled_dot_product_attention` call per document (T4, CPU, float32); no mask either
 
 The collator says where documents end (`cu_seq_lens_q`, `document_lengths`). Without those, both names do what "sdpa"
@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from helpers.errors import TunebookError
 
-FLASH = "packed_flash"
+FLASH = "packed_varlen"  # the word "flash" in the name would make transformers look for a kernel package
 SDPA = "packed_sdpa"
 LARGEST_FLASH_HEAD = 256  # FlashAttention 2's limit on the head dimension
 # Settings of a model whose attention is not plain softmax(q k / scale) v, so neither kernel computes it.
@@ -74,7 +74,7 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(FLASH, packed_flash)
+    AttentionInterface.register(FLASH, packed_varlen)
     AttentionInterface.register(SDPA, packed_sdpa)
     for name in (FLASH, SDPA):
         AttentionMaskInterface.register(name, mask_unless_packed)
@@ -90,7 +90,7 @@ def mask_unless_packed(*args, attention_mask=None, **kwargs):
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def packed_flash(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
+def packed_varlen(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
                  sliding_window: int | None = None, cu_seq_lens_q=None, max_length_q: int | None = None, **kwargs):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None."""
     if cu_seq_lens_q is None:
@@ -117,7 +117,7 @@ def packed_flash(module, query, key, value, attention_mask, dropout: float = 0.0
 
 def packed_sdpa(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
                 sliding_window: int | None = None, document_lengths=None, cu_seq_lens_q=None, **kwargs):
-    """The same as `packed_flash`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
+    """The same as `packed_varlen`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

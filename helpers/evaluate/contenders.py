@@ -89,7 +89,8 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
     if twice:
         raise TunebookError(f"Two contenders are called {twice[0]!r}; give the extra one another name.")
     if not found:
-        raise TunebookError(f"There is nothing to judge: of {', '.join(names) or 'no contender'} this run has none; name a model in extra_contenders.")
+        raise TunebookError(f"There is nothing to judge: of {', '.join(names) or 'no contender'} this run has none; "
+                            "name a model in extra_contenders.")
     return found
 
 

@@ -48,7 +48,7 @@ class Endpoint:
         """The messages as they are: the server renders them."""
         return [dict(m) for m in messages]
 
-    def generate(self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding = Decoding(),
+    def generate(self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """An answer a conversation; one that failed has `failed` set. Raises TunebookError when the first ones all fail."""
         answers: list[Answer | None] = [None] * len(prompts)

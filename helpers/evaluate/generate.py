@@ -68,13 +68,13 @@ class HfModel:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if end:
             from helpers.model.loading import end_of_turn
-            ids = ids + [end_of_turn(self.tokenizer)]
+            ids = [*ids, end_of_turn(self.tokenizer)]
         return ids
 
     def close(self) -> None:
         self.model = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding = Decoding(),
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""
         import torch
@@ -126,14 +126,14 @@ class HfModel:
                     self.model(input_ids=prefix, use_cache=False, logits_to_keep=1)
                 members = sorted(members, key=lambda i: -len(prompts[i]))
                 heads = self.model.config.get_text_config().num_attention_heads
-                for batch in _batches(members, lambda i: len(prompts[i]) - shared, shared, heads):
-                    self._decode(state, [list(prompts[i][shared:]) for i in batch], [len(prompts[i]) for i in batch],
-                                 Draws(decoding, [prompts[i] for i in batch]), lambda row, *a: finish(batch[row], *a), shared)
+                for batch in _batches(members, len(prompts[members[0]]) - shared, shared, heads):
+                    self._decode(state, [prompts[i] for i in batch], shared, Draws(decoding, [prompts[i] for i in batch]),
+                                 lambda row, *a, batch=batch: finish(batch[row], *a))
 
-    def _decode(self, state: Any, tails: list[list[int]], lengths: list[int], draws: Draws, finish: Callable, shared: int) -> None:
-        """One batch: read the tails (rows, longest tail), then a token a row at a time until every row has ended."""
+    def _decode(self, state: Any, prompts: list[Sequence[int]], shared: int, draws: Draws, finish: Callable) -> None:
+        """One batch: read what follows the shared prefix, (rows, longest), then a token a row at a time until all have ended."""
         import torch
-        limit = draws.decoding.max_new_tokens
+        limit, tails = draws.decoding.max_new_tokens, [list(p[shared:]) for p in prompts]
         ids, mask = self._pad(tails)
         rows, width = ids.shape
         state.phase, state.used, state.capacity, state.suffix = "prompt", 0, width + limit, {}
@@ -146,11 +146,11 @@ class HfModel:
         logits = logits[torch.arange(rows, device=ids.device), where]
         state.phase, state.used = "answer", width
         alive, written = list(range(rows)), [[] for _ in range(rows)]
-        position = torch.tensor(lengths, device=ids.device)
+        position = torch.tensor([len(p) for p in prompts], device=ids.device)
         for step in range(limit):
             tokens = draws.pick(logits, alive, step)
             stay = []
-            for place, (row, token) in enumerate(zip(alive, tokens.tolist())):
+            for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
                 if token in self.stops:
                     finish(row, written[row], True)
                     continue
@@ -172,6 +172,7 @@ class HfModel:
     def _check(self, prompt: Sequence[int]) -> None:
         """Hold the fast path's logits for one prompt against the plain forward pass; disagreement turns it off, aloud."""
         import torch
+
         from helpers.evaluate import shared_prefix
         self._checked = True
         ids, half = self._tensor([list(prompt)]), len(prompt) // 2
@@ -193,7 +194,9 @@ class HfModel:
     def _generate_plain(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
         import torch
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        options = {"do_sample": False} if decoding.temperature == 0 else {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+        options = {"do_sample": False}
+        if decoding.temperature > 0:
+            options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
         pad = self._pad_id()
         for batch in _chunks(order, lambda i: len(prompts[i]) + decoding.max_new_tokens, 16384):
             width = max(len(prompts[i]) for i in batch)
@@ -287,9 +290,8 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n in range(size) if a[n] != b[n]), size)
 
 
-def _batches(members: list[int], length: Callable[[int], int], shared: int, heads: int) -> Iterator[list[int]]:
+def _batches(members: list[int], longest: int, shared: int, heads: int) -> Iterator[list[int]]:
     """Even batches of at most ROWS, fewer where the prompts' attention scores would take more than SCORE_BYTES."""
-    longest = max(length(members[0]), 1)
     rows = max(1, min(ROWS, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
     count = -(-len(members) // rows)
     size = -(-len(members) // count)

@@ -57,7 +57,7 @@ class GgufModel:
         ids = self.runtime.tokenize("", add_special=True)
         return ids[0] if ids else None
 
-    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding = Decoding(),
+    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """An answer a prompt. Prompts go in portions, longest first, so that finished ones are kept when a run is killed."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -78,18 +78,29 @@ class GgufModel:
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the runtime's logits."""
+        return [values for values, _ in self.score(pairs)]
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[list[float], bool]]:
+        """The same, each with whether every completion token was the most likely one."""
         import numpy as np
         found = []
         for prompt, completion in pairs:
             ids = list(prompt) + list(completion)
             self._need(len(ids))
-            first, at, values = max(len(prompt) - 1, 0), 0, []
+            first, at, values, greedy = max(len(prompt) - 1, 0), 0, [], True
             for logits in self.runtime.iter_logits(ids[:-1]):
                 rows = logits[max(first - at, 0):].astype(np.float64)
-                target = np.array(ids[max(first, at) + 1:at + len(logits) + 1])
+                target = np.array(ids[max(first, at) + 1:at + len(logits) + 1], dtype=np.int64)
                 if len(target):
                     top = rows.max(-1)
                     values += (rows[np.arange(len(target)), target] - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
+                    greedy &= bool((rows.argmax(-1) == target).all())
                 at += len(logits)
-            found.append(values)
+            found.append((values, greedy))
         return found
+
+    def continue_text(self, text: str, max_tokens: int, stop: Sequence[str], temperature: float = 0.0) -> str:
+        """Plain continuation of a text, up to one of `stop`."""
+        ids = self.runtime.tokenize(text, add_special=True)
+        self._need(len(ids) + max_tokens + 8)
+        return self.runtime.generate([ids], max_tokens=max_tokens, stop=stop, temperature=temperature)[0].text

@@ -1,0 +1,100 @@
+"""The held-out items that a run is judged on, as stage 01 wrote them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import TunebookError
+
+_CREATE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
+_QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
+CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. prompt: messages; reference: the right answer, "" where there is none; meta: its other columns."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    reference: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str:
+        return next((m["content"] for m in self.prompt if m["role"] == "system"), "")
+
+    @property
+    def question(self) -> str:
+        return next((m["content"] for m in reversed(self.prompt) if m["role"] == "user"), "")
+
+    @property
+    def cluster(self) -> str:
+        return next((str(self.meta[c]) for c in CLUSTERS if self.meta.get(c) not in (None, "")), "")
+
+
+def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
+    """Items of a test.parquet; with `limit`, a seeded choice of that many, in the data's order. Raises TunebookError when there are none."""
+    import pyarrow.parquet as pq
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise TunebookError(f"{path} cannot be read ({error}); run notebook 01 again with a test_dataset.") from error
+    found = []
+    for row in rows:
+        meta = json.loads(row["meta"]) if row.get("meta") else {}
+        prompt = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+        found.append(Item(str(row["id"]), prompt, row.get("reference") or "", meta))
+    if not found:
+        raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
+    if limit and limit < len(found):
+        import random
+        keep = sorted(random.Random(seed).sample(range(len(found)), limit))
+        found = [found[i] for i in keep]
+    return found
+
+
+def task_kind(items: Sequence[Item], database: Path | None) -> str:
+    """"text_to_sql", "references" or "none": queries with a database (or CREATE TABLE in the prompt), any references, or nothing."""
+    references = [i.reference for i in items if i.reference.strip()]
+    queries = sum(bool(_QUERY.match(r)) for r in references)
+    if references and queries >= 0.9 * len(references) and (database is not None or any(schema_text(i) for i in items)):
+        return "text_to_sql"
+    return "references" if references else "none"
+
+
+def schema_text(item: Item) -> str:
+    """The CREATE TABLE statements that an item's prompt holds, "" when none."""
+    for value in (item.meta.get("context"), item.meta.get("schema"), item.system, item.question):
+        if isinstance(value, str) and _CREATE.search(value):
+            return value[_CREATE.search(value).start():]
+    return ""
+
+
+def clusters(items: Sequence[Item]) -> list[str] | None:
+    """The cluster of every item, or None where items share nothing (every item apart, or all in one)."""
+    names = [i.cluster for i in items]
+    return names if 1 < len(set(names)) < len(names) and all(names) else None
+
+
+def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean score by the columns "kind" and "origin", where the data has them."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for column in ("kind", "origin"):
+        values: dict[str, list[float]] = {}
+        for item, score in zip(items, scores, strict=True):
+            if score is not None and isinstance(item.meta.get(column), (str, int)):
+                values.setdefault(str(item.meta[column]), []).append(score)
+        if values:
+            found[column] = {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(values.items())}
+    return found
+
+
+def plain(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata without long columns, for answers.jsonl."""
+    return {k: v for k, v in meta.items() if v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) <= 200)}

@@ -7,8 +7,11 @@ may be cut in any way, over any number of GPUs, and give the same gradient.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO has its place among TRL's experiments; the pin keeps it still
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,110 @@
+"""From a job's plan to a model that is ready and a trainer around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from helpers import runtime
+from helpers.train import arguments, job, methods, precision, sharing
+from helpers.train.batching import PackedRows
+
+
+def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
+    """(model with its adapter, what was done to it in sentences, precision) for a `job.Job`."""
+    from helpers.model import fast, recompute
+    from helpers.model.loading import load_model
+    import datasets
+    import transformers
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    params, plan = work.params, work.plan
+    card = runtime.gpu()
+    numbers = precision.choose(card.capability if card else None, params.precision)
+    notes = [numbers.reason]
+    if plan.backend == "unsloth":
+        from helpers.train import unsloth_backend
+        loaded, _ = unsloth_backend.load(work.source, params)
+        return loaded, [*notes, plan.reason], numbers
+    loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
+    loaded.config.use_cache = False
+    wrapped = methods.trainable(loaded, params, work.source.name, work.adapter, getattr(params, "freeze_layers", 0))
+    own_logits = getattr(params, "loss", "orpo") != "orpo"
+    notes += fast.apply(wrapped, fused_loss=not own_logits, fused_lora=not (params.dora or params.dropout))
+    if plan.recompute:
+        layers = recompute.set_recompute(wrapped, plan.recompute, plan.offload, plan.tile_mlp)
+        notes.append(f"{layers} layers recomputed")
+        if hasattr(wrapped, "enable_input_require_grads") and not plan.offload:
+            wrapped.enable_input_require_grads()
+    return wrapped, notes, numbers
+
+
+def attention(work: Any) -> str | None:
+    """The attention implementation: the plan's, or the one that shares common beginnings where the plan's is exact and slow."""
+    from helpers.model import attention as packed
+    from helpers.model import prefix
+    packed.register()
+    if getattr(work.params, "loss", "orpo") != "orpo":
+        return "sdpa"
+    return prefix.register() if work.plan.packed and work.plan.attention == packed.SDPA else work.plan.attention
+
+
+def collator(work: Any, pairs: bool) -> Any:
+    """Rows to batches: packed with common beginnings shared, packed, or padded, as the plan says."""
+    from helpers.model import attention as packed
+    layout = "packed" if work.plan.packed else "padded"
+    share = work.plan.packed and work.plan.attention == packed.SDPA
+    kind = sharing.SharedPairCollator if pairs else sharing.SharedCollator
+    return kind(work.tokenizer.pad_token_id, layout, share)
+
+
+def trainer(work: Any, numbers: precision.Precision) -> Any:
+    """The TRL trainer of this job, its rows in place."""
+    loss = getattr(work.params, "loss", "")
+    if loss in ("dpo", "kto", "simpo"):
+        from helpers.train import other_losses
+        return other_losses.trainer(work, numbers)
+    options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
+    made = (_orpo if loss == "orpo" else _sft)(work, options)
+    precision.keep_in_fp32(work.model)
+    lengths = [len(ids) for ids in work.train_rows["input_ids"]] if not loss else _lengths(work.train_rows)
+    train = PackedRows(work.train_rows, batch_size=work.params.batch_size, accumulation=work.plan.accumulation, world_size=job.world_size(),
+                       seed=work.params.seed, lengths=lengths, budget=work.plan.row_tokens or None)
+    held_out = None
+    if work.held_out is not None:
+        held_lengths = _lengths(work.held_out)
+        held_out = PackedRows(work.held_out, batch_size=min(work.params.batch_size, 8) * job.world_size(), accumulation=1, world_size=job.world_size(),
+                              shuffle=False, lengths=held_lengths)
+    from helpers.model.head_loss import can_fuse
+    causal = work.model.get_base_model() if hasattr(work.model, "peft_config") else work.model
+    made.use_rows(train, held_out, collator(work, bool(loss)), fused=not can_fuse(causal))
+    made.optimizer, _ = methods.optimizer_of(work.model, work.params, made.args)
+    quiet(made)
+    return made
+
+
+def quiet(made: Any) -> None:
+    """Leave out the trainer's own line a step: `callbacks.LiveCurve` speaks for it."""
+    from transformers import PrinterCallback
+    made.remove_callback(PrinterCallback)
+
+
+def _lengths(rows: Any) -> list[int]:
+    from helpers.train.rows import lengths_of
+    return lengths_of(rows)
+
+
+def _sft(work: Any, options: dict[str, Any]) -> Any:
+    from trl import SFTConfig
+
+    from helpers.train.trainers import RowSFTTrainer
+    arguments_ = SFTConfig(**options, loss_type="nll", dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+                           neftune_noise_alpha=work.params.neftune_alpha or None)
+    return RowSFTTrainer(model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer)
+
+
+def _orpo(work: Any, options: dict[str, Any]) -> Any:
+    from helpers.train.trainers import RowORPOTrainer  # before TRL's, which it keeps quiet
+    from trl.experimental.orpo import ORPOConfig  # isort: skip
+
+    arguments_ = ORPOConfig(**options, beta=work.params.beta, max_length=work.params.max_length, disable_dropout=False)
+    return RowORPOTrainer(model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer)

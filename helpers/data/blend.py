@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.data import mix, vocabulary as words
+from helpers.data import mix
+from helpers.data import vocabulary as words
 from helpers.data.rows import Row, Table, answer_of, text_of
 from helpers.errors import TunebookError
 from helpers.notebook import Html, table
@@ -21,7 +22,9 @@ def generate(job: Any) -> Html:
     if p.sql_negatives:
         made.append(_sql_negatives(job))
     if not made:
-        return Html("<p>No synthetic data was asked for (<code>synthetic</code>, <code>sql_negatives</code>).</p>", "No synthetic data was asked for.")
+        return Html(
+            "<p>No synthetic data was asked for (<code>synthetic</code>, <code>sql_negatives</code>).</p>", "No synthetic data was asked for."
+        )
     return Html(table(made, ("made", "rows", "of")), "\n".join(map(str, made)))
 
 
@@ -85,12 +88,15 @@ def mix_sources(job: Any) -> Html:
         job.rejects.removed[reason] += count
         job.rejects.first.setdefault(reason, {"file": "", "row": 0, "detail": "left out by weights, caps or replay_share"})
     mixture = step.figures["mixture"]
-    lines = [(name, f"{m['available']:,}", f"{m['rows']:,}", f"{m['rows_share']:.1%}", f"{m.get('tokens', 0):,}", f"{m.get('tokens_share', 0):.1%}") for name, m in mixture.items()]
+    lines = [
+        (name, f"{m['available']:,}", f"{m['rows']:,}", f"{m['rows_share']:.1%}", f"{m.get('tokens', 0):,}", f"{m.get('tokens_share', 0):.1%}")
+        for name, m in mixture.items()
+    ]
     return Html(table(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens")), "\n".join(map(str, lines)))
 
 
 def _numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
-    """"name=2,other=1" as numbers by source. Raises TunebookError for an unknown source or what is no number."""
+    """ "name=2,other=1" as numbers by source. Raises TunebookError for an unknown source or what is no number."""
     found = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = (piece.strip() for piece in part.rpartition("="))
@@ -115,7 +121,14 @@ def vocabulary(job: Any) -> Html:
         from helpers.model.loading import load_tokenizer, resolve_model
 
         other = load_tokenizer(resolve_model(job.params.compare_tokenizer))
-    found = words.report(job.tokenizer, ("\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row))) for row in job.rows.rows()), other)
+    found = words.report(
+        job.tokenizer,
+        ("\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row))) for row in job.rows.rows()),
+        other,
+    )
+    found["this"]["name"] = job.params.model
+    if found["other"]:
+        found["other"]["name"] = job.params.compare_tokenizer
     job.figures["vocabulary"] = found
     compared = [found["this"], *([found["other"]] if found["other"] else [])]
     keys = [key for key in compared[0] if key != "name"]

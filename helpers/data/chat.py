@@ -57,8 +57,16 @@ class ChatReport:
         self.examples.setdefault(what, example[:300])
 
     def as_dict(self) -> dict:
-        return {"seen": self.seen, "kept": self.kept, "tokens": self.tokens, "trained_tokens": self.trained, "trained_turns": self.turns,
-                "trained_share": self.trained / self.tokens if self.tokens else 0.0, "notes": dict(self.notes), "examples": self.examples}
+        return {
+            "seen": self.seen,
+            "kept": self.kept,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained,
+            "trained_turns": self.turns,
+            "trained_share": self.trained / self.tokens if self.tokens else 0.0,
+            "notes": dict(self.notes),
+            "examples": self.examples,
+        }
 
 
 class Encoder:
@@ -92,8 +100,10 @@ class Encoder:
         """Preference rows as (row, chosen, rejected); both share the prompt, and each ends with its one end of turn."""
         for batch in rows:
             self.report.seen += len(batch)
-            sides = [self._chats([{**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch])
-                     for side in ("chosen", "rejected")]
+            sides = [
+                self._chats([{**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch])
+                for side in ("chosen", "rejected")
+            ]
             whole = [{one.row["id"]: one for one in encoded} for encoded, _ in sides]
             errors = {row["id"]: error for _, broken in sides for row, error in broken}
             done = []
@@ -118,10 +128,14 @@ class Encoder:
             return []
         tokenizer = self.template.tokenizer
         done = []
-        for row, encoding in zip(rows, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in rows], add_special_tokens=True), strict=True):
+        for row, encoding in zip(
+            rows, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in rows], add_special_tokens=True), strict=True
+        ):
             ids = encoding.ids
             if found := self.template.special_text.search(row["messages"][0]["content"]):
-                self._reject(row, RowError("special token in text", f"the text holds {found.group()!r}, which the tokenizer reads as a control token"))
+                self._reject(
+                    row, RowError("special token in text", f"the text holds {found.group()!r}, which the tokenizer reads as a control token")
+                )
                 continue
             if not ids or ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, tokenizer.eos_token_id]
@@ -154,7 +168,9 @@ class Encoder:
         special = template.special_text.search
         for message in row["messages"]:
             if message["content"] and (found := special(message["content"])):
-                raise RowError("special token in text", f"a {message['role']} turn holds {found.group()!r}, which the tokenizer reads as a control token")
+                raise RowError(
+                    "special token in text", f"a {message['role']} turn holds {found.group()!r}, which the tokenizer reads as a control token"
+                )
         tools, messages = row.get("tools"), row["messages"]
         if tools and special(tools):
             raise RowError("special token in text", f"the tools hold {special(tools).group()!r}, which the tokenizer reads as a control token")
@@ -205,14 +221,17 @@ class Encoder:
             if not full.startswith(prefix):
                 if template.has_markers:
                     return self._by_markers(row, ids)
-                raise RowError("template is no prefix", f"what the model is given before turn {turn + 1} is not how the whole row begins; train_on='last' may help")
+                raise RowError(
+                    "template is no prefix",
+                    f"what the model is given before turn {turn + 1} is not how the whole row begins; train_on='last' may help",
+                )
             begin = self._boundary(prefix, token_ids, specials)
-            after = ends_at[np.searchsorted(ends_at, begin):]
+            after = ends_at[np.searchsorted(ends_at, begin) :]
             if begin >= len(ids) or not len(after):
                 raise RowError("no end of turn", f"turn {turn + 1} has no {template.end_text} in its labels")
             spans.append((begin, int(after[0]) + 1))
             content = row["messages"][turn]["content"].strip()
-            if content and content not in full[len(prefix):]:
+            if content and content not in full[len(prefix) :]:
                 self.report.note("the template changed an answer", content)
         for begin, end in spans:
             mask[begin:end] = 1
@@ -225,14 +244,17 @@ class Encoder:
         found = list(self.template.special_text.finditer(prefix))
         begin, tail = 0, prefix
         if 0 < len(found) <= len(specials):
-            begin, tail = int(specials[len(found) - 1]), prefix[found[-1].start():]
+            begin, tail = int(specials[len(found) - 1]), prefix[found[-1].start() :]
         known = self._tails.get(tail)
         if known is None:
             known = self._backend.encode(tail, add_special_tokens=False).ids
             if len(self._tails) < 10_000:
                 self._tails[tail] = known
         if ids[begin : begin + len(known)] != known:
-            raise RowError("answer runs into the prompt", "the first token of the answer joins the last of the prompt, often because the answer begins with white space")
+            raise RowError(
+                "answer runs into the prompt",
+                "the first token of the answer joins the last of the prompt, often because the answer begins with white space",
+            )
         return begin + len(known)
 
     def _by_markers(self, row: Row, ids: Any) -> Encoded:
@@ -241,7 +263,9 @@ class Encoder:
 
         tools = json.loads(row["tools"]) if row.get("tools") else None
         with templates.guarded(templates.PROBE_SECONDS):
-            marked = self.template.tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            marked = self.template.tokenizer.apply_chat_template(
+                row["messages"], tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
         mask = np.array(marked["assistant_masks"], np.int8)
         if len(mask) != len(ids) or not mask.any():
             raise RowError("template is no prefix", "the template's marks do not fit its rendering")

@@ -55,7 +55,10 @@ def _content(content: Any, number: int) -> str:
     parts = []
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise RowError("not text", f"message {number} has a part of type {str(part.get('type') if isinstance(part, Mapping) else part)[:40]!r}; only text can be trained here")
+            raise RowError(
+                "not text",
+                f"message {number} has a part of type {str(part.get('type') if isinstance(part, Mapping) else part)[:40]!r}; only text can be trained here",
+            )
         parts.append(as_text(part.get("text"), f"message {number}"))
     return "".join(parts)
 
@@ -148,7 +151,7 @@ def checked_pair(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -
         shared += 1
     head, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     bare = [message for message in prompt if message["role"] != "system"]
-    if head and bare and head[-len(bare):] == bare:  # the conversations repeat the prompt that stands in its own column
+    if head and bare and head[-len(bare) :] == bare:  # the conversations repeat the prompt that stands in its own column
         prompt = prompt[: len(prompt) - len(bare)] + head if head[0]["role"] != "system" else head
     else:
         prompt = prompt + head

@@ -88,8 +88,17 @@ def _shape(formatting: str, columns: dict[str, str] | None, tags: dict[str, str]
     if formatting in ("sharegpt", "openai"):
         role_tag, content_tag, roles = _tags(formatting, tags)
         kind = "preference" if ranking else "kto" if label else "sharegpt" if formatting == "sharegpt" else "messages"
-        return Shape(kind, messages=part["messages"] or "conversations", system=part["system"], tools=part["tools"], label=label,
-                     role_tag=role_tag, content_tag=content_tag, roles=roles, **pair)
+        return Shape(
+            kind,
+            messages=part["messages"] or "conversations",
+            system=part["system"],
+            tools=part["tools"],
+            label=label,
+            role_tag=role_tag,
+            content_tag=content_tag,
+            roles=roles,
+            **pair,
+        )
     common = {"prompt": part["prompt"], "query": part["query"], "history": part["history"], "system": part["system"], "tools": part["tools"]}
     if ranking:
         return Shape("preference", **common, **pair)
@@ -103,8 +112,15 @@ def _tags(formatting: str, tags: dict[str, str] | None) -> tuple[str, str, tuple
     if tags is None:
         if formatting == "openai":
             return "role", "content", Shape("messages").roles
-        tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
-                "function_tag": "function_call", "system_tag": "system"}
+        tags = {
+            "role_tag": "from",
+            "content_tag": "value",
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+            "observation_tag": "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        }
     meanings = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
     roles = {tags[tag]: role for tag, role in meanings.items() if tags.get(tag)}
     if "system_tag" not in tags:

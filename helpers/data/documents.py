@@ -35,7 +35,9 @@ class Unreadable(Exception):
     """A document that cannot be used. args: (reason, detail)."""
 
 
-def chunks(file: Path, rejects: Rejects, tokenizer: Callable[[], Any], tokens: int = 384, overlap: int = 32, least_chars: int = 100) -> Iterator[tuple[int, dict]]:
+def chunks(
+    file: Path, rejects: Rejects, tokenizer: Callable[[], Any], tokens: int = 384, overlap: int = 32, least_chars: int = 100
+) -> Iterator[tuple[int, dict]]:
     """(number of the piece from 1, {"text", "document", "piece"}) for one document.
 
     tokenizer: gives the tokenizer that counts tokens. A document without text, one that can't be read and one shorter than
@@ -123,6 +125,7 @@ def cut(text: str, tokenizer: Any, tokens: int, overlap: int) -> Iterator[str]:
 
 # ---------------------------------------------------------------- kinds
 
+
 def _html(content: bytes) -> str:
     import trafilatura
 
@@ -136,8 +139,29 @@ def _html(content: bytes) -> str:
 
 def _depth(content: bytes) -> int:
     """How deep tags that need an end are nested, roughly, without parsing."""
-    void = {b"br", b"img", b"hr", b"meta", b"link", b"input", b"area", b"base", b"col", b"embed", b"source", b"track", b"wbr", b"p", b"li", b"td", b"tr", b"th",
-            b"dt", b"dd", b"option"}
+    void = {
+        b"br",
+        b"img",
+        b"hr",
+        b"meta",
+        b"link",
+        b"input",
+        b"area",
+        b"base",
+        b"col",
+        b"embed",
+        b"source",
+        b"track",
+        b"wbr",
+        b"p",
+        b"li",
+        b"td",
+        b"tr",
+        b"th",
+        b"dt",
+        b"dd",
+        b"option",
+    }
     deepest = depth = 0
     for match in re.finditer(rb"<(/?)([a-zA-Z][a-zA-Z0-9]*)", content):
         if match[2].lower() in void:
@@ -206,6 +230,7 @@ READERS = {"html": _html, "htm": _html, "pdf": _pdf, "docx": _docx}
 
 # ---------------------------------------------------------------- in a second process
 
+
 class _Reader:
     """One process that reads documents, started when the first is read and again after one has cost it its life."""
 
@@ -214,8 +239,13 @@ class _Reader:
 
     def read(self, kind: str, content: bytes) -> str:
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen([sys.executable, "-m", "helpers.data.documents"], cwd=Path(__file__).parents[2], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "helpers.data.documents"],
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             atexit.register(self.stop)
         sent, received = self.process.stdin, self.process.stdout
         clock = threading.Timer(SECONDS, self.process.kill)
@@ -231,8 +261,11 @@ class _Reader:
             clock.cancel()
         if not line:
             self.stop()
-            raise Unreadable("too long to read", f"the document was not read within {SECONDS} s") if late else Unreadable(
-                "reader died", "the document brought its parser down")
+            raise (
+                Unreadable("too long to read", f"the document was not read within {SECONDS} s")
+                if late
+                else Unreadable("reader died", "the document brought its parser down")
+            )
         answer = json.loads(line)
         if isinstance(answer, list):
             raise Unreadable(*answer)

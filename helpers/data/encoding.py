@@ -23,8 +23,15 @@ def encode_splits(job: Any) -> dict[str, Any]:
 
     p, template = job.params, job.template()
     ids = (f"{name} {row['id']} {row['source']} {row['file']} {row['row']}" for name in TRAINED_SPLITS for row in job.splits[name].rows())
-    key = cache.key(ids, tokenizer=tokenizer_hash(job.tokenizer), template=template_hash(job.tokenizer), code=cache.code_hash(), train_on=p.train_on,
-                    max_length=p.max_length, over_long=p.over_long)
+    key = cache.key(
+        ids,
+        tokenizer=tokenizer_hash(job.tokenizer),
+        template=template_hash(job.tokenizer),
+        code=cache.code_hash(),
+        train_on=p.train_on,
+        max_length=p.max_length,
+        over_long=p.over_long,
+    )
     files = [f"{name}.parquet" for name in TRAINED_SPLITS]
     found, state = cache.get(key, job.path), "hit"
     if found is None:
@@ -69,19 +76,29 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         result["written"][name] = output.write_tokens(job.path / f"{name}.parquet", counted(fitter.fit(encoder.encode(job.splits[name]))))
         result["splits"][name] = {"rows": result["written"][name], **trained}
         histogram.update(fitter.report.lengths)
-        counts.update({k: v for k, v in fitter.report.as_dict().items() if k in ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")})
+        counts.update(
+            {
+                k: v
+                for k, v in fitter.report.as_dict().items()
+                if k in ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
+            }
+        )
         result["notes"] = dict(Counter(result["notes"]) + encoder.report.notes)
         result["examples"] |= encoder.report.examples
     lost.close()
     whole = lengths.LengthReport(limit, p.over_long, histogram, **counts)
     rows, tokens = (max(1, sum(part[unit] for part in by_source.values())) for unit in ("rows", "tokens"))
-    result["mixture"] = [{"source": name, **part, "row_share": part["rows"] / rows, "token_share": part["tokens"] / tokens} for name, part in by_source.items()]
+    result["mixture"] = [
+        {"source": name, **part, "row_share": part["rows"] / rows, "token_share": part["tokens"] / tokens} for name, part in by_source.items()
+    ]
     return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
 
 
 def _proposed(job: Any, template: Any) -> int:
     """max_length as the rows' own lengths propose it. Costs one more tokenisation."""
-    counts = Counter(len(one.ids) for name in TRAINED_SPLITS for batch in Encoder(template, job.params.train_on).encode(job.splits[name]) for one in batch)
+    counts = Counter(
+        len(one.ids) for name in TRAINED_SPLITS for batch in Encoder(template, job.params.train_on).encode(job.splits[name]) for one in batch
+    )
     return lengths.propose(lengths.expanded(counts)) or 16
 
 
@@ -107,8 +124,14 @@ def encode_pairs(job: Any) -> Html:
                     kept.append((row, chosen, rejected))
                 else:
                     over["pairs"] += 1
-                    job.rejects.add(row["file"], row["row"], "over max_length", f"{max(len(chosen.ids), len(rejected.ids)):,} tokens; max_length is {limit:,}",
-                                    step="length", invalid=False)
+                    job.rejects.add(
+                        row["file"],
+                        row["row"],
+                        "over max_length",
+                        f"{max(len(chosen.ids), len(rejected.ids)):,} tokens; max_length is {limit:,}",
+                        step="length",
+                        invalid=False,
+                    )
             yield kept
 
     written = {}
@@ -127,12 +150,25 @@ def encode_pairs(job: Any) -> Html:
 def summary(encoded: dict[str, Any]) -> Html:
     """What was written, how much of it is trained, what was too long, and whether it came from the cache."""
     found = encoded["lengths"]
-    rows = [(f"{name}.parquet", f"{part['rows']:,} rows, {part.get('tokens', 0):,} tokens, {part.get('trained_tokens', 0) / max(1, part.get('tokens', 0)):.1%} of them trained")
-            for name, part in encoded["splits"].items()]
+    rows = [
+        (
+            f"{name}.parquet",
+            f"{part['rows']:,} rows, {part.get('tokens', 0):,} tokens, {part.get('trained_tokens', 0) / max(1, part.get('tokens', 0)):.1%} of them trained",
+        )
+        for name, part in encoded["splits"].items()
+    ]
     rows += [(f"{name}.parquet", f"{count:,} rows") for name, count in encoded["written"].items() if name not in encoded["splits"]]
-    rows += [("max_length", f"{encoded['max_length']:,} tokens; {found['proposed_max_length']:,} would hold 99 % of the rows, the longest has {found.get('longest', 0):,}"),
-             ("over max_length", f"{found['over']:,} rows ({found['over_share']:.1%}), {found['lost_end_share']:.0%} of them would have lost their end of turn; "
-                                 f"dropped {found['dropped']:,}, cut {found['truncated']:,}, split {found['split_rows']:,} into {found['split_into']:,}")]
+    rows += [
+        (
+            "max_length",
+            f"{encoded['max_length']:,} tokens; {found['proposed_max_length']:,} would hold 99 % of the rows, the longest has {found.get('longest', 0):,}",
+        ),
+        (
+            "over max_length",
+            f"{found['over']:,} rows ({found['over_share']:.1%}), {found['lost_end_share']:.0%} of them would have lost their end of turn; "
+            f"dropped {found['dropped']:,}, cut {found['truncated']:,}, split {found['split_rows']:,} into {found['split_into']:,}",
+        ),
+    ]
     rows += [("note", f"{what}: {count:,} rows") for what, count in encoded["notes"].items()]
     rows.append(("cache", encoded["cache"]))
     return Html(table(rows), "\n".join(f"{a}: {b}" for a, b in rows))

@@ -26,11 +26,22 @@ CHOSEN = ("chosen", "chosen_response", "preferred")
 REJECTED = ("rejected", "rejected_response", "dispreferred", "non_preferred")
 LABEL = ("label", "kto_tag")
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool", "function": "tool",
-    "function_call": "function_call", "tool_call": "function_call",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "function_call": "function_call",
+    "tool_call": "function_call",
 }
 
 
@@ -72,8 +83,11 @@ class Shape:
     def wanted(self) -> str:
         """The columns a record must have, for error messages."""
         must = {
-            "alpaca": (self.prompt, self.response), "context_qa": (self.context, self.prompt), "text": (self.prompt,),
-            "preference": (self.prompt or self.messages, self.chosen, self.rejected), "prompt_completion": (self.prompt, self.response),
+            "alpaca": (self.prompt, self.response),
+            "context_qa": (self.context, self.prompt),
+            "text": (self.prompt,),
+            "preference": (self.prompt or self.messages, self.chosen, self.rejected),
+            "prompt_completion": (self.prompt, self.response),
             "kto": (self.messages or self.prompt, "" if self.messages else self.response, self.label),
         }.get(self.format, (self.messages,))
         return ", ".join(repr(column) for column in must if column)
@@ -98,8 +112,16 @@ def first(names: tuple[str, ...], columns: Mapping[str, Any]) -> str:
 
 def adapt(shape: Shape, record: Mapping[str, Any]) -> Shape:
     """A named format with each missing default column replaced by a synonym that the record does have."""
-    synonyms = {"prompt": TEXT if shape.format == "text" else PROMPT, "response": RESPONSE, "messages": MESSAGES, "context": CONTEXT,
-                "system": SYSTEM, "chosen": CHOSEN, "rejected": REJECTED, "label": LABEL}
+    synonyms = {
+        "prompt": TEXT if shape.format == "text" else PROMPT,
+        "response": RESPONSE,
+        "messages": MESSAGES,
+        "context": CONTEXT,
+        "system": SYSTEM,
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+        "label": LABEL,
+    }
     found = {}
     for part, names in synonyms.items():
         column = getattr(shape, part)
@@ -118,8 +140,15 @@ def detect(record: Mapping[str, Any]) -> Shape | None:
     label = next((name for name in LABEL if isinstance(record.get(name), bool)), "")
     common = {"system": system, "tools": tools}
     if chosen and rejected:
-        return Shape("preference", prompt=prompt, messages="" if prompt else messages, chosen=chosen, rejected=rejected,
-                     query="input" if prompt == "instruction" else "", **common)
+        return Shape(
+            "preference",
+            prompt=prompt,
+            messages="" if prompt else messages,
+            chosen=chosen,
+            rejected=rejected,
+            query="input" if prompt == "instruction" else "",
+            **common,
+        )
     if messages and isinstance(record[messages], (list, tuple)):
         head = next((m for m in record[messages] if isinstance(m, Mapping)), {})
         if label:
@@ -129,9 +158,14 @@ def detect(record: Mapping[str, Any]) -> Shape | None:
         return Shape("kto", prompt=prompt, response=response, label=label, **common)
     context = first(CONTEXT, record)
     if context and any(name in record for name in ("question", "unanswerable_question")):
-        return Shape("context_qa", prompt="question", response=first(("answer", "answers", "response", "output"), record) or "answer",
-                     context=context, system=system)
-    if prompt and isinstance(record[prompt], (list, tuple)) or (prompt, response) == ("prompt", "completion"):
+        return Shape(
+            "context_qa",
+            prompt="question",
+            response=first(("answer", "answers", "response", "output"), record) or "answer",
+            context=context,
+            system=system,
+        )
+    if (prompt and isinstance(record[prompt], (list, tuple))) or (prompt, response) == ("prompt", "completion"):
         return Shape("prompt_completion", prompt=prompt, response=response or "completion", **common)
     if prompt and (response or any(name in record for name in RESPONSE)):
         answer = response or next(name for name in RESPONSE if name in record)
@@ -184,7 +218,10 @@ def _prompt(record: Mapping[str, Any], shape: Shape) -> list[dict]:
         for turn in record.get(shape.history) or [] if shape.history else []:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
                 raise RowError("broken history", f"a turn of {shape.history!r} is {kind_of(turn)}; pairs of question and answer were expected")
-            messages += [{"role": "user", "content": as_text(turn[0], shape.history)}, {"role": "assistant", "content": as_text(turn[1], shape.history)}]
+            messages += [
+                {"role": "user", "content": as_text(turn[0], shape.history)},
+                {"role": "assistant", "content": as_text(turn[1], shape.history)},
+            ]
         need(record, shape.prompt, shape)
         question = [text(record, column, shape) for column in (shape.prompt, shape.query) if column and record.get(column)]
         if not any(part.strip() for part in question):
@@ -243,16 +280,24 @@ def _context_qa(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]
         raise RowError("no answer", f"column {shape.response!r} is not there; columns seen: {seen(record)}")
     asked = []
     if record.get(shape.prompt) is not None:
-        asked.append((as_text(record[shape.prompt], shape.prompt), shape.unanswerable if impossible or not answer else as_text(answer, shape.response)))
+        asked.append(
+            (as_text(record[shape.prompt], shape.prompt), shape.unanswerable if impossible or not answer else as_text(answer, shape.response))
+        )
     if record.get("unanswerable_question"):
         asked.append((as_text(record["unanswerable_question"], "unanswerable_question"), shape.unanswerable))
     if not asked or not context.strip():
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
-    return [{"kind": "sft", "messages": talk.checked([*system, {"role": "user", "content": f"{context}\n\n{question}"},
-                                                      {"role": "assistant", "content": reply}])} for question, reply in asked]
+    return [
+        {
+            "kind": "sft",
+            "messages": talk.checked([*system, {"role": "user", "content": f"{context}\n\n{question}"}, {"role": "assistant", "content": reply}]),
+        }
+        for question, reply in asked
+    ]
 
 
 # ---------------------------------------------------------------- values
+
 
 def need(record: Mapping[str, Any], column: str, shape: Shape) -> Any:
     """The value of a column that must be there and not null."""
@@ -289,5 +334,14 @@ def seen(record: Mapping[str, Any]) -> str:
 
 def kind_of(value: Any) -> str:
     """A value's type in words, for error messages."""
-    names = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", tuple: "a list", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        tuple: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)

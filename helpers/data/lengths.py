@@ -35,10 +35,19 @@ class LengthReport:
     all_masked: int = 0
 
     def as_dict(self) -> dict:
-        counts = {name: getattr(self, name) for name in ("max_length", "over_long", "over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")}
+        counts = {
+            name: getattr(self, name)
+            for name in ("max_length", "over_long", "over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
+        }
         rows, lengths = self.lengths.total(), expanded(self.lengths)
-        return {**counts, "rows": rows, "over_share": self.over / rows if rows else 0.0, "lost_end_share": self.lost_end / self.over if self.over else 0.0,
-                "proposed_max_length": propose(lengths), **quantiles(lengths)}
+        return {
+            **counts,
+            "rows": rows,
+            "over_share": self.over / rows if rows else 0.0,
+            "lost_end_share": self.lost_end / self.over if self.over else 0.0,
+            "proposed_max_length": propose(lengths),
+            **quantiles(lengths),
+        }
 
 
 def expanded(counts: Mapping[int, int]) -> Any:
@@ -55,7 +64,7 @@ def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     if not len(lengths):
         return {}
     values = np.quantile(np.asarray(lengths), [0.0, 0.5, 0.9, 0.99, 1.0])
-    return dict(zip(("shortest", "median", "p90", "p99", "longest"), (int(round(v)) for v in values), strict=True))
+    return dict(zip(("shortest", "median", "p90", "p99", "longest"), (round(float(v)) for v in values), strict=True))
 
 
 def propose(lengths: Sequence[int], covered: float = COVERED) -> int:
@@ -79,8 +88,16 @@ def choices(lengths: Sequence[int]) -> list[dict[str, Any]]:
     proposed = propose(lengths)
     rows = []
     for size in sorted({*CANDIDATES, proposed}):
-        over = values[np.searchsorted(values, size, side="right"):]
-        rows.append({"max_length": size, "rows_over": len(over), "share_over": len(over) / len(values), "tokens_lost": int(over.sum()), "proposed": size == proposed})
+        over = values[np.searchsorted(values, size, side="right") :]
+        rows.append(
+            {
+                "max_length": size,
+                "rows_over": len(over),
+                "share_over": len(over) / len(values),
+                "tokens_lost": int(over.sum()),
+                "proposed": size == proposed,
+            }
+        )
         if not len(over):
             break
     return [row for row in rows if row["share_over"] < 0.9 or row["proposed"]]
@@ -127,8 +144,10 @@ class Fitter:
         """Text in windows of `max_length`; a conversation between turns, its system message repeated. What can't be split is dropped."""
         size = self.report.max_length
         if one.row["kind"] == "text":
-            parts = [Encoded(one.row, one.ids[at : at + size], one.mask[at : at + size], 0, [len(one.ids) - 1 - at] if at + size >= len(one.ids) else [])
-                     for at in range(0, len(one.ids), size)]
+            parts = [
+                Encoded(one.row, one.ids[at : at + size], one.mask[at : at + size], 0, [len(one.ids) - 1 - at] if at + size >= len(one.ids) else [])
+                for at in range(0, len(one.ids), size)
+            ]
         else:
             parts = self._split_turns(one.row)
         if not parts:
@@ -162,7 +181,9 @@ class Fitter:
 
     def _encoded(self, row: Row, messages: list[dict]) -> Encoded | None:
         extra = {"label": row["label"]} if "label" in row else {}
-        part = make_row(row["kind"], messages, source=row["source"], file=row["file"], row=row["row"], tools=row.get("tools"), meta=row["meta"], **extra)
+        part = make_row(
+            row["kind"], messages, source=row["source"], file=row["file"], row=row["row"], tools=row.get("tools"), meta=row["meta"], **extra
+        )
         encoder = Encoder(self.encoder.template, self.encoder.train_on)
         return next((one for batch in encoder.encode([[part]]) for one in batch), None)
 

@@ -1,9 +1,9 @@
 """Rows and tokens to the parquet files that the trainers take, written a batch at a time and put in place whole.
 
-    train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
-    test.parquet                         id, prompt, reference, meta (JSON)
-    preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids
-    kto.parquet                          id, prompt, completion, label
+train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
+test.parquet                         id, prompt, reference, meta (JSON)
+preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids
+kto.parquet                          id, prompt, completion, label
 """
 
 from __future__ import annotations
@@ -29,13 +29,28 @@ def schema(kind: str) -> Any:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
-    return pa.schema({
-        "tokens": [("id", pa.string()), ("source", pa.string()), ("messages", pa.string()), ("input_ids", ids), ("completion_mask", pa.list_(pa.int8()))],
-        "test": [("id", pa.string()), ("prompt", _turn()), ("reference", pa.string()), ("meta", pa.string())],
-        "preference": [("id", pa.string()), ("prompt", _turn()), ("chosen", _turn()), ("rejected", _turn()), ("prompt_ids", ids), ("chosen_ids", ids),
-                       ("rejected_ids", ids)],
-        "kto": [("id", pa.string()), ("prompt", _turn()), ("completion", _turn()), ("label", pa.bool_())],
-    }[kind])
+    return pa.schema(
+        {
+            "tokens": [
+                ("id", pa.string()),
+                ("source", pa.string()),
+                ("messages", pa.string()),
+                ("input_ids", ids),
+                ("completion_mask", pa.list_(pa.int8())),
+            ],
+            "test": [("id", pa.string()), ("prompt", _turn()), ("reference", pa.string()), ("meta", pa.string())],
+            "preference": [
+                ("id", pa.string()),
+                ("prompt", _turn()),
+                ("chosen", _turn()),
+                ("rejected", _turn()),
+                ("prompt_ids", ids),
+                ("chosen_ids", ids),
+                ("rejected_ids", ids),
+            ],
+            "kto": [("id", pa.string()), ("prompt", _turn()), ("completion", _turn()), ("label", pa.bool_())],
+        }[kind]
+    )
 
 
 class Writer:
@@ -53,8 +68,13 @@ class Writer:
 
         from helpers.runs import disk_error
 
-        table = pa.table([columns[name] if isinstance(columns[name], pa.Array) else pa.array(columns[name], self.schema.field(name).type) for name in self.schema.names],
-                         schema=self.schema)
+        table = pa.table(
+            [
+                columns[name] if isinstance(columns[name], pa.Array) else pa.array(columns[name], self.schema.field(name).type)
+                for name in self.schema.names
+            ],
+            schema=self.schema,
+        )
         try:
             self._writer.write_table(table)
         except OSError as error:
@@ -104,12 +124,17 @@ def write_test(path: Path, table: Table) -> int:
             batch = [row for row in batch if row["kind"] != "text"]
             prompts = [row["messages"] if row["kind"] == "preference" else row["messages"][:-1] for row in batch]
             answers = [row["chosen"][-1] if row["kind"] == "preference" else row["messages"][-1] for row in batch]
-            writer.write({
-                "id": [row["id"] for row in batch],
-                "prompt": [plain_turns(prompt) for prompt in prompts],
-                "reference": [plain_turns([answer])[0]["content"] for answer in answers],
-                "meta": [json.dumps({"source": row["source"], "file": row["file"], "row": row["row"], **row["meta"]}, ensure_ascii=False) for row in batch],
-            })
+            writer.write(
+                {
+                    "id": [row["id"] for row in batch],
+                    "prompt": [plain_turns(prompt) for prompt in prompts],
+                    "reference": [plain_turns([answer])[0]["content"] for answer in answers],
+                    "meta": [
+                        json.dumps({"source": row["source"], "file": row["file"], "row": row["row"], **row["meta"]}, ensure_ascii=False)
+                        for row in batch
+                    ],
+                }
+            )
         return writer.rows
 
 
@@ -118,15 +143,17 @@ def write_pairs(path: Path, pairs: Iterable[list[tuple[Row, Encoded, Encoded]]])
     with Writer(path, "preference") as writer:
         for batch in pairs:
             if batch:
-                writer.write({
-                    "id": [row["id"] for row, _, _ in batch],
-                    "prompt": [plain_turns(row["messages"]) for row, _, _ in batch],
-                    "chosen": [plain_turns(row["chosen"]) for row, _, _ in batch],
-                    "rejected": [plain_turns(row["rejected"]) for row, _, _ in batch],
-                    "prompt_ids": [chosen.ids[: chosen.prompt] for _, chosen, _ in batch],
-                    "chosen_ids": [chosen.ids[chosen.prompt : chosen.ends[-1] + 1] for _, chosen, _ in batch],
-                    "rejected_ids": [rejected.ids[rejected.prompt : rejected.ends[-1] + 1] for _, _, rejected in batch],
-                })
+                writer.write(
+                    {
+                        "id": [row["id"] for row, _, _ in batch],
+                        "prompt": [plain_turns(row["messages"]) for row, _, _ in batch],
+                        "chosen": [plain_turns(row["chosen"]) for row, _, _ in batch],
+                        "rejected": [plain_turns(row["rejected"]) for row, _, _ in batch],
+                        "prompt_ids": [chosen.ids[: chosen.prompt] for _, chosen, _ in batch],
+                        "chosen_ids": [chosen.ids[chosen.prompt : chosen.ends[-1] + 1] for _, chosen, _ in batch],
+                        "rejected_ids": [rejected.ids[rejected.prompt : rejected.ends[-1] + 1] for _, _, rejected in batch],
+                    }
+                )
         return writer.rows
 
 
@@ -134,8 +161,14 @@ def write_kto(path: Path, table: Iterable[list[Row]]) -> int:
     """kto.parquet: prompt, completion and label, as TRL's KTOTrainer takes them."""
     with Writer(path, "kto") as writer:
         for batch in table:
-            writer.write({"id": [row["id"] for row in batch], "prompt": [plain_turns(row["messages"][:-1]) for row in batch],
-                          "completion": [plain_turns(row["messages"][-1:]) for row in batch], "label": [row["label"] for row in batch]})
+            writer.write(
+                {
+                    "id": [row["id"] for row in batch],
+                    "prompt": [plain_turns(row["messages"][:-1]) for row in batch],
+                    "completion": [plain_turns(row["messages"][-1:]) for row in batch],
+                    "label": [row["label"] for row in batch],
+                }
+            )
         return writer.rows
 
 

@@ -36,8 +36,10 @@ pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;paddi
 def page(title: str, body: str) -> str:
     """A whole HTML document. `body` is markup whose values were escaped by `cell`; scripts cannot run in it."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{cell(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n')
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{cell(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
+    )
 
 
 def cell(value: Any) -> str:
@@ -80,17 +82,25 @@ def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bin
         tall = round(170 * rows / max(size), 1)
         x = left + at * top / bins * scale
         title = f"{at * top // bins:,} to {(at + 1) * top // bins:,} tokens: {rows:,} rows"
-        drawn.append(f'<rect class=bar x="{x:.1f}" y="{base - tall}" width="{max(1, top / bins * scale - 1):.1f}" height="{tall}"><title>{cell(title)}</title></rect>')
+        drawn.append(
+            f'<rect class=bar x="{x:.1f}" y="{base - tall}" width="{max(1, top / bins * scale - 1):.1f}" height="{tall}"><title>{cell(title)}</title></rect>'
+        )
     for tick in ticks(top):
         drawn.append(f'<text class=axis text-anchor=middle x="{left + tick * scale:.0f}" y="{base + 18}">{tick:,}</text>')
-    drawn.append(f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text><text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>')
-    drawn.append(f'<text class=axis text-anchor=end x="{left - 6}" y="{base}">0</text><line class=rule x1="{left}" x2="{width - 10}" y1="{base}" y2="{base}"/>')
+    drawn.append(
+        f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text><text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>'
+    )
+    drawn.append(
+        f'<text class=axis text-anchor=end x="{left - 6}" y="{base}">0</text><line class=rule x1="{left}" x2="{width - 10}" y1="{base}" y2="{base}"/>'
+    )
     for number, (label, x, kind) in enumerate(marks):
         if x <= top:
             at = left + x * scale
             side, shift = ("end", -5) if at > width / 2 else ("start", 5)
-            drawn.append(f'<line class={kind} x1="{at:.1f}" x2="{at:.1f}" y1="12" y2="{base}"/>'
-                         f'<text class=axis text-anchor={side} x="{at + shift:.1f}" y="{20 + 16 * number}">{cell(label)}</text>')
+            drawn.append(
+                f'<line class={kind} x1="{at:.1f}" x2="{at:.1f}" y1="12" y2="{base}"/>'
+                f'<text class=axis text-anchor={side} x="{at + shift:.1f}" y="{20 + 16 * number}">{cell(label)}</text>'
+            )
     return f'<svg class=wide viewBox="0 0 {width} {height}" role="img" aria-label="lengths of rows in tokens">{"".join(drawn)}</svg>'
 
 

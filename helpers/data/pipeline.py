@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-
 from helpers.data.rows import Rejects, Row, StepReport, Table, make_row
 from helpers.errors import TunebookError
 from helpers.notebook import Html, table
@@ -72,8 +71,10 @@ class Job:
 
     def _check_preferences(self) -> None:
         if self.preferences and (other := next((row for row in self.preferences.table.rows() if row["kind"] != "preference"), None)):
-            raise TunebookError(f"preference_dataset has a row of another kind ({other['file']}, row {other['row']}: {other['kind']}); "
-                                "every row needs a prompt, a chosen and a rejected answer.")
+            raise TunebookError(
+                f"preference_dataset has a row of another kind ({other['file']}, row {other['row']}: {other['kind']}); "
+                "every row needs a prompt, a chosen and a rejected answer."
+            )
 
     # ------------------------------------------------------------ clean
 
@@ -120,8 +121,17 @@ class Job:
                     if row["kind"] == "kto" and not row["label"]:
                         report.figures["bad answers, kept for kto.parquet only"] = report.figures.get("bad answers, kept for kto.parquet only", 0) + 1
                     elif row["kind"] in ("preference", "kto"):
-                        kept.append(make_row("sft", row["messages"] + row.get("chosen", []), source=row["source"], file=row["file"], row=row["row"],
-                                             tools=row.get("tools"), meta=row["meta"]))
+                        kept.append(
+                            make_row(
+                                "sft",
+                                row["messages"] + row.get("chosen", []),
+                                source=row["source"],
+                                file=row["file"],
+                                row=row["row"],
+                                tools=row.get("tools"),
+                                meta=row["meta"],
+                            )
+                        )
                     else:
                         kept.append(row)
                 report.kept += len(kept)
@@ -145,9 +155,21 @@ class Job:
             found = next(iter(step.examples.values()), None)
             return "" if found is None else str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140]
 
-        lines = [(s.step, f"{s.seen:,}", f"{s.kept:,}", f"{s.changed:,}" if s.changed else "", ", ".join(f"{reason}: {n:,}" for reason, n in s.dropped.items()),
-                  example(s)) for s in self.steps]
-        return Html(table(lines, ("step", "rows in", "rows out", "changed", "removed", "example")), "\n".join(f"{l[0]}: {l[1]} → {l[2]} {l[4]}" for l in lines))
+        lines = [
+            (
+                s.step,
+                f"{s.seen:,}",
+                f"{s.kept:,}",
+                f"{s.changed:,}" if s.changed else "",
+                ", ".join(f"{reason}: {n:,}" for reason, n in s.dropped.items()),
+                example(s),
+            )
+            for s in self.steps
+        ]
+        return Html(
+            table(lines, ("step", "rows in", "rows out", "changed", "removed", "example")),
+            "\n".join(f"{l[0]}: {l[1]} → {l[2]} {l[4]}" for l in lines),
+        )
 
     # ------------------------------------------------------------ split
 
@@ -283,10 +305,18 @@ class Job:
         tokens = sum(part.get("tokens", 0) for part in self.encoded["splits"].values())
         trained = sum(part.get("trained_tokens", 0) for part in self.encoded["splits"].values())
         return {
-            "rows": self.figures["splits"], "preference_rows": self.figures["preference_splits"], "written": self.encoded["written"],
-            "tokens": tokens, "trained_tokens": trained, "trained_share": trained / max(1, tokens), "lengths": self.encoded["lengths"],
-            "rejected": self.rejects.as_dict(), "steps": [{k: v for k, v in step.as_dict().items() if k != "examples"} for step in self.steps],
-            "notes": dict(Counter(self.encoded["notes"])), "cache": self.encoded["cache"], **{k: v for k, v in self.figures.items() if "splits" not in k},
+            "rows": self.figures["splits"],
+            "preference_rows": self.figures["preference_splits"],
+            "written": self.encoded["written"],
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "trained_share": trained / max(1, tokens),
+            "lengths": self.encoded["lengths"],
+            "rejected": self.rejects.as_dict(),
+            "steps": [{k: v for k, v in step.as_dict().items() if k != "examples"} for step in self.steps],
+            "notes": dict(Counter(self.encoded["notes"])),
+            "cache": self.encoded["cache"],
+            **{k: v for k, v in self.figures.items() if "splits" not in k},
         }
 
     def finish(self) -> Any:
@@ -294,7 +324,10 @@ class Job:
         from helpers.model.loading import template_hash, tokenizer_hash
 
         metrics = json.loads(json.dumps(self.metrics(), default=float))
-        return self.stage.finish(metrics, template_hash=template_hash(self.tokenizer), tokenizer_hash=tokenizer_hash(self.tokenizer),
-                                 model=self.source.as_dict(), extra={"data_hash": self.encoded["data_hash"]})
-
-
+        return self.stage.finish(
+            metrics,
+            template_hash=template_hash(self.tokenizer),
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            model=self.source.as_dict(),
+            extra={"data_hash": self.encoded["data_hash"]},
+        )

@@ -10,8 +10,10 @@ from typing import Any
 from helpers.data.page import STYLE, cell, page
 
 MOST_TOKENS = 1500
-KEY = ("<p class=key><span class=t>trained</span><span class=e>end of turn, trained</span><span class=s>control token, not trained</span>"
-       "<span>not trained</span></p>")
+KEY = (
+    "<p class=key><span class=t>trained</span><span class=e>end of turn, trained</span><span class=s>control token, not trained</span>"
+    "<span>not trained</span></p>"
+)
 
 
 def pieces(tokenizer: Any, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
@@ -34,7 +36,7 @@ def tokens(tokenizer: Any, ids: Iterable[int], mask: Iterable[int], ends: Iterab
     for number, ((token, text), trained) in enumerate(zip(pieces(tokenizer, ids[:MOST_TOKENS]), mask, strict=False)):
         kind = "e" if trained and token in ends else "t" if trained else "s" if token in special else ""
         shown = cell(text).replace("\n", "↵\n") if text.strip("\n") == "" else cell(text)
-        parts.append(f"<span{f' class={kind}' if kind else ''} title=\"id {token}, position {number}\">{shown}</span>")
+        parts.append(f'<span{f" class={kind}" if kind else ""} title="id {token}, position {number}">{shown}</span>')
     more = f"<span class=soft> … and {len(ids) - MOST_TOKENS:,} more tokens</span>" if len(ids) > MOST_TOKENS else ""
     return f"<div class=tokens>{''.join(parts)}{more}</div>"
 
@@ -62,9 +64,13 @@ def write(job: Any, rows: int = 6) -> Any:
     pairs = job.path / "preference.parquet"
     for row in first_rows(pairs, max(1, rows // 2)) if pairs.exists() else []:
         prompt = [0] * len(row["prompt_ids"])
-        sides = "".join(f"<h3>{side}: {cell(json.dumps(row[side][-1]['content'], ensure_ascii=False)[:120])}</h3>"
-                        + tokens(tokenizer, row["prompt_ids"] + row[f"{side}_ids"], prompt + [1] * len(row[f"{side}_ids"]), template.end_ids, template.special_ids)
-                        for side in ("chosen", "rejected"))
+        sides = "".join(
+            f"<h3>{side}: {cell(json.dumps(row[side][-1]['content'], ensure_ascii=False)[:120])}</h3>"
+            + tokens(
+                tokenizer, row["prompt_ids"] + row[f"{side}_ids"], prompt + [1] * len(row[f"{side}_ids"]), template.end_ids, template.special_ids
+            )
+            for side in ("chosen", "rejected")
+        )
         blocks.append(f"<div class=row><h3>preference · {cell(row['id'])}</h3>{sides}</div>")
     title = f"Which tokens are trained: {job.params.run}"
     intro = f"<h1>{cell(title)}</h1><p class=soft>Hover over a token for its id. Trained on: {cell(job.params.train_on)}. The first rows of every file, as they were written.</p>{KEY}"
@@ -75,8 +81,11 @@ def write(job: Any, rows: int = 6) -> Any:
 
 def scoped(style: str) -> str:
     """The page's style for use inside a notebook's output: the variables and classes only, under .tunebook."""
-    kept = [line for line in style.replace("color-scheme:light dark;", "").splitlines()
-            if line.startswith((":root", "--", "@media (prefers", ".row", ".tokens", ".t{", ".key"))]
+    kept = [
+        line
+        for line in style.replace("color-scheme:light dark;", "").splitlines()
+        if line.startswith((":root", "--", "@media (prefers", ".row", ".tokens", ".t{", ".key"))
+    ]
     text = "\n".join(kept)
     lines = [line if line.startswith(("--", "@media", ":root")) else ".tunebook " + line for line in text.splitlines()]
     return "\n".join(lines).replace(":root", ".tunebook").replace(".t{", ".t{").replace("}.e{", "}.tunebook .e{").replace("}.s{", "}.tunebook .s{")

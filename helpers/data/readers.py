@@ -61,8 +61,13 @@ def _checked_depth(value: Any) -> Any:
         depth += 1
         if depth > MAX_DEPTH:
             raise _Unusable(f"lists and objects are nested over {MAX_DEPTH} deep")
-        level = [item for one in level if isinstance(one, (dict, list)) for item in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(item, (dict, list))]
+        level = [
+            item
+            for one in level
+            if isinstance(one, (dict, list))
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, (dict, list))
+        ]
     return value
 
 
@@ -290,5 +295,10 @@ def _parquet(file: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, record
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
-        rejects.add(file.name, number + 1, "broken parquet", f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}; nothing after row {number} could be read")
+        rejects.add(
+            file.name,
+            number + 1,
+            "broken parquet",
+            f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}; nothing after row {number} could be read",
+        )
         rejects.saw(1)

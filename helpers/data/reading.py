@@ -29,8 +29,15 @@ class SourceReport:
     kinds: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict:
-        return {"name": self.name, "where": self.where, "rows": self.rows, "rejected": self.rejected, "kinds": dict(self.kinds),
-                "shapes": dict(self.shapes.most_common(8)), "unused_columns": dict(self.unused.most_common(12))}
+        return {
+            "name": self.name,
+            "where": self.where,
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "kinds": dict(self.kinds),
+            "shapes": dict(self.shapes.most_common(8)),
+            "unused_columns": dict(self.unused.most_common(12)),
+        }
 
 
 @dataclass
@@ -43,16 +50,34 @@ class Reading:
     def _repr_html_(self) -> str:
         from helpers.notebook import table
 
-        lines = [(r.name, r.where, f"{r.rows:,}", f"{r.rejected:,}", "; ".join(f"{shape} ({count:,})" for shape, count in r.shapes.most_common(4)),
-                  ", ".join(name for name, _ in r.unused.most_common(8))) for r in self.reports]
+        lines = [
+            (
+                r.name,
+                r.where,
+                f"{r.rows:,}",
+                f"{r.rejected:,}",
+                "; ".join(f"{shape} ({count:,})" for shape, count in r.shapes.most_common(4)),
+                ", ".join(name for name, _ in r.unused.most_common(8)),
+            )
+            for r in self.reports
+        ]
         return table(lines, ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside"))
 
     def __repr__(self) -> str:
         return "\n".join(f"{r.name}: {r.rows:,} rows, {r.rejected:,} rejected, {dict(r.shapes.most_common(4))}" for r in self.reports)
 
 
-def read(spec: str, rejects: Rejects, *, format: str = "auto", info: str = "", columns: str = "", unanswerable: str = formats.UNANSWERABLE,
-         documents: dict[str, Any] | None = None, limits: dict[str, int] | None = None) -> Reading:
+def read(
+    spec: str,
+    rejects: Rejects,
+    *,
+    format: str = "auto",
+    info: str = "",
+    columns: str = "",
+    unanswerable: str = formats.UNANSWERABLE,
+    documents: dict[str, Any] | None = None,
+    limits: dict[str, int] | None = None,
+) -> Reading:
     """Every row of the sources that `spec` names (see `helpers.data.sources`).
 
     format: one of `formats.FORMATS`; a dataset_info.json beside a file comes first when it is "auto". columns: the user's own
@@ -86,8 +111,19 @@ def named_shape(format: str, columns: str = "", unanswerable: str = formats.UNAN
     if format == "auto":
         if not chosen:
             return None
-        format = ("preference" if "chosen" in chosen else "kto" if "label" in chosen else "messages" if "messages" in chosen
-                  else "context_qa" if "context" in chosen else "alpaca" if "response" in chosen else "text")
+        format = (
+            "preference"
+            if "chosen" in chosen
+            else "kto"
+            if "label" in chosen
+            else "messages"
+            if "messages" in chosen
+            else "context_qa"
+            if "context" in chosen
+            else "alpaca"
+            if "response" in chosen
+            else "text"
+        )
     return replace(DEFAULTS[format], unanswerable=unanswerable, **chosen)
 
 
@@ -133,7 +169,9 @@ def _shape_of(record: dict[str, Any], named: Shape | None, known: dict[Any, Shap
             found = formats.detect(record)
             known[signature] = replace(found, unanswerable=unanswerable) if found else None
     if known[signature] is None:
-        raise RowError("unknown shape", f"the columns {formats.seen(record)} fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns")
+        raise RowError(
+            "unknown shape", f"the columns {formats.seen(record)} fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns"
+        )
     return known[signature]
 
 

@@ -297,8 +297,10 @@ class Rejects:
         if self.invalid:
             reason, count = self.invalid.most_common(1)[0]
             first = self.first[reason]
-            raise TunebookError(f"No row of {what} can be used: {count:,} of {self.total_seen:,} have {reason} (first in {first['file']}, row {first['row']}: "
-                                f"{first['detail']}). Mend the file, or name its format and columns.")
+            raise TunebookError(
+                f"No row of {what} can be used: {count:,} of {self.total_seen:,} have {reason} (first in {first['file']}, row {first['row']}: "
+                f"{first['detail']}). Mend the file, or name its format and columns."
+            )
         if self.removed:
             reason, count = self.removed.most_common(1)[0]
             raise TunebookError(f"No row of {what} is left: {count:,} were removed for {reason!r}. Loosen that setting, or bring more data.")
@@ -318,4 +320,9 @@ class Rejects:
             self.path.write_text("", encoding="utf-8")
 
     def as_dict(self) -> dict:
-        return {"invalid": dict(self.invalid.most_common()), "removed": dict(self.removed.most_common()), "seen": self.total_seen, "share": self.share}
+        return {
+            "invalid": dict(self.invalid.most_common()),
+            "removed": dict(self.removed.most_common()),
+            "seen": self.total_seen,
+            "share": self.share,
+        }

@@ -97,7 +97,9 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
         known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
         if not known:
-            raise TunebookError(f"The folder {path} has no file that can be read ({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others.")
+            raise TunebookError(
+                f"The folder {path} has no file that can be read ({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
+            )
         return [_of_file(file) for file in known]
     if path is not None:
         if not _readable(path):
@@ -106,14 +108,16 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
     if any(sign in part for sign in "*?["):
         for root in (Path.cwd(), runtime.PROJECT):
             pattern = Path(part).expanduser()
-            files = sorted(pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))) or root.glob(part))
+            files = sorted((pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) or root.glob(part))
             if files := [file for file in files if file.is_file() and _readable(file)]:
                 return [_of_file(file) for file in files]
         raise TunebookError(f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()}).")
     match = HUB.fullmatch(part)
     if match and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED and not part.startswith(("datasets/", "data/", ".")):
         return [Source(match["id"], hub=match["id"], revision=match["revision"] or "", subset=match["subset"] or "", split=match["split"] or "train")]
-    raise TunebookError(f"The dataset {part!r} is not there: no such file, folder or hub id, and no set of that name in dataset_info.json.{_near(part, named)}")
+    raise TunebookError(
+        f"The dataset {part!r} is not there: no such file, folder or hub id, and no set of that name in dataset_info.json.{_near(part, named)}"
+    )
 
 
 def _near(part: str, named: dict[str, dataset_info.Entry]) -> str:
@@ -142,7 +146,9 @@ def _of_entry(entry: dataset_info.Entry) -> Source:
         raise TunebookError(f"The set {entry.name!r} has pictures, videos or sounds ({', '.join(entry.media)}); only text can be prepared here.")
     if entry.file is not None:
         if not entry.file.is_file():
-            raise TunebookError(f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; put it there or take the entry out.")
+            raise TunebookError(
+                f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; put it there or take the entry out."
+            )
         return Source(entry.name, file=entry.file, shape=entry.shape, limit=entry.num_samples)
     if not entry.hub:
         raise TunebookError(f"The set {entry.name!r} has no hf_hub_url; only files and the Hugging Face hub are read.")
@@ -169,7 +175,8 @@ def _hub(source: Source) -> Iterator[tuple[int, dict]]:
         table = datasets.load_dataset(source.hub, source.subset or None, split=source.split, revision=source.revision or None)
     except Exception as error:  # the library raises many kinds; each ends here with its own words
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise TunebookError(f"The hub set {what} (subset {source.subset or 'default'}, split {source.split}) could not be loaded: {reason}. "
-                            "Check the name, the subset, the split and the network, or name a local file.") from error
-    for number, record in enumerate(table, 1):
-        yield number, record
+        raise TunebookError(
+            f"The hub set {what} (subset {source.subset or 'default'}, split {source.split}) could not be loaded: {reason}. "
+            "Check the name, the subset, the split and the network, or name a local file."
+        ) from error
+    yield from enumerate(table, 1)

@@ -53,8 +53,9 @@ class Groups:
         self._parent.setdefault(other, one)
 
 
-def split(rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float = 0.0, group_by: str = "",
-          together: Iterable[tuple[str, str]] = ()) -> dict[str, Table]:
+def split(
+    rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float = 0.0, group_by: str = "", together: Iterable[tuple[str, str]] = ()
+) -> dict[str, Table]:
     """Tables of train, eval and test rows. Plain text asks no question, so none of it goes to the test split.
 
     group_by: a column whose equal values stay together (looked up in the row's other columns, or "source", "file").

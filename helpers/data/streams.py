@@ -119,8 +119,13 @@ def _open(file: Path) -> BinaryIO:
 
 def _encoding(head: bytes) -> tuple[Any, int]:
     """(incremental decoder, bytes of BOM to skip); the decoder is None for UTF-8."""
-    marks = ((codecs.BOM_UTF8, None), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-             (codecs.BOM_UTF16_BE, "utf-16-be"))
+    marks = (
+        (codecs.BOM_UTF8, None),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    )
     for mark, name in marks:
         if head.startswith(mark):
             return (codecs.getincrementaldecoder(name)("replace") if name else None), len(mark)

@@ -87,7 +87,9 @@ def inspect(tokenizer: Any) -> Template:
     if isinstance(tokenizer.chat_template, dict):
         raise TunebookError("The tokenizer has several chat templates under names; keep the one to train with as chat_template.jinja.")
     added = tokenizer.added_tokens_decoder
-    special = {i: str(token) for i, token in added.items() if token.special} | {tokenizer.convert_tokens_to_ids(t): t for t in tokenizer.all_special_tokens}
+    special = {i: str(token) for i, token in added.items() if token.special} | {
+        tokenizer.convert_tokens_to_ids(t): t for t in tokenizer.all_special_tokens
+    }
     pattern = re.compile("|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or r"(?!)")
     question, answer = {"role": "user", "content": "QQQ"}, {"role": "assistant", "content": "AAA"}
 
@@ -103,31 +105,37 @@ def inspect(tokenizer: Any) -> Template:
     try:
         prompt, prompt_open, full = probe([question]), probe([question], generation=True), probe([question, answer])
     except RowError as error:
-        raise TunebookError(f"The chat template cannot render a question and an answer: {error.detail}. Choose another model, or mend the template.") from None
+        raise TunebookError(
+            f"The chat template cannot render a question and an answer: {error.detail}. Choose another model, or mend the template."
+        ) from None
     if "AAA" not in full or "QQQ" not in full:
         raise TunebookError("The chat template leaves out the question or the answer; choose another model, or mend the template.")
     ends = [match.group() for match in [pattern.search(full, full.rindex("AAA"))] if match]
     if not ends:
-        raise TunebookError("The chat template ends the assistant's turn with no special token, so a model trained with it could not learn to stop; "
-                            "choose an instruct model, or mend the template.")
+        raise TunebookError(
+            "The chat template ends the assistant's turn with no special token, so a model trained with it could not learn to stop; "
+            "choose an instruct model, or mend the template."
+        )
     call = {"type": "function", "function": {"name": "FFF", "arguments": {"KKK": "VVV"}}}
     tool = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": {"type": "object", "properties": {}}}}
     called = attempt([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
     if "FFF" in called and "VVV" in called and (match := pattern.search(called, called.rindex("VVV"))):
         ends.append(match.group())
-    result = attempt([question, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "RRR", "name": "FFF"}, answer])
+    result = attempt(
+        [question, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "RRR", "name": "FFF"}, answer]
+    )
     thought = attempt([question, {"role": "assistant", "content": "<think>HHH</think>AAA"}, question, answer])
     system = attempt([{"role": "system", "content": "SSS"}, question])
     ids = {text: i for i, text in special.items()}
     head = prompt[: prompt.index("QQQ")]
     bare = pattern.sub("", head)
     plain_head = pattern.sub("", system[: system.index("QQQ")].replace("SSS", "")) if "SSS" in system else ""
-    start = full[len(prompt_open): full.index("AAA")] if full.startswith(prompt_open) else ""
+    start = full[len(prompt_open) : full.index("AAA")] if full.startswith(prompt_open) else ""
     bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
     return Template(
         tokenizer=tokenizer,
         end_ids=tuple(dict.fromkeys(ids[text] for text in ends)),
-        generation_prompt=prompt_open[len(prompt):] if prompt_open.startswith(prompt) else "",
+        generation_prompt=prompt_open[len(prompt) :] if prompt_open.startswith(prompt) else "",
         before_answer=start,
         default_system=_without_roles(bare, plain_head),
         shows_tools="TTT" in attempt([question, answer], [tool]),
@@ -205,7 +213,17 @@ def guarded(seconds: float) -> Iterator[None]:
         raise RowError("template refused", f"the template did not finish within {seconds:g} s") from None
     except MemoryError:
         raise RowError("template refused", f"the template wanted more than {HEADROOM // 2**30} GiB of memory") from None
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, RecursionError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ZeroDivisionError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise RowError("template refused", f"the chat template says: {str(error)[:200] or type(error).__name__}") from None
     finally:
         if timed:
@@ -235,5 +253,3 @@ def _restore_memory(limits: tuple[int, int] | None) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, limits)
-
-

@@ -91,22 +91,19 @@ def _item(group: str, row: dict[str, Any], names: list[str], printed: bool) -> s
     tags += ["contaminated"] if row.get("contaminated") else []
     tags += ["gold answer is empty"] if row.get("nonempty") is False else []
     sides = [_side("reference", row["reference"], "", _result(row.get("gold")))] if row["reference"] else []
+    alike: dict[tuple[str, str, str], list[str]] = {}  # contenders that answered the very same share one box
     for name in names:
         answer = row["answers"].get(name)
         if answer is None:
-            sides.append(_side(name, "", '<span class="muted">not asked</span>', ""))
+            alike.setdefault(("", '<span class="muted">not asked</span>', ""), []).append(name)
             continue
         right = _right(answer)
-        mark = (
-            ""
-            if right is None
-            else '<span class="ok">✓ right</span>'
-            if right
-            else f'<span class="no">✗ {esc(answer["detail"] or answer["error"] or "wrong")}</span>'
-        )
+        why = answer["detail"] or answer["error"] or "wrong"
+        mark = "" if right is None else '<span class="ok">✓ right</span>' if right else f'<span class="no">✗ {esc(why)}</span>'
         if plots.finite(answer.get("score")) and 0 < answer["score"] < 1:
             mark += f' <span class="muted">{answer["score"]:.2f}</span>'
-        sides.append(_side(name, answer["text"], mark, "" if right else _result(answer.get("result"))))
+        alike.setdefault((answer["text"], mark, "" if right else _result(answer.get("result"))), []).append(name)
+    sides += [_side(", ".join(who), *said) for said, who in alike.items()]
     system = (
         f'<details class="noprint"><summary class="muted">system prompt</summary><pre>{_clip(row["system"])}</pre></details>' if row["system"] else ""
     )

@@ -124,16 +124,16 @@ def _lost(facts: Facts) -> str:
             f"{c['change']:+.3f}" if n != lost["baseline"] and plots.finite(c.get("change")) else "",
             "" if n == lost["baseline"] else "within bounds" if c.get("passed") else "beyond the threshold",
         ]
-        for n, c in lost["contenders"].items()
+        for n, c in results.in_order(facts, lost["contenders"])
     ]
     return "## What was lost\n\nCross-entropy on general text, nats per token.\n\n" + _table(["", "loss", "change", "verdict"], rows)
 
 
 def _fidelity(facts: Facts) -> str:
-    files = results._files(facts.fidelity)
+    files = results.exported(facts.fidelity)
     rows = []
     for name, f in files.items():
-        pick = results._pick
+        pick = results.pick
         rows.append(
             [
                 name,
@@ -263,5 +263,5 @@ def _md(value: Any) -> str:
 def headline_points(facts: Facts) -> str:
     """The main difference in points, for a commit message: "+31.2 points (24.0 to 38.0)"; "" when nothing was compared."""
     base, best = facts.baseline(), facts.best()
-    pair = results._comparison(facts, base["name"], best["name"]) if base and best else None
+    pair = results.comparison(facts, base["name"], best["name"]) if base and best else None
     return f"{points(pair['difference'])} points ({points(pair['low'])} to {points(pair['high'])})" if pair else ""

@@ -40,7 +40,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], classes: Sequenc
         f"<tr{f' class={row_classes[i]!r}' if i < len(row_classes) and row_classes[i] else ''}>{cells(r, 'td')}</tr>" for i, r in enumerate(rows)
     )
     head = f"<thead><tr>{cells(header, 'th')}</tr></thead>" if any(header) else ""
-    return Markup(f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>')
+    full = ' class="full"' if {"bar", "wide"} & set(kinds) else ""
+    return Markup(f'<div class="scroll"><table{full}>{head}<tbody>{body}</tbody></table></div>')
 
 
 def section(anchor: str, title: str, body: str, sub: str = "") -> Markup:

@@ -45,7 +45,7 @@ def document(title: str, body: str) -> str:
 
 def _header(facts: Facts, content: str) -> Markup:
     model = facts.model.get("name", "")
-    made = facts.last.data.get("finished_at", "") if facts.last else ""
+    made = facts.last.data.get("finished_at", "").replace("T", " ").replace("Z", " UTC") if facts.last else ""
     headline = (
         facts.scores["headline"]
         if facts.scores

@@ -48,7 +48,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 class Axes:
     """A frame of 480 × 250 units with ticks on both axes; `x` and `y` place values in it."""
 
-    WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 56, 14, 12, 40
+    WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 480, 262, 62, 14, 28, 40
 
     def __init__(
         self, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, log_x: bool = False, log_y: bool = False, percent_y: bool = False
@@ -78,10 +78,10 @@ class Axes:
         return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
     def draw(self, body: str, title: str) -> str:
-        right, bottom, middle = self.WIDE - self.RIGHT, self.HIGH - self.BOTTOM, (self.TOP + self.HIGH - self.BOTTOM) / 2
+        right, bottom = self.WIDE - self.RIGHT, self.HIGH - self.BOTTOM
         parts = []
         for t in _log_ticks(self.y0, self.y1) if self.log_y else ticks(self.y0, self.y1, 4):
-            text = f"{t:.0%}" if self.percent_y else number(t)
+            text = f"{t:.{0 if self.y1 - self.y0 > 0.04 else 1}%}" if self.percent_y else number(t)
             parts.append(
                 f'<line class="grid" x1="{self.LEFT}" x2="{right}" y1="{self.y(t)}" y2="{self.y(t)}"/>'
                 f'<text x="{self.LEFT - 6}" y="{self.y(t) + 4}" text-anchor="end">{text}</text>'
@@ -90,7 +90,7 @@ class Axes:
             parts.append(f'<text x="{self.x(t)}" y="{bottom + 17}" text-anchor="middle">{number(t)}</text>')
         parts.append(f'<line class="axis" x1="{self.LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         parts.append(f'<text class="label" x="{(self.LEFT + right) / 2}" y="{self.HIGH - 5}" text-anchor="middle">{escape(self.labels[0])}</text>')
-        parts.append(f'<text class="label" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(self.labels[1])}</text>')
+        parts.append(f'<text class="label" x="4" y="15">{escape(self.labels[1])}</text>')
         return _svg(self.WIDE, self.HIGH, "".join(parts) + body, title)
 
 
@@ -198,42 +198,49 @@ def interval(value: float | None, low: float | None, high: float | None, floor: 
     return f'<svg class="interval" viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">{body}</svg>'
 
 
-def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]], title: str, colour_by: int = -1) -> str:
-    """Parallel coordinates: one vertical axis a dimension, one line a run, coloured by its place on the axis `colour_by`.
+def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]], title: str, shares: Sequence[str] = ()) -> str:
+    """Parallel coordinates: one vertical axis a dimension, one line a run, coloured by its place on the last axis.
 
-    Values are numbers or words; words get places in sorted order. A missing value (None) breaks the line.
+    Values are numbers or words; words get places in sorted order. A missing value (None) breaks the line. shares: dimensions
+    shown as percentages. Each line carries its run's name at its right end.
     """
     if len(rows) < 2 or len(dimensions) < 2:
         return ""
-    wide, high, top, bottom, side = max(560, 120 * len(dimensions)), 330, 46, 28, 60
-    step = (wide - 2 * side) / (len(dimensions) - 1)
-    scales, body = [], ""
+    high, top, bottom, left, right = 340, 46, 24, 50, 130
+    wide = left + right + 130 * (len(dimensions) - 1)
+    step = (wide - left - right) / (len(dimensions) - 1)
+    places, axes = [], ""
     for d, name in enumerate(dimensions):
-        values = [r[1][d] for r in rows if r[1][d] is not None]
-        x = round(side + d * step, 1)
-        place, marks = _scale(values, top, high - bottom)
-        scales.append(place)
+        x = round(left + d * step, 1)
+        place, marks = _scale([r[1][d] for r in rows if r[1][d] is not None], top, high - bottom, percent=name in shares)
+        places.append(place)
         words = _wrap(name, 16)
-        body += "".join(
+        axes += "".join(
             f'<text class="label" x="{x}" y="{top - 12 - 13 * (len(words) - 1 - i)}" text-anchor="middle">{escape(w)}</text>'
             for i, w in enumerate(words)
         )
-        body += f'<line class="axis" x1="{x}" x2="{x}" y1="{top}" y2="{high - bottom}"/>'
-        body += "".join(f'<text x="{x + 5}" y="{y + 4}">{escape(text)}</text>' for y, text in marks)
-    for name, values in rows:
-        points = [(round(side + d * step, 1), round(scales[d](v), 1)) if v is not None else None for d, v in enumerate(values)]
-        value = values[colour_by]
-        share = 0.5 if value is None else 1 - (scales[colour_by](value) - top) / (high - bottom - top)
-        style = f"stroke:color-mix(in oklab, var(--good) {round(100 * share)}%, var(--c2))"
+        axes += f'<line class="axis" x1="{x}" x2="{x}" y1="{top}" y2="{high - bottom}"/>'
+        axes += "".join(f'<text class="halo" x="{x - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>' for y, text in marks)
+    curves, ends = "", []
+    for name, values in sorted(rows, key=lambda r: -(places[-1](r[1][-1]) if r[1][-1] is not None else 0)):
+        points = [(round(left + d * step, 1), round(places[d](v), 1)) if v is not None else None for d, v in enumerate(values)]
+        share = 0.5 if points[-1] is None else 1 - (points[-1][1] - top) / (high - bottom - top)
         path, pen = "", "M"
         for point in points:
-            path, pen = (path, "M") if point is None else (path + f"{pen}{point[0]} {point[1]}", "L")
-        body += f'<path class="curve run" style="{style}" d="{path}" tabindex="0"><title>{escape(name)}</title></path>'
-    svg = _svg(wide, high, body, title, f'style="min-width:{wide}px"')
+            path, pen = (path, "M") if point is None else (f"{path}{pen}{point[0]} {point[1]}", "L")
+        style = f"stroke:color-mix(in oklab, var(--good) {round(100 * share)}%, var(--c2))"
+        curves += f'<path class="curve run" style="{style}" d="{path}" tabindex="0"><title>{escape(name)}</title></path>'
+        if points[-1]:
+            ends.append((points[-1][1], name))
+    level, labels = -99.0, ""
+    for y, name in sorted(ends):
+        level = max(y, level + 13)
+        labels += f'<text class="halo" x="{wide - right + 8}" y="{level + 4:.1f}">{escape(name[:22])}</text>'
+    svg = _svg(wide, high + max(0, round(level) - high + 10), curves + axes + labels, title, f'class="sweep" style="min-width:{min(wide, 900)}px;max-width:{wide * 1.2:.0f}px"')
     return f'<figure class="wide"><div class="scroll">{svg}</div><figcaption>{escape(title)}</figcaption></figure>'
 
 
-def _scale(values: Sequence[object], top: float, bottom: float):
+def _scale(values: Sequence[object], top: float, bottom: float, percent: bool = False):
     """(place: value -> y, [(y, text), …]) of one axis."""
     if values and all(finite(v) for v in values):
         low, high = min(values), max(values)
@@ -243,7 +250,9 @@ def _scale(values: Sequence[object], top: float, bottom: float):
             return 0.5 if high == low else math.log(v / low) / math.log(high / low) if log else (v - low) / (high - low)
 
         marks = [low] if high == low else [low, math.sqrt(low * high) if log else (low + high) / 2, high]
-        return lambda v: bottom - share(v) * (bottom - top), [(bottom - share(m) * (bottom - top), number(m)) for m in marks]
+        return lambda v: bottom - share(v) * (bottom - top), [
+            (bottom - share(m) * (bottom - top), f"{m:.1%}" if percent else number(float(f"{m:.3g}"))) for m in marks
+        ]
     words = sorted({str(v) for v in values})
     places = {w: bottom - (i + 0.5) / max(len(words), 1) * (bottom - top) for i, w in enumerate(words)}
     return lambda v: places[str(v)], [(y, w[:18]) for w, y in places.items()]

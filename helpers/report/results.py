@@ -12,7 +12,7 @@ LABELS = {
     "accuracy": "accuracy",
     "accuracy_nonempty": "where the gold answer has rows",
     "accuracy_clean": "without contaminated items",
-    "valid": "valid SQL",
+    "valid": "query runs",
     "structural": "same query structure",
     "stopped": "stops by itself",
     "exact": "exact match",
@@ -36,13 +36,15 @@ def tiles(facts: Facts) -> Markup:
                 (
                     score(accuracy),
                     contender["name"],
-                    f"{label}, 95 % {between(accuracy['low'], accuracy['high'], accuracy.get('unit', 'share'))}"
+                    f"{label}; 95 %: {between(accuracy['low'], accuracy['high'], accuracy.get('unit', 'share'))}"
                     if between(accuracy["low"], accuracy["high"])
                     else label,
                 )
             )
-    if base and best and (pair := _comparison(facts, base["name"], best["name"])):
-        found.append((f"{points(pair['difference'])} points", pair["verdict"], f"{points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}"))
+    if base and best and (pair := comparison(facts, base["name"], best["name"])):
+        found.append(
+            (points(pair["difference"]), f"points: {pair['verdict']}", f"95 %: {points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}")
+        )
     if best and plots.finite(best.get("size_bytes")):
         found.append((size(best["size_bytes"]), "to ship" if facts.scores.get("ship") else "size", f"{best['name']} on disk"))
     elapsed = sum(m.data.get("wall_s") or 0 for m in facts.stages.values())
@@ -63,7 +65,7 @@ def tiles(facts: Facts) -> Markup:
     )
 
 
-def _comparison(facts: Facts, baseline: str, contender: str, metric: str = "accuracy") -> dict[str, Any] | None:
+def comparison(facts: Facts, baseline: str, contender: str, metric: str = "accuracy") -> dict[str, Any] | None:
     return next((c for c in facts.scores["comparisons"] if (c["baseline"], c["contender"], c["metric"]) == (baseline, contender, metric)), None)
 
 
@@ -183,7 +185,7 @@ def forgetting(facts: Facts) -> Markup:
         return Markup("")
     rows = []
     tasks = list(dict.fromkeys(t for c in lost["contenders"].values() for t in (c.get("tasks") or {})))
-    for name, c in lost["contenders"].items():
+    for name, c in in_order(facts, lost["contenders"]):
         verdict = Markup(
             "" if name == lost["baseline"] else '<span class="better">kept</span>' if c.get("passed") else '<span class="worse">lost</span>'
         )
@@ -209,7 +211,7 @@ def forgetting(facts: Facts) -> Markup:
         )
     head = ["", "loss, nats", "perplexity", "change", "95 % interval", "refusals", "manners", *tasks, "verdict"]
     body = table(head, rows, ["name", *["n"] * (len(head) - 2), ""])
-    body += "".join(f"<p>{esc(c['sentence'])}</p>" for n, c in lost["contenders"].items() if n != lost["baseline"] and c.get("sentence"))
+    body += "".join(f"<p>{esc(c['sentence'])}</p>" for n, c in in_order(facts, lost["contenders"]) if n != lost["baseline"] and c.get("sentence"))
     body += "".join(f"<p><b>Advice:</b> {esc(a)}</p>" for a in lost.get("advice") or [])
     limit = (lost.get("threshold") or {}).get("loss_increase")
     texts = next((c.get("n") for c in lost["contenders"].values() if c.get("n")), None)
@@ -221,7 +223,7 @@ def forgetting(facts: Facts) -> Markup:
 
 def fidelity(facts: Facts) -> Markup:
     """Each exported file against the merged model: size, divergence, agreement, and the task score measured on it."""
-    files = _files(facts.fidelity)
+    files = exported(facts.fidelity)
     if not files:
         return Markup("")
     accuracy = {
@@ -229,22 +231,27 @@ def fidelity(facts: Facts) -> Markup:
         for c in facts.contenders()
         if c["kind"] == "gguf"
     }
-    rows, by_kl, by_score = [], [], []
-    for name, f in files.items():
+    rows, by_kl = [], []
+    by_score = [
+        (c["size_bytes"] / 1e6, c["scores"]["accuracy"]["value"], c["name"])
+        for c in facts.contenders()
+        if plots.finite(c["size_bytes"]) and c["role"] in ("gguf", "merged") and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
+    ]
+    for name, f in sorted(files.items(), key=lambda item: -(pick(item[1], "size_bytes", "bytes", "size") or 0)):
         measured = accuracy.get(name.lower())
         bytes_, kl, top = (
-            _pick(f, *keys) for keys in (("size_bytes", "bytes", "size"), ("kl_mean", "mean_kl", "kl"), ("top1", "top1_agreement", "top_1"))
+            pick(f, *keys) for keys in (("size_bytes", "bytes", "size"), ("kl_mean", "mean_kl", "kl"), ("top1", "top1_agreement", "top_1"))
         )
-        passed = _pick(f, "passed", "ok", "gate")
+        passed = pick(f, "passed", "ok", "gate")
         rows.append(
             [
                 name,
                 size(bytes_),
-                plain(_pick(f, "bits_per_weight", "bpw")),
+                plain(pick(f, "bits_per_weight", "bpw")),
                 plain(kl),
-                plain(_pick(f, "kl_p99", "p99_kl", "kl_99")),
+                plain(pick(f, "kl_p99", "p99_kl", "kl_99")),
                 percent(top),
-                plain(_pick(f, "perplexity", "ppl")),
+                plain(pick(f, "perplexity", "ppl")),
                 percent(measured) if measured is not None else "",
                 ""
                 if passed is None
@@ -253,12 +260,11 @@ def fidelity(facts: Facts) -> Markup:
         )
         if plots.finite(bytes_):
             by_kl += [(bytes_ / 1e6, kl, name)] if plots.finite(kl) else []
-            by_score += [(bytes_ / 1e6, measured, name)] if plots.finite(measured) else []
     figures = plots.scatter(by_kl, "Divergence from the merged model by size", "MB", "mean KL, nats", log_y=all(p[1] > 0 for p in by_kl)) + (
         plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else ""
     )
     head = ["file", "size", "bits / weight", "mean KL", "99th pct KL", "top-1 agreement", "perplexity", "task score", "gate"]
-    advice = _pick(facts.fidelity, "recommendation", "recommended")
+    advice = pick(facts.fidelity, "recommendation", "recommended")
     advice = advice.get("sentence") or advice.get("type") if isinstance(advice, dict) else advice
     body = (
         table(head, rows, ["name", *["n"] * 7, "wide"])
@@ -270,19 +276,25 @@ def fidelity(facts: Facts) -> Markup:
     )
 
 
-def _files(fidelity: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+def in_order(facts: Facts, values: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Items in the order in which the contenders were judged; JSON keeps its keys sorted."""
+    order = [c["name"] for c in facts.contenders()]
+    return sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+
+
+def exported(fidelity: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     found = (fidelity or {}).get("files") or (fidelity or {}).get("types") or (fidelity or {}).get("quantizations") or {}
     if isinstance(found, list):
         found = {str(f.get("type") or f.get("name") or i): f for i, f in enumerate(found) if isinstance(f, dict)}
     return {n: f for n, f in found.items() if isinstance(f, dict)} if isinstance(found, dict) else {}
 
 
-def _pick(values: dict[str, Any] | None, *names: str) -> Any:
+def pick(values: dict[str, Any] | None, *names: str) -> Any:
     return next((values[n] for n in names if values and values.get(n) is not None), None)
 
 
 def _why(values: dict[str, Any]) -> str:
-    reasons = _pick(values, "failed", "reasons", "broken", "reason", "problems")
+    reasons = pick(values, "failed", "reasons", "broken", "reason", "problems")
     return "; ".join(map(str, reasons)) if isinstance(reasons, list) and reasons else str(reasons or "out of bounds")
 
 
@@ -308,7 +320,7 @@ def others(facts: Facts) -> Markup:
                 score(p.get("win_rate")),
                 p["n"],
             ]
-            for n, p in preference.items()
+            for n, p in in_order(facts, preference)
         ]
         parts.append(
             "<h3>Held-out preference pairs</h3>"
@@ -318,7 +330,9 @@ def others(facts: Facts) -> Markup:
         checks = list(dict.fromkeys(c for v in instructions.values() for c in v))
         parts.append(
             "<h3>Instruction checks</h3>"
-            + table(["", *checks], [[n, *[score(v.get(c)) for c in checks]] for n, v in instructions.items()], ["name", *["n"] * len(checks)])
+            + table(
+                ["", *checks], [[n, *[score(v.get(c)) for c in checks]] for n, v in in_order(facts, instructions)], ["name", *["n"] * len(checks)]
+            )
         )
     if judge := s.get("judge"):
         rows = [
@@ -338,7 +352,7 @@ def others(facts: Facts) -> Markup:
             + table(["", "win rate", "95 % interval", "length-controlled", "orders agree", "n", "failed"], rows, ["wide", *["n"] * 6])
         )
     if dirty := s.get("contamination"):
-        rows = [[n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in dirty["contenders"].items()]
+        rows = [[n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in in_order(facts, dirty["contenders"])]
         parts.append(
             f"<h3>Contamination</h3><p>{dirty['contaminated']} of {dirty['n']} test items share {dirty['ngram']}-grams with {esc(dirty['reference'])}"
             f"{'; they are scored apart' if dirty['contaminated'] else ''}.</p>"
@@ -347,7 +361,8 @@ def others(facts: Facts) -> Markup:
     if seeds := s.get("seeds"):
         every = list(dict.fromkeys(k for v in seeds.values() for k in v if k not in ("mean", "sd")))
         rows = [
-            [n, percent(v.get("mean")), percent(v.get("sd")), *[percent((v.get(k) or {}).get("accuracy")) for k in every]] for n, v in seeds.items()
+            [n, percent(v.get("mean")), percent(v.get("sd")), *[percent((v.get(k) or {}).get("accuracy")) for k in every]]
+            for n, v in in_order(facts, seeds)
         ]
         parts.append(
             "<h3>Several seeds</h3>"

@@ -49,14 +49,9 @@ def data(facts: Facts) -> Markup:
         return Markup("")
     metrics = facts.metrics("data")
     body = ""
-    rows = [
-        (name, f"{count:,}")
-        for name, count in {
-            **_mapping(metrics.get("rows")),
-            **{f"preference {k}": v for k, v in _mapping(metrics.get("preference_rows")).items()},
-        }.items()
-        if isinstance(count, int)
-    ]
+    splits = {**_mapping(metrics.get("rows")), **{f"preference {k}": v for k, v in _mapping(metrics.get("preference_rows")).items()}}
+    order = ["train", "eval", "test", "preference train", "preference eval"]
+    rows = [(n, f"{splits[n]:,}") for n in sorted(splits, key=lambda n: order.index(n) if n in order else 9) if isinstance(splits[n], int)]
     body += table(["split", "rows"], rows, ["name", "n"])
     if plots.finite(metrics.get("trained_share")):
         body += f"<p>{plain(metrics.get('tokens'))} tokens; {percent(metrics['trained_share'])} of them are trained on.</p>"
@@ -172,7 +167,7 @@ def provenance(facts: Facts) -> Markup:
         changed, rows = set(), []
         for name, value in manifest.params.items():
             known = next((p for p in parameters.STAGES[stage] if p.name == name), None)
-            if known is not None and value != known.default:
+            if known is not None and value != known.default and name != "run":
                 changed.add(len(rows))
             rows.append([name, plain(value) if value != "" else "–", known.unit if known else "", known.help if known else ""])
         names = [("changed" if i in changed else "") for i in range(len(rows))]

@@ -22,7 +22,11 @@ def render(names: list[str]) -> str:
         raise TunebookError(f"A comparison needs two runs or more; it got {', '.join(names) or 'none'}.")
     found = [gather(name) for name in names]
     differing = _differing(found)
-    warnings = [f"{f.run}: {w}" for f in found for w in f.warnings]
+    said: dict[str, list[str]] = {}
+    for f in found:
+        for warning in f.warnings:
+            said.setdefault(warning, []).append(f.run)
+    warnings = [f"{'all runs' if len(who) == len(found) else ', '.join(who)}: {warning}" for warning, who in said.items()]
     warnings += [f"{f.run} has no evaluation; it is in the table without a score." for f in found if not f.scores]
     warnings += _unlike(found)
     warned = warnings_card(warnings)
@@ -119,13 +123,13 @@ def _parallel(found: list[Facts], differing: list[tuple[str, str]]) -> str:
     scored = [f for f in found if plots.finite(_accuracy(f).get("value"))]
     axes = differing[:MOST_AXES]
     dimensions = [n if stages_of(differing, n) == 1 else f"{s} {n}" for s, n in axes] + ["held-out loss", "accuracy"]
-    rows = [
-        (f"{f.run}: {percent(_accuracy(f)['value'])}", [*[_axis(_value(f, s, n)) for s, n in axes], _held_out(f), _accuracy(f)["value"]])
-        for f in scored
-    ]
+    rows = [(f.run, [*[_axis(_value(f, s, n)) for s, n in axes], _held_out(f), _accuracy(f)["value"]]) for f in scored]
     keep = [i for i in range(len(dimensions)) if any(r[1][i] is not None for r in rows)]
     return plots.parallel(
-        [dimensions[i] for i in keep], [(n, [v[i] for i in keep]) for n, v in rows], "Parameters that differ, and what came of them"
+        [dimensions[i] for i in keep],
+        [(n, [v[i] for i in keep]) for n, v in rows],
+        "Parameters that differ, and what came of them",
+        shares=["accuracy"],
     )
 
 

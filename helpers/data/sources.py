@@ -105,14 +105,14 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
         if not _readable(path):
             raise TunebookError(f"{path.name} is of a kind that is not read as data; {', '.join(RECORDS + DOCUMENTS)} are, also with .gz or .zst.")
         return [_of_file(path)]
-    if any(sign in part for sign in "*?["):
+    match = HUB.fullmatch(part)
+    if any(sign in part for sign in "*?[") and not match:
         for root in (Path.cwd(), runtime.PROJECT):
             pattern = Path(part).expanduser()
             files = sorted((pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) or root.glob(part))
             if files := [file for file in files if file.is_file() and _readable(file)]:
                 return [_of_file(file) for file in files]
         raise TunebookError(f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()}).")
-    match = HUB.fullmatch(part)
     if match and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED and not part.startswith(("datasets/", "data/", ".")):
         return [Source(match["id"], hub=match["id"], revision=match["revision"] or "", subset=match["subset"] or "", split=match["split"] or "train")]
     raise TunebookError(

@@ -17,7 +17,7 @@ UNANSWERABLE = "The text does not say."
 
 # Column names that mean the same thing, the most specific first.
 PROMPT = ("instruction", "question", "query", "prompt", "problem", "user", "inputs")
-RESPONSE = ("output", "response", "answer", "completion", "sql", "target", "solution", "assistant", "targets")
+RESPONSE = ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "assistant", "targets")
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 TEXT = ("text", "raw_content", "content", "document", "body")
 SYSTEM = ("system", "system_prompt")

@@ -150,7 +150,7 @@ def _rows(source: Source, shape: Shape | None, rejects: Rejects, report: SourceR
                 rejects.check()
             continue
         report.shapes[_described(fitting)] += 1
-        report.unused.update(aside)
+        report.unused.update(aside.keys())
         for part in parts:
             report.rows += 1
             report.kinds[part["kind"]] += 1

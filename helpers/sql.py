@@ -72,6 +72,12 @@ def open_readonly(path: str | Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError as err:
         conn.close()
         raise TunebookError(f"{path} cannot be read as a SQLite database ({err}); rebuild or replace it.") from err
+    return fence(conn)
+
+
+def fence(conn: sqlite3.Connection) -> sqlite3.Connection:
+    """Close an open connection to everything but SELECT within limits; for databases made in memory."""
+    conn.execute("PRAGMA query_only = ON")
     conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
     for limit, value in LIMITS:
         conn.setlimit(limit, value)

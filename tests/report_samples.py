@@ -269,7 +269,8 @@ def _compared(baseline, contender, base):
         "test": "exact McNemar",
         "detectable": 0.11,
         "verdict": verdict,
-        "sentence": f"{verdict} by {abs(100 * difference):.0f} points, 95 % interval {100 * difference - 8:.0f} to {100 * difference + 8:.0f}; n = 180",
+        "sentence": f"{verdict} by {abs(100 * difference):.0f} points, "
+        f"95 % interval {100 * difference - 8:.0f} to {100 * difference + 8:.0f}; n = 180",
     }
 
 

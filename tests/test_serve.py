@@ -114,7 +114,7 @@ def test_a_runs_name_means_its_recommended_file_or_the_one_asked_for(exported):
     with pytest.raises(TunebookError, match="has not been run yet"):
         serve.find("nosuch")
     with pytest.raises(TunebookError, match="not usable as a folder"):
-        serve.find("../../etc")
+        serve.find("../nosuch")
 
 
 def test_the_command_serves_a_run_says_how_to_use_it_and_ends_on_an_interrupt(exported):

@@ -236,7 +236,13 @@ def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[objec
     for y, name in sorted(ends):
         level = max(y, level + 13)
         labels += f'<text class="halo" x="{wide - right + 8}" y="{level + 4:.1f}">{escape(name[:22])}</text>'
-    svg = _svg(wide, high + max(0, round(level) - high + 10), curves + axes + labels, title, f'class="sweep" style="min-width:{min(wide, 900)}px;max-width:{wide * 1.2:.0f}px"')
+    svg = _svg(
+        wide,
+        high + max(0, round(level) - high + 10),
+        curves + axes + labels,
+        title,
+        f'class="sweep" style="min-width:{min(wide, 900)}px;max-width:{wide * 1.2:.0f}px"',
+    )
     return f'<figure class="wide"><div class="scroll">{svg}</div><figcaption>{escape(title)}</figcaption></figure>'
 
 

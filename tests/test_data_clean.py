@@ -106,7 +106,7 @@ def test_the_system_prompt_does_not_decide_and_short_texts_are_undecided():
 
 @pytest.mark.parametrize("languages", ["english", "", "en,xx", ","])
 def test_an_unknown_language_is_refused_with_the_known_ones(languages):
-    with pytest.raises(TunebookError, match="codes that py3langid knows.*de.*en"):
+    with pytest.raises(TunebookError, match=r"codes that py3langid knows.*de.*en"):
         through(clean.keep_languages, [talk("x")], languages)
 
 
@@ -140,7 +140,10 @@ PROSE = (
     "and the lowest street is closed to traffic until the water has gone. A museum beside the old bridge tells the story of the "
     "great flood of 1872, when half of the houses were lost, and of the engineers who built the dam that followed it."
 )
-CHINESE = "这条河发源于城镇上方的山丘，向南流淌六十英里后汇入大海。渔民自中世纪以来一直在下游捕鱼，每天早晨仍有一支小船队离开港口。冬天河岸会被淹没，最低的街道禁止通行。"
+CHINESE = (
+    "这条河发源于城镇上方的山丘，向南流淌六十英里后汇入大海。渔民自中世纪以来一直在下游捕鱼，"
+    "每天早晨仍有一支小船队离开港口。冬天河岸会被淹没，最低的街道禁止通行。"
+)
 
 
 @pytest.mark.parametrize(

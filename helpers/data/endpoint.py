@@ -155,6 +155,17 @@ def ask_all(endpoint: Endpoint, requests: Iterable[Request], journal: Journal) -
     waiting: deque[tuple[Request, str, Future | None]] = deque()
     asked: dict[str, Future] = {}  # a question asked twice in one run is sent once
 
+    failed = threading.Event()  # after a failure that stops the job nothing more is asked
+
+    def work(request: Request, key: str) -> None:
+        if failed.is_set():
+            return
+        try:
+            _ask(client, endpoint, request, key, journal)
+        except BaseException:
+            failed.set()
+            raise
+
     def head() -> Reply:
         request, key, future = waiting.popleft()
         if future is not None:
@@ -167,7 +178,7 @@ def ask_all(endpoint: Endpoint, requests: Iterable[Request], journal: Journal) -
             key = request.key(endpoint)
             future = asked.get(key)
             if future is None and key not in journal:
-                future = asked[key] = pool.submit(_ask, client, endpoint, request, key, journal)
+                future = asked[key] = pool.submit(work, request, key)
             waiting.append((request, key, future))
             if len(waiting) >= 4 * endpoint.concurrency:
                 yield head()

@@ -61,7 +61,7 @@ def question_answers(
 ) -> Iterator[list[Row]]:
     """Question-answer rows from text rows. `journal`: a file that keeps the answers; the same file resumes the job.
 
-    Dropped with a reason: answers that break the schema, empty ones, questions asked before, questions that speak of "the
+    Dropped with a reason: answers that break the schema, empty ones, questions asked before, pairs that speak of "the
     document", answers of which less than half the words are in the document. Raises TunebookError when the estimate
     exceeds `max_cost`, and when the endpoint fails.
     """
@@ -163,8 +163,8 @@ def _pairs(table: Table, report: StepReport, endpoint: Endpoint, book: Journal, 
 def _pair_fault(question: str, answer: str, document: str, seen: SeenHashes) -> str:
     if not question or not answer:
         return "question or answer empty"
-    if MENTIONS_DOCUMENT.search(question):
-        return "question speaks of the document"
+    if MENTIONS_DOCUMENT.search(f"{question}\n{answer}"):
+        return "speaks of the document"
     flat, offsets, _ = tokens([answer, document], symbols=False)
     words = flat[: offsets[1]]
     if not len(words) or np.isin(words, flat[offsets[1] :]).mean() < GROUNDED:
@@ -224,7 +224,7 @@ def _scores(row: Row, answers: list[str], judge: Judge | Endpoint, book: Journal
     if not isinstance(judge, Endpoint):
         return [float(judge(question, reference, answer)) for answer in answers]
     asked = [
-        Request([{"role": "user", "content": ASK_JUDGE.format(question=question, reference=reference, answer=answer)}], JUDGE_SCHEMA, 16, 0.0)
+        Request([{"role": "user", "content": ASK_JUDGE.format(question=question, reference=reference, answer=answer)}], JUDGE_SCHEMA, 32, 0.0)
         for answer in answers
     ]
     replies = list(_counted(ask_all(judge, asked, book), report))
@@ -235,7 +235,7 @@ def _with_judging(planned: Estimate, judge: Endpoint, table: Table, settings: Se
     """The estimate with one mark asked for each sample; the answers to come are taken at their longest."""
     sample = "x" * int(settings.max_tokens * 3.5)
     texts = (ASK_JUDGE.format(question=text_of(row), reference="", answer=sample) for row in table.rows() for _ in range(settings.samples))
-    more = estimate(judge, (Request([{"role": "user", "content": text}], JUDGE_SCHEMA, 16, 0.0) for text in texts))
+    more = estimate(judge, (Request([{"role": "user", "content": text}], JUDGE_SCHEMA, 32, 0.0) for text in texts))
     return Estimate(
         planned.requests + more.requests,
         planned.in_journal,

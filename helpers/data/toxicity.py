@@ -97,7 +97,7 @@ def _from_endpoint(address: str, journal: str | Path) -> Scorer:
     def score(texts: list[str]) -> list[float]:
         book = Journal(journal)
         try:
-            asked = (Request([{"role": "user", "content": ASK.format(text=text)}], SCHEMA, 16, 0.0) for text in texts)
+            asked = (Request([{"role": "user", "content": ASK.format(text=text)}], SCHEMA, 32, 0.0) for text in texts)
             replies = list(ask_all(endpoint, asked, book))
         finally:
             book.close()

@@ -1,0 +1,121 @@
+"""Mixing: shares are met, nothing is taken twice, every part of the stream holds the mixture, and the report says what came of it."""
+
+import random
+
+import pytest
+
+from helpers.data.mix import Source, mix
+from helpers.data.rows import StepReport, Table, batches, make_row
+from helpers.errors import TunebookError
+
+
+def table(name, rows, words=5):
+    rng = random.Random(name)
+    made = (
+        make_row("text", [{"role": "text", "content": " ".join(rng.choices("abcdefgh", k=words)) + f" {i}"}], source=name, row=i) for i in range(rows)
+    )
+    return Table.collect(batches(made, 300), spill_rows=500)
+
+
+def run(sources, **options):
+    report = StepReport("mix")
+    rows = [row for batch in mix(sources, report, **options) for row in batch]
+    assert report.kept == len(rows)
+    assert len({(r["source"], r["row"]) for r in rows}) == len(rows), "no row is taken twice"
+    return rows, report
+
+
+def share(rows, name):
+    return sum(r["source"] == name for r in rows) / len(rows)
+
+
+def words_of(batch):
+    return [len(row["messages"][0]["content"].split()) for row in batch]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return {"a": table("a", 3_000), "b": table("b", 1_000), "general": table("general", 800, words=20)}
+
+
+def test_without_weights_every_row_is_taken_once(tables):
+    rows, report = run({"a": Source(tables["a"]), "b": Source(tables["b"])})
+    assert len(rows) == 4_000 and report.seen == 4_000 and not report.dropped
+    assert report.figures["mixture"]["a"] == {"rows": 3_000, "rows_share": 0.75, "available": 3_000, "weight": None, "replay": False}
+
+
+def test_weights_are_shares_of_rows(tables):
+    rows, report = run({"a": Source(tables["a"], weight=1), "b": Source(tables["b"], weight=3)})
+    assert share(rows, "b") == pytest.approx(0.75, abs=0.001) and sum(r["source"] == "b" for r in rows) == 1_000, "the scarce source is used up"
+    assert report.dropped == {"not needed for the mixture: a": 2_667}
+
+
+def test_weights_can_be_shares_of_tokens(tables):
+    sources = {"a": Source(tables["a"], weight=0.5), "general": Source(tables["general"], weight=0.5)}
+    _, report = run(sources, unit="tokens", count_tokens=words_of)
+    mixture = report.figures["mixture"]
+    assert mixture["a"]["tokens_share"] == pytest.approx(0.5, abs=0.01) and mixture["a"]["rows_share"] > 0.7
+    assert sum(m["tokens"] for m in mixture.values()) == mixture["a"]["tokens"] + mixture["general"]["tokens"] > 0
+
+
+def test_caps_and_totals_hold(tables):
+    rows, _ = run({"a": Source(tables["a"], cap=100), "b": Source(tables["b"])})
+    assert sum(r["source"] == "a" for r in rows) == 100 and len(rows) == 1_100
+    rows, _ = run({"a": Source(tables["a"]), "b": Source(tables["b"])}, rows_total=400)
+    assert len(rows) == 400 and share(rows, "a") == 0.75
+
+
+def test_replay_is_its_share_of_the_whole(tables):
+    rows, report = run({"a": Source(tables["a"]), "general": Source(tables["general"], replay=True)}, replay_share=0.1)
+    assert share(rows, "general") == pytest.approx(0.1, abs=0.001) and sum(r["source"] == "a" for r in rows) == 3_000
+    assert report.figures["mixture"]["general"]["replay"] is True
+
+
+def test_too_little_replay_data_shrinks_the_rest_and_not_the_share(tables):
+    rows, report = run({"a": Source(tables["a"]), "general": Source(tables["general"], replay=True)}, replay_share=0.4)
+    assert share(rows, "general") == pytest.approx(0.4, abs=0.001) and sum(r["source"] == "general" for r in rows) == 800
+    assert report.dropped == {"not needed for the mixture: a": 1_800}
+
+
+def test_replay_data_is_left_out_without_a_share(tables):
+    rows, _ = run({"a": Source(tables["a"]), "general": Source(tables["general"], replay=True)})
+    assert share(rows, "general") == 0
+
+
+def test_every_stretch_holds_the_mixture(tables):
+    rows, _ = run({"a": Source(tables["a"], weight=0.8), "b": Source(tables["b"], weight=0.2)})
+    for at in range(0, len(rows) - 50, 50):
+        assert abs(share(rows[at : at + 50], "b") - 0.2) <= 0.02
+    for name in ("a", "b"):
+        places = [r["row"] for r in rows if r["source"] == name]
+        assert places == sorted(places)
+
+
+def test_the_choice_depends_on_content_and_seed_alone(tables):
+    sources = {"a": Source(tables["a"], cap=200)}
+    once, again, other = run(sources)[0], run(sources)[0], run(sources, seed=18)[0]
+    assert [r["id"] for r in once] == [r["id"] for r in again] != [r["id"] for r in other]
+    more = Table.collect(iter([*tables["a"], *table("z", 300)]))
+    kept = {r["id"] for r in run({"a": Source(more, cap=220)})[0]}
+    assert len(kept & {r["id"] for r in once}) > 180, "more data elsewhere leaves most of the choice as it was"
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ({"a": 1, "b": None}, {}, "b has none"),
+        ({"a": -1, "b": 1}, {}, "weight of 'a' is -1"),
+        ({"a": float("nan"), "b": 1}, {}, "weight of 'a'"),
+        ({"a": 0, "b": 0}, {}, "every weight is 0"),
+        ({"a": 1, "empty": 1}, {}, "empty has no row left"),
+        ({"empty": None}, {}, "There is no row to mix"),
+        ({"a": 1}, {"replay_share": 0.2}, "no replay data"),
+        ({"a": 1}, {"replay_share": 1.0}, "replay_share is 1.0"),
+        ({"a": 1}, {"unit": "tokens"}, "count_tokens"),
+        ({"a": 1}, {"unit": "bytes"}, "'bytes'"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(tables, weights, options, message):
+    everything = tables | {"empty": table("empty", 0)}
+    with pytest.raises(TunebookError, match=message):
+        run({name: Source(everything[name], weight=weight) for name, weight in weights.items()}, **options)

@@ -192,16 +192,19 @@ class Encoder:
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i >= row.get("first", 0)]
         return turns[-1:] if self.train_on == "last" and "first" not in row else turns
 
-    def _prefixes(self, rows: list[Row]) -> list[list[str | RowError]]:
-        """For each row what the model is given before each trained turn."""
-        wanted = [(number, turn) for number, row in enumerate(rows) for turn in self._trained_turns(row)]
-        rendered = templates.render(self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in wanted], generation=True)
-        result: list[list[str | RowError]] = [[] for _ in rows]
-        for (number, _), text in zip(wanted, rendered, strict=True):
-            result[number].append(text)
+    def _prefixes(self, rows: list[Row]) -> list[list[tuple[str | RowError, str | RowError | None]]]:
+        """For each trained turn what the model is given before it, and the row up to its end (None for the last turn: that is all of it)."""
+        turns = [(number, turn) for number, row in enumerate(rows) for turn in self._trained_turns(row)]
+        inner = [(number, turn) for number, turn in turns if turn < len(rows[number]["messages"]) - 1]
+        before = templates.render(self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in turns], generation=True)
+        through = templates.render(self.template, [(rows[n]["messages"][: turn + 1], rows[n].get("tools")) for n, turn in inner])
+        ends = dict(zip(inner, through, strict=True))
+        result: list[list[tuple[str | RowError, str | RowError | None]]] = [[] for _ in rows]
+        for (number, turn), text in zip(turns, before, strict=True):
+            result[number].append((text, ends.get((number, turn))))
         return result
 
-    def _masked(self, row: Row, full: str, prefixes: list[str | RowError], token_ids: list[int]) -> Encoded:
+    def _masked(self, row: Row, full: str, prefixes: list[tuple[str | RowError, str | RowError | None]], token_ids: list[int]) -> Encoded:
         """Mask the prompt, keep each trained turn with its end. Raises RowError when the template breaks the contract."""
         import numpy as np
 
@@ -215,15 +218,15 @@ class Encoder:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
         spans: list[tuple[int, int]] = []
         turns = self._trained_turns(row)
-        for turn, prefix in zip(turns, prefixes, strict=True):
+        for turn, (prefix, through) in zip(turns, prefixes, strict=True):
             if isinstance(prefix, RowError):
                 raise prefix
-            if not full.startswith(prefix):
+            if not full.startswith(prefix) or (through is not None and (isinstance(through, RowError) or not full.startswith(through))):
                 if template.has_markers:
                     return self._by_markers(row, ids)
                 raise RowError(
                     "template is no prefix",
-                    f"what the model is given before turn {turn + 1} is not how the whole row begins; train_on='last' may help",
+                    f"the template writes turn {turn + 1} otherwise once others follow it than when the model has to say it; train_on='last' avoids this",
                 )
             begin = self._boundary(prefix, token_ids, specials)
             after = ends_at[np.searchsorted(ends_at, begin) :]

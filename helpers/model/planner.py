@@ -41,7 +41,7 @@ class Option:
         return f"{s.recompute} layers" + (", inputs in main memory" if s.offload else "") + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The chosen setting, its costs with error bars, the reasons, and what else was weighed."""
 
@@ -134,6 +134,8 @@ class Plan:
         widths = [max(len(str(r[i])) for r in rows) for i in range(len(self.HEADER))]
         lines = ["  ".join(str(c).ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         return "\n".join([self.headline(), *self.reasons, "", *lines])
+
+    __repr__ = __str__  # a notebook's plain text: the dataclass's own would print every layer
 
     def _repr_html_(self) -> str:
         from html import escape

@@ -14,10 +14,11 @@ CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator;
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adamw_8bit": 0, "lion": 4, "adafactor": 0.1, "sgd": 0}
-MATRIX_SHARE = 0.90  # of the card's matrix rate that large products inside a step reach (measured, H200)
-ATTENTION_SHARE = 0.40  # the same for FlashAttention forward and backward together (measured, H200)
-LAUNCH_S = 0.9e-3  # host time to launch one decoder layer forward and backward (measured, H200's host)
-UNSLOTH_SLOWER = 1.25  # seconds of Unsloth's layers over ours at equal recomputation (measured, H200)
+WORKSPACE_GIB = 0.25  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
+MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
+ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
+LAUNCH_S = {"none": 10e-3, "nf4": 13.5e-3}  # host time to launch one layer forward and backward (measured, a virtual machine)
+UNSLOTH_SLOWER = 1.5  # seconds of Unsloth's layers over ours at equal recomputation (measured, H200)
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,14 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
     outside, inside = layer_bytes_per_token(shape, s)
     tokens = s.row_tokens
     if s.tile_mlp and tokens > s.tile_mlp:
-        tile = s.tile_mlp
-        layer = tokens * (outside - 0) + tile * inside * 1.0
-        passing = tokens * 2 * (5 * shape.hidden) + tile * 2 * 3 * shape.intermediate
+        layer = tokens * outside + s.tile_mlp * inside
+        passing = tokens * 2 * 3.5 * shape.hidden + s.tile_mlp * 2 * shape.intermediate
     else:
         layer = tokens * (outside + inside)
         passing = tokens * 2 * (2 * shape.hidden + shape.intermediate)
     kept = 0.0 if s.offload else tokens * 2 * shape.hidden
+    if s.offload and s.backend == "hf":  # one layer's input on its way out, one on its way back
+        passing += 2 * tokens * 2 * shape.hidden
     whole = shape.layers - s.recompute
     body = whole * layer + s.recompute * kept + passing
     if s.recompute:
@@ -165,7 +167,8 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
 
 def peak_gib(shape: Shape, s: Setting) -> float:
     """Highest allocated memory of a training step, GiB."""
-    return (state_bytes(shape, s) + activation_bytes(shape, s)) / GIB
+    workspace = WORKSPACE_GIB if s.backend == "hf" else 0.0
+    return (state_bytes(shape, s) + activation_bytes(shape, s)) / GIB + workspace
 
 
 def need_gib(peak: float) -> float:
@@ -193,9 +196,9 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
     moving = traffic / (card.gb_s * 1e9 * 0.9)
     seconds = compute + moving
     if s.offload:
-        seconds = max(seconds, 2 * tokens * shape.layers * 2 * shape.hidden / (card.host_gb_s * 1e9))
-    if s.tile_mlp:
-        seconds += tokens * 2 * 0.65 * shape.linear_parameters / rate / MATRIX_SHARE
+        seconds += 2 * tokens * shape.layers * 2 * shape.hidden / (card.host_gb_s * 1e9)
+    if s.tile_mlp and tokens > s.tile_mlp:  # the MLP's forward once more, and its slices copied together
+        seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if s.backend == "unsloth":
         seconds *= UNSLOTH_SLOWER
-    return max(seconds, shape.layers * LAUNCH_S * (1 + again / 2))
+    return max(seconds, shape.layers * LAUNCH_S[s.quantize] * (1 + 0.4 * again)) if card.capability is not None else seconds

@@ -15,7 +15,20 @@ from typing import Any
 from helpers import runs, runtime
 from helpers import sql as readonly
 from helpers.errors import TunebookError
-from helpers.evaluate import contamination, contenders, forgetting, harness, items, preference, references, schema, session, summary, synthetic, text_to_sql
+from helpers.evaluate import (
+    contamination,
+    contenders,
+    forgetting,
+    harness,
+    items,
+    preference,
+    references,
+    schema,
+    session,
+    summary,
+    synthetic,
+    text_to_sql,
+)
 from helpers.evaluate.generate import Decoding
 from helpers.model import loading
 
@@ -161,7 +174,8 @@ class Evaluation:
         url, _, model = self.params.judge.partition("#")
         names = list(self.answers)
         jobs = {n: [{"question": i.question, "reference": i.reference, "baseline": a["text"], "contender": b["text"]}
-                    for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)][:self.params.judge_limit] for n in names[1:]}
+                    for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)] for n in names[1:]}
+        jobs = {n: pairs[:self.params.judge_limit] for n, pairs in jobs.items()}
         cost = judging.estimate([p for pairs in jobs.values() for p in pairs])
         print(f"The judge is asked {cost['calls']} times, about {cost['input_tokens'] + cost['output_tokens']:,} tokens.")
         try:
@@ -186,9 +200,8 @@ class Evaluation:
         found = []
         for place, item in enumerate(self.items):
             gold = self._judge(item).gold(item.reference)[0] if self.kind == "text_to_sql" else None
-            found.append({"id": item.id, "question": item.question, "system": item.system, "reference": item.reference, "meta": items.plain(item.meta),
-                          "cluster": item.cluster, "nonempty": self.nonempty(item), "contaminated": self.contaminated[place],
-                          "gold": text_to_sql.shown(gold) if gold is not None else None,
+            found.append({"id": item.id, "question": item.question, "system": item.system, "reference": item.reference,
+                          "meta": items.plain(item.meta), "cluster": item.cluster, "nonempty": self.nonempty(item), "contaminated": self.contaminated[place], "gold": text_to_sql.shown(gold) if gold is not None else None,
                           "answers": {name: {k: v for k, v in entries[place].items() if k != "metrics"} for name, entries in self.answers.items()}})
         return found
 

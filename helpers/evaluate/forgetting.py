@@ -29,7 +29,8 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise TunebookError(f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter empty.") from error
+        raise TunebookError(f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter "
+                            "empty.") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -92,15 +93,16 @@ def judge(baseline: str, losses: dict[str, dict[str, Any]], chats: dict[str, dic
         delta, low, high = (0.0, 0.0, 0.0) if name == baseline else change(losses[baseline]["per_text"], loss["per_text"])
         here = {t: {"base": tasks[baseline][t], "value": v} for t, v in tasks.get(name, {}).items() if t in tasks.get(baseline, {})}
         talk, before = chats.get(name, {}), chats.get(baseline, {})
-        drops = [f"{t} fell from {100 * v['base']:.0f} to {100 * v['value']:.0f} %" for t, v in here.items() if v["base"] - v["value"] > task_drop]
-        drops += [f"{label} fell from {100 * before[k]:.0f} to {100 * talk[k]:.0f} %" for k, label in (("refusal_rate", "refusals"), ("manners", "chat manners"))
-                  if talk.get(k) is not None and before.get(k) is not None and before[k] - talk[k] > task_drop]
+        pairs = [(t, v["base"], v["value"]) for t, v in here.items()]
+        pairs += [(label, before.get(k), talk.get(k)) for k, label in (("refusal_rate", "refusals"), ("manners", "chat manners"))]
+        drops = [f"{label} fell from {100 * a:.0f} to {100 * b:.0f} %" for label, a, b in pairs if None not in (a, b) and a - b > task_drop]
         if delta > loss_increase:
             drops.insert(0, f"general text costs {delta:.2f} nats a token more (allowed {loss_increase:.2f})")
-        sentence = "the measure before training" if name == baseline else (
-            "forgot: " + "; ".join(drops) if drops else f"kept what it knew: general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})")
+        kept = f"kept what it knew: general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
+        sentence = "the measure before training" if name == baseline else "forgot: " + "; ".join(drops) if drops else kept
         found[name] = {**{k: v for k, v in loss.items() if k != "per_text"}, "change": delta, "low": low, "high": high,
-                       "refusal_rate": talk.get("refusal_rate"), "manners": talk.get("manners"), "tasks": here, "passed": not drops, "sentence": sentence}
+                       "refusal_rate": talk.get("refusal_rate"), "manners": talk.get("manners"), "tasks": here, "passed": not drops,
+                       "sentence": sentence}
     failed = [n for n, f in found.items() if not f["passed"]]
     return {"baseline": baseline, "threshold": {"loss_increase": loss_increase, "task_drop": task_drop}, "contenders": found,
             "advice": advice(failed, rank, replay) if failed else []}
@@ -109,8 +111,9 @@ def judge(baseline: str, losses: dict[str, dict[str, Any]], chats: dict[str, dic
 def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> list[str]:
     """What to change in notebooks 01 and 02, the surest first."""
     share = max(0.1, min(0.5, 2 * (replay or 0.05)))
-    said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_share = {share:.2f} in notebook 01"
-            + (f", now {replay:.2f})." if replay is not None else ")."),
+    now = f", now {replay:.2f}" if replay is not None else ""
+    said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_share = {share:.2f} in "
+            f"notebook 01{now}).",
             f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step forgets less "
             "(Biderman et al. 2024, https://arxiv.org/abs/2405.09673)."]
     return [*said, "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so."]

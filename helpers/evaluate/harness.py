@@ -57,7 +57,7 @@ def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int,
     if unknown:
         raise TunebookError(f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include.")
     try:
-        found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=0,
+        found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=1000,
                                         log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                                         fewshot_random_seed=seed, verbosity="ERROR")
     except (ConnectionError, FileNotFoundError) as error:

@@ -11,11 +11,12 @@ from helpers.evaluate import compare
 
 REFUSAL = re.compile(
     r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
-    r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}\b(?:help|assist|provide|support|do that|comply|create|"
-    r"write|give|share|fulfil\w*|encourage|condone|engage|answer|discuss)"
+    r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}"
+    r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer|discuss)"
     r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
     re.IGNORECASE | re.DOTALL)
-_SQL = re.compile(r"^\s*\(*\s*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b", re.IGNORECASE | re.DOTALL)
+_SQL = re.compile(r"^\s*\(*\s*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
+                  re.IGNORECASE | re.DOTALL)
 
 
 def refuses(text: str) -> bool:
@@ -32,7 +33,7 @@ def mannerly(text: str) -> bool:
 
 def repeats(text: str, times: int = 4) -> bool:
     """Whether some stretch of at least 12 characters stands `times` times in a row."""
-    return bool(re.search(r"(.{12,200}?)\1{%d,}" % (times - 1), text[-2000:], re.DOTALL))
+    return bool(re.search(rf"(.{{12,200}}?)\1{{{times - 1},}}", text[-2000:], re.DOTALL))
 
 
 def language(text: str) -> str | None:

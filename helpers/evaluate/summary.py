@@ -18,14 +18,15 @@ def build(judged: Any) -> dict[str, Any]:
     baseline = next(iter(scored))
     if preferences:
         preference.win_rates(preferences, baseline)
-    followed = {n: instructions.score(judged.answers[n], [i.meta for i in judged.items], [i.reference for i in judged.items], judged.kind) for n in scored}
+    metas, golds = [i.meta for i in judged.items], [i.reference for i in judged.items]
+    followed = {n: instructions.score(judged.answers[n], metas, golds, judged.kind) for n in scored}
     forgot = _forgetting(judged, baseline)
     harnessed = _harness(judged)
     records = [_contender(judged, c, preferences, followed, harnessed, forgot) for c in judged.contenders]
     comparisons = _comparisons(judged, scored, baseline)
     contaminated = _contamination(judged, scored)
-    scores = {"schema_version": 1, "run": judged.params.run, "headline": "", "ship": None, "warnings": [], "task": _task(judged), "contenders": records,
-              "comparisons": comparisons, "forgetting": forgot, "harness": harnessed, "preference": preferences or None, "instructions": followed,
+    scores = {"schema_version": 1, "run": judged.params.run, "headline": "", "ship": None, "warnings": [], "task": _task(judged),
+              "contenders": records, "comparisons": comparisons, "forgetting": forgot, "harness": harnessed, "preference": preferences or None, "instructions": followed,
               "judge": judged.judgements, "contamination": contaminated, "seeds": _seeds(judged)}
     scores["headline"] = _headline(scores, judged)
     scores["ship"] = _ship(scores, judged)
@@ -78,8 +79,8 @@ def _contender(judged: Any, c: Any, preferences: dict, followed: dict, harnessed
     for task, result in (harnessed or {}).items():
         for metric, v in result["metrics"].get(c.name, {}).items():
             half = 1.96 * (v["stderr"] or 0)
-            found[f"harness/{task}/{metric}"] = {"value": v["value"], "low": v["value"] - half if half else None, "high": v["value"] + half if half else None,
-                                                 "n": result["n"], "method": "none", "unit": "share"}
+            low, high = (v["value"] - half, v["value"] + half) if half else (None, None)
+            found[f"harness/{task}/{metric}"] = {"value": v["value"], "low": low, "high": high, "n": result["n"], "method": "none", "unit": "share"}
     if c.name in preferences:
         found |= {f"preference/{k}": preferences[c.name][k] for k in ("accuracy", "log_odds", "win_rate") if preferences[c.name][k]}
     if forgot and c.name in forgot["contenders"]:
@@ -87,7 +88,8 @@ def _contender(judged: Any, c: Any, preferences: dict, followed: dict, harnessed
         found["general_loss"] = {"value": f["loss"], "low": None, "high": None, "n": f["n"], "method": "none", "unit": "nats"}
         found |= {k: {"value": f[k], "low": None, "high": None, "n": len(judged.chats[c.name]["examples"]), "method": "none", "unit": "share"}
                   for k in ("refusal_rate", "manners") if f[k] is not None}
-    record.update(scores=found, groups=items.groups(judged.items, values), errors=dict(Counter(e["error"] for e in entries if e["error"]).most_common()))
+    errors = Counter(e["error"] for e in entries if e["error"])
+    record.update(scores=found, groups=items.groups(judged.items, values), errors=dict(errors.most_common()))
     return record
 
 
@@ -159,7 +161,9 @@ def _headline(scores: dict[str, Any], judged: Any) -> str:
         return "The test items have no references, so nothing was scored; read the answers side by side."
     if not tuned:
         first = next((c for c in scores["contenders"] if c["status"] == "scored"), None)
-        return f"{first['name']} scores {100 * _value(first):.0f} % {scores['task']['label']} on {scores['task']['n']} questions." if first else "Nothing was scored."
+        if first is None:
+            return "Nothing was scored."
+        return f"{first['name']} scores {100 * _value(first):.0f} % {scores['task']['label']} on {scores['task']['n']} questions."
     best = max(tuned, key=_value)
     against = next((c for c in scores["comparisons"] if c["contender"] == best["name"]), None)
     text = f"{best['name']} scores {100 * _value(best):.0f} % {scores['task']['label']}"
@@ -196,7 +200,8 @@ def _warnings(scores: dict[str, Any], judged: Any) -> list[str]:
         worst = max((c["detectable"] for c in scores["comparisons"]), default=None)
         said.append(f"Only {len(judged.items)} questions" + (f": differences under {100 * worst:.0f} points can hide." if worst else "."))
     if scores["contamination"] and scores["contamination"]["contaminated"]:
-        said.append(f"{scores['contamination']['contaminated']} of {len(judged.items)} questions stand in the training data; accuracy_clean leaves them out.")
+        said.append(f"{scores['contamination']['contaminated']} of {len(judged.items)} questions stand in the training data; accuracy_clean "
+                    "leaves them out.")
     for name, f in (scores["forgetting"] or {}).get("contenders", {}).items():
         if not f["passed"]:
             said.append(f"{name} {f['sentence']}.")

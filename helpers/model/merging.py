@@ -103,8 +103,8 @@ def _skeleton(base: Path, config: Any, adapter: Path) -> Any:
     from transformers import AutoModelForCausalLM
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    rows = next((s[0] for k, s in shapes.items() if k.endswith("embed_tokens.weight")), None)
-    if rows and rows != config.get_text_config().vocab_size:  # tokens were added and the embeddings saved whole
+    rows = _rows(shapes, PeftConfig.from_pretrained(adapter), config.get_text_config().vocab_size)
+    if rows != config.get_text_config().vocab_size:  # tokens were added
         config.get_text_config().vocab_size = rows
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -114,6 +114,14 @@ def _skeleton(base: Path, config: Any, adapter: Path) -> Any:
         raise TunebookError(f"The adapter in {adapter} does not fit the base in {base} ({_first(error)}); name the base it was trained on.") from error
     _fill(wrapped, adapter, base)
     return wrapped
+
+
+def _rows(shapes: dict[str, tuple[int, ...]], config: Any, rows: int) -> int:
+    """Rows of the embedding that the adapter was trained with: of the one it saved whole, or enough for the tokens it trained."""
+    whole = next((s[0] for k, s in shapes.items() if "embed_tokens" in k and k.endswith(".weight")), None)
+    trained = getattr(config, "trainable_token_indices", None) or []
+    ids = [i for part in trained.values() for i in part] if isinstance(trained, dict) else list(trained)
+    return whole or max([rows, *(i + 1 for i in ids)])
 
 
 def _fill(model: Any, adapter: Path, base: Path) -> None:
@@ -132,8 +140,10 @@ def _fill(model: Any, adapter: Path, base: Path) -> None:
         for key in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(key).float()
             if key.removesuffix(".weight") not in places:
-                owner = key.replace(".base_layer", "").removesuffix(".weight").removeprefix(PREFIX)
+                owner = key.replace(".token_adapter.base_layer", "").replace(".base_layer", "").removesuffix(".weight").removeprefix(PREFIX)
                 known = {n.removeprefix(PREFIX): m for n, m in model.named_modules()}
+                if getattr(known.get(owner.rpartition(".")[0]), "tied_adapter", None):
+                    continue  # rows of trained tokens, the same as the embedding's
                 if ".lora_" in key or owner not in known:
                     raise TunebookError(f"The adapter in {adapter} does not fit the base in {base}: {key} has no counterpart there; "
                                         "name the base it was trained on.")
@@ -288,6 +298,8 @@ def merged_weight(module: Any, tensor: Any) -> Any:
         return tensor
     if isinstance(module, TrainableTokensWrapper) and layer.tied_adapter:
         layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
+    if isinstance(module, TrainableTokensWrapper) and module.weight.shape[0] > tensor.shape[0]:  # the rows of added tokens come from the adapter
+        tensor = torch.cat([tensor, tensor.new_zeros(module.weight.shape[0] - tensor.shape[0], tensor.shape[1])])
     inner = layer.get_base_layer()
     inner.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
     if getattr(inner, "bias", None) is not None:
@@ -364,6 +376,7 @@ def write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], dt
 def _write_rest(base: Path, adapter: Path | None, tokenizer: Path | None, out: Path, config: Any, untied: bool) -> None:
     """Config, generation settings, licence and tokenizer beside the weights."""
     import torch
+
     from helpers.model.loading import load_tokenizer
     config.dtype = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
     if untied:

@@ -1,0 +1,173 @@
+"""Is the GGUF file the model that was trained? Measured in the llama.cpp runtime, against the merged model in high precision.
+
+Four gates: token ids, rendered prompt, logits, stopping. Each file is also compared as its dequantised weights, so that what
+the smaller weights cost and what the runtime's arithmetic costs are told apart. The trained model's side is computed here, once;
+the files are measured one after another in a process without torch (helpers/gguf/measure.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers import runtime
+from helpers.errors import TunebookError
+from helpers.gguf import shapes
+
+GATES = ("token ids", "prompt", "logits", "stopping")
+# Largest mean KL divergence in nats and smallest top-1 agreement. f16 is the proof that the chain is right; the others are two to three
+# times what SmolLM2-135M shows, which loses more to each type than any larger model does.
+BUDGETS = {"f16": (1e-4, 0.995), "bf16": (2e-3, 0.98), "q8_0": (0.02, 0.93), "q6_k": (0.05, 0.9), "q5_k_m": (0.15, 0.8), "q5_k_s": (0.15, 0.8),
+           "q4_k_m": (0.25, 0.75), "q4_k_s": (0.3, 0.75), "q4_0": (0.4, 0.7), "q3_k_m": (0.5, 0.6), "q3_k_s": (0.8, 0.5), "q2_k": (2.0, 0.3)}
+
+
+@dataclass
+class Result:
+    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> sentence."""
+
+    type: str
+    tokens: int = 0
+    mean_kl: float = 0.0
+    p99_kl: float = 0.0
+    top1: float = 0.0
+    perplexity: float = 0.0
+    reference_perplexity: float = 0.0
+    weights_kl: float | None = None
+    token_texts: int = 0
+    prompt_shapes: list[str] = field(default_factory=list)
+    skipped_shapes: dict[str, str] = field(default_factory=dict)
+    answers: int = 0
+    same_answers: int = 0
+    stopped: int = 0
+    reference_stopped: int = 0
+    task_score: float | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runtime_kl(self) -> float | None:
+        """What is left of the divergence when the weights' share is taken off."""
+        return None if self.weights_kl is None else max(self.mean_kl - self.weights_kl, 0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"runtime_kl": self.runtime_kl}
+
+
+class Reference:
+    """The merged model in float32 (bfloat16 where that does not fit the memory), its log-probabilities and answers on held-out text.
+
+    merged: the model folder; rows: token ids of held-out conversations; prompts: token ids to answer; conversations: messages of the job, for
+    the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x vocabulary, until `close`.
+    """
+
+    def __init__(self, merged: Path, rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]] = (), max_tokens: int = 64,
+                 work: Path | None = None, conversations: Sequence[list[dict]] = ()):
+        import numpy as np
+        import torch
+
+        from helpers.model.loading import load_tokenizer
+        self.tokenizer = load_tokenizer(merged)
+        self.rows, self.prompts, self.max_tokens = [list(map(int, r)) for r in rows], [list(map(int, p)) for p in prompts], max_tokens
+        if not any(len(r) > 1 for r in self.rows):
+            raise TunebookError("There is no held-out text of two tokens or more to compare on; prepare the data with an evaluation part.")
+        self.folder = tempfile.TemporaryDirectory(prefix=".fidelity.", dir=work)
+        model = _load(merged)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        count = sum(len(r) - 1 for r in self.rows)
+        logprobs = np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "w+", shape=(count, vocabulary))
+        device, at = model.device, 0
+        with torch.inference_mode():
+            for row in self.rows:
+                logits = model(torch.tensor([row[:-1]], device=device)).logits[0].float()
+                logprobs[at:at + len(row) - 1] = torch.log_softmax(logits, -1).cpu().numpy()
+                at += len(row) - 1
+            self.answers = [self._answer(model, p) for p in self.prompts]
+        following = np.concatenate([np.asarray(r[1:], dtype=np.int64) for r in self.rows])
+        loss = -float(np.mean(logprobs[np.arange(count), following], dtype=np.float64))
+        self.perplexity = math.exp(min(loss, 700.0))
+        logprobs.flush()
+        self._write(vocabulary, conversations)
+
+    def _answer(self, model: Any, prompt: list[int]) -> tuple[list[int], bool]:
+        """Greedy answer without the token that ended it, and whether it ended by itself."""
+        import torch
+        ends = _ends(model, self.tokenizer)
+        ids = torch.tensor([prompt], device=model.device)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_tokens, do_sample=False, eos_token_id=sorted(ends),
+                             pad_token_id=self.tokenizer.pad_token_id)[0, len(prompt):].tolist()
+        return ([i for i in out if i not in ends], bool(out and out[-1] in ends))
+
+    def _write(self, vocabulary: int, conversations: Sequence[list[dict]]) -> None:
+        """All that the measuring process needs to know about the trained model's side."""
+        encode = lambda text, special: self.tokenizer(text, add_special_tokens=special)["input_ids"]  # noqa: E731
+        texts = [*shapes.TEXTS, *shapes.added_token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
+        wanted = []
+        held_out = {f"held-out {i + 1}": (c, None) for i, c in enumerate(conversations)}
+        for shape, (messages, tools) in {**shapes.conversations(), **held_out}.items():
+            text, why = shapes.render(self.tokenizer, messages, tools)
+            wanted.append({"shape": shape, "messages": messages, "tools": tools, "text": text, "why": why,
+                           "ids": encode(text, False) if text is not None else []})
+        (Path(self.folder.name) / "reference.json").write_text(json.dumps({
+            "rows": self.rows, "prompts": self.prompts, "answers": self.answers, "max_tokens": self.max_tokens, "vocabulary": vocabulary,
+            "perplexity": self.perplexity, "bos": self.tokenizer.bos_token_id, "bos_text": self.tokenizer.bos_token or "",
+            "texts": [{"text": t, "plain": encode(t, False), "special": encode(t, True)} for t in texts], "conversations": wanted}))
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+
+def measure(reference: Reference, path: Path, kind: str, dequantised: Path | None = None, library: str | Path = "") -> Result:
+    """Compare one GGUF file with the reference. dequantised: the same file with its weights unpacked to 16 bits, for `weights_kl`."""
+    settings = {"reference": reference.folder.name, "path": str(path), "kind": kind, "budget": BUDGETS[kind], "library": str(library),
+                "dequantised": str(dequantised or "")}
+    done = subprocess.run([sys.executable, "-m", "helpers.gguf.measure", json.dumps(settings)], capture_output=True, text=True, errors="replace",
+                          cwd=runtime.PROJECT)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+        raise TunebookError(f"{path.name} could not be measured: {said[-1][:400]}")
+    return Result(**json.loads(lines[-1]))
+
+
+def require(results: Sequence[Result]) -> None:
+    """Raises TunebookError that names every file and gate that failed."""
+    broken = [f"{r.type}: {gate} ({why})" for r in results for gate, why in r.failed.items()]
+    if broken:
+        raise TunebookError("The exported files are not the model that was trained. " + "; ".join(broken) + ". The files stay for inspection and "
+                            "nothing reads them; export again, or allow it with fidelity_gates=False after reading fidelity.json.")
+
+
+# ---------------------------------------------------------------- numbers
+
+def _load(merged: Path) -> Any:
+    from helpers.model.loading import load_model
+    size = sum(f.stat().st_size for f in merged.glob("*.safetensors"))
+    card = runtime.gpu()
+    room = card.total_gib if card else available_gib()
+    return load_model(merged, dtype="fp32" if 2.2 * size / 2**30 < room else "bf16").eval()
+
+
+def available_gib() -> float:
+    """Memory that new programs can have, in GiB."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
+    except (OSError, StopIteration):
+        return runtime.total_memory_gib()
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    from helpers.model.loading import end_of_turn
+    ends = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    try:
+        found.add(end_of_turn(tokenizer))
+    except TunebookError:
+        pass  # a base model's template has none
+    return {i for i in found if i is not None}

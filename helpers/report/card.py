@@ -8,7 +8,7 @@ from typing import Any
 from helpers import runs
 from helpers.report import plots, results
 from helpers.report.facts import Facts
-from helpers.report.markup import percent, plain, points, size
+from helpers.report.markup import HIDDEN, percent, plain, points, size
 from helpers.report.stages import command
 
 LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
@@ -256,7 +256,7 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
 def _md(value: Any) -> str:
     """Text inside Markdown: no markup of its own, no line breaks, no table bars."""
-    text = " ".join(str(value).split())
+    text = " ".join(str(value).encode("utf-8", "replace").decode("utf-8").translate(HIDDEN).split())
     return "".join(f"\\{c}" if c in "\\`*[]<>|#" else c for c in text)
 
 

@@ -70,7 +70,8 @@ def gather(run: str, stage: Any = None) -> Facts:
         raise TunebookError(f"There is no run {run!r} in {runs.root()}; run the notebooks first, or correct the name.")
     facts = Facts(run, folder)
     for name in runs.FOLDERS:
-        _read_stage(facts, name)
+        if name != getattr(stage, "name", None):
+            _read_stage(facts, name)
     if stage is not None:
         facts.stages[stage.name] = Manifest(stage.path, _open_manifest(stage))
         facts.states[stage.name] = "finished"
@@ -155,7 +156,7 @@ def _read_scores(facts: Facts) -> None:
         if comparison["verdict"] == "worse" and comparison["metric"] == "accuracy" and comparison["baseline"] == (facts.baseline() or {}).get("name"):
             facts.warnings.append(f"{comparison['contender']} is worse than {comparison['baseline']}: {comparison['sentence']}.")
     for name, lost in ((facts.scores["forgetting"] or {}).get("contenders") or {}).items():
-        if lost.get("passed") is False and not any(name in w and "general" in w for w in facts.warnings):
+        if lost.get("passed") is False and not any(name in w and (lost.get("sentence") or "general") in w for w in facts.warnings):
             facts.warnings.append(f"{name} lost general ability: {lost.get('sentence', '')}")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from helpers.report.plots import finite, number
 
 # Characters that would hide or reorder what a model wrote: shown as what they are. Tab and line end stay.
-_HIDDEN = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
-_HIDDEN |= {c: f"⟨U+{c:04X}⟩" for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]}
+HIDDEN = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
+HIDDEN |= {c: f"⟨U+{c:04X}⟩" for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]}
 
 
 class Markup(str):
@@ -23,7 +23,7 @@ def esc(value: Any) -> Markup:
     if isinstance(value, Markup):
         return value
     text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return Markup(html.escape(text.translate(_HIDDEN)))
+    return Markup(html.escape(text.translate(HIDDEN)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], classes: Sequence[str] = (), row_classes: Sequence[str] = ()) -> Markup:

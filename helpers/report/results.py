@@ -46,7 +46,7 @@ def tiles(facts: Facts) -> Markup:
             (points(pair["difference"]), f"points: {pair['verdict']}", f"95 %: {points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}")
         )
     if best and plots.finite(best.get("size_bytes")):
-        found.append((size(best["size_bytes"]), "to ship" if facts.scores.get("ship") else "size", f"{best['name']} on disk"))
+        found.append((size(best["size_bytes"]), "to ship" if (facts.scores.get("ship") or {}).get("name") else "size", f"{best['name']} on disk"))
     elapsed = sum(m.data.get("wall_s") or 0 for m in facts.stages.values())
     if elapsed:
         peak = max((m.data.get("peak_memory_gib") or 0 for m in facts.stages.values()), default=0)
@@ -115,7 +115,7 @@ def _accuracy(facts: Facts) -> str:
         rows,
         ["name", "n", "bar", *["n"] * len(extra), "n", "n"],
         kinds,
-    ) + (f"<p><b>To ship:</b> {esc(sentence)}</p>" if sentence else "")
+    ) + (f"<p><b>{esc(sentence)}</b></p>" if sentence else "")
 
 
 def _comparisons(facts: Facts) -> str:

@@ -14,12 +14,12 @@ from helpers.report import plots
 from helpers.report.facts import TITLES, Facts
 from helpers.report.markup import Markup, duration, esc, percent, plain, section, size, table
 
-LOSSES = {"loss": "training", "train_loss": "training", "eval_loss": "evaluation"}
 #: metrics of a training log worth a plot: (title, y label, {key: name}, logarithmic)
 CURVES = [
     ("Loss", "nats per token", {"loss": "training", "eval_loss": "held out"}, False),
     ("Learning rate", "", {"learning_rate": "learning rate"}, False),
     ("Gradient norm", "", {"grad_norm": "gradient norm"}, True),
+    ("Memory", "GiB", {"memory_gib": "highest so far"}, False),
     ("Speed", "tokens a second", {"tokens_per_second": "training", "tokens_per_s": "training"}, False),
     (
         "Log-odds of chosen over rejected",
@@ -105,9 +105,9 @@ def training(facts: Facts) -> Markup:
     for stage in ("sft", "orpo"):
         if stage not in facts.stages:
             continue
-        log, metrics = facts.logs.get(stage, []), facts.metrics(stage)
+        log, metrics, manifest = facts.logs.get(stage, []), facts.metrics(stage), facts.stages[stage].data
         figures = "".join(_curve(log, *curve) for curve in CURVES)
-        body += f"<h3>{TITLES[stage]}</h3><div class='plots'>{figures}</div>" + _memory(metrics, facts.stages[stage].data)
+        body += f"<h3>{TITLES[stage]}</h3><div class='plots'>{figures}</div>" + _memory(metrics, manifest) + _how(manifest)
         flat = [(k, plain(v)) for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str, bool)) and len(str(v)) < 200]
         body += f"<details><summary>All figures of this stage</summary>{table(['', ''], flat, ['', 'n'])}</details>" if flat else ""
     return section("training", "Training", body)
@@ -127,27 +127,30 @@ def _curve(log: list[dict[str, Any]], title: str, label: str, keys: dict[str, st
 
 
 def _memory(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """Planned against used memory; the plan's terms when the stage kept them."""
-    plan = _mapping(metrics.get("plan") or metrics.get("memory") or metrics.get("estimate"))
-    planned = next((plan[k] for k in ("peak_gib", "total_gib", "planned_gib", "total") if plots.finite(plan.get(k))), metrics.get("planned_gib"))
-    used = next(
-        (metrics[k] for k in ("peak_gib", "peak_memory_gib", "measured_gib") if plots.finite(metrics.get(k))),
-        plan.get("measured_gib", manifest.get("peak_memory_gib")),
-    )
-    if not plots.finite(used):
+    """Planned against used memory. The plan keeps its error as (predicted - measured) / measured."""
+    plan = _mapping(manifest.get("plan"))
+    used = next((v for v in (metrics.get("peak_gib"), manifest.get("peak_memory_gib")) if plots.finite(v)), None)
+    if used is None:
         return ""
+    error = _mapping(plan.get("errors")).get("peak_gib")
+    planned = used * (1 + error) if plots.finite(error) else plan.get("peak_gib")
     if not plots.finite(planned):
         return f"<p>Highest memory: {used:.2f} GiB.</p>"
     top = max(planned, used) * 1.1
     rows = [
-        ["planned", Markup(plots.interval(planned, None, None, 0, top)), f"{planned:.2f} GiB", ""],
-        ["used", Markup(plots.interval(used, None, None, 0, top)), f"{used:.2f} GiB", f"{100 * (used / planned - 1):+.0f} % against the plan"],
+        ["planned", Markup(plots.interval(planned, None, None, 0, top)), f"{planned:.2f} GiB"],
+        ["used", Markup(plots.interval(used, None, None, 0, top)), f"{used:.2f} GiB, {100 * (used / planned - 1):+.0f} % against the plan"],
     ]
-    terms = _mapping(plan.get("terms") or plan.get("terms_gib"))
-    detail = table(["part of the plan", "GiB"], [(k, f"{v:.2f}") for k, v in terms.items() if plots.finite(v)], ["", "n"])
-    return table(["memory", "", "", ""], rows, ["name", "bar", "n", ""]) + (
-        f"<details><summary>The plan's parts</summary>{detail}</details>" if detail else ""
-    )
+    return table(["memory", "", ""], rows, ["name", "bar", "wide"])
+
+
+def _how(manifest: dict[str, Any]) -> str:
+    """The setting that the planner chose, why, and what the job noted about itself."""
+    plan = _mapping(manifest.get("plan"))
+    named = ("backend", "attention", "quantize", "row_tokens", "accumulation", "recompute")
+    chosen = [f"{name.replace('_', ' ')} {plain(plan[name])}" for name in named if name in plan]
+    notes = [", ".join(chosen), plan.get("reason"), *(n for n in manifest.get("notes") or [] if isinstance(n, str))]
+    return "".join(f'<p class="sub">{esc(n)}</p>' for n in notes if n)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def api_key() -> str:
 
 def _load_hf(contender: Contender, precision: str) -> Any:
     """(model, tokenizer) of a Hugging Face contender, its adapter merged into the 16-bit weights."""
+    from helpers.data.vocabulary import fit
     from helpers.model import loading
     model = loading.load_model(contender.path, quantize="none", dtype=precision)
     tokenizer = loading.load_tokenizer(contender.path)
@@ -159,13 +160,14 @@ def _load_hf(contender: Contender, precision: str) -> Any:
         from helpers.model import merging
         merging.check_adapter(contender.adapter)
         from peft import PeftModel
+        if (contender.adapter / "tokenizer.json").is_file():
+            tokenizer = loading.load_tokenizer(contender.adapter)
+            fit(model, tokenizer)  # tokens may have been added
         try:
             model = PeftModel.from_pretrained(model, contender.adapter).merge_and_unload()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise TunebookError(f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
                                 "name the base it was trained on.") from error
-        if (contender.adapter / "tokenizer.json").is_file():
-            tokenizer = loading.load_tokenizer(contender.adapter)
     return model, tokenizer
 
 

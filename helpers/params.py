@@ -230,7 +230,22 @@ STAGES: dict[str, tuple[Param, ...]] = {
     ),
     "gguf": (
         RUN,
-        Param("quantizations", "q8_0,q4_k_m", "Quantisation types, separated by commas"),
+        Param("export", "auto", "Which stage's model: the latest one trained, or one by name", choices=("auto", "orpo", "sft", "base")),
+        Param("quantizations", "q8_0,q4_k_m", "GGUF types, separated by commas: f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, "
+                                              "q3_k_m, q3_k_s, q2_k"),
+        Param("merge_onto", "auto", "Base that the adapter is merged into: 16-bit weights, or those after a round trip through NF4; "
+                                    "auto: what the adapter was made for", choices=("auto", "16bit", "nf4")),
+        Param("imatrix", False, "Weigh errors by an importance matrix from the training data (better below 5 bits)"),
+        Param("fidelity_tokens", 1000, "Held-out text that each file is compared on", unit="tokens", low=16, high=1_000_000),
+        Param("task_questions", 24, "Test questions that each file answers for the size-against-score plot; 0: none", low=0, high=10**6),
+        Param("context_length", 0, "Context that the Modelfile asks for; 0: the model's own, at most 8192", unit="tokens", low=0, high=1 << 20),
+        Param("outputs", "merged,gguf", "What stays: adapter, merged (16-bit safetensors), gguf, adapter_gguf; separated by commas"),
+        Param("model_name", "tunebook", "What the model is called in Ollama, vLLM and LM Studio", advanced=True),
+        Param("llama_cpp", "", "Folder of your own llama.cpp build; empty: TUNEBOOK_LLAMA_CPP, else the prebuilt library", advanced=True),
+        Param("fidelity_gates", True, "Stop when a file is not the model that was trained", advanced=True),
+        Param("fidelity_answers", 4, "Greedy answers compared one by one", low=0, high=1000, advanced=True),
+        Param("imatrix_tokens", 8192, "Training text for the importance matrix", unit="tokens", low=256, high=10**7, advanced=True),
+        Param("seed", 17, "Seed of every random choice", low=0, high=2**31 - 1, advanced=True),
     ),
     "eval": (
         RUN,

@@ -116,8 +116,14 @@ class Library:
         if not self.ggml.ggml_backend_load(str(max(scores, key=scores.get)).encode()):
             raise TunebookError(f"None of the processor variants in {self.path.parent} loads; set TUNEBOOK_LLAMA_CPP to a build of your own.")
 
-    def model_params(self) -> Block:
-        return self.llama_model_default_params()
+    def model_params(self, only_vocabulary: bool = False) -> Block:
+        """Defaults; with `only_vocabulary` the flag set that leaves the weights unread."""
+        block = self.llama_model_default_params()
+        if only_vocabulary:
+            # the flags come last, after pointers that are null by default: the first non-zero word there is theirs, vocab_only its first byte
+            words = struct.unpack_from("<16Q", bytes(block.bytes))
+            block.bytes[8 * next(i for i, word in enumerate(words) if i >= 6 and word)] = 1
+        return block
 
     def context_params(self, n_ctx: int, n_batch: int, n_seq_max: int, unified: bool) -> Block:
         """Defaults with context length, batch size (both tokens) and number of sequences set.

@@ -9,7 +9,7 @@ import ctypes as c
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from helpers import runtime
 from helpers.errors import TunebookError
@@ -19,7 +19,7 @@ from helpers.gguf.server import Server, server
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Answer", "LlamaCpp", "Server", "server"]
+__all__ = ["Answer", "LlamaCpp", "Server", "Vocabulary", "server"]
 BATCH = 512  # tokens a decode call takes
 
 
@@ -42,41 +42,27 @@ class _Row:
     out: list[int] = field(default_factory=list)
 
 
-class LlamaCpp:
-    """A GGUF file loaded by llama.cpp.
+class Vocabulary:
+    """The tokenizer of a GGUF file, as llama.cpp runs it; the weights, if there are any, are not read.
 
-    path: the file. context: tokens that all sequences share. parallel: answers generated at once. threads: 0 for all cores.
-    library: a libllama, "" for the packaged one or the user's own. Raises TunebookError for a file that is missing, damaged or not understood.
-    Use it as a context manager, or call `close`.
+    Raises TunebookError for a file that is missing, damaged or not understood. A context manager; `close` frees it.
     """
 
-    def __init__(self, path: str | Path, context: int = 4096, parallel: int = 8, threads: int = 0, library: str | Path = ""):
-        self.path = Path(path)
-        reading.check(self.path)
-        self.parallel = parallel
-        self._server: Server | None = None
+    def __init__(self, path: str | Path, library: str | Path = ""):
+        self._load(Path(path), library, only_vocabulary=True)
+
+    def _load(self, path: Path, library: str | Path, only_vocabulary: bool) -> None:
+        self.path = path
+        reading.check(path)
         self.lib = lib = binding.library(library or llama_lib.for_running())
         lib.log.clear()
-        self._model = lib.llama_model_load_from_file(str(self.path).encode(), lib.model_params())
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(only_vocabulary))
         if not self._model:
-            raise TunebookError(f"llama.cpp cannot load {self.path}: {lib.last_error()}. Export it again, or use a newer llama.cpp.")
+            raise TunebookError(f"llama.cpp cannot load {path}: {lib.last_error()}. Export it again, or use a newer llama.cpp.")
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
-        self.context = context
-        params = lib.context_params(context, BATCH, parallel + 1, unified=True)  # one more: the shared prefix
-        self._ctx = lib.llama_init_from_model(self._model, params)
-        if not self._ctx:
-            lib.llama_model_free(self._model)
-            raise TunebookError(f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
-                                "Ask for a shorter context.")
-        if lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx) or lib.llama_n_seq_max(self._ctx) != parallel + 1:
-            raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
-        count = threads or binding.threads()
-        lib.llama_set_n_threads(self._ctx, count, count)
-        self._memory = lib.llama_get_memory(self._ctx)
-        self._batch = _Arrays(BATCH)
 
-    def __enter__(self) -> LlamaCpp:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,15 +70,9 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free the model. A second call does nothing."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
         if self._model:
-            self.lib.llama_free(self._ctx)
             self.lib.llama_model_free(self._model)
-            self._model = self._ctx = None
-
-    # ------------------------------------------------------------ tokens
+            self._model = None
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`. add_special: with the model's own BOS; parse_special: "<|im_end|>" is one token."""
@@ -124,6 +104,43 @@ class LlamaCpp:
     def end_ids(self) -> list[int]:
         """All tokens at which llama.cpp stops by itself."""
         return [i for i in range(self.n_vocab) if self.is_end(i)]
+
+
+class LlamaCpp(Vocabulary):
+    """A GGUF file loaded by llama.cpp.
+
+    path: the file. context: tokens that all sequences share. parallel: answers generated at once. threads: 0 for all cores.
+    library: a libllama, "" for the packaged one or the user's own. Raises TunebookError for a file that is missing, damaged or not understood.
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, path: str | Path, context: int = 4096, parallel: int = 8, threads: int = 0, library: str | Path = ""):
+        self._ctx = None
+        self._server: Server | None = None
+        self._load(Path(path), library, only_vocabulary=False)
+        self.parallel, lib = parallel, self.lib
+        self.context = context
+        params = lib.context_params(context, BATCH, parallel + 1, unified=True)  # one more: the shared prefix
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise TunebookError(f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
+                                "Ask for a shorter context.")
+        if lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx) or lib.llama_n_seq_max(self._ctx) != parallel + 1:
+            raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
+        count = threads or binding.threads()
+        lib.llama_set_n_threads(self._ctx, count, count)
+        self._memory = lib.llama_get_memory(self._ctx)
+        self._batch = _Arrays(BATCH)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        if self._ctx:
+            self.lib.llama_free(self._ctx)
+            self._ctx = None
+        super().close()
 
     @property
     def chat_template(self) -> str:

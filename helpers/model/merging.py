@@ -42,7 +42,7 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit", toke
     exists only quantised.
     """
     config = read_config(base)
-    shards = _shards(base)
+    files = shards(base)
     if adapter is not None:
         check_adapter(adapter)
     model = _skeleton(base, config, adapter) if adapter is not None else None
@@ -50,7 +50,7 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit", toke
         partial = Path(temporary) / "model"
         partial.mkdir()
         try:
-            result = _write_shards(shards, partial, model, config, onto)
+            result = _write_shards(files, partial, model, config, onto)
         except OSError as error:
             raise runs.disk_error(error, out) from error
         _write_rest(base, adapter, tokenizer, partial, config, result["untied"])
@@ -177,7 +177,7 @@ def _first(error: Exception) -> str:
 
 # ---------------------------------------------------------------- shard by shard
 
-def _shards(base: Path) -> list[Path]:
+def shards(base: Path) -> list[Path]:
     """The base's safetensors files; all that its index names must be there."""
     index = base / "model.safetensors.index.json"
     if index.is_file():
@@ -188,6 +188,18 @@ def _shards(base: Path) -> list[Path]:
     if bad or not names:
         raise TunebookError(f"The base in {base} lacks its weights ({bad or 'no *.safetensors file'}); download it again.")
     return [base / n for n in names]
+
+
+def count_weights(base: Path) -> tuple[int, int]:
+    """(weights of the model, weights of its largest tensor), from the headers of its files."""
+    import math
+
+    from safetensors import safe_open
+    counts = []
+    for shard in shards(base):
+        with safe_open(shard, "pt") as file:
+            counts += [math.prod(file.get_slice(n).get_shape()) for n in file.keys()]  # noqa: SIM118
+    return sum(counts), max(counts)
 
 
 def _write_shards(shards: list[Path], out: Path, model: Any, config: Any, onto: str) -> dict[str, Any]:

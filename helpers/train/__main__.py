@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         values = read(given.file) if given.file else {}
         resolved = params.resolve(given.stage, {**values, **dict(given.p)})
-        print(train(given.stage, resolved))
+        print(train(given.stage, resolved), end="")
     except TunebookError as error:
         print(f"TunebookError: {error}", file=sys.stderr)
         return 1
@@ -49,10 +49,14 @@ def read(file: str) -> dict:
 
 def train(stage: str, resolved: params.Params) -> str:
     """Train one stage, or say that it is finished already."""
+    from helpers.train import distributed, unsloth_backend
+    unsloth_backend.early_import(resolved.as_dict())
     from helpers.train import preference, sft
-    opened = preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved)
+    distributed.setup()
+    opened = distributed.shared(lambda: preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved))
     manifest = (preference if stage == "orpo" else sft).run(opened)
-    return f"Finished in {manifest.data['wall_s']} s: {manifest.path}"
+    distributed.leave()
+    return f"Finished in {manifest.data['wall_s']} s: {manifest.path}\n" if manifest else ""
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, ac
     if optimizer == "adamw_torch" and torch.cuda.is_available():
         optimizer = "adamw_torch_fused"
     best = bool(params.best_checkpoint and held_out)
+    from helpers.train import distributed
     return {
+        **distributed.options(params.method),
         "output_dir": str(stage.path / "checkpoints"), "run_name": f"{params.run}-{params.stage}", "report_to": loggers(params.loggers),
         "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": accumulation,
         "num_train_epochs": params.epochs, "max_steps": total, "learning_rate": params.learning_rate, "lr_scheduler_type": schedule,

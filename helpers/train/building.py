@@ -23,11 +23,19 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     notes = [numbers.reason]
     if plan.backend == "unsloth":
         from helpers.train import unsloth_backend
-        loaded, _ = unsloth_backend.load(work.source, params)
-        return loaded, [*notes, plan.reason], numbers
+        loaded, said = unsloth_backend.load(work.source, params, work.adapter)
+        return loaded, [*notes, plan.reason, *said], numbers
     loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
     loaded.config.use_cache = False
-    wrapped = methods.trainable(loaded, params, work.source.name, work.adapter, getattr(params, "freeze_layers", 0))
+    added = added_tokens(loaded, work)
+    wrapped = methods.trainable(loaded, params, work.source, work.adapter, getattr(params, "freeze_layers", 0), added)
+    if added:
+        notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")
+    if params.init == "pissa" and not work.adapter and params.method == "lora":
+        first_adapter(wrapped, work.stage.path / "work" / "pissa")
+        notes.append("PiSSA: the adapter is written as plain LoRA of twice the rank, for the base as it was")
+    if params.init == "loftq" and not work.adapter:
+        notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     own_logits = getattr(params, "loss", "orpo") != "orpo"
     notes += fast.apply(wrapped, fused_loss=not own_logits, fused_lora=not (params.dora or params.dropout))
     if plan.recompute:
@@ -36,6 +44,22 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
         if hasattr(wrapped, "enable_input_require_grads") and not plan.offload:
             wrapped.enable_input_require_grads()
     return wrapped, notes, numbers
+
+
+def added_tokens(loaded: Any, work: Any) -> list[int]:
+    """Ids of the tokens that notebook 01 added (`add_tokens`), with rows for them in the model."""
+    tokens = work.stage.parents["data"].data["params"].get("add_tokens", "")
+    if not tokens:
+        return []
+    from helpers.data.vocabulary import add_tokens
+    from helpers.model.loading import load_tokenizer
+    return add_tokens(loaded, load_tokenizer(work.source), tokens)
+
+
+def first_adapter(wrapped: Any, folder: Any) -> None:
+    """Keep PiSSA's first adapter: PEFT subtracts it when the trained one is written, since PiSSA took it out of the base."""
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(folder, safe_serialization=True)
 
 
 def attention(work: Any) -> str | None:

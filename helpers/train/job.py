@@ -10,7 +10,7 @@ from typing import Any
 
 from helpers import notebook, runtime
 from helpers.errors import TunebookError
-from helpers.train import arguments, callbacks, curves, methods, precision, resume, rows
+from helpers.train import arguments, callbacks, curves, distributed, methods, precision, resume, rows
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Job:
             raise TunebookError("The job has not been trained; call its train() first.")
         with resume.disk_full_is_a_sentence(self.checkpoints):
             folder = self.stage.path / ("adapter" if hasattr(self.model, "peft_config") else "model")
-            save(self.model, self.tokenizer, folder)
+            save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa")
             pictures = [("loss.png", curves.loss)] + ([("margins.png", curves.margins)] if self.draw is curves.margins else [])
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
@@ -154,18 +154,23 @@ class Job:
         metrics["peak_gib"] = runtime.peak_memory_gib()
         return self.stage.finish(metrics, template_hash=template_hash(self.tokenizer), tokenizer_hash=tokenizer_hash(self.tokenizer),
                                  model=self.source.as_dict(), extra={"data_counts": self.counts, "plan": plan.as_dict(), "notes": self.notes,
-                                                                    "trained": folder.name, "method": self.params.method})
+                                                                    "trained": folder.name, "method": self.params.method,
+                                                                    "merge_onto": "nf4" if self.params.init == "loftq" and not self.adapter else "16bit"})
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Adapter or whole model with its tokenizer into `folder`, by a neighbour that is renamed, so it is whole or not there."""
+def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None) -> None:
+    """Adapter or whole model with its tokenizer into `folder`, by a neighbour that is renamed, so it is whole or not there.
+
+    first: PiSSA's first adapter, where there is one: what is written is then plain LoRA for the unchanged base.
+    """
     import shutil
 
     import torch
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"])
+        extra = {"path_initial_model_for_weight_conversion": str(first)} if first is not None and first.is_dir() else {}
+        model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
     else:
         state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         model.config.dtype = torch.bfloat16
@@ -190,6 +195,9 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
     if data.data.get("template_hash") and template_hash(tokenizer) != data.data["template_hash"]:
         raise TunebookError(f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; run notebook 01 "
                             f"again with model set to {source.name!r}, or leave model empty here.")
+    if added := data.data["params"].get("add_tokens"):
+        from helpers.data.vocabulary import add_tokens
+        add_tokens(None, tokenizer, added)
     return source, tokenizer
 
 

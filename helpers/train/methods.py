@@ -15,8 +15,8 @@ from helpers.errors import TunebookError
 TIED_TO_CUDA = ("paged_adamw", "paged_adamw_8bit")
 # (name of the combination, when it is met, why it cannot work and what to do). Read top to bottom; the first one stops.
 REFUSED = (
-    ("LoftQ on a 4-bit base", lambda p, c: p.init == "loftq" and p.method == "qlora",
-     "init 'loftq' works out the 4-bit error from the 16-bit weights, so the base must be loaded in 16 bits; set method to 'lora', or init to 'default'"),
+    ("LoftQ on a 16-bit base", lambda p, c: p.init == "loftq" and p.method == "lora",
+     "init 'loftq' starts the adapter at the error of the 4-bit base, and a 16-bit base has none; set method to 'qlora', or init to 'default'"),
     ("PiSSA on a 4-bit base", lambda p, c: p.init == "pissa" and p.method == "qlora",
      "init 'pissa' takes the main directions out of the base's weights, which cannot be written back into 4 bits; set method to 'lora', or init to 'default'"),
     ("DoRA with PiSSA or LoftQ", lambda p, c: p.dora and p.init != "default",
@@ -83,24 +83,21 @@ def check(params: Any, capability: tuple[int, int] | None = None) -> None:
             raise TunebookError(f"This cannot work ({name}): {reason.format_map(words)}.")
 
 
-def lora_config(params: Any, base: str) -> Any:
-    """PEFT's LoRA configuration for these parameters. base: the model's name, written into the adapter."""
-    from peft import LoftQConfig, LoraConfig
+def lora_config(params: Any, base: str, token_ids: list[int] | None = None) -> Any:
+    """PEFT's LoRA configuration for these parameters. base: the model's name, written into the adapter. token_ids: added tokens, trained whole."""
+    from peft import LoraConfig
     modules = params.target_modules.strip()
-    options: dict[str, Any] = {}
-    if params.init == "pissa":
-        options["init_lora_weights"] = "pissa_niter_16"
-    elif params.init == "loftq":
-        options.update(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
+    options = {"init_lora_weights": "pissa_niter_16"} if params.init == "pissa" else {}
     return LoraConfig(r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, use_rslora=params.rslora, use_dora=params.dora,
                       target_modules=modules if modules == "all-linear" else [m.strip() for m in modules.split(",") if m.strip()],
-                      bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base, **options)
+                      bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base, trainable_token_indices=token_ids or None, **options)
 
 
-def trainable(model: Any, params: Any, base: str, adapter: str | Path | None = None, layers: int = 0) -> Any:
+def trainable(model: Any, params: Any, base: Any, adapter: str | Path | None = None, layers: int = 0,
+              token_ids: list[int] | None = None) -> Any:
     """`model` ready to train: PEFT-wrapped with a new adapter or with the one in the folder `adapter`, or its own weights freed.
 
-    layers: for method "freeze", how many of the last decoder layers stay trainable (with the final norm).
+    base: the ModelSource; its name is written into the adapter, its 16-bit weights are what LoftQ starts from. layers: for method "freeze", how many of the last decoder layers stay trainable (with the final norm).
     Raises TunebookError for target modules that the model lacks or an adapter of another base.
     """
     import torch
@@ -111,15 +108,42 @@ def trainable(model: Any, params: Any, base: str, adapter: str | Path | None = N
     from peft import get_peft_model
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
-        wrapped = get_peft_model(model, lora_config(params, base))
+        wrapped = get_peft_model(model, lora_config(params, base.name, token_ids))
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__ and "head" not in n})
         raise TunebookError(f"target_modules is {params.target_modules!r}, which names no layer of this model; its linear layers are "
                             f"{', '.join(linear)}, or say 'all-linear'.") from None
-    wrapped.peft_config["default"].base_model_name_or_path = base
+    wrapped.peft_config["default"].base_model_name_or_path = base.name
+    if params.init == "loftq":
+        _loftq(wrapped, base.path)
     return wrapped
+
+
+def _loftq(model: Any, folder: Path) -> None:
+    """Start every adapter at the main directions of what its layer lost to 4 bits (LoftQ, arXiv:2310.08659, one iteration).
+
+    B·A·scaling is the best rank-r approximation of W - W4. The adapter belongs to the 4-bit base: merge it onto that.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora.bnb import Linear4bit
+    from safetensors import safe_open
+    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit):
+            continue
+        key = name.removeprefix("base_model.model.") + ".weight"
+        weight = layer.get_base_layer().weight
+        with safe_open(files[key], "pt") as opened:
+            exact = opened.get_tensor(key).to(weight.device, torch.float32)
+        lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
+        rank = layer.r["default"]
+        u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=8)
+        root = (s[:rank] / layer.scaling["default"]).sqrt()
+        layer.lora_A["default"].weight.data = (root[:, None] * v[:, :rank].T).contiguous()
+        layer.lora_B["default"].weight.data = (u[:, :rank] * root).contiguous()
 
 
 def _own_weights(model: Any, method: str, layers: int) -> Any:

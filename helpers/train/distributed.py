@@ -1,0 +1,160 @@
+"""Several GPUs: one process a GPU under torchrun, the same job and the same loss curve as one.
+
+    torchrun --nproc-per-node 4 -m helpers.train params.yaml
+    distributed.launch("sft", params, processes=4)         the same from a notebook, as a subprocess
+
+QLoRA runs data parallel (DDP): 4-bit weights cannot be sharded and fit anyway. LoRA on a 16-bit base and full tuning
+run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`batching.PackedRows`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from helpers import runtime
+from helpers.errors import TunebookError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. rank 0 writes; local_rank picks the GPU."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def world() -> World:
+    """What torchrun says in the environment; a single process without it."""
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def setup() -> World:
+    """Take this process's GPU and join the others, checked: all of them are there. Nothing for a single process.
+
+    Raises TunebookError when there are more processes than GPUs, or when the group is not the size that was asked for.
+    """
+    me = world()
+    if me.size == 1:
+        return me
+    import torch
+    import torch.distributed as dist
+    if torch.cuda.is_available():
+        if me.local_rank >= torch.cuda.device_count():
+            raise TunebookError(f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+                                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}.")
+        torch.cuda.set_device(me.local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    one = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(one)
+    if int(one) != me.size or dist.get_world_size() != me.size:
+        raise TunebookError(f"{int(one)} processes answered and {me.size} were asked for; start them all through one torchrun.")
+    return me
+
+
+def shared(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, in every process; its TunebookError too. For folders only one may open."""
+    me = world()
+    if me.size == 1:
+        return make()
+    import torch.distributed as dist
+    box: list[Any] = [None, None]
+    if me.first:
+        try:
+            box = [make(), None]
+        except TunebookError as error:
+            box = [None, str(error)]
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise TunebookError(box[1])
+    return box[0]
+
+
+def leave() -> None:
+    """Wait for the others and end the group, so that no process dies under another's collective."""
+    import torch.distributed as dist
+    if world().size > 1 and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sharded(method: str) -> bool:
+    """True when this job is sharded (FSDP2) rather than data parallel."""
+    return world().size > 1 and method != "qlora"
+
+
+def options(method: str) -> dict[str, Any]:
+    """Trainer arguments for this world: none for one process and for DDP, FSDP2 for a 16-bit base."""
+    if not sharded(method):
+        return {}
+    return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
+                                          "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}}
+
+
+def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
+    """The unsharded state of a model on the first process's main memory; every process must call it.
+
+    adapter_only: just the tensors that a LoRA adapter saves.
+    """
+    from torch.distributed.tensor import DTensor
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if adapter_only and "lora_" not in name and "modules_to_save" not in name:
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world().first:
+            found[name] = whole.detach().cpu()
+    return found
+
+
+def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None = None) -> Path:
+    """Run a training stage in `processes` processes (0: one a GPU) and return the stage's folder.
+
+    params: the stage's Params, or the path of a YAML file. The child's output is shown as it comes. A notebook kernel
+    that holds the GPU's memory should not have loaded a model before. Raises TunebookError when a process fails.
+    """
+    import tempfile
+
+    from helpers import params as parameters
+    from helpers import runs
+    if not processes:
+        import torch
+        processes = max(1, torch.cuda.device_count())
+    if isinstance(params, (str, Path)):
+        from helpers.train.__main__ import read
+        params = parameters.resolve(stage, read(str(params)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "params.yaml"
+        import yaml
+        file.write_text(yaml.safe_dump(params.as_dict(), sort_keys=False), encoding="utf-8")
+        runs.unlock(params.run, stage)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "helpers.train", str(file),
+                   "--stage", stage]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(runtime.PROJECT), os.environ.get("PYTHONPATH")))),
+                       "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes)))}
+        lines: list[str] = []
+        with subprocess.Popen(command, cwd=runtime.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+            try:
+                for line in child.stdout:
+                    lines = [*lines[-200:], line]
+                    print(line, end="", flush=True)
+                status = child.wait(timeout_s)
+            except BaseException:
+                child.terminate()
+                raise
+    if status:
+        said = [line.strip() for line in lines if "TunebookError:" in line]
+        reason = said[0].split("TunebookError:", 1)[1].strip() if said else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
+        raise TunebookError(f"Training in {processes} processes failed: {reason}")
+    return runs.folder(params.run, stage)

@@ -95,17 +95,18 @@ def _export(stage, rng):
     for kind, size, kl in (("f16", 271_000_000, 6e-6), ("q8_0", 144_800_000, 0.0047), ("q4_k_m", 105_400_000, 0.0644)):
         (stage.path / f"model-{kind}.gguf").write_bytes(b"GGUF" + rng.randbytes(64))
         files[kind] = {
-            "size_bytes": size,
+            "type": kind,
+            "bytes": size,
             "bits_per_weight": size * 8 / 134.5e6,
-            "kl_mean": kl,
-            "kl_p99": kl * 12,
+            "mean_kl": kl,
+            "weights_kl": kl * 0.8,
+            "p99_kl": kl * 12,
             "top1": 1 - kl * 2,
             "perplexity": 3.2 + kl,
-            "passed": True,
+            "failed": {},
         }
-    runs.write_json(
-        stage.path / "fidelity.json", {"files": files, "recommendation": {"type": "q8_0", "sentence": "q8_0: half the size, no measurable loss"}}
-    )
+    recommendation = {"type": "q8_0", "sentence": "q8_0: half the size, no measurable loss"}
+    runs.write_json(stage.path / "fidelity.json", {"files": files, "recommendation": recommendation})
     stage.finish({"recommendation": "q8_0"})
 
 

@@ -53,7 +53,8 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'user'}/{wanted['name']}" if "/" not in wanted["name"] else wanted["name"]
-            self.server.repositories.setdefault(name, {"private": wanted.get("private") or wanted.get("visibility") == "private", "files": {}, "commits": 0})
+            private = wanted.get("private") or wanted.get("visibility") == "private"
+            self.server.repositories.setdefault(name, {"private": private, "files": {}, "commits": 0})
             return self.say({"url": f"{self.server.url}/{name}", "id": name})
         if "/preupload/" in path:
             files = json.loads(body)["files"]
@@ -146,7 +147,7 @@ def run(runs_root):
             "model-q8_0.gguf": b"GGUF" + b"8" * 7000,
             "model-q4_k_m.gguf": b"GGUF" + b"4" * 4000,
             "Modelfile": "FROM ./model-q8_0.gguf",
-            "fidelity.json": json.dumps({"files": {"q8_0": {"size_bytes": 7004, "kl_mean": 0.0047}}}),
+            "fidelity.json": json.dumps({"files": {"q8_0": {"mean_kl": 0.0047, "failed": {}}}}),
         },
     }
     for key, files in stages.items():

@@ -130,28 +130,13 @@ def _lost(facts: Facts) -> str:
 
 
 def _fidelity(facts: Facts) -> str:
-    files = results.exported(facts.fidelity)
-    rows = []
-    for name, f in files.items():
-        pick = results.pick
-        rows.append(
-            [
-                name,
-                size(pick(f, "size_bytes", "bytes", "size")),
-                plain(pick(f, "bits_per_weight", "bpw")),
-                plain(pick(f, "kl_mean", "mean_kl", "kl")),
-                plain(pick(f, "kl_p99", "p99_kl", "kl_99")),
-                percent(pick(f, "top1", "top1_agreement", "top_1")),
-            ]
-        )
-    return (
-        (
-            "## Fidelity of the GGUF files\n\nllama.cpp's runtime against the merged 16-bit model, on held-out text of this job.\n\n"
-            + _table(["file", "size", "bits per weight", "mean KL", "99th percentile KL", "top-1 agreement"], rows)
-        )
-        if rows
-        else ""
-    )
+    rows = [
+        [name, size(f.get("bytes")), plain(f.get("bits_per_weight")), plain(f.get("mean_kl")), plain(f.get("p99_kl")), percent(f.get("top1"))]
+        for name, f in results.exported(facts).items()
+    ]
+    head = ["file", "size", "bits per weight", "mean KL", "99th percentile KL", "same first choice"]
+    intro = "## Fidelity of the GGUF files\n\nllama.cpp's runtime against the merged 16-bit model, on held-out text of this job.\n\n"
+    return intro + _table(head, rows) if rows else ""
 
 
 def _use(facts: Facts, kind: str, repository: str, base: str) -> str:

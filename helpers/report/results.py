@@ -223,7 +223,7 @@ def forgetting(facts: Facts) -> Markup:
 
 def fidelity(facts: Facts) -> Markup:
     """Each exported file against the merged model: size, divergence, agreement, and the task score measured on it."""
-    files = exported(facts.fidelity)
+    files = exported(facts)
     if not files:
         return Markup("")
     accuracy = {
@@ -237,37 +237,34 @@ def fidelity(facts: Facts) -> Markup:
         for c in facts.contenders()
         if plots.finite(c["size_bytes"]) and c["role"] in ("gguf", "merged") and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
-    for name, f in sorted(files.items(), key=lambda item: -(pick(item[1], "size_bytes", "bytes", "size") or 0)):
-        measured = accuracy.get(name.lower())
-        bytes_, kl, top = (
-            pick(f, *keys) for keys in (("size_bytes", "bytes", "size"), ("kl_mean", "mean_kl", "kl"), ("top1", "top1_agreement", "top_1"))
-        )
-        passed = pick(f, "passed", "ok", "gate")
+    for name, f in files.items():
+        measured = accuracy.get(name.lower(), f.get("task_score"))
+        kl, failed = f.get("mean_kl"), f.get("failed") or {}
+        gate = "; ".join(f"{which}: {why}" for which, why in failed.items())
         rows.append(
             [
                 name,
-                size(bytes_),
-                plain(pick(f, "bits_per_weight", "bpw")),
+                size(f.get("bytes")),
+                plain(f.get("bits_per_weight")),
                 plain(kl),
-                plain(pick(f, "kl_p99", "p99_kl", "kl_99")),
-                percent(top),
-                plain(pick(f, "perplexity", "ppl")),
-                percent(measured) if measured is not None else "",
-                ""
-                if passed is None
-                else Markup('<span class="better">within bounds</span>' if passed is True else f'<span class="worse">{esc(_why(f))}</span>'),
+                plain(f.get("weights_kl")),
+                plain(f.get("p99_kl")),
+                percent(f.get("top1")),
+                plain(f.get("perplexity")),
+                percent(measured),
+                Markup(f'<span class="worse">{esc(gate)}</span>' if gate else '<span class="better">within bounds</span>'),
             ]
         )
-        if plots.finite(bytes_):
-            by_kl += [(bytes_ / 1e6, kl, name)] if plots.finite(kl) else []
+        if plots.finite(f.get("bytes")) and plots.finite(kl):
+            by_kl.append((f["bytes"] / 1e6, kl, name))
     figures = plots.scatter(by_kl, "Divergence from the merged model by size", "MB", "mean KL, nats", log_y=all(p[1] > 0 for p in by_kl)) + (
         plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else ""
     )
-    head = ["file", "size", "bits / weight", "mean KL", "99th pct KL", "top-1 agreement", "perplexity", "task score", "gate"]
-    advice = pick(facts.fidelity, "recommendation", "recommended")
+    head = ["file", "size", "bits / weight", "mean KL", "of it weights", "99 % KL", "same first choice", "perplexity", "task score", "gate"]
+    advice = facts.fidelity.get("recommendation")
     advice = advice.get("sentence") or advice.get("type") if isinstance(advice, dict) else advice
     body = (
-        table(head, rows, ["name", *["n"] * 7, "wide"])
+        table(head, rows, ["name", *["n"] * 8, ""])
         + (f"<p><b>Recommended:</b> {esc(advice)}</p>" if advice else "")
         + f'<div class="plots">{figures}</div>'
     )
@@ -282,20 +279,14 @@ def in_order(facts: Facts, values: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
 
 
-def exported(fidelity: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    found = (fidelity or {}).get("files") or (fidelity or {}).get("types") or (fidelity or {}).get("quantizations") or {}
+def exported(facts: Facts) -> dict[str, dict[str, Any]]:
+    """type -> what fidelity.json says of that file, with its bytes as the export's manifest lists them; largest first."""
+    found = (facts.fidelity or {}).get("files") or {}
     if isinstance(found, list):
-        found = {str(f.get("type") or f.get("name") or i): f for i, f in enumerate(found) if isinstance(f, dict)}
-    return {n: f for n, f in found.items() if isinstance(f, dict)} if isinstance(found, dict) else {}
-
-
-def pick(values: dict[str, Any] | None, *names: str) -> Any:
-    return next((values[n] for n in names if values and values.get(n) is not None), None)
-
-
-def _why(values: dict[str, Any]) -> str:
-    reasons = pick(values, "failed", "reasons", "broken", "reason", "problems")
-    return "; ".join(map(str, reasons)) if isinstance(reasons, list) and reasons else str(reasons or "out of bounds")
+        found = {str(f["type"]): f for f in found if isinstance(f, dict) and "type" in f}
+    sizes = facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {}
+    files = {str(name): {"bytes": sizes.get(f"model-{name}.gguf", {}).get("bytes"), **f} for name, f in found.items() if isinstance(f, dict)}
+    return dict(sorted(files.items(), key=lambda item: -(item[1]["bytes"] or 0)))
 
 
 def others(facts: Facts) -> Markup:

@@ -165,7 +165,7 @@ def provenance(facts: Facts) -> Markup:
     if not facts.stages:
         return Markup("")
     body = "<h3>Do it again</h3>" + f"<pre>{esc(command(facts))}</pre>"
-    body += f"<details><summary>params.yaml</summary><pre>{esc(params_yaml(facts))}</pre></details>"
+    body += f"<details class='noprint'><summary>params.yaml</summary><pre>{esc(params_yaml(facts))}</pre></details>"
     for stage, manifest in facts.stages.items():
         changed, rows = set(), []
         for name, value in manifest.params.items():

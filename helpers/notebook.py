@@ -21,6 +21,9 @@ def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
     """
     given = parameters.read_globals(stage, namespace)
     params = parameters.resolve(stage, given)
+    if stage in ("sft", "orpo"):
+        from helpers.train import unsloth_backend
+        unsloth_backend.early_import(params.as_dict())
     if runtime.interactive():
         from helpers import panel
         panel.show(stage, params)

@@ -140,7 +140,10 @@ class Job:
             raise TunebookError("The job has not been trained; call its train() first.")
         with resume.disk_full_is_a_sentence(self.checkpoints):
             folder = self.stage.path / ("adapter" if hasattr(self.model, "peft_config") else "model")
-            save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa")
+            whole = distributed.whole_state(self.model, hasattr(self.model, "peft_config")) if distributed.sharded(self.params.method) else None
+            if not is_first():
+                return None
+            save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa", whole)
             pictures = [("loss.png", curves.loss)] + ([("margins.png", curves.margins)] if self.draw is curves.margins else [])
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
@@ -158,10 +161,11 @@ class Job:
                                                                     "merge_onto": "nf4" if self.params.init == "loftq" and not self.adapter else "16bit"})
 
 
-def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, whole: dict[str, Any] | None = None) -> None:
     """Adapter or whole model with its tokenizer into `folder`, by a neighbour that is renamed, so it is whole or not there.
 
     first: PiSSA's first adapter, where there is one: what is written is then plain LoRA for the unchanged base.
+    whole: the state gathered from all processes, where the model is sharded.
     """
     import shutil
 
@@ -170,9 +174,13 @@ def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None) ->
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
         extra = {"path_initial_model_for_weight_conversion": str(first)} if first is not None and first.is_dir() else {}
+        if whole:
+            extra["state_dict"] = whole
+        if model.peft_config["default"].trainable_token_indices:  # their rows are in the adapter; the whole embedding would be a gigabyte
+            extra["save_embedding_layers"] = False
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
     else:
-        state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in (whole or model.state_dict()).items()}
         model.config.dtype = torch.bfloat16
         model.save_pretrained(partial, state_dict=state, safe_serialization=True)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; 05 writes the real one

@@ -201,7 +201,9 @@ class Evaluation:
         for place, item in enumerate(self.items):
             gold = self._judge(item).gold(item.reference)[0] if self.kind == "text_to_sql" else None
             found.append({"id": item.id, "question": item.question, "system": item.system, "reference": item.reference,
-                          "meta": items.plain(item.meta), "cluster": item.cluster, "nonempty": self.nonempty(item), "contaminated": self.contaminated[place], "gold": text_to_sql.shown(gold) if gold is not None else None,
+                          "meta": items.plain(item.meta), "cluster": item.cluster, "nonempty": self.nonempty(item),
+                          "contaminated": self.contaminated[place],
+                          "gold": text_to_sql.shown(gold) if gold is not None else None,
                           "answers": {name: {k: v for k, v in entries[place].items() if k != "metrics"} for name, entries in self.answers.items()}})
         return found
 

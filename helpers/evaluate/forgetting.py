@@ -114,8 +114,8 @@ def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> lis
     now = f", now {replay:.2f}" if replay is not None else ""
     said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_share = {share:.2f} in "
             f"notebook 01{now}).",
-            f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step forgets less "
-            "(Biderman et al. 2024, https://arxiv.org/abs/2405.09673)."]
+            f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step "
+            "forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673)."]
     return [*said, "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so."]
 
 

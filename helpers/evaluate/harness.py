@@ -42,8 +42,8 @@ def run(session: Any, tasks: Sequence[str], include: Path | None = None, limit: 
     if session.contender.kind == "endpoint":
         raise TunebookError("Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
                             "name the weights or the GGUF file.")
-    import lm_eval
-    key = ["harness", lm_eval.__version__, list(tasks), _fingerprint(include, tasks), limit, seed]
+    from importlib.metadata import version
+    key = ["harness", version("lm-eval"), list(tasks), _fingerprint(include, tasks), limit, seed]
     return session.kept(key, lambda reader: evaluate(language_model(reader), tasks, include, limit, seed))
 
 

@@ -13,7 +13,8 @@ REFUSAL = re.compile(
     r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
     r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}"
     r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer|discuss)"
-    r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
+    r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b"
+    r"|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
     re.IGNORECASE | re.DOTALL)
 _SQL = re.compile(r"^\s*\(*\s*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
                   re.IGNORECASE | re.DOTALL)

@@ -26,7 +26,8 @@ def build(judged: Any) -> dict[str, Any]:
     comparisons = _comparisons(judged, scored, baseline)
     contaminated = _contamination(judged, scored)
     scores = {"schema_version": 1, "run": judged.params.run, "headline": "", "ship": None, "warnings": [], "task": _task(judged),
-              "contenders": records, "comparisons": comparisons, "forgetting": forgot, "harness": harnessed, "preference": preferences or None, "instructions": followed,
+              "contenders": records, "comparisons": comparisons, "forgetting": forgot, "harness": harnessed,
+              "preference": preferences or None, "instructions": followed,
               "judge": judged.judgements, "contamination": contaminated, "seeds": _seeds(judged)}
     scores["headline"] = _headline(scores, judged)
     scores["ship"] = _ship(scores, judged)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from helpers.data.rows import Rejects, Row
 from helpers.data.template import Template
 
 TRAIN_ON = ("last", "all", "everything")
-CALLS = ("auto", "reject")
+Prefix = tuple[str | RowError, str | RowError | None]  # what the model is given before a turn, the row up to the turn's end
 
 
 @dataclass
@@ -80,21 +81,40 @@ class Encoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._tails: dict[str, list[int]] = {}
+        self._kinds = _kinds(template)
 
     def encode(self, rows: Iterable[list[Row]]) -> Iterator[list[Encoded]]:
-        """Batches of sft, kto and text rows as tokens; what breaks the contract is rejected with file, row and reason."""
-        for batch in rows:
-            self.report.seen += len(batch)
-            chats, broken = self._chats([row for row in batch if row["kind"] != "text"])
-            done = self._texts([row for row in batch if row["kind"] == "text"]) + chats
-            for row, error in broken:
-                self._reject(row, error)
-            self.report.kept += len(done)
-            for one in done:
-                self.report.tokens += len(one.ids)
-                self.report.trained += int(one.mask.sum())
-                self.report.turns += len(one.ends)
-            yield done
+        """Batches of sft, kto and text rows as tokens; what breaks the contract is rejected with file, row and reason.
+
+        While one batch is tokenised (in Rust, without the interpreter's lock) the next is rendered.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for batch in rows:
+                begun = self._begin(batch, pool)
+                if waiting is not None:
+                    yield self._end(*waiting)
+                waiting = begun
+            if waiting is not None:
+                yield self._end(*waiting)
+
+    def _begin(self, batch: list[Row], pool: ThreadPoolExecutor) -> tuple[list[Row], tuple, Future]:
+        rendered = self._rendered([row for row in batch if row["kind"] != "text"])
+        texts = [full if isinstance(full, str) else "" for full in rendered[1]]
+        return batch, rendered, pool.submit(self._backend.encode_batch_fast, texts, add_special_tokens=False)
+
+    def _end(self, batch: list[Row], rendered: tuple, encodings: Future) -> list[Encoded]:
+        chats, broken = self._collected(*rendered, encodings.result())
+        done = self._texts([row for row in batch if row["kind"] == "text"]) + chats
+        for row, error in broken:
+            self._reject(row, error)
+        self.report.seen += len(batch)
+        self.report.kept += len(done)
+        for one in done:
+            self.report.tokens += len(one.ids)
+            self.report.trained += int(one.mask.sum())
+            self.report.turns += len(one.ends)
+        return done
 
     def pairs(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Encoded, Encoded]]]:
         """Preference rows as (row, chosen, rejected); both share the prompt, and each ends with its one end of turn."""
@@ -144,15 +164,25 @@ class Encoder:
 
     def _chats(self, rows: list[Row]) -> tuple[list[Encoded], list[tuple[Row, RowError]]]:
         """Conversations as tokens, and those that break the contract with what they break."""
-        ready, broken, done = [], [], []
+        rendered = self._rendered(rows)
+        texts = [full if isinstance(full, str) else "" for full in rendered[1]]
+        return self._collected(*rendered, self._backend.encode_batch_fast(texts, add_special_tokens=False))
+
+    def _rendered(self, rows: list[Row]) -> tuple[list[Row], list[str | RowError], list[list[Prefix]], list[tuple[Row, RowError]]]:
+        """(rows that can be rendered, their renderings, the prefixes of their trained turns, the others with what is wrong)."""
+        ready, broken = [], []
         for row in rows:
             try:
                 ready.append(self._prepared(row))
             except RowError as error:
                 broken.append((row, error))
         fulls = templates.render(self.template, [(row["messages"], row.get("tools")) for row in ready])
-        prefixes = self._prefixes(ready)
-        encodings = self._backend.encode_batch_fast([full if isinstance(full, str) else "" for full in fulls], add_special_tokens=False)
+        return ready, fulls, self._prefixes(ready), broken
+
+    def _collected(
+        self, ready: list[Row], fulls: list, prefixes: list, broken: list, encodings: list
+    ) -> tuple[list[Encoded], list[tuple[Row, RowError]]]:
+        done = []
         for row, full, prefix, encoding in zip(ready, fulls, prefixes, encodings, strict=True):
             try:
                 if isinstance(full, RowError):
@@ -192,28 +222,27 @@ class Encoder:
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i >= row.get("first", 0)]
         return turns[-1:] if self.train_on == "last" and "first" not in row else turns
 
-    def _prefixes(self, rows: list[Row]) -> list[list[tuple[str | RowError, str | RowError | None]]]:
+    def _prefixes(self, rows: list[Row]) -> list[list[Prefix]]:
         """For each trained turn what the model is given before it, and the row up to its end (None for the last turn: that is all of it)."""
         turns = [(number, turn) for number, row in enumerate(rows) for turn in self._trained_turns(row)]
         inner = [(number, turn) for number, turn in turns if turn < len(rows[number]["messages"]) - 1]
         before = templates.render(self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in turns], generation=True)
         through = templates.render(self.template, [(rows[n]["messages"][: turn + 1], rows[n].get("tools")) for n, turn in inner])
         ends = dict(zip(inner, through, strict=True))
-        result: list[list[tuple[str | RowError, str | RowError | None]]] = [[] for _ in rows]
+        result: list[list[Prefix]] = [[] for _ in rows]
         for (number, turn), text in zip(turns, before, strict=True):
             result[number].append((text, ends.get((number, turn))))
         return result
 
-    def _masked(self, row: Row, full: str, prefixes: list[tuple[str | RowError, str | RowError | None]], token_ids: list[int]) -> Encoded:
+    def _masked(self, row: Row, full: str, prefixes: list[Prefix], token_ids: list[int]) -> Encoded:
         """Mask the prompt, keep each trained turn with its end. Raises RowError when the template breaks the contract."""
         import numpy as np
 
         template = self.template
         ids = np.array(token_ids, np.int32)
         mask = np.zeros(len(ids), np.int8)
-        starts = np.isin(ids, self._special_array())
-        specials = np.flatnonzero(starts)
-        ends_at = specials[np.isin(ids[specials], template.end_ids)]
+        kinds = self._kinds[ids]  # 1: control token, 2: one that ends a turn
+        specials, ends_at = np.flatnonzero(kinds), np.flatnonzero(kinds == 2)
         if template.tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == template.tokenizer.bos_token_id:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
         spans: list[tuple[int, int]] = []
@@ -291,15 +320,18 @@ class Encoder:
         self.report.note("masked by the template's own marks")
         return Encoded(row, ids, mask, int(spans[0][0]), ends)
 
-    def _special_array(self) -> Any:
-        import numpy as np
-
-        if not hasattr(self, "_specials"):
-            self._specials = np.array(sorted(self.template.special_ids), np.int32)
-        return self._specials
-
     def _reject(self, row: Row, error: RowError) -> None:
         self.rejects.add(row["file"], row["row"], error.reason, error.detail, step="chat template")
+
+
+def _kinds(template: Template) -> Any:
+    """For every token id 0, 1 for a control token, 2 for one that ends an assistant turn: (vocabulary,) int8."""
+    import numpy as np
+
+    kinds = np.zeros(max([len(template.tokenizer), *template.special_ids]) + 1, np.int8)
+    kinds[list(template.special_ids)] = 1
+    kinds[list(template.end_ids)] = 2
+    return kinds
 
 
 def _with_system(messages: list[dict], text: str) -> list[dict]:

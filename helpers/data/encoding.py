@@ -22,7 +22,7 @@ def encode_splits(job: Any) -> dict[str, Any]:
     from helpers.model.loading import template_hash, tokenizer_hash
 
     p, template = job.params, job.template()
-    ids = (f"{name} {row['id']} {row['source']} {row['file']} {row['row']}" for name in TRAINED_SPLITS for row in job.splits[name].rows())
+    ids = (f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].keys())
     key = cache.key(
         ids,
         tokenizer=tokenizer_hash(job.tokenizer),

@@ -166,11 +166,11 @@ class Table:
 
         if self._writer is None:
             self._folder = tempfile.TemporaryDirectory(prefix="tunebook-rows-")
-            schema = pa.schema([("id", pa.string()), ("row", pa.large_string())])
+            schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.large_string())])
             self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", compression_level=1)
         for batch in batches(self._held):
             texts = [json.dumps(row, ensure_ascii=True, separators=(",", ":")) for row in batch]
-            columns = [pa.array([row["id"] for row in batch], pa.string()), pa.array(texts, pa.large_string())]
+            columns = [pa.array([row[name] for row in batch], pa.string()) for name in ("id", "source")] + [pa.array(texts, pa.large_string())]
             self._writer.write_table(pa.table(columns, schema=self._writer.schema))
         self._held = []
 
@@ -192,6 +192,17 @@ class Table:
         with pq.ParquetFile(self._path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["row"]):
                 yield [json.loads(text) for text in batch.column(0).to_pylist()]
+
+    def keys(self) -> Iterator[tuple[str, str]]:
+        """(id, source) of every row, without reading the rest of it."""
+        if self._folder is None:
+            yield from ((row["id"], row["source"]) for row in self._held)
+            return
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self._path) as file:
+            for batch in file.iter_batches(batch_size=10 * BATCH_ROWS, columns=["id", "source"]):
+                yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 
     def rows(self) -> Iterator[Row]:
         """One row after another."""

@@ -1,0 +1,147 @@
+"""Documents become clean text in pieces that overlap; bombs, blank scans and unsafe archives cost one document each."""
+
+import io
+import zipfile
+
+import pytest
+
+from helpers.data import documents
+from helpers.data.reading import read
+from helpers.data.rows import Rejects
+from helpers.errors import TunebookError
+
+SENTENCE = "The river runs through {} countries and many people live on its banks. "
+
+
+def pdf(lines):
+    """A one-page PDF with real text, written by hand."""
+    drawn = "BT /F1 12 Tf 50 750 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
+    parts = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+             "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+             f"<< /Length {len(drawn)} >>\nstream\n{drawn}\nendstream", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
+    content, places = b"%PDF-1.4\n", []
+    for number, part in enumerate(parts, 1):
+        places.append(len(content))
+        content += f"{number} 0 obj\n{part}\nendobj\n".encode()
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return content + b"xref\n0 6\n0000000000 65535 f \n" + table + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(content)
+
+
+def docx():
+    import docx as word
+
+    document = word.Document()
+    document.add_heading("Rivers")
+    document.add_paragraph(SENTENCE.format(10) * 3)
+    cells = document.add_table(1, 2).rows[0].cells
+    cells[0].text, cells[1].text = "Rhine", "1233 km"
+    buffer = io.BytesIO()
+    document.save(buffer)
+    return buffer.getvalue()
+
+
+def zipped(names):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in names.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def read_one(tmp_path, name, content, tokenizer, **options):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    rejects = Rejects(limit=1.0)
+    try:
+        reading = read(str(tmp_path / name), rejects, documents={"tokenizer": lambda: tokenizer, **options})
+        return [row["messages"][0]["content"] for row in reading.table.rows()], rejects
+    except TunebookError as error:
+        assert name in str(error)
+        return [], rejects
+
+
+def test_html_gives_its_article_without_menu_script_and_comments(tmp_path, tokenizer):
+    body = "".join(f"<p>{SENTENCE.format(i)}</p>" for i in range(12))
+    page = f"<html><head><script>alert('x')</script></head><body><nav>Home | Login</nav><!-- secret --><article><h1>Rivers</h1>{body}</article></body></html>"
+    pieces, rejects = read_one(tmp_path, "a.html", page, tokenizer)
+    assert "through 11 countries" in " ".join(pieces) and not rejects.invalid
+    assert not any(word in " ".join(pieces) for word in ("alert", "Login", "secret", "<p>"))
+
+
+def test_pdf_docx_and_markdown_give_their_text(tmp_path, tokenizer):
+    pieces, _ = read_one(tmp_path, "a.pdf", pdf([SENTENCE.format(i) for i in range(8)]), tokenizer)
+    assert "through 7 countries" in " ".join(pieces)
+    pieces, _ = read_one(tmp_path, "a.docx", docx(), tokenizer)
+    assert "Rivers" in pieces[0] and "Rhine | 1233 km" in pieces[0]
+    text = "---\ntitle: t\n---\n# Head\n\nSee [the map](http://x.y) and ![pic](p.png) <b>bold</b>.\n\n<!-- no -->\n```sql\nSELECT <a>\n```\n" + SENTENCE * 3
+    pieces, _ = read_one(tmp_path, "a.md", text, tokenizer)
+    assert pieces[0].startswith("# Head\n\nSee the map and  bold.") and "SELECT <a>" in pieces[0] and "title" not in pieces[0] and "<!--" not in pieces[0]
+
+
+@pytest.mark.parametrize("tokens, overlap", [(64, 16), (40, 0), (200, 50)])
+def test_pieces_hold_all_of_the_text_overlap_and_fit(tokenizer, tokens, overlap):
+    text = "\n\n".join(" ".join(f"Word{i}_{j} stands here." for j in range(9)) for i in range(30))
+    pieces = list(documents.cut(text, tokenizer, tokens, overlap))
+    at, shared = 0, 0
+    for number, piece in enumerate(pieces):
+        found = text.find(piece, max(0, at - 1000))
+        assert found >= 0 and text[at:found].strip() == "", f"text is lost before piece {number}"
+        shared += max(0, at - found)
+        assert len(tokenizer(piece, add_special_tokens=False).input_ids) <= tokens + 2  # a cut may part a token
+        at = found + len(piece)
+    assert text[at:].strip() == "" and (shared > 0) == (overlap > 0)
+
+
+def test_chinese_is_cut_without_spaces_and_loses_nothing(tokenizer):
+    text = "这是一句没有空格的中文。" * 80
+    pieces = list(documents.cut(text, tokenizer, 100, 0))
+    assert "".join(pieces) == text and all(piece.endswith("。") for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("deep.html", b"<div>" * 100_000, "HTML bomb"),
+        ("empty.html", b"<html><body></body></html>", "no text"),
+        ("broken.pdf", b"%PDF-1.4 rubbish", "broken PDF"),
+        ("slip.docx", zipped({"../../evil.txt": "x", "word/document.xml": "<x/>"}), "unsafe path in archive"),
+        ("broken.docx", b"PK\x03\x04 rubbish", "broken DOCX"),
+        ("latin.md", b"caf\xe9 " * 100, "not UTF-8"),
+        ("laughs.docx", zipped({"[Content_Types].xml": '<!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">' + "".join(
+            f'<!ENTITY a{i} "{("&a%s;" % (i - 1 if i else "")) * 10}">' for i in range(12)) + "]><Types>&a11;</Types>"}), "broken DOCX"),
+    ],
+)
+def test_a_hostile_or_empty_document_is_rejected_with_its_reason(tmp_path, tokenizer, name, content, reason):
+    pieces, rejects = read_one(tmp_path, name, content, tokenizer)
+    assert not pieces and dict(rejects.invalid) == {reason: 1}
+    assert not (tmp_path.parent / "evil.txt").exists()
+
+
+def test_a_scanned_pdf_says_that_it_holds_no_text(tmp_path, tokenizer):
+    import pypdf
+
+    writer, buffer = pypdf.PdfWriter(), io.BytesIO()
+    writer.add_blank_page(100, 100)
+    writer.write(buffer)
+    _, rejects = read_one(tmp_path, "scan.pdf", buffer.getvalue(), tokenizer)
+    assert "character recognition" in rejects.first["no text"]["detail"]
+
+
+def test_short_documents_are_dropped_and_counted_and_large_ones_refused(tmp_path, tokenizer, monkeypatch):
+    _, rejects = read_one(tmp_path, "short.md", "tiny", tokenizer)
+    assert dict(rejects.removed) == {"document too short": 1} and not rejects.invalid
+    monkeypatch.setattr(documents, "MAX_BYTES", 1000)
+    _, rejects = read_one(tmp_path, "big.md", "x" * 2000, tokenizer)
+    assert dict(rejects.invalid) == {"document too large": 1}
+
+
+def test_a_reader_that_hangs_or_dies_costs_one_document(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.docx").write_bytes(docx())
+    assert "Rivers" in documents.read(tmp_path / "a.docx")
+    documents._reader.process.kill()
+    documents._reader.process.wait()
+    assert "Rivers" in documents.read(tmp_path / "a.docx")  # a new one was started
+    monkeypatch.setattr(documents, "SECONDS", 0.0)
+    with pytest.raises(documents.Unreadable, match="too long to read|reader died"):
+        documents.read(tmp_path / "a.docx")
+    monkeypatch.setattr(documents, "SECONDS", 60)
+    assert "Rivers" in documents.read(tmp_path / "a.docx")

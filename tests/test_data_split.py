@@ -1,0 +1,90 @@
+"""A row's split follows from its content alone; near-duplicates and groups are never parted."""
+
+import random
+
+import pytest
+
+from helpers.data.dedup import near_duplicate_groups
+from helpers.data.rows import Table, make_row
+from helpers.data.split import SPLITS, Groups, split, split_of
+from helpers.errors import TunebookError
+
+
+GOLDEN = ["train", "train", "train", "test", "train", "train", "test", "train", "train", "train"]
+
+
+def rows(count, group=lambda i: None, start=0):
+    made = []
+    for i in range(start, start + count):
+        meta = {"topic": group(i)} if group(i) is not None else {}
+        made.append(make_row("sft", [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i * i}"}], row=i, meta=meta))
+    return made
+
+
+def where(tables):
+    return {row["id"]: name for name, table in tables.items() for row in table.rows()}
+
+
+def test_a_row_lands_in_the_same_split_whatever_stands_beside_it():
+    few, many = rows(500), rows(3000)
+    random.Random(0).shuffle(many)
+    first, second = where(split([few], 0.1, 0.2)), where(split([many], 0.1, 0.2))
+    assert all(second[key] == name for key, name in first.items()) and len(first) == 500
+
+
+def test_the_places_of_known_rows_never_change():
+    """Golden: these would move only if the splits of every earlier run moved with them."""
+    found = [split_of(key, 0.1, 0.1) for key in ("0123456789abcdef", "a", "b", "c", "d", "e", "f", "g", "h", "i")]
+    assert found == GOLDEN
+
+
+def test_shares_are_met_and_growing_one_moves_rows_only_into_it():
+    sample = rows(4000)
+    tables = split([sample], 0.05, 0.10)
+    assert abs(len(tables["eval"]) / 4000 - 0.05) < 0.015 and abs(len(tables["test"]) / 4000 - 0.10) < 0.02
+    before, after = where(tables), where(split([sample], 0.05, 0.20))
+    assert all(after[key] == name or after[key] == "test" for key, name in before.items())
+
+
+def test_rows_of_one_group_never_straddle_and_keep_their_place_when_more_join():
+    few, more = rows(300, lambda i: i % 40), rows(900, lambda i: i % 40)
+    tables = split([more], 0.2, 0.2, group_by="topic")
+    topics = {name: {row["meta"]["topic"] for row in table.rows()} for name, table in tables.items()}
+    assert sum(len(part) for part in topics.values()) == 40 and all(topics[name] for name in SPLITS)
+    old, new = where(split([few], 0.2, 0.2, group_by="topic")), where(tables)
+    assert all(new[key] == name for key, name in old.items())
+
+
+def test_an_unknown_group_column_names_the_columns_there_are():
+    with pytest.raises(TunebookError, match=r"'subject' that group_by names; the other columns are topic"):
+        split([rows(5, lambda i: i)], group_by="subject")
+
+
+def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
+    rng, made = random.Random(1), []
+    for i in range(60):
+        words = [rng.choice("river lake mountain city border people north south large small".split()) + str(rng.randrange(90)) for _ in range(60)]
+        for copy in range(4):
+            text = " ".join([*words[:-1], f"tail{copy}"])
+            made.append(make_row("sft", [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}], row=len(made), meta={"family": i}))
+    table = Table.collect([made])
+    ids = [row["id"] for row in made]
+    together = [(ids[first], ids[at]) for at, first in enumerate(near_duplicate_groups(table).tolist()) if first != at]
+    assert len(together) == 180
+    places = where(split(table, 0.3, 0.3, together=together))
+    assert all(len({places[ids[4 * i + copy]] for copy in range(4)}) == 1 for i in range(60)) and set(places.values()) == set(SPLITS)
+    joined = split(table, 0.3, 0.3, "family", [(ids[0], ids[5]), (ids[6], ids[9])])
+    places = where(joined)
+    assert len({places[key] for key in ids[:12]}) == 1  # three families, chained by two near-duplicates
+
+
+def test_groups_are_joined_across_chains():
+    groups = Groups()
+    for one, other in (("d", "c"), ("b", "a"), ("c", "b"), ("x", "y")):
+        groups.join(one, other)
+    assert {groups.key(name) for name in "abcd"} == {"a"} and groups.key("y") == "x" and groups.key("alone") == "alone"
+
+
+def test_plain_text_asks_no_question_and_is_never_held_out_for_the_test():
+    texts = [make_row("text", [{"role": "text", "content": f"text {i}"}], row=i) for i in range(300)]
+    assert len(split([texts], 0.1, 0.5)["test"]) == 0

@@ -90,8 +90,9 @@ class Chat:
         wide = w.Layout(width="100%")
         self.system = w.Textarea(value=system, placeholder="System prompt (empty: the model's own)", layout=wide, rows=2)
         self.question = w.Textarea(placeholder="Ask something", layout=wide, rows=2)
-        self.temperature = w.FloatSlider(value=temperature, min=0.0, max=2.0, step=0.1, description="temperature", style={"description_width": "initial"})
-        self.max_tokens = w.IntSlider(value=max_tokens, min=16, max=2048, step=16, description="max tokens", style={"description_width": "initial"})
+        style = {"description_width": "initial"}
+        self.temperature = w.FloatSlider(value=temperature, min=0.0, max=2.0, step=0.1, description="temperature", style=style)
+        self.max_tokens = w.IntSlider(value=max_tokens, min=16, max=2048, step=16, description="max tokens", style=style)
         buttons = {"Send": self._on_send, "Stop": self.stop, "Clear": self.clear}
         self.buttons = {name: w.Button(description=name, button_style="primary" if name == "Send" else "") for name in buttons}
         for name, action in buttons.items():

@@ -33,7 +33,8 @@ def show(facts: Facts) -> Markup:
             break
         items.append(item)
     left = f" The {len(items)} most telling of {len(facts.answers)} are shown; all are in answers.jsonl." if len(items) < len(facts.answers) else ""
-    sub = f"Best and worst first. “Gained”: {best['name']} is right where {base['name']} is not; “lost”: the other way round.{left}"
+    story = f" “Gained”: {best['name']} is right where {base['name']} is not; “lost”: the other way round." if best is not base else ""
+    sub = f"Best and worst first.{story}{left}"
     body = _filters(facts, ranked[: len(items)], names) + "".join(items)
     body += '<p><button class="show-more noprint" type="button" hidden>Show more</button></p>'
     return section("answers", "Answers", body, sub)

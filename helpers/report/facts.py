@@ -85,6 +85,8 @@ def gather(run: str, stage: Any = None) -> Facts:
     for name in facts.stages:
         if name != getattr(stage, "name", None):
             _check_hashes(facts, name)
+    # pages and cards go to other people: no path of this machine
+    facts.warnings = list(dict.fromkeys(w.replace(f"{runs.root()}", "runs") for w in facts.warnings))
     return facts
 
 

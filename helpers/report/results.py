@@ -8,20 +8,18 @@ from helpers.report import plots
 from helpers.report.facts import Facts
 from helpers.report.markup import Markup, between, duration, esc, percent, plain, points, score, section, size, table
 
+#: metrics of the table of scores, beside the headline; others have sections of their own
 LABELS = {
     "accuracy": "accuracy",
-    "accuracy_nonempty": "where the gold answer has rows",
-    "accuracy_clean": "without contaminated items",
+    "accuracy_nonempty": "gold not empty",
+    "accuracy_clean": "clean items",
     "valid": "query runs",
-    "structural": "same query structure",
-    "stopped": "stops by itself",
+    "structural": "same structure",
     "exact": "exact match",
     "f1": "token F1",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
-    "general_loss": "loss on general text",
-    "refusal_rate": "refusals",
-    "manners": "chat manners",
+    "stopped": "stops itself",
 }
 
 
@@ -77,8 +75,8 @@ def scores(facts: Facts) -> Markup:
     body = _accuracy(facts) + _comparisons(facts) + _groups(facts) + _errors(facts)
     nonempty = f", {task['n_nonempty']} with a gold answer that has rows" if task.get("n_nonempty") is not None else ""
     decoding = ", ".join(f"{k} {plain(v)}" for k, v in (task.get("decoding") or {}).items())
-    label = task.get("label") or task.get("metric")
-    sub = f"{label} on {task['n']} held-out items{nonempty}. Same prompts and decoding for all: {decoding or 'greedy'}."
+    label = str(task.get("label") or task.get("metric"))
+    sub = f"{label[:1].upper()}{label[1:]} on {task['n']} held-out items{nonempty}. Same prompts and decoding for all: {decoding or 'greedy'}."
     return section("scores", "Scores", body, sub)
 
 

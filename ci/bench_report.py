@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import report, serve  # noqa: E402
-from helpers.gguf import modelfile  # noqa: E402
-from helpers.model import loading, offline  # noqa: E402
+from helpers import report, serve
+from helpers.gguf import modelfile
+from helpers.model import loading, offline
 
 
 def say(what: str, value: float, unit: str, **setting: object) -> None:
@@ -30,7 +30,8 @@ def main() -> None:
     say("server healthy", time.perf_counter() - started, "s", file=server.path.name)
     started = time.perf_counter()
     client = serve.client(server)
-    answer = client.chat.completions.create(model=server.path.stem, messages=[{"role": "user", "content": "Tell a story."}], max_tokens=64, temperature=0)
+    story = [{"role": "user", "content": "Tell a story."}]
+    answer = client.chat.completions.create(model=server.path.stem, messages=story, max_tokens=64, temperature=0)
     say("answer", answer.usage.completion_tokens / (time.perf_counter() - started), "tokens/s", file=server.path.name)
     serve.stop_all()
     tokenizer = loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))

@@ -120,6 +120,7 @@ TRAINING = (
     Param("row_tokens", 0, "Longest packed row; 0: the planner chooses what fits", unit="tokens", low=0, high=10**7, advanced=True),
     Param("recompute", "auto", "Activations computed a second time to save memory", choices=("auto", "none", "half", "all", "offload"), advanced=True),
     Param("plan_for", "", "Plan for a named card (T4, L4, A100-40, A100-80, H100, H200) instead of the one here", advanced=True),
+    Param("export_check", True, "Refuse, before training, a model that could not be exported to GGUF afterwards", advanced=True),
     Param("optimizer", "adamw", "Optimizer; 8bit and paged forms keep their state small", choices=("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "sgd"), advanced=True),
     Param("weight_decay", 0.0, "Weight decay", low=0.0, high=1.0, advanced=True),
     Param("max_grad_norm", 1.0, "Gradients are clipped to this norm", low=0.0, high=1000.0, advanced=True),

@@ -199,6 +199,8 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
         source = resolve_model(known["path"])
     else:
         source = resolve_model(known["name"], known.get("revision", "") if known.get("origin") == "hub" else "")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: from now on PEFT must not ask a hub about it whenever it saves an adapter
+    warnings.filterwarnings("ignore", "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed")
     tokenizer = load_tokenizer(source)
     if data.data.get("template_hash") and template_hash(tokenizer) != data.data["template_hash"]:
         raise TunebookError(f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; run notebook 01 "
@@ -207,6 +209,13 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
         from helpers.data.vocabulary import add_tokens
         add_tokens(None, tokenizer, added)
     return source, tokenizer
+
+
+def exportable(params: Any, source: Any, adapter: Path | None, stage: Any) -> None:
+    """Refuse a model that would train and then not export to GGUF (`export_check`)."""
+    if params.export_check:
+        from helpers.gguf import preflight
+        preflight.check(source, adapter=adapter, where=stage.path).require()
 
 
 def plan_of(params: Any, lengths: list[int], source: Any, stage: str) -> Any:

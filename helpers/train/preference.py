@@ -10,7 +10,7 @@ from typing import Any
 from helpers import runs, runtime
 from helpers.errors import TunebookError
 from helpers.train import curves, methods, resume, rows
-from helpers.train.job import Job, adapter_of, checked_source, plan_of
+from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
 
 
 def needs(params: Any) -> tuple[str, ...]:
@@ -38,6 +38,7 @@ def prepare(stage: Any) -> Job:
         adapter = adapter_of(params.start_from, source.name, tokenizer)
     if not (data.path / "preference.parquet").is_file():
         raise TunebookError(f"Run {params.run!r} has no preference pairs; set preference_dataset in notebook 01 and run it again.")
+    exportable(params, source, adapter, stage)
     train, counts = rows.pairs(data, "preference.parquet", params.max_length, params.swap_labels)
     held_out, found = None, {}
     if (data.path / "preference_eval.parquet").is_file():

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers import runtime
 from helpers.train import methods, resume, rows
-from helpers.train.job import Job, adapter_of, checked_source, plan_of
+from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
 
 
 def prepare(stage: Any) -> Job:
@@ -23,6 +23,7 @@ def prepare(stage: Any) -> Job:
         resume.must_go_on(stage)
     source, tokenizer = checked_source(params, data)
     adapter = adapter_of(params.start_from, source.name, tokenizer) if params.start_from else None
+    exportable(params, source, adapter, stage)
     train, counts = rows.supervised(data, "train.parquet", params.train_on)
     held_out, found = None, {}
     if (data.path / "eval.parquet").is_file() and _has_rows(data.path / "eval.parquet"):

@@ -1,0 +1,244 @@
+"""Killed, cut off, out of disk, mirrored, continued with something else: what a run does when it is started again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import train_data
+import yaml
+
+from helpers import params as parameters
+from helpers import runs
+from helpers.errors import TunebookError
+from helpers.train import callbacks, curves, resume, sft
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def data(runs_root, tiny_llama, tokenizer):
+    return train_data.data_stage("r", tiny_llama, tokenizer)
+
+
+def settings(**given):
+    return parameters.resolve("sft", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 12, "epochs": 3, "eval_steps": 4,
+                                      "save_steps": 4, "export_check": False, "dropout": 0.1, **given})
+
+
+def run(**given):
+    job = sft.prepare(runs.open_stage("sft", settings(**given)))
+    return job.train()
+
+
+def losses(job):
+    return curves.series(callbacks.read(job.log), "loss")
+
+
+def interrupt(step, **given):
+    """A run that raises after `step`, as a kill would end it: the manifest is missing, the checkpoints are there."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    job = sft.prepare(runs.open_stage("sft", settings(**given))).build()
+    job.trainer.add_callback(Kill())
+    with pytest.raises(KeyboardInterrupt):
+        job.train()
+    runs.unlock("r", "sft")
+    return job
+
+
+def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path):
+    whole = run(max_steps=24, epochs=6)
+    expected, rates = losses(whole)[1], curves.series(callbacks.read(whole.log), "learning_rate")[1]
+    assert len(expected) == 24
+    shutil.rmtree(whole.stage.path)
+    runs.unlock("r", "sft")
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(settings(max_steps=24, epochs=6).as_dict()))
+    command = [sys.executable, "-m", "helpers.train", str(file)]
+    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, stdout=subprocess.DEVNULL)
+    log = whole.log
+    while process.poll() is None and max((line["step"] for line in callbacks.read(log)), default=0) < 6:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (log.parent / "manifest.json").exists() and resume.numbered(log.parent / "checkpoints")
+    again = subprocess.run(command, cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "Going on from checkpoint-" in again.stdout
+    steps, found = curves.series(callbacks.read(log), "loss")
+    assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
+    assert curves.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
+    assert runs.load("r", "sft").metrics["steps"] == 24
+
+
+def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
+    job = interrupt(10)
+    newest, older = resume.numbered(job.checkpoints)
+    assert (newest.name, older.name) == ("checkpoint-8", "checkpoint-4")
+    for damage in ("cut", "unsealed"):
+        if damage == "cut":
+            file = newest / "adapter_model.safetensors"
+            whole = file.read_bytes()
+            file.write_bytes(whole[:len(whole) // 2])
+        copy = newest.with_name("checkpoint-9")
+        if damage == "unsealed":
+            shutil.copytree(older, copy)
+            (copy / resume.SEAL).unlink()
+        assert resume.newest(job.checkpoints, job.identity) == older
+        assert "was cut off" in capsys.readouterr().out and not newest.exists() and not copy.exists()
+    again = run()
+    assert losses(again)[0] == list(range(1, 13))
+    assert "Going on from checkpoint-4" in capsys.readouterr().out
+
+
+def test_another_jobs_checkpoint_is_refused(data):
+    job = interrupt(6)
+    for key, word in (("data", "The data changed"), ("template", "The chat template changed"), ("tokenizer", "The tokenizer changed")):
+        with pytest.raises(TunebookError, match=word):
+            resume.newest(job.checkpoints, {**job.identity, key: "0" * 64})
+    with pytest.raises(TunebookError, match="another learning_rate"):
+        resume.newest(job.checkpoints, {**job.identity, "settings": {**job.identity["settings"], "learning_rate": 1.0}})
+
+
+def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, tiny_llama, tokenizer):
+    with pytest.raises(TunebookError, match="holds no unfinished run"):
+        run(resume="must")
+    shutil.rmtree(runs.folder("r", "sft"))
+    job = interrupt(6)
+    with pytest.raises(TunebookError, match=r"its parameters differ \(.*learning_rate.*\)"):
+        sft.prepare(runs.open_stage("sft", settings(resume="must", learning_rate=5e-4)))
+    runs.unlock("r", "sft")
+    assert resume.numbered(job.checkpoints), "the unfinished run is back where it was"
+    train_data.data_stage("r", tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
+    with pytest.raises(TunebookError, match="parameters differ|the data stage changed since"):
+        sft.prepare(runs.open_stage("sft", settings(resume="must")))
+
+
+def test_never_begins_anew(data, capsys):
+    interrupt(6, resume="never")
+    job = run(resume="never")
+    assert "Going on from" not in capsys.readouterr().out and losses(job)[0] == list(range(1, 13))
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(settings(max_steps=8, best_checkpoint=False).as_dict()))
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from helpers.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    full = subprocess.run([sys.executable, "-c", limit, str(file)], cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True)
+    assert full.returncode == 1 and "No space left on the disk" in full.stderr and "Traceback" not in full.stderr, full.stderr[-2000:]
+    folder = runs.folder("r", "sft")
+    assert not (folder / "manifest.json").exists() and all(resume.opened(c) for c in resume.numbered(folder / "checkpoints"))
+    assert losses(run(max_steps=8, best_checkpoint=False))[0] == list(range(1, 9))
+
+
+def test_a_lost_run_folder_is_brought_back_from_the_mirror(data, tmp_path, capsys):
+    drive = tmp_path / "drive"
+    job = interrupt(10, mirror=str(drive))
+    assert [p.name for p in resume.numbered(drive)] == ["checkpoint-8", "checkpoint-4"]
+    shutil.rmtree(job.stage.path)
+    again = run(mirror=str(drive))
+    assert "checkpoint-8 is brought back" in capsys.readouterr().out
+    assert losses(again)[0] == list(range(1, 13))
+
+
+def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, tiny_llama, tokenizer):
+    first = run(max_steps=6)
+    adapter = first.finish().path / "adapter"
+    held = first.trainer.evaluate()["eval_loss"]
+    train_data.data_stage("r2", tiny_llama, tokenizer)
+    job = sft.prepare(runs.open_stage("sft", settings(run="r2", start_from=str(adapter), max_steps=4))).build()
+    assert job.trainer.evaluate()["eval_loss"] == pytest.approx(held, rel=1e-4)
+    job.train()
+    assert losses(job)[0] == [1, 2, 3, 4] and job.result["eval_loss"] < held
+
+
+def test_an_adapter_of_another_base_or_template_is_refused(data, tiny_llama, tokenizer, tmp_path):
+    adapter = run(max_steps=4).finish().path / "adapter"
+    with pytest.raises(TunebookError, match="is no adapter folder"):
+        sft.prepare(runs.open_stage("sft", settings(start_from=str(tmp_path))))
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = (other / "adapter_config.json").read_text().replace(str(tiny_llama), "someone/else")
+    (other / "adapter_config.json").write_text(config)
+    with pytest.raises(TunebookError, match="was trained on someone/else"):
+        sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
+    shutil.copy(adapter / "adapter_config.json", other)
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(TunebookError, match="another chat template"):
+        sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
+
+
+def test_a_template_that_is_not_the_datas_is_refused(data, tiny_llama, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(tiny_llama, other)
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(TunebookError, match="is not the one that the data of run 'r' was rendered with"):
+        sft.prepare(runs.open_stage("sft", settings(model=str(other))))
+
+
+# ---------------------------------------------------------------- runs that cannot come right
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
+    import torch
+    job = sft.prepare(runs.open_stage("sft", settings())).build()
+    with torch.no_grad():
+        next(p for p in job.model.parameters() if p.requires_grad)[0, 0] = float("nan")
+    with pytest.raises(TunebookError, match=r"stopped at step 1: the loss is nan; .*Rows of that step: q0-\d+, "):
+        job.train()
+    assert not resume.numbered(job.checkpoints)
+
+
+def test_steps_without_gradient_stop_the_run(data):
+    job = sft.prepare(runs.open_stage("sft", settings(weight_decay=0.0))).build()
+    for name, weight in job.model.named_parameters():
+        if "lora_" in name:
+            weight.data.zero_()
+    with pytest.raises(TunebookError, match="no weight had a gradient in 3 steps"):
+        job.train()
+
+
+def test_a_loss_that_runs_away_stops_the_run_and_a_noisy_one_does_not():
+    from types import SimpleNamespace
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+
+    def feed(values):
+        guard = callbacks.Guard(SimpleNamespace(step_rows=[(["a", "b"], 1.0)]))
+        for state.global_step, value in enumerate(values, 1):
+            guard.on_log(None, state, None, {"loss": value, "grad_norm": 1.0, "learning_rate": 1e-3})
+
+    feed([2.0, 1.0, 0.5, 3.0, 0.4, 2.5, 0.3] * 6)
+    with pytest.raises(TunebookError, match=r"the loss rose from .* and stayed there; lower learning_rate.*Rows of that step: a, b\."):
+        feed([2.0] * 10 + [9.0] * 60)
+
+
+def test_fp16s_first_overflows_are_let_pass_and_lasting_ones_are_not():
+    from types import SimpleNamespace
+    state = SimpleNamespace(global_step=1)
+    overflow = {"loss": 2.0, "grad_norm": float("inf"), "learning_rate": 1e-3}
+    guard = callbacks.Guard(fp16=True)
+    for _ in range(callbacks.SCALER_STEPS):
+        guard.on_log(None, state, None, overflow)
+    with pytest.raises(TunebookError, match="the gradient is inf"):
+        guard.on_log(None, state, None, overflow)
+    with pytest.raises(TunebookError, match="the gradient is inf"):
+        callbacks.Guard().on_log(None, state, None, overflow)
+
+
+def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, capsys):
+    from helpers.train.__main__ import main
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("rank: [1\n")
+    for arguments, words in (([str(tmp_path / "none.yaml")], "cannot be read"), ([str(bad)], "is no YAML"), (["-p", "rnak", "4"], "did you mean rank"),
+                             (["-p", "rank", "999"], "Parameter rank is '999', out of bounds"), ([], "run notebook 01_data_prep")):
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err

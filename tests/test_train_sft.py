@@ -1,0 +1,277 @@
+"""SFT: the arithmetic of packed and shared rows, what a run leaves behind, what is refused."""
+
+import json
+import math
+
+import pytest
+import torch
+import train_data
+
+from helpers import params as parameters
+from helpers import runs
+from helpers.errors import TunebookError
+from helpers.train import arguments, batching, callbacks, curves, methods, precision, rows, sft, sharing
+
+
+@pytest.fixture
+def data(runs_root, tiny_llama, tokenizer):
+    return train_data.data_stage("r", tiny_llama, tokenizer)
+
+
+def settings(**given):
+    return parameters.resolve("sft", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 3, "eval_steps": 3, "export_check": False, **given})
+
+
+def prepared(**given):
+    return sft.prepare(runs.open_stage("sft", settings(**given)))
+
+
+def trained(**given):
+    return prepared(**given).train()
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+# ---------------------------------------------------------------- the loss
+
+@pytest.fixture(scope="module")
+def small(tiny_llama):
+    """A tiny Llama in fp32 with an adapter whose B is not zero, and the fused loss."""
+    from peft import LoraConfig, get_peft_model
+
+    from helpers.model import fast, prefix
+    from helpers.model.loading import load_model
+    model = load_model(tiny_llama, dtype="fp32", attention=prefix.register())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    fast.apply(model)
+    return model
+
+
+def loss_and_gradient(model, batch):
+    batch = {k: v for k, v in batch.items() if k not in ("row_ids", "tokens")}
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
+    documents = train_data.sft_rows(tokenizer, 6)
+    shared = sharing.SharedCollator(tokenizer.pad_token_id)([documents])
+    assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
+    count = sum(sum(d["completion_mask"]) for d in documents)
+    small.zero_grad()
+    expected = 0.0
+    for d in documents:
+        logits = small(input_ids=torch.tensor([d["input_ids"]])).logits[0, :-1]
+        target = torch.tensor([i if m else -100 for i, m in zip(d["input_ids"], d["completion_mask"], strict=True)])[1:]
+        loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum") / count
+        loss.backward()
+        expected += loss.item()
+    gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
+    for layout, share in (("packed", True), ("packed", False), ("padded", False)):
+        loss, found = loss_and_gradient(small, sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents]))
+        assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
+        assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)
+
+
+def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
+    from helpers.model.loading import end_of_turn
+    found, counts = rows.supervised(data, "train.parquet")
+    assert counts == {"rows": 32, "without trained tokens": 0}
+    for row in found:
+        kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        assert tokenizer.decode(kept).startswith("SELECT") and kept[-1] == end_of_turn(tokenizer) and kept.count(kept[-1]) == 1
+    every, _ = rows.supervised(data, "train.parquet", "all")
+    assert all(label != -100 for label in every[0]["labels"])
+
+
+def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
+    text = tokenizer("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen")["input_ids"]
+    same = [{"input_ids": text + [n], "labels": text + [n]} for n in (5, 6)]
+    assert sharing.shareable(same) == 0
+    masked = [{"input_ids": text + [n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
+    assert sharing.shareable(masked) == len(text) - 1
+
+
+def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
+    one = trained(row_tokens=1200, packing=True)
+    longest = max(len(i) for i in one.train_rows["input_ids"])
+    eight = trained(row_tokens=longest)
+    assert one.plan.accumulation == 1 and eight.plan.accumulation >= 6
+    first, second = (curves.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
+    assert first == pytest.approx(second, rel=1e-4)
+    assert (flat(one.model) - flat(eight.model)).norm() < 2e-3 * flat(one.model).norm()
+
+
+def test_unpacked_rows_train_like_packed_ones(data):
+    packed, padded = trained(), trained(packing=False)
+    assert packed.plan.packed and not padded.plan.packed
+    first, second = (curves.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
+    assert first == pytest.approx(second, rel=1e-3)
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, tiny_llama):
+    job = trained(method="qlora", precision="auto", max_steps=6, eval_steps=2, sample_every=3, learning_rate=3e-3)
+    manifest = job.finish()
+    files = manifest.data["artifacts"]
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json", "log.jsonl", "loss.png"} <= set(files)
+    assert list((manifest.path / "tensorboard").glob("events.*"))
+    lines = [json.loads(line) for line in (manifest.path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all({"learning_rate", "grad_norm", "tokens_per_s", "memory_gib", "left_s"} <= set(line) for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    config = json.loads((manifest.path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_llama) and config["r"] == 4
+    written = [json.loads(line) for line in (manifest.path / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in written} == {3, 6} and all(row["reference"].startswith("SELECT") for row in written)
+    assert manifest.metrics["trained_tokens"] > 0 and manifest.data["plan"]["errors"]
+    assert runs.load("r", "sft").data["template_hash"] == data.data["template_hash"]
+
+
+def test_the_written_adapter_answers_as_the_trained_model(data, tiny_llama):
+    from peft import PeftModel
+
+    from helpers.model.loading import load_model
+    for given in ({"learning_rate": 1e-2}, {"init": "pissa"}, {"rslora": True}, {"lora_plus_ratio": 16.0}):
+        job = trained(best_checkpoint=False, **given)
+        folder = job.finish().path / "adapter"
+        ids = torch.tensor([job.train_rows[0]["input_ids"]])
+        with torch.no_grad():
+            live = job.model.eval()(input_ids=ids).logits
+            base = load_model(tiny_llama, dtype="fp32").eval()
+            before = base(input_ids=ids).logits
+            again = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
+        assert (live - again).abs().max() < 1e-3 < 0.05 < (live - before).abs().max(), given
+
+
+def test_the_checkpoint_with_the_best_held_out_loss_is_kept_and_a_stale_run_stops(data):
+    job = trained(max_steps=12, eval_steps=2, early_stopping=2, learning_rate=0.05, rank=16, schedule="constant", epochs=12, keep_checkpoints=2)
+    held = {line["step"]: line["eval_loss"] for line in callbacks.read(job.log) if "eval_loss" in line}
+    best = min(held, key=held.get)
+    assert job.result["best_step"] == best and job.result["eval_loss"] == pytest.approx(held[best], rel=1e-6)
+    assert max(held) < 12 or best >= 10
+    assert job.trainer.evaluate()["eval_loss"] == pytest.approx(held[best], rel=1e-4)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
+    job = prepared().build()
+    whole = job.trainer.evaluate()["eval_loss"]
+    job.trainer.held_out_rows = batching.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
+    assert job.trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_curves_are_drawn_from_the_log(data, tmp_path):
+    lines = [{"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)] + [{"step": 15, "eval_loss": 0.4}]
+    figure = curves.loss(lines)
+    left = figure.axes[0]
+    assert [len(line.get_xdata()) for line in left.get_lines()] == [29, 29, 1]
+    assert curves.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+# ---------------------------------------------------------------- methods
+
+@pytest.mark.parametrize("given", [
+    {"method": "full", "learning_rate": 1e-4}, {"method": "freeze", "freeze_layers": 1, "learning_rate": 1e-3}, {"dora": True}, {"method": "qlora", "init": "loftq"},
+    {"neftune_alpha": 5.0, "packing": False}, {"target_modules": "q_proj, v_proj"}, {"optimizer": "adamw_8bit"}, {"optimizer": "lion", "learning_rate": 1e-4},
+    {"optimizer": "adafactor"}, {"train_on": "all"}, {"dropout": 0.1}, {"recompute": "all"}, {"schedule": "wsd"}], ids=lambda g: "-".join(map(str, g.values())))
+def test_every_method_trains_and_can_be_kept(data, given):
+    job = trained(max_steps=2, eval_steps=2, warmup_ratio=0.0, **given)
+    losses = curves.series(callbacks.read(job.log), "loss")[1]
+    assert all(math.isfinite(x) for x in losses) and losses[1] < losses[0] + 0.05
+    manifest = job.finish()
+    kept = "model/model.safetensors" if given.get("method") in ("full", "freeze") else "adapter/adapter_model.safetensors"
+    assert kept in manifest.data["artifacts"]
+
+
+def test_frozen_layers_stay_as_they_were(data, tiny_llama):
+    from helpers.model.loading import load_model
+    job = trained(method="freeze", freeze_layers=1, learning_rate=1e-2)
+    before = dict(load_model(tiny_llama, dtype="fp32").named_parameters())
+    changed = {n for n, p in job.model.named_parameters() if not torch.equal(p.detach().float(), before[n].detach().float())}
+    assert changed and all(".layers.1." in n for n in changed)
+
+
+def test_schedules_end_where_they_should(data):
+    rates = {}
+    for schedule in ("linear", "cosine", "constant", "wsd"):
+        job = trained(schedule=schedule, max_steps=10, eval_steps=10, warmup_ratio=0.1, packing=True, batch_size=2)
+        rates[schedule] = curves.series(callbacks.read(job.log), "learning_rate")[1]
+    assert rates["constant"][-1] == rates["constant"][2] == pytest.approx(1e-3)
+    assert rates["wsd"][6] == pytest.approx(1e-3) and rates["wsd"][-1] < 9e-4
+    assert rates["linear"][-1] < 2e-4 and rates["cosine"][-1] < 5e-5
+
+
+REFUSED = [
+    ({"init": "loftq", "method": "lora"}, None), ({"init": "pissa", "method": "qlora"}, None), ({"dora": True, "init": "pissa"}, None),
+    ({"method": "full", "dora": True}, None), ({"method": "full", "start_from": "somewhere"}, None), ({"lora_plus_ratio": 16.0, "optimizer": "lion"}, None),
+    ({"lora_plus_ratio": 0.5}, None), ({"optimizer": "paged_adamw"}, None), ({"precision": "fp16"}, None), ({"precision": "bf16"}, (7, 5)),
+    ({"method": "full", "precision": "auto"}, (7, 5)), ({"backend": "unsloth"}, None), ({"backend": "unsloth", "dora": True}, (8, 0)),
+    ({"early_stopping": 2, "best_checkpoint": False}, None), ({"neftune_alpha": 5.0}, None), ({"warmup_ratio": 1.0}, None)]
+
+
+@pytest.mark.parametrize("given,card", REFUSED, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else str(x))
+def test_a_combination_that_cannot_work_is_refused_with_its_reason(given, card):
+    with pytest.raises(TunebookError, match=r"This cannot work \(.+\): .+; set|This cannot work \(.+\): .+; take") as found:
+        methods.check(parameters.resolve("sft", {"method": "lora", "precision": "auto", **given}), card)
+    assert str(next(iter(given.values()))) in str(found.value) or next(iter(given)) in str(found.value)
+
+
+def test_what_the_table_does_not_name_is_let_through():
+    for given, card in (({}, None), ({}, (7, 5)), ({"optimizer": "paged_adamw_8bit"}, (8, 0)), ({"method": "full"}, (9, 0)), ({"dora": True, "rslora": True}, None)):
+        methods.check(parameters.resolve("sft", given), card)
+
+
+def test_precision_follows_the_card():
+    assert precision.choose((8, 0)).bf16 and precision.choose((9, 0)).load == "bf16"
+    older = precision.choose((7, 5))
+    assert older.fp16 and not older.bf16 and older.load == "fp16"
+    assert precision.choose(None).bf16 and precision.choose(None, "fp32").load == "fp32"
+
+
+def test_trained_weights_stay_in_fp32_beside_a_4_bit_base(data):
+    job = prepared(method="qlora", precision="auto").build()
+    assert {p.dtype for p in job.model.parameters() if p.requires_grad} == {torch.float32}
+    from bitsandbytes.nn import Linear4bit
+    layers = [m for m in job.model.modules() if isinstance(m, Linear4bit)]
+    assert layers and all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_target_modules_that_the_model_lacks_are_named(data):
+    with pytest.raises(TunebookError, match="target_modules is 'foo'.*q_proj"):
+        trained(target_modules="foo")
+
+
+def test_rows_whose_tokens_are_all_masked_are_refused(runs_root, tiny_llama, tokenizer):
+    masked = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in train_data.sft_rows(tokenizer, 4)]
+    some = train_data.sft_rows(tokenizer, 4) + masked[:2]
+    train_data.data_stage("r", tiny_llama, tokenizer, train=some)
+    assert prepared().counts["train"] == {"rows": 6, "without trained tokens": 2}
+    train_data.data_stage("all", tiny_llama, tokenizer, train=masked)
+    with pytest.raises(TunebookError, match="every token is masked"):
+        sft.prepare(runs.open_stage("sft", settings(run="all")))
+
+
+def test_a_run_before_its_data_is_refused(runs_root):
+    with pytest.raises(TunebookError, match="run notebook 01_data_prep"):
+        runs.open_stage("sft", settings(run="nothing"))
+
+
+def test_loggers_and_steps_are_checked():
+    with pytest.raises(TunebookError, match="loggers names 'tensorflow'"):
+        arguments.loggers("tensorflow")
+    with pytest.raises(TunebookError, match="set save_steps to 20"):
+        arguments.steps(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
+    assert arguments.steps(100, parameters.resolve("sft", {"batch_size": 8})) == (13, 3, 3)

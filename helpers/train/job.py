@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,13 +236,11 @@ def plan_of(params: Any, lengths: list[int], source: Any, stage: str) -> Any:
 
 def world_size() -> int:
     """Processes that torchrun started, 1 without it."""
-    import os
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
     """True in the process that writes."""
-    import os
     return int(os.environ.get("RANK", "0")) == 0
 
 

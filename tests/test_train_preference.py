@@ -1,0 +1,165 @@
+"""Preference training: ORPO's identity against TRL's own arithmetic, direction, dropped pairs, and the losses beside it."""
+
+import json
+import math
+
+import pytest
+import torch
+import train_data
+
+from helpers import params as parameters
+from helpers import runs
+from helpers.errors import TunebookError
+from helpers.train import batching, callbacks, curves, methods, preference, rows, sft, sharing
+
+
+@pytest.fixture
+def data(runs_root, tiny_llama, tokenizer):
+    return train_data.data_stage("r", tiny_llama, tokenizer)
+
+
+def settings(**given):
+    return parameters.resolve("orpo", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "start_from": "base", "max_steps": 3, "epochs": 30,
+                                       "eval_steps": 3, "learning_rate": 1e-3, "export_check": False, **given})
+
+
+def prepared(**given):
+    return preference.prepare(preference.open_stage(settings(**given)))
+
+
+def logged(job, name):
+    return curves.series(callbacks.read(job.log), name)[1]
+
+
+def test_the_loss_is_nll_minus_beta_times_the_log_odds_ratio(data):
+    for beta in (0.5, 2.0):
+        job = prepared(beta=beta, row_tokens=4000).train()
+        lines = [line for line in callbacks.read(job.log) if "loss" in line]
+        assert len(lines) == 3 and job.plan.accumulation == 1
+        for line in lines:
+            assert line["loss"] == pytest.approx(line["nll_loss"] - beta * line["log_odds_ratio"], rel=1e-5)
+        held = next(line for line in callbacks.read(job.log) if "eval_loss" in line)
+        assert held["eval_loss"] == pytest.approx(held["eval_nll_loss"] - beta * held["eval_log_odds_ratio"], rel=1e-6)
+
+
+def test_packed_pairs_give_trls_own_loss(data, tokenizer):
+    """TRL's ORPOTrainer works out the same batch, padded and with whole logits."""
+    from trl.experimental.orpo import ORPOTrainer
+    job = prepared().build()
+    trainer, pairs = job.trainer, [job.train_rows[i] for i in range(5)]
+    padded = batching.padded_tensors([{"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
+                                      for s in ("chosen_ids", "rejected_ids") for p in pairs], tokenizer.pad_token_id)
+    own = {f"{side}_{name}": padded[key][part] for side, part in (("chosen", slice(0, 5)), ("rejected", slice(5, 10)))
+           for name, key in (("input_ids", "input_ids"), ("attention_mask", "attention_mask"), ("labels", "labels"))}
+    trainer.model.eval()
+    with torch.no_grad():
+        expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
+        for layout, share in (("packed", True), ("packed", False), ("padded", False)):
+            batch = sharing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
+            assert bool(batch.get("prefix_length")) == (share and layout == "packed")
+            trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
+            assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+            nll, chosen, rejected = trainer.forward_pairs(trainer.model, batch)
+            assert chosen.mean().item() == pytest.approx(metrics["logps/chosen"], rel=1e-5)
+            assert rejected.mean().item() == pytest.approx(metrics["logps/rejected"], rel=1e-5)
+            assert nll.item() / batch["nll_tokens"] == pytest.approx(metrics["nll_loss"], rel=1e-5)
+
+
+def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
+    longest = max(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows.pairs(data, "preference.parquet", 512)[0])
+    one, many = prepared(row_tokens=4000).train(), prepared(row_tokens=longest).train()
+    assert one.plan.accumulation == 1 and many.plan.accumulation >= 6
+    assert logged(one, "loss") == pytest.approx(logged(many, "loss"), rel=1e-4)
+
+
+def test_swapped_labels_reverse_the_direction_on_held_out_pairs(data):
+    given = {"beta": 2.0, "learning_rate": 1e-2, "max_steps": 30, "eval_steps": 30, "method": "lora", "rank": 8, "alpha": 16}
+    right = prepared(**given).build()
+    before = right.trainer.evaluate()["eval_log_odds_chosen"]
+    right.train()
+    swapped = prepared(**given, swap_labels=True).train()
+    assert right.result["log_odds_chosen"] > before + 0.5 > before - 0.5 > swapped.result["log_odds_chosen"]
+    assert right.result["held_out_accuracies"] > 0.8 > 0.2 > swapped.result["held_out_accuracies"]
+
+
+def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, tiny_llama, tokenizer):
+    pairs = train_data.pair_rows(tokenizer, 12)
+    pairs[0]["prompt_ids"] = pairs[0]["prompt_ids"] * 9
+    pairs[1]["chosen_ids"] = []
+    pairs[2]["rejected_ids"] = pairs[2]["chosen_ids"]
+    train_data.data_stage("r", tiny_llama, tokenizer, pairs=pairs)
+    job = prepared(max_length=256)
+    assert job.counts["train"]["pairs"] == 12 and len(job.train_rows) == 9
+    assert job.counts["train"]["left out"] == {"over 256 tokens": 1, "chosen is empty": 1, "chosen equals rejected": 1}
+    assert job.counts["train"]["left out ids"] == ["p0-0", "p0-1"]
+    with pytest.raises(TunebookError, match="has no pair to train on .*; raise max_length"):
+        prepared(max_length=16)
+    manifest = prepared(max_length=256).train().finish()
+    assert manifest.data["data_counts"]["train"]["left out"]["over 256 tokens"] == 1
+
+
+def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, tiny_llama, tokenizer):
+    from helpers.model.loading import end_of_turn
+    names = {"human": "user", "gpt": "assistant", "system": "system"}
+    pairs = []
+    for number, row in enumerate(json.loads((demo_data / "dpo_en_demo.json").read_text())[:150]):
+        turns = [{"role": names[m["from"]], "content": m["value"]} for m in row["conversations"]]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        answers = [[*tokenizer(row[side]["value"], add_special_tokens=False)["input_ids"], end_of_turn(tokenizer)] for side in ("chosen", "rejected")]
+        pairs.append({"id": str(number), "prompt": turns, "chosen": [], "rejected": [], "prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]})
+    train_data.data_stage("r", tiny_llama, tokenizer, pairs=pairs)
+    job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=4).train()
+    assert 0 < sum(job.counts["train"]["left out"].values()) < 150
+    assert len(logged(job, "loss")) == 6 and all(math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name))
+
+
+def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
+    from helpers.model.loading import end_of_turn
+    stop = end_of_turn(tokenizer)
+    job = prepared().build()
+    for side in ("chosen_ids", "rejected_ids"):
+        for answer in job.trainer.train_dataset[side]:
+            assert answer[-1] == stop and answer.count(stop) == 1
+
+
+@pytest.mark.parametrize("loss,beta", [("dpo", 0.1), ("kto", 0.1), ("simpo", 2.0)])
+def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
+    job = prepared(loss=loss, beta=beta, max_steps=8, eval_steps=4, learning_rate=5e-3, batch_size=4).train()
+    losses = logged(job, "loss")
+    assert all(math.isfinite(x) for x in losses) and losses[-1] < losses[0]
+    assert job.result["eval_loss"] < {"dpo": math.log(2), "kto": 0.5, "simpo": 1.0}[loss]
+    assert job.finish().data["artifacts"]["adapter/adapter_model.safetensors"]["bytes"] > 0
+
+
+def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
+    first = sft.prepare(runs.open_stage("sft", parameters.resolve("sft", {
+        "run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 6, "epochs": 6, "learning_rate": 1e-2, "export_check": False}))).train()
+    adapter = first.finish().path / "adapter"
+
+    def nll(**given):
+        return prepared(**given).build().trainer.evaluate()["eval_nll_loss"]
+
+    base, after, folder = nll(), nll(start_from="sft"), nll(start_from=str(adapter))
+    assert after == pytest.approx(folder, rel=1e-6) and after < base - 0.05
+    stage = preference.open_stage(settings(start_from="sft"))
+    assert set(stage.parents) == {"data", "sft"}
+    assert set(preference.open_stage(settings()).parents) == {"data"}
+
+
+def test_from_sft_without_an_sft_stage_is_refused(data):
+    with pytest.raises(TunebookError, match="run notebook 02_qlora_sft"):
+        prepared(start_from="sft")
+
+
+def test_a_stage_leaves_margins_and_held_out_numbers(data):
+    manifest = prepared().train().finish()
+    assert {"margins.png", "loss.png", "log.jsonl", "adapter/adapter_model.safetensors"} <= set(manifest.data["artifacts"])
+    assert {"log_odds_chosen", "held_out_margins", "held_out_accuracies", "eval_loss"} <= set(manifest.metrics)
+    figure = curves.margins([{"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5}, {"step": 1, "eval_log_odds_chosen": 0.2}])
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.parametrize("given", [{"loss": "kto", "batch_size": 1}, {"loss": "dpo", "beta": 0.0}, {"backend": "unsloth", "loss": "dpo"}])
+def test_a_preference_setting_that_cannot_work_is_refused(given):
+    with pytest.raises(TunebookError, match=r"This cannot work"):
+        methods.check(parameters.resolve("orpo", given), (9, 0) if "backend" in given else None)

@@ -81,9 +81,8 @@ def find(what: str | Path, type: str = "") -> Path:
             raise TunebookError(f"The folder {path} holds {found}; name one file.")
         return files[0]
     manifest = runs.load(str(what), "gguf", verify=False)
-    files = {Path(name).stem.removeprefix("model-"): manifest.path / name for name in manifest.data["artifacts"]
-             if name.endswith(".gguf") and "/" not in name}
-    types = {kind: file for kind, file in files.items() if kind not in ("adapter",)}
+    types = {name.removeprefix("model-").removesuffix(".gguf"): manifest.path / name for name in manifest.data["artifacts"]
+             if name.startswith("model-") and name.endswith(".gguf")}
     wanted = type or recommended(manifest) or next((k for k in ("q8_0", "q4_k_m", "f16") if k in types), next(iter(types), ""))
     if wanted not in types:
         raise TunebookError(f"The run {what!r} exported no {wanted or 'GGUF file'}; it has {', '.join(types) or 'none'}. "
@@ -95,10 +94,7 @@ def find(what: str | Path, type: str = "") -> Path:
 
 def recommended(manifest: runs.Manifest) -> str:
     """The quantisation that the export's fidelity report recommends, or ""."""
-    choice = manifest.metrics.get("recommendation") or manifest.metrics.get("recommended") or ""
-    if isinstance(choice, dict):
-        choice = choice.get("type", "")
-    return str(choice).lower()
+    return (manifest.metrics.get("recommended") or {}).get("type", "")
 
 
 def plan(path: Path, context: int = 0, parallel: int = 1, available_gib: float | None = None) -> tuple[int, float]:

@@ -91,23 +91,15 @@ def _training(stage, key, rng):
 
 
 def _export(stage, rng):
-    files = {}
+    files, sizes = [], []
     for kind, size, kl in (("f16", 271_000_000, 6e-6), ("q8_0", 144_800_000, 0.0047), ("q4_k_m", 105_400_000, 0.0644)):
         (stage.path / f"model-{kind}.gguf").write_bytes(b"GGUF" + rng.randbytes(64))
-        files[kind] = {
-            "type": kind,
-            "bytes": size,
-            "bits_per_weight": size * 8 / 134.5e6,
-            "mean_kl": kl,
-            "weights_kl": kl * 0.8,
-            "p99_kl": kl * 12,
-            "top1": 1 - kl * 2,
-            "perplexity": 3.2 + kl,
-            "failed": {},
-        }
-    recommendation = {"type": "q8_0", "sentence": "q8_0: half the size, no measurable loss"}
-    runs.write_json(stage.path / "fidelity.json", {"files": files, "recommendation": recommendation})
-    stage.finish({"recommendation": "q8_0"})
+        sizes.append({"type": kind, "bytes": size, "bits_per_weight": size * 8 / 134.5e6})
+        files.append(
+            {"type": kind, "mean_kl": kl, "weights_kl": kl * 0.8, "p99_kl": kl * 12, "top1": 1 - kl * 2, "perplexity": 3.2 + kl, "failed": {}}
+        )
+    runs.write_json(stage.path / "fidelity.json", {"merge": {}, "budgets": {}, "files": files, "sizes": sizes})
+    stage.finish({"recommended": {"type": "q8_0", "why": "half the size, no measurable loss"}})
 
 
 def _score(values, unit="share"):

@@ -147,7 +147,7 @@ def run(runs_root):
             "model-q8_0.gguf": b"GGUF" + b"8" * 7000,
             "model-q4_k_m.gguf": b"GGUF" + b"4" * 4000,
             "Modelfile": "FROM ./model-q8_0.gguf",
-            "fidelity.json": json.dumps({"files": {"q8_0": {"mean_kl": 0.0047, "failed": {}}}}),
+            "fidelity.json": json.dumps({"files": [{"type": "q8_0", "mean_kl": 0.0047, "failed": {}}]}),
         },
     }
     for key, files in stages.items():

@@ -102,7 +102,7 @@ def exported(runs_root, gguf):
         os.symlink(gguf, folder / f"model-{kind}.gguf")
     artifacts = {f"model-{kind}.gguf": {"sha256": "", "bytes": 0} for kind in ("q8_0", "q4_k_m")}
     runs.write_json(folder / "manifest.json", {"schema_version": 1, "stage": "gguf", "run": "job", "status": "finished", "params": {},
-                                               "metrics": {"recommendation": "q4_k_m"}, "artifacts": artifacts, "parents": {}})
+                                               "metrics": {"recommended": {"type": "q4_k_m", "why": "small"}}, "artifacts": artifacts, "parents": {}})
     return folder
 
 

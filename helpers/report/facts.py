@@ -81,6 +81,10 @@ def gather(run: str, stage: Any = None) -> Facts:
             facts.logs[name] = _json_lines(facts, facts.stages[name].path / "log.jsonl", name)
     if "gguf" in facts.stages:
         facts.fidelity = _json(facts, facts.stages["gguf"].path / "fidelity.json", "gguf")
+        parts = [facts.fidelity.get(k) or [] for k in ("files", "sizes")] if facts.fidelity else []
+        if not all(isinstance(p, list) and all(isinstance(f, dict) and "type" in f for f in p) for p in parts):
+            facts.warnings.append(f"{runs.FOLDERS['gguf']}/fidelity.json has another shape than the export writes; it is left out.")
+            facts.fidelity = None
     _read_scores(facts)
     for name in facts.stages:
         if name != getattr(stage, "name", None):

@@ -259,8 +259,8 @@ def fidelity(facts: Facts) -> Markup:
         plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else ""
     )
     head = ["file", "size", "bits / weight", "mean KL", "of it weights", "99 % KL", "same first choice", "perplexity", "task score", "gate"]
-    advice = facts.fidelity.get("recommendation")
-    advice = advice.get("sentence") or advice.get("type") if isinstance(advice, dict) else advice
+    best = facts.metrics("gguf").get("recommended") or {}
+    advice = f"{best['type']}, {best['why']}." if best.get("type") else best.get("why", "")
     body = (
         table(head, rows, ["name", *["n"] * 8, ""])
         + (f"<p><b>Recommended:</b> {esc(advice)}</p>" if advice else "")
@@ -278,12 +278,11 @@ def in_order(facts: Facts, values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def exported(facts: Facts) -> dict[str, dict[str, Any]]:
-    """type -> what fidelity.json says of that file, with its bytes as the export's manifest lists them; largest first."""
-    found = (facts.fidelity or {}).get("files") or {}
-    if isinstance(found, list):
-        found = {str(f["type"]): f for f in found if isinstance(f, dict) and "type" in f}
-    sizes = facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {}
-    files = {str(name): {"bytes": sizes.get(f"model-{name}.gguf", {}).get("bytes"), **f} for name, f in found.items() if isinstance(f, dict)}
+    """type -> what fidelity.json says of that file, with its size; largest first. A file that was measured and not kept has none."""
+    if not facts.fidelity:
+        return {}
+    sizes = {f["type"]: f for f in facts.fidelity.get("sizes") or []}
+    files = {f["type"]: {"bytes": None, "bits_per_weight": None, **sizes.get(f["type"], {}), **f} for f in facts.fidelity.get("files") or []}
     return dict(sorted(files.items(), key=lambda item: -(item[1]["bytes"] or 0)))
 
 

@@ -71,14 +71,11 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
     made: dict[str, list[Contender]] = {"base": [base]}
     for stage in ("sft", "orpo"):
         if stage in stages:
-            folder = stages[stage].path / "adapter"
-            made[stage] = [Contender(stage, stage, "hf", f"{stages[stage].path.name}/adapter", base.path, folder,
-                                     trouble=base.trouble or ("" if folder.is_dir() else f"{folder} is missing; run the {stage} stage again"))]
+            made[stage] = [_trained(stage, stages[stage].path, base)]
     if "gguf" in stages:
-        parents = stages["gguf"].data["parents"]
-        last = "orpo" if "orpo" in parents else "sft" if "sft" in parents else "base"
-        folder = stages["gguf"].path
-        if (folder / "merged").is_dir():
+        parents, folder = stages["gguf"].data["parents"], stages["gguf"].path
+        last = stages["gguf"].metrics.get("trained_by") or next((s for s in ("orpo", "sft") if s in parents), "base")
+        if any((folder / "merged").glob("*.safetensors")):
             made["merged"] = [Contender("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged", made_from=last)]
         files = sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
         made["gguf"] = [Contender(f"gguf {p.stem.removeprefix('model-')}", "gguf", "gguf", f"{folder.name}/{p.name}", p, made_from=last)
@@ -104,6 +101,15 @@ def _base(stages: Mapping[str, Any], model: str) -> Contender:
         return Contender("base", "base", "hf", name, loading.resolve_model(name).path)
     except TunebookError as error:
         return Contender("base", "base", "hf", name, trouble=str(error))
+
+
+def _trained(stage: str, folder: Path, base: Contender) -> Contender:
+    """What a training stage made: an adapter, or a whole model where every weight was trained."""
+    if (folder / "model" / "config.json").is_file():
+        return Contender(stage, stage, "hf", f"{folder.name}/model", folder / "model")
+    adapter = folder / "adapter"
+    missing = "" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again"
+    return Contender(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, trouble=base.trouble or missing)
 
 
 def _other(text: str) -> Contender:
@@ -179,8 +185,8 @@ def reader(contender: Contender, precision: str, end_of_turn: str) -> Any:
     if contender.trouble:
         raise TunebookError(contender.trouble)
     if contender.kind == "gguf":
-        from helpers.evaluate.gguf_model import GgufModel
-        return GgufModel(contender.path, end_of_turn)
+        from helpers.evaluate.gguf_process import GgufProcess
+        return GgufProcess(contender.path, end_of_turn)
     if contender.kind == "endpoint":
         from helpers.evaluate.endpoint import Endpoint
         return Endpoint(contender.url, contender.model, api_key())

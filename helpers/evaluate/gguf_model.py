@@ -55,6 +55,14 @@ class GgufModel:
         ids = self.runtime.tokenize(text, parse_special=False)
         return ids + (self.runtime.tokenize(self._end_text) if end and self._end_text else [])
 
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids of a text in which control tokens count as such; with the model's own BOS when `add_special`."""
+        return self.runtime.tokenize(text, add_special=add_special)
+
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+        return self.runtime.end_ids
+
     def _bos(self) -> int | None:
         ids = self.runtime.tokenize("", add_special=True)
         return ids[0] if ids else None

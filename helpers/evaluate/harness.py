@@ -50,12 +50,8 @@ def run(session: Any, tasks: Sequence[str], include: Path | None = None, limit: 
 def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
     """The library's `simple_evaluate` on a ready lm-eval model, reduced to values, standard errors and counts."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
-        raise TunebookError(f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include.")
+    manager = _manager(tuple(tasks), include)
     try:
         found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=1000,
                                         log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
@@ -65,6 +61,18 @@ def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int,
                             "use tasks over local files.") from error
     return {task: {"n": int(found["n-samples"].get(task, {}).get("effective", 0)), "metrics": _metrics(values)}
             for task, values in found["results"].items()}
+
+
+def _manager(tasks: tuple[str, ...], include: Path | None) -> Any:
+    """The library's index of tasks; its own thousands of files are read only when a task is not among `include`'s."""
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(verbosity="ERROR", include_path=str(include), include_defaults=False) if include else None
+    if manager is None or any(t not in manager.all_tasks for t in tasks):
+        manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
+    unknown = [t for t in tasks if t not in manager.all_tasks]
+    if unknown:
+        raise TunebookError(f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include.")
+    return manager
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -84,7 +92,7 @@ def language_model(reader: Any) -> Any:
     """An lm-eval model around a loaded contender."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if hasattr(reader, "runtime"):
+    if getattr(reader, "is_runtime", False):
         return _runtime_model(reader)
     from lm_eval.models.huggingface import HFLM
     return HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=16)
@@ -93,19 +101,21 @@ def language_model(reader: Any) -> Any:
 def _runtime_model(reader: Any) -> Any:
     from lm_eval.api.model import TemplateLM
 
+    ends = reader.ends()
+
     class RuntimeLM(TemplateLM):
         """lm-eval's interface over llama.cpp's logits (token ids, batch of one)."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.tokenizer_name = reader.path.name
+        @property
+        def tokenizer_name(self) -> str:
+            return reader.path.name
 
         @property
         def eot_token_id(self) -> int:
-            return reader.runtime.end_ids[0]
+            return ends[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return reader.runtime.tokenize(string, add_special=bool(add_special_tokens), parse_special=True)
+            return reader.tokenize(string, bool(add_special_tokens))
 
         def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
             scored = reader.score([(context, continuation) for _, context, continuation in requests])

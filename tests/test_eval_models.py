@@ -1,0 +1,338 @@
+"""Claims about how contenders are asked: fast decoding equals transformers', the cache, endpoints, GGUF, forgetting, harness."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from helpers.errors import TunebookError
+from helpers.evaluate import cache, contenders, forgetting, generate, harness, preference, session
+from helpers.evaluate.generate import Decoding
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCHEMA = "Answer with one query. Tables: countries(name, capital, area), rivers(name, length, mouth), cities(name, country, population)."
+
+
+def conversations(count, systems=1):
+    tails = ["?", ", and why?", " in the long list of all places that anybody ever wrote down?"]
+    return [[{"role": "system", "content": f"{SCHEMA} Version {i % systems}."}, {"role": "user", "content": f"What is number {i}{tails[i % 3]}"}]
+            for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def lively(tokenizer, tmp_path_factory):
+    """Folder of a random Llama whose weights are large enough that every prompt is answered differently."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    folder = tmp_path_factory.mktemp("lively")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(lively):
+    from helpers.model import loading
+    return generate.HfModel(loading.load_model(lively, dtype="fp32"), loading.load_tokenizer(lively))
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(lively, tmp_path_factory):
+    from helpers.gguf import convert
+    out = tmp_path_factory.mktemp("gguf") / "tiny-f16.gguf"
+    convert.convert(lively, out)
+    return out
+
+
+def as_contender(path, name="tiny", adapter=None):
+    return contenders.Contender(name, "base", "hf", str(path), Path(path), adapter)
+
+
+def random_adapter(base, folder, scale):
+    """A PEFT adapter whose both halves are random: it changes every answer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from helpers.model import loading
+    torch.manual_seed(1)
+    model = get_peft_model(loading.load_model(base, dtype="fp32"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+# ------------------------------------------------------------ decoding
+
+@pytest.mark.parametrize("systems", [1, 3, 40])
+def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
+    prompts = [tiny.encode(c) for c in conversations(40, systems)]
+    tiny.fast = True
+    fast = tiny.generate(prompts, Decoding(24))
+    assert tiny.fast, tiny.path_note
+    tiny.fast = False
+    plain = tiny.generate(prompts, Decoding(24))
+    tiny.fast = True
+    assert fast == plain and len({a.text for a in fast}) > 5
+
+
+def test_rows_that_end_their_turn_stop_and_say_so(tiny):
+    prompts = [tiny.encode(c) for c in conversations(12)]
+    free = tiny.generate(prompts, Decoding(12))
+    first = tiny.tokenizer(free[0].text, add_special_tokens=False)["input_ids"][3]
+    before, tiny.stops = tiny.stops, tiny.stops | {first}
+    try:
+        stopped = tiny.generate(prompts, Decoding(12))
+    finally:
+        tiny.stops = before
+    assert stopped[0].stopped and stopped[0].tokens < free[0].tokens and free[0].text.startswith(stopped[0].text)
+    assert not free[0].stopped and any(not a.stopped for a in stopped)
+
+
+def test_draws_depend_on_the_prompt_and_the_seed_and_not_on_the_batch(tiny):
+    prompts = [tiny.encode(c) for c in conversations(10)]
+    warm = Decoding(10, temperature=1.0, seed=3)
+    together, alone = tiny.generate(prompts, warm), tiny.generate([prompts[4]], warm)
+    assert together[4] == alone[0]
+    assert tiny.generate([prompts[4]], Decoding(10, 1.0, 4)) != alone
+
+
+def test_groups_share_the_longest_prefix_and_leave_every_prompt_a_token_of_its_own():
+    a, b = list(range(100)), list(range(1000, 1050))
+    prompts = [[*a, i] for i in range(6)] + [[*b, i, i] for i in range(5)] + [[7], a]
+    found = {tuple(sorted(rows)): shared for shared, rows in generate.groups(prompts)}
+    assert found == {(0, 1, 2, 3, 4, 5, 12): 99, (6, 7, 8, 9, 10): 50, (11,): 0}
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused_with_the_remedy(tiny):
+    with pytest.raises(TunebookError, match="lower max_new_tokens"):
+        tiny.generate([[5] * 2000], Decoding(100))
+
+
+def test_attention_that_is_not_plain_decodes_through_transformers(lively):
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from helpers.evaluate import shared_prefix
+    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    assert not shared_prefix.supports(AutoModelForCausalLM.from_config(config))
+
+
+# ------------------------------------------------------------ loss: the two published bugs
+
+def test_labels_are_shifted_so_loss_equals_the_models_own(tiny):
+    import torch
+    text = json.loads((PROJECT / "datasets" / "general_text.jsonl").read_text().splitlines()[0])["text"]
+    ids = tiny.tokens(text)
+    nats = tiny.logprobs([(ids[:1], ids[1:])])[0]
+    batch = torch.tensor([ids])
+    with torch.inference_mode():
+        out = tiny.model(batch, labels=batch)
+    unshifted = torch.nn.functional.cross_entropy(out.logits[0].float(), batch[0]).item()
+    assert -sum(nats) / len(nats) == pytest.approx(out.loss.item(), rel=1e-4)
+    assert abs(unshifted - out.loss.item()) > 1e-3 and len(nats) == len(ids) - 1
+
+
+def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged(tiny, lively, tmp_path):
+    adapter = random_adapter(lively, tmp_path / "adapter", 0.5)
+    texts = [r["text"] for r in forgetting.read_lines(PROJECT / "datasets" / "general_text.jsonl", "text")[:4]]
+    found = {}
+    for contender in (as_contender(lively, "sft", adapter), as_contender(lively, "base")):
+        with session.Session(contender, tmp_path / "answers", "fp32", quiet=True) as s:
+            found[contender.name] = forgetting.text_loss(s, texts)
+    direct = [-sum(v) for v in tiny.logprobs([(tiny.tokens(t)[:1], tiny.tokens(t)[1:]) for t in texts])]
+    assert [n for n, _ in found["base"]["per_text"]] == pytest.approx(direct, rel=1e-4)
+    assert abs(found["sft"]["loss"] - found["base"]["loss"]) > 0.01
+
+
+def test_forgetting_has_a_verdict_a_threshold_and_advice():
+    base = {"loss": 3.0, "perplexity": 20.0, "n": 3, "tokens": 300, "bits_per_byte": 1.0, "per_text": [(300.0, 100)] * 3}
+    worse = {**base, "loss": 3.6, "per_text": [(360.0, 100)] * 3}
+    chats = {"base": {"refusal_rate": 0.9, "manners": 0.9}, "sft": {"refusal_rate": 0.2, "manners": 0.9}, "orpo": {"refusal_rate": 0.9, "manners": 0.9}}
+    found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1)
+    sft, orpo = found["contenders"]["sft"], found["contenders"]["orpo"]
+    assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
+    assert orpo["passed"] and found["contenders"]["base"]["passed"] and orpo["change"] == 0
+    assert "replay_share = 0.20" in found["advice"][0] and "from 16 to 8" in found["advice"][1]
+
+
+@pytest.mark.parametrize(("text", "refused", "polite"), [
+    ("I'm sorry, but I can't help with that.", True, True), ("I cannot provide instructions for that.", True, True),
+    ("Sure! First, buy a long ladder.", False, True), ("SELECT name FROM countries", False, False), ("ok " * 40, False, False), ("", False, False),
+])
+def test_refusals_and_manners_are_told_apart(text, refused, polite):
+    from helpers.evaluate import instructions
+    assert (instructions.refuses(text), instructions.mannerly(text)) == (refused, polite)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "holds no row"), ('{"text": "a"}\n{"text"', "Line 2"), ('{"txt": "a"}', "Line 1")])
+def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path, content, message):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(TunebookError, match=message):
+        forgetting.read_lines(tmp_path / "x.jsonl", "text")
+
+
+# ------------------------------------------------------------ sessions and the cache
+
+def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(lively, tmp_path):
+    ask = conversations(6)
+    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+        first, speed = s.answers(ask, Decoding(6))
+        assert speed["from_cache"] == 0 and s._reader is not None
+        file = s.store.path
+    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+        again, speed = s.answers(ask, Decoding(6))
+        assert again == first and speed["from_cache"] == 6 and s._reader is None
+    file.write_bytes(file.read_bytes()[:-30].rsplit(b"\n", 2)[0] + b'\n{"k": "torn')
+    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+        assert s.answers(ask, Decoding(6))[0] == first
+        assert s.answers(ask, Decoding(7))[1]["from_cache"] == 0  # another decoding is another question
+
+
+def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
+    adapters = [random_adapter(lively, tmp_path / n, s) for n, s in (("a", 0.1), ("b", 0.2))]
+    keys = {as_contender(lively).content("fp32"), as_contender(lively).content("bf16"), *(as_contender(lively, adapter=a).content("fp32") for a in adapters)}
+    assert len(keys) == 4
+    store = cache.Store(tmp_path, "k")
+    store.put("x", {"a": "\ud800 lone surrogate"})
+    assert cache.Store(tmp_path, "k").get("x") is not None
+
+
+def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_path):
+    pairs = [{"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"} for i, c in enumerate(conversations(5))]
+    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+        found = preference.score(s, pairs)
+    prompt = tiny.encode(pairs[0]["prompt"])
+    odds = []
+    for side in ("chosen", "rejected"):
+        values = tiny.logprobs([(prompt, tiny.tokens(pairs[0][side], end=True))])[0]
+        p = math.exp(sum(values) / len(values))
+        odds.append(math.log(p / (1 - p)))
+    assert found["margins"][0] == pytest.approx(odds[0] - odds[1], rel=1e-3) and found["n"] == 5
+    results = {"base": found, "copy": dict(found), "better": {**found, "margins": [m + 1 for m in found["margins"]]}}
+    preference.win_rates(results, "base")
+    assert results["copy"]["win_rate"]["value"] == 0.5 and results["better"]["win_rate"]["value"] == 1.0
+
+
+# ------------------------------------------------------------ harness
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    return harness.general_task(PROJECT / "datasets" / "general_tasks.jsonl", folder), folder
+
+
+def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_path, general):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    task, folder = general
+    with session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s:
+        ours = harness.run(s, [task], folder, limit=16)
+    own = lm_eval.simple_evaluate(model="hf", model_args=f"pretrained={lively},dtype=bfloat16", tasks=[task], limit=16, batch_size=16, device="cpu",
+                                  task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=1000)["results"][task]
+    assert ours[task]["n"] == 16
+    for metric in ("acc", "acc_norm"):
+        assert ours[task]["metrics"][metric] == {"value": own[f"{metric},none"], "stderr": own[f"{metric}_stderr,none"]}
+
+
+def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
+    task, folder = general
+    contender = contenders.Contender("gguf f16", "gguf", "gguf", "x", tiny_gguf)
+    with session.Session(contender, tmp_path, end_of_turn="<|im_end|>", quiet=True) as s:
+        found = harness.run(s, [task], folder, limit=8)
+        ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
+        assert s.reader.tokens("Question: What do bees make?\nAnswer: honey") == ids
+        ours, theirs = s.reader.logprobs([(ids[:9], ids[9:])])[0], tiny.logprobs([(ids[:9], ids[9:])])[0]
+        assert ours == pytest.approx(theirs, abs=0.02)
+        prompts = conversations(9)
+        assert [s.reader.encode(p) for p in prompts] == [tiny.encode(p) for p in prompts]
+        answers, _ = s.answers(prompts, Decoding(8))
+        assert sum(a.text == b.text for a, b in zip(answers, tiny.generate([tiny.encode(p) for p in prompts], Decoding(8)), strict=True)) >= 6
+    assert found[task]["n"] == 8 and 0 <= found[task]["metrics"]["acc"]["value"] <= 1
+
+
+def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp_path, general):
+    with session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s, pytest.raises(TunebookError, match="knows no task 'nonesuch'"):
+        harness.run(s, ["nonesuch"], general[1])
+    endpoint = contenders.Contender("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
+    with session.Session(endpoint, tmp_path, quiet=True) as s, pytest.raises(TunebookError, match="probabilities"):
+        harness.run(s, [general[0]], general[1])
+
+
+# ------------------------------------------------------------ broken contenders and endpoints
+
+def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_path, tiny_gguf):
+    from helpers.evaluate.gguf_process import GgufProcess
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tiny_gguf.read_bytes()[:50_000])
+    with pytest.raises(TunebookError, match="broken.gguf"):
+        GgufProcess(broken)
+    model = GgufProcess(tiny_gguf, "<|im_end|>")
+    model._child.kill()
+    with pytest.raises(TunebookError, match="ended while working on tiny-f16.gguf"):
+        model.encode(conversations(1)[0])
+    model.close()
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """A server that does whatever `behaviour` says."""
+
+    behaviour = "nonsense"
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = {"nonsense": b"<html>not json", "empty": b"{}", "null": json.dumps({"choices": [{"message": {"content": None}}]}).encode(),
+                "list": b"[]", "number": json.dumps({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}).encode()}.get(self.behaviour, b"")
+        if self.behaviour == "stall":
+            threading.Event().wait(3)
+        self.send_response(500 if self.behaviour == "error" else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        return
+
+
+@pytest.fixture
+def hostile():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall"])
+def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour, monkeypatch):
+    from helpers.evaluate import endpoint
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    Hostile.behaviour = behaviour
+    answer = endpoint.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask([{"role": "user", "content": "hi"}], Decoding(5))
+    assert answer.failed and answer.text == "" and "secret-key" not in answer.failed
+
+
+def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkeypatch):
+    from helpers.evaluate import endpoint
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    Hostile.behaviour = "error"
+    with pytest.raises(TunebookError, match="failed 5 times in a row"):
+        endpoint.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+
+
+def test_a_real_server_answers_as_a_contender(tiny_gguf, tmp_path):
+    from helpers.gguf.runtime import server
+    with server(tiny_gguf) as running:
+        url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
+        contender = contenders.find({}, "", f"served={url}")[0]
+        assert contender.kind == "endpoint"
+        with session.Session(contender, tmp_path, quiet=True) as s:
+            answers, _ = s.answers(conversations(3), Decoding(6))
+    assert all(a.text and not a.failed for a in answers)

@@ -29,6 +29,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+STEPS = ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "preview", "pairs", "report", "finish")
 FIGURES = ("near", "injection", "rendering", "pipeline")
 
 
@@ -220,10 +221,10 @@ def stage(folder: str) -> None:
     began = time.perf_counter()
     values = {"dataset": f"{folder}/train.jsonl", "test_dataset": f"{folder}/test.jsonl", "max_length": 1024}
     values |= {"preference_dataset": "", "database": ""}
-    seconds, steps = {}, "read generate clean mix split template vocabulary encode lengths preview pairs report finish".split()
+    seconds: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         job = Job(runs.open_stage("data", params.resolve("data", values)))
-        for name in steps:
+        for name in STEPS:
             at = time.perf_counter()
             getattr(job, name)()
             seconds[name] = round(time.perf_counter() - at, 2)

@@ -17,13 +17,13 @@ from typing import Any
 
 from helpers.errors import TunebookError
 
-SAMPLE_CHARS = 5_000_000
+SAMPLE_CHARS = 2_000_000
 WORD = re.compile(r"[^\W\d_]\w*")
 LEAST_PIECES = 3  # a word of two pieces gains nothing from a token of its own
 
 
 def report(tokenizer: Any, texts: Iterable[str], other: Any = None, words: int = 20) -> dict[str, Any]:
-    """Measure `texts` (about five million characters of them) under a tokenizer, and under `other` beside it.
+    """Measure `texts` (about two million characters of them) under a tokenizer, and under `other` beside it.
 
     Returns {"this": figures, "other": figures or None, "candidates": [...]}. Figures: name, vocabulary size, texts,
     characters, tokens, tokens_per_character, bytes_per_token, unknown_share (tokens it has no piece for), pieces_per_word.
@@ -141,14 +141,22 @@ def _pieces(tokenizer: Any, text: str) -> list[int]:
 
 
 def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    return [len(ids) for ids in _token_ids(tokenizer, texts)]
+
+
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The Rust tokenizer without transformers' bookkeeping where there is one: four times as fast."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "encode_batch_fast"):
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _figures(tokenizer: Any, texts: list[str], characters: int, common: list[tuple[str, int]]) -> dict[str, Any]:
     tokens = unknown = 0
     unk = tokenizer.unk_token_id
     for at in range(0, len(texts), 500):
-        for ids in tokenizer(texts[at : at + 500], add_special_tokens=False, verbose=False)["input_ids"]:
+        for ids in _token_ids(tokenizer, texts[at : at + 500]):
             tokens += len(ids)
             unknown += ids.count(unk) if unk is not None else 0
     words = sum(count for _, count in common)

@@ -6,7 +6,6 @@ folder's Python code. So it runs apart, offline, on a folder from which every hi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import runs
 from helpers.errors import TunebookError
 from helpers.gguf import llama_lib, reading
 
@@ -48,15 +46,6 @@ def convert_vocabulary(model: Path, out: Path) -> Path:
         _run(folder, partial, model, ["--vocab-only"])
         os.replace(partial, out)
     return out
-
-
-def vocabulary_key(model: Path) -> str:
-    """Hash of all that the tokenizer's conversion depends on."""
-    digest = hashlib.sha256(llama_lib.CONVERTER[2].encode())
-    for file in ("config.json", *TOKENIZER_FILES):
-        path = model / file
-        digest.update(f"{file}:{runs.sha256_file(path) if path.is_file() else ''}\n".encode())
-    return digest.hexdigest()
 
 
 def architectures() -> set[str]:

@@ -7,6 +7,7 @@ the files are measured one after another in a process without torch (helpers/ggu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -78,7 +79,7 @@ class Reference:
             raise TunebookError("There is no held-out text of two tokens or more to compare on; prepare the data with an evaluation part.")
         self.folder = tempfile.TemporaryDirectory(prefix=".fidelity.", dir=work)
         model = _load(merged)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = vocabulary = model.get_input_embeddings().weight.shape[0]
         count = sum(len(r) - 1 for r in self.rows)
         logprobs = np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "w+", shape=(count, vocabulary))
         device, at = model.device, 0
@@ -92,18 +93,18 @@ class Reference:
         loss = -float(np.mean(logprobs[np.arange(count), following], dtype=np.float64))
         self.perplexity = math.exp(min(loss, 700.0))
         logprobs.flush()
-        self._write(vocabulary, conversations)
+        self._write(conversations)
 
     def _answer(self, model: Any, prompt: list[int]) -> tuple[list[int], bool]:
         """Greedy answer without the token that ended it, and whether it ended by itself."""
         import torch
         ends = _ends(model, self.tokenizer)
         ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_tokens, do_sample=False, eos_token_id=sorted(ends),
-                             pad_token_id=self.tokenizer.pad_token_id)[0, len(prompt):].tolist()
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_tokens, do_sample=False,
+                             eos_token_id=sorted(ends), pad_token_id=self.tokenizer.pad_token_id)[0, len(prompt):].tolist()
         return ([i for i in out if i not in ends], bool(out and out[-1] in ends))
 
-    def _write(self, vocabulary: int, conversations: Sequence[list[dict]]) -> None:
+    def _write(self, conversations: Sequence[list[dict]]) -> None:
         """All that the measuring process needs to know about the trained model's side."""
         encode = lambda text, special: self.tokenizer(text, add_special_tokens=special)["input_ids"]  # noqa: E731
         texts = [*shapes.TEXTS, *shapes.added_token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
@@ -114,9 +115,14 @@ class Reference:
             wanted.append({"shape": shape, "messages": messages, "tools": tools, "text": text, "why": why,
                            "ids": encode(text, False) if text is not None else []})
         (Path(self.folder.name) / "reference.json").write_text(json.dumps({
-            "rows": self.rows, "prompts": self.prompts, "answers": self.answers, "max_tokens": self.max_tokens, "vocabulary": vocabulary,
+            "rows": self.rows, "prompts": self.prompts, "answers": self.answers, "max_tokens": self.max_tokens, "vocabulary": self.vocabulary,
             "perplexity": self.perplexity, "bos": self.tokenizer.bos_token_id, "bos_text": self.tokenizer.bos_token or "",
             "texts": [{"text": t, "plain": encode(t, False), "special": encode(t, True)} for t in texts], "conversations": wanted}))
+
+    def open(self) -> Any:
+        """Natural log-probabilities of the trained model, (tokens, vocabulary) float32, memory-mapped."""
+        import numpy as np
+        return np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "r", shape=(sum(len(r) - 1 for r in self.rows), self.vocabulary))
 
     def close(self) -> None:
         self.folder.cleanup()
@@ -166,8 +172,6 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     from helpers.model.loading import end_of_turn
     ends = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    try:
+    with contextlib.suppress(TunebookError):  # a base model's template has none
         found.add(end_of_turn(tokenizer))
-    except TunebookError:
-        pass  # a base model's template has none
     return {i for i in found if i is not None}

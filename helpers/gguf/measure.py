@@ -76,7 +76,8 @@ def _prompts(runtime: LlamaCpp, reference: dict, result: Result) -> None:
         got, wanted = (t.removeprefix(bos_text) if bos_text else t for t in (got, wanted))  # the runtime may write it as a token instead
         if mine != entry["ids"] or got != wanted:
             at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
-            result.failed["prompt"] = f"for {shape} it reads {got[max(0, at - 12):at + 24]!r} where the training had {wanted[max(0, at - 12):at + 24]!r}"
+            near = slice(max(0, at - 12), at + 24)
+            result.failed["prompt"] = f"for {shape} it reads {got[near]!r} where the training had {wanted[near]!r}"
             return
         result.prompt_shapes.append(shape)
 

@@ -98,26 +98,32 @@ def _architecture(base: Path, report: Report) -> Any:
 
 
 def _tokenizer(base: Path, folder: Path, report: Report) -> None:
-    """Convert the tokenizer alone and compare what llama.cpp reads with what it should."""
-    remembered = llama_lib.cache_folder() / "preflight" / f"{_key(base, folder)}.json"
+    """Convert the tokenizer alone and compare what llama.cpp reads with what it should; remembered by content."""
+    from helpers.model import loading
+    try:
+        tokenizer = loading.load_tokenizer(folder)
+    except TunebookError as error:
+        report.checks.append(("tokenizer", False, str(error)))
+        return
+    model_file = base / "tokenizer.model"
+    key = runs.hash_json([loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), runs.sha256_file(base / "config.json"),
+                          runs.sha256_file(model_file) if model_file.is_file() else "", llama_lib.CONVERTER, llama_lib.packaged().stat().st_size,
+                          shapes.TEXTS])
+    remembered = llama_lib.cache_folder() / "preflight" / f"{key}.json"
     try:
         found = json.loads(remembered.read_text())
     except (OSError, ValueError):
-        found = _examine(base, folder, remembered.parent)
-        runs.write_json(remembered, found)
+        found = _examine(base, folder, tokenizer, remembered.parent)
+        if all(good for _, good, _ in found):  # what is wrong may be mended, and is looked at again
+            runs.write_json(remembered, found)
     report.checks += [tuple(c) for c in found]
 
 
-def _key(base: Path, folder: Path) -> str:
-    return runs.hash_json([convert.vocabulary_key(folder), convert.vocabulary_key(base), llama_lib.packaged().stat().st_size, shapes.TEXTS])
-
-
-def _examine(base: Path, folder: Path, work: Path) -> list[tuple[str, bool, str]]:
+def _examine(base: Path, folder: Path, tokenizer: Any, work: Path) -> list[tuple[str, bool, str]]:
     import tempfile
 
     from helpers.gguf.runtime import Vocabulary
-    from helpers.model.loading import end_of_turn, load_tokenizer
-    tokenizer = load_tokenizer(folder)
+    from helpers.model.loading import end_of_turn
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=_made(work)) as temporary:
         joined = Path(temporary) / "model"
         joined.mkdir()
@@ -133,7 +139,8 @@ def _examine(base: Path, folder: Path, work: Path) -> list[tuple[str, bool, str]
         except TunebookError as error:
             return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
         with vocabulary:
-            return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), _stops(vocabulary, tokenizer, end_of_turn), _template(tokenizer)]
+            return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), _stops(vocabulary, tokenizer, end_of_turn),
+                    _template(tokenizer)]
 
 
 def _same_ids(vocabulary: Any, tokenizer: Any) -> tuple[str, bool, str]:
@@ -194,11 +201,13 @@ def _sizes(base: Path, config: Any, kinds: list[str], tokens: int, where: Path, 
     report.free_gib = (shutil.disk_usage(_existing(where)).free / GIB, fidelity.available_gib())
     enough = report.disk_gib < report.free_gib[0]
     report.checks.append(("disk", enough, f"{report.disk_gib:.2f} GiB of {report.free_gib[0]:.1f} GiB free" if enough else
-                          f"the export takes {report.disk_gib:.1f} GiB and {report.free_gib[0]:.1f} GiB are free; free some, or ask for fewer quantisations."))
+                          f"the export takes {report.disk_gib:.1f} GiB and {report.free_gib[0]:.1f} GiB are free; free some, or ask for fewer "
+                          "quantisations."))
     step, most = max(((s, m) for s, (_, m) in report.needs.items()), key=lambda entry: entry[1])
     fits = most < report.free_gib[1] or math.isinf(report.free_gib[1])
     report.checks.append(("memory", fits, f"{most:.2f} GiB at most ({step}) of {report.free_gib[1]:.1f} GiB available" if fits else
-                          f"{step} takes {most:.1f} GiB and {report.free_gib[1]:.1f} GiB are available; close other programs or use a larger machine."))
+                          f"{step} takes {most:.1f} GiB and {report.free_gib[1]:.1f} GiB are available; close other programs or use a larger "
+                          "machine."))
 
 
 def _existing(folder: Path) -> Path:

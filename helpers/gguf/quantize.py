@@ -86,6 +86,21 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
     return describe(out, kind, summary, round(time.time() - started, 2), by)
 
 
+def dequantize(source: Path, out: Path, own_build: str = "") -> Path | None:
+    """Unpack a file's weights to F16 with llama.cpp's own code; None where no library here can."""
+    library = llama_lib.for_quantizing(own_build)
+    if library is None:
+        return None
+    settings = {"source": str(source), "out": str(out), "kind": "f16", "imatrix": "", "threads": binding.threads(), "library": str(library),
+                "unpack": True}
+    done = subprocess.run([sys.executable, "-m", "helpers.gguf.quantize", json.dumps(settings)], capture_output=True, text=True, errors="replace",
+                          cwd=runtime.PROJECT)
+    if done.returncode:
+        out.unlink(missing_ok=True)
+        raise TunebookError(_why(done.stderr + done.stdout, done.returncode, source, "f16"))
+    return out
+
+
 def describe(path: Path, kind: str, summary: reading.Summary | None = None, wall_s: float = 0.0, by: str = "") -> Quantised:
     """Size, types and fallbacks of a file that is there."""
     summary = summary or reading.check(path)
@@ -108,7 +123,8 @@ def _why(log: str, status: int, source: Path, kind: str) -> str:
     if status in (-9, 137):
         return f"Quantising {source.name} to {kind} was killed, most likely because the memory is full; close other programs and run it again."
     if status < 0:
-        return f"llama.cpp crashed (signal {-status}) while quantising {source.name} to {kind}; try another type, or set TUNEBOOK_LLAMA_CPP to another build."
+        return (f"llama.cpp crashed (signal {-status}) while quantising {source.name} to {kind}; try another type, or set TUNEBOOK_LLAMA_CPP "
+                "to another build.")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return f"llama.cpp could not quantise {source.name} to {kind}: {lines[-1][:300] if lines else f'status {status}'}"
 
@@ -133,6 +149,7 @@ def _child(settings: dict) -> int:
     block = library.dll.llama_model_quantize_default_params()
     numbers = (c.c_int32 * 2).from_buffer(block)  # nthread and ftype have come first in every release
     numbers[0], numbers[1] = settings["threads"], FILE_TYPES[settings["kind"]]
+    c.c_bool.from_buffer(block, 16).value = settings.get("unpack", False)  # allow_requantize, the first flag after four numbers
     if settings["imatrix"]:
         rows = _read_importance(Path(settings["imatrix"]))
         table = (_Importance * (len(rows) + 1))(*[_Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()])
@@ -148,8 +165,8 @@ def _read_importance(path: Path) -> dict:
     import numpy as np
     from gguf import GGUFReader
     tensors = {t.name: t.data for t in GGUFReader(path).tensors}
-    return {n.removesuffix(".in_sum2"): np.ascontiguousarray((v / max(float(tensors[n.replace(".in_sum2", ".counts")].flat[0]), 1.0)).ravel(), dtype=np.float32)
-            for n, v in tensors.items() if n.endswith(".in_sum2")}
+    sums = {n.removesuffix(".in_sum2"): v for n, v in tensors.items() if n.endswith(".in_sum2")}
+    return {n: np.ascontiguousarray((v / max(float(tensors[f"{n}.counts"].flat[0]), 1.0)).ravel(), dtype=np.float32) for n, v in sums.items()}
 
 
 if __name__ == "__main__":

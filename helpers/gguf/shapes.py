@@ -6,10 +6,14 @@ from typing import Any
 
 TEXTS = (
     "", " ", "Hello, world!", "  leading and trailing  ", "tabs\tand\n\nnewlines\r\n\n\n", "don't can't I'll we've SHE'S",
-    "0 12 345 6789 3.14159 1,000,000 2026-11-22T17:30:00Z", "SELECT name, COUNT(*) AS n FROM lakes WHERE depth_m >= 100.5 GROUP BY name;",
-    "def f(x):\n    return {'a': [x ** 2, -1]}  # ok", "Où est l'été ? Ärger, żółć, naïve façade", "最深的湖是哪个？贝加尔湖，1642米。", "日本語とかなカナ、한국어 텍스트",
+    "0 12 345 6789 3.14159 1,000,000 2026-11-22T17:30:00Z",
+    "SELECT name, COUNT(*) AS n FROM lakes WHERE depth_m >= 100.5 GROUP BY name;",
+    "def f(x):\n    return {'a': [x ** 2, -1]}  # ok",
+    "Où est l'été ? Ärger, żółć, naïve façade",
+    "最深的湖是哪个？贝加尔湖，1642米。", "日本語とかなカナ、한국어 텍스트",
     "Съешь ещё этих мягких булок", "مرحبا بالعالم ١٢٣", "नमस्ते दुनिया", "🙂🏔️👩‍👩‍👧‍👦🇫🇷 ok", "e\u0301 \u00e9 \u200b zero\u200dwidth \u2028",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "<b>&amp;</b> https://example.org/a?b=c#d", "C:\\path\\to\\file $HOME `ls -la` %20", "ﬁ ½ ² №", "\x00\x01\x7f",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "<b>&amp;</b> https://example.org/a?b=c#d",
+    "C:\\path\\to\\file $HOME `ls -la` %20", "ﬁ ½ ² №", "\x00\x01\x7f",
 )
 WEATHER = {"type": "function", "function": {
     "name": "get_weather", "description": "Weather of a city",

@@ -187,7 +187,14 @@ def test_a_missing_broken_or_hostile_template_is_refused_with_a_sentence(tokeniz
 
 
 def test_pairs_share_their_prompt_and_each_answer_ends_with_exactly_one_end_of_turn(tokenizer):
-    pair = make_row("preference", talk("q", system="s"), chosen=[{"role": "assistant", "content": "good"}], rejected=[{"role": "assistant", "content": "bad"}], file="f", row=1)
+    pair = make_row(
+        "preference",
+        talk("q", system="s"),
+        chosen=[{"role": "assistant", "content": "good"}],
+        rejected=[{"role": "assistant", "content": "bad"}],
+        file="f",
+        row=1,
+    )
     rejects = Rejects(limit=1.0)
     encoder = Encoder(templates.inspect(tokenizer), "last", rejects)
     ((found,),) = list(encoder.pairs([[pair]]))
@@ -205,6 +212,7 @@ def test_plain_text_is_trained_whole_and_ends_with_the_end_of_sequence(tokenizer
 
 
 # ---------------------------------------------------------------- lengths
+
 
 def fitted(tokenizer, rows, max_length, over_long, train_on="all"):
     rejects = Rejects(limit=1.0)

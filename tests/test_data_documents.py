@@ -16,9 +16,13 @@ SENTENCE = "The river runs through {} countries and many people live on its bank
 def pdf(lines):
     """A one-page PDF with real text, written by hand."""
     drawn = "BT /F1 12 Tf 50 750 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in lines) + " ET"
-    parts = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-             "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
-             f"<< /Length {len(drawn)} >>\nstream\n{drawn}\nendstream", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
+    parts = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Length {len(drawn)} >>\nstream\n{drawn}\nendstream",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
     content, places = b"%PDF-1.4\n", []
     for number, part in enumerate(parts, 1):
         places.append(len(content))
@@ -72,9 +76,17 @@ def test_pdf_docx_and_markdown_give_their_text(tmp_path, tokenizer):
     assert "through 7 countries" in " ".join(pieces)
     pieces, _ = read_one(tmp_path, "a.docx", docx(), tokenizer)
     assert "Rivers" in pieces[0] and "Rhine | 1233 km" in pieces[0]
-    text = "---\ntitle: t\n---\n# Head\n\nSee [the map](http://x.y) and ![pic](p.png) <b>bold</b>.\n\n<!-- no -->\n```sql\nSELECT <a>\n```\n" + SENTENCE * 3
+    text = (
+        "---\ntitle: t\n---\n# Head\n\nSee [the map](http://x.y) and ![pic](p.png) <b>bold</b>.\n\n<!-- no -->\n```sql\nSELECT <a>\n```\n"
+        + SENTENCE * 3
+    )
     pieces, _ = read_one(tmp_path, "a.md", text, tokenizer)
-    assert pieces[0].startswith("# Head\n\nSee the map and  bold.") and "SELECT <a>" in pieces[0] and "title" not in pieces[0] and "<!--" not in pieces[0]
+    assert (
+        pieces[0].startswith("# Head\n\nSee the map and  bold.")
+        and "SELECT <a>" in pieces[0]
+        and "title" not in pieces[0]
+        and "<!--" not in pieces[0]
+    )
 
 
 @pytest.mark.parametrize("tokens, overlap", [(64, 16), (40, 0), (200, 50)])
@@ -106,8 +118,17 @@ def test_chinese_is_cut_without_spaces_and_loses_nothing(tokenizer):
         ("slip.docx", zipped({"../../evil.txt": "x", "word/document.xml": "<x/>"}), "unsafe path in archive"),
         ("broken.docx", b"PK\x03\x04 rubbish", "broken DOCX"),
         ("latin.md", b"caf\xe9 " * 100, "not UTF-8"),
-        ("laughs.docx", zipped({"[Content_Types].xml": '<!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">' + "".join(
-            f'<!ENTITY a{i} "{("&a%s;" % (i - 1 if i else "")) * 10}">' for i in range(12)) + "]><Types>&a11;</Types>"}), "broken DOCX"),
+        (
+            "laughs.docx",
+            zipped(
+                {
+                    "[Content_Types].xml": '<!DOCTYPE l [<!ENTITY a "aaaaaaaaaa">'
+                    + "".join(f'<!ENTITY a{i} "{("&a%s;" % (i - 1 if i else "")) * 10}">' for i in range(12))
+                    + "]><Types>&a11;</Types>"
+                }
+            ),
+            "broken DOCX",
+        ),
     ],
 )
 def test_a_hostile_or_empty_document_is_rejected_with_its_reason(tmp_path, tokenizer, name, content, reason):

@@ -18,21 +18,43 @@ def turns(*pairs):
 
 # ---------------------------------------------------------------- an independent reading of dataset_info.json
 
+
 def reference(folder, name):
     """LLaMA-Factory's documented reading, written down plainly: [(system, turns, chosen, rejected, label)]."""
     described = json.loads((folder / "dataset_info.json").read_text())[name]
     file = folder / described["file_name"]
     text = file.read_text(encoding="utf-8")
-    rows = json.loads(text) if file.suffix == ".json" else [json.loads(s) for s in text.splitlines()] if file.suffix == ".jsonl" else [{"text": s} for s in text.splitlines()]
+    rows = (
+        json.loads(text)
+        if file.suffix == ".json"
+        else [json.loads(s) for s in text.splitlines()]
+        if file.suffix == ".jsonl"
+        else [{"text": s} for s in text.splitlines()]
+    )
     columns = described.get("columns", {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"})
-    tags = described.get("tags", {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
-                                  "function_tag": "function_call", "system_tag": "system"})
+    tags = described.get(
+        "tags",
+        {
+            "role_tag": "from",
+            "content_tag": "value",
+            "user_tag": "human",
+            "assistant_tag": "gpt",
+            "observation_tag": "observation",
+            "function_tag": "function_call",
+            "system_tag": "system",
+        },
+    )
     read_as = []
     for row in rows:
         if described.get("formatting") == "sharegpt":
             said = [(turn[tags["role_tag"]], turn[tags["content_tag"]]) for turn in row[columns["messages"]]]
             system = said.pop(0)[1] if said[0][0] == "system" else ""
-            name_of = {tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags.get("observation_tag"): "tool", tags.get("function_tag"): "call"}
+            name_of = {
+                tags["user_tag"]: "user",
+                tags["assistant_tag"]: "assistant",
+                tags.get("observation_tag"): "tool",
+                tags.get("function_tag"): "call",
+            }
             talk = [(name_of[role], content) for role, content in said]
             pair = [row[columns[side]][tags["content_tag"]] for side in ("chosen", "rejected")] if described.get("ranking") else [None, None]
             read_as.append((system, talk, *pair, row.get(columns.get("kto_tag"))))
@@ -61,8 +83,16 @@ def as_reference(row):
 
 @pytest.mark.parametrize(
     "name, count",
-    [("alpaca_en_demo", 999), ("alpaca_zh_demo", 1000), ("glaive_toolcall_en_demo", 300), ("dpo_en_demo", 300), ("kto_en_demo", 300), ("identity", 91), ("c4_demo", 300),
-     ("wiki_demo", 30)],
+    [
+        ("alpaca_en_demo", 999),
+        ("alpaca_zh_demo", 1000),
+        ("glaive_toolcall_en_demo", 300),
+        ("dpo_en_demo", 300),
+        ("kto_en_demo", 300),
+        ("identity", 91),
+        ("c4_demo", 300),
+        ("wiki_demo", 30),
+    ],
 )
 def test_every_text_set_of_the_demo_folder_loads_with_the_right_count_and_rows(demo_data, name, count):
     rejects = Rejects()
@@ -82,7 +112,9 @@ def test_detection_reads_a_demo_file_without_its_description_as_with_it(demo_dat
 
 def test_columns_replace_the_whole_default_mapping_and_what_is_left_out_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "q", "input": "more", "output": "a"}]))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json", "columns": {"prompt": "instruction", "response": "output"}}}))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"a": {"file_name": "a.json", "columns": {"prompt": "instruction", "response": "output"}}})
+    )
     reading = read(str(tmp_path / "a.json"), Rejects())
     assert next(reading.table.rows())["messages"] == turns(("user", "q"), ("assistant", "a"))
     assert reading.reports[0].unused == {"input": 1}
@@ -92,17 +124,26 @@ def test_tags_and_columns_of_a_described_set_are_obeyed_and_the_rest_is_not_gues
     row = {"talk": [{"who": "H", "what": "q"}, {"who": "A", "what": "a"}], "sys": "be brief", "tools": "[]"}
     (tmp_path / "a.json").write_text(json.dumps([row, {"messages": turns(("user", "q"), ("assistant", "a"))}] * 1 + [row] * 30))
     tags = {"role_tag": "who", "content_tag": "what", "user_tag": "H", "assistant_tag": "A"}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"}, "tags": tags}}))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"a": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"}, "tags": tags}})
+    )
     rejects = Rejects()
     reading = read(str(tmp_path / "a.json"), rejects)
     assert next(reading.table.rows())["messages"] == turns(("system", "be brief"), ("user", "q"), ("assistant", "a"))
-    assert len(reading.table) == 31 and "column 'talk' is not there; sharegpt wants 'talk'; columns seen: 'messages'" in rejects.first["wrong columns"]["detail"]
+    assert (
+        len(reading.table) == 31
+        and "column 'talk' is not there; sharegpt wants 'talk'; columns seen: 'messages'" in rejects.first["wrong columns"]["detail"]
+    )
 
 
 def test_num_samples_and_hub_entries_are_taken_over_and_media_sets_are_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": f"q{i}", "output": "a"} for i in range(9)]))
-    info = {"a": {"file_name": "a.json", "num_samples": 4}, "b": {"hf_hub_url": "x/y", "subset": "en", "split": "full"},
-            "c": {"file_name": "c.json", "columns": {"messages": "m", "images": "images"}}, "d": {"script_url": "d.py"}}
+    info = {
+        "a": {"file_name": "a.json", "num_samples": 4},
+        "b": {"hf_hub_url": "x/y", "subset": "en", "split": "full"},
+        "c": {"file_name": "c.json", "columns": {"messages": "m", "images": "images"}},
+        "d": {"script_url": "d.py"},
+    }
     (tmp_path / "dataset_info.json").write_text(json.dumps({k: v for k, v in info.items() if k != "d"}))
     assert len(read("a", Rejects(), info=str(tmp_path)).table) == 4
     entry = dataset_info.read(tmp_path / "dataset_info.json")["b"]
@@ -119,22 +160,63 @@ def test_num_samples_and_hub_entries_are_taken_over_and_media_sets_are_refused(t
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 SHAPES = [
     ({"instruction": "q", "input": "i", "output": "a"}, "sft", turns(("user", "q\ni"), ("assistant", "a"))),
-    ({"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["q0", "a0"]]}, "sft",
-     turns(("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q"), ("assistant", "a"))),
+    (
+        {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["q0", "a0"]]},
+        "sft",
+        turns(("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q"), ("assistant", "a")),
+    ),
     ({"question": "q", "sql": "SELECT 1", "system": "s"}, "sft", turns(("system", "s"), ("user", "q"), ("assistant", "SELECT 1"))),
     ({"question": "q", "answer": 42}, "sft", turns(("user", "q"), ("assistant", "42"))),
     ({"prompt": "q", "completion": "a"}, "sft", turns(("user", "q"), ("assistant", "a"))),
     ({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}, "sft", turns(("user", "q"), ("assistant", "a"))),
-    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sft",
-     turns(("system", "s"), ("user", "q"), ("assistant", "a"))),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]}, {"role": "assistant", "content": "a"}]}, "sft",
-     turns(("user", "q!"), ("assistant", "a"))),
-    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {
-        "name": "weather", "arguments": '{"city": "Oslo"}'}}]}, {"role": "tool", "name": "weather", "content": "rain"}, {"role": "assistant", "content": "a"}]}, "sft",
-     [*turns(("user", "q")), {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "rain", "name": "weather"}, *turns(("assistant", "a"))]),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
-                        {"from": "observation", "value": "rain"}, {"from": "gpt", "value": "a"}]}, "sft",
-     [*turns(("user", "q")), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *turns(("tool", "rain"), ("assistant", "a"))]),
+    (
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "sft",
+        turns(("system", "s"), ("user", "q"), ("assistant", "a")),
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        "sft",
+        turns(("user", "q!"), ("assistant", "a")),
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+                },
+                {"role": "tool", "name": "weather", "content": "rain"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        "sft",
+        [
+            *turns(("user", "q")),
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "rain", "name": "weather"},
+            *turns(("assistant", "a")),
+        ],
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+                {"from": "observation", "value": "rain"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        "sft",
+        [*turns(("user", "q")), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *turns(("tool", "rain"), ("assistant", "a"))],
+    ),
     ({"text": "words"}, "text", turns(("text", "words"))),
 ]
 

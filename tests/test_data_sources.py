@@ -45,7 +45,9 @@ def rejected(path, **options):
     return reading, rejects
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.csv", "d.tsv", "e.parquet", "f.jsonl.gz", "g.jsonl.zst", "h.json", "i.jsonl", "j.jsonl", "k.csv.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "b.json", "c.csv", "d.tsv", "e.parquet", "f.jsonl.gz", "g.jsonl.zst", "h.json", "i.jsonl", "j.jsonl", "k.csv.gz"]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     write_kinds(tmp_path)
     reading, rejects = rejected(tmp_path / name)
@@ -124,7 +126,10 @@ def test_rejected_rows_are_written_with_their_file_row_and_reason(tmp_path):
     read(str(tmp_path / "rows.jsonl"), rejects)
     rejects.close()
     lost = [json.loads(text) for text in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert {(entry["file"], entry["row"], entry["reason"]) for entry in lost} == {("rows.jsonl", 2, "unknown shape"), ("rows.jsonl", 3, "malformed JSON")}
+    assert {(entry["file"], entry["row"], entry["reason"]) for entry in lost} == {
+        ("rows.jsonl", 2, "unknown shape"),
+        ("rows.jsonl", 3, "malformed JSON"),
+    }
 
 
 def test_too_many_broken_rows_stop_the_job_with_the_share_the_reason_and_the_first_place(tmp_path):
@@ -186,8 +191,14 @@ def test_csv_rows_with_missing_values_and_duplicated_headers_are_rejected_and_fo
 
 
 def test_one_file_may_hold_rows_of_several_shapes(tmp_path):
-    rows = [ROWS[0], {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, {"prompt": "q", "chosen": "a", "rejected": "b"}, {"text": "words"},
-            {"prompt": "q", "completion": "a", "label": False}, {"nothing": 1}]
+    rows = [
+        ROWS[0],
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"text": "words"},
+        {"prompt": "q", "completion": "a", "label": False},
+        {"nothing": 1},
+    ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading, rejects = rejected(tmp_path / "mixed.jsonl")
     assert [row["kind"] for row in reading.table.rows()] == ["sft", "sft", "preference", "text", "kto"]

@@ -9,7 +9,6 @@ from helpers.data.rows import Table, make_row
 from helpers.data.split import SPLITS, Groups, split, split_of
 from helpers.errors import TunebookError
 
-
 GOLDEN = ["train", "train", "train", "test", "train", "train", "test", "train", "train", "train"]
 
 
@@ -17,7 +16,9 @@ def rows(count, group=lambda i: None, start=0):
     made = []
     for i in range(start, start + count):
         meta = {"topic": group(i)} if group(i) is not None else {}
-        made.append(make_row("sft", [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i * i}"}], row=i, meta=meta))
+        made.append(
+            make_row("sft", [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i * i}"}], row=i, meta=meta)
+        )
     return made
 
 
@@ -63,10 +64,12 @@ def test_an_unknown_group_column_names_the_columns_there_are():
 def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
     rng, made = random.Random(1), []
     for i in range(60):
-        words = [rng.choice("river lake mountain city border people north south large small".split()) + str(rng.randrange(90)) for _ in range(60)]
+        words = [rng.choice(["river", "lake", "mountain", "city", "border", "people", "north", "south", "large", "small"]) + str(rng.randrange(90)) for _ in range(60)]
         for copy in range(4):
             text = " ".join([*words[:-1], f"tail{copy}"])
-            made.append(make_row("sft", [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}], row=len(made), meta={"family": i}))
+            made.append(
+                make_row("sft", [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}], row=len(made), meta={"family": i})
+            )
     table = Table.collect([made])
     ids = [row["id"] for row in made]
     together = [(ids[first], ids[at]) for at, first in enumerate(near_duplicate_groups(table).tolist()) if first != at]

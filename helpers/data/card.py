@@ -76,7 +76,7 @@ def card(job: Any) -> str:
         "",
         "## Columns",
         "",
-        "`input_ids` and `completion_mask` (1 = trained) go into TRL's SFTTrainer as they are; `prompt`, `chosen`, `rejected` are TRL's conversational form.",
+        "`input_ids` and `completion_mask` (1 = trained) go into TRL's SFTTrainer as they are, with `completion_only_loss=True`; `prompt`, `chosen`, `rejected` are TRL's conversational form.",
         "",
         "The licence and the origin of the sources above hold for this set too; add them here before you share it.",
         "",

@@ -323,6 +323,7 @@ class Job:
         """Write the manifest: from here on the later notebooks accept this folder."""
         from helpers.model.loading import template_hash, tokenizer_hash
 
+        self.rejects.close()
         metrics = json.loads(json.dumps(self.metrics(), default=float))
         return self.stage.finish(
             metrics,

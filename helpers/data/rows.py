@@ -266,6 +266,7 @@ class Rejects:
         self.first: dict[str, dict] = {}
         self.total_seen = 0
         self._file: Any = None
+        self._begun = False
 
     def add(self, file: str, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True) -> None:
         (self.invalid if invalid else self.removed)[reason] += 1
@@ -274,7 +275,8 @@ class Rejects:
         if self.path is not None:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("w", encoding="utf-8")
+                self._file = self.path.open("a" if self._begun else "w", encoding="utf-8")
+                self._begun = True
             self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
 
     def saw(self, count: int) -> None:
@@ -326,7 +328,8 @@ class Rejects:
         if self._file is not None:
             self._file.close()
             self._file = None
-        elif self.path is not None and not self.path.exists():
+        elif self.path is not None and not self._begun:
+            self._begun = True
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
 

@@ -1,0 +1,264 @@
+"""Notebook 01's steps on real rows: what is written, what stops the job and with which sentence, what comes from the cache."""
+
+import copy
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from helpers import params, runs
+from helpers.data.pipeline import Job
+from helpers.errors import TunebookError
+
+
+@pytest.fixture
+def job(runs_root, tmp_path, smollm2, tokenizer, monkeypatch):
+    """A job of these parameters on these rows; the cache is this test's own, model and tokenizer the session's."""
+    from helpers.model import loading
+
+    monkeypatch.setattr(loading, "cache", lambda: tmp_path / "cache")
+
+    def make(rows=None, name="data", **given):
+        if rows is not None:
+            path = tmp_path / f"{name}.jsonl"
+            path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+            given.setdefault("dataset", str(path))
+        given = {"model": str(smollm2.path), "run": "t", "near_duplicates": 0.0, **given}
+        made = Job(runs.open_stage("data", params.resolve("data", given)))
+        made._tokenizer, made.source = tokenizer, smollm2
+        return made
+
+    return make
+
+
+def run(job, pages=False):
+    job.read()
+    job.generate()
+    job.clean()
+    job.mix()
+    job.split()
+    job.encode()
+    job.pairs()
+    if pages:
+        job.lengths()
+        job.preview(2)
+        job.report()
+    return job.finish()
+
+
+def rows(count, start=0, words=6):
+    return [{"question": f"What is number {i}?", "answer": f"It is {i} " * words, "topic": i % 7} for i in range(start, start + count)]
+
+
+def read(job, name):
+    return pq.read_table(job.path / f"{name}.parquet").to_pylist()
+
+
+def test_a_whole_job_writes_every_file_and_a_manifest_that_the_next_stage_accepts(job, tokenizer):
+    done = job(rows(200), test_share=0.1, eval_share=0.1)
+    run(done, pages=True)
+    manifest = runs.load("t", "data")
+    names = {
+        "train.parquet",
+        "eval.parquet",
+        "test.parquet",
+        "rejected.jsonl",
+        "report.html",
+        "preview.html",
+        "README.md",
+        "lengths.png",
+        "metrics.json",
+    }
+    assert names <= set(manifest.data["artifacts"]) and manifest.data["template_hash"] and manifest.data["tokenizer_hash"]
+    assert not [p.name for p in done.path.iterdir() if p.name.startswith(".")]
+    train, held, test = (read(done, name) for name in ("train", "eval", "test"))
+    assert len(train) + len(held) + len(test) == 200 == sum(manifest.metrics["rows"].values()) and min(map(len, (train, held, test))) > 5
+    ids = [row["id"] for part in (train, held, test) for row in part]
+    assert len(set(ids)) == 200
+    for row in train:
+        assert len(row["input_ids"]) == len(row["completion_mask"]) and 0 < sum(row["completion_mask"]) < len(row["input_ids"])
+        messages = json.loads(row["messages"])
+        said = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m])
+        assert said == messages[-1]["content"] + "<|im_end|>"
+    assert (
+        set(json.loads(test[0]["meta"])) >= {"topic", "file", "row", "source"}
+        and test[0]["prompt"][-1]["role"] == "user"
+        and test[0]["reference"].startswith("It is")
+    )
+    share = manifest.metrics["trained_share"]
+    assert share == pytest.approx(sum(sum(r["completion_mask"]) for r in train + held) / sum(len(r["input_ids"]) for r in train + held))
+
+
+def test_trl_trains_exactly_the_masked_tokens_of_the_written_file(job, tokenizer, tiny_llama, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    from datasets import Dataset
+
+    done = job(rows(40))
+    run(done)
+    table = Dataset.from_parquet(str(done.path / "train.parquet"), cache_dir=str(tmp_path / "hf"))
+    settings = SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        completion_only_loss=True,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=None,
+        per_device_train_batch_size=4,
+    )
+    trainer = SFTTrainer(str(tiny_llama), args=settings, train_dataset=table, processing_class=tokenizer)
+    by_ids = {tuple(row["input_ids"]): row["completion_mask"] for row in table}
+    batch = next(iter(trainer.get_train_dataloader()))
+    for ids, labels, seen in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        row = [int(t) for t, kept in zip(ids, seen, strict=True) if kept]
+        wanted = [t for t, m in zip(row, by_ids[tuple(row)], strict=True) if m]
+        assert [int(t) for t in labels if t != -100] == wanted and wanted[-1] == tokenizer.eos_token_id
+
+
+def test_preference_pairs_are_written_for_trl_and_never_ask_a_held_out_question(job, tokenizer):
+    pairs = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(150)]
+    done = job(pairs, test_share=0.2, preference_eval_share=0.2)
+    run(done)
+    train, held, test = (read(done, name) for name in ("preference", "preference_eval", "test"))
+    asked = {row["prompt"][-1]["content"] for row in test}
+    assert asked and not asked & {row["prompt"][-1]["content"] for row in train + held}
+    assert len(train) + len(held) + len(test) == 150 and held
+    for row in train:
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, return_dict=False, add_generation_prompt=True)
+        assert row["prompt_ids"] == prompt
+        for side in ("chosen", "rejected"):
+            assert (
+                tokenizer.decode(row[f"{side}_ids"]) == row[side][0]["content"] + "<|im_end|>"
+                and row[f"{side}_ids"].count(tokenizer.eos_token_id) == 1
+            )
+
+
+def test_kto_rows_keep_both_labels_and_only_good_answers_are_trained(job):
+    done = job([{"prompt": f"Say {i}", "completion": f"word {i}", "label": i % 2 == 0} for i in range(60)], test_share=0.0)
+    run(done)
+    assert {row["label"] for row in read(done, "kto")} == {True, False} and len(read(done, "kto")) == 60
+    assert len(read(done, "train")) + len(read(done, "eval")) == 30
+
+
+def test_the_second_time_the_tokens_come_from_the_cache_and_any_change_misses_it(job):
+    first = job(rows(60))
+    run(first)
+    assert first.encoded["cache"].startswith("miss")
+    again = job(rows(60))
+    run(again)
+    assert again.encoded["cache"] == first.encoded["cache"].replace("miss", "hit")
+    assert read(again, "train") == read(first, "train") and again.metrics()["lengths"] == first.metrics()["lengths"]
+    for count, given in ((61, {}), (60, {"max_length": 256}), (60, {"train_on": "everything"})):
+        changed = job(rows(count), **given)
+        run(changed)
+        assert changed.encoded["cache"].startswith("miss")
+    other_template = job(rows(60))
+    other_template._tokenizer = copy.deepcopy(other_template.tokenizer)
+    other_template.tokenizer.chat_template = other_template.tokenizer.chat_template.replace("a helpful AI", "an honest AI")
+    run(other_template)
+    assert other_template.encoded["cache"].startswith("miss")
+
+
+def test_rows_lost_while_rendering_are_counted_again_when_the_tokens_come_from_the_cache(job):
+    broken = [*rows(60), {"question": "q", "answer": "<|im_end|>"}]
+    lost = []
+    for _ in range(2):
+        done = job(broken)
+        run(done)
+        lost.append((done.path / "rejected.jsonl").read_text())
+    assert done.encoded["cache"].startswith("hit") and lost[0] == lost[1] and "special token in text" in lost[0]
+
+
+def test_a_damaged_cache_entry_is_made_anew(job, tmp_path):
+    run(job(rows(40)))
+    for file in (tmp_path / "cache").rglob("train.parquet"):
+        file.write_bytes(file.read_bytes()[:100])
+    again = job(rows(40))
+    run(again)
+    assert again.encoded["cache"].startswith("miss") and len(read(again, "train")) == again.encoded["written"]["train"] > 0
+
+
+def test_sources_are_mixed_by_weight_with_replay_and_the_achieved_mixture_is_reported(job, tmp_path):
+    for name, start in (("a", 0), ("b", 1000), ("general", 2000)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(200, start)))
+    done = job(
+        dataset=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl",
+        weights="a=3,b=1",
+        replay_dataset=str(tmp_path / "general.jsonl"),
+        replay_share=0.2,
+        eval_share=0.0,
+        test_share=0.0,
+    )
+    run(done)
+    mixture = {part["source"]: part for part in done.encoded["mixture"]}
+    assert (
+        mixture["a"]["rows"] == 200
+        and abs(mixture["b"]["rows"] - 67) <= 1
+        and mixture["replay: general"]["row_share"] == pytest.approx(0.2, abs=0.01)
+    )
+    assert sum(part["tokens"] for part in mixture.values()) == done.encoded["splits"]["train"]["tokens"]
+    with pytest.raises(TunebookError, match="with the sources a, b"):
+        wrong = job(dataset=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", weights="c=1")
+        wrong.read(), wrong.clean(), wrong.mix()
+
+
+def test_groups_and_near_duplicates_stay_together_through_the_job(job):
+    done = job(rows(300), group_by="topic", eval_share=0.3, test_share=0.2)
+    run(done)
+    parts = [{row["meta"]["topic"] for row in done.splits[name].rows()} for name in ("train", "eval", "test")]
+    assert sum(map(len, parts)) == 7
+
+
+def test_training_rows_that_hold_a_test_question_are_taken_out_and_counted(job, tmp_path):
+    question = "Which river flows through the largest number of European capitals on its long way?"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": question, "answer": "The Danube"}) + "\n")
+    done = job([*rows(50), {"question": "Hello! " + question.upper(), "answer": "Danube"}], test_dataset=str(tmp_path / "test.jsonl"))
+    run(done)
+    assert done.rejects.removed["holds an evaluation question"] == 1 and len(read(done, "test")) == 1
+    assert next(s for s in done.steps if s.step == "decontamination").figures["injection_recall"] > 0.9
+
+
+def test_the_embedded_companions_are_left_out_with_other_data(job, capsys):
+    done = job(rows(20))
+    assert "belong to the embedded data" in capsys.readouterr().out and not any(done.chosen.values())
+
+
+def test_a_max_length_of_zero_takes_the_proposal(job):
+    done = job([*rows(300), *rows(2, 5000, 300)], max_length=0, test_share=0.0)
+    run(done)
+    assert done.encoded["max_length"] == done.encoded["lengths"]["proposed_max_length"] < 200 and done.encoded["lengths"]["dropped"] == 2
+
+
+def test_texts_are_trained_whole(job):
+    done = job([{"text": f"Paragraph {i} has some words."} for i in range(50)])
+    run(done)
+    assert all(np.mean(row["completion_mask"]) == 1 for row in read(done, "train")) and len(read(done, "test")) == 0
+
+
+@pytest.mark.parametrize(
+    "given, content, said",
+    [
+        ({}, [], "holds no rows; name a file that has some"),
+        ({"dataset": "missing.jsonl"}, None, "missing.jsonl' is not there"),
+        ({}, [*rows(5), '{"question": "broken'], r"1 of 6 rows \(16.7%\).*malformed JSON.*row 6"),
+        ({}, [*rows(5), {"question": "q", "answer": ""}], "no answer.*row 6.*column 'answer' is empty"),
+        ({"max_length": 16, "over_long": "truncate"}, rows(30), "all tokens masked"),
+        ({"max_length": 16}, rows(30), "over max_length.*Loosen that setting"),
+        ({"min_chars": 5000}, rows(30), "answer too short"),
+        ({"columns": "prompt=frage"}, rows(30), "wrong columns.*'frage'"),
+        ({"database": "missing.sqlite"}, rows(30), "missing.sqlite is not there"),
+        ({"preference_dataset": "{data}"}, rows(30), "needs a prompt, a chosen and a rejected"),
+        ({"synthetic": "questions"}, rows(30), "needs endpoint"),
+        ({"sql_negatives": True}, rows(30), "needs a database"),
+        ({"group_by": "nothing"}, rows(30), "the other columns are topic"),
+        ({"dataset_info": "missing.json"}, rows(30), "missing.json' is not there"),
+    ],
+)
+def test_each_bad_input_ends_with_one_sentence_and_no_manifest(job, tmp_path, given, content, said):
+    given = {name: value.format(data=tmp_path / "data.jsonl") if isinstance(value, str) else value for name, value in given.items()}
+    with pytest.raises(TunebookError, match=said) as caught:
+        run(job(content, **given))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TunebookError, match="did not finish|not been run"):
+        runs.load("t", "data")

@@ -61,7 +61,8 @@ def random_adapter(base, folder, scale):
 
     from helpers.model import loading
     torch.manual_seed(1)
-    model = get_peft_model(loading.load_model(base, dtype="fp32"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(loading.load_model(base, dtype="fp32"), config)
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=scale)
@@ -120,7 +121,8 @@ def test_attention_that_is_not_plain_decodes_through_transformers(lively):
     from transformers import AutoModelForCausalLM, MistralConfig
 
     from helpers.evaluate import shared_prefix
-    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=1, sliding_window=8)
     assert not shared_prefix.supports(AutoModelForCausalLM.from_config(config))
 
 
@@ -154,7 +156,7 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
 def test_forgetting_has_a_verdict_a_threshold_and_advice():
     base = {"loss": 3.0, "perplexity": 20.0, "n": 3, "tokens": 300, "bits_per_byte": 1.0, "per_text": [(300.0, 100)] * 3}
     worse = {**base, "loss": 3.6, "per_text": [(360.0, 100)] * 3}
-    chats = {"base": {"refusal_rate": 0.9, "manners": 0.9}, "sft": {"refusal_rate": 0.2, "manners": 0.9}, "orpo": {"refusal_rate": 0.9, "manners": 0.9}}
+    chats = {name: {"refusal_rate": rate, "manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))}
     found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1)
     sft, orpo = found["contenders"]["sft"], found["contenders"]["orpo"]
     assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
@@ -197,7 +199,8 @@ def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(l
 
 def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
     adapters = [random_adapter(lively, tmp_path / n, s) for n, s in (("a", 0.1), ("b", 0.2))]
-    keys = {as_contender(lively).content("fp32"), as_contender(lively).content("bf16"), *(as_contender(lively, adapter=a).content("fp32") for a in adapters)}
+    keys = {as_contender(lively).content("fp32"), as_contender(lively).content("bf16"),
+            *(as_contender(lively, adapter=a).content("fp32") for a in adapters)}
     assert len(keys) == 4
     store = cache.Store(tmp_path, "k")
     store.put("x", {"a": "\ud800 lone surrogate"})
@@ -271,11 +274,11 @@ def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_pat
     from helpers.evaluate.gguf_process import GgufProcess
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(tiny_gguf.read_bytes()[:50_000])
-    with pytest.raises(TunebookError, match="broken.gguf"):
+    with pytest.raises(TunebookError, match=r"broken\.gguf"):
         GgufProcess(broken)
     model = GgufProcess(tiny_gguf, "<|im_end|>")
     model._child.kill()
-    with pytest.raises(TunebookError, match="ended while working on tiny-f16.gguf"):
+    with pytest.raises(TunebookError, match=r"ended while working on tiny-f16\.gguf"):
         model.encode(conversations(1)[0])
     model.close()
 
@@ -287,8 +290,8 @@ class Hostile(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        body = {"nonsense": b"<html>not json", "empty": b"{}", "null": json.dumps({"choices": [{"message": {"content": None}}]}).encode(),
-                "list": b"[]", "number": json.dumps({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}).encode()}.get(self.behaviour, b"")
+        body = {"nonsense": b"<html>not json", "empty": b"{}", "null": b'{"choices": [{"message": {"content": null}}]}', "list": b"[]",
+                "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}'}.get(self.behaviour, b"")
         if self.behaviour == "stall":
             threading.Event().wait(3)
         self.send_response(500 if self.behaviour == "error" else 200)

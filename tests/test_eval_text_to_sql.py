@@ -85,7 +85,8 @@ def test_no_database_is_a_sentence():
 
 @pytest.mark.parametrize(("answer", "query"), [
     ("SELECT 1; DROP TABLE x", "SELECT 1"), ("```sql\nSELECT a FROM b;\n```\nThis works.", "SELECT a FROM b"),
-    ("Here you are: SELECT a FROM b WHERE c = 'x;y';", "SELECT a FROM b WHERE c = 'x;y'"), ("  with t as (select 1) select * from t", "with t as (select 1) select * from t"),
+    ("Here you are: SELECT a FROM b WHERE c = 'x;y';", "SELECT a FROM b WHERE c = 'x;y'"),
+    ("  with t as (select 1) select * from t", "with t as (select 1) select * from t"),
     ("SELECT a\nFROM b\n\nIt lists every a.", "SELECT a\nFROM b"), ("no query here", None), ("```\nplain text\n```", None),
 ])
 def test_the_query_is_found_inside_an_answer(answer, query):
@@ -99,7 +100,8 @@ def test_results_shown_are_small_and_plain_json(judge):
 
 
 @pytest.mark.parametrize(("query", "reference", "same"), [
-    ("select T1.Name as n from countries as T1 where 5 < T1.area and 'x' = continent order by name asc", "SELECT name FROM countries WHERE continent = 'x' AND area > 5 ORDER BY name", True),
+    ("select T1.Name as n from countries as T1 where 5 < T1.area and 'x' = continent order by name asc",
+     "SELECT name FROM countries WHERE continent = 'x' AND area > 5 ORDER BY name", True),
     ("SELECT c.name FROM cities c JOIN rivers r ON c.river = r.name WHERE a = 1 AND b = 2 AND d = 3",
      "SELECT cities.name FROM cities INNER JOIN rivers ON rivers.name = cities.river WHERE d = 3 AND a = 1 AND b = 2", True),
     ("SELECT max(area) FROM countries", "SELECT min(area) FROM countries", False),
@@ -113,7 +115,8 @@ def test_structure_ignores_writing_and_sees_meaning(query, reference, same):
 
 # ------------------------------------------------------------ only CREATE TABLE is known
 
-SCHEMA = "CREATE TABLE head (age INTEGER, name VARCHAR, born_state VARCHAR)\nCREATE TABLE management (head_id INTEGER, temporary_acting VARCHAR)"
+SCHEMA = "CREATE TABLE head (age INTEGER, name VARCHAR, born_state VARCHAR)\n" \
+         "CREATE TABLE management (head_id INTEGER, temporary_acting VARCHAR)"
 
 
 def test_synthetic_databases_answer_the_reference_and_tell_wrong_queries_apart():

@@ -12,6 +12,7 @@ import html
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from helpers import serve
@@ -144,3 +145,21 @@ def show(servers: Any, system: str = "", temperature: float = 0.0, max_tokens: i
     if not isinstance(servers, Mapping):
         servers = {getattr(getattr(servers, "path", None), "stem", "model"): servers}
     return Chat(servers, system, temperature, max_tokens)
+
+
+def offer(gguf: str | Path, base: str | Path = "", system: str = "", context: int = 0) -> Chat | None:
+    """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where that is to be had.
+
+    base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a file). Headless
+    it starts nothing and prints the command that serves the file.
+    """
+    from helpers import runtime
+    if not runtime.interactive():
+        print(f"To talk to it: python -m helpers.serve {gguf}")
+        return None
+    from helpers.model import loading, offline
+    if base == loading.DEFAULT_MODEL:
+        base = offline.wheel_gguf()
+    servers = {"base": serve.start(base, context=context)} if str(base).endswith(".gguf") else {}
+    servers["tuned"] = serve.start(gguf, context=context)
+    return show(servers, system=system)

@@ -105,3 +105,9 @@ def test_only_widgets_that_both_ipywidgets_share_are_used(server):
         seen.add(type(widget).__name__)
         open_ += getattr(widget, "children", ())
     assert seen <= shared
+
+
+def test_headless_nothing_is_started_and_the_command_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_HEADLESS", "1")
+    assert chat.offer("runs/x/04_gguf_export/model-q8_0.gguf") is None
+    assert "python -m helpers.serve runs/x/04_gguf_export/model-q8_0.gguf" in capsys.readouterr().out

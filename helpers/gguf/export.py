@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, importance, preflight, quantize
+from helpers.gguf import convert, fidelity, importance, modelfile, preflight, quantize
 from helpers.model import loading, merging
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
@@ -67,6 +67,7 @@ def prepare(stage: Any) -> Export:
     """What will be exported. Raises TunebookError for parameters that cannot be met, before any work."""
     params = stage.params
     kinds, outputs = quantize.parse_types(params.quantizations), _outputs(params.outputs)
+    modelfile.check_name(params.model_name)
     trained_by, manifest = _choose(stage.parents, params.export)
     known = (manifest.data.get("model") or {}) if manifest else {}
     source = loading.resolve_model(known.get("name") or stage.parents["data"].params["model"])
@@ -154,7 +155,7 @@ def prove(export: Export) -> list[fidelity.Result]:
     return export.results
 
 
-def finish(export: Export, modelfile: Any = None) -> Any:
+def finish(export: Export, written: Any = None) -> Any:
     """Drop what was not asked for, write the other outputs, then the manifest."""
     if "adapter" in export.outputs and export.adapter:
         shutil.copytree(export.adapter, export.stage.path / "adapter", dirs_exist_ok=True)
@@ -173,7 +174,7 @@ def finish(export: Export, modelfile: Any = None) -> Any:
         f.type: f.as_dict() | {"fidelity": by_type[f.type].as_dict() if f.type in by_type else None} for f in export.files}}
     from helpers.gguf import picture
     metrics["recommended"] = picture.recommend(export.files, export.results)
-    extra = {"modelfile": modelfile.as_dict()} if modelfile is not None else {}
+    extra = {"modelfile": written.as_dict()} if written is not None else {}
     return export.stage.finish(metrics, extra=extra)
 
 

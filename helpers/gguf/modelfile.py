@@ -68,7 +68,7 @@ def write(merged_dir: str | Path, gguf_path: str | Path, out_path: str | Path, *
     """
     from helpers.model.loading import load_tokenizer
     merged, gguf, out = Path(merged_dir), Path(gguf_path), Path(out_path)
-    _check_name(name)
+    check_name(name)
     if not gguf.is_file():
         raise TunebookError(f"There is no GGUF file at {gguf}; run 04_gguf_export first.")
     tokenizer = load_tokenizer(merged)
@@ -114,7 +114,7 @@ def stops(tokenizer: Any, merged: Path | None = None) -> list[str]:
 def runtime_commands(merged: Path, gguf: Path, *, name: str, parameters: dict[str, Any], stop: list[str],
                      modelfile: Path | None) -> dict[str, str]:
     """Exact commands for this very model: runtime -> shell lines. All of them listen on this machine alone."""
-    _check_name(name)
+    check_name(name)
     q, n_ctx = shlex.quote, parameters["num_ctx"]
     sampling = {k: v for k, v in parameters.items() if k != "num_ctx"}
     override = {("repetition_penalty" if k == "repeat_penalty" else k): v for k, v in sampling.items()}
@@ -202,7 +202,8 @@ def _relative(gguf: Path, out: Path) -> str:
     return path
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises TunebookError for a model name that a shell, a path or Ollama would trip over."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", name):
         raise TunebookError(f"{name!r} is no model name for Ollama and its like; use small letters, digits, '.', '_' and '-', at most 80.")
 

@@ -15,6 +15,7 @@ def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2,
     losses = curves.series(callbacks.read(job.log), "loss")[1]
     assert losses[-1] < 0.35 * losses[0]
     from helpers.train import rows
+
     prompts = rows.prompts(rows.supervised(stage.parents["data"], "eval.parquet")[0], tokenizer, 24)
     found = callbacks.answers(job.model, tokenizer, prompts, 64)
     assert sum(row["stopped"] for row in found) >= 0.95 * len(found)

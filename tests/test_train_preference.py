@@ -19,8 +19,23 @@ def data(runs_root, tiny_llama, tokenizer):
 
 
 def settings(**given):
-    return parameters.resolve("orpo", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "start_from": "base", "max_steps": 3, "epochs": 30,
-                                       "eval_steps": 3, "learning_rate": 1e-3, "export_check": False, **given})
+    return parameters.resolve(
+        "orpo",
+        {
+            "run": "r",
+            "rank": 4,
+            "alpha": 8,
+            "precision": "fp32",
+            "method": "lora",
+            "start_from": "base",
+            "max_steps": 3,
+            "epochs": 30,
+            "eval_steps": 3,
+            "learning_rate": 1e-3,
+            "export_check": False,
+            **given,
+        },
+    )
 
 
 def prepared(**given):
@@ -45,12 +60,22 @@ def test_the_loss_is_nll_minus_beta_times_the_log_odds_ratio(data):
 def test_packed_pairs_give_trls_own_loss(data, tokenizer):
     """TRL's ORPOTrainer works out the same batch, padded and with whole logits."""
     from trl.experimental.orpo import ORPOTrainer
+
     job = prepared().build()
     trainer, pairs = job.trainer, [job.train_rows[i] for i in range(5)]
-    padded = batching.padded_tensors([{"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
-                                      for s in ("chosen_ids", "rejected_ids") for p in pairs], tokenizer.pad_token_id)
-    own = {f"{side}_{name}": padded[key][part] for side, part in (("chosen", slice(0, 5)), ("rejected", slice(5, 10)))
-           for name, key in (("input_ids", "input_ids"), ("attention_mask", "attention_mask"), ("labels", "labels"))}
+    padded = batching.padded_tensors(
+        [
+            {"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
+            for s in ("chosen_ids", "rejected_ids")
+            for p in pairs
+        ],
+        tokenizer.pad_token_id,
+    )
+    own = {
+        f"{side}_{name}": padded[key][part]
+        for side, part in (("chosen", slice(0, 5)), ("rejected", slice(5, 10)))
+        for name, key in (("input_ids", "input_ids"), ("attention_mask", "attention_mask"), ("labels", "labels"))
+    }
     trainer.model.eval()
     with torch.no_grad():
         expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
@@ -92,7 +117,7 @@ def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, tin
     assert job.counts["train"]["pairs"] == 12 and len(job.train_rows) == 9
     assert job.counts["train"]["left out"] == {"over 256 tokens": 1, "chosen is empty": 1, "chosen equals rejected": 1}
     assert job.counts["train"]["left out ids"] == ["p0-0", "p0-1"]
-    with pytest.raises(TunebookError, match="has no pair to train on .*; raise max_length"):
+    with pytest.raises(TunebookError, match=r"has no pair to train on .*; raise max_length"):
         prepared(max_length=16)
     manifest = prepared(max_length=256).train().finish()
     assert manifest.data["data_counts"]["train"]["left out"]["over 256 tokens"] == 1
@@ -100,13 +125,24 @@ def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, tin
 
 def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, tiny_llama, tokenizer):
     from helpers.model.loading import end_of_turn
+
     names = {"human": "user", "gpt": "assistant", "system": "system"}
     pairs = []
     for number, row in enumerate(json.loads((demo_data / "dpo_en_demo.json").read_text())[:150]):
         turns = [{"role": names[m["from"]], "content": m["value"]} for m in row["conversations"]]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
         answers = [[*tokenizer(row[side]["value"], add_special_tokens=False)["input_ids"], end_of_turn(tokenizer)] for side in ("chosen", "rejected")]
-        pairs.append({"id": str(number), "prompt": turns, "chosen": [], "rejected": [], "prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]})
+        pairs.append(
+            {
+                "id": str(number),
+                "prompt": turns,
+                "chosen": [],
+                "rejected": [],
+                "prompt_ids": prompt,
+                "chosen_ids": answers[0],
+                "rejected_ids": answers[1],
+            }
+        )
     train_data.data_stage("r", tiny_llama, tokenizer, pairs=pairs)
     job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=4).train()
     assert 0 < sum(job.counts["train"]["left out"].values()) < 150
@@ -115,6 +151,7 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, tiny_l
 
 def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
     from helpers.model.loading import end_of_turn
+
     stop = end_of_turn(tokenizer)
     job = prepared().build()
     for side in ("chosen_ids", "rejected_ids"):
@@ -132,8 +169,25 @@ def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
-    first = sft.prepare(runs.open_stage("sft", parameters.resolve("sft", {
-        "run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 6, "epochs": 6, "learning_rate": 1e-2, "export_check": False}))).train()
+    first = sft.prepare(
+        runs.open_stage(
+            "sft",
+            parameters.resolve(
+                "sft",
+                {
+                    "run": "r",
+                    "rank": 4,
+                    "alpha": 8,
+                    "precision": "fp32",
+                    "method": "lora",
+                    "max_steps": 6,
+                    "epochs": 6,
+                    "learning_rate": 1e-2,
+                    "export_check": False,
+                },
+            ),
+        )
+    ).train()
     adapter = first.finish().path / "adapter"
 
     def nll(**given):
@@ -155,7 +209,9 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
     manifest = prepared().train().finish()
     assert {"margins.png", "loss.png", "log.jsonl", "adapter/adapter_model.safetensors"} <= set(manifest.data["artifacts"])
     assert {"log_odds_chosen", "held_out_margins", "held_out_accuracies", "eval_loss"} <= set(manifest.metrics)
-    figure = curves.margins([{"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5}, {"step": 1, "eval_log_odds_chosen": 0.2}])
+    figure = curves.margins(
+        [{"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5}, {"step": 1, "eval_log_odds_chosen": 0.2}]
+    )
     assert len(figure.axes) == 3
 
 

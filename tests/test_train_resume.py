@@ -26,8 +26,23 @@ def data(runs_root, tiny_llama, tokenizer):
 
 
 def settings(**given):
-    return parameters.resolve("sft", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 12, "epochs": 3, "eval_steps": 4,
-                                      "save_steps": 4, "export_check": False, "dropout": 0.1, **given})
+    return parameters.resolve(
+        "sft",
+        {
+            "run": "r",
+            "rank": 4,
+            "alpha": 8,
+            "precision": "fp32",
+            "method": "lora",
+            "max_steps": 12,
+            "epochs": 3,
+            "eval_steps": 4,
+            "save_steps": 4,
+            "export_check": False,
+            "dropout": 0.1,
+            **given,
+        },
+    )
 
 
 def run(**given):
@@ -89,7 +104,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
         if damage == "cut":
             file = newest / "adapter_model.safetensors"
             whole = file.read_bytes()
-            file.write_bytes(whole[:len(whole) // 2])
+            file.write_bytes(whole[: len(whole) // 2])
         copy = newest.with_name("checkpoint-9")
         if damage == "unsealed":
             shutil.copytree(older, copy)
@@ -120,7 +135,7 @@ def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, tiny_llama,
     runs.unlock("r", "sft")
     assert resume.numbered(job.checkpoints), "the unfinished run is back where it was"
     train_data.data_stage("r", tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
-    with pytest.raises(TunebookError, match="parameters differ|the data stage changed since"):
+    with pytest.raises(TunebookError, match=r"parameters differ|the data stage changed since"):
         sft.prepare(runs.open_stage("sft", settings(resume="must")))
 
 
@@ -133,8 +148,13 @@ def test_never_begins_anew(data, capsys):
 def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(settings(max_steps=8, best_checkpoint=False).as_dict()))
-    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from helpers.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    full = subprocess.run([sys.executable, "-c", limit, str(file)], cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True)
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "from helpers.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    full = subprocess.run(
+        [sys.executable, "-c", limit, str(file)], cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True
+    )
     assert full.returncode == 1 and "No space left on the disk" in full.stderr and "Traceback" not in full.stderr, full.stderr[-2000:]
     folder = runs.folder("r", "sft")
     assert not (folder / "manifest.json").exists() and all(resume.opened(c) for c in resume.numbered(folder / "checkpoints"))
@@ -188,8 +208,10 @@ def test_a_template_that_is_not_the_datas_is_refused(data, tiny_llama, tmp_path)
 
 # ---------------------------------------------------------------- runs that cannot come right
 
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
     import torch
+
     job = sft.prepare(runs.open_stage("sft", settings())).build()
     with torch.no_grad():
         next(p for p in job.model.parameters() if p.requires_grad)[0, 0] = float("nan")
@@ -209,6 +231,7 @@ def test_steps_without_gradient_stop_the_run(data):
 
 def test_a_loss_that_runs_away_stops_the_run_and_a_noisy_one_does_not():
     from types import SimpleNamespace
+
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
 
     def feed(values):
@@ -223,6 +246,7 @@ def test_a_loss_that_runs_away_stops_the_run_and_a_noisy_one_does_not():
 
 def test_fp16s_first_overflows_are_let_pass_and_lasting_ones_are_not():
     from types import SimpleNamespace
+
     state = SimpleNamespace(global_step=1)
     overflow = {"loss": 2.0, "grad_norm": float("inf"), "learning_rate": 1e-3}
     guard = callbacks.Guard(fp16=True)
@@ -236,9 +260,15 @@ def test_fp16s_first_overflows_are_let_pass_and_lasting_ones_are_not():
 
 def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, capsys):
     from helpers.train.__main__ import main
+
     bad = tmp_path / "bad.yaml"
     bad.write_text("rank: [1\n")
-    for arguments, words in (([str(tmp_path / "none.yaml")], "cannot be read"), ([str(bad)], "is no YAML"), (["-p", "rnak", "4"], "did you mean rank"),
-                             (["-p", "rank", "999"], "Parameter rank is '999', out of bounds"), ([], "run notebook 01_data_prep")):
+    for arguments, words in (
+        ([str(tmp_path / "none.yaml")], "cannot be read"),
+        ([str(bad)], "is no YAML"),
+        (["-p", "rnak", "4"], "did you mean rank"),
+        (["-p", "rank", "999"], "Parameter rank is '999', out of bounds"),
+        ([], "run notebook 01_data_prep"),
+    ):
         assert main(arguments) == 1
         assert words in capsys.readouterr().err

@@ -19,7 +19,10 @@ def data(runs_root, tiny_llama, tokenizer):
 
 
 def settings(**given):
-    return parameters.resolve("sft", {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 3, "eval_steps": 3, "export_check": False, **given})
+    return parameters.resolve(
+        "sft",
+        {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 3, "eval_steps": 3, "export_check": False, **given},
+    )
 
 
 def prepared(**given):
@@ -36,6 +39,7 @@ def flat(model):
 
 # ---------------------------------------------------------------- the loss
 
+
 @pytest.fixture(scope="module")
 def small(tiny_llama):
     """A tiny Llama in fp32 with an adapter whose B is not zero, and the fused loss."""
@@ -43,6 +47,7 @@ def small(tiny_llama):
 
     from helpers.model import fast, prefix
     from helpers.model.loading import load_model
+
     model = load_model(tiny_llama, dtype="fp32", attention=prefix.register())
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(0)
@@ -83,6 +88,7 @@ def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_row
 
 def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
     from helpers.model.loading import end_of_turn
+
     found, counts = rows.supervised(data, "train.parquet")
     assert counts == {"rows": 32, "without trained tokens": 0}
     for row in found:
@@ -93,10 +99,12 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
 
 
 def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
-    text = tokenizer("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen")["input_ids"]
-    same = [{"input_ids": text + [n], "labels": text + [n]} for n in (5, 6)]
+    text = tokenizer("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen")[
+        "input_ids"
+    ]
+    same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
     assert sharing.shareable(same) == 0
-    masked = [{"input_ids": text + [n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
+    masked = [{"input_ids": [*text, n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
     assert sharing.shareable(masked) == len(text) - 1
 
 
@@ -118,6 +126,7 @@ def test_unpacked_rows_train_like_packed_ones(data):
 
 
 # ---------------------------------------------------------------- what a run leaves behind
+
 
 def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, tiny_llama):
     job = trained(method="qlora", precision="auto", max_steps=6, eval_steps=2, sample_every=3, learning_rate=3e-3)
@@ -143,6 +152,7 @@ def test_the_written_adapter_answers_as_the_trained_model(data, tiny_llama):
     from peft import PeftModel
 
     from helpers.model.loading import load_model
+
     for given in ({"learning_rate": 1e-2}, {"init": "pissa"}, {"rslora": True}, {"lora_plus_ratio": 16.0}):
         job = trained(best_checkpoint=False, **given)
         folder = job.finish().path / "adapter"
@@ -172,7 +182,9 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
 
 
 def test_curves_are_drawn_from_the_log(data, tmp_path):
-    lines = [{"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)] + [{"step": 15, "eval_loss": 0.4}]
+    lines = [{"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)] + [
+        {"step": 15, "eval_loss": 0.4}
+    ]
     figure = curves.loss(lines)
     left = figure.axes[0]
     assert [len(line.get_xdata()) for line in left.get_lines()] == [29, 29, 1]
@@ -181,10 +193,26 @@ def test_curves_are_drawn_from_the_log(data, tmp_path):
 
 # ---------------------------------------------------------------- methods
 
-@pytest.mark.parametrize("given", [
-    {"method": "full", "learning_rate": 1e-4}, {"method": "freeze", "freeze_layers": 1, "learning_rate": 1e-3}, {"dora": True}, {"method": "qlora", "init": "loftq"},
-    {"neftune_alpha": 5.0, "packing": False}, {"target_modules": "q_proj, v_proj"}, {"optimizer": "adamw_8bit"}, {"optimizer": "lion", "learning_rate": 1e-4},
-    {"optimizer": "adafactor"}, {"train_on": "all"}, {"dropout": 0.1}, {"recompute": "all"}, {"schedule": "wsd"}], ids=lambda g: "-".join(map(str, g.values())))
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "full", "learning_rate": 1e-4},
+        {"method": "freeze", "freeze_layers": 1, "learning_rate": 1e-3},
+        {"dora": True},
+        {"method": "qlora", "init": "loftq"},
+        {"neftune_alpha": 5.0, "packing": False},
+        {"target_modules": "q_proj, v_proj"},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "lion", "learning_rate": 1e-4},
+        {"optimizer": "adafactor"},
+        {"train_on": "all"},
+        {"dropout": 0.1},
+        {"recompute": "all"},
+        {"schedule": "wsd"},
+    ],
+    ids=lambda g: "-".join(map(str, g.values())),
+)
 def test_every_method_trains_and_can_be_kept(data, given):
     job = trained(max_steps=2, eval_steps=2, warmup_ratio=0.0, **given)
     losses = curves.series(callbacks.read(job.log), "loss")[1]
@@ -196,6 +224,7 @@ def test_every_method_trains_and_can_be_kept(data, given):
 
 def test_frozen_layers_stay_as_they_were(data, tiny_llama):
     from helpers.model.loading import load_model
+
     job = trained(method="freeze", freeze_layers=1, learning_rate=1e-2)
     before = dict(load_model(tiny_llama, dtype="fp32").named_parameters())
     changed = {n for n, p in job.model.named_parameters() if not torch.equal(p.detach().float(), before[n].detach().float())}
@@ -213,11 +242,23 @@ def test_schedules_end_where_they_should(data):
 
 
 REFUSED = [
-    ({"init": "loftq", "method": "lora"}, None), ({"init": "pissa", "method": "qlora"}, None), ({"dora": True, "init": "pissa"}, None),
-    ({"method": "full", "dora": True}, None), ({"method": "full", "start_from": "somewhere"}, None), ({"lora_plus_ratio": 16.0, "optimizer": "lion"}, None),
-    ({"lora_plus_ratio": 0.5}, None), ({"optimizer": "paged_adamw"}, None), ({"precision": "fp16"}, None), ({"precision": "bf16"}, (7, 5)),
-    ({"method": "full", "precision": "auto"}, (7, 5)), ({"backend": "unsloth"}, None), ({"backend": "unsloth", "dora": True}, (8, 0)),
-    ({"early_stopping": 2, "best_checkpoint": False}, None), ({"neftune_alpha": 5.0}, None), ({"warmup_ratio": 1.0}, None)]
+    ({"init": "loftq", "method": "lora"}, None),
+    ({"init": "pissa", "method": "qlora"}, None),
+    ({"dora": True, "init": "pissa"}, None),
+    ({"method": "full", "dora": True}, None),
+    ({"method": "full", "start_from": "somewhere"}, None),
+    ({"lora_plus_ratio": 16.0, "optimizer": "lion"}, None),
+    ({"lora_plus_ratio": 0.5}, None),
+    ({"optimizer": "paged_adamw"}, None),
+    ({"precision": "fp16"}, None),
+    ({"precision": "bf16"}, (7, 5)),
+    ({"method": "full", "precision": "auto"}, (7, 5)),
+    ({"backend": "unsloth"}, None),
+    ({"backend": "unsloth", "dora": True}, (8, 0)),
+    ({"early_stopping": 2, "best_checkpoint": False}, None),
+    ({"neftune_alpha": 5.0}, None),
+    ({"warmup_ratio": 1.0}, None),
+]
 
 
 @pytest.mark.parametrize("given,card", REFUSED, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else str(x))
@@ -228,7 +269,13 @@ def test_a_combination_that_cannot_work_is_refused_with_its_reason(given, card):
 
 
 def test_what_the_table_does_not_name_is_let_through():
-    for given, card in (({}, None), ({}, (7, 5)), ({"optimizer": "paged_adamw_8bit"}, (8, 0)), ({"method": "full"}, (9, 0)), ({"dora": True, "rslora": True}, None)):
+    for given, card in (
+        ({}, None),
+        ({}, (7, 5)),
+        ({"optimizer": "paged_adamw_8bit"}, (8, 0)),
+        ({"method": "full"}, (9, 0)),
+        ({"dora": True, "rslora": True}, None),
+    ):
         methods.check(parameters.resolve("sft", given), card)
 
 
@@ -243,14 +290,16 @@ def test_trained_weights_stay_in_fp32_beside_a_4_bit_base(data):
     job = prepared(method="qlora", precision="auto").build()
     assert {p.dtype for p in job.model.parameters() if p.requires_grad} == {torch.float32}
     from bitsandbytes.nn import Linear4bit
+
     layers = [m for m in job.model.modules() if isinstance(m, Linear4bit)]
     assert layers and all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
 
 
 # ---------------------------------------------------------------- bad input
 
+
 def test_target_modules_that_the_model_lacks_are_named(data):
-    with pytest.raises(TunebookError, match="target_modules is 'foo'.*q_proj"):
+    with pytest.raises(TunebookError, match=r"target_modules is 'foo'.*q_proj"):
         trained(target_modules="foo")
 
 

@@ -7,8 +7,10 @@ from helpers import params as parameters
 from helpers import runs
 from helpers.model.loading import end_of_turn, template_hash, tokenizer_hash
 
-SCHEMA = ("Write one SQLite query. Tables: city(id, name, country, population), river(id, name, length_km, country), "
-          "lake(id, name, area_km2, country). Answer with SQL only.")
+SCHEMA = (
+    "Write one SQLite query. Tables: city(id, name, country, population), river(id, name, length_km, country), "
+    "lake(id, name, area_km2, country). Answer with SQL only."
+)
 PLACES = ("Norway", "Chile", "Kenya", "Japan", "Peru", "Spain", "Egypt", "India", "Italy", "Ghana", "Nepal", "Cuba")
 THINGS = (("cities", "city", "population"), ("rivers", "river", "length_km"), ("lakes", "lake", "area_km2"))
 
@@ -19,10 +21,21 @@ def questions(count, seed=0):
     for _ in range(count):
         many, table, column = draw.choice(THINGS)
         place, n = draw.choice(PLACES), draw.randint(2, 90)
-        yield draw.choice((
-            (f"How many {many} are in {place}?", f"SELECT COUNT(*) FROM {table} WHERE country = '{place}'", f"SELECT COUNT(*) FROM {table}"),
-            (f"Name the {many} in {place}.", f"SELECT name FROM {table} WHERE country = '{place}'", f"SELECT id FROM {table} WHERE country = '{place}'"),
-            (f"Which {many} have {column} above {n}?", f"SELECT name FROM {table} WHERE {column} > {n}", f"SELECT name FROM {table} WHERE {column} < {n}")))
+        yield draw.choice(
+            (
+                (f"How many {many} are in {place}?", f"SELECT COUNT(*) FROM {table} WHERE country = '{place}'", f"SELECT COUNT(*) FROM {table}"),
+                (
+                    f"Name the {many} in {place}.",
+                    f"SELECT name FROM {table} WHERE country = '{place}'",
+                    f"SELECT id FROM {table} WHERE country = '{place}'",
+                ),
+                (
+                    f"Which {many} have {column} above {n}?",
+                    f"SELECT name FROM {table} WHERE {column} > {n}",
+                    f"SELECT name FROM {table} WHERE {column} < {n}",
+                ),
+            )
+        )
 
 
 def chat(question):
@@ -39,8 +52,15 @@ def sft_rows(tokenizer, count, seed=0):
     rows = []
     for number, (question, right, _) in enumerate(questions(count, seed)):
         prompt, answer = ids_of(tokenizer, question, right)
-        rows.append({"id": f"q{seed}-{number}", "source": "test", "messages": json.dumps([*chat(question), {"role": "assistant", "content": right}]),
-                     "input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)})
+        rows.append(
+            {
+                "id": f"q{seed}-{number}",
+                "source": "test",
+                "messages": json.dumps([*chat(question), {"role": "assistant", "content": right}]),
+                "input_ids": prompt + answer,
+                "completion_mask": [0] * len(prompt) + [1] * len(answer),
+            }
+        )
     return rows
 
 
@@ -48,17 +68,31 @@ def pair_rows(tokenizer, count, seed=0):
     rows = []
     for number, (question, right, wrong) in enumerate(questions(count, seed)):
         prompt, chosen = ids_of(tokenizer, question, right)
-        rows.append({"id": f"p{seed}-{number}", "prompt": chat(question), "chosen": [{"role": "assistant", "content": right}],
-                     "rejected": [{"role": "assistant", "content": wrong}], "prompt_ids": prompt, "chosen_ids": chosen,
-                     "rejected_ids": ids_of(tokenizer, question, wrong)[1]})
+        rows.append(
+            {
+                "id": f"p{seed}-{number}",
+                "prompt": chat(question),
+                "chosen": [{"role": "assistant", "content": right}],
+                "rejected": [{"role": "assistant", "content": wrong}],
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": ids_of(tokenizer, question, wrong)[1],
+            }
+        )
     return rows
 
 
 def write_parquet(path, rows):
     import pyarrow as pa
     import pyarrow.parquet as parquet
-    types = {"input_ids": pa.list_(pa.int32()), "completion_mask": pa.list_(pa.int8()), "prompt_ids": pa.list_(pa.int32()),
-             "chosen_ids": pa.list_(pa.int32()), "rejected_ids": pa.list_(pa.int32())}
+
+    types = {
+        "input_ids": pa.list_(pa.int32()),
+        "completion_mask": pa.list_(pa.int8()),
+        "prompt_ids": pa.list_(pa.int32()),
+        "chosen_ids": pa.list_(pa.int32()),
+        "rejected_ids": pa.list_(pa.int32()),
+    }
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     schema = pa.schema([(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in rows[0]])
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path)
@@ -67,8 +101,16 @@ def write_parquet(path, rows):
 def data_stage(run, model, tokenizer, train=None, held_out=None, pairs=None, held_out_pairs=None, name=None):
     """Write a finished data stage for `run`; `model` is a folder. Returns its manifest."""
     stage = runs.open_stage("data", parameters.resolve("data", {"run": run, "model": str(model)}))
-    for file, rows in (("train", train or sft_rows(tokenizer, 32)), ("eval", held_out or sft_rows(tokenizer, 8, seed=1)),
-                       ("preference", pairs or pair_rows(tokenizer, 24)), ("preference_eval", held_out_pairs or pair_rows(tokenizer, 8, seed=1))):
+    for file, rows in (
+        ("train", train or sft_rows(tokenizer, 32)),
+        ("eval", held_out or sft_rows(tokenizer, 8, seed=1)),
+        ("preference", pairs or pair_rows(tokenizer, 24)),
+        ("preference_eval", held_out_pairs or pair_rows(tokenizer, 8, seed=1)),
+    ):
         write_parquet(stage.path / f"{file}.parquet", rows)
-    return stage.finish({"rows": 1}, template_hash=template_hash(tokenizer), tokenizer_hash=tokenizer_hash(tokenizer),
-                        model={"name": name or str(model), "path": str(model), "revision": "", "origin": "folder"})
+    return stage.finish(
+        {"rows": 1},
+        template_hash=template_hash(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        model={"name": name or str(model), "path": str(model), "revision": "", "origin": "folder"},
+    )

@@ -28,8 +28,19 @@ def register() -> str:
     return NAME
 
 
-def shared_prefix(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
-                  prefix_length: int = 0, rest_index=None, rest_mask=None, **kwargs):
+def shared_prefix(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prefix_length: int = 0,
+    rest_index=None,
+    rest_mask=None,
+    **kwargs,
+):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None.
 
     prefix_length: tokens of the common beginning. rest_index: (rests, longest) place of each rest's tokens in the row,
@@ -40,6 +51,7 @@ def shared_prefix(module, query, key, value, attention_mask, dropout: float = 0.
 
     if not prefix_length:
         from helpers.model.attention import packed_sdpa
+
         return packed_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     import torch
 
@@ -47,8 +59,7 @@ def shared_prefix(module, query, key, value, attention_mask, dropout: float = 0.
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     begin = slice(0, prefix_length)
-    first = scaled_dot_product_attention(query[:, :, begin], key[:, :, begin], value[:, :, begin], is_causal=True,
-                                         dropout_p=dropout, scale=scaling)
+    first = scaled_dot_product_attention(query[:, :, begin], key[:, :, begin], value[:, :, begin], is_causal=True, dropout_p=dropout, scale=scaling)
     rests = rest_index.shape[0]
 
     def seen(tensor):  # (rests, heads, prefix + longest, head)

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 def read(file: str) -> dict:
     """Parameters out of a YAML file. Raises TunebookError with the line for a malformed one."""
     import yaml
+
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -50,8 +51,10 @@ def read(file: str) -> dict:
 def train(stage: str, resolved: params.Params) -> str:
     """Train one stage, or say that it is finished already."""
     from helpers.train import distributed, unsloth_backend
+
     unsloth_backend.early_import(resolved.as_dict())
     from helpers.train import preference, sft
+
     distributed.setup()
     opened = distributed.shared(lambda: preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved))
     manifest = (preference if stage == "orpo" else sft).run(opened)

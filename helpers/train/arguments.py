@@ -8,8 +8,15 @@ from typing import Any
 
 from helpers.errors import TunebookError
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
-              "lion": "lion_32bit", "adafactor": "adafactor", "sgd": "sgd"}
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 LOGGERS = ("trackio", "wandb", "mlflow")
 DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.06395 uses 10 to 20 %)
@@ -21,14 +28,17 @@ def steps(rows: int, params: Any) -> tuple[int, int, int]:
     save = params.save_steps or params.eval_steps or min(50, max(1, math.ceil(total / 5)))
     evaluate = params.eval_steps or save
     if params.best_checkpoint and save % evaluate:
-        raise TunebookError(f"save_steps is {save} and eval_steps {evaluate}: the best checkpoint can only be kept where both fall together; "
-                            f"set save_steps to {math.ceil(save / evaluate) * evaluate}, or best_checkpoint to False.")
+        raise TunebookError(
+            f"save_steps is {save} and eval_steps {evaluate}: the best checkpoint can only be kept where both fall together; "
+            f"set save_steps to {math.ceil(save / evaluate) * evaluate}, or best_checkpoint to False."
+        )
     return total, evaluate, save
 
 
 def loggers(names: str) -> list[str]:
     """What TensorBoard is joined by. Raises TunebookError for an unknown or missing one."""
     import importlib.util
+
     found = ["tensorboard"]
     for name in filter(None, (n.strip() for n in names.split(","))):
         if name not in LOGGERS:
@@ -42,6 +52,7 @@ def loggers(names: str) -> list[str]:
 def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, accumulation: int) -> dict[str, Any]:
     """Arguments that all trainers share. rows, held_out: how many training and held-out rows there are."""
     import torch
+
     total, evaluate, save = steps(rows, params)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.path / "tensorboard")
     for name, value in (("WANDB_PROJECT", "tunebook"), ("MLFLOW_EXPERIMENT_NAME", "tunebook"), ("TRACKIO_PROJECT", "tunebook")):
@@ -56,16 +67,44 @@ def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, ac
         optimizer = "adamw_torch_fused"
     best = bool(params.best_checkpoint and held_out)
     from helpers.train import distributed
+
     return {
         **distributed.options(params.method),
-        "output_dir": str(stage.path / "checkpoints"), "run_name": f"{params.run}-{params.stage}", "report_to": loggers(params.loggers),
-        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": params.epochs, "max_steps": total, "learning_rate": params.learning_rate, "lr_scheduler_type": schedule,
-        "lr_scheduler_kwargs": options, "warmup_steps": warm, "optim": optimizer, "weight_decay": params.weight_decay,
-        "max_grad_norm": params.max_grad_norm, "seed": params.seed, "data_seed": params.seed, "bf16": precision.bf16, "fp16": precision.fp16,
-        "use_cpu": not torch.cuda.is_available(), "logging_steps": 1, "logging_first_step": True, "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if held_out else "no", "eval_steps": evaluate, "save_strategy": "steps", "save_steps": save,
-        "save_total_limit": params.keep_checkpoints, "load_best_model_at_end": best, "metric_for_best_model": "eval_loss" if best else None,
-        "greater_is_better": False if best else None, "remove_unused_columns": False, "gradient_checkpointing": False, "disable_tqdm": True,
-        "dataloader_num_workers": 0, "dataloader_pin_memory": torch.cuda.is_available(), "ddp_find_unused_parameters": False,
+        "output_dir": str(stage.path / "checkpoints"),
+        "run_name": f"{params.run}-{params.stage}",
+        "report_to": loggers(params.loggers),
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": params.epochs,
+        "max_steps": total,
+        "learning_rate": params.learning_rate,
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": options,
+        "warmup_steps": warm,
+        "optim": optimizer,
+        "weight_decay": params.weight_decay,
+        "max_grad_norm": params.max_grad_norm,
+        "seed": params.seed,
+        "data_seed": params.seed,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if held_out else "no",
+        "eval_steps": evaluate,
+        "save_strategy": "steps",
+        "save_steps": save,
+        "save_total_limit": params.keep_checkpoints,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
     }

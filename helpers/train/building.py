@@ -11,10 +11,12 @@ from helpers.train.batching import PackedRows
 
 def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     """(model with its adapter, what was done to it in sentences, precision) for a `job.Job`."""
+    import transformers
+
+    import datasets
     from helpers.model import fast, recompute
     from helpers.model.loading import load_model
-    import datasets
-    import transformers
+
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     params, plan = work.params, work.plan
@@ -23,6 +25,7 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     notes = [numbers.reason]
     if plan.backend == "unsloth":
         from helpers.train import unsloth_backend
+
         loaded, said = unsloth_backend.load(work.source, params, work.adapter)
         return loaded, [*notes, plan.reason, *said], numbers
     loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
@@ -53,6 +56,7 @@ def added_tokens(loaded: Any, work: Any) -> list[int]:
         return []
     from helpers.data.vocabulary import add_tokens
     from helpers.model.loading import load_tokenizer
+
     return add_tokens(loaded, load_tokenizer(work.source), tokens)
 
 
@@ -66,6 +70,7 @@ def attention(work: Any) -> str | None:
     """The attention implementation: the plan's, or the one that shares common beginnings where the plan's is exact and slow."""
     from helpers.model import attention as packed
     from helpers.model import prefix
+
     packed.register()
     if getattr(work.params, "loss", "orpo") != "orpo":
         return "sdpa"
@@ -75,6 +80,7 @@ def attention(work: Any) -> str | None:
 def collator(work: Any, pairs: bool) -> Any:
     """Rows to batches: packed with common beginnings shared, packed, or padded, as the plan says."""
     from helpers.model import attention as packed
+
     layout = "packed" if work.plan.packed else "padded"
     share = work.plan.packed and work.plan.attention == packed.SDPA
     kind = sharing.SharedPairCollator if pairs else sharing.SharedCollator
@@ -86,19 +92,34 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     loss = getattr(work.params, "loss", "")
     if loss in ("dpo", "kto", "simpo"):
         from helpers.train import other_losses
+
         return other_losses.trainer(work, numbers)
     options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
     made = (_orpo if loss == "orpo" else _sft)(work, options)
     precision.keep_in_fp32(work.model)
     lengths = [len(ids) for ids in work.train_rows["input_ids"]] if not loss else _lengths(work.train_rows)
-    train = PackedRows(work.train_rows, batch_size=work.params.batch_size, accumulation=work.plan.accumulation, world_size=job.world_size(),
-                       seed=work.params.seed, lengths=lengths, budget=work.plan.row_tokens or None)
+    train = PackedRows(
+        work.train_rows,
+        batch_size=work.params.batch_size,
+        accumulation=work.plan.accumulation,
+        world_size=job.world_size(),
+        seed=work.params.seed,
+        lengths=lengths,
+        budget=work.plan.row_tokens or None,
+    )
     held_out = None
     if work.held_out is not None:
         held_lengths = _lengths(work.held_out)
-        held_out = PackedRows(work.held_out, batch_size=min(work.params.batch_size, 8) * job.world_size(), accumulation=1, world_size=job.world_size(),
-                              shuffle=False, lengths=held_lengths)
+        held_out = PackedRows(
+            work.held_out,
+            batch_size=min(work.params.batch_size, 8) * job.world_size(),
+            accumulation=1,
+            world_size=job.world_size(),
+            shuffle=False,
+            lengths=held_lengths,
+        )
     from helpers.model.head_loss import can_fuse
+
     causal = work.model.get_base_model() if hasattr(work.model, "peft_config") else work.model
     made.use_rows(train, held_out, collator(work, bool(loss)), fused=not can_fuse(causal))
     made.optimizer, _ = methods.optimizer_of(work.model, work.params, made.args)
@@ -109,11 +130,13 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
 def quiet(made: Any) -> None:
     """Leave out the trainer's own line a step: `callbacks.LiveCurve` speaks for it."""
     from transformers import PrinterCallback
+
     made.remove_callback(PrinterCallback)
 
 
 def _lengths(rows: Any) -> list[int]:
     from helpers.train.rows import lengths_of
+
     return lengths_of(rows)
 
 
@@ -121,9 +144,18 @@ def _sft(work: Any, options: dict[str, Any]) -> Any:
     from trl import SFTConfig
 
     from helpers.train.trainers import RowSFTTrainer
-    arguments_ = SFTConfig(**options, loss_type="nll", dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
-                           neftune_noise_alpha=work.params.neftune_alpha or None)
-    return RowSFTTrainer(model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer)
+
+    arguments_ = SFTConfig(
+        **options,
+        loss_type="nll",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        neftune_noise_alpha=work.params.neftune_alpha or None,
+    )
+    return RowSFTTrainer(
+        model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer
+    )
 
 
 def _orpo(work: Any, options: dict[str, Any]) -> Any:
@@ -131,4 +163,6 @@ def _orpo(work: Any, options: dict[str, Any]) -> Any:
     from trl.experimental.orpo import ORPOConfig  # isort: skip
 
     arguments_ = ORPOConfig(**options, beta=work.params.beta, max_length=work.params.max_length, disable_dropout=False)
-    return RowORPOTrainer(model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer)
+    return RowORPOTrainer(
+        model=work.model, args=arguments_, train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer
+    )

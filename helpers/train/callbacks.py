@@ -98,12 +98,18 @@ class Guard(TrainerCallback):
         self.skipped = 0
         self.zeros = self.zeros + 1 if norm == 0.0 and logs.get("learning_rate", 1) else 0
         if self.zeros >= ZERO_STEPS:
-            self._stop(state, f"no weight had a gradient in {ZERO_STEPS} steps", "check that these rows have trained tokens and that target_modules names layers in use")
+            self._stop(
+                state,
+                f"no weight had a gradient in {ZERO_STEPS} steps",
+                "check that these rows have trained tokens and that target_modules names layers in use",
+            )
         self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
         self.lowest = min(self.lowest, self.smooth)
         self.high = self.high + 1 if self.smooth > self.rise * max(self.lowest, 0.5) else 0
         if self.high >= self.over:
-            self._stop(state, f"the loss rose from {self.lowest:.2f} to {self.smooth:.2f} and stayed there", "lower learning_rate or raise warmup_ratio")
+            self._stop(
+                state, f"the loss rose from {self.lowest:.2f} to {self.smooth:.2f} and stayed there", "lower learning_rate or raise warmup_ratio"
+            )
 
     def _stop(self, state: Any, what: str, remedy: str) -> None:
         raise TunebookError(f"Training stopped at step {state.global_step}: {what}; {remedy}. Rows of that step: {self._rows()}.")
@@ -123,6 +129,7 @@ class Seal(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         import torch
+
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         if not state.is_world_process_zero:
@@ -162,6 +169,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
     import torch
 
     from helpers.model.loading import end_of_turn
+
     if not prompts:
         return []
     stop, training = end_of_turn(tokenizer), model.training
@@ -171,16 +179,32 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
     device, state = next(model.parameters()).device, torch.get_rng_state()
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
-        out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=most,
-                             temperature=None, top_p=None, top_k=None, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=most,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     model.train(training)
     torch.set_rng_state(state)
     rows = []
     for prompt, tokens in zip(prompts, out[:, longest:].tolist(), strict=True):
         stopped = stop in tokens
-        tokens = tokens[:tokens.index(stop)] if stopped else tokens
-        rows.append({"id": prompt.get("id", ""), "prompt": tokenizer.decode(prompt["prompt_ids"][-64:], skip_special_tokens=True),
-                     "answer": tokenizer.decode(tokens, skip_special_tokens=True), "stopped": stopped, "reference": prompt.get("reference", "")})
+        tokens = tokens[: tokens.index(stop)] if stopped else tokens
+        rows.append(
+            {
+                "id": prompt.get("id", ""),
+                "prompt": tokenizer.decode(prompt["prompt_ids"][-64:], skip_special_tokens=True),
+                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
+                "stopped": stopped,
+                "reference": prompt.get("reference", ""),
+            }
+        )
     return rows
 
 
@@ -202,8 +226,11 @@ class LiveCurve(TrainerCallback):
         lines = [line for line in read(self.log) if "loss" in line]
         if lines:
             line = lines[-1]
-            print(f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  {line.get('tokens_per_s', 0):,.0f} tokens/s  "
-                  f"{line.get('left_s', 0):.0f} s left", flush=True)
+            print(
+                f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  {line.get('tokens_per_s', 0):,.0f} tokens/s  "
+                f"{line.get('left_s', 0):.0f} s left",
+                flush=True,
+            )
             sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -213,6 +240,7 @@ class LiveCurve(TrainerCallback):
     def _draw(self) -> None:
         import matplotlib.pyplot as plt
         from IPython.display import display
+
         figure = self.draw(read(self.log))
         if self.handle is None:
             self.handle = display(figure, display_id=True)

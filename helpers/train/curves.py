@@ -25,8 +25,10 @@ def series(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 def _axes(count: int, title: str) -> tuple[Any, Any]:
     import matplotlib
+
     matplotlib.use("Agg") if not matplotlib.get_backend().lower().startswith("module://") else None
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for ax in axes:
@@ -65,8 +67,11 @@ def loss(lines: list[dict[str, Any]], title: str = "Training") -> Any:
 def margins(lines: list[dict[str, Any]], title: str = "Preferences") -> Any:
     """Log-odds, margin and accuracy, each step and on held-out pairs: a matplotlib figure."""
     figure, axes = _axes(3, title)
-    panels = (("log_odds_chosen", "log odds, chosen over rejected"), ("rewards/margins", "margin (beta x log-probability)"),
-              ("rewards/accuracies", "share of pairs with chosen ahead"))
+    panels = (
+        ("log_odds_chosen", "log odds, chosen over rejected"),
+        ("rewards/margins", "margin (beta x log-probability)"),
+        ("rewards/accuracies", "share of pairs with chosen ahead"),
+    )
     for ax, (name, label) in zip(axes, panels, strict=True):
         steps, values = series(lines, name)
         ax.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="each step")

@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers import notebook, runtime
 from helpers.errors import TunebookError
-from helpers.train import arguments, callbacks, curves, distributed, methods, precision, resume, rows
+from helpers.train import callbacks, curves, distributed, methods, precision, resume, rows
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Job:
     def build(self) -> Job:
         """Load the model and make the trainer."""
         from helpers.train import building
+
         self.model, self.notes, numbers = building.model(self)
         self.trainer = building.trainer(self, numbers)
         of = resume.identity(self.params, self.stage.parents["data"], self.tokenizer)
@@ -51,10 +52,14 @@ class Job:
 
     def _callbacks(self, of: dict[str, Any], numbers: precision.Precision) -> list[Any]:
         from transformers import EarlyStoppingCallback
-        found = [callbacks.Log(self.log, self.trainer), callbacks.Guard(self.trainer, numbers.fp16),
-                 callbacks.LiveCurve(self.log, lambda lines: self.draw(lines, f"{self.params.run}: {self.params.stage}")),
-                 callbacks.Samples(self.samples, self.prompts(), self.tokenizer, self.params.sample_every),
-                 callbacks.Seal(of, self.params.mirror, self.log)]
+
+        found = [
+            callbacks.Log(self.log, self.trainer),
+            callbacks.Guard(self.trainer, numbers.fp16),
+            callbacks.LiveCurve(self.log, lambda lines: self.draw(lines, f"{self.params.run}: {self.params.stage}")),
+            callbacks.Samples(self.samples, self.prompts(), self.tokenizer, self.params.sample_every),
+            callbacks.Seal(of, self.params.mirror, self.log),
+        ]
         if self.params.early_stopping and self.held_out is not None:
             found.append(EarlyStoppingCallback(self.params.early_stopping))
         return found
@@ -69,6 +74,7 @@ class Job:
     def checkpoint(self) -> Path | None:
         """The whole checkpoint that this run goes on from, or None to begin at the beginning."""
         from helpers.train.resume import fetch, newest
+
         if self.params.resume == "never":
             return None
         found = newest(self.checkpoints, self.identity) if self.stage.resumed else None
@@ -91,14 +97,23 @@ class Job:
             losses = curves.series(lines, "loss")[1]
             held = curves.series(lines, "eval_loss")[1]
             tokens = max((line.get("trained_tokens", 0) for line in lines), default=0)
-            self.result = {"steps": state.global_step, "train_s": round(max((line.get("seconds", 0.0) for line in lines), default=time.time() - began), 2),
-                           "first_loss": losses[0] if losses else None, "last_loss": curves.smoothed(losses)[-1] if losses else None,
-                           "trained_tokens": tokens, "rows": len(self.train_rows), **methods.counts(self.model)}
+            self.result = {
+                "steps": state.global_step,
+                "train_s": round(max((line.get("seconds", 0.0) for line in lines), default=time.time() - began), 2),
+                "first_loss": losses[0] if losses else None,
+                "last_loss": curves.smoothed(losses)[-1] if losses else None,
+                "trained_tokens": tokens,
+                "rows": len(self.train_rows),
+                **methods.counts(self.model),
+            }
             if tokens:
                 self.result["tokens_per_s"] = round(tokens / max(self.result["train_s"], 1e-6), 1)
             if held:
-                self.result.update(eval_loss=state.best_metric if self.trainer.args.load_best_model_at_end and state.best_metric is not None else held[-1],
-                                   last_eval_loss=held[-1], best_step=state.best_global_step or state.global_step)
+                self.result.update(
+                    eval_loss=state.best_metric if self.trainer.args.load_best_model_at_end and state.best_metric is not None else held[-1],
+                    last_eval_loss=held[-1],
+                    best_step=state.best_global_step or state.global_step,
+                )
             self.result.update({k.removeprefix("eval_").replace("rewards/", "held_out_"): v for k, v in self._held_out_numbers(lines).items()})
         return self
 
@@ -118,26 +133,37 @@ class Job:
 
     def summary(self) -> Any:
         """What came out, as a table."""
+
         def plain(value: Any) -> str:
             return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        return notebook.Html(notebook.table([(k.replace("_", " "), plain(v)) for k, v in self.result.items() if v is not None]
-                                            + [("how", n) for n in self.notes]))
+
+        return notebook.Html(
+            notebook.table([(k.replace("_", " "), plain(v)) for k, v in self.result.items() if v is not None] + [("how", n) for n in self.notes])
+        )
 
     def left_out(self) -> Any:
         """How many rows came, and why some were left out."""
-        return notebook.Html(notebook.table([(part, *map(str, found.values())) for part, found in self.counts.items() if found],
-                                            ("", *next(iter(self.counts.values())))))
+        return notebook.Html(
+            notebook.table(
+                [(part, *map(str, found.values())) for part, found in self.counts.items() if found], ("", *next(iter(self.counts.values())))
+            )
+        )
 
     def answers(self, count: int = 4) -> Any:
         """Greedy answers to held-out prompts beside their references; also appended to samples.jsonl."""
         sampler = callbacks.Samples(self.samples, self.prompts(count), self.tokenizer)
         found = sampler.write(self.model, self.trainer.state.global_step)
-        return notebook.Html(notebook.table([(r["prompt"], r["answer"], r["reference"], "yes" if r["stopped"] else "no") for r in found],
-                                            ("prompt (its end)", "answer", "reference", "stopped by itself")))
+        return notebook.Html(
+            notebook.table(
+                [(r["prompt"], r["answer"], r["reference"], "yes" if r["stopped"] else "no") for r in found],
+                ("prompt (its end)", "answer", "reference", "stopped by itself"),
+            )
+        )
 
     def finish(self) -> Any:
         """Write the adapter (or the whole model), the pictures and the manifest; returns the manifest."""
         import matplotlib.pyplot as plt
+
         if not self.result:
             raise TunebookError("The job has not been trained; call its train() first.")
         with resume.disk_full_is_a_sentence(self.checkpoints):
@@ -152,15 +178,26 @@ class Job:
                 notebook.save_figure(self.stage, figure, name)
                 plt.close(figure)
         from helpers.model.loading import template_hash, tokenizer_hash
+
         plan = self.plan
         if self.result.get("tokens_per_s"):
             plan = plan.correct(peak_gib=runtime.peak_memory_gib(), tokens_per_s=self.result["tokens_per_s"])
         metrics = {k: v for k, v in self.result.items() if v is not None}
         metrics["peak_gib"] = runtime.peak_memory_gib()
-        return self.stage.finish(metrics, template_hash=template_hash(self.tokenizer), tokenizer_hash=tokenizer_hash(self.tokenizer),
-                                 model=self.source.as_dict(), extra={"data_counts": self.counts, "plan": plan.as_dict(), "notes": self.notes,
-                                                                    "trained": folder.name, "method": self.params.method,
-                                                                    "merge_onto": "nf4" if self.params.init == "loftq" and not self.adapter else "16bit"})
+        return self.stage.finish(
+            metrics,
+            template_hash=template_hash(self.tokenizer),
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            model=self.source.as_dict(),
+            extra={
+                "data_counts": self.counts,
+                "plan": plan.as_dict(),
+                "notes": self.notes,
+                "trained": folder.name,
+                "method": self.params.method,
+                "merge_onto": "nf4" if self.params.init == "loftq" and not self.adapter else "16bit",
+            },
+        )
 
 
 def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, whole: dict[str, Any] | None = None) -> None:
@@ -172,6 +209,7 @@ def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, wh
     import shutil
 
     import torch
+
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
@@ -194,6 +232,7 @@ def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, wh
 def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
     """(ModelSource, tokenizer) of the base that the data was rendered for. Raises TunebookError for another template."""
     from helpers.model.loading import load_tokenizer, resolve_model, template_hash
+
     known = data.data.get("model") or {}
     if params.model:
         source = resolve_model(params.model)
@@ -205,10 +244,13 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
     warnings.filterwarnings("ignore", "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed")
     tokenizer = load_tokenizer(source)
     if data.data.get("template_hash") and template_hash(tokenizer) != data.data["template_hash"]:
-        raise TunebookError(f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; run notebook 01 "
-                            f"again with model set to {source.name!r}, or leave model empty here.")
+        raise TunebookError(
+            f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; run notebook 01 "
+            f"again with model set to {source.name!r}, or leave model empty here."
+        )
     if added := data.data["params"].get("add_tokens"):
         from helpers.data.vocabulary import add_tokens
+
         add_tokens(None, tokenizer, added)
     return source, tokenizer
 
@@ -217,6 +259,7 @@ def exportable(params: Any, source: Any, adapter: Path | None, stage: Any) -> No
     """Refuse a model that would train and then not export to GGUF (`export_check`)."""
     if params.export_check:
         from helpers.gguf import preflight
+
         preflight.check(source, adapter=adapter, where=stage.path).require()
 
 
@@ -224,9 +267,10 @@ def plan_of(params: Any, lengths: list[int], source: Any, stage: str) -> Any:
     """The planner's plan. Without a GPU a whole optimizer step goes into one row where that fits: rows that begin alike
     are then worked out once (`helpers.model.prefix`), which counts for more there than anything else."""
     from helpers.model import attention, planner
+
     plan = planner.plan(params, lengths, source, stage=stage, world_size=world_size())
     if plan.attention == attention.SDPA and plan.packed and plan.accumulation > 1 and not params.row_tokens:
-        whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world_size()):])
+        whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world_size()) :])
         try:
             return planner.plan({**params.as_dict(), "row_tokens": whole}, lengths, source, stage=stage, world_size=world_size())
         except TunebookError:  # such a row does not fit: keep the one that does
@@ -249,17 +293,22 @@ def adapter_of(start_from: str, base: str, tokenizer: Any) -> Path:
     import json
 
     from helpers.model.loading import load_tokenizer, template_hash
+
     folder = Path(start_from).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        raise TunebookError(f"start_from is {start_from!r}, which is no adapter folder (it has no adapter_config.json); name the adapter folder of a "
-                            "finished run, such as runs/default/02_qlora_sft/adapter.")
+        raise TunebookError(
+            f"start_from is {start_from!r}, which is no adapter folder (it has no adapter_config.json); name the adapter folder of a "
+            "finished run, such as runs/default/02_qlora_sft/adapter."
+        )
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
     if trained_on and base and Path(trained_on).name != Path(base).name:
-        raise TunebookError(f"The adapter in {folder} was trained on {trained_on} and this run's base is {base}; use that base in notebook 01, or "
-                            "start from another adapter.")
+        raise TunebookError(
+            f"The adapter in {folder} was trained on {trained_on} and this run's base is {base}; use that base in notebook 01, or "
+            "start from another adapter."
+        )
     if (folder / "tokenizer_config.json").is_file() and template_hash(load_tokenizer(folder)) != template_hash(tokenizer):
-        raise TunebookError(f"The adapter in {folder} was trained with another chat template than this data was rendered with; run notebook 01 again "
-                            "with its base, or start from another adapter.")
+        raise TunebookError(
+            f"The adapter in {folder} was trained with another chat template than this data was rendered with; run notebook 01 again "
+            "with its base, or start from another adapter."
+        )
     return folder.resolve()
-
-

@@ -43,10 +43,14 @@ class PairsSimPOTrainer(CPOTrainer):
 def unpaired(pairs: Any, group: int) -> Any:
     """KTO's rows: every answer alone with its label, and for the divergence another answer of the same group of `group` rows."""
     from datasets import Dataset
-    rows = [{"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"], "label": side == "chosen"}
-            for pair in pairs for side in ("chosen", "rejected")]
+
+    rows = [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
     for start in range(0, len(rows), group):
-        part = rows[start:start + group]
+        part = rows[start : start + group]
         answers = [row["completion_ids"] for row in part]
         for row, other in zip(part, answers[-1:] + answers[:-1], strict=True):
             row["KL_completion_ids"] = other
@@ -66,14 +70,23 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         made = PairsDPOTrainer(**common, args=DPOConfig(**options, disable_dropout=False), train_dataset=train, eval_dataset=held_out)
     elif params.loss == "kto":
         options.update(per_device_train_batch_size=2 * micro, per_device_eval_batch_size=2 * micro, train_sampling_strategy="sequential")
-        made = RowsKTOTrainer(**common, args=KTOConfig(**options, disable_dropout=False), train_dataset=unpaired(train, 2 * micro),
-                              eval_dataset=unpaired(held_out, 2 * micro) if held_out is not None else None)
+        made = RowsKTOTrainer(
+            **common,
+            args=KTOConfig(**options, disable_dropout=False),
+            train_dataset=unpaired(train, 2 * micro),
+            eval_dataset=unpaired(held_out, 2 * micro) if held_out is not None else None,
+        )
     else:
         options["max_length"] = params.max_length
-        made = PairsSimPOTrainer(**common, args=CPOConfig(**options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma,
-                                                         disable_dropout=False), train_dataset=train, eval_dataset=held_out)
+        made = PairsSimPOTrainer(
+            **common,
+            args=CPOConfig(**options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False),
+            train_dataset=train,
+            eval_dataset=held_out,
+        )
     precision.keep_in_fp32(work.model)
     made.optimizer, _ = methods.optimizer_of(work.model, params, made.args)
     from helpers.train.building import quiet
+
     quiet(made)
     return made

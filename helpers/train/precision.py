@@ -31,6 +31,7 @@ def keep_in_fp32(model: Any) -> int:
     """Put every trained weight in fp32; returns how many tensors moved. TRL turns the adapters of a 4-bit base to bf16:
     fp16's scaler cannot unscale such gradients, and at the end of a cosine an update is below bf16's last digit."""
     import torch
+
     moved = 0
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype != torch.float32:

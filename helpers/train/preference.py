@@ -29,11 +29,15 @@ def prepare(stage: Any) -> Job:
     adapter = None
     if params.start_from == "sft":
         if "sft" not in stage.parents:
-            raise TunebookError(f"start_from is 'sft' and run {params.run!r} has no finished SFT stage; run notebook 02 first, or set start_from to 'base'.")
+            raise TunebookError(
+                f"start_from is 'sft' and run {params.run!r} has no finished SFT stage; run notebook 02 first, or set start_from to 'base'."
+            )
         adapter = stage.parents["sft"].path / "adapter"
         if not adapter.is_dir():
-            raise TunebookError(f"The SFT stage of run {params.run!r} trained the model's own weights, not an adapter; set start_from to 'base' and name its "
-                                f"model folder ({stage.parents['sft'].path / 'model'}) as model.")
+            raise TunebookError(
+                f"The SFT stage of run {params.run!r} trained the model's own weights, not an adapter; set start_from to 'base' and name its "
+                f"model folder ({stage.parents['sft'].path / 'model'}) as model."
+            )
     elif params.start_from != "base":
         adapter = adapter_of(params.start_from, source.name, tokenizer)
     if not (data.path / "preference.parquet").is_file():

@@ -28,9 +28,14 @@ FREE = ("resume", "mirror", "loggers", "keep_checkpoints", "plan_for")
 def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
     """What a checkpoint belongs to: hashes of the data files, the template and the tokenizer, and the settings."""
     from helpers.model.loading import template_hash, tokenizer_hash
+
     files = {n: a["sha256"] for n, a in data.data["artifacts"].items() if n.endswith(".parquet")}
-    return {"data": runs.hash_json(files), "template": template_hash(tokenizer), "tokenizer": tokenizer_hash(tokenizer),
-            "settings": {k: v for k, v in params.as_dict().items() if k not in FREE}}
+    return {
+        "data": runs.hash_json(files),
+        "template": template_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "settings": {k: v for k, v in params.as_dict().items() if k not in FREE},
+    }
 
 
 def seal(folder: Path, of: dict[str, Any]) -> None:
@@ -75,12 +80,16 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
             continue
         for what, name in (("data", "The data"), ("template", "The chat template"), ("tokenizer", "The tokenizer")):
             if seal_of.get(what) != of[what]:
-                raise TunebookError(f"{name} changed since {checkpoint} was written, so it cannot be gone on with; set resume to 'never' to "
-                                    "start over with what is there now, or put the earlier one back.")
+                raise TunebookError(
+                    f"{name} changed since {checkpoint} was written, so it cannot be gone on with; set resume to 'never' to "
+                    "start over with what is there now, or put the earlier one back."
+                )
         differ = sorted(k for k in of["settings"] if seal_of.get("settings", {}).get(k) != of["settings"][k])
         if differ:
-            raise TunebookError(f"{checkpoint} was written with another {', '.join(differ)}; set resume to 'never' to start over, or put the "
-                                "earlier values back. To train an adapter further with new settings, name it in start_from.")
+            raise TunebookError(
+                f"{checkpoint} was written with another {', '.join(differ)}; set resume to 'never' to start over, or put the "
+                "earlier values back. To train an adapter further with new settings, name it in start_from."
+            )
         return checkpoint
     return None
 
@@ -98,8 +107,10 @@ def must_go_on(stage: Any) -> None:
     why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {' and '.join(now['parents'])} stage changed since"
     shutil.rmtree(stage.path)
     old[-1].rename(stage.path)
-    raise TunebookError(f"resume is 'must' and the unfinished run in {stage.path} cannot be gone on with: {why}. Put it back as it was, or "
-                        "set resume to 'never' to start over.")
+    raise TunebookError(
+        f"resume is 'must' and the unfinished run in {stage.path} cannot be gone on with: {why}. Put it back as it was, or "
+        "set resume to 'never' to start over."
+    )
 
 
 def mirror(source: Path, target: Path) -> None:
@@ -142,8 +153,10 @@ def disk_full_is_a_sentence(folder: Path) -> Iterator[None]:
         for checkpoint in numbered(folder)[:1]:
             if not (checkpoint / SEAL).exists():
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        raise TunebookError(f"No space left on the disk while writing to {folder}; free some room and run the same command again, it goes on "
-                            "from the last whole checkpoint.") from error
+        raise TunebookError(
+            f"No space left on the disk while writing to {folder}; free some room and run the same command again, it goes on "
+            "from the last whole checkpoint."
+        ) from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:

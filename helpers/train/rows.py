@@ -10,11 +10,15 @@ from helpers.errors import TunebookError
 def _table(path: Any, columns: list[str]) -> Any:
     import pyarrow
     import pyarrow.parquet as parquet
+
     from datasets import Dataset
+
     try:
         return Dataset(parquet.read_table(path, columns=columns))
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
-        raise TunebookError(f"{path} cannot be read as rows with {', '.join(columns)} ({str(error).splitlines()[0][:160]}); run notebook 01 again.") from error
+        raise TunebookError(
+            f"{path} cannot be read as rows with {', '.join(columns)} ({str(error).splitlines()[0][:160]}); run notebook 01 again."
+        ) from error
 
 
 def supervised(data: Any, name: str, train_on: str = "completion") -> tuple[Any, dict[str, int]]:
@@ -36,8 +40,10 @@ def supervised(data: Any, name: str, train_on: str = "completion") -> tuple[Any,
     rows = rows.map(labels, remove_columns=["completion_mask"], keep_in_memory=True)
     kept = [i for i, found in enumerate(rows["labels"]) if any(x != -100 for x in found[1:])]
     if not kept:
-        raise TunebookError(f"In {file} every token is masked, so nothing would be trained; the answers are empty or cut off by max_length: "
-                            "check the preview of notebook 01, or set train_on to 'all'.")
+        raise TunebookError(
+            f"In {file} every token is masked, so nothing would be trained; the answers are empty or cut off by max_length: "
+            "check the preview of notebook 01, or set train_on to 'all'."
+        )
     return rows.select(kept, keep_in_memory=True), {"rows": total, "without trained tokens": total - len(kept)}
 
 
@@ -48,6 +54,7 @@ def pairs(data: Any, name: str, max_length: int, swap: bool = False) -> tuple[An
     one has the mean log-probability 0/0. swap: chosen and rejected exchanged. Raises TunebookError when nothing is left.
     """
     from helpers.train.batching import drop_overlong
+
     file = data.artifact(name)
     rows = _table(file, ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
     kept, dropped = drop_overlong(rows, max_length)
@@ -94,6 +101,7 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Any:
     import html
 
     from helpers.notebook import Html
+
     markup, text, last = [], [], False
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         trained, piece = label != -100, tokenizer.decode([token])
@@ -101,5 +109,7 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Any:
         markup.append(f"<mark style='background:#E69F0055;color:inherit'>{shown}</mark>" if trained else f"<span style='opacity:.65'>{shown}</span>")
         text.append(("[" if trained and not last else "]" if last and not trained else "") + piece)
         last = trained
-    return Html(f"<p><b>{html.escape(str(row.get('id', '')))}</b>, trained tokens marked:</p><code style='white-space:pre-wrap'>{''.join(markup)}</code>",
-                "".join(text) + ("]" if last else ""))
+    return Html(
+        f"<p><b>{html.escape(str(row.get('id', '')))}</b>, trained tokens marked:</p><code style='white-space:pre-wrap'>{''.join(markup)}</code>",
+        "".join(text) + ("]" if last else ""),
+    )

@@ -1,8 +1,8 @@
 """Notebook 02: supervised fine-tuning on the rows of notebook 01.
 
-    job = sft.prepare(stage)      checks, rows, plan; nothing heavy is loaded
-    job.train()                   or goes on with a killed run
-    job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, manifest
+job = sft.prepare(stage)      checks, rows, plan; nothing heavy is loaded
+job.train()                   or goes on with a killed run
+job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, manifest
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def prepare(stage: Any) -> Job:
 
 def _has_rows(path: Any) -> bool:
     import pyarrow.parquet as parquet
+
     return parquet.read_metadata(path).num_rows > 0
 
 

@@ -54,8 +54,15 @@ def shared_tensors(documents: Sequence[dict], prefix: int) -> dict:
         index[number, :n] = torch.arange(start, start + n)
         start += n
     assert start == total == len(ids) == len(labels), (start, total, len(ids), len(labels))
-    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "position_ids": position[None],
-            "document_lengths": (prefix, *lengths), "prefix_length": prefix, "rest_index": index, "rest_mask": mask}
+    return {
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
+        "position_ids": position[None],
+        "document_lengths": (prefix, *lengths),
+        "prefix_length": prefix,
+        "rest_index": index,
+        "rest_mask": mask,
+    }
 
 
 def shareable(documents: Sequence[dict], trained_prefix: bool = False) -> int:
@@ -85,10 +92,7 @@ class SharedCollator:
         documents = [d for row in rows for d in (row if isinstance(row, list) else [row])]
         plain = [{"input_ids": list(d["input_ids"]), "labels": batching.example_labels(d)} for d in documents]
         prefix = shareable(plain) if self.share and self.layout == "packed" else 0
-        if prefix:
-            batch = shared_tensors(plain, prefix)
-        else:
-            batch = batching.PackedCollator(self.pad_token_id, self.layout)(plain)
+        batch = shared_tensors(plain, prefix) if prefix else batching.PackedCollator(self.pad_token_id, self.layout)(plain)
         batch["loss_positions"] = predicting(batch["labels"])
         batch["row_ids"] = [str(d.get("id", "")) for d in documents]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
@@ -110,8 +114,10 @@ class SharedPairCollator:
         import torch
 
         pairs = [p for row in rows for p in (row if isinstance(row, list) else [row])]
-        documents = [{"input_ids": [*p["prompt_ids"], *p[side]], "labels": [*p["prompt_ids"], *p[side]]}
-                     for side in ("chosen_ids", "rejected_ids") for p in pairs]
+        documents = [{"input_ids": [*p["prompt_ids"], *p["chosen_ids"]], "labels": [*p["prompt_ids"], *p["chosen_ids"]]} for p in pairs]
+        documents += [
+            {"input_ids": [*p["prompt_ids"], *p["rejected_ids"]], "labels": [IGNORE] * len(p["prompt_ids"]) + list(p["rejected_ids"])} for p in pairs
+        ]
         prefix = shareable(documents, trained_prefix=True) if self.share and self.layout == "packed" and pairs else 0
         if prefix:  # a completion is never part of the beginning, whatever two answers have in common
             prefix = max(0, min(prefix, min(len(p["prompt_ids"]) for p in pairs) - 1))
@@ -124,6 +130,7 @@ class SharedPairCollator:
             batch["pair_count"] = len(pairs)
         else:
             batch = batching.PairCollator(self.pad_token_id, self.layout)(pairs)
+        batch["loss_positions"] = predicting(batch["labels"])
         batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
         batch["row_ids"] = [str(p.get("id", "")) for p in pairs]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)

@@ -35,8 +35,9 @@ class PackedRowsTrainer:
         self.trained_tokens = 0
 
     def _loader(self, rows: Any) -> Any:
-        loader = torch.utils.data.DataLoader(rows, batch_size=1, shuffle=False, collate_fn=self.row_collator, num_workers=0,
-                                             pin_memory=torch.cuda.is_available())
+        loader = torch.utils.data.DataLoader(
+            rows, batch_size=1, shuffle=False, collate_fn=self.row_collator, num_workers=0, pin_memory=torch.cuda.is_available()
+        )
         return self.accelerator.prepare(loader)
 
     def get_train_dataloader(self) -> Any:
@@ -144,9 +145,15 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         else:
             preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
             loss = nll / self.step_tokens - preference.sum() / self.step_pairs
-            metrics = {"nll_loss": nll / inputs["nll_tokens"], "log_odds_ratio": log_ratio, "log_odds_chosen": log_odds,
-                       "rewards/margins": (chosen_rewards - rejected_rewards).mean(), "rewards/accuracies": (chosen > rejected).float().mean(),
-                       "logps/chosen": chosen.mean(), "logps/rejected": rejected.mean()}
+            metrics = {
+                "nll_loss": nll / inputs["nll_tokens"],
+                "log_odds_ratio": log_ratio,
+                "log_odds_chosen": log_odds,
+                "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
+                "rewards/accuracies": (chosen > rejected).float().mean(),
+                "logps/chosen": chosen.mean(),
+                "logps/rejected": rejected.mean(),
+            }
         self.store_metrics({k: v.item() for k, v in metrics.items()}, train_eval="train")
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
@@ -157,13 +164,28 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
             return {}
         preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
         pairs = torch.tensor(float(len(chosen)), device=nll.device)
-        return {"nll": nll, "tokens": torch.tensor(float(inputs["nll_tokens"]), device=nll.device), "pairs": pairs,
-                "preference": preference.sum(), "log_odds_ratio": log_ratio * pairs, "log_odds_chosen": log_odds * pairs,
-                "margins": (chosen_rewards - rejected_rewards).sum(), "correct": (chosen > rejected).float().sum(),
-                "chosen": chosen.sum(), "rejected": rejected.sum()}
+        return {
+            "nll": nll,
+            "tokens": torch.tensor(float(inputs["nll_tokens"]), device=nll.device),
+            "pairs": pairs,
+            "preference": preference.sum(),
+            "log_odds_ratio": log_ratio * pairs,
+            "log_odds_chosen": log_odds * pairs,
+            "margins": (chosen_rewards - rejected_rewards).sum(),
+            "correct": (chosen > rejected).float().sum(),
+            "chosen": chosen.sum(),
+            "rejected": rejected.sum(),
+        }
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         pairs, nll = sums["pairs"], sums["nll"] / sums["tokens"]
-        return {"loss": nll - sums["preference"] / pairs, "nll_loss": nll, "log_odds_ratio": sums["log_odds_ratio"] / pairs,
-                "log_odds_chosen": sums["log_odds_chosen"] / pairs, "rewards/margins": sums["margins"] / pairs,
-                "rewards/accuracies": sums["correct"] / pairs, "logps/chosen": sums["chosen"] / pairs, "logps/rejected": sums["rejected"] / pairs}
+        return {
+            "loss": nll - sums["preference"] / pairs,
+            "nll_loss": nll,
+            "log_odds_ratio": sums["log_odds_ratio"] / pairs,
+            "log_odds_chosen": sums["log_odds_chosen"] / pairs,
+            "rewards/margins": sums["margins"] / pairs,
+            "rewards/accuracies": sums["correct"] / pairs,
+            "logps/chosen": sums["chosen"] / pairs,
+            "logps/rejected": sums["rejected"] / pairs,
+        }

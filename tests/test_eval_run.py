@@ -191,7 +191,7 @@ def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_roo
     monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
     url, rows = planted
     prose = [{**r, "sql": f"The answer is {i}, as everyone in the country knows well." if i else ""} for i, r in enumerate(rows[:9])]
-    data_stage("prose", prose, tiny_llama, False)
+    data_stage("prose", prose, tiny_llama, database=False)
     stage = runs.open_stage("eval", params.resolve("eval", {
         "run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", "general_text": "", "general_chat": "", "general_tasks": ""}))
     made = evaluation.Evaluation(stage)

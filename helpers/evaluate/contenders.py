@@ -24,7 +24,8 @@ _WEIGHTS = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 class Contender:
     """One judged model. path: model folder or GGUF file (the base's folder for an adapter); url, model: an endpoint's.
 
-    made_from: name of the contender this one was exported from, "" where there is none. trouble: why it cannot be judged,
+    made_from: name of the contender this one was exported from, "" where there is none. onto: what the adapter is merged into, "16bit" or
+    "nf4" for one that was fitted to the rounded weights. trouble: why it cannot be judged,
     known already while looking for it, else "".
     """
 
@@ -37,6 +38,7 @@ class Contender:
     url: str = ""
     model: str = ""
     made_from: str = ""
+    onto: str = "16bit"
     trouble: str = ""
 
     @property
@@ -53,7 +55,7 @@ class Contender:
             return cache.key("endpoint", self.url, self.model)
         if self.kind == "gguf":
             return cache.key("gguf", cache.content(self.path), runtime.versions()["versions"].get("xllamacpp", ""))
-        return cache.key("hf", cache.content(self.path), cache.content(self.adapter) if self.adapter else "", precision)
+        return cache.key("hf", cache.content(self.path), cache.content(self.adapter) if self.adapter else "", self.onto, precision)
 
 
 def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = "") -> list[Contender]:
@@ -71,7 +73,7 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
     made: dict[str, list[Contender]] = {"base": [base]}
     for stage in ("sft", "orpo"):
         if stage in stages:
-            made[stage] = [_trained(stage, stages[stage].path, base)]
+            made[stage] = [_trained(stage, stages[stage], base)]
     if "gguf" in stages:
         parents, folder = stages["gguf"].data["parents"], stages["gguf"].path
         last = stages["gguf"].metrics.get("trained_by") or next((s for s in ("orpo", "sft") if s in parents), "base")
@@ -103,13 +105,15 @@ def _base(stages: Mapping[str, Any], model: str) -> Contender:
         return Contender("base", "base", "hf", name, trouble=str(error))
 
 
-def _trained(stage: str, folder: Path, base: Contender) -> Contender:
+def _trained(stage: str, manifest: Any, base: Contender) -> Contender:
     """What a training stage made: an adapter, or a whole model where every weight was trained."""
+    folder = manifest.path
     if (folder / "model" / "config.json").is_file():
         return Contender(stage, stage, "hf", f"{folder.name}/model", folder / "model")
     adapter = folder / "adapter"
     missing = "" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again"
-    return Contender(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, trouble=base.trouble or missing)
+    return Contender(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, onto=manifest.data.get("merge_onto") or "16bit",
+                     trouble=base.trouble or missing)
 
 
 def _other(text: str) -> Contender:
@@ -160,6 +164,8 @@ def _load_hf(contender: Contender, precision: str) -> Any:
     """(model, tokenizer) of a Hugging Face contender, its adapter merged into the 16-bit weights."""
     from helpers.data.vocabulary import fit
     from helpers.model import loading
+    if contender.adapter is not None and contender.onto == "nf4":
+        return _load_on_rounded(contender, precision)
     model = loading.load_model(contender.path, quantize="none", dtype=precision)
     tokenizer = loading.load_tokenizer(contender.path)
     if contender.adapter is not None:
@@ -175,6 +181,16 @@ def _load_hf(contender: Contender, precision: str) -> Any:
             raise TunebookError(f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
                                 "name the base it was trained on.") from error
     return model, tokenizer
+
+
+def _load_on_rounded(contender: Contender, precision: str) -> Any:
+    """An adapter that belongs to the base as 4-bit NormalFloat gave it back: merged tensor by tensor, as stage 04 does."""
+    import tempfile
+
+    from helpers.model import loading, merging
+    with tempfile.TemporaryDirectory(dir=loading.cache()) as folder:
+        merged = merging.merge(contender.path, contender.adapter, Path(folder) / "merged", "nf4").path
+        return loading.load_model(merged, quantize="none", dtype=precision), loading.load_tokenizer(merged)
 
 
 def reader(contender: Contender, precision: str, end_of_turn: str) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from helpers import runtime
 from helpers.errors import TunebookError
 
 # 64 rows decode at about the same cost a step as 32 on 2 cores (AVX-512 BF16), and long batches wait for their longest row.
@@ -56,6 +57,8 @@ class HfModel:
         self.stops = end_ids(model, tokenizer)
         self.fast = shared_prefix.supports(model)
         self.path_note = "shared-prefix decoding" if self.fast else f"transformers.generate ({model.config.model_type} attention is not plain)"
+        card = runtime.gpu()
+        self.rows = 4 * ROWS if card and card.total_gib >= 40 else ROWS
         self._checked = False
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -126,7 +129,7 @@ class HfModel:
                     self.model(input_ids=prefix, use_cache=False, logits_to_keep=1)
                 members = sorted(members, key=lambda i: -len(prompts[i]))
                 heads = self.model.config.get_text_config().num_attention_heads
-                for batch in _batches(members, len(prompts[members[0]]) - shared, shared, heads):
+                for batch in _batches(members, len(prompts[members[0]]) - shared, shared, heads, self.rows):
                     self._decode(state, [prompts[i] for i in batch], shared, Draws(decoding, [prompts[i] for i in batch]),
                                  lambda row, *a, batch=batch: finish(batch[row], *a))
 
@@ -290,9 +293,9 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n in range(size) if a[n] != b[n]), size)
 
 
-def _batches(members: list[int], longest: int, shared: int, heads: int) -> Iterator[list[int]]:
-    """Even batches of at most ROWS, fewer where the prompts' attention scores would take more than SCORE_BYTES."""
-    rows = max(1, min(ROWS, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
+def _batches(members: list[int], longest: int, shared: int, heads: int, most: int) -> Iterator[list[int]]:
+    """Even batches of at most `most` rows, fewer where the prompts' attention scores would take more than SCORE_BYTES."""
+    rows = max(1, min(most, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
     count = -(-len(members) // rows)
     size = -(-len(members) // count)
     for start in range(0, len(members), size):

@@ -56,7 +56,8 @@ def lost(found: dict[str, Any]) -> Html:
     rows = []
     for name, f in record["contenders"].items():
         task = next(iter(f["tasks"].values()), None)
-        rows.append((name, "kept" if f["passed"] else "FORGOT", f"{f['loss']:.3f}", f"{f['change']:+.3f}", f"{f['perplexity']:.1f}",
+        verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
+        rows.append((name, verdict, f"{f['loss']:.3f}", f"{f['change']:+.3f}", f"{f['perplexity']:.1f}",
                      share(task["value"] if task else None), share(f["refusal_rate"]), share(f["manners"]), f["sentence"]))
     head = ("contender", "verdict", "general text, nats/token", "change", "perplexity", "general questions", "refusals", "manners", "in words")
     advice = "".join(f"<p>→ {html.escape(a)}</p>" for a in record["advice"])

@@ -26,24 +26,25 @@ if TYPE_CHECKING:
 _running: dict[tuple, Server] = {}
 
 
-def start(what: str | Path, port: int = 0, context: int = 0, parallel: int = 1, alias: str = "", type: str = "") -> Server:
+def start(what: str | Path, port: int = 0, context: int = 0, parallel: int = 1, alias: str = "", type: str = "",
+          temperature: float = 0.0) -> Server:
     """Start a server and wait until it is healthy; the same call again gives the server that already runs.
 
     what: a GGUF file, a folder with one, or the name of a run. port: 0 takes a free one. context: tokens of each of `parallel`
     conversations at once; 0 takes the model's, at most 4096. alias: the model's name for clients. type: of a run with several
-    files, the one to serve ("q4_k_m").
+    files, the one to serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured.
 
     Raises TunebookError when the file is missing or damaged, the port is taken, or the memory would not be enough.
     """
     from helpers.gguf.server import Server
     path = find(what, type)
     context, need = plan(path, context, parallel)
-    key = (path.resolve(), path.stat().st_mtime_ns, port, context, parallel, alias)
+    key = (path.resolve(), path.stat().st_mtime_ns, port, context, parallel, alias, temperature)
     known = _running.get(key)
     if known is not None and known.process.poll() is None and known.healthy():
         return known
     try:
-        server = Server(path, port=port, context=context, parallel=parallel, alias=alias or path.stem)
+        server = Server(path, port=port, context=context, parallel=parallel, alias=alias or path.stem, temperature=temperature)
     except OSError as error:
         raise TunebookError(f"The server's process could not be started ({error.strerror}), most likely for want of memory; "
                             f"{path.name} needs about {need:.1f} GiB.") from error
@@ -158,9 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=0, help="tokens of a conversation; 0 takes the model's, at most 4096")
     parser.add_argument("--parallel", type=int, default=1, help="conversations at once")
     parser.add_argument("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
+    parser.add_argument("--temperature", type=float, default=0.0, help="for clients that ask for none; 0 is how the scores were measured")
     options = parser.parse_args(arguments)
     try:
-        server = start(options.what, options.port, options.context, options.parallel, type=options.type)
+        server = start(options.what, options.port, options.context, options.parallel, type=options.type, temperature=options.temperature)
         print(describe(server), "Ctrl-C ends it.", sep="\n", flush=True)
         status = server.process.wait()
         print(f"The server ended by itself with status {status}, most likely for want of memory; ask for a shorter context.", file=sys.stderr)

@@ -48,6 +48,11 @@ def test_it_renders_prompts_with_the_models_own_template(server, tokenizer):
         chat, tokenize=False, add_generation_prompt=True)
 
 
+def test_a_client_that_asks_for_no_temperature_gets_the_measured_one(server):
+    with urllib.request.urlopen(server.url + "/props") as reply:
+        assert json.load(reply)["default_generation_settings"]["params"]["temperature"] == 0.0
+
+
 def test_it_listens_on_loopback_alone(server):
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     addresses = {address.split(":")[0] for _, address, *_ in listening if int(address.split(":")[1], 16) == server.port}

@@ -28,17 +28,18 @@ class Server:
     """A running server. url: "http://127.0.0.1:PORT"; port; process.
 
     path: a GGUF file; port: 0 for any free one; context: tokens of each of `parallel` conversations; template: a Jinja text in place
-    of the file's own; alias: the model name that clients see. Raises TunebookError when the file or the port is not usable.
+    of the file's own; alias: the model name that clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8).
+    Raises TunebookError when the file or the port is not usable.
     """
 
     def __init__(self, path: str | Path, port: int = 0, context: int = 4096, parallel: int = 1, threads: int = 0,
-                 template: str = "", alias: str = "", timeout_s: float = 300):
+                 template: str = "", alias: str = "", temperature: float | None = None, timeout_s: float = 300):
         self.path = Path(path)
         reading.check(self.path)
         if port:
             _refuse_taken(port)
         settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel, "threads": threads,
-                    "template": template, "alias": alias or self.path.stem}
+                    "template": template, "alias": alias or self.path.stem, "temperature": temperature}
         self.process = subprocess.Popen([sys.executable, "-m", "helpers.gguf.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True, cwd=runtime.PROJECT,
                                         env={"GOMP_SPINCOUNT": "1000", **os.environ})  # see binding.Library
@@ -133,6 +134,8 @@ def _child() -> None:
     p.cors_origins = ""  # no web page may read from it
     if settings["template"]:
         p.chat_template = settings["template"]
+    if settings["temperature"] is not None:
+        p.sampling.temp = settings["temperature"]
     if settings["threads"]:
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"]
     try:

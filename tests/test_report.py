@@ -1,6 +1,7 @@
 """Claims about the report, read in a real browser: whole without a network, safe with hostile answers, legible everywhere."""
 
 import json
+import random
 import re
 import shutil
 
@@ -137,7 +138,7 @@ def test_gained_and_lost_agree_with_the_answers(root, visit):
 
 
 def test_hostile_answers_are_text_and_nothing_else(changed, visit):
-    scores, answers = samples.evaluation(__import__("random").Random(1))
+    scores, answers = samples.evaluation(random.Random(1))
     for row in answers[:40]:
         row["question"] = row["system"] = row["reference"] = samples.NASTY
         row["meta"] = {"kind": samples.NASTY, "origin": "\" onmouseover=\"document.title='broken'"}
@@ -253,7 +254,7 @@ def test_undefined_scores_are_dashes(changed):
 
 
 def test_a_thousand_long_answers_still_make_a_small_page(changed):
-    scores, answers = samples.evaluation(__import__("random").Random(2))
+    scores, answers = samples.evaluation(random.Random(2))
     rows = [{**row, "id": f"r{i}-{row['id']}"} for i in range(8) for row in answers]
     for row in rows:
         for answer in row["answers"].values():
@@ -334,9 +335,30 @@ def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes
     shutil.rmtree(changed / "05_evaluation")
     from helpers import params
     stage = runs.open_stage("eval", params.resolve("eval", {"run": "atlas"}))
-    scores, answers = samples.evaluation(__import__("random").Random(3))
+    scores, answers = samples.evaluation(random.Random(3))
     samples.write_evaluation(stage.path, scores, answers)
     report.build("atlas", stage)
     manifest = stage.finish({})
     assert {"report.html", "MODEL_CARD.md", "scores.json"} <= set(manifest.data["artifacts"])
     assert "did not finish" not in text_of(changed / "05_evaluation" / "report.html")
+
+
+def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
+    folder = changed / "05_evaluation"
+    scores, answers = samples.evaluation(random.Random(4))
+    for key in ("ship", "forgetting", "harness", "preference", "instructions", "judge", "contamination", "seeds"):
+        samples.write_evaluation(folder, {**scores, key: None}, answers)
+        assert '<section id="scores">' in report.build("atlas").read_text()
+    for row in answers[:20]:
+        row["answers"].pop("orpo")
+        row.update(gold=None, nonempty=None, contaminated=None, meta={}, reference="", system="")
+    nothing = {"status": "skipped", "reason": "did not load", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
+    skipped = [{**c, **nothing} for c in scores["contenders"]]
+    judge = {"model": "judge", "estimate": {}, "pairs": [{"baseline": "base", "contender": "sft", "n": 40, "win_rate": 0.7, "low": 0.55, "high": 0.82,
+                                                        "length_controlled": None, "order_agreement": 0.9, "failed": 1}]}
+    samples.write_evaluation(folder, {**scores, "judge": judge}, answers)
+    assert "Judge: judge" in report.build("atlas").read_text()
+    samples.write_evaluation(folder, {**scores, "contenders": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers])
+    assert text_of(report.build("atlas")).count("did not load") >= len(skipped)
+    samples.write_evaluation(folder, {**scores, "contenders": [], "comparisons": []}, [])
+    assert '<section id="answers">' not in report.build("atlas").read_text()

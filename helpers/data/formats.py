@@ -215,7 +215,10 @@ def _prompt(record: Mapping[str, Any], shape: Shape) -> list[dict]:
     elif shape.prompt and isinstance(record.get(shape.prompt), (list, tuple)):
         messages = talk.read_messages(record[shape.prompt], shape)
     else:
-        for turn in record.get(shape.history) or [] if shape.history else []:
+        history = (record.get(shape.history) if shape.history else None) or []
+        if not isinstance(history, (list, tuple)):
+            raise RowError("broken history", f"{shape.history!r} is {kind_of(history)}; a list of question and answer pairs was expected")
+        for turn in history:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
                 raise RowError("broken history", f"a turn of {shape.history!r} is {kind_of(turn)}; pairs of question and answer were expected")
             messages += [

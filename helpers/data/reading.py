@@ -13,6 +13,7 @@ from helpers.data.rows import Rejects, Row, Table, batches, make_row
 from helpers.data.sources import Source
 from helpers.errors import TunebookError
 
+UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
 CHECK_EVERY = 20_000  # rows after which a job that is mostly rejections stops early
 
 
@@ -144,7 +145,8 @@ def _rows(source: Source, shape: Shape | None, rejects: Rejects, report: SourceR
             used = set(fitting.columns().values())
             aside = {str(name): _plain(value) for name, value in record.items() if name not in used and value is not None and value != ""}
             parts = formats.convert(record, fitting)
-        except RowError as error:
+        except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:  # only RowError is expected
+            error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
             rejects.add(where, number, error.reason, error.detail, step="format")
             if rejects.total_seen % CHECK_EVERY == 0:
                 rejects.check()

@@ -264,7 +264,7 @@ STAGES: dict[str, tuple[Param, ...]] = {
         Param("seed", 17, "Seed of the resampling and of `limit`", low=0, high=2**31 - 1),
         Param("loss_increase", 0.15, "General text may get this much harder before the verdict is 'forgot'", unit="nats per token", low=0.0, high=10.0, advanced=True),
         Param("task_drop", 0.15, "General questions, refusals and manners may lose this share", low=0.0, high=1.0, advanced=True),
-        Param("forgetting_gguf", False, "Measure forgetting on GGUF files too; notebook 04 already holds them against the merged model", advanced=True),
+        Param("forgetting_gguf", False, "Measure forgetting and preference on GGUF files too; notebook 04 already holds them against the merged model", advanced=True),
         Param("reference_metric", "f1", "What counts as right where the answer is free text", choices=("exact", "f1", "rouge_l", "chrf"), advanced=True),
         Param("contamination_share", 0.5, "Share of a question's 8-grams in one training row from which it is scored apart", low=0.01, high=1.0, advanced=True),
         Param("harness_include", "", "Folder with YAML tasks of your own", advanced=True),

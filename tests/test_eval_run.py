@@ -14,6 +14,7 @@ from helpers.errors import TunebookError
 from helpers.evaluate import contamination, contenders, evaluation, instructions, judge, references, schema
 
 PROJECT = Path(__file__).resolve().parent.parent
+QUIET = {"general_text": "", "general_chat": "", "general_tasks": ""}
 HTML = "<script>alert(1)</script>\x1b[2J\x00"
 
 
@@ -180,9 +181,10 @@ def test_contenders_that_make_no_sense_are_named(wanted, extra, message):
 # ------------------------------------------------------------ references, checks, judge, contamination
 
 def test_reference_metrics_agree_with_known_values():
-    assert references.scores("The Nile.", "nile") == {"exact": 1.0, "f1": 1.0, "rouge_l": 1.0, "chrf": pytest.approx(0.379, abs=0.001)}
+    expected = {"exact": 1.0, "f1": 1.0, "rouge_l": pytest.approx(2 / 3), "chrf": pytest.approx(0.379, abs=0.001)}
+    assert references.scores("The Nile.", "nile") == expected
     found = references.scores("Paris is the capital", "the capital is Paris")
-    assert found["exact"] == 0 and found["f1"] == 1.0 and found["rouge_l"] == pytest.approx(2 / 3)
+    assert found["exact"] == 0 and found["f1"] == 1.0 and found["rouge_l"] == pytest.approx(0.5)
     assert references.scores("x", " ") == dict.fromkeys(references.METRICS)
     assert references.f1("北京是首都", "首都是北京") == 1.0 and references.scores("", "word")["f1"] == 0
 
@@ -193,12 +195,31 @@ def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_roo
     prose = [{**r, "sql": f"The answer is {i}, as everyone in the country knows well." if i else ""} for i, r in enumerate(rows[:9])]
     data_stage("prose", prose, tiny_llama, database=False)
     stage = runs.open_stage("eval", params.resolve("eval", {
-        "run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", "general_text": "", "general_chat": "", "general_tasks": ""}))
+        "run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}))
     made = evaluation.Evaluation(stage)
     made.measure()
     metrics, scores = made.write(), made.summary()
     assert scores["task"]["label"] == "token F1" and metrics["contenders"]["good"]["n"] == 8
     assert record(scores, "good")["scores"]["chrf"]["value"] < 0.5 and any("1 of 9 items have a reference" in w for w in scores["warnings"])
+
+
+def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
+    url, rows = planted
+    tables = ["CREATE TABLE countries (name TEXT, capital TEXT, continent TEXT, area INTEGER, population INTEGER)", "CREATE TABLE ("]
+    known = [{**r, "system": tables[i == 1], "sql": "SELECT name FROM countries WHERE area > 5000"} for i, r in enumerate(rows[:6])]
+    for row in known:
+        monkeypatch.setitem(Planted.table, row["question"], row["sql"])
+    data_stage("tables", known, tiny_llama, database=False)
+    stage = runs.open_stage("eval", params.resolve("eval", {
+        "run": "tables", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}))
+    made = evaluation.Evaluation(stage)
+    made.measure()
+    scores = made.summary()
+    assert scores["task"]["label"] == "execution agreement on synthetic databases"
+    found = record(scores, "good")["scores"]["accuracy"]
+    assert (found["n"], round(found["value"] * found["n"])) == (5, 3)  # one schema cannot be read; the server errs on every fourth question
+    assert made.rows()[1]["gold"] is None and any("1 of 6 items" in w for w in scores["warnings"])
 
 
 @pytest.mark.parametrize(("meta", "good", "bad"), [
@@ -222,7 +243,8 @@ def test_the_judge_refuses_what_would_cost_too_much_before_asking():
         judge.compare_answers(None, pairs, budget=1000)
 
 
-@pytest.mark.parametrize(("text", "verdict"), [("A", 0.0), ("B.", 1.0), ("tie", 0.5), ("I prefer answer B", 1.0), ("neither, really", None), ("", None)])
+@pytest.mark.parametrize(("text", "verdict"), [("A", 0.0), ("B.", 1.0), ("tie", 0.5), ("I prefer answer B", 1.0),
+                                               ("neither, really", None), ("", None)])
 def test_verdicts_are_read(text, verdict):
     assert judge.read(text) == verdict
 
@@ -234,12 +256,13 @@ def test_an_answer_cannot_close_its_own_tag():
 
 def test_length_control_takes_the_length_out_of_the_win_rate():
     wins, lengths = [1.0] * 30 + [0.0] * 10, [200] * 30 + [-200] * 10  # the longer answer always wins
-    assert abs(judge.length_controlled(wins, lengths) - 0.5) < 0.1  # 0.75 before
+    assert 0.45 < judge.length_controlled(wins, lengths) < 0.65  # 0.75 as it stands
     assert judge.length_controlled([1.0] * 20, [0] * 20) > 0.9 and judge.length_controlled([1.0], [3]) is None
 
 
 def test_overlap_finds_reworded_cases_and_spares_fresh_ones():
     training = ["Tell me, WHICH rivers of Africa are longer than two thousand kilometres and reach the sea?", "What is the capital of France?"]
     found = contamination.overlap(["which rivers of africa are longer than two thousand kilometres",
-                                   "Which lakes of Asia are deeper than one hundred metres today?", "what is the capital of france", "capital of France"], training)
+                                   "Which lakes of Asia are deeper than one hundred metres today?", "what is the capital of france",
+                                   "capital of France"], training)
     assert found.tolist() == [1.0, 0.0, 1.0, 0.0]

@@ -121,7 +121,8 @@ SCHEMA = "CREATE TABLE head (age INTEGER, name VARCHAR, born_state VARCHAR)\n" \
 
 def test_synthetic_databases_answer_the_reference_and_tell_wrong_queries_apart():
     for reference, wrong in [("SELECT COUNT(*) FROM head WHERE age > 56", "SELECT COUNT(*) FROM head WHERE age > 60"),
-                             ("SELECT name FROM head WHERE born_state = 'Alabama' AND age < 40", "SELECT name FROM head WHERE born_state = 'Alabama'"),
+                             ("SELECT name FROM head WHERE born_state = 'Alabama' AND age < 40",
+                              "SELECT name FROM head WHERE born_state = 'Alabama'"),
                              ('SELECT name FROM head WHERE born_state <> "Alaska"', 'SELECT name FROM head WHERE born_state = "Alaska"')]:
         judge = text_to_sql.Judge(synthetic.databases(SCHEMA, reference))
         assert judge.nonempty(reference) and judge.score(reference, reference)["score"] == 1.0

@@ -69,10 +69,12 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
     for word in names:
         if word not in ROLES:
             raise TunebookError(f"contenders names {word!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_contenders.")
-    base = _base(stages, model)
-    made: dict[str, list[Contender]] = {"base": [base]}
+    made: dict[str, list[Contender]] = {}
+    if {"base", "sft", "orpo"} & set(names):
+        base = _base(stages, model)
+        made["base"] = [base]
     for stage in ("sft", "orpo"):
-        if stage in stages:
+        if stage in stages and stage in names:
             made[stage] = [_trained(stage, stages[stage], base)]
     if "gguf" in stages:
         parents, folder = stages["gguf"].data["parents"], stages["gguf"].path

@@ -60,7 +60,7 @@ class Evaluation:
         tokenizer = self._tokenizer()
         self.template_hash = loading.template_hash(tokenizer) if tokenizer is not None else None
         self.end_of_turn = tokenizer.decode([loading.end_of_turn(tokenizer)]) if tokenizer is not None else ""
-        self._sql_judges: dict[str, text_to_sql.Judge] = {}
+        self._sql_judges: dict[str, text_to_sql.Judge | None] = {}
 
     def _tokenizer(self) -> Any:
         first = next((c for c in self.contenders if c.kind == "hf" and not c.trouble), None)
@@ -92,7 +92,7 @@ class Evaluation:
                 with session.Session(contender, self.cache, self.params.precision, self.end_of_turn) as s:
                     self._ask(s)
                     self._knowledge(s, texts, chat)
-                    if pairs and contender.kind == "hf":
+                    if pairs and (contender.kind == "hf" or (contender.kind == "gguf" and self.params.forgetting_gguf)):
                         self.preferences[contender.name] = preference.score(s, pairs)
             except session.TROUBLE as error:
                 reason = str(error).strip().split("\n")[0][:400] or type(error).__name__
@@ -120,8 +120,9 @@ class Evaluation:
                                  + next(e["detail"] for e in self.answers[name] if e["error"] == "no_answer") + ".")
 
     def _score(self, item: items.Item, answer: Any) -> dict[str, Any]:
-        if self.kind == "text_to_sql":
-            entry = self._judge(item).score(answer.text, item.reference, answer.stopped)
+        judge = self._judge(item) if self.kind == "text_to_sql" else None
+        if judge is not None:
+            entry = judge.score(answer.text, item.reference, answer.stopped)
         elif self.kind == "references":
             entry = references.entry(answer.text, item.reference, self.params.reference_metric, answer.stopped)
         else:
@@ -131,14 +132,18 @@ class Evaluation:
             entry.update(error="no_answer", detail=answer.failed, valid=None)
         return {**entry, "tokens": answer.tokens}
 
-    def _judge(self, item: items.Item) -> text_to_sql.Judge:
+    def _judge(self, item: items.Item) -> text_to_sql.Judge | None:
+        """What scores the item's queries; None where its own schema cannot be read, so that the item stays undefined."""
         key = "" if self.database else item.id
         if key not in self._sql_judges:
             if self.database:
                 connections = [readonly.open_readonly(self.database)]
             else:
-                connections = synthetic.databases(items.schema_text(item), item.reference, self.params.seed)
-            self._sql_judges[key] = text_to_sql.Judge(connections)
+                try:
+                    connections = synthetic.databases(items.schema_text(item), item.reference, self.params.seed)
+                except TunebookError:
+                    connections = []
+            self._sql_judges[key] = text_to_sql.Judge(connections) if connections else None
         return self._sql_judges[key]
 
     def _knowledge(self, s: session.Session, texts: list[str], chat: list[dict[str, Any]]) -> None:
@@ -199,7 +204,8 @@ class Evaluation:
         """answers.jsonl as dicts."""
         found = []
         for place, item in enumerate(self.items):
-            gold = self._judge(item).gold(item.reference)[0] if self.kind == "text_to_sql" else None
+            judge = self._judge(item) if self.kind == "text_to_sql" else None
+            gold = judge.gold(item.reference)[0] if judge is not None else None
             found.append({"id": item.id, "question": item.question, "system": item.system, "reference": item.reference,
                           "meta": items.plain(item.meta), "cluster": item.cluster, "nonempty": self.nonempty(item),
                           "contaminated": self.contaminated[place],
@@ -208,7 +214,9 @@ class Evaluation:
         return found
 
     def nonempty(self, item: items.Item) -> bool | None:
-        return self._judge(item).nonempty(item.reference) if self.kind == "text_to_sql" else None
+        """Whether the reference's answer has rows; None where that is not known."""
+        judge = self._judge(item) if self.kind == "text_to_sql" else None
+        return judge.nonempty(item.reference) if judge is not None else None
 
     def write(self) -> dict[str, Any]:
         """Write scores.json and answers.jsonl into the stage's folder; returns the metrics for its manifest."""
@@ -217,7 +225,7 @@ class Evaluation:
         runs.write_json(self.stage.path / schema.SCORES, scores)
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
         runs.write_atomic(self.stage.path / schema.ANSWERS, "".join(lines).encode("utf-8", "backslashreplace"))
-        for judge in self._sql_judges.values():
+        for judge in filter(None, self._sql_judges.values()):
             judge.close()
         self._sql_judges.clear()
         return summary.metrics(scores)

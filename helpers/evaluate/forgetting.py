@@ -112,8 +112,8 @@ def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> lis
     """What to change in notebooks 01 and 02, the surest first."""
     share = max(0.1, min(0.5, 2 * (replay or 0.05)))
     now = f", now {replay:.2f}" if replay is not None else ""
-    said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_share = {share:.2f} in "
-            f"notebook 01{now}).",
+    said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, and "
+            f"replay_share = {share:.2f} in notebook 01{now}).",
             f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step "
             "forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673)."]
     return [*said, "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so."]

@@ -42,7 +42,7 @@ def _rouge() -> Any:
 
     class Words:
         def tokenize(self, text: str) -> list[str]:
-            return words(text)
+            return _WORDS.findall(text.lower())
 
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
 

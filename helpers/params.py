@@ -168,7 +168,7 @@ STAGES: dict[str, tuple[Param, ...]] = {
         Param("min_tokens", 0, "Shortest answer; 0: any", unit="tokens", low=0, high=10**6, advanced=True),
         Param("drop_repetitive", False, "Drop answers that repeat themselves", advanced=True),
         Param("drop_gibberish", False, "Drop answers that are no language", advanced=True),
-        Param("personal_data", "off", "E-mail, phone, card, IBAN, address of a computer: count, mask, or drop the row (135 texts/s)", choices=("off", "count", "mask", "drop"), advanced=True),
+        Param("personal_data", "off", "E-mail, phone, card, IBAN, address of a computer: count, mask, or drop the row (some thousand texts/s)", choices=("off", "count", "mask", "drop"), advanced=True),
         Param("toxicity", "none", "Scorer: module:function, transformers:model, or an endpoint http://host/v1#model", advanced=True),
         Param("toxicity_threshold", 0.5, "Score from which a row is dropped", low=0.0, high=1.0, advanced=True),
         Param("weights", "", "Mixture: share of each source, name=2,other=1; empty: every row", advanced=True),

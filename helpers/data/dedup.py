@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from helpers.data.rows import Row, StepReport, Table, text_of
+from helpers.data.rows import Row, StepReport, Table
 from helpers.data.rows import shown as shown_text
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 

@@ -25,11 +25,13 @@ QWEN = (  # rewrites earlier turns without their thinking, as Qwen3's does
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "<repo_name>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<file_sep>\n{% endfor %}{% if add_generation_prompt %}<repo_name>model\n{% endif %}"
+    "<repo_name>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<file_sep>\n{% endfor %}"
+    "{% if add_generation_prompt %}<repo_name>model\n{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant{{ ' #' ~ (messages | length - loop.index) }}\n"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant #0\n{% endif %}"
 )
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -65,7 +65,8 @@ def read_one(tmp_path, name, content, tokenizer, **options):
 
 def test_html_gives_its_article_without_menu_script_and_comments(tmp_path, tokenizer):
     body = "".join(f"<p>{SENTENCE.format(i)}</p>" for i in range(12))
-    page = f"<html><head><script>alert('x')</script></head><body><nav>Home | Login</nav><!-- secret --><article><h1>Rivers</h1>{body}</article></body></html>"
+    page = "<html><head><script>alert('x')</script></head><body><nav>Home | Login</nav>"
+    page += f"<!-- secret --><article><h1>Rivers</h1>{body}</article></body></html>"
     pieces, rejects = read_one(tmp_path, "a.html", page, tokenizer)
     assert "through 11 countries" in " ".join(pieces) and not rejects.invalid
     assert not any(word in " ".join(pieces) for word in ("alert", "Login", "secret", "<p>"))
@@ -162,7 +163,7 @@ def test_a_reader_that_hangs_or_dies_costs_one_document(tmp_path, tokenizer, mon
     documents._reader.process.wait()
     assert "Rivers" in documents.read(tmp_path / "a.docx")  # a new one was started
     monkeypatch.setattr(documents, "SECONDS", 0.0)
-    with pytest.raises(documents.Unreadable, match="too long to read|reader died"):
+    with pytest.raises(documents.Unreadable, match=r"too long to read|reader died"):
         documents.read(tmp_path / "a.docx")
     monkeypatch.setattr(documents, "SECONDS", 60)
     assert "Rivers" in documents.read(tmp_path / "a.docx")

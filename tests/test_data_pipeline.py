@@ -260,5 +260,5 @@ def test_each_bad_input_ends_with_one_sentence_and_no_manifest(job, tmp_path, gi
     with pytest.raises(TunebookError, match=said) as caught:
         run(job(content, **given))
     assert "\n" not in str(caught.value)
-    with pytest.raises(TunebookError, match="did not finish|not been run"):
+    with pytest.raises(TunebookError, match=r"did not finish|not been run"):
         runs.load("t", "data")

@@ -1,6 +1,7 @@
 """What people see: every token is shown, colours say what is trained, nothing from the data becomes markup."""
 
 import html
+import itertools
 import json
 import re
 
@@ -99,7 +100,7 @@ def test_control_characters_and_half_surrogates_are_made_visible():
 def test_ticks_are_round_numbers_within_the_range():
     for top in (5, 97, 512, 8191, 100_000):
         ticks = page.ticks(top)
-        assert ticks[0] == 0 and ticks[-1] <= top and 2 <= len(ticks) <= 8 and len({b - a for a, b in zip(ticks, ticks[1:], strict=False)}) == 1
+        assert ticks[0] == 0 and ticks[-1] <= top and 2 <= len(ticks) <= 8 and len({b - a for a, b in itertools.pairwise(ticks)}) == 1
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1100), ("dark", 390)])

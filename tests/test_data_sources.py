@@ -234,7 +234,7 @@ def test_a_hub_id_carries_revision_subset_and_split():
 
 
 def test_a_hub_set_that_cannot_be_had_ends_with_a_sentence():
-    with pytest.raises(TunebookError, match="could not be loaded.*Check the name"):
+    with pytest.raises(TunebookError, match=r"could not be loaded.*Check the name"):
         read("nobody/no-such-set-anywhere", Rejects())
 
 

@@ -64,7 +64,8 @@ def test_an_unknown_group_column_names_the_columns_there_are():
 def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
     rng, made = random.Random(1), []
     for i in range(60):
-        words = [rng.choice(["river", "lake", "mountain", "city", "border", "people", "north", "south", "large", "small"]) + str(rng.randrange(90)) for _ in range(60)]
+        names = ["river", "lake", "mountain", "city", "border", "people", "north", "south", "large", "small"]
+        words = [rng.choice(names) + str(rng.randrange(90)) for _ in range(60)]
         for copy in range(4):
             text = " ".join([*words[:-1], f"tail{copy}"])
             made.append(

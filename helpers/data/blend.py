@@ -70,7 +70,7 @@ def _sql_negatives(job: Any) -> tuple[str, str, str]:
 def mix_sources(job: Any) -> Html:
     """Weigh, cap and interleave the sources and add the replay share; `job.rows` becomes the mixture."""
     p = job.params
-    names = list(dict.fromkeys(source for _, source in job.rows.keys()))
+    names = list(dict.fromkeys(source for _, source in job.rows.ids_and_sources()))
     weights, caps = _numbers("weights", p.weights, names), _numbers("caps", p.caps, names)
     if len(names) == 1 and not caps and not p.replay_dataset:
         return Html(f"<p>One source with {len(job.rows):,} rows; nothing to mix.</p>", "One source; nothing to mix.")

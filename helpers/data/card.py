@@ -54,7 +54,8 @@ def card(job: Any) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# Training data of run {job.params.run}",
         "",
-        f"Rendered with the chat template of `{plain(job.params.model)}`; trained tokens: {job.params.train_on}; longest row {job.encoded['max_length']} tokens.",
+        f"Rendered with the chat template of `{plain(job.params.model)}`; trained tokens: {job.params.train_on}; "
+        f"longest row {job.encoded['max_length']} tokens.",
         "",
         "| file | rows |",
         "|---|---|",
@@ -76,7 +77,8 @@ def card(job: Any) -> str:
         "",
         "## Columns",
         "",
-        "`input_ids` and `completion_mask` (1 = trained) go into TRL's SFTTrainer as they are, with `completion_only_loss=True`; `prompt`, `chosen`, `rejected` are TRL's conversational form.",
+        "`input_ids` and `completion_mask` (1 = trained) go into TRL's SFTTrainer as they are, with `completion_only_loss=True`; "
+        "`prompt`, `chosen`, `rejected` are TRL's conversational form.",
         "",
         "The licence and the origin of the sources above hold for this set too; add them here before you share it.",
         "",

@@ -255,7 +255,8 @@ class Encoder:
                     return self._by_markers(row, ids)
                 raise RowError(
                     "template is no prefix",
-                    f"the template writes turn {turn + 1} otherwise once others follow it than when the model has to say it; train_on='last' avoids this",
+                    f"the template writes turn {turn + 1} otherwise once others follow it than when the model has to say it; "
+                    "train_on='last' avoids this",
                 )
             begin = self._boundary(prefix, token_ids, specials)
             after = ends_at[np.searchsorted(ends_at, begin) :]

@@ -57,7 +57,8 @@ def _content(content: Any, number: int) -> str:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise RowError(
                 "not text",
-                f"message {number} has a part of type {str(part.get('type') if isinstance(part, Mapping) else part)[:40]!r}; only text can be trained here",
+                f"message {number} has a part of type {str(part.get('type') if isinstance(part, Mapping) else part)[:40]!r}; "
+                "only text can be trained here",
             )
         parts.append(as_text(part.get("text"), f"message {number}"))
     return "".join(parts)

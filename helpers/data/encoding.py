@@ -15,6 +15,7 @@ from helpers.notebook import Html, table
 
 TRAINED_SPLITS = ("train", "eval")
 LOST = ".encoding.jsonl"
+WATCHED_ROWS = 20_000  # about ten seconds
 
 
 def encode_splits(job: Any) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def encode_splits(job: Any) -> dict[str, Any]:
     from helpers.model.loading import template_hash, tokenizer_hash
 
     p, template = job.params, job.template()
-    ids = (f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].keys())
+    ids = (f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].ids_and_sources())
     key = cache.key(
         ids,
         tokenizer=tokenizer_hash(job.tokenizer),
@@ -73,7 +74,8 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
                     trained["trained_turns"] += len(one.ends)
                 yield batch
 
-        result["written"][name] = output.write_tokens(job.path / f"{name}.parquet", counted(fitter.fit(encoder.encode(job.splits[name]))))
+        fitting = fitter.fit(encoder.encode(watched(job.splits[name], f"tokenising {name}")))
+        result["written"][name] = output.write_tokens(job.path / f"{name}.parquet", counted(fitting))
         result["splits"][name] = {"rows": result["written"][name], **trained}
         histogram.update(fitter.report.lengths)
         counts.update(
@@ -92,6 +94,14 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         {"source": name, **part, "row_share": part["rows"] / rows, "token_share": part["tokens"] / tokens} for name, part in by_source.items()
     ]
     return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
+
+
+def watched(rows: Table, label: str) -> Any:
+    """The table's batches, with a progress bar where there are so many that somebody waits for them."""
+    from helpers import runtime
+    from helpers.data.rows import BATCH_ROWS
+
+    return runtime.progress(rows, label, -(-len(rows) // BATCH_ROWS)) if len(rows) > WATCHED_ROWS else rows
 
 
 def _proposed(job: Any, template: Any) -> int:
@@ -153,7 +163,8 @@ def summary(encoded: dict[str, Any]) -> Html:
     rows = [
         (
             f"{name}.parquet",
-            f"{part['rows']:,} rows, {part.get('tokens', 0):,} tokens, {part.get('trained_tokens', 0) / max(1, part.get('tokens', 0)):.1%} of them trained",
+            f"{part['rows']:,} rows, {part.get('tokens', 0):,} tokens, "
+            f"{part.get('trained_tokens', 0) / max(1, part.get('tokens', 0)):.1%} of them trained",
         )
         for name, part in encoded["splits"].items()
     ]
@@ -161,7 +172,8 @@ def summary(encoded: dict[str, Any]) -> Html:
     rows += [
         (
             "max_length",
-            f"{encoded['max_length']:,} tokens; {found['proposed_max_length']:,} would hold 99 % of the rows, the longest has {found.get('longest', 0):,}",
+            f"{encoded['max_length']:,} tokens; {found['proposed_max_length']:,} would hold 99 % of the rows, "
+            f"the longest has {found.get('longest', 0):,}",
         ),
         (
             "over max_length",

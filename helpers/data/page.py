@@ -15,10 +15,12 @@ STYLE = """
 body{margin:0 auto;padding:24px 16px 64px;max-width:960px;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 .3em}h2{font-size:1.15rem;margin:2em 0 .5em}p{margin:.4em 0}.soft{color:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:left;vertical-align:top;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);overflow-wrap:break-word}td{max-width:34em}td.long{min-width:15em;overflow-wrap:anywhere}
+th,td{text-align:left;vertical-align:top;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);overflow-wrap:break-word}
+td{max-width:34em}td.long{min-width:15em;overflow-wrap:anywhere}
 th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:10px;margin:1em 0}
-.card{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px}.card b{display:block;font-size:1.35rem;font-weight:650}
+.card{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px}
+.card b{display:block;font-size:1.35rem;font-weight:650}
 .card span{color:var(--soft);font-size:.85rem}
 .row{border:1px solid var(--line);border-radius:8px;padding:12px 14px;margin:12px 0;background:var(--panel)}
 .row h3{margin:0 0 8px;font-size:.88rem;font-weight:600;color:var(--soft);overflow-wrap:anywhere}
@@ -28,7 +30,8 @@ th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-num
 .key span{border-radius:3px;padding:1px 6px;margin:0 8px 4px 0;display:inline-block}
 .wide{width:100%;height:auto;display:block}.bar{fill:var(--bar)}.axis{fill:var(--soft);font-size:11px}.rule{stroke:var(--line)}
 .mark{stroke:var(--bad);stroke-width:2}.mark2{stroke:var(--accent);stroke-width:2;stroke-dasharray:5 4}
-pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
+pre{background:var(--panel);border:1px solid var(--line);border-radius:8px;padding:10px 12px;
+white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 @media (max-width:560px){body{padding:16px 12px 48px;font-size:15px}h1{font-size:1.35rem}}
 """
 
@@ -38,7 +41,8 @@ def page(title: str, body: str) -> str:
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{cell(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{cell(title)}</title>'
+        f"<style>{STYLE}</style></head><body>{body}</body></html>\n"
     )
 
 
@@ -83,12 +87,14 @@ def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bin
         x = left + at * top / bins * scale
         title = f"{at * top // bins:,} to {(at + 1) * top // bins:,} tokens: {rows:,} rows"
         drawn.append(
-            f'<rect class=bar x="{x:.1f}" y="{base - tall}" width="{max(1, top / bins * scale - 1):.1f}" height="{tall}"><title>{cell(title)}</title></rect>'
+            f'<rect class=bar x="{x:.1f}" y="{base - tall}" width="{max(1, top / bins * scale - 1):.1f}" height="{tall}">'
+            f"<title>{cell(title)}</title></rect>"
         )
     for tick in ticks(top):
         drawn.append(f'<text class=axis text-anchor=middle x="{left + tick * scale:.0f}" y="{base + 18}">{tick:,}</text>')
     drawn.append(
-        f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text><text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>'
+        f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text>'
+        f'<text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>'
     )
     drawn.append(
         f'<text class=axis text-anchor=end x="{left - 6}" y="{base}">0</text><line class=rule x1="{left}" x2="{width - 10}" y1="{base}" y2="{base}"/>'

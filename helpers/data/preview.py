@@ -73,7 +73,8 @@ def write(job: Any, rows: int = 6) -> Any:
         )
         blocks.append(f"<div class=row><h3>preference · {cell(row['id'])}</h3>{sides}</div>")
     title = f"Which tokens are trained: {job.params.run}"
-    intro = f"<h1>{cell(title)}</h1><p class=soft>Hover over a token for its id. Trained on: {cell(job.params.train_on)}. The first rows of every file, as they were written.</p>{KEY}"
+    told = f"Hover over a token for its id. Trained on: {job.params.train_on}. The first rows of every file, as they were written."
+    intro = f"<h1>{cell(title)}</h1><p class=soft>{cell(told)}</p>{KEY}"
     write_atomic(job.path / "preview.html", page(title, intro + "".join(blocks)))
     inline = f"<div class=tunebook><style>{scoped(STYLE)}</style>{KEY}{''.join(blocks[:3])}</div>"
     return Html(inline, f"{len(blocks)} rows in {job.path / 'preview.html'}")
@@ -88,4 +89,6 @@ def scoped(style: str) -> str:
     ]
     text = "\n".join(kept)
     lines = [line if line.startswith(("--", "@media", ":root")) else ".tunebook " + line for line in text.splitlines()]
-    return "\n".join(lines).replace(":root", ".tunebook").replace(".t{", ".t{").replace("}.e{", "}.tunebook .e{").replace("}.s{", "}.tunebook .s{")
+    # The notebook's theme may differ from the system's, so the block brings its own ground.
+    ground = "\n.tunebook{color:var(--ink);background:var(--ground);padding:4px 10px;border-radius:8px}"
+    return "\n".join(lines).replace(":root", ".tunebook").replace("}.e{", "}.tunebook .e{").replace("}.s{", "}.tunebook .s{") + ground

@@ -91,7 +91,8 @@ def body(job: Any) -> str:
         )
     )
     parts.append(
-        f"<p>{found['over']:,} of {found['rows']:,} rows are over max_length; cutting them would have taken the end of turn from {found['lost_end_share']:.0%} of those. "
+        f"<p>{found['over']:,} of {found['rows']:,} rows are over max_length; "
+        f"cutting them would have taken the end of turn from {found['lost_end_share']:.0%} of those. "
         f"Dropped {found['dropped']:,}, truncated {found['truncated']:,}, split {found['split_rows']:,} into {found['split_into']:,}.</p>"
     )
     parts.append(
@@ -131,7 +132,8 @@ def body(job: Any) -> str:
             )
         )
     parts.append(
-        f"<p class=soft>Cache: {cell(encoded['cache'])}. Rows that are not in the files above are listed in rejected.jsonl with file, row and reason.</p>"
+        f"<p class=soft>Cache: {cell(encoded['cache'])}. "
+        "Rows that are not in the files above are listed in rejected.jsonl with file, row and reason.</p>"
     )
     return "".join(parts)
 

@@ -193,7 +193,7 @@ class Table:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["row"]):
                 yield [json.loads(text) for text in batch.column(0).to_pylist()]
 
-    def keys(self) -> Iterator[tuple[str, str]]:
+    def ids_and_sources(self) -> Iterator[tuple[str, str]]:
         """(id, source) of every row, without reading the rest of it."""
         if self._folder is None:
             yield from ((row["id"], row["source"]) for row in self._held)

@@ -98,7 +98,8 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
         known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
         if not known:
             raise TunebookError(
-                f"The folder {path} has no file that can be read ({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
+                f"The folder {path} has no file that can be read "
+                f"({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
             )
         return [_of_file(file) for file in known]
     if path is not None:
@@ -147,7 +148,8 @@ def _of_entry(entry: dataset_info.Entry) -> Source:
     if entry.file is not None:
         if not entry.file.is_file():
             raise TunebookError(
-                f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; put it there or take the entry out."
+                f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; "
+                "put it there or take the entry out."
             )
         return Source(entry.name, file=entry.file, shape=entry.shape, limit=entry.num_samples)
     if not entry.hub:

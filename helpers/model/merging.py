@@ -18,7 +18,9 @@ from typing import Any
 
 from helpers import runs
 from helpers.errors import TunebookError
+from helpers.model.safetensors_files import count_weights, shards, write_safetensors
 
+__all__ = ["Merged", "check_adapter", "count_weights", "merge", "merged_weight", "nf4_round_trip", "read_config", "shards"]
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 PREFIX = "base_model.model."
 
@@ -180,31 +182,6 @@ def _first(error: Exception) -> str:
 
 # ---------------------------------------------------------------- shard by shard
 
-def shards(base: Path) -> list[Path]:
-    """The base's safetensors files; all that its index names must be there."""
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [p.name for p in sorted(base.glob("*.safetensors"))]
-    bad = next((n for n in names if not (base / n).is_file() or Path(n).name != n), None)
-    if bad or not names:
-        raise TunebookError(f"The base in {base} lacks its weights ({bad or 'no *.safetensors file'}); download it again.")
-    return [base / n for n in names]
-
-
-def count_weights(base: Path) -> tuple[int, int]:
-    """(weights of the model, weights of its largest tensor), from the headers of its files."""
-    import math
-
-    from safetensors import safe_open
-    counts = []
-    for shard in shards(base):
-        with safe_open(shard, "pt") as file:
-            counts += [math.prod(file.get_slice(n).get_shape()) for n in file.keys()]  # noqa: SIM118
-    return sum(counts), max(counts)
-
-
 def _write_shards(shards: list[Path], out: Path, model: Any, config: Any, onto: str) -> dict[str, Any]:
     merger = _Merger(model, config, onto)
     weight_map, total, changed = {}, 0, 0
@@ -362,32 +339,6 @@ def _embedding_names(model: Any) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------- files
-
-def write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: Any, tensors: Iterator[Any]) -> int:
-    """Stream tensors into one safetensors file (the format's own layout); returns the bytes of tensor data.
-
-    entries: (name, shape) in the order in which `tensors` yields them, all of `dtype`, two bytes a weight.
-    """
-    import math
-
-    import torch
-    label = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in entries:
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), tensor in zip(entries, tensors, strict=True):
-            if tuple(tensor.shape) != tuple(shape):
-                raise TunebookError(f"The merged {name} has shape {tuple(tensor.shape)} where {tuple(shape)} was expected; "
-                                    "the adapter belongs to another base.")
-            file.write(memoryview(tensor.view(torch.int16).numpy()).cast("B"))
-            del tensor
-    return end
-
 
 def _write_rest(base: Path, adapter: Path | None, tokenizer: Path | None, out: Path, config: Any, untied: bool) -> None:
     """Config, generation settings, licence and tokenizer beside the weights."""

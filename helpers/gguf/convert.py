@@ -32,7 +32,7 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dic
         raise TunebookError(f"Conversion type {outtype!r} is none of {', '.join(TYPES_16)}; smaller types come from quantising.")
     started = time.time()
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
-        folder, partial = _clean_copy(model, Path(work) / "model"), Path(work) / "out.gguf"
+        folder, partial = clean_copy(model, Path(work) / "model"), Path(work) / "out.gguf"
         _run(folder, partial, model, ["--outtype", outtype, *(["--model-name", name] if name else [])])
         reading.check(partial)
         os.replace(partial, out)
@@ -42,7 +42,7 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dic
 def convert_vocabulary(model: Path, out: Path) -> Path:
     """A GGUF with the tokenizer alone, from a folder that needs no weights: what preflight looks at before training."""
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
-        folder, partial = _clean_copy(model, Path(work) / "model", weights=False), Path(work) / "out.gguf"
+        folder, partial = clean_copy(model, Path(work) / "model", weights=False), Path(work) / "out.gguf"
         _run(folder, partial, model, ["--vocab-only"])
         os.replace(partial, out)
     return out
@@ -59,7 +59,7 @@ def architectures() -> set[str]:
     return set()
 
 
-def _clean_copy(model: Path, folder: Path, weights: bool = True) -> Path:
+def clean_copy(model: Path, folder: Path, weights: bool = True) -> Path:
     """A folder of links to the weights and copies of the small files, without `auto_map` (which names code to run)."""
     folder.mkdir()
     for file in ("config.json", *TOKENIZER_FILES):

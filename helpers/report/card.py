@@ -68,9 +68,15 @@ def base_licence(facts: Facts) -> str:
 
 
 def _intro(facts: Facts, kind: str, base: str) -> str:
-    what = {"adapter": "a LoRA adapter for", "merged": "a fine-tuned version of", "gguf": "GGUF files of a fine-tuned"}[kind]
-    steps = " and then ".join(t for s, t in (("sft", "QLoRA supervised fine-tuning"), ("orpo", "ORPO preference tuning")) if s in facts.stages)
-    text = f"This is {what} {_md(base) or 'its base model'}" + (f", made by {steps}." if steps else ".")
+    tuned = "sft" in facts.stages or "orpo" in facts.stages
+    what = {"adapter": "This is a LoRA adapter for", "merged": "This is a fine-tuned version of", "gguf": "These are GGUF files of a fine-tuned"}[
+        kind
+    ]
+    if not tuned:
+        what = "These are GGUF files of" if kind == "gguf" else "This is"
+    named = (("sft", "QLoRA supervised fine-tuning"), ("orpo", "ORPO preference tuning"))
+    steps = " and then ".join(text for stage, text in named if stage in facts.stages)
+    text = f"{what} {_md(base) or 'its base model'}" + (f", made by {steps}." if steps else ".")
     return text + (f"\n\n**{_md(facts.scores['headline'])}**" if facts.scores else "")
 
 
@@ -165,7 +171,8 @@ def _data(facts: Facts, licence: str) -> str:
     if "data" not in facts.stages:
         return ""
     metrics, params = facts.metrics("data"), facts.stages["data"].params
-    rows = ", ".join(f"{n:,} {k}" for k, n in (metrics.get("rows") or {}).items() if isinstance(n, int))
+    counts = metrics.get("rows") or {}
+    rows = ", ".join(f"{counts[k]:,} {k}" for k in ("train", "eval", "test") if isinstance(counts.get(k), int))
     text = f"## Training data\n\n{_md(_public(params.get('dataset')))}" + (f": {rows} rows" if rows else "") + "."
     if params.get("preference_dataset"):
         text += f" Preference pairs: {_md(_public(params['preference_dataset']))}."

@@ -40,9 +40,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    found = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    inside = [t for t in found if low <= t <= high]
-    return inside if len(inside) >= 2 else [low, math.sqrt(low * high), high]
+    powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    inside = [t for t in powers if low <= t <= high]
+    finer = [t * m for t in powers for m in (1, 2, 5) if low <= t * m <= high]
+    return inside if len(inside) >= 3 else finer if len(finer) >= 2 else [low, high]
 
 
 class Axes:

@@ -282,6 +282,7 @@ def test_the_model_cards_numbers_are_the_reports(root):
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and head["license"] == "apache-2.0"
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == round(accuracy["value"], 4)
     assert f"{100 * accuracy['value']:.1f} %" in text and "0.0644" in text and "gguf q2\\_k was skipped" in text.replace("q2_k", "q2\\_k")
+    assert "QLoRA supervised fine-tuning and then ORPO preference tuning" in text
     assert str(root) not in text
 
 

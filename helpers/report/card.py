@@ -74,8 +74,13 @@ def _intro(facts: Facts, kind: str, base: str) -> str:
     ]
     if not tuned:
         what = "These are GGUF files of" if kind == "gguf" else "This is"
-    named = (("sft", "QLoRA supervised fine-tuning"), ("orpo", "ORPO preference tuning"))
-    steps = " and then ".join(text for stage, text in named if stage in facts.stages)
+    how = {"qlora": "QLoRA", "lora": "LoRA", "full": "full", "freeze": "last-layer"}
+    said = []
+    if "sft" in facts.stages:
+        said.append(f"{how.get(facts.stages['sft'].params.get('method'), '')} supervised fine-tuning".strip())
+    if "orpo" in facts.stages:
+        said.append(f"{str(facts.stages['orpo'].params.get('loss', '')).upper()} preference tuning".strip())
+    steps = " and then ".join(said)
     text = f"{what} {_md(base) or 'its base model'}" + (f", made by {steps}." if steps else ".")
     return text + (f"\n\n**{_md(facts.scores['headline'])}**" if facts.scores else "")
 

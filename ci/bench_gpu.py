@@ -38,7 +38,7 @@ def llama(sizes: dict):
                        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, dtype="bfloat16")
 
 
-def make(model: Path, tokenizer: str, tiny: bool) -> None:
+def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None:
     """Write MODEL/16 (bf16) and, on a GPU, MODEL/nf4 (what the rivals load)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
@@ -49,7 +49,7 @@ def make(model: Path, tokenizer: str, tiny: bool) -> None:
     torch.set_default_dtype(torch.float32)
     whole.save_pretrained(model / "16", max_shard_size="4GB")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model / "16")
-    if device == "cuda":
+    if device == "cuda" and not only_16:
         del whole
         torch.cuda.empty_cache()
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -88,7 +88,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
     from helpers import params, runs
     run = f"bench-{arm}"
     values = {"run": run, "rank": 16, "alpha": 16, "schedule": "linear", "warmup_ratio": 0.1, "epochs": 100.0, "max_steps": given.steps,
-              "save_steps": max(1, given.steps // 2), "batch_size": 160 if stage == "sft" else 8, "learning_rate": 2e-4, "best_checkpoint": False, "export_check": False, **changes}
+              "save_steps": max(1, given.steps // 2), "batch_size": 333 if stage == "sft" else 8, "learning_rate": 2e-4, "best_checkpoint": False, "export_check": False, **changes}
     values |= {"train_on": "all"} if stage == "sft" else {"start_from": "base", "beta": 0.1, "max_length": 1024, "learning_rate": 8e-6}
     if given.tiny:
         values |= {"batch_size": 4, "max_length": 4096} if stage == "orpo" else {"batch_size": 4}
@@ -246,9 +246,9 @@ def run_all(given: argparse.Namespace) -> None:
 
     here = str(ROOT / "ci" / "bench_gpu.py")
     common = ["--model", given.model, "--data", given.data, *(["--tiny"] if given.tiny else [])]
-    start("make", "0", here, "make", "--tokenizer", given.tokenizer, *common).wait()
+    start("make", "0", here, "make", "--tokenizer", given.tokenizer, *common, *(["--only", given.only] if given.only and "unsloth" not in given.only else [])).wait()
     print(f"== model made at {time.time() - began:.0f} s", flush=True)
-    queues = {"0": [("ours_sft", here, "sft", "--steps", "24", *common), ("ours_orpo", here, "orpo", "--steps", "24", *common), ("ours_context", here, "context", *common)],
+    queues = {"0": [("ours_sft", here, "sft", "--steps", "16", *common), ("ours_orpo", here, "orpo", "--steps", "24", *common), ("ours_context", here, "context", *common)],
               "1": []}
     rivals = [(arm, str(ROOT / "ci" / "bench_rivals.py"), arm, "--model", given.model + "/nf4", "--data", given.data, "--steps", steps) for arm, steps in
               (("unsloth_sft_packed", "12"), ("unsloth_orpo", "8"), ("unsloth_sft", "9"), ("trl_sft", "6"), ("trl_orpo", "4"))]
@@ -272,7 +272,7 @@ def run_all(given: argparse.Namespace) -> None:
         for name, gpus, *rest in (("one_gpu", "0", "1", "qlora"), ("two_gpus", "0,1", "2", "qlora"), ("two_gpus_sharded", "0,1", "2", "lora")):
             if given.only and name not in given.only.split(","):
                 continue
-            start(name, gpus, here, "sft", "--steps", "12", "--processes", rest[0], "--method", rest[1], "--batch-size", "320", "--arm", name, *common).wait()
+            start(name, gpus, here, "sft", "--steps", "16", "--processes", rest[0], "--method", rest[1], "--batch-size", "333", "--arm", name, *common).wait()
             collect(name)
 
 
@@ -297,7 +297,7 @@ def main() -> None:
     if given.what == "all":
         run_all(given)
     elif given.what == "make":
-        make(Path(given.model), given.tokenizer, given.tiny)
+        make(Path(given.model), given.tokenizer, given.tiny, bool(given.only))
     elif given.what == "context":
         context(given)
     elif given.what == "planner":

@@ -14,10 +14,10 @@ CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator;
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adamw_8bit": 0, "lion": 4, "adafactor": 0.1, "sgd": 0}
-WORKSPACE_GIB = 0.25  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
+WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
-LAUNCH_S = {"none": 10e-3, "nf4": 13.5e-3}  # host time to launch one layer forward and backward (measured, a virtual machine)
+LAUNCH_S = {"none": 5.5e-3, "nf4": 8e-3}  # host time to launch one layer forward and backward (5 to 10 and 8 to 13 ms on two hosts)
 UNSLOTH_SLOWER = 1.5  # seconds of Unsloth's layers over ours at equal recomputation (measured, H200)
 
 
@@ -93,6 +93,7 @@ class Setting:
     trained_layers: int = 2
     shards: int = 1
     trained_share: float = 1.0  # tokens that the head has to look at
+    accumulates: bool = False  # gradients of earlier rows are there while a row's activations are
 
 
 def trained_parameters(shape: Shape, s: Setting) -> int:
@@ -113,7 +114,8 @@ def state_bytes(shape: Shape, s: Setting) -> float:
     if s.method in ("full", "freeze"):
         state = trained * (2 + 4 + OPTIMIZER_BYTES[s.optimizer])  # fp32 masters over the 16-bit weights, fp32 gradients
     else:
-        state = trained * (4 + 4 + OPTIMIZER_BYTES[s.optimizer])  # adapters are fp32
+        # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
+        state = trained * (4 + 4 * s.accumulates + OPTIMIZER_BYTES[s.optimizer])
     if s.shards > 1 and s.quantize != "nf4":
         return (base + state) / s.shards + 3 * 2 * shape.linear_parameters / shape.layers
     return base + state
@@ -158,7 +160,7 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
     whole = shape.layers - s.recompute
     body = whole * layer + s.recompute * kept + passing
     if s.recompute:
-        body = max(body, s.recompute * kept + layer + passing + tokens * 2 * shape.hidden)
+        body = max(body, s.recompute * kept + layer + passing)
     at_head = whole * layer + s.recompute * kept + head_bytes(shape, s)
     largest = max(i * o for _, i, o in shape.linears)
     unpacked = 2 * largest if s.quantize == "nf4" else 0

@@ -110,7 +110,7 @@ class Plan:
     def rows(self) -> list[tuple]:
         """The table: the chosen setting first, then the alternatives."""
         out = []
-        for option in (self.option, *(o for o in self.alternatives if o != self.option)):
+        for option in (self.option, *(o for o in self.alternatives if o.setting != self.option.setting)):
             s = option.setting
             speed = option.tokens_per_s / self.time_scale
             verdict = "chosen" if option is self.option else "fits" if option.fits else "does not fit"
@@ -205,17 +205,20 @@ def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size:
     fitting = [o for o in options if o.fits]
     if not fitting:
         raise TunebookError(_refusal(shape, base, card, lengths, values, world, options))
-    best = max(fitting, key=lambda o: (round(o.tokens_per_s / max(p.tokens_per_s for p in fitting), 2), -o.peak_gib))
+    fastest = max(o.tokens_per_s for o in fitting)
+    best = min((o for o in fitting if o.tokens_per_s >= 0.995 * fastest), key=lambda o: o.peak_gib)
     if best.setting.recompute:
         least = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
         reasons.append(f"Recomputation of {best.recompute_text}: without any it would need {least.need_gib:.1f} GiB of {card.total_gib:.1f}."
                        if not least.fits else f"Recomputation of {best.recompute_text}, so that longer rows fit.")
+    table = _table(options, best, shape, card, lengths, values, world)
+    best = _laid_out(best, shape, card, lengths, values, world)
     epochs = float(values.get("epochs", 1.0) or 1.0)
     per_epoch = math.ceil(len(lengths) / int(values["batch_size"]))
     steps = int(values.get("max_steps") or 0) or math.ceil(per_epoch * epochs)
     tokens = round(sum(lengths) * steps / per_epoch)
     return Plan(card, shape, best, int(values["batch_size"]), world, steps, tokens, kernel.name, packed, backend, tuple(reasons),
-                _table(options, best, shape, card, lengths, values, world))
+                table)
 
 
 def load_config(source):
@@ -242,8 +245,7 @@ def _base_setting(values: dict, shape: Shape, stage: str, backend: str, flash: b
 def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict, world: int):
     """Every row size and grade of recomputation worth weighing."""
     longest = max(lengths)
-    step_tokens = sum(lengths) / len(lengths) * min(int(values["batch_size"]), len(lengths))
-    useful = max(longest, math.ceil(step_tokens / world * 1.1))
+    useful = max(longest, math.ceil(_heaviest(lengths, values) / world))
     asked = int(values.get("row_tokens") or 0)
     if asked:
         if asked < longest:
@@ -267,7 +269,8 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
 def _weigh(shape: Shape, s: Setting, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
     batch = min(int(values["batch_size"]), len(lengths))
     step_tokens = sum(lengths) / len(lengths) * batch
-    rows = max(1, math.ceil(step_tokens * 1.02 / s.row_tokens / world)) if s.row_tokens < step_tokens / world else 1
+    rows = max(1, math.ceil(_heaviest(lengths, values) / s.row_tokens / world))
+    s = replace(s, accumulates=rows > 1 or s.accumulates)
     mean_row = step_tokens / world / rows
     square = sum(n * n for n in lengths) / sum(lengths)
     seconds = rows * memory.row_seconds(shape, replace(s, row_tokens=mean_row), card, square)
@@ -277,6 +280,22 @@ def _weigh(shape: Shape, s: Setting, card: cards.Card, lengths: Sequence[int], v
     peak = memory.peak_gib(shape, s)
     need = memory.need_gib(peak) if card.capability is not None else peak * 1.1
     return Option(s, rows, peak, need, step_tokens / seconds, need <= card.total_gib)
+
+
+def _heaviest(lengths: Sequence[int], values: dict) -> int:
+    """Tokens of the optimizer step that has the most."""
+    from helpers.train import batching
+    batch = batching.heaviest(lengths, int(values["batch_size"]), int(values.get("seed", 0)), math.ceil(float(values.get("epochs") or 1)), 1)[0]
+    return sum(lengths[i] for i in batch)
+
+
+def _laid_out(option: Option, shape: Shape, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
+    """The option with the accumulation that best-fit rows really need, and the peak of the longest row there will be."""
+    from helpers.train import batching
+    s = option.setting
+    layout = batching.plan_rows(lengths, int(values["batch_size"]), s.row_tokens, world, int(values.get("seed", 0)), math.ceil(float(values.get("epochs") or 1)))
+    peak = memory.peak_gib(shape, replace(s, row_tokens=layout.max_row_tokens, accumulates=layout.accumulation > 1))
+    return replace(option, accumulation=layout.accumulation, peak_gib=peak, need_gib=memory.need_gib(peak) if card.capability is not None else peak * 1.1)
 
 
 def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, lengths, values, world) -> tuple[Option, ...]:

@@ -76,13 +76,19 @@ def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: 
     if max(lengths) > budget:
         raise TunebookError(f"The longest example has {max(lengths)} tokens and a row holds {budget}; "
                             "raise the row budget or lower max_length.")
-    batches = [b for epoch in range(max(1, epochs)) for b in epoch_batches(len(lengths), batch_size, seed, epoch)]
+    batches = heaviest(lengths, batch_size, seed, epochs)
     need = max(len(best_fit([lengths[i] for i in batch], budget)) for batch in batches)
     accumulation = math.ceil(need / world_size)
     loads = [sum(lengths[i] for i in row) for batch in batches
              for row in _rows_of(batch, lengths, accumulation * world_size, budget)]
     return Layout(accumulation, accumulation * world_size, math.ceil(len(lengths) / batch_size), max(loads),
                   sum(loads) / len(loads))
+
+
+def heaviest(lengths: Sequence[int], batch_size: int, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
+    """The optimizer steps with the most tokens in these epochs: what a row budget has to hold."""
+    batches = [b for epoch in range(max(1, min(epochs, 50))) for b in epoch_batches(len(lengths), batch_size, seed, epoch)]
+    return sorted(batches, key=lambda b: -sum(lengths[i] for i in b))[:count]
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:

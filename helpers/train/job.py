@@ -181,7 +181,9 @@ class Job:
 
         plan = self.plan
         if self.result.get("tokens_per_s"):
-            plan = plan.correct(peak_gib=runtime.peak_memory_gib(), tokens_per_s=self.result["tokens_per_s"])
+            steps = [line["tokens_per_s"] for line in callbacks.read(self.log) if "tokens_per_s" in line]
+            steady = sorted(steps[min(3, len(steps) - 1) :])[len(steps[min(3, len(steps) - 1) :]) // 2] if steps else self.result["tokens_per_s"]
+            plan = plan.correct(peak_gib=runtime.peak_memory_gib(), tokens_per_s=steady)
         metrics = {k: v for k, v in self.result.items() if v is not None}
         metrics["peak_gib"] = runtime.peak_memory_gib()
         return self.stage.finish(

@@ -125,7 +125,10 @@ class _View:
         self._values = {"neftune_alpha": 0.0, "train_on": "completion", **params.as_dict(), "stage": params.stage}
 
     def __getattr__(self, name: str) -> Any:
-        return self._values[name]
+        try:
+            return object.__getattribute__(self, "_values")[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 def check(params: Any, capability: tuple[int, int] | None = None) -> None:

@@ -59,6 +59,8 @@ SIGNATURES = {
     "llama_vocab_get_add_bos": (c.c_bool, POINTER),
     "llama_tokenize": (c.c_int32, POINTER, c.c_char_p, c.c_int32, c.POINTER(TOKEN), c.c_int32, c.c_bool, c.c_bool),
     "llama_detokenize": (c.c_int32, POINTER, c.POINTER(TOKEN), c.c_int32, c.c_char_p, c.c_int32, c.c_bool, c.c_bool),
+    "llama_adapter_lora_init": (POINTER, POINTER, c.c_char_p),
+    "llama_set_adapters_lora": (c.c_int32, POINTER, c.POINTER(POINTER), c.c_size_t, c.POINTER(c.c_float)),
     "llama_decode": (c.c_int32, POINTER, Batch),
     "llama_get_logits_ith": (c.POINTER(c.c_float), POINTER, c.c_int32),
     "llama_get_memory": (POINTER, POINTER),

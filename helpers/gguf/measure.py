@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # A first choice counts as changed only when the reference preferred it by more than this: a tie broken the other way is no error.
-TIE_NATS = 1e-3
+TIE_NATS = 1e-2
 
 
 def measure(settings: dict[str, Any]) -> Result:

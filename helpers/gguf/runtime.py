@@ -110,11 +110,13 @@ class LlamaCpp(Vocabulary):
     """A GGUF file loaded by llama.cpp.
 
     path: the file. context: tokens that all sequences share. parallel: answers generated at once. threads: 0 for all cores.
+    adapter: a GGUF adapter to lay over it.
     library: a libllama, "" for the packaged one or the user's own. Raises TunebookError for a file that is missing, damaged or not understood.
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, path: str | Path, context: int = 4096, parallel: int = 8, threads: int = 0, library: str | Path = ""):
+    def __init__(self, path: str | Path, context: int = 4096, parallel: int = 8, threads: int = 0, library: str | Path = "",
+                 adapter: str | Path = ""):
         self._ctx = None
         self._server: Server | None = None
         self._load(Path(path), library, only_vocabulary=False)
@@ -130,8 +132,19 @@ class LlamaCpp(Vocabulary):
             raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
         count = threads or binding.threads()
         lib.llama_set_n_threads(self._ctx, count, count)
+        if adapter:
+            self._apply(Path(adapter))
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = _Arrays(BATCH)
+
+    def _apply(self, adapter: Path) -> None:
+        """Lay a GGUF adapter over the model. It is freed with the model."""
+        reading.check(adapter)
+        loaded = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+        if not loaded or self.lib.llama_set_adapters_lora(self._ctx, (c.c_void_p * 1)(loaded), 1, (c.c_float * 1)(1.0)):
+            why = self.lib.last_error()
+            self.close()
+            raise TunebookError(f"The adapter {adapter} does not fit {self.path.name}: {why}. Name the base it was trained on.")
 
     def close(self) -> None:
         if self._server is not None:

@@ -294,7 +294,7 @@ def merged_weight(module: Any, tensor: Any) -> Any:
     if isinstance(module, TrainableTokensWrapper) and module.weight.shape[0] > tensor.shape[0]:  # the rows of added tokens come from the adapter
         tensor = torch.cat([tensor, tensor.new_zeros(module.weight.shape[0] - tensor.shape[0], tensor.shape[1])])
     inner = layer.get_base_layer()
-    inner.weight = torch.nn.Parameter(tensor.float(), requires_grad=False)
+    inner.weight = torch.nn.Parameter(tensor.to(torch.float32, copy=True), requires_grad=False)  # merged in place
     if getattr(inner, "bias", None) is not None:
         inner.bias = torch.nn.Parameter(torch.zeros(inner.bias.shape), requires_grad=False)  # `_merged_bias` sees to it
     try:

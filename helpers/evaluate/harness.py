@@ -7,7 +7,9 @@ scored from the logits of the llama.cpp runtime itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -52,10 +54,13 @@ def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int,
     import lm_eval
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tuple(tasks), include)
+    # The small default task is done in seconds; the library's bars would fill the notebook. Longer tasks show them.
+    bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
     try:
-        found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=1000,
-                                        log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-                                        fewshot_random_seed=seed, verbosity="ERROR")
+        with bars:
+            found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=1000,
+                                            log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+                                            fewshot_random_seed=seed, verbosity="ERROR")
     except (ConnectionError, FileNotFoundError) as error:
         raise TunebookError(f"The data of {', '.join(tasks)} is not on this machine and no hub is reachable ({str(error)[:160]}); "
                             "use tasks over local files.") from error

@@ -183,7 +183,8 @@ def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, tiny_lla
 
 
 def test_an_adapter_of_another_base_or_template_is_refused(data, tiny_llama, tokenizer, tmp_path):
-    adapter = run(max_steps=4).finish().path / "adapter"
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run(max_steps=4).finish().path / "adapter", adapter)
     with pytest.raises(TunebookError, match="is no adapter folder"):
         sft.prepare(runs.open_stage("sft", settings(start_from=str(tmp_path))))
     other = tmp_path / "other"

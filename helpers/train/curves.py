@@ -28,12 +28,14 @@ def _axes(count: int, title: str) -> tuple[Any, Any]:
 
     matplotlib.use("Agg") if not matplotlib.get_backend().lower().startswith("module://") else None
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -59,7 +61,7 @@ def loss(lines: list[dict[str, Any]], title: str = "Training") -> Any:
     rate.spines["top"].set_visible(False)
     steps, values = series(lines, "tokens_per_s")
     right.plot(steps, values, color=BLUE, linewidth=1)
-    right.set_ylabel("trained tokens a second")
+    right.set_ylabel("tokens a second")
     right.set_ylim(bottom=0)
     return figure
 

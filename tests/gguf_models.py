@@ -27,7 +27,7 @@ def make(architecture: str, folder: Path, tokenizer) -> Path:
                 weight.normal_(0, 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if architecture in ("qwen2", "phi3") and not hasattr(tokenizer, "spm_file"):  # as Phi-4's: the class decides which vocabulary is read
+    if architecture == "phi3" and not hasattr(tokenizer, "spm_file"):  # as Phi-4's: the class decides which vocabulary is read
         import json
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))

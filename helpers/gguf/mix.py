@@ -85,11 +85,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: str = "", threads: int
     for tensor in reader.tensors:
         number = GGMLQuantizationType(NUMBER[chosen[tensor.name]])
         shape = [int(n) for n in tensor.shape]
-        rows = shape[::-1]
-        size = _bytes(chosen[tensor.name], shape)
-        writer.add_tensor_info(tensor.name, [*rows[:-1], size // max(int(np.prod(rows[:-1])), 1)] if number.name not in ("F32", "F16", "BF16") else rows,
-                               np.uint8 if number.name not in ("F32", "F16", "BF16") else {"F32": np.float32, "F16": np.float16}.get(number.name, np.uint16),
-                               size, number)
+        size, rows = _bytes(chosen[tensor.name], shape), shape[::-1]
+        plain = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}.get(number.name)
+        packed_rows = [*rows[:-1], size // max(int(np.prod(rows[:-1])), 1)]  # the writer counts a packed row in bytes
+        writer.add_tensor_info(tensor.name, rows if plain else packed_rows, plain or np.uint8, size, number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -50,7 +50,8 @@ def table(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
     best = recommend(files, results)
     sentence = f"Recommended: {best['type']}, {best['why']}." if best["type"] else best["why"]
     import html
-    return Html(draw(rows, head) + f"<p><b>{html.escape(sentence)}</b></p>", "\n".join(" | ".join(map(str, r)) for r in [head, *rows]) + "\n" + sentence)
+    text = "\n".join(" | ".join(map(str, r)) for r in [head, *rows])
+    return Html(draw(rows, head) + f"<p><b>{html.escape(sentence)}</b></p>", f"{text}\n{sentence}")
 
 
 def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:

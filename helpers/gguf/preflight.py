@@ -93,7 +93,8 @@ def _architecture(base: Path, report: Report) -> Any:
         return None
     name = (getattr(config.get_text_config(), "architectures", None) or config.architectures or ["unknown"])[0]
     known = name in convert.architectures()
-    report.checks.append(("architecture", known, f"{name} is known to the converter" if known else f"{name} is not known to llama.cpp's converter."))
+    report.checks.append(("architecture", known, f"{name} is known to the converter" if known else
+                          f"{name} is not known to llama.cpp's converter."))
     return config
 
 
@@ -139,8 +140,9 @@ def _examine(base: Path, folder: Path, tokenizer: Any, work: Path) -> list[tuple
         except TunebookError as error:
             return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
         with vocabulary:
-            return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), _stops(vocabulary, tokenizer, end_of_turn),
-                    _template(tokenizer)]
+            template = _template(tokenizer)
+            stops = [_stops(vocabulary, tokenizer, end_of_turn)] if template[1] else []  # without a template there are no turns
+            return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), template, *stops]
 
 
 def _same_ids(vocabulary: Any, tokenizer: Any) -> tuple[str, bool, str]:

@@ -36,7 +36,8 @@ def answer(path: Any, prompts: list[list[dict]], max_tokens: int = 128) -> list[
     from helpers import runtime
     from helpers.errors import TunebookError
     job = json.dumps({"path": str(path), "prompts": prompts, "max_tokens": max_tokens})
-    done = subprocess.run([sys.executable, "-m", "helpers.gguf.score"], input=job, capture_output=True, text=True, errors="replace", cwd=runtime.PROJECT)
+    done = subprocess.run([sys.executable, "-m", "helpers.gguf.score"], input=job, capture_output=True, text=True, errors="replace",
+                          cwd=runtime.PROJECT)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         raise TunebookError(f"{path} could not answer the test questions: {said[-1][:300]}")

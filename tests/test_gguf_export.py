@@ -1,0 +1,228 @@
+"""The exported file is the model: converted, quantised and run by llama.cpp's own code, on real K-quants and real tokenizers."""
+
+import json
+import shutil
+
+import gguf_models
+import numpy as np
+import pytest
+
+from helpers.errors import TunebookError
+from helpers.gguf import convert, fidelity, preflight, quantize, reading
+from helpers.gguf.runtime import LlamaCpp, server
+
+TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
+WANTED = {"q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_0": "Q4_0", "q3_k_m": "Q3_K",
+          "q3_k_s": "Q3_K", "q2_k": "Q2_K"}
+
+
+@pytest.fixture(scope="module")
+def f16(tiny_llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "model-f16.gguf"
+    convert.convert(tiny_llama, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def q8(f16):
+    return quantize.quantize(f16, f16.with_name("q8.gguf"), "q8_0").path
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama, tokenizer, tmp_path_factory):
+    made = fidelity.Reference(tiny_llama, [tokenizer(TEXT * 3)["input_ids"]], [tokenizer(TEXT)["input_ids"]], max_tokens=8,
+                              work=tmp_path_factory.mktemp("reference"))
+    yield made
+    made.close()
+
+
+def tensors(path):
+    from gguf import GGUFReader
+    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in GGUFReader(path).tensors}
+
+
+def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path):
+    sizes = []
+    for kind, wanted in WANTED.items():
+        made = quantize.quantize(f16, tmp_path / f"{kind}.gguf", kind)
+        assert made.types.get(wanted, 0) >= 6 and not made.fallback
+        sizes.append(made.bytes)
+    assert sizes[0] < f16.stat().st_size and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k"])
+def test_without_the_prebuilt_library_the_same_bytes_come_out(f16, kind, tmp_path):
+    from helpers.gguf import llama_lib, mix
+    if llama_lib.for_quantizing() is None:
+        pytest.skip("no library here has llama_model_quantize to compare with")
+    quantize.quantize(f16, tmp_path / "library.gguf", kind)
+    mix.quantize(f16, tmp_path / "rows.gguf", kind)
+    assert tensors(tmp_path / "library.gguf") == tensors(tmp_path / "rows.gguf")
+
+
+def test_narrow_rows_are_named_as_fallbacks(smollm2):
+    summary = reading.Summary({}, [reading.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0), reading.Tensor("norm", (576,), "F32", 0, 0),
+                                   reading.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0)], 0)
+    assert quantize.fallbacks(summary, "q4_k_m") == {"Q4_K → Q5_0": 1}
+    assert quantize.fallbacks(summary, "q8_0") == {}
+
+
+def test_f16_passes_every_gate(reference, f16):
+    result = fidelity.measure(reference, f16, "f16")
+    assert not result.failed and result.mean_kl < 1e-5 and result.top1 == 1
+    assert {"system", "multi-turn", "unicode", "Chinese"} <= set(result.prompt_shapes) and result.token_texts > 30
+    fidelity.require([result])
+
+
+def test_what_the_weights_cost_is_told_from_what_the_runtime_costs(reference, f16, tmp_path):
+    made = quantize.quantize(f16, tmp_path / "q4.gguf", "q4_k_m")
+    unpacked = quantize.dequantize(made.path, tmp_path / "unpacked.gguf")
+    assert set(reading.check(unpacked).types()) == {"F16", "F32"}
+    result = fidelity.measure(reference, made.path, "q4_k_m", unpacked)
+    assert 0 < result.weights_kl < 3 * result.mean_kl and result.runtime_kl is not None
+
+
+def edit(path, out, **fields):
+    """A copy of a GGUF file with text metadata replaced by text of the same length."""
+    data = path.read_bytes()
+    for old, new in fields.values():
+        assert old in data and len(old) == len(new)
+        data = data.replace(old, new)
+    out.write_bytes(data)
+    return out
+
+
+def test_each_broken_gate_is_named(reference, f16, tmp_path):
+    template = edit(f16, tmp_path / "template.gguf", a=(b"<|im_start|>assistant\n", b"<|im_start|>Assistant\n"))
+    merges = edit(f16, tmp_path / "merges.gguf", a=("Ġ t".encode(), "Ġ \u007f".encode()))
+    weights = tmp_path / "weights.gguf"
+    data = bytearray(f16.read_bytes())
+    at = next(t for t in reading.check(f16).tensors if "ffn_down" in t.name)
+    data[at.offset:at.offset + at.bytes] = np.random.default_rng(0).normal(0, 1, at.bytes // 2).astype(np.float16).tobytes()
+    weights.write_bytes(data)
+    for path, gate in ((template, "prompt"), (merges, "token ids"), (weights, "logits")):
+        result = fidelity.measure(reference, path, "f16")
+        assert gate in result.failed, path
+        with pytest.raises(TunebookError, match=f"f16: .*{gate}"):
+            fidelity.require([result])
+
+
+def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
+    data = f16.read_bytes()
+    for name, content, words in (("cut.gguf", data[:len(data) // 2], "truncated"), ("head.gguf", data[:60000], "no readable GGUF"),
+                                 ("text.gguf", b"hello" * 100, "does not begin"), ("huge.gguf", data[:8] + b"\xff" * 16 + data[24:], "announces")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TunebookError, match=words):
+            LlamaCpp(tmp_path / name)
+    with pytest.raises(TunebookError, match="There is no file"):
+        LlamaCpp(tmp_path / "none.gguf")
+
+
+def test_a_full_disk_leaves_no_partial_file_and_the_same_call_then_succeeds(f16, tmp_path):
+    import subprocess
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow a small file system for the test")
+    try:
+        with pytest.raises(TunebookError, match="disk"):
+            quantize.quantize(f16, small / "q8.gguf", "q8_0")
+        assert not list(small.iterdir())
+        subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
+        assert quantize.quantize(f16, small / "q8.gguf", "q8_0").path.is_file()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_unknown_types_and_outputs_are_refused():
+    with pytest.raises(TunebookError, match="q9_k"):
+        quantize.parse_types("q8_0, q9_k")
+    assert quantize.parse_types(" Q4_K_M,q8_0,q8_0") == ["q4_k_m", "q8_0"]
+
+
+def test_batched_answers_share_a_prefix_and_equal_single_ones(f16, tokenizer):
+    prompts = [tokenizer(TEXT * 2 + tail)["input_ids"] for tail in ("one", "two and more", "three")]
+    with LlamaCpp(f16, context=1024, parallel=2) as runtime:
+        together = runtime.generate(prompts, max_tokens=6)
+        assert [a.token_ids for a in together] == [runtime.generate([p], max_tokens=6)[0].token_ids for p in prompts]
+        assert all(a.finish == "length" and len(a.token_ids) == 6 for a in together)
+        with pytest.raises(TunebookError, match="does not fit the context"):
+            runtime.generate([[1] * 2000], max_tokens=4)
+
+
+def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer, tmp_path):
+    import test_gguf_merge
+    import torch
+
+    from helpers.gguf import adapter_gguf
+    wanted = test_gguf_merge.make_adapter(tiny_llama, tmp_path / "adapter", use_rslora=True)[0]
+    path = adapter_gguf.write(tmp_path / "adapter", tiny_llama, tmp_path / "adapter.gguf")
+    ids = test_gguf_merge.tokens()[0].tolist()
+    with LlamaCpp(f16, context=256, parallel=1, adapter=path) as runtime, LlamaCpp(f16, context=256, parallel=1) as bare:
+        with_adapter, without = torch.tensor(runtime.logits(ids)), torch.tensor(bare.logits(ids))
+    assert test_gguf_merge.divergence(wanted, with_adapter) < 1e-3 < 0.01 < test_gguf_merge.divergence(wanted, without)
+    test_gguf_merge.make_adapter(tiny_llama, tmp_path / "dora", use_dora=True)
+    with pytest.raises(TunebookError, match="no place"):
+        adapter_gguf.write(tmp_path / "dora", tiny_llama, tmp_path / "dora.gguf")
+
+
+def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, tokenizer, tmp_path):
+    from helpers.gguf import importance
+    matrix = importance.write(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
+    plain = quantize.quantize(f16, tmp_path / "plain.gguf", "q2_k")
+    weighed = quantize.quantize(f16, tmp_path / "weighed.gguf", "q2_k", matrix)
+    before, after = tensors(plain.path), tensors(weighed.path)
+    differing = [n for n in before if before[n] != after[n]]
+    assert len(differing) >= 14 and plain.bytes == pytest.approx(weighed.bytes, rel=0.01)
+
+
+def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    report = preflight.check(tiny_llama).require()
+    assert not report.problems and report.needs["q4_k_m"][0] < report.needs["16-bit GGUF"][0] < report.disk_gib
+    unknown = tmp_path / "unknown"
+    shutil.copytree(tiny_llama, unknown)
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyKnowsForCausalLM"]}))
+    with pytest.raises(TunebookError, match="NobodyKnowsForCausalLM is not known"):
+        preflight.check(unknown).require()
+    broken = tmp_path / "template"
+    shutil.copytree(tiny_llama, broken)
+    (broken / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ raise_exception('no') }}")
+    assert any("chat template" in p or "end of turn" in p for p in preflight.check(broken).problems)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral", "gemma2", "phi3"])
+def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tmp_path):
+    chosen = tokenizer
+    if architecture in ("gemma2", "qwen2"):
+        lines = [TEXT, "def merge(base, adapter):", "    return the merged folder of the model", "Which lake is deepest?", "0 1 2 3 4 5 6 7 8 9"] * 40
+        chosen = gguf_models.sentencepiece_tokenizer(tmp_path / "tokenizer", lines)
+    folder = gguf_models.make(architecture, tmp_path / "model", chosen)
+    path = tmp_path / "f16.gguf"
+    convert.convert(folder, path)
+    rows = [chosen(TEXT)["input_ids"][:60]]
+    made = fidelity.Reference(folder, rows, [rows[0][:10]], max_tokens=4, work=tmp_path)
+    try:
+        result = fidelity.measure(made, path, "f16")
+    finally:
+        made.close()
+    if architecture == "qwen2":  # transformers gives every Qwen2 folder Qwen2's own splitting of words, which this vocabulary was not made for
+        assert set(result.failed) <= {"token ids", "prompt"}
+        result.failed.clear()
+    assert not result.failed and result.mean_kl < 1e-5
+    assert quantize.quantize(path, tmp_path / "q4.gguf", "q4_k_m").types["Q4_K"] >= 6
+
+
+def test_the_server_answers_on_loopback_and_ends(q8):
+    import socket
+    with server(q8, context=256) as running:
+        assert running.healthy() and running.url.startswith("http://127.0.0.1:")
+        reply = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3})
+        assert reply["usage"]["completion_tokens"] <= 3
+        with pytest.raises(TunebookError, match=f"Port {running.port}"):
+            server(q8, port=running.port).__enter__()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", running.port), timeout=1)
+    with pytest.raises(TunebookError, match="There is no file"):
+        server("none.gguf").__enter__()

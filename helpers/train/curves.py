@@ -31,6 +31,7 @@ def _axes(count: int, title: str) -> tuple[Any, Any]:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), layout="constrained")
+    plt.close(figure)  # a notebook shows what a cell returns; pyplot would show it a second time
     figure.suptitle(title, fontsize=11)
     for ax in axes:
         ax.grid(alpha=0.3)

@@ -11,8 +11,9 @@ def _table(path: Any, columns: list[str]) -> Any:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     try:
         return Dataset(parquet.read_table(path, columns=columns))
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:

@@ -46,7 +46,15 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
 
     share = changed.pop("share", True)
     data = runs.load(run, "data", verify=False)
-    given = {"run": run, "max_steps": steps, "eval_rows": 1, "best_checkpoint": False, "eval_steps": 10**6, "save_steps": 10**6, "export_check": False}
+    given = {
+        "run": run,
+        "max_steps": steps,
+        "eval_rows": 1,
+        "best_checkpoint": False,
+        "eval_steps": 10**6,
+        "save_steps": 10**6,
+        "export_check": False,
+    }
     chosen = params.resolve(stage_name, {**given, **({"start_from": "base"} if stage_name == "orpo" else {}), **changed})
     with tempfile.TemporaryDirectory() as folder:
         stage = runs.Stage(stage_name, chosen, Path(folder), {"data": data}, False)
@@ -57,9 +65,16 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
         job.train()
     (start, cpu, before), (end, cpu_end, after) = clock.times[0], clock.times[-1]
     return {
-        "bench": "training", "setting": name, "model": job.source.name, "tokens_per_s": round((after - before) / (end - start), 1),
-        "s_per_step": round((end - start) / (steps - 1), 3), "cpu_s_per_step": round((cpu_end - cpu) / (steps - 1), 3), "batch_size": chosen.batch_size,
-        "peak_gib": runtime.peak_memory_gib(), "device": runtime.describe()["GPU"], "cores": runtime.describe()["CPU cores"],
+        "bench": "training",
+        "setting": name,
+        "model": job.source.name,
+        "tokens_per_s": round((after - before) / (end - start), 1),
+        "s_per_step": round((end - start) / (steps - 1), 3),
+        "cpu_s_per_step": round((cpu_end - cpu) / (steps - 1), 3),
+        "batch_size": chosen.batch_size,
+        "peak_gib": runtime.peak_memory_gib(),
+        "device": runtime.describe()["GPU"],
+        "cores": runtime.describe()["CPU cores"],
     }
 
 

@@ -154,6 +154,12 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
     model.config = {"model_type": "none"}
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], init_lora_weights=False))
     assert fast.fuse_lora(wrapped) == 1
+    fast.keep_layout(wrapped)
+    before = wrapped.base_model.model.layer.base_layer.weight.data.clone()
+    with torch.no_grad():
+        wrapped.eval()(torch.randn(2, 5, 128, dtype=torch.bfloat16))  # an evaluation must not repack the weights
+    wrapped.train()
+    assert torch.equal(wrapped.base_model.model.layer.base_layer.weight.data, before)
     x = torch.randn(3, 5, 128, requires_grad=True)
     y = wrapped(x)
     y.square().sum().backward()

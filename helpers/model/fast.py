@@ -104,6 +104,16 @@ def fuse_lora(model) -> int:
     return count
 
 
+def keep_layout(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's AVX512-BF16 in the first evaluation.
+
+    The repacked bytes mean something else to training, and unpacking rounds the block scales again.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
 def fuse_kernels(model) -> str:
     """liger-kernel's RMSNorm, rotary embedding and activation for this model; returns what was applied or why not."""
     if not next(model.parameters()).is_cuda:
@@ -130,6 +140,7 @@ def apply(model, *, fused_loss: bool = True, fused_lora: bool = True, kernels: b
     Returns sentences for the manifest, among them what was left out and why.
     """
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    keep_layout(model)
     done = []
     if kernels:
         done.append(fuse_kernels(causal))

@@ -20,12 +20,16 @@ lock=ci/locks/cpu.txt
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then lock=ci/locks/cuda.txt; fi
 wanted=$(cat "$lock" ci/setup.sh | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
-    echo "Setting up .venv from $lock (about 3 GB; two to four minutes)"
+    echo "Setting up .venv from $lock (about 3 GB; one to three minutes)"
     python=$(find_python)
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r "$lock" 2>&1 |
-        awk '/^(Collecting|Using cached|Downloading)/ { n++; if (n % 25 == 0) print "  " n " packages looked at ..."; next }
-             /^(ERROR|Installing collected|Successfully installed)/ { print substr($0, 1, 200) }'
+    # uv installs in a third of pip's time; it is told what pip was told about indexes and local wheels
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -E '^uv==' "$lock")"
+    [ -z "${PIP_INDEX_URL:-}" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}"
+    [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX="${UV_INDEX:-$PIP_EXTRA_INDEX_URL}" UV_INDEX_STRATEGY=unsafe-best-match
+    [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"
+    [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
+    .venv/bin/uv pip install --python .venv/bin/python --compile-bytecode -r "$lock"
     .venv/bin/python -m ipykernel install --sys-prefix --name python3 >/dev/null
     echo "$wanted" > .venv/.installed
 fi

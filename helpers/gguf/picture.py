@@ -31,8 +31,8 @@ def recommend(files: Sequence[Quantised], results: Sequence[Result]) -> dict[str
                                       f"{file.bytes / 2**20:.0f} MiB, mean KL {result.mean_kl:.3g}"}
 
 
-def table(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
-    """What was measured, a row a file, and the recommendation under it."""
+def table(files: Sequence[Quantised], results: Sequence[Result], merge_check: dict[str, float] | None = None) -> Any:
+    """What was measured, a row a file; under it what the merge itself cost, and the recommendation."""
     from helpers.notebook import Html
     from helpers.notebook import table as draw
     sizes = {f.type: f for f in files}
@@ -49,6 +49,9 @@ def table(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
                      "" if r.task_score is None else f"{r.task_score:.0%}", "FAILED: " + ", ".join(r.failed) if r.failed else "passed"))
     best = recommend(files, results)
     sentence = f"Recommended: {best['type']}, {best['why']}." if best["type"] else best["why"]
+    if merge_check:
+        sentence = (f"Adapter and base against the merged model: mean KL {merge_check['mean_kl']:.2g}, same first choice {merge_check['top1']:.1%} "
+                    f"over {merge_check['tokens']} tokens. {sentence}")
     import html
     text = "\n".join(" | ".join(map(str, r)) for r in [head, *rows])
     return Html(draw(rows, head) + f"<p><b>{html.escape(sentence)}</b></p>", f"{text}\n{sentence}")

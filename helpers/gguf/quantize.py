@@ -17,9 +17,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import binding, llama_lib, reading
+from helpers.gguf import binding, reading
 
 # Name -> llama.cpp's file type number (enum llama_ftype in llama.h).
 FILE_TYPES = {"f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q4_0": 2,
@@ -63,6 +62,8 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
     kind: a name of `FILE_TYPES`; imatrix: an importance matrix in llama.cpp's GGUF form; own_build: folder of a llama.cpp build.
     Raises TunebookError, the partial file removed, when llama.cpp fails or the disk is full.
     """
+    from helpers import runtime  # the process below imports this module, too, and needs neither
+    from helpers.gguf import llama_lib
     parse_types(kind)
     reading.check(source)
     started, threads = time.time(), threads or binding.threads()
@@ -88,6 +89,8 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
 
 def dequantize(source: Path, out: Path, own_build: str = "") -> Path | None:
     """Unpack a file's weights to F16 with llama.cpp's own code; None where no library here can."""
+    from helpers import runtime
+    from helpers.gguf import llama_lib
     library = llama_lib.for_quantizing(own_build)
     if library is None:
         return None

@@ -35,6 +35,10 @@ class Merged:
     bytes: int
     untied: bool
 
+    def __repr__(self) -> str:
+        what = f"{self.changed} of {self.tensors} tensors changed" if self.tensors else "merged before this run was gone on with"
+        return f"{self.bytes / 2**20:.0f} MiB in {self.path}: {what}" + ("; the output layer is no longer shared" if self.untied else "")
+
 
 def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit", tokenizer: Path | None = None) -> Merged:
     """Write `out`, a model folder with the base's shards, the adapter merged in, and the tokenizer. Whole or not at all.

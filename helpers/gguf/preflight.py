@@ -171,7 +171,7 @@ def _stops(vocabulary: Any, tokenizer: Any, end_of_turn: Any) -> tuple[str, bool
     text = tokenizer.convert_ids_to_tokens(token)
     good = vocabulary.is_end(token)
     return ("end of turn", good, f"{text} ends an answer in llama.cpp, too" if good else
-            f"{text} ends a turn in the template, but llama.cpp would not stop there and answers would never end; set it as the tokenizer's eos_token.")
+            f"{text} ends a turn in the template, but llama.cpp would not stop there and answers would never end; make it the tokenizer's eos.")
 
 
 def _template(tokenizer: Any) -> tuple[str, bool, str]:

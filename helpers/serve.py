@@ -13,6 +13,7 @@ import argparse
 import atexit
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
     parser.add_argument("--temperature", type=float, default=0.0, help="for clients that ask for none; 0 is how the scores were measured")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background hands interrupts down ignored
     try:
         server = start(options.what, options.port, options.context, options.parallel, type=options.type, temperature=options.temperature)
         print(describe(server), "Ctrl-C ends it.", sep="\n", flush=True)

@@ -8,7 +8,8 @@ import pytest
 from helpers.errors import TunebookError
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "ranks by pattern": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}},
+KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
+         "ranks by pattern": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}},
          "head": {"target_modules": [*LINEAR, "lm_head"]}, "saved embedding": {"modules_to_save": ["embed_tokens"]},
          "trained tokens": {"trainable_token_indices": [5, 9, 300]}}
 
@@ -24,7 +25,8 @@ def make_adapter(base, folder, **settings):
     import torch
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(1)
-    model = get_peft_model(load(base), LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **settings})).eval()
+    chosen = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(load(base), LoraConfig(**chosen)).eval()
     with torch.no_grad():
         for weight in (p for p in model.parameters() if p.requires_grad and p.dim() > 1):
             weight.add_(torch.randn_like(weight) * 0.05)

@@ -24,9 +24,9 @@ from helpers.gguf import shapes
 
 GATES = ("token ids", "prompt", "logits", "stopping")
 # Largest mean KL divergence in nats and smallest top-1 agreement. f16 is the proof that the chain is right; the others are two to three
-# times what SmolLM2-135M shows, which loses more to each type than any larger model does.
-BUDGETS = {"f16": (1e-4, 0.995), "bf16": (2e-3, 0.98), "q8_0": (0.02, 0.93), "q6_k": (0.05, 0.9), "q5_k_m": (0.15, 0.8), "q5_k_s": (0.15, 0.8),
-           "q4_k_m": (0.25, 0.75), "q4_k_s": (0.3, 0.75), "q4_0": (0.4, 0.7), "q3_k_m": (0.5, 0.6), "q3_k_s": (0.8, 0.5), "q2_k": (2.0, 0.3)}
+# times what SmolLM2-135M shows (93 % of first choices kept by q8_0 on 250 tokens), which loses more to each type than larger models do.
+BUDGETS = {"f16": (1e-4, 0.995), "bf16": (2e-3, 0.98), "q8_0": (0.02, 0.88), "q6_k": (0.05, 0.85), "q5_k_m": (0.15, 0.75), "q5_k_s": (0.15, 0.75),
+           "q4_k_m": (0.25, 0.65), "q4_k_s": (0.3, 0.65), "q4_0": (0.4, 0.6), "q3_k_m": (0.5, 0.5), "q3_k_s": (0.8, 0.4), "q2_k": (2.0, 0.2)}
 
 
 @dataclass

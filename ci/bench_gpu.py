@@ -25,27 +25,21 @@ sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+import bench_probe  # noqa: E402
 import bench_rivals  # noqa: E402
 
-LLAMA = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-TINY = {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 WARM = 3
-
-
-def llama(sizes: dict):
-    from transformers import LlamaConfig
-    return LlamaConfig(**sizes, max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-                       rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, dtype="bfloat16")
 
 
 def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None:
     """Write MODEL/16 (bf16) and, on a GPU, MODEL/nf4 (what the rivals load)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        whole = LlamaForCausalLM(llama(TINY if tiny else LLAMA))
+        whole = LlamaForCausalLM(bench_probe.llama(bench_probe.TINY if tiny else bench_probe.LLAMA))
     torch.set_default_dtype(torch.float32)
     whole.save_pretrained(model / "16", max_shard_size="4GB")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model / "16")
@@ -53,7 +47,9 @@ def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None
         del whole
         torch.cuda.empty_cache()
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-        AutoModelForCausalLM.from_pretrained(model / "16", quantization_config=four, dtype=torch.bfloat16, device_map={"": 0}).save_pretrained(model / "nf4")
+        AutoModelForCausalLM.from_pretrained(model / "16", quantization_config=four, dtype=torch.bfloat16, device_map={"": 0}).save_pretrained(
+            model / "nf4"
+        )
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model / "nf4")
 
 
@@ -64,6 +60,7 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
 
     from helpers import params, runs
     from helpers.model.loading import load_tokenizer, template_hash, tokenizer_hash
+
     if (runs.folder(run, "data") / "manifest.json").is_file():
         return
     tokenizer = load_tokenizer(model)
@@ -71,24 +68,48 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
     def ids(messages, **options):
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
 
-    rows = [{"id": f"a{n}", "input_ids": i, "completion_mask": [1] * len(i)} for n, c in enumerate(bench_rivals.chats(data)[:most]) for i in [ids(c)[:2048]]]
+    rows = [
+        {"id": f"a{n}", "input_ids": i, "completion_mask": [1] * len(i)}
+        for n, c in enumerate(bench_rivals.chats(data)[:most])
+        for i in [ids(c)[:2048]]
+    ]
     pairs = []
     for n, p in enumerate(bench_rivals.pairs(data)[:most]):
         prompt = ids(p["prompt"], add_generation_prompt=True)
-        pairs.append({"id": f"p{n}", "prompt_ids": prompt, **{f"{side}_ids": ids(p["prompt"] + p[side])[len(prompt):] for side in ("chosen", "rejected")}})
+        pairs.append(
+            {"id": f"p{n}", "prompt_ids": prompt, **{f"{side}_ids": ids(p["prompt"] + p[side])[len(prompt) :] for side in ("chosen", "rejected")}}
+        )
     stage = runs.open_stage("data", params.resolve("data", {"run": run, "model": model}))
     parquet.write_table(pa.Table.from_pylist(rows), stage.path / "train.parquet")
     parquet.write_table(pa.Table.from_pylist(pairs), stage.path / "preference.parquet")
-    stage.finish({"rows": len(rows)}, template_hash=template_hash(tokenizer), tokenizer_hash=tokenizer_hash(tokenizer),
-                 model={"name": model, "path": model, "revision": "", "origin": "folder"})
+    stage.finish(
+        {"rows": len(rows)},
+        template_hash=template_hash(tokenizer),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        model={"name": model, "path": model, "revision": "", "origin": "folder"},
+    )
 
 
 def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **changes) -> None:
     """One whole training job in its own process(es); prints its speed, peak, losses and the planner's errors."""
     from helpers import params, runs
+
     run = f"bench-{arm}"
-    values = {"run": run, "rank": 16, "alpha": 16, "schedule": "linear", "warmup_ratio": 0.1, "epochs": 100.0, "max_steps": given.steps,
-              "save_steps": max(1, given.steps // 2), "batch_size": 333 if stage == "sft" else 8, "learning_rate": 2e-4, "best_checkpoint": False, "export_check": False, **changes}
+    values = {
+        "run": run,
+        "rank": 16,
+        "alpha": 16,
+        "schedule": "linear",
+        "warmup_ratio": 0.1,
+        "epochs": 100.0,
+        "max_steps": given.steps,
+        "save_steps": max(1, given.steps // 2),
+        "batch_size": 333 if stage == "sft" else 8,
+        "learning_rate": 2e-4,
+        "best_checkpoint": False,
+        "export_check": False,
+        **changes,
+    }
     values |= {"train_on": "all"} if stage == "sft" else {"start_from": "base", "beta": 0.1, "max_length": 1024, "learning_rate": 8e-6}
     if given.tiny:
         values |= {"batch_size": 4, "max_length": 4096} if stage == "orpo" else {"batch_size": 4}
@@ -97,7 +118,13 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
     command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
     began = time.time()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     if done.returncode:
         bench_rivals.emit(arm=arm, failed=" ".join((done.stdout + done.stderr).split())[-1500:])
         return
@@ -106,124 +133,29 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
     first, last = lines[min(WARM, len(lines) - 1) - 1], lines[-1]
     manifest = runs.load(run, stage)
     plan = manifest.data["plan"]
-    bench_rivals.emit(arm=arm, tokens_per_s=round((last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)),
-                      processes=processes, steps=len(lines), batch_size=values["batch_size"], row_tokens=plan["row_tokens"], accumulation=plan["accumulation"],
-                      recompute=plan["recompute"], backend=plan["backend"], peak_gib=manifest.metrics["peak_gib"], predicted_gib=plan_prediction(plan, manifest),
-                      losses=[round(line["loss"], 4) for line in lines[:6]], last_loss=round(last["loss"], 4), nan=any(line["loss"] != line["loss"] for line in lines),
-                      planner_errors=plan["errors"], wall_s=round(time.time() - began, 1), left_out=manifest.data["data_counts"]["train"].get("left out"))
+    bench_rivals.emit(
+        arm=arm,
+        tokens_per_s=round((last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)),
+        processes=processes,
+        steps=len(lines),
+        batch_size=values["batch_size"],
+        row_tokens=plan["row_tokens"],
+        accumulation=plan["accumulation"],
+        recompute=plan["recompute"],
+        backend=plan["backend"],
+        peak_gib=manifest.metrics["peak_gib"],
+        predicted_gib=plan_prediction(plan, manifest),
+        losses=[round(line["loss"], 4) for line in lines[:6]],
+        last_loss=round(last["loss"], 4),
+        nan=any(line["loss"] != line["loss"] for line in lines),
+        planner_errors=plan["errors"],
+        wall_s=round(time.time() - began, 1),
+        left_out=manifest.data["data_counts"]["train"].get("left out"),
+    )
 
 
 def plan_prediction(plan: dict, manifest) -> float:
     return round(manifest.metrics["peak_gib"] * (1 + plan["errors"].get("peak_gib", 0)), 2)
-
-
-def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
-    """A random Llama on the GPU with its adapter and the fused arithmetic, without touching the disk."""
-    import bitsandbytes as bnb
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    from helpers.model import attention, fast
-    attention.register()
-    config = llama(sizes)
-    config._attn_implementation = attention.FLASH
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    if quantize == "nf4":
-        for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                parent, leaf = name.rsplit(".", 1)
-                four = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
-                four.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=four).to("cuda")
-                setattr(model.get_submodule(parent), leaf, four)
-        model.is_loaded_in_4bit = True
-    model.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=bench_rivals.TARGETS))
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-    fast.apply(model)
-    torch.cuda.empty_cache()
-    return model.train(), config
-
-
-def row_of(lengths: list[int]) -> dict:
-    import torch
-
-    from helpers.train.batching import row_tensors
-    batch = row_tensors([{"input_ids": torch.randint(3, 40_000, (n,)).tolist()} for n in lengths])
-    return {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def stepper(model):
-    """step(row) → seconds of one micro-batch with its optimizer step, in bf16."""
-    import torch
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-    def step(batch: dict) -> float:
-        torch.cuda.synchronize()
-        began = time.time()
-        with torch.autocast("cuda", torch.bfloat16):
-            model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        return time.time() - began
-    return step
-
-
-def context(given: argparse.Namespace) -> None:
-    """The longest row that trains within 15, 24, 40 and 80 GiB, everything recomputed, offloaded and tiled."""
-    from helpers.model import recompute
-    from helpers.model.planner import TILE
-    model, config = random_model(LLAMA, "nf4", 16)
-    recompute.set_recompute(model, "all", offload=True, tile_mlp=TILE)
-    step = stepper(model)
-    bench_rivals.longest_rows("ours", lambda tokens: step(row_of([tokens])), [float(g) for g in given.gib.split(",")], lengths=(2048, 16384, 32768, 49152), tries=2)
-
-
-SIZES = {"360m": (960, 2560, 32, 15, 5, 49152), "1.7b": (2048, 8192, 24, 32, 32, 49152), "3b": (3072, 8192, 28, 24, 8, 128256), "8b": (4096, 14336, 32, 32, 8, 128256)}
-# size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
-SETTINGS = [("360m", "none", 16, 700, 16, 0, False), ("360m", "nf4", 64, 300, 70, 0, False), ("360m", "none", 8, 4000, 8, 32, False),
-            ("1.7b", "nf4", 16, 1500, 8, 0, False), ("1.7b", "none", 32, 500, 30, 12, False), ("1.7b", "nf4", 16, 9000, 4, 24, True),
-            ("3b", "nf4", 16, 1200, 12, 0, False), ("3b", "none", 16, 600, 36, 0, False), ("3b", "nf4", 64, 3000, 4, 28, False), ("3b", "none", 16, 6000, 4, 28, True),
-            ("8b", "nf4", 64, 1000, 12, 0, False), ("8b", "none", 16, 2000, 5, 0, False), ("8b", "nf4", 16, 800, 24, 8, False), ("8b", "nf4", 16, 5000, 4, 32, True)]
-
-
-def planner(given: argparse.Namespace) -> None:
-    """Predicted against measured peak and time on settings that the constants were not made from."""
-    import gc
-    import random
-
-    import torch
-
-    from helpers.model import cards, memory, recompute
-    card, draw, loaded = cards.named("H200"), random.Random(7), None
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    for size, base, rank, longest, count, layers, offload in SETTINGS:
-        if (size, base, rank) != loaded:
-            model = step = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            model, config = random_model({**dict(zip(names, SIZES[size], strict=True)), "tie_word_embeddings": size in ("360m", "1.7b")}, base, rank)
-            loaded, step = (size, base, rank), stepper(model)
-        recompute.set_recompute(model, layers, offload)
-        lengths = [draw.randint(longest // 3, longest) for _ in range(count)]
-        batch = row_of(lengths)
-        setting = memory.Setting(sum(lengths), recompute=layers, offload=offload, quantize=base, rank=rank, method="qlora" if base == "nf4" else "lora")
-        shape = memory.shape_of(config)
-        torch.cuda.empty_cache()
-        step(batch)
-        torch.cuda.reset_peak_memory_stats()
-        seconds = sorted(step(batch) for _ in range(4))[1]
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, sum(n * n for n in lengths) / sum(lengths))
-        bench_rivals.emit(arm="planner", size=size, base=base, rank=rank, tokens=sum(lengths), documents=count, recompute=layers, offload=offload,
-                          peak_gib=round(peak, 3), predicted_gib=round(guess[0], 3), peak_error=round(guess[0] / peak - 1, 4),
-                          seconds=round(seconds, 4), predicted_s=round(guess[1], 4), time_error=round(guess[1] / seconds - 1, 4))
 
 
 def run_all(given: argparse.Namespace) -> None:
@@ -242,19 +174,41 @@ def run_all(given: argparse.Namespace) -> None:
         found = [line[7:] for line in (out / f"{name}.log").read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
         with open(results, "a") as file:
             file.writelines(line + "\n" for line in found)
-        print(f"== {name} at {time.time() - began:.0f} s", *(found or [(out / f"{name}.log").read_text(errors="replace")[-600:]]), sep="\n", flush=True)
+        print(
+            f"== {name} at {time.time() - began:.0f} s", *(found or [(out / f"{name}.log").read_text(errors="replace")[-600:]]), sep="\n", flush=True
+        )
 
     here = str(ROOT / "ci" / "bench_gpu.py")
     common = ["--model", given.model, "--data", given.data, *(["--tiny"] if given.tiny else [])]
-    start("make", "0", here, "make", "--tokenizer", given.tokenizer, *common, *(["--only", given.only] if given.only and "unsloth" not in given.only else [])).wait()
+    start(
+        "make",
+        "0",
+        here,
+        "make",
+        "--tokenizer",
+        given.tokenizer,
+        *common,
+        *(["--only", given.only] if given.only and "unsloth" not in given.only else []),
+    ).wait()
     print(f"== model made at {time.time() - began:.0f} s", flush=True)
-    queues = {"0": [("ours_sft", here, "sft", "--steps", "16", *common), ("ours_orpo", here, "orpo", "--steps", "24", *common), ("ours_context", here, "context", *common)],
-              "1": []}
-    rivals = [(arm, str(ROOT / "ci" / "bench_rivals.py"), arm, "--model", given.model + "/nf4", "--data", given.data, "--steps", steps) for arm, steps in
-              (("unsloth_sft_packed", "12"), ("unsloth_orpo", "8"), ("unsloth_sft", "9"), ("trl_sft", "6"), ("trl_orpo", "4"))]
-    ours_unsloth = [("ours_unsloth", here, "sft", "--steps", "4", "--backend", "unsloth", *common), ("ours_unsloth_orpo", here, "orpo", "--steps", "3", "--backend", "unsloth", *common)]
+    queues = {
+        "0": [
+            ("ours_sft", here, "sft", "--steps", "16", *common),
+            ("ours_orpo", here, "orpo", "--steps", "24", *common),
+            ("ours_context", here, "context", *common),
+        ],
+        "1": [],
+    }
+    rivals = [
+        (arm, str(ROOT / "ci" / "bench_rivals.py"), arm, "--model", f"{given.model}/nf4", "--data", given.data, "--steps", steps)
+        for arm, steps in (("unsloth_sft_packed", "12"), ("unsloth_orpo", "8"), ("unsloth_sft", "9"), ("trl_sft", "6"), ("trl_orpo", "4"))
+    ]
+    ours_unsloth = [
+        ("ours_unsloth", here, "sft", "--steps", "4", "--backend", "unsloth", *common),
+        ("ours_unsloth_orpo", here, "orpo", "--steps", "3", "--backend", "unsloth", *common),
+    ]
     queues["1" if given.gpus > 1 else "0"] += rivals[:2] + ours_unsloth
-    queues["0"] += [("planner", here, "planner", *common)] + rivals[2:]
+    queues["0"] += [("planner", here, "planner", *common), *rivals[2:]]
     if given.tiny:
         queues = {"0": queues["0"][:2], "1": []}
     if given.only:
@@ -272,7 +226,9 @@ def run_all(given: argparse.Namespace) -> None:
         for name, gpus, *rest in (("one_gpu", "0", "1", "qlora"), ("two_gpus", "0,1", "2", "qlora"), ("two_gpus_sharded", "0,1", "2", "lora")):
             if given.only and name not in given.only.split(","):
                 continue
-            start(name, gpus, here, "sft", "--steps", "16", "--processes", rest[0], "--method", rest[1], "--batch-size", "333", "--arm", name, *common).wait()
+            start(
+                name, gpus, here, "sft", "--steps", "16", "--processes", rest[0], "--method", rest[1], "--batch-size", "333", "--arm", name, *common
+            ).wait()
             collect(name)
 
 
@@ -299,9 +255,9 @@ def main() -> None:
     elif given.what == "make":
         make(Path(given.model), given.tokenizer, given.tiny, bool(given.only))
     elif given.what == "context":
-        context(given)
+        bench_probe.context(given)
     elif given.what == "planner":
-        planner(given)
+        bench_probe.planner(given)
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")

@@ -17,8 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-for name, value in {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-                    "TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}.items():
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_DISABLED": "true",
+}.items():
     os.environ.setdefault(name, value)
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,31 +43,52 @@ def wait_turn(turn: str | None) -> None:
 def chats(data: str) -> list[list[dict]]:
     """alpaca_en_demo.json as conversations."""
     rows = json.loads((Path(data) / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    return [[{"role": "user", "content": r["instruction"] + ("\n" + r["input"] if r.get("input") else "")},
-             {"role": "assistant", "content": r["output"]}] for r in rows]
+    return [
+        [{"role": "user", "content": r["instruction"] + ("\n" + r["input"] if r.get("input") else "")}, {"role": "assistant", "content": r["output"]}]
+        for r in rows
+    ]
 
 
 def pairs(data: str) -> list[dict]:
     """dpo_en_demo.json as prompt, chosen and rejected messages."""
+
     def message(m):
         return {"role": ROLES[m["from"]], "content": m["value"]}
+
     rows = json.loads((Path(data) / "dpo_en_demo.json").read_text(encoding="utf-8"))
-    return [{"prompt": [message(m) for m in r["conversations"]], "chosen": [message(r["chosen"])], "rejected": [message(r["rejected"])]} for r in rows]
+    return [
+        {"prompt": [message(m) for m in r["conversations"]], "chosen": [message(r["chosen"])], "rejected": [message(r["rejected"])]} for r in rows
+    ]
 
 
 def load(arm: str, path: str, length: int, alpha: int):
     """The model in NF4 with a rank-16 adapter on the seven linear layers, the way each library's guide loads it."""
     import torch
+
     if arm.startswith("unsloth"):
         from unsloth import FastLanguageModel
+
         model, tokenizer = FastLanguageModel.from_pretrained(path, max_seq_length=length, load_in_4bit=True, dtype=None)
-        model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=alpha, lora_dropout=0, bias="none", target_modules=TARGETS,
-                                                 use_gradient_checkpointing="unsloth", random_state=3407)
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=alpha,
+            lora_dropout=0,
+            bias="none",
+            target_modules=TARGETS,
+            use_gradient_checkpointing="unsloth",
+            random_state=3407,
+        )
         return model, tokenizer, None
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa")
-    return model, AutoTokenizer.from_pretrained(path), LoraConfig(r=16, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS)
+    return (
+        model,
+        AutoTokenizer.from_pretrained(path),
+        LoraConfig(r=16, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS),
+    )
 
 
 class Clock:
@@ -85,19 +111,44 @@ class Clock:
 
 def sft(arm: str, path: str, data: str, steps: int) -> None:
     import torch
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from datasets import Dataset
+
     packed, unsloth = arm.endswith("packed"), arm.startswith("unsloth")
     model, tokenizer, adapter = load(arm, path, 2048, 16)
     batch, accumulation = (8, 2) if packed else (2, 4)
-    args = SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=steps,
-                     warmup_steps=2, learning_rate=2e-4, logging_steps=1, optim="adamw_8bit", weight_decay=0.01, lr_scheduler_type="linear", seed=3407,
-                     bf16=True, packing=packed, max_length=2048, report_to="none", dataset_text_field="text", save_strategy="no",
-                     gradient_checkpointing=not unsloth, gradient_checkpointing_kwargs=None if unsloth else {"use_reentrant": False})
+    args = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        warmup_steps=2,
+        learning_rate=2e-4,
+        logging_steps=1,
+        optim="adamw_8bit",
+        weight_decay=0.01,
+        lr_scheduler_type="linear",
+        seed=3407,
+        bf16=True,
+        packing=packed,
+        max_length=2048,
+        report_to="none",
+        dataset_text_field="text",
+        save_strategy="no",
+        gradient_checkpointing=not unsloth,
+        gradient_checkpointing_kwargs=None if unsloth else {"use_reentrant": False},
+    )
     texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in chats(data)]
     clock, seen = Clock(), []
-    trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=Dataset.from_dict({"text": texts}), args=args, callbacks=[clock],
-                         **({"peft_config": adapter} if adapter else {}))
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        args=args,
+        callbacks=[clock],
+        **({"peft_config": adapter} if adapter else {}),
+    )
     collate = trainer.data_collator
 
     def counting(rows):
@@ -111,15 +162,25 @@ def sft(arm: str, path: str, data: str, steps: int) -> None:
     trainer.train()
     warm = max(3, len(clock.times) - 4)  # new shapes compile for up to eight steps
     seconds = clock.times[-1] - clock.times[warm - 1]
-    useful = sum(seen[warm * accumulation:len(clock.times) * accumulation])
+    useful = sum(seen[warm * accumulation : len(clock.times) * accumulation])
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    emit(arm=arm, tokens_per_s=round(useful / seconds), steps=len(clock.times), peak_gib=gib(), losses=[losses[0], losses[-1]], batch=batch, accumulation=accumulation)
+    emit(
+        arm=arm,
+        tokens_per_s=round(useful / seconds),
+        steps=len(clock.times),
+        peak_gib=gib(),
+        losses=[losses[0], losses[-1]],
+        batch=batch,
+        accumulation=accumulation,
+    )
 
 
 def orpo(arm: str, path: str, data: str, steps: int) -> None:
     import torch
-    from datasets import Dataset
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    from datasets import Dataset
+
     unsloth = arm.startswith("unsloth")
     model, tokenizer, adapter = load(arm, path, 1024, 32)
     rows = pairs(data)
@@ -128,23 +189,52 @@ def orpo(arm: str, path: str, data: str, steps: int) -> None:
         return min(1024, len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]))
 
     mean = sum(length(r["prompt"] + r["chosen"]) + length(r["prompt"] + r["rejected"]) for r in rows) / len(rows)
-    args = ORPOConfig(output_dir=tempfile.mkdtemp(), learning_rate=8e-6, beta=0.1, lr_scheduler_type="linear", max_length=1024, per_device_train_batch_size=2,
-                      gradient_accumulation_steps=4, optim="paged_adamw_8bit", max_steps=steps, logging_steps=1, warmup_steps=2, report_to="none", bf16=True,
-                      save_strategy="no", gradient_checkpointing=not unsloth, gradient_checkpointing_kwargs=None if unsloth else {"use_reentrant": False})
+    args = ORPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=8e-6,
+        beta=0.1,
+        lr_scheduler_type="linear",
+        max_length=1024,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        optim="paged_adamw_8bit",
+        max_steps=steps,
+        logging_steps=1,
+        warmup_steps=2,
+        report_to="none",
+        bf16=True,
+        save_strategy="no",
+        gradient_checkpointing=not unsloth,
+        gradient_checkpointing_kwargs=None if unsloth else {"use_reentrant": False},
+    )
     clock = Clock()
-    trainer = ORPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock],
-                          **({"peft_config": adapter} if adapter else {}))
+    trainer = ORPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[clock],
+        **({"peft_config": adapter} if adapter else {}),
+    )
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     warm = max(2, len(clock.times) - 4)
     seconds = (clock.times[-1] - clock.times[warm - 1]) / (len(clock.times) - warm)
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    emit(arm=arm, tokens_per_s=round(8 * mean / seconds), pair_tokens=round(mean), peak_gib=gib(), losses=[losses[0], losses[-1]], nan=any(x != x for x in losses))
+    emit(
+        arm=arm,
+        tokens_per_s=round(8 * mean / seconds),
+        pair_tokens=round(mean),
+        peak_gib=gib(),
+        losses=[losses[0], losses[-1]],
+        nan=any(x != x for x in losses),
+    )
 
 
 def context(path: str, limits: list[float]) -> None:
     """Unsloth on one row: peak at some lengths, then the longest that trains within each limit."""
     import torch
+
     model, _, _ = load("unsloth", path, 400_000, 16)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
@@ -168,13 +258,20 @@ def longest_rows(arm: str, step, limits: list[float], lengths=(2048, 8192, 16384
     A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free.
     """
     import torch
+
     points = []
     for tokens in lengths:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         seconds = step(tokens)
         points.append((tokens, torch.cuda.max_memory_allocated() / 2**30))
-        emit(arm=arm + "_context", tokens=tokens, peak_gib=round(points[-1][1], 3), reserved_gib=round(torch.cuda.max_memory_reserved() / 2**30, 3), seconds=round(seconds, 2))
+        emit(
+            arm=arm + "_context",
+            tokens=tokens,
+            peak_gib=round(points[-1][1], 3),
+            reserved_gib=round(torch.cuda.max_memory_reserved() / 2**30, 3),
+            seconds=round(seconds, 2),
+        )
     (a, low), (b, high) = points[-2:]
     slope = (high - low) / (b - a)
     for limit in limits:
@@ -204,6 +301,7 @@ def longest_rows(arm: str, step, limits: list[float], lengths=(2048, 8192, 16384
 
 def gib() -> float:
     import torch
+
     return round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
 
@@ -219,6 +317,7 @@ def main() -> None:
     if given.arm.startswith("unsloth"):
         import unsloth  # noqa: F401  (before transformers)
     import trl  # noqa: F401
+
     wait_turn(given.turn)
     if given.arm.endswith("context"):
         context(given.model, [float(g) for g in given.gib.split(",")])

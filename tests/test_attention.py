@@ -15,10 +15,18 @@ def pair():
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
     attention.register()
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                         attn_implementation=attention.SDPA)
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=attention.SDPA,
+    )
     ours = LlamaForCausalLM(config)
     theirs = copy.deepcopy(ours)
     theirs.set_attn_implementation("sdpa")
@@ -33,6 +41,7 @@ def pair():
 @pytest.fixture(scope="module")
 def documents():
     import torch
+
     generator = torch.Generator().manual_seed(1)
     rows = [{"input_ids": torch.randint(3, 500, (n,), generator=generator).tolist()} for n in (5, 17, 9, 30, 1, 2)]
     for row in rows:
@@ -85,6 +94,7 @@ def test_recomputing_changes_no_gradient(pair, documents, layers, offload, tile)
 
 def test_token_logps_are_the_log_softmax_of_the_logits(pair, documents):
     import torch
+
     batch = batching.PackedCollator(0)([documents])
     with torch.no_grad():
         found = pair[0](**batch, token_logps=True).logps[0]
@@ -98,6 +108,7 @@ def test_token_logps_are_the_log_softmax_of_the_logits(pair, documents):
 
 def test_log_probability_gradients_take_each_tokens_own_weight():
     import torch
+
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     target, scale = torch.tensor([3, -100, 5, 49, 0, 7, -100]), torch.randn(7)
@@ -111,6 +122,7 @@ def test_log_probability_gradients_take_each_tokens_own_weight():
 
 def test_padded_generation_is_unchanged_by_the_packed_attention(pair):
     import torch
+
     ids, mask = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
     answers = []
     for model in pair:
@@ -122,6 +134,7 @@ def test_padded_generation_is_unchanged_by_the_packed_attention(pair):
 
 def test_a_model_that_drops_the_boundaries_is_caught(pair):
     from helpers.model.attention import check_boundaries
+
     check_boundaries(pair[0])
     body = pair[0].get_base_model().model
     own = body.forward
@@ -174,7 +187,9 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
         assert (ours - plain).norm() < 1e-4 * plain.norm()
 
 
-@pytest.mark.parametrize(("capability", "name"), [((7, 5), attention.SDPA), (None, attention.SDPA), ((8, 0), attention.FLASH), ((9, 0), attention.FLASH)])
+@pytest.mark.parametrize(
+    ("capability", "name"), [((7, 5), attention.SDPA), (None, attention.SDPA), ((8, 0), attention.FLASH), ((9, 0), attention.FLASH)]
+)
 def test_the_kernel_follows_the_card_and_says_why(capability, name):
     choice = attention.choose(capability)
     assert choice.name == name and choice.packed and choice.reason
@@ -182,5 +197,6 @@ def test_the_kernel_follows_the_card_and_says_why(capability, name):
 
 def test_soft_capped_attention_is_not_packed():
     from transformers import Gemma2Config
+
     choice = attention.choose((9, 0), Gemma2Config())
     assert not choice.packed and "soft-capped" in choice.reason

@@ -13,6 +13,7 @@ from helpers.train import unsloth_backend
 
 def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", **values):
     import importlib.machinery
+
     monkeypatch.setattr(planner.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None)
     return planner.choose_backend(backend, cards.CPU if card == "CPU" else cards.named(card), model, {"method": "qlora", **values})
 
@@ -26,7 +27,10 @@ def test_auto_takes_unsloth_only_on_cards_without_the_kernels(monkeypatch):
     assert pick("CPU", monkeypatch=monkeypatch)[0] == "hf"
 
 
-@pytest.mark.parametrize(("values", "reason"), [({"method": "full"}, "method full"), ({"dora": True}, "DoRA"), ({"loss": "dpo"}, "loss dpo"), ({"model": "mamba"}, "mamba")])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [({"method": "full"}, "method full"), ({"dora": True}, "DoRA"), ({"loss": "dpo"}, "loss dpo"), ({"model": "mamba"}, "mamba")],
+)
 def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
     with pytest.raises(TunebookError, match=reason):
         pick("T4", backend="unsloth", monkeypatch=monkeypatch, **values)
@@ -34,8 +38,10 @@ def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
 
 
 def test_nothing_imports_unsloth_or_torch_by_itself():
-    code = "import helpers.train.unsloth_backend, helpers.train.distributed, helpers.model.planner, helpers.model.attention, sys; " \
-           "print(sorted({'torch', 'transformers', 'unsloth'} & set(sys.modules)))"
+    code = (
+        "import helpers.train.unsloth_backend, helpers.train.distributed, helpers.model.planner, helpers.model.attention, sys; "
+        "print(sorted({'torch', 'transformers', 'unsloth'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=runtime.PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -48,6 +54,7 @@ def test_backend_hf_and_machines_without_unsloth_need_no_early_import(monkeypatc
 
 def test_a_late_import_is_a_sentence(monkeypatch):
     import transformers  # noqa: F401  (what came first)
+
     monkeypatch.setattr(unsloth_backend.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     with pytest.raises(TunebookError, match="restart the kernel"):

@@ -67,8 +67,11 @@ def test_pairs_come_as_all_chosen_and_then_all_rejected():
 
 
 def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
-    pairs = [{"prompt_ids": [1] * 9, "chosen_ids": [2], "rejected_ids": [3]}, {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]},
-             {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}]
+    pairs = [
+        {"prompt_ids": [1] * 9, "chosen_ids": [2], "rejected_ids": [3]},
+        {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]},
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    ]
     kept, dropped = batching.drop_overlong(pairs, 8)
     assert kept == [2] and [index for index, _ in dropped] == [0, 1]
     assert "10 tokens, over max_length 8" in dropped[0][1] and "empty" in dropped[1][1]

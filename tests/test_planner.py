@@ -11,8 +11,12 @@ from helpers.model import cards, memory, planner
 
 MEASURED = "ci/results/h200_2026-11-22.jsonl"
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-SIZES = {"360m": (960, 2560, 32, 15, 5, 49152), "1.7b": (2048, 8192, 24, 32, 32, 49152), "3b": (3072, 8192, 28, 24, 8, 128256),
-         "8b": (4096, 14336, 32, 32, 8, 128256)}
+SIZES = {
+    "360m": (960, 2560, 32, 15, 5, 49152),
+    "1.7b": (2048, 8192, 24, 32, 32, 49152),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
 LENGTHS = [50 + (n * 37) % 350 for n in range(400)]
 
 
@@ -32,12 +36,19 @@ def test_the_shape_counts_every_parameter(shapes):
 
 def test_peaks_measured_on_an_h200_are_predicted_within_seven_percent(shapes):
     from helpers import runtime
+
     lines = [json.loads(line) for line in (runtime.PROJECT / MEASURED).read_text().splitlines()]
     settings = [line for line in lines if line["arm"] == "planner"]
     assert len(settings) >= 12
     for line in settings:
-        setting = memory.Setting(line["tokens"], recompute=line["recompute"], offload=line["offload"], quantize=line["base"], rank=line["rank"],
-                                 method="qlora" if line["base"] == "nf4" else "lora")
+        setting = memory.Setting(
+            line["tokens"],
+            recompute=line["recompute"],
+            offload=line["offload"],
+            quantize=line["base"],
+            rank=line["rank"],
+            method="qlora" if line["base"] == "nf4" else "lora",
+        )
         assert memory.peak_gib(shapes[line["size"]], setting) == pytest.approx(line["peak_gib"], rel=0.07), line
 
 
@@ -63,11 +74,14 @@ def test_two_processes_share_the_same_batch():
     assert two.batch_size == one.batch_size and 1.7 < two.tokens_per_s / one.tokens_per_s <= 2.0
 
 
-@pytest.mark.parametrize(("values", "lengths", "remedy"), [
-    ({"method": "full"}, LENGTHS, "set method to qlora"),
-    ({"method": "qlora", "recompute": "none"}, [*LENGTHS, 9000], "set recompute to auto"),
-    ({"method": "qlora"}, [*LENGTHS, 300_000], "lower max_length"),
-])
+@pytest.mark.parametrize(
+    ("values", "lengths", "remedy"),
+    [
+        ({"method": "full"}, LENGTHS, "set method to qlora"),
+        ({"method": "qlora", "recompute": "none"}, [*LENGTHS, 9000], "set recompute to auto"),
+        ({"method": "qlora"}, [*LENGTHS, 300_000], "lower max_length"),
+    ],
+)
 def test_what_cannot_fit_is_refused_with_the_change_that_fits(values, lengths, remedy):
     with pytest.raises(TunebookError, match=remedy):
         planner.plan({"batch_size": 8, "plan_for": "T4", **values}, lengths, llama("8b"))

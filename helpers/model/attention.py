@@ -52,16 +52,19 @@ def choose(capability: tuple[int, int] | None = None, config=None, dtype: str = 
     if capability is None:
         return Choice(SDPA, "no GPU: one exact attention call per document", True)
     if tuple(capability) < (8, 0):
-        return Choice(SDPA, f"compute capability {capability[0]}.{capability[1]} is below 8.0, "
-                            "which variable-length FlashAttention needs: one attention call per document", True)
+        return Choice(
+            SDPA,
+            f"compute capability {capability[0]}.{capability[1]} is below 8.0, "
+            "which variable-length FlashAttention needs: one attention call per document",
+            True,
+        )
     if dtype == "float32":
         return Choice(SDPA, "FlashAttention has no float32 kernel: one attention call per document", True)
     if text is not None and head_dim(text) > LARGEST_FLASH_HEAD:
         return Choice(SDPA, f"head size {head_dim(text)} is over FlashAttention's {LARGEST_FLASH_HEAD}", True)
     if _varlen() is None:
         return Choice(SDPA, "this PyTorch has no torch.nn.attention.varlen (2.11 to 2.13 do)", True)
-    return Choice(FLASH, f"compute capability {capability[0]}.{capability[1]}: "
-                         "PyTorch's variable-length FlashAttention", True)
+    return Choice(FLASH, f"compute capability {capability[0]}.{capability[1]}: PyTorch's variable-length FlashAttention", True)
 
 
 def head_dim(config) -> int:
@@ -90,14 +93,27 @@ def mask_unless_packed(*args, attention_mask=None, **kwargs):
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def packed_varlen(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
-                 sliding_window: int | None = None, cu_seq_lens_q=None, max_length_q: int | None = None, **kwargs):
+def packed_varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q=None,
+    max_length_q: int | None = None,
+    **kwargs,
+):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None."""
     if cu_seq_lens_q is None:
         return _unpacked(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if dropout:
-        raise TunebookError(f"The model asks for attention dropout {dropout}, which variable-length FlashAttention "
-                            "does not do; set attention_dropout to 0 in its config.")
+        raise TunebookError(
+            f"The model asks for attention dropout {dropout}, which variable-length FlashAttention "
+            "does not do; set attention_dropout to 0 in its config."
+        )
     batch, heads, tokens, head = query.shape
     query, key, value = (t.transpose(1, 2).reshape(batch * tokens, t.shape[1], head) for t in (query, key, value))
     attend, named = _varlen()
@@ -115,8 +131,19 @@ def packed_varlen(module, query, key, value, attention_mask, dropout: float = 0.
     return out.view(batch, tokens, heads, head), None
 
 
-def packed_sdpa(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
-                sliding_window: int | None = None, document_lengths=None, cu_seq_lens_q=None, **kwargs):
+def packed_sdpa(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    document_lengths=None,
+    cu_seq_lens_q=None,
+    **kwargs,
+):
     """The same as `packed_varlen`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -166,14 +193,16 @@ def check_boundaries(model) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            together = body(**packed, use_cache=False)[0][0, len(documents[0]):].float()
-            alone = body(input_ids=packed["input_ids"][:, len(documents[0]):], use_cache=False)[0][0].float()
+            together = body(**packed, use_cache=False)[0][0, len(documents[0]) :].float()
+            alone = body(input_ids=packed["input_ids"][:, len(documents[0]) :], use_cache=False)[0][0].float()
     finally:
         model.train(training)
     error = ((together - alone).norm() / alone.norm()).item()
     if not error < 0.05:  # bf16 kernels of two shapes differ by under 0.02; a leak by more than 0.3
-        raise TunebookError(f"Packed examples would see each other in {body.config.model_type} (hidden states differ "
-                            f"by {error:.1%}); set packing to False for this model.")
+        raise TunebookError(
+            f"Packed examples would see each other in {body.config.model_type} (hidden states differ "
+            f"by {error:.1%}); set packing to False for this model."
+        )
 
 
 def _unpacked(module, query, key, value, attention_mask, dropout, scaling, **kwargs):

@@ -62,8 +62,7 @@ def _dense(weight, state, dtype):
 def _lora_forward(self, x, *args, **kwargs):
     """Forward of one PEFT LoRA layer; its own when this call is anything but one plain active adapter."""
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if (args or kwargs or len(active) != 1 or self.disable_adapters or self.merged or active[0] in self.lora_variant
-            or not torch.is_grad_enabled()):
+    if args or kwargs or len(active) != 1 or self.disable_adapters or self.merged or active[0] in self.lora_variant or not torch.is_grad_enabled():
         return self._own_forward(x, *args, **kwargs)
     name = active[0]
     drop = self.lora_dropout[name]
@@ -90,6 +89,7 @@ def fuse_lora(model) -> int:
     kinds = [Linear]
     try:
         from peft.tuners.lora.bnb import Linear4bit
+
         kinds.append(Linear4bit)
     except ImportError:  # bitsandbytes is not installed: no 4-bit layers either
         pass
@@ -127,8 +127,15 @@ def fuse_kernels(model) -> str:
     patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if patch is None:
         return f"liger kernels left out: none for {model.config.model_type}"
-    wanted = {"rope": True, "rms_norm": True, "swiglu": True, "geglu": True, "cross_entropy": False,
-              "fused_linear_cross_entropy": False, "model": model}
+    wanted = {
+        "rope": True,
+        "rms_norm": True,
+        "swiglu": True,
+        "geglu": True,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+        "model": model,
+    }
     known = inspect.signature(patch).parameters
     patch(**{k: v for k, v in wanted.items() if k in known})
     return "liger RMSNorm, rotary embedding and activation"

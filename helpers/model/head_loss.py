@@ -56,8 +56,9 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     liger = _liger() if hidden.is_cuda else None
     if liger is None:
         return _ChunkedHead.apply(hidden, weight, target)
-    pieces = [liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0]
-              for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)]
+    pieces = [
+        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0] for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+    ]
     return -torch.cat(pieces)
 
 
@@ -66,8 +67,9 @@ def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     liger = _liger() if hidden.is_cuda else None
     if liger is None:
         return -_ChunkedHead.apply(hidden, weight, target).sum()
-    pieces = [liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0]
-              for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)]
+    pieces = [
+        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0] for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+    ]
     return torch.stack([p.float() for p in pieces]).sum()
 
 
@@ -104,13 +106,31 @@ def install(model) -> None:
     model.forward = types.MethodType(_forward, model)
 
 
-def _forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-             labels=None, use_cache=None, logits_to_keep=0, token_logps=False, loss_positions=None,
-             num_items_in_batch=None, **kwargs):
+def _forward(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    labels=None,
+    use_cache=None,
+    logits_to_keep=0,
+    token_logps=False,
+    loss_positions=None,
+    num_items_in_batch=None,
+    **kwargs,
+):
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    given = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache)
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
     if labels is None:
         return self._own_forward(**given, logits_to_keep=logits_to_keep, **kwargs)
     for name in ("return_dict", "output_hidden_states", "output_attentions"):

@@ -67,10 +67,20 @@ def shape_of(config) -> Shape:
     total = sum(p.numel() for p in model.parameters())
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return Shape(getattr(config, "_name_or_path", "") or text.model_type, text.hidden_size, text.num_hidden_layers,
-                 text.num_attention_heads * size, kv * size, text.num_attention_heads,
-                 getattr(text, "intermediate_size", 4 * text.hidden_size), text.vocab_size, tuple(linears),
-                 total - counted - embedding - head, embedding, head)
+    return Shape(
+        getattr(config, "_name_or_path", "") or text.model_type,
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads * size,
+        kv * size,
+        text.num_attention_heads,
+        getattr(text, "intermediate_size", 4 * text.hidden_size),
+        text.vocab_size,
+        tuple(linears),
+        total - counted - embedding - head,
+        embedding,
+        head,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ def decoder_layers(model) -> torch.nn.ModuleList:
     body = getattr(causal, causal.base_model_prefix, causal)
     layers = getattr(body, "layers", None) or getattr(body, "h", None)
     if layers is None or not hasattr(layers[0], "gradient_checkpointing"):
-        raise TunebookError(f"The layers of {causal.config.model_type} cannot be recomputed one by one; "
-                            "set recompute to 'none' or use the model's own gradient checkpointing.")
+        raise TunebookError(
+            f"The layers of {causal.config.model_type} cannot be recomputed one by one; "
+            "set recompute to 'none' or use the model's own gradient checkpointing."
+        )
     return layers
 
 
@@ -52,8 +54,9 @@ def _recomputed(run, *args):
 def _offloaded(store):
     def call(run, hidden, *rest):
         if rest:
-            raise TunebookError("This model passes more than the hidden states to its layers by position, which offloading "
-                                "does not carry; set offload to False.")
+            raise TunebookError(
+                "This model passes more than the hidden states to its layers by position, which offloading does not carry; set offload to False."
+            )
         # Frozen embeddings give hidden states that need no gradient; the anchor keeps the layer in the graph.
         anchor = torch.zeros((), device=hidden.device, requires_grad=True)
         return _OffloadedLayer.apply(run, store, hidden, anchor)
@@ -91,7 +94,7 @@ class HiddenStore:
             torch.cuda.current_stream(parked.device).wait_event(parked.ready)
             parked.card.record_stream(torch.cuda.current_stream(parked.device))
         card, parked.card, parked.host = parked.card, None, None
-        del self.waiting[parked.index:]
+        del self.waiting[parked.index :]
         return card
 
     def _fetch(self, parked: _Parked) -> None:
@@ -116,8 +119,11 @@ class _OffloadedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, store, hidden, anchor):
         ctx.run, ctx.store = run, store
-        ctx.autocast = {"device_type": hidden.device.type, "enabled": torch.is_autocast_enabled(hidden.device.type),
-                        "dtype": torch.get_autocast_dtype(hidden.device.type)}
+        ctx.autocast = {
+            "device_type": hidden.device.type,
+            "enabled": torch.is_autocast_enabled(hidden.device.type),
+            "dtype": torch.get_autocast_dtype(hidden.device.type),
+        }
         ctx.parked = store.put(hidden)
         with torch.no_grad():
             return run(hidden)
@@ -137,8 +143,11 @@ class _TiledMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, tile, x, *parameters):
         ctx.run, ctx.tile, ctx.parameters = run, tile, parameters
-        ctx.autocast = {"device_type": x.device.type, "enabled": torch.is_autocast_enabled(x.device.type),
-                        "dtype": torch.get_autocast_dtype(x.device.type)}
+        ctx.autocast = {
+            "device_type": x.device.type,
+            "enabled": torch.is_autocast_enabled(x.device.type),
+            "dtype": torch.get_autocast_dtype(x.device.type),
+        }
         ctx.save_for_backward(x)
         with torch.no_grad():
             return torch.cat([run(piece) for piece in x.split(tile, dim=1)], dim=1)

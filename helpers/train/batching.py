@@ -65,8 +65,7 @@ def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return [sorted(row) for row in out]
 
 
-def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: int = 1, seed: int = 0,
-              epochs: int = 1) -> Layout:
+def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: int = 1, seed: int = 0, epochs: int = 1) -> Layout:
     """The smallest accumulation whose rows stay within `budget` tokens in every step of every epoch.
 
     lengths: tokens of each example. Raises: TunebookError when an example alone exceeds the budget.
@@ -74,15 +73,12 @@ def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: 
     if not len(lengths):
         raise TunebookError("There are no training examples to pack; check the data stage's counts.")
     if max(lengths) > budget:
-        raise TunebookError(f"The longest example has {max(lengths)} tokens and a row holds {budget}; "
-                            "raise the row budget or lower max_length.")
+        raise TunebookError(f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise the row budget or lower max_length.")
     batches = heaviest(lengths, batch_size, seed, epochs)
     need = max(len(best_fit([lengths[i] for i in batch], budget)) for batch in batches)
     accumulation = math.ceil(need / world_size)
-    loads = [sum(lengths[i] for i in row) for batch in batches
-             for row in _rows_of(batch, lengths, accumulation * world_size, budget)]
-    return Layout(accumulation, accumulation * world_size, math.ceil(len(lengths) / batch_size), max(loads),
-                  sum(loads) / len(loads))
+    loads = [sum(lengths[i] for i in row) for batch in batches for row in _rows_of(batch, lengths, accumulation * world_size, budget)]
+    return Layout(accumulation, accumulation * world_size, math.ceil(len(lengths) / batch_size), max(loads), sum(loads) / len(loads))
 
 
 def heaviest(lengths: Sequence[int], batch_size: int, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
@@ -96,7 +92,7 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: b
     order = list(range(count))
     if shuffle:
         random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[i:i + batch_size] for i in range(0, count, batch_size)]
+    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
 def _rows_of(batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None) -> list[list[int]]:
@@ -120,8 +116,18 @@ class PackedRows:
     rows: they come as one token that no loss counts. `set_epoch` reshuffles.
     """
 
-    def __init__(self, examples, *, batch_size: int, accumulation: int, world_size: int = 1, seed: int = 0,
-                 shuffle: bool = True, lengths: Sequence[int] | None = None, budget: int | None = None):
+    def __init__(
+        self,
+        examples,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        lengths: Sequence[int] | None = None,
+        budget: int | None = None,
+    ):
         self.examples = examples
         self.lengths = list(lengths) if lengths is not None else [len(e["input_ids"]) for e in examples]
         self.batch_size, self.rows_per_step = batch_size, accumulation * world_size
@@ -163,9 +169,13 @@ def row_tensors(documents: Sequence[dict]) -> dict:
     labels = [x for d in documents for x in [IGNORE, *example_labels(d)[1:]]]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {
-        "input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]),
+        "input_ids": torch.tensor([ids]),
+        "labels": torch.tensor([labels]),
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
         "document_lengths": tuple(lengths),
     }
 

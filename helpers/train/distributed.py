@@ -50,10 +50,13 @@ def setup() -> World:
         return me
     import torch
     import torch.distributed as dist
+
     if torch.cuda.is_available():
         if me.local_rank >= torch.cuda.device_count():
-            raise TunebookError(f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}.")
+            raise TunebookError(
+                f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}."
+            )
         torch.cuda.set_device(me.local_rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
@@ -70,6 +73,7 @@ def shared(make: Callable[[], Any]) -> Any:
     if me.size == 1:
         return make()
     import torch.distributed as dist
+
     box: list[Any] = [None, None]
     if me.first:
         try:
@@ -85,6 +89,7 @@ def shared(make: Callable[[], Any]) -> Any:
 def leave() -> None:
     """Wait for the others and end the group, so that no process dies under another's collective."""
     import torch.distributed as dist
+
     if world().size > 1 and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,8 +103,16 @@ def options(method: str) -> dict[str, Any]:
     """Trainer arguments for this world: none for one process and for DDP, FSDP2 for a 16-bit base."""
     if not sharded(method):
         return {}
-    return {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True,
-                                          "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}}
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+        },
+    }
 
 
 def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
@@ -108,6 +121,7 @@ def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
     adapter_only: just the tensors that a LoRA adapter saves.
     """
     from torch.distributed.tensor import DTensor
+
     found = {}
     for name, tensor in model.state_dict().items():
         if adapter_only and "lora_" not in name and "modules_to_save" not in name:
@@ -128,21 +142,38 @@ def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None 
 
     from helpers import params as parameters
     from helpers import runs
+
     if not processes:
         import torch
+
         processes = max(1, torch.cuda.device_count())
     if isinstance(params, (str, Path)):
         from helpers.train.__main__ import read
+
         params = parameters.resolve(stage, read(str(params)))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
         import yaml
+
         file.write_text(yaml.safe_dump(params.as_dict(), sort_keys=False), encoding="utf-8")
         runs.unlock(params.run, stage)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "helpers.train", str(file),
-                   "--stage", stage]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(runtime.PROJECT), os.environ.get("PYTHONPATH")))),
-                       "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes)))}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            "-m",
+            "helpers.train",
+            str(file),
+            "--stage",
+            stage,
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(runtime.PROJECT), os.environ.get("PYTHONPATH")))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
+        }
         lines: list[str] = []
         with subprocess.Popen(command, cwd=runtime.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
             try:

@@ -41,16 +41,19 @@ def early_import(params: dict[str, Any]) -> bool:
     if "unsloth" in sys.modules:
         return True
     if "transformers" in sys.modules:
-        raise TunebookError("Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel and run from "
-                            "the first cell, or set backend to hf.")
+        raise TunebookError(
+            "Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel and run from "
+            "the first cell, or set backend to hf."
+        )
     os.environ.update(QUIET)
     if runtime.gpu() is None:
         raise TunebookError("backend is unsloth, but Unsloth needs a GPU and there is none here; set backend to auto or hf.")
     try:
         import unsloth  # noqa: F401
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
-        raise TunebookError(f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions in "
-                            "requirements.txt.") from error
+        raise TunebookError(
+            f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions in requirements.txt."
+        ) from error
     return True
 
 
@@ -66,20 +69,38 @@ def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]
     from unsloth import FastLanguageModel
 
     from helpers.model import head_loss
+
     path = str(getattr(source, "path", source))
-    model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=getattr(params, "max_length", 0) or longest(path), dtype=None,
-                                                 load_in_4bit=params.method == "qlora", trust_remote_code=False)
+    model, _ = FastLanguageModel.from_pretrained(
+        path,
+        max_seq_length=getattr(params, "max_length", 0) or longest(path),
+        dtype=None,
+        load_in_4bit=params.method == "qlora",
+        trust_remote_code=False,
+    )
     if adapter is not None:
         from peft import PeftModel
+
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         model = FastLanguageModel.for_training(model) or model
     else:
         modules = params.target_modules
-        targets = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] if modules in ("", "all-linear")
-                   else [m.strip() for m in modules.split(",")])
-        model = FastLanguageModel.get_peft_model(model, r=params.rank, lora_alpha=params.alpha, lora_dropout=params.dropout, bias="none",
-                                                 target_modules=targets, use_gradient_checkpointing="unsloth", random_state=params.seed,
-                                                 use_rslora=params.rslora)
+        targets = (
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            if modules in ("", "all-linear")
+            else [m.strip() for m in modules.split(",")]
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=params.rank,
+            lora_alpha=params.alpha,
+            lora_dropout=params.dropout,
+            bias="none",
+            target_modules=targets,
+            use_gradient_checkpointing="unsloth",
+            random_state=params.seed,
+            use_rslora=params.rslora,
+        )
     causal = model.get_base_model()
     notes = [f"Unsloth {sys.modules['unsloth'].__version__}: its kernels and offloaded recomputation"]
     why = head_loss.can_fuse(causal)
@@ -96,5 +117,6 @@ def longest(path: str) -> int:
     """Longest context of the model in a folder, from its config.json."""
     import json
     from pathlib import Path
+
     config = json.loads((Path(path) / "config.json").read_text())
     return int(config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 4096)

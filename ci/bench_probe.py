@@ -1,0 +1,188 @@
+"""What the GPU benchmark measures inside one process: the longest row within a memory limit, and the planner's guesses.
+
+`ci/bench_gpu.py context` and `planner` call it; models are random and never touch the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import bench_rivals
+
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TINY = {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def llama(sizes: dict):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        **sizes,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        dtype="bfloat16",
+    )
+
+
+def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
+    """A random Llama on the GPU with its adapter and the fused arithmetic, without touching the disk."""
+    import bitsandbytes as bnb
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    from helpers.model import attention, fast
+
+    attention.register()
+    config = llama(sizes)
+    config._attn_implementation = attention.FLASH
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    if quantize == "nf4":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                parent, leaf = name.rsplit(".", 1)
+                four = bnb.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+                )
+                four.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=four).to(
+                    "cuda"
+                )
+                setattr(model.get_submodule(parent), leaf, four)
+        model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=bench_rivals.TARGETS))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    fast.apply(model)
+    torch.cuda.empty_cache()
+    return model.train(), config
+
+
+def row_of(lengths: list[int]) -> dict:
+    import torch
+
+    from helpers.train.batching import row_tensors
+
+    batch = row_tensors([{"input_ids": torch.randint(3, 40_000, (n,)).tolist()} for n in lengths])
+    return {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def stepper(model):
+    """step(row) → seconds of one micro-batch with its optimizer step, in bf16."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def step(batch: dict) -> float:
+        torch.cuda.synchronize()
+        began = time.time()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return time.time() - began
+
+    return step
+
+
+def context(given: argparse.Namespace) -> None:
+    """The longest row that trains within 15, 24, 40 and 80 GiB, everything recomputed, offloaded and tiled."""
+    from helpers.model import recompute
+    from helpers.model.planner import TILE
+
+    model, _ = random_model(LLAMA, "nf4", 16)
+    recompute.set_recompute(model, "all", offload=True, tile_mlp=TILE)
+    step = stepper(model)
+    bench_rivals.longest_rows(
+        "ours", lambda tokens: step(row_of([tokens])), [float(g) for g in given.gib.split(",")], lengths=(2048, 16384, 32768, 49152), tries=2
+    )
+
+
+SIZES = {
+    "360m": (960, 2560, 32, 15, 5, 49152),
+    "1.7b": (2048, 8192, 24, 32, 32, 49152),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+# size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
+SETTINGS = [
+    ("360m", "none", 16, 700, 16, 0, False),
+    ("360m", "nf4", 64, 300, 70, 0, False),
+    ("360m", "none", 8, 4000, 8, 32, False),
+    ("1.7b", "nf4", 16, 1500, 8, 0, False),
+    ("1.7b", "none", 32, 500, 30, 12, False),
+    ("1.7b", "nf4", 16, 9000, 4, 24, True),
+    ("3b", "nf4", 16, 1200, 12, 0, False),
+    ("3b", "none", 16, 600, 36, 0, False),
+    ("3b", "nf4", 64, 3000, 4, 28, False),
+    ("3b", "none", 16, 6000, 4, 28, True),
+    ("8b", "nf4", 64, 1000, 12, 0, False),
+    ("8b", "none", 16, 2000, 5, 0, False),
+    ("8b", "nf4", 16, 800, 24, 8, False),
+    ("8b", "nf4", 16, 5000, 4, 32, True),
+]
+
+
+def planner(given: argparse.Namespace) -> None:
+    """Predicted against measured peak and time on settings that the constants were not made from."""
+    import gc
+    import random
+
+    import torch
+
+    from helpers.model import cards, memory, recompute
+
+    card, draw, loaded = cards.named("H200"), random.Random(7), None
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    for size, base, rank, longest, count, layers, offload in SETTINGS:
+        if (size, base, rank) != loaded:
+            model = step = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            model, config = random_model({**dict(zip(names, SIZES[size], strict=True)), "tie_word_embeddings": size in ("360m", "1.7b")}, base, rank)
+            loaded, step = (size, base, rank), stepper(model)
+        recompute.set_recompute(model, layers, offload)
+        lengths = [draw.randint(longest // 3, longest) for _ in range(count)]
+        batch = row_of(lengths)
+        setting = memory.Setting(
+            sum(lengths), recompute=layers, offload=offload, quantize=base, rank=rank, method="qlora" if base == "nf4" else "lora"
+        )
+        shape = memory.shape_of(config)
+        torch.cuda.empty_cache()
+        step(batch)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = sorted(step(batch) for _ in range(4))[1]
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, sum(n * n for n in lengths) / sum(lengths))
+        bench_rivals.emit(
+            arm="planner",
+            size=size,
+            base=base,
+            rank=rank,
+            tokens=sum(lengths),
+            documents=count,
+            recompute=layers,
+            offload=offload,
+            peak_gib=round(peak, 3),
+            predicted_gib=round(guess[0], 3),
+            peak_error=round(guess[0] / peak - 1, 4),
+            seconds=round(seconds, 4),
+            predicted_s=round(guess[1], 4),
+            time_error=round(guess[1] / seconds - 1, 4),
+        )

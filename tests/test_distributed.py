@@ -1,0 +1,101 @@
+"""One process or two, data parallel or sharded: the same rows a step, the same losses, and checkpoints that move between them."""
+
+import json
+import os
+import shutil
+
+import pytest
+import train_data
+
+from helpers import params as parameters
+from helpers import runs
+from helpers.errors import TunebookError
+from helpers.train import distributed
+
+SMALL = {
+    "epochs": 1.0,
+    "batch_size": 8,
+    "precision": "fp32",
+    "best_checkpoint": False,
+    "eval_rows": 4,
+    "rank": 4,
+    "max_steps": 4,
+    "save_steps": 2,
+    "recompute": "none",
+    "learning_rate": 1e-3,
+}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def trained(runs_root, tiny_llama, tokenizer, run, processes, **changes):
+    train_data.data_stage(run, tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 40), held_out=train_data.sft_rows(tokenizer, 4, seed=1))
+    return go(run, processes, **changes)
+
+
+def go(run, processes, **changes):
+    """Train the run's SFT stage here, or in that many processes; returns its folder."""
+    values = parameters.resolve("sft", {**SMALL, "run": run, **changes})
+    if processes > 1:
+        return distributed.launch("sft", values, processes, timeout_s=240)
+    from helpers.train.__main__ import train
+
+    train("sft", values)
+    return runs.folder(run, "sft")
+
+
+def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(runs_root, tiny_llama, tokenizer, two_cores):
+    one = losses(trained(runs_root, tiny_llama, tokenizer, "one", 1))
+    folder = trained(runs_root, tiny_llama, tokenizer, "two", 2)
+    two = losses(folder)
+    assert one.keys() == two.keys() == {1, 2, 3, 4}
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-3), f"step {step}: {loss} alone, {two[step]} in two processes"
+    assert runs.load("two", "sft").data["plan"]["world_size"] == 2
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    (folder / "manifest.json").unlink()  # as if killed after step 2
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    go("two", 1)
+    resumed = losses(folder)
+    for step in (3, 4):
+        assert resumed[step] == pytest.approx(one[step], rel=1e-3)
+
+
+def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, tiny_llama, tokenizer, two_cores):
+    one = losses(trained(runs_root, tiny_llama, tokenizer, "one", 1, method="lora", max_steps=2))
+    folder = trained(runs_root, tiny_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
+    two = losses(folder)
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=1e-3)
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        assert len(names) == 2 * 7 * 2 and all(file.get_slice(n).get_shape()[0] > 0 for n in names)
+
+
+def test_a_failing_process_ends_in_its_own_sentence(runs_root, tiny_llama, tokenizer, two_cores):
+    with pytest.raises(TunebookError, match=r"in 2 processes failed: .*run"):
+        distributed.launch("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2, timeout_s=120)
+
+
+def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.setup() == distributed.World(0, 1, 0)
+    assert distributed.options("full") == {} and not distributed.sharded("full")
+    assert distributed.shared(lambda: 7) == 7
+
+
+def test_a_sixteen_bit_base_is_sharded_and_a_four_bit_one_is_not(monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert distributed.options("lora")["fsdp_config"]["version"] == 2 and distributed.options("full")["fsdp"]
+    assert distributed.options("qlora") == {}

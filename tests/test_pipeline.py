@@ -17,7 +17,7 @@ import yaml
 from helpers import params, runs
 from tests.conftest import PROJECT
 
-SHORT = {"sft": {"max_steps": 6, "batch_size": 4, "save_steps": 2, "eval_steps": 3}, "orpo": {"max_steps": 3, "batch_size": 4, "eval_steps": 3},
+SHORT = {"sft": {"max_steps": 6, "batch_size": 4, "save_steps": 3, "eval_steps": 3}, "orpo": {"max_steps": 3, "batch_size": 4, "eval_steps": 3},
          "gguf": {"quantizations": "q8_0"}, "eval": {"limit": 10}}
 
 
@@ -87,7 +87,7 @@ def test_sft_killed_in_the_middle_goes_on_with_the_same_command(whole, short, mo
     process = subprocess.Popen(command(root, *call), cwd=PROJECT, env=environment(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = runs.folder("whole", "sft")
     deadline = time.monotonic() + 240
-    while not (_steps(folder) >= 3 and list((folder / "checkpoints").glob("checkpoint-*"))) or (folder / "manifest.json").exists():
+    while not (_steps(folder) >= 4 and list((folder / "checkpoints").glob("checkpoint-*"))) or (folder / "manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:

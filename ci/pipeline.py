@@ -125,7 +125,8 @@ def summary(run: str) -> str:
     """The closing table: execution accuracy with its interval, valid SQL and file size of every contender."""
     manifest = runs.load(run, "eval", verify=False)
     lines = [f"{'':<14}{'accuracy':>9}  {'95 % interval':<15}{'valid SQL':>10}{'n':>6}{'file size':>12}"]
-    for name, score in manifest.metrics["contenders"].items():
+    order = {"base": 0, "sft": 1, "orpo": 2, "merged": 3}
+    for name, score in sorted(manifest.metrics["contenders"].items(), key=lambda item: (order.get(item[0], 9), item[0])):
         size = f"{score['size_bytes'] / 1e6:.0f} MB" if score.get("size_bytes") else ""
         lines.append(f"{name:<14}{score['accuracy']:>9.1%}  {score['low']:.1%} – {score['high']:<7.1%}{score['valid']:>10.1%}{score['n']:>6}{size:>12}")
     return "\n".join([*lines, "", f"Report: {runs.root() / run / 'report.html'}"])

@@ -12,6 +12,16 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub; one that talks to a hub of its own says so itself
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: threads of two workers that wait for each other spin
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+# The files that take longest, longest first: started first, they leave no worker alone at the end.
+SLOWEST = ("test_pipeline",)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOWEST)))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +58,13 @@ def runs_root(tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     monkeypatch.setenv("TUNEBOOK_RUNS", str(folder))
     return folder
+
+
+@pytest.fixture
+def data(runs_root, tiny_llama, tokenizer):
+    """The manifest of run "r"'s finished data stage, for training the small model."""
+    import train_data
+    return train_data.data_stage("r", tiny_llama, tokenizer)
 
 
 @pytest.fixture(scope="session")

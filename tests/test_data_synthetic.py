@@ -85,7 +85,7 @@ def server(smollm2):
     from helpers.gguf.server import server
     from helpers.model import offline
 
-    with server(offline.wheel_gguf(), parallel=2, context=1024, threads=2) as running:
+    with server(offline.wheel_gguf(), parallel=2, context=1024) as running:
         yield running
 
 

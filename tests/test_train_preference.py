@@ -13,29 +13,8 @@ from helpers.errors import TunebookError
 from helpers.train import batching, callbacks, curves, methods, preference, rows, sft, sharing
 
 
-@pytest.fixture
-def data(runs_root, tiny_llama, tokenizer):
-    return train_data.data_stage("r", tiny_llama, tokenizer)
-
-
 def settings(**given):
-    return parameters.resolve(
-        "orpo",
-        {
-            "run": "r",
-            "rank": 4,
-            "alpha": 8,
-            "precision": "fp32",
-            "method": "lora",
-            "start_from": "base",
-            "max_steps": 3,
-            "epochs": 30,
-            "eval_steps": 3,
-            "learning_rate": 1e-3,
-            "export_check": False,
-            **given,
-        },
-    )
+    return train_data.settings("orpo", **{"start_from": "base", "max_steps": 3, "epochs": 30, "eval_steps": 3, "learning_rate": 1e-3, **given})
 
 
 def prepared(**given):
@@ -169,25 +148,7 @@ def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
-    first = sft.prepare(
-        runs.open_stage(
-            "sft",
-            parameters.resolve(
-                "sft",
-                {
-                    "run": "r",
-                    "rank": 4,
-                    "alpha": 8,
-                    "precision": "fp32",
-                    "method": "lora",
-                    "max_steps": 6,
-                    "epochs": 6,
-                    "learning_rate": 1e-2,
-                    "export_check": False,
-                },
-            ),
-        )
-    ).train()
+    first = sft.prepare(runs.open_stage("sft", train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))).train()
     adapter = first.finish().path / "adapter"
 
     def nll(**given):

@@ -12,7 +12,6 @@ import pytest
 import train_data
 import yaml
 
-from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
 from helpers.train import callbacks, curves, resume, sft
@@ -20,29 +19,8 @@ from helpers.train import callbacks, curves, resume, sft
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def data(runs_root, tiny_llama, tokenizer):
-    return train_data.data_stage("r", tiny_llama, tokenizer)
-
-
 def settings(**given):
-    return parameters.resolve(
-        "sft",
-        {
-            "run": "r",
-            "rank": 4,
-            "alpha": 8,
-            "precision": "fp32",
-            "method": "lora",
-            "max_steps": 12,
-            "epochs": 3,
-            "eval_steps": 4,
-            "save_steps": 4,
-            "export_check": False,
-            "dropout": 0.1,
-            **given,
-        },
-    )
+    return train_data.settings("sft", **{"max_steps": 12, "epochs": 3, "eval_steps": 4, "save_steps": 4, "dropout": 0.1, **given})
 
 
 def run(**given):

@@ -14,16 +14,8 @@ from helpers.errors import TunebookError
 from helpers.train import arguments, batching, callbacks, curves, methods, precision, rows, sft, sharing
 
 
-@pytest.fixture
-def data(runs_root, tiny_llama, tokenizer):
-    return train_data.data_stage("r", tiny_llama, tokenizer)
-
-
 def settings(**given):
-    return parameters.resolve(
-        "sft",
-        {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "max_steps": 3, "eval_steps": 3, "export_check": False, **given},
-    )
+    return train_data.settings("sft", **{"max_steps": 3, "eval_steps": 3, **given})
 
 
 def prepared(**given):

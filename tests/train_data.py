@@ -7,6 +7,7 @@ from helpers import params as parameters
 from helpers import runs
 from helpers.model.loading import end_of_turn, template_hash, tokenizer_hash
 
+SMALL = {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "export_check": False}
 SCHEMA = (
     "Write one SQLite query. Tables: city(id, name, country, population), river(id, name, length_km, country), "
     "lake(id, name, area_km2, country). Answer with SQL only."
@@ -96,6 +97,11 @@ def write_parquet(path, rows):
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     schema = pa.schema([(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in rows[0]])
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def settings(stage, **given):
+    """The stage's parameters for a short training of the small model in 32 bits; `given` goes before."""
+    return parameters.resolve(stage, {**SMALL, **given})
 
 
 def data_stage(run, model, tokenizer, train=None, held_out=None, pairs=None, held_out_pairs=None, name=None):

@@ -6,7 +6,6 @@ what is judged is the whole chain that a person downloads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ class GgufModel:
 
     def _open(self) -> Any:
         from helpers.gguf.runtime import LlamaCpp
-        threads = os.environ.get("OMP_NUM_THREADS", "")  # torch reads it too; both runtimes get the same share of the machine
-        return LlamaCpp(self.path, context=self._context, parallel=PARALLEL, threads=int(threads) if threads.isdigit() else 0)
+        return LlamaCpp(self.path, context=self._context, parallel=PARALLEL)
 
     def _need(self, context: int) -> None:
         """Open the file again with a longer context where the present one is too short."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import reading
+from helpers.gguf import binding, reading
 
 READY = "listening "
 
@@ -136,8 +136,8 @@ def _child() -> None:
         p.chat_template = settings["template"]
     if settings["temperature"] is not None:
         p.sampling.temp = settings["temperature"]
-    if settings["threads"]:
-        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"]
+    if settings["threads"] or "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores
+        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"] or binding.threads()
     try:
         running = xllamacpp.Server(p)
     except (RuntimeError, ValueError, OSError, MemoryError) as error:

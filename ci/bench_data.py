@@ -216,8 +216,10 @@ def pipeline(rows: int) -> None:
 def stage(folder: str) -> None:
     """The steps of notebook 01 on the files in `folder`; the last line printed is their wall time and peak memory."""
     from helpers import params, runs
+    from helpers.data import cache
     from helpers.data.pipeline import Job
 
+    cache.root = lambda: Path(folder) / "cache"  # nothing may come from an earlier run
     began = time.perf_counter()
     values = {"dataset": f"{folder}/train.jsonl", "test_dataset": f"{folder}/test.jsonl", "max_length": 1024}
     values |= {"preference_dataset": "", "database": ""}

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.data.dedup import near_duplicate_groups
 from helpers.data.rows import Table, make_row
-from helpers.data.split import SPLITS, Groups, split, split_of
+from helpers.data.split import SPLITS, Groups, pairs_of, split, split_of
 from helpers.errors import TunebookError
 
 GOLDEN = ["train", "train", "train", "test", "train", "train", "test", "train", "train", "train"]
@@ -73,7 +73,7 @@ def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
             )
     table = Table.collect([made])
     ids = [row["id"] for row in made]
-    together = [(ids[first], ids[at]) for at, first in enumerate(near_duplicate_groups(table).tolist()) if first != at]
+    together = pairs_of(table, near_duplicate_groups(table))
     assert len(together) == 180
     places = where(split(table, 0.3, 0.3, together=together))
     assert all(len({places[ids[4 * i + copy]] for copy in range(4)}) == 1 for i in range(60)) and set(places.values()) == set(SPLITS)

@@ -12,10 +12,12 @@ token of the prefix are the same in both, and only the prefix's tail behind it (
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any
 
 from helpers.data import template as templates
@@ -39,6 +41,13 @@ class Encoded:
     mask: Any
     prompt: int
     ends: list[int]
+
+    @property
+    def trained(self) -> int:
+        """How many tokens are trained."""
+        import numpy as np
+
+        return int(np.count_nonzero(self.mask))
 
 
 @dataclass
@@ -112,7 +121,7 @@ class Encoder:
         self.report.kept += len(done)
         for one in done:
             self.report.tokens += len(one.ids)
-            self.report.trained += int(one.mask.sum())
+            self.report.trained += one.trained
             self.report.turns += len(one.ends)
         return done
 
@@ -182,12 +191,13 @@ class Encoder:
     def _collected(
         self, ready: list[Row], fulls: list, prefixes: list, broken: list, encodings: list
     ) -> tuple[list[Encoded], list[tuple[Row, RowError]]]:
+        tokens = _Tokens([encoding.ids for encoding in encodings], self._kinds)
         done = []
-        for row, full, prefix, encoding in zip(ready, fulls, prefixes, encodings, strict=True):
+        for number, (row, full, prefix) in enumerate(zip(ready, fulls, prefixes, strict=True)):
             try:
                 if isinstance(full, RowError):
                     raise full
-                done.append(self._masked(row, full, prefix, encoding.ids))
+                done.append(self._masked(row, full, prefix, tokens, number))
             except RowError as error:
                 broken.append((row, error))
         return done, broken
@@ -234,20 +244,16 @@ class Encoder:
             result[number].append((text, ends.get((number, turn))))
         return result
 
-    def _masked(self, row: Row, full: str, prefixes: list[Prefix], token_ids: list[int]) -> Encoded:
+    def _masked(self, row: Row, full: str, prefixes: list[Prefix], tokens: _Tokens, number: int) -> Encoded:
         """Mask the prompt, keep each trained turn with its end. Raises RowError when the template breaks the contract."""
-        import numpy as np
-
         template = self.template
-        ids = np.array(token_ids, np.int32)
-        mask = np.zeros(len(ids), np.int8)
-        kinds = self._kinds[ids]  # 1: control token, 2: one that ends a turn
-        specials, ends_at = np.flatnonzero(kinds), np.flatnonzero(kinds == 2)
-        if template.tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == template.tokenizer.bos_token_id:
+        start, stop = tokens.starts[number], tokens.starts[number + 1]
+        ids, mask = tokens.ids[start:stop], tokens.mask[start:stop]
+        bos = template.tokenizer.bos_token_id
+        if bos is not None and tokens.rows[number][:2] == [bos, bos]:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
         spans: list[tuple[int, int]] = []
-        turns = self._trained_turns(row)
-        for turn, (prefix, through) in zip(turns, prefixes, strict=True):
+        for turn, (prefix, through) in zip(self._trained_turns(row), prefixes, strict=True):
             if isinstance(prefix, RowError):
                 raise prefix
             if not full.startswith(prefix) or (through is not None and (isinstance(through, RowError) or not full.startswith(through))):
@@ -258,11 +264,11 @@ class Encoder:
                     f"the template writes turn {turn + 1} otherwise once others follow it than when the model has to say it; "
                     "train_on='last' avoids this",
                 )
-            begin = self._boundary(prefix, token_ids, specials)
-            after = ends_at[np.searchsorted(ends_at, begin) :]
-            if begin >= len(ids) or not len(after):
+            begin = self._boundary(prefix, tokens, number)
+            end = tokens.end_after(start + begin, stop)
+            if end < 0:
                 raise RowError("no end of turn", f"turn {turn + 1} has no {template.end_text} in its labels")
-            spans.append((begin, int(after[0]) + 1))
+            spans.append((begin, end + 1 - start))
             content = row["messages"][turn]["content"].strip()
             if content and content not in full[len(prefix) :]:
                 self.report.note("the template changed an answer", content)
@@ -272,12 +278,13 @@ class Encoder:
             mask[:] = 1
         return Encoded(row, ids, mask, spans[0][0], [end - 1 for _, end in spans])
 
-    def _boundary(self, prefix: str, ids: list[int], specials: Any) -> int:
+    def _boundary(self, prefix: str, tokens: _Tokens, number: int) -> int:
         """How many tokens of the row the prefix is. Raises RowError when its tokens are not the row's first tokens."""
+        ids, specials = tokens.rows[number], tokens.specials_of(number)
         found = list(self.template.special_text.finditer(prefix))
         begin, tail = 0, prefix
         if 0 < len(found) <= len(specials):
-            begin, tail = int(specials[len(found) - 1]), prefix[found[-1].start() :]
+            begin, tail = specials[len(found) - 1], prefix[found[-1].start() :]
         known = self._tails.get(tail)
         if known is None:
             known = self._backend.encode(tail, add_special_tokens=False).ids
@@ -323,6 +330,34 @@ class Encoder:
 
     def _reject(self, row: Row, error: RowError) -> None:
         self.rejects.add(row["file"], row["row"], error.reason, error.detail, step="chat template")
+
+
+class _Tokens:
+    """A batch's token ids in one array, int32 (tokens,), row `i` from starts[i] to starts[i + 1], with its mask and the places
+    of its control tokens. Numpy is asked once a batch: asked for each row it takes as long as tokenising does.
+    """
+
+    def __init__(self, rows: list[list[int]], kinds: Any):
+        import numpy as np
+
+        self.rows = rows
+        self.starts = [0, *accumulate(map(len, rows))]
+        self.ids = np.fromiter(chain.from_iterable(rows), np.int32, self.starts[-1])
+        self.mask = np.zeros(len(self.ids), np.int8)
+        found = kinds[self.ids]  # 1: control token, 2: one that ends a turn
+        specials = np.flatnonzero(found)
+        self._ends = np.flatnonzero(found == 2).tolist()
+        self._specials, self._first = specials.tolist(), np.searchsorted(specials, self.starts).tolist()
+
+    def specials_of(self, number: int) -> list[int]:
+        """Places of the control tokens of a row, counted from its beginning."""
+        start = self.starts[number]
+        return [at - start for at in self._specials[self._first[number] : self._first[number + 1]]]
+
+    def end_after(self, place: int, stop: int) -> int:
+        """The first token from `place` on, before `stop`, that ends a turn; -1 when there is none."""
+        at = bisect_left(self._ends, place)
+        return self._ends[at] if at < len(self._ends) and self._ends[at] < stop else -1
 
 
 def _kinds(template: Template) -> Any:

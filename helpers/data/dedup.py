@@ -16,6 +16,7 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
-PAIRS_AT_ONCE = 4_000
+PAIRS_AT_ONCE = 1_000  # of 150 words each: arrays of a few MB
 _HASHES = BANDS * BAND_ROWS
 _FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
 _SHIFTS = mix(np.arange(1001, 1001 + _HASHES, dtype=np.uint64)).astype(np.uint32)
@@ -81,7 +82,7 @@ def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: fl
 
 
 def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> np.ndarray:
-    """Group of every row, int64 (rows,): the position of the first row it is linked to by near-duplicates.
+    """Group of every row, int32 (rows,): the position of the first row it is linked to by near-duplicates.
 
     Links are transitive, so that rows of one group can be kept on one side of a split.
     """
@@ -119,8 +120,8 @@ class NearIndex:
     def __init__(self) -> None:
         self.rows = 0
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
-        self._shingles = tempfile.TemporaryFile(prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
-        self._bands = [tempfile.TemporaryFile(prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
+        self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
+        self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
 
     def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
         """Pass batches through, indexing them on the way."""
@@ -144,15 +145,11 @@ class NearIndex:
         self.rows += len(parts)
 
     def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(group, keeper), int64 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
+        """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
         sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
-        group, keeper = np.arange(self.rows), np.full(self.rows, -1)
-        self._shingles.flush()
-        pool = np.memmap(self._shingles, np.uint32, "r") if sizes.any() else np.zeros(0, np.uint32)
-        starts = np.zeros(self.rows + 1, np.int64)
-        np.cumsum(sizes.sum(1), out=starts[1:])
-        measure = _Measure(pool, starts, sizes, threshold)
-        subset = np.flatnonzero(sizes.any(1))
+        group, keeper = np.arange(self.rows, dtype=np.int32), np.full(self.rows, -1, np.int32)
+        measure = _Measure(self._shingles, sizes, threshold)
+        subset = np.flatnonzero(sizes.any(1)).astype(np.int32)
         first = True
         while len(subset) > 1:
             roots = self._components(subset, measure)
@@ -169,7 +166,8 @@ class NearIndex:
 
     def _components(self, subset: np.ndarray, measure: _Measure) -> np.ndarray:
         """First row of the component of every row of the ascending `subset`, linked by measured pairs."""
-        parent = array("q", range(len(subset)))
+        parent = array("i", range(len(subset)))
+        roots = np.frombuffer(parent, np.int32)  # the same memory; after each band every row points at its root
 
         def root(i: int) -> int:
             while parent[i] != i:
@@ -181,28 +179,31 @@ class NearIndex:
             file.flush()
             file.seek(0)
             keys = np.fromfile(file, np.uint64, self.rows)
-            file.seek(0, 2)
-            if len(subset) < self.rows:
-                keys = keys[subset]
-            pairs = {(a, b) for a, b in _candidates(keys) if root(a) != root(b)}
-            if not pairs:
-                continue
-            left, right = np.array(sorted(pairs), np.int64).T
+            left, right = _candidates(keys if len(subset) == self.rows else keys[subset])
+            apart = roots[left] != roots[right]
+            left, right = left[apart], right[apart]
             close = measure(subset[left], subset[right])
             for a, b in zip(left[close].tolist(), right[close].tolist(), strict=True):
                 a, b = root(a), root(b)
                 parent[max(a, b)] = min(a, b)
-        return subset[np.array([root(i) for i in range(len(subset))], np.int64)]
+            while (roots != (above := roots[roots])).any():
+                roots[:] = above
+        return subset[roots]
 
 
 class _Measure:
-    """Which pairs of rows are near-duplicates, by true Jaccard on their hashed shingle sets."""
+    """Which pairs of rows are near-duplicates, by true Jaccard on their hashed shingle sets, read from the index's file.
 
-    def __init__(self, pool: np.ndarray, starts: np.ndarray, sizes: np.ndarray, threshold: float):
-        self.pool, self.starts, self.sizes, self.threshold = pool, starts, sizes, threshold
+    Mapped into memory the file would count as memory of the process, page by page, until all of it does.
+    """
+
+    def __init__(self, shingles: BinaryIO, sizes: np.ndarray, threshold: float):
+        self.file, self.sizes, self.threshold = shingles, sizes, threshold
+        self.starts = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(sizes.sum(1), out=self.starts[1:])
 
     def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """bool (pairs,) for row numbers int64 (pairs,) each."""
+        """bool (pairs,) for row numbers int32 (pairs,) each."""
         close = np.zeros(len(left), bool)
         for at in range(0, len(left), PAIRS_AT_ONCE):
             a, b = left[at : at + PAIRS_AT_ONCE], right[at : at + PAIRS_AT_ONCE]
@@ -224,11 +225,14 @@ class _Measure:
         """Distinct shingles of the rows, sorted, each with its place in `rows` in the upper 32 bits."""
         counts = self.sizes[rows, 1] if answers else self.sizes[rows].sum(1)
         begins = self.starts[rows] + (self.sizes[rows, 0] if answers else 0)
-        place = np.repeat(np.arange(len(rows)), counts)
-        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
-        flat = self.pool[begins[place] + within].astype(np.uint64)
-        keys = np.sort(flat | place.astype(np.uint64) << np.uint64(32))  # np.unique hashes, at a tenth of the speed
+        flat = np.frombuffer(b"".join(map(self._read, begins.tolist(), counts.tolist())), np.uint32).astype(np.uint64)
+        place = np.repeat(np.arange(len(rows), dtype=np.uint64), counts)
+        keys = np.sort(flat | place << np.uint64(32))  # np.unique hashes, at a tenth of the speed
         return keys[np.r_[True, keys[1:] != keys[:-1]]] if len(keys) else keys
+
+    def _read(self, begin: int, count: int) -> bytes:
+        self.file.seek(4 * begin)
+        return self.file.read(4 * count)
 
 
 def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -248,14 +252,12 @@ def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return mix(keys)
 
 
-def _candidates(keys: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of rows with the same key: each with the first of its bucket and with the one before it."""
+def _candidates(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows with the same key, int64 (pairs,) each, the earlier first: with the first of the bucket and with the one before."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-    if not len(same):
-        return
     begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     firsts = order[begins[np.searchsorted(begins, same, "right") - 1]]
-    yield from zip(firsts.tolist(), order[same].tolist(), strict=True)
-    yield from zip(order[same - 1].tolist(), order[same].tolist(), strict=True)
+    pairs = np.unique(np.concatenate([firsts, order[same - 1]]) << 32 | np.tile(order[same], 2))
+    return pairs >> 32, pairs & 0xFFFFFFFF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
     lost = Rejects(job.path / LOST)
     result: dict[str, Any] = {"splits": {}, "written": {}, "notes": {}, "examples": {}, "max_length": limit}
     histogram, counts = Counter(), Counter()
-    by_source: defaultdict[str, Counter] = defaultdict(Counter)
+    source_rows, source_tokens = Counter(), Counter()
     for name in TRAINED_SPLITS:
         encoder = Encoder(template, p.train_on, lost)
         fitter = lengths.Fitter(encoder, limit, p.over_long, lost)
@@ -68,9 +68,10 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         def counted(batches: Any, trained: Counter = trained) -> Any:
             for batch in batches:
                 for one in batch:
-                    by_source[one.row["source"]] += Counter(rows=1, tokens=len(one.ids))
+                    source_rows[one.row["source"]] += 1
+                    source_tokens[one.row["source"]] += len(one.ids)
                     trained["tokens"] += len(one.ids)
-                    trained["trained_tokens"] += int(one.mask.sum())
+                    trained["trained_tokens"] += one.trained
                     trained["trained_turns"] += len(one.ends)
                 yield batch
 
@@ -89,9 +90,10 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         result["examples"] |= encoder.report.examples
     lost.close()
     whole = lengths.LengthReport(limit, p.over_long, histogram, **counts)
-    rows, tokens = (max(1, sum(part[unit] for part in by_source.values())) for unit in ("rows", "tokens"))
+    rows, tokens = max(1, source_rows.total()), max(1, source_tokens.total())
     result["mixture"] = [
-        {"source": name, **part, "row_share": part["rows"] / rows, "token_share": part["tokens"] / tokens} for name, part in by_source.items()
+        {"source": name, "rows": count, "tokens": source_tokens[name], "row_share": count / rows, "token_share": source_tokens[name] / tokens}
+        for name, count in source_rows.items()
     ]
     return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
 
@@ -114,9 +116,10 @@ def _proposed(job: Any, template: Any) -> int:
 
 def _replay(path: Path, rejects: Rejects) -> None:
     """Rows lost while encoding, now or when the cached files were made, counted with this job's."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        lost = json.loads(line)
-        rejects.add(lost["file"], lost["row"], lost["reason"], lost["detail"], step=lost["step"], invalid=lost["step"] != "length")
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            lost = json.loads(line)
+            rejects.add(lost["file"], lost["row"], lost["reason"], lost["detail"], step=lost["step"], invalid=lost["step"] != "length")
     path.unlink()
 
 

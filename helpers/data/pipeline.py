@@ -176,13 +176,12 @@ class Job:
     def split(self) -> Html:
         """Train, eval and test rows by content hash; near-duplicates and groups stay on one side."""
         from helpers.data.dedup import near_duplicate_groups
-        from helpers.data.split import split
+        from helpers.data.split import pairs_of, split
 
         p = self.params
         together: Iterable[tuple[str, str]] = ()
         if not p.near_duplicates:  # they were kept, so they must not be parted
-            ids = [row["id"] for row in self.rows.rows()]
-            together = [(ids[first], ids[at]) for at, first in enumerate(near_duplicate_groups(self.rows).tolist()) if first != at]
+            together = pairs_of(self.rows, near_duplicate_groups(self.rows))
         self.splits = split(self.rows, p.eval_share, 0.0 if self.tests else p.test_share, p.group_by, together)
         if self.tests:
             self.splits["test"] = self.tests.table
@@ -199,8 +198,14 @@ class Job:
 
     def _without_test_questions(self, rows: Iterable[list[Row]]) -> Table:
         """Pairs (and KTO rows) whose question landed in the test split must not be trained on either."""
+        from helpers.data.shingles import text_hash
+
         report = self._step("pairs: question in the test split")
-        asked = {json.dumps(row["messages"][:-1], sort_keys=True) for row in self.splits["test"].rows()}
+
+        def named(messages: list[dict]) -> int:
+            return text_hash(json.dumps(messages, sort_keys=True))
+
+        asked = {named(row["messages"][:-1]) for row in self.splits["test"].rows()}
 
         def others() -> Iterator[list[Row]]:
             for batch in rows:
@@ -208,7 +213,7 @@ class Job:
                 report.seen += len(batch)
                 for row in batch:
                     question = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
-                    if json.dumps(question, sort_keys=True) in asked:
+                    if named(question) in asked:
                         report.drop(row, "its question is in the test split")
                     else:
                         kept.append(row)

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from helpers.data.rows import Row, Table
 from helpers.errors import TunebookError
 
@@ -84,6 +86,14 @@ def split(
         for name, part in parts.items():
             tables[name].append(part)
     return {name: part.close() for name, part in tables.items()}
+
+
+def pairs_of(table: Table, groups: np.ndarray) -> list[tuple[str, str]]:
+    """Pairs of row ids to keep together, from the position of the first row of every row's group, int32 (rows,)."""
+    others = np.flatnonzero(groups != np.arange(len(groups)))
+    wanted = set(others.tolist()) | set(groups[others].tolist())
+    ids = {at: row_id for at, (row_id, _) in enumerate(table.ids_and_sources()) if at in wanted}
+    return [(ids[first], ids[at]) for at, first in zip(others.tolist(), groups[others].tolist(), strict=True)]
 
 
 def group_value(row: Mapping[str, Any], column: str) -> str | None:

@@ -30,7 +30,7 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || export UV_INDEX="${UV_INDEX:-$PIP_EXTRA_INDEX_URL}" UV_INDEX_STRATEGY=unsafe-best-match
     [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"
     [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
-    .venv/bin/uv pip install --python .venv/bin/python --compile-bytecode -r "$lock"
+    .venv/bin/uv pip install --python .venv/bin/python -r "$lock"
     .venv/bin/python -m ipykernel install --sys-prefix --name python3 >/dev/null
     echo "$wanted" > .venv/.installed
 fi

@@ -168,7 +168,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
     """
     import torch
 
-    from helpers.model.loading import end_of_turn
+    from helpers.model.loading import end_of_turn, fast_bf16
 
     if not prompts:
         return []
@@ -178,7 +178,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
     mask = torch.tensor([[0] * (longest - len(p["prompt_ids"])) + [1] * len(p["prompt_ids"]) for p in prompts])
     device, state = next(model.parameters()).device, torch.get_rng_state()
     model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu"):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cpu" and fast_bf16()):
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

@@ -1,4 +1,5 @@
-"""In which numbers a card trains: bf16 where it is native, fp16 with fp32 adapters and a loss scaler below, fp32 by wish."""
+"""In which numbers a card trains: bf16 where it is native, fp16 with fp32 adapters and a loss scaler below, fp32 by wish
+and on processors without bfloat16 kernels."""
 
 from __future__ import annotations
 
@@ -21,6 +22,10 @@ def choose(capability: tuple[int, int] | None, wish: str = "auto") -> Precision:
     if wish == "fp32":
         return Precision("fp32", False, False, "fp32 everywhere, as asked")
     if capability is None:
+        from helpers.model.loading import fast_bf16
+
+        if wish == "auto" and not fast_bf16():
+            return Precision("fp32", False, False, "fp32: this processor has no kernels for bfloat16")
         return Precision("bf16", True, False, "bf16 on the CPU, adapters and optimizer in fp32")
     if wish == "fp16" or capability < (8, 0):
         return Precision("fp16", False, True, f"fp16 with loss scaling (compute capability {capability[0]}.{capability[1]}), adapters in fp32")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers.data import dataset_info, formats
+from helpers.data import formats, sources
 from helpers.data.formats import RowError, convert, detect
 from helpers.data.reading import named_shape, read
 from helpers.data.rows import Rejects
@@ -136,23 +136,34 @@ def test_tags_and_columns_of_a_described_set_are_obeyed_and_the_rest_is_not_gues
     )
 
 
-def test_num_samples_and_hub_entries_are_taken_over_and_media_sets_are_refused(tmp_path):
+def test_num_samples_folders_and_hub_entries_are_taken_over_and_media_sets_are_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": f"q{i}", "output": "a"} for i in range(9)]))
+    (tmp_path / "parts").mkdir()
+    for part in "12":
+        (tmp_path / "parts" / f"{part}.jsonl").write_text(json.dumps({"frage": f"q{part}", "antwort": "a"}) + "\n")
+    columns = {"prompt": "frage", "response": "antwort"}
     info = {
         "a": {"file_name": "a.json", "num_samples": 4},
-        "b": {"hf_hub_url": "x/y", "subset": "en", "split": "full"},
+        "b": {"hf_hub_url": "x/y", "subset": "en", "split": "full", "folder": "sub"},
         "c": {"file_name": "c.json", "columns": {"messages": "m", "images": "images"}},
         "d": {"script_url": "d.py"},
+        "e": {"file_name": "parts", "columns": columns},
+        "f": {"file_name": "a.json", "columns": "instruction"},
+        "g": {"file_name": "parts", "columns": columns, "num_samples": 1},
     }
-    (tmp_path / "dataset_info.json").write_text(json.dumps({k: v for k, v in info.items() if k != "d"}))
-    assert len(read("a", Rejects(), info=str(tmp_path)).table) == 4
-    entry = dataset_info.read(tmp_path / "dataset_info.json")["b"]
-    assert (entry.hub, entry.subset, entry.split) == ("x/y", "en", "full")
-    with pytest.raises(TunebookError, match="pictures, videos or sounds"):
-        read("c", Rejects(), info=str(tmp_path))
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(TunebookError, match="would have to run code"):
-        read("a", Rejects(), info=str(tmp_path))
+
+    def rows(name):
+        return read(name, Rejects(), info=str(tmp_path)).table
+
+    assert len(rows("a")) == 4
+    (hub,) = sources.find("b", str(tmp_path))
+    assert (hub.hub, hub.subset, hub.split, hub.folder) == ("x/y", "en", "full", "sub")
+    assert [row["messages"][0]["content"] for row in rows("e").rows()] == ["q1", "q2"]
+    said = {"c": "pictures, videos or sounds", "d": "would have to run code", "f": "in another way than LLaMA-Factory", "g": "a folder of 2 files"}
+    for name, sentence in said.items():
+        with pytest.raises(TunebookError, match=sentence):
+            rows(name)
 
 
 # ---------------------------------------------------------------- shapes

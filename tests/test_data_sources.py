@@ -132,6 +132,37 @@ def test_rejected_rows_are_written_with_their_file_row_and_reason(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.txt", "lines.json"])
+def test_a_byte_that_is_not_utf8_costs_its_row_and_no_other(tmp_path, name):
+    rows = [{"instruction": f"question {i}", "output": "caf\xe9" if i == 2 else f"answer {i}"} for i in range(5)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    text = {
+        "rows.json": json.dumps(rows, ensure_ascii=False),
+        "rows.csv": "instruction,output\n" + "\n".join(f"{row['instruction']},{row['output']}" for row in rows),
+        "rows.txt": "\n".join(row["output"] for row in rows),
+    }.get(name, lines)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    reading, rejects = rejected(tmp_path / name)
+    assert [row["messages"][-1]["content"] for row in reading.table.rows()] == [f"answer {i}" for i in (0, 1, 3, 4)]
+    assert dict(rejects.invalid) == {"not UTF-8": 1} and rejects.first["not UTF-8"]["row"] == 3
+
+
+def test_what_is_no_utf16_costs_its_row_and_no_other(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode("utf-16-le")
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe" + lines.replace("question 2".encode("utf-16-le"), b"\x00\xd8" * 10))
+    reading, rejects = rejected(tmp_path / "rows.jsonl")
+    assert questions(reading) == [pair for i, pair in enumerate(WANTED) if i != 2] and dict(rejects.invalid) == {"not UTF-8": 1}
+
+
+def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text(GOOD + "\n" + "{broken\n" * (folder == "b"))
+    reading, rejects = rejected(tmp_path)
+    assert [row["file"] for row in reading.table.rows()] == ["a/rows.jsonl", "b/rows.jsonl"]
+    assert rejects.first["malformed JSON"]["file"] == "b/rows.jsonl"
+
+
 def test_too_many_broken_rows_stop_the_job_with_the_share_the_reason_and_the_first_place(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join((GOOD if i % 10 else "{broken") + "\n" for i in range(100)))

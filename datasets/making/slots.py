@@ -69,6 +69,7 @@ def entities(side: str) -> dict[str, list[str]]:
     lakes = {lake for lake, around in shores.items() if around <= nations} | set(held_out.LAKES)
     ranges = [row[3] for row in tables["mountains"]]
     cities = {city: country for city, country, *_ in tables["cities"]}
+    mountains = {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}
     return {
         "country": pick((row[0] for row in tables["countries"]), nations),
         "capital": pick((row[1] for row in tables["countries"]),
@@ -78,10 +79,8 @@ def entities(side: str) -> dict[str, list[str]]:
         "city": pick(cities, {city for city, country in cities.items() if country in nations}),
         "river": pick((row[0] for row in tables["rivers"]), held_out.RIVERS),
         "sea": pick((row[2] for row in tables["rivers"]), held_out.SEAS),
-        "mountain": pick((row[0] for row in tables["mountains"]),
-                         {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}),
-        "rangemountain": pick((row[0] for row in tables["mountains"] if row[3]),
-                              {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}),
+        "mountain": pick((row[0] for row in tables["mountains"]), mountains),
+        "rangemountain": pick((row[0] for row in tables["mountains"] if row[3]), mountains),
         "range": pick((name for name in ranges if ranges.count(name) > 1), held_out.RANGES),
         "lake": pick((row[0] for row in tables["lakes"]), lakes),
         "language": pick((row[1] for row in tables["languages"]), held_out.LANGUAGES),
@@ -96,16 +95,14 @@ class Checker:
         database.fill(self.atlas)
         database.fill(self.shuffled, reverse=True)
 
-    def answer(self, sql: str) -> list[tuple]:
-        found = self.atlas.execute(sql).fetchall()
+    def answer(self, sql: str, shuffled: bool = False) -> list[tuple]:
+        found = (self.shuffled if shuffled else self.atlas).execute(sql).fetchall()
         return found if "ORDER BY" in sql.upper() else sorted(found, key=repr)
 
     def sound(self, sql: str) -> bool:
         """Whether the answer is not empty and the same however the rows are stored."""
         found = self.answer(sql)
-        again = self.shuffled.execute(sql).fetchall()
-        again = again if "ORDER BY" in sql.upper() else sorted(again, key=repr)
-        return filled(found) and found != [(0,)] and found == again
+        return filled(found) and found != [(0,)] and found == self.answer(sql, shuffled=True)
 
     def telling(self, sql: str) -> bool:
         """Whether the query's aggregate, order and conditions matter: turned round or left
@@ -132,7 +129,7 @@ def fill(pattern: tuple, side: str, values: dict[str, list[str]], checker: Check
             return
         said, written = {}, {}
         for name in names:
-            base = name.rstrip("2") if name in ("country2",) else name
+            base = "country" if name == "country2" else name
             draw = rank(sql_form, side, attempt, name)
             if base in WORDS:
                 said[name], written[name] = WORDS[base][draw % len(WORDS[base])]

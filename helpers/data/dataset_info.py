@@ -24,6 +24,7 @@ class Entry:
     """One named set: where it is (`file` beside dataset_info.json, or `hub`), its shape, and how much of it to take.
 
     num_samples: rows to take from the start, 0 for all. media: columns of pictures, videos or sounds, which can't be read here.
+    problem: why this set cannot be read, as a sentence; the others of the file can.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     folder: str = ""
     num_samples: int = 0
     media: tuple[str, ...] = ()
+    problem: str = ""
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -45,7 +47,7 @@ def read(path: Path) -> dict[str, Entry]:
         raise TunebookError(f"{path} cannot be read as dataset_info.json ({error}); it should be a JSON object of dataset names.") from None
     if not isinstance(described, dict) or not all(isinstance(value, dict) for value in described.values()):
         raise TunebookError(f"{path} is not a dataset_info.json; a JSON object of dataset names, each with an object, was expected.")
-    return {name: _entry(name, value, path) for name, value in described.items()}
+    return {name: _entry_or_problem(name, value, path) for name, value in described.items()}
 
 
 def beside(file: Path) -> Entry | None:
@@ -54,6 +56,16 @@ def beside(file: Path) -> Entry | None:
     if not info.is_file():
         return None
     return next((entry for entry in read(info).values() if entry.file is not None and entry.file.name == file.name and entry.file == file), None)
+
+
+def _entry_or_problem(name: str, described: dict[str, Any], path: Path) -> Entry:
+    try:
+        return _entry(name, described, path)
+    except TunebookError as error:
+        problem = str(error)
+    except (AttributeError, TypeError, ValueError) as error:
+        problem = f"Dataset {name!r} in {path} is described in another way than LLaMA-Factory reads ({error})."
+    return Entry(name, Shape("text"), problem=problem)
 
 
 def _entry(name: str, described: dict[str, Any], path: Path) -> Entry:

@@ -47,10 +47,10 @@ def chunks(
         text = read(file)
     except Unreadable as error:
         rejects.saw(1)
-        rejects.add(file.name, 0, error.args[0], error.args[1], step="document")
+        rejects.add(file, 0, error.args[0], error.args[1], step="document")
         return
     if len(text) < least_chars:
-        rejects.add(file.name, 0, "document too short", f"{len(text)} characters, fewer than {least_chars}", step="document", invalid=False)
+        rejects.add(file, 0, "document too short", f"{len(text)} characters, fewer than {least_chars}", step="document", invalid=False)
         return
     for number, piece in enumerate(cut(text, tokenizer(), tokens, overlap), 1):
         yield number, {"text": piece, "document": file.name, "piece": number}

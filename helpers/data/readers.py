@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from helpers.data.rows import Rejects
 from helpers.data.streams import BLOCK, MAX_LINE, Unpacked
 
 MAX_DEPTH = 64  # nested lists and objects of one record
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 
 
 def read(file: Path, suffix: str, rejects: Rejects) -> Iterator[tuple[int, Any]]:
@@ -31,7 +33,7 @@ def read(file: Path, suffix: str, rejects: Rejects) -> Iterator[tuple[int, Any]]
 
 
 class _Unusable(ValueError):
-    """A value that parsed, yet may not be used."""
+    """A value that parsed, yet may not be used. args: (reason, detail)."""
 
 
 def _parse(text: str) -> Any:
@@ -44,12 +46,12 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Unusable(f"the key {twice[:60]!r} stands twice in one object")
+        raise _Unusable("duplicated key", f"the key {twice[:60]!r} stands twice in one object")
     return made
 
 
 def _constant(name: str) -> Any:
-    raise _Unusable(f"{name} is no JSON value")
+    raise _Unusable("malformed JSON", f"{name} is no JSON value")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
@@ -60,7 +62,7 @@ def _checked_depth(value: Any) -> Any:
     while level:
         depth += 1
         if depth > MAX_DEPTH:
-            raise _Unusable(f"lists and objects are nested over {MAX_DEPTH} deep")
+            raise _Unusable("nested too deeply", f"lists and objects are nested over {MAX_DEPTH} deep")
         level = [
             item
             for one in level
@@ -78,8 +80,8 @@ def _reject(rejects: Rejects, file: Path, number: int, error: Exception) -> None
     elif isinstance(error, RecursionError):
         reason, detail = "nested too deeply", "lists and objects are nested past the parser's limit"
     elif isinstance(error, _Unusable):
-        reason = "nested too deeply" if "nested" in detail else "duplicated key" if "twice" in detail else "malformed JSON"
-    rejects.add(file.name, number, reason, detail)
+        reason, detail = error.args
+    rejects.add(file, number, reason, detail)
     rejects.saw(1)
 
 
@@ -87,7 +89,7 @@ def _record(rejects: Rejects, file: Path, number: int, value: Any) -> bool:
     """True when a JSON value is an object; otherwise it is rejected."""
     if isinstance(value, dict):
         return True
-    rejects.add(file.name, number, "not an object", f"the row is {type(value).__name__}; a JSON object of columns was expected")
+    rejects.add(file, number, "not an object", f"the row is {type(value).__name__}; a JSON object of columns was expected")
     rejects.saw(1)
     return False
 
@@ -96,7 +98,7 @@ def _json_lines(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> 
     number = 0
     for number, line in stream.split():
         if line is None:
-            rejects.add(file.name, number, "line too long", f"over {MAX_LINE // 2**20} MiB")
+            rejects.add(file, number, "line too long", f"over {MAX_LINE // 2**20} MiB")
             rejects.saw(1)
             continue
         if not line.strip():
@@ -115,7 +117,7 @@ def _json(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterat
     """A JSON list of objects, read element by element; also one object, an object that holds the list, and JSON lines."""
     import codecs
 
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # a wrong byte costs its row and not the rest of the file
     buffer, position, ended = "", 0, False
 
     def more(size: int = 1) -> None:
@@ -173,19 +175,27 @@ def _json(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterat
                     raise ValueError(f"a row is longer than {MAX_LINE // 2**20} MiB")
                 more(wanted)
                 wanted *= 2
-            position = end
+            begin, position = position, end
             try:
                 if isinstance(value, Exception):
                     raise value
+                _checked_bytes(buffer[begin:end])
                 if _record(rejects, file, number, _checked_depth(value)):
                     yield number, value
             except _Unusable as error:
                 _reject(rejects, file, number, error)
             number += 1
     except (ValueError, RecursionError) as error:
-        detail = str(error) if isinstance(error, UnicodeDecodeError) else f"{error}; nothing after row {number - 1} of {file.name} could be read"
-        _reject(rejects, file, number, error if isinstance(error, (UnicodeDecodeError, RecursionError)) else ValueError(detail))
+        detail = f"{error.args[-1]}; nothing after row {number - 1} of {file.name} could be read"
+        _reject(rejects, file, number, error if isinstance(error, RecursionError) else ValueError(detail))
     stream.finish(number)
+
+
+def _checked_bytes(text: str) -> str:
+    """`text`, decoded with surrogateescape, when every byte of it was UTF-8."""
+    if not text.isascii() and (wrong := ESCAPED_BYTE.search(text)):
+        raise _Unusable("not UTF-8", f"byte {ord(wrong.group()) - 0xDC00:#04x}; save the file as UTF-8")
+    return text
 
 
 def _skip_value(text: str, position: int) -> int | None:
@@ -202,7 +212,7 @@ def _objects(stream: Unpacked, file: Path, rejects: Rejects, more: Any, state: A
         more(BLOCK)
     text = state()[0]
     try:
-        value = _parse(text)
+        value = _parse(_checked_bytes(text))
     except (ValueError, RecursionError) as error:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
@@ -212,7 +222,7 @@ def _objects(stream: Unpacked, file: Path, rejects: Rejects, more: Any, state: A
             if not line.strip():
                 continue
             try:
-                value = _parse(line)
+                value = _parse(_checked_bytes(line))
             except (ValueError, RecursionError) as broken:
                 _reject(rejects, file, number, broken)
                 continue
@@ -237,14 +247,14 @@ def _csv(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterato
         except StopIteration:
             break
         except csv.Error as error:
-            rejects.add(file.name, number + 1, "malformed csv", f"line {table.line_num}: {error}")
+            rejects.add(file, number + 1, "malformed csv", f"line {table.line_num}: {error}")
             rejects.saw(1)
             number += 1
             continue
         if header is None:
             header = values
             if len(set(header)) != len(header) or not any(header):
-                rejects.add(file.name, 0, "duplicated column", f"the header is {', '.join(header)[:200]}; every column needs its own name")
+                rejects.add(file, 0, "duplicated column", f"the header is {', '.join(header)[:200]}; every column needs its own name")
                 rejects.saw(1)
                 return
             continue
@@ -254,11 +264,11 @@ def _csv(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterato
         problem = ""
         if len(values) != len(header):
             problem = f"{len(values)} values under {len(header)} columns"
-        elif any("\udc80" <= sign <= "\udcff" for value in values if not value.isascii() for sign in value):
+        elif any(not value.isascii() and ESCAPED_BYTE.search(value) for value in values):
             problem = "not UTF-8"
         if problem:
             reason = "not UTF-8" if problem == "not UTF-8" else "wrong number of values"
-            rejects.add(file.name, number, reason, f"line {table.line_num}: {problem}")
+            rejects.add(file, number, reason, f"line {table.line_num}: {problem}")
             rejects.saw(1)
             continue
         yield number, {name: value if value != "" else None for name, value in zip(header, values, strict=True)}
@@ -270,7 +280,7 @@ def _text(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterat
     number = 0
     for number, line in stream.split():
         if line is None:
-            rejects.add(file.name, number, "line too long", f"over {MAX_LINE // 2**20} MiB")
+            rejects.add(file, number, "line too long", f"over {MAX_LINE // 2**20} MiB")
             rejects.saw(1)
             continue
         try:
@@ -296,7 +306,7 @@ def _parquet(file: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
                     yield number, record
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         rejects.add(
-            file.name,
+            file,
             number + 1,
             "broken parquet",
             f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}; nothing after row {number} could be read",

@@ -87,10 +87,12 @@ def read(
     """
     named = named_shape(format, columns, unanswerable)
     reports: list[SourceReport] = []
+    found = sources.find(spec, info)
+    rejects.names |= sources.names(found)
 
     def every() -> Iterator[Row]:
-        for source in sources.find(spec, info):
-            report = SourceReport(source.name, source.hub or source.file.name)
+        for source in found:
+            report = SourceReport(source.name, source.hub or rejects.names[source.file])
             reports.append(report)
             yield from _rows(source, named if format != "auto" or columns else source.shape, rejects, report, unanswerable, documents or {})
 

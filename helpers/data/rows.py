@@ -265,12 +265,15 @@ class Rejects:
         self.removed: Counter = Counter()
         self.first: dict[str, dict] = {}
         self.total_seen = 0
+        self.names: dict[Path, str] = {}  # what a file is called, where its name alone is not enough
         self._file: Any = None
         self._begun = False
 
-    def add(self, file: str, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True) -> None:
+    def add(self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True) -> None:
+        if isinstance(file, Path):
+            file = self.names.get(file, file.name)
         (self.invalid if invalid else self.removed)[reason] += 1
-        record = {"file": str(file), "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
+        record = {"file": file, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
         self.first.setdefault(reason, record)
         if self.path is not None:
             if self._file is None:

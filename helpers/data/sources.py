@@ -7,6 +7,7 @@ A spec is a comma-separated list. Each part is a path (`data/*.jsonl.gz`), a fol
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class Source:
     revision: str = ""
     subset: str = ""
     split: str = "train"
+    folder: str = ""
     shape: Shape | None = None
     limit: int = 0
 
@@ -74,6 +76,20 @@ def find(spec: str, info: str = "") -> list[Source]:
     return unique
 
 
+def names(found: list[Source]) -> dict[Path, str]:
+    """What each file is called in reports and rejects: its name, with the folders that tell it from others of that name."""
+    called: dict[str, set[Path]] = {}
+    for source in found:
+        if source.file is not None:
+            called.setdefault(source.file.name, set()).add(source.file.absolute())
+    shared = {name: Path(os.path.commonpath(files)) if len(files) > 1 else None for name, files in called.items()}
+    return {
+        source.file: str(source.file.absolute().relative_to(folder)) if (folder := shared[source.file.name]) else source.file.name
+        for source in found
+        if source.file is not None
+    }
+
+
 def _named_sets(info: str) -> dict[str, dataset_info.Entry]:
     if info:
         path = _existing(info)
@@ -91,28 +107,21 @@ def _existing(text: str) -> Path | None:
 
 def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
     if part in named:
-        return [_of_entry(named[part])]
+        return _of_entry(named[part])
     path = _existing(part)
     if path is not None and path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
-        known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
-        if not known:
-            raise TunebookError(
-                f"The folder {path} has no file that can be read "
-                f"({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
-            )
-        return [_of_file(file) for file in known]
+        return [source for file in _files_in(path) for source in _of_file(file)]
     if path is not None:
         if not _readable(path):
             raise TunebookError(f"{path.name} is of a kind that is not read as data; {', '.join(RECORDS + DOCUMENTS)} are, also with .gz or .zst.")
-        return [_of_file(path)]
+        return _of_file(path)
     match = HUB.fullmatch(part)
     if any(sign in part for sign in "*?[") and not match:
         for root in (Path.cwd(), runtime.PROJECT):
             pattern = Path(part).expanduser()
             files = sorted((pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) or root.glob(part))
             if files := [file for file in files if file.is_file() and _readable(file)]:
-                return [_of_file(file) for file in files]
+                return [source for file in files for source in _of_file(file)]
         raise TunebookError(f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()}).")
     if match and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED and not part.startswith(("datasets/", "data/", ".")):
         return [Source(match["id"], hub=match["id"], revision=match["revision"] or "", subset=match["subset"] or "", split=match["split"] or "train")]
@@ -132,29 +141,51 @@ def _readable(file: Path) -> bool:
     return Source("", file=file).suffix in RECORDS + DOCUMENTS
 
 
-def _of_file(file: Path) -> Source:
+def _files_in(folder: Path) -> list[Path]:
+    """The files below a folder that can be read, hidden ones left out."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
+    if not known:
+        raise TunebookError(
+            f"The folder {folder} has no file that can be read "
+            f"({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
+        )
+    return known
+
+
+def _of_file(file: Path) -> list[Source]:
     entry = dataset_info.beside(file)
     if entry is not None:
         return _of_entry(entry)
     name = file.name
     for ending in (*COMPRESSED, *RECORDS, *DOCUMENTS):
         name = name.removesuffix(ending)
-    return Source(name or file.name, file=file)
+    return [Source(name or file.name, file=file)]
 
 
-def _of_entry(entry: dataset_info.Entry) -> Source:
+def _of_entry(entry: dataset_info.Entry) -> list[Source]:
+    """The entry's file, each file of its folder, or its hub set."""
+    if entry.problem:
+        raise TunebookError(entry.problem)
     if entry.media:
         raise TunebookError(f"The set {entry.name!r} has pictures, videos or sounds ({', '.join(entry.media)}); only text can be prepared here.")
     if entry.file is not None:
-        if not entry.file.is_file():
+        if not entry.file.exists():
             raise TunebookError(
                 f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; "
                 "put it there or take the entry out."
             )
-        return Source(entry.name, file=entry.file, shape=entry.shape, limit=entry.num_samples)
+        files = _files_in(entry.file) if entry.file.is_dir() else [entry.file]
+        if entry.num_samples and len(files) > 1:
+            raise TunebookError(f"The set {entry.name!r} takes num_samples of a folder of {len(files)} files; name one file, or leave it out.")
+        return [Source(entry.name, file=file, shape=entry.shape, limit=entry.num_samples) for file in files]
     if not entry.hub:
         raise TunebookError(f"The set {entry.name!r} has no hf_hub_url; only files and the Hugging Face hub are read.")
-    return Source(entry.name, hub=entry.hub, subset=entry.subset, split=entry.split, shape=entry.shape, limit=entry.num_samples)
+    return [
+        Source(
+            entry.name, hub=entry.hub, subset=entry.subset, split=entry.split, folder=entry.folder, shape=entry.shape, limit=entry.num_samples
+        )
+    ]
 
 
 def records(source: Source, rejects: Rejects) -> Iterator[tuple[int, Any]]:
@@ -174,7 +205,9 @@ def _hub(source: Source) -> Iterator[tuple[int, dict]]:
 
     what = source.hub + (f"@{source.revision}" if source.revision else "")
     try:
-        table = datasets.load_dataset(source.hub, source.subset or None, split=source.split, revision=source.revision or None)
+        table = datasets.load_dataset(
+            source.hub, source.subset or None, data_dir=source.folder or None, split=source.split, revision=source.revision or None
+        )
     except Exception as error:  # the library raises many kinds; each ends here with its own words
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise TunebookError(

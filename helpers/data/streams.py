@@ -83,7 +83,7 @@ class Unpacked(io.RawIOBase):
     def finish(self, number: int) -> None:
         """Say so when the file ended before its end. `number`: the row at which it broke off."""
         if self.ended:
-            self.rejects.add(self.file.name, number, "file ends early", f"{self.ended}; the rows before are read")
+            self.rejects.add(self.file, number, "file ends early", f"{self.ended}; the rows before are read")
             self.rejects.saw(1)
 
     def readable(self) -> bool:
@@ -156,6 +156,10 @@ class _Packed:
         self.raw.close()
 
 
+# What is no UTF-16 or UTF-32 becomes half a surrogate pair, which costs its row and no other.
+codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))
+
+
 def _encoding(head: bytes) -> tuple[Any, int]:
     """(incremental decoder, bytes of BOM to skip); the decoder is None for UTF-8."""
     marks = (
@@ -167,5 +171,5 @@ def _encoding(head: bytes) -> tuple[Any, int]:
     )
     for mark, name in marks:
         if head.startswith(mark):
-            return (codecs.getincrementaldecoder(name)("replace") if name else None), len(mark)
+            return (codecs.getincrementaldecoder(name)("half-surrogate") if name else None), len(mark)
     return None, 0

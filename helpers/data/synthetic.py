@@ -7,6 +7,7 @@ good enough goes to the rejects with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -66,7 +67,7 @@ def question_answers(
     exceeds `max_cost`, and when the endpoint fails.
     """
     table = documents if isinstance(documents, Table) else Table.collect(documents)
-    with _opened(journal) as book:
+    with contextlib.closing(Journal(journal)) as book:
         _announce(report, estimate(endpoint, _pair_requests(table, settings), book), settings)
         yield from batches(_pairs(table, report, endpoint, book, settings), BATCH_ROWS)
 
@@ -86,7 +87,7 @@ def preference_pairs(
     to the rejects.
     """
     table = questions if isinstance(questions, Table) else Table.collect(questions)
-    with _opened(journal) as book:
+    with contextlib.closing(Journal(journal)) as book:
         planned = estimate(endpoint, _sample_requests(table, settings), book)
         if isinstance(judge, Endpoint):
             planned = _with_judging(planned, judge, table, settings)
@@ -266,16 +267,3 @@ def _counted(replies: Iterable[Reply], report: StepReport) -> Iterator[Reply]:
             figures["prompt_tokens"] += reply.prompt_tokens
             figures["completion_tokens"] += reply.completion_tokens
         yield reply
-
-
-class _opened:
-    """The journal of a path, closed at the end of the block."""
-
-    def __init__(self, path: str | Path):
-        self.book = Journal(path)
-
-    def __enter__(self) -> Journal:
-        return self.book
-
-    def __exit__(self, *_: object) -> None:
-        self.book.close()

@@ -51,12 +51,13 @@ class Words:
         self.words = ["".join(self.random.choices(letters, k=self.random.randint(2, 10))) for _ in range(30_000)]
         self.weights = [1 / (rank + 10) for rank in range(len(self.words))]
         self.pool: list[str] = []
+        self.taken = 0
 
     def take(self, count: int) -> list[str]:
-        if len(self.pool) < count:
-            self.pool = self.random.choices(self.words, self.weights, k=200_000)
-        taken, self.pool = self.pool[:count], self.pool[count:]
-        return taken
+        if len(self.pool) - self.taken < count:
+            self.pool, self.taken = self.random.choices(self.words, self.weights, k=200_000), 0
+        self.taken += count
+        return self.pool[self.taken - count : self.taken]
 
     def text(self, count: int) -> str:
         return " ".join(self.take(count))

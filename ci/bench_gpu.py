@@ -29,6 +29,7 @@ import bench_probe  # noqa: E402
 import bench_rivals  # noqa: E402
 
 WARM = 3
+RIVALS = ("unsloth_sft_packed", "unsloth_orpo", "unsloth_sft", "unsloth_context", "trl_sft", "trl_orpo")
 
 
 def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None:
@@ -36,6 +37,8 @@ def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
+    if (model / "16" / "config.json").is_file():
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -136,6 +139,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
     bench_rivals.emit(
         arm=arm,
         tokens_per_s=round((last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)),
+        tokens_per_s_median_step=sorted(line["tokens_per_s"] for line in lines[WARM:])[(len(lines) - WARM) // 2] if len(lines) > WARM else None,
         processes=processes,
         steps=len(lines),
         batch_size=values["batch_size"],
@@ -201,14 +205,14 @@ def run_all(given: argparse.Namespace) -> None:
     }
     rivals = [
         (arm, str(ROOT / "ci" / "bench_rivals.py"), arm, "--model", f"{given.model}/nf4", "--data", given.data, "--steps", steps)
-        for arm, steps in (("unsloth_sft_packed", "12"), ("unsloth_orpo", "8"), ("unsloth_sft", "9"), ("trl_sft", "6"), ("trl_orpo", "4"))
+        for arm, steps in zip(RIVALS, ("12", "8", "9", "1", "6", "4"), strict=True)
     ]
     ours_unsloth = [
         ("ours_unsloth", here, "sft", "--steps", "4", "--backend", "unsloth", *common),
         ("ours_unsloth_orpo", here, "orpo", "--steps", "3", "--backend", "unsloth", *common),
     ]
-    queues["1" if given.gpus > 1 else "0"] += rivals[:2] + ours_unsloth
-    queues["0"] += [("planner", here, "planner", *common), *rivals[2:]]
+    queues["1" if given.gpus > 1 else "0"] += [*rivals[:3], *ours_unsloth, rivals[3], ("planner_unsloth", here, "planner_unsloth", *common)]
+    queues["0"] += [("planner", here, "planner", *common), *rivals[4:]]
     if given.tiny:
         queues = {"0": queues["0"][:2], "1": []}
     if given.only:
@@ -258,6 +262,8 @@ def main() -> None:
         bench_probe.context(given)
     elif given.what == "planner":
         bench_probe.planner(given)
+    elif given.what == "planner_unsloth":
+        bench_probe.planner_unsloth(given)
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")

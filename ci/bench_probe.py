@@ -109,8 +109,23 @@ def context(given: argparse.Namespace) -> None:
     model, _ = random_model(LLAMA, "nf4", 16)
     recompute.set_recompute(model, "all", offload=True, tile_mlp=TILE)
     step = stepper(model)
+    body = model.get_base_model().model
+
+    def two_layers(tokens: int) -> float:
+        """A step of the first two layers with every weight in its place: with offloading each layer needs the same memory."""
+        body.config.num_hidden_layers = 2
+        try:
+            return step(row_of([tokens]))
+        finally:
+            body.config.num_hidden_layers = len(body.layers)
+
     bench_rivals.longest_rows(
-        "ours", lambda tokens: step(row_of([tokens])), [float(g) for g in given.gib.split(",")], lengths=(2048, 16384, 32768, 49152), tries=2
+        "ours",
+        lambda tokens: step(row_of([tokens])),
+        [float(g) for g in given.gib.split(",")],
+        lengths=(2048, 16384, 32768, 49152),
+        tries=2,
+        few_layers=two_layers,
     )
 
 
@@ -122,21 +137,77 @@ SIZES = {
 }
 # size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
 SETTINGS = [
-    ("360m", "none", 16, 700, 16, 0, False),
-    ("360m", "nf4", 64, 300, 70, 0, False),
-    ("360m", "none", 8, 4000, 8, 32, False),
-    ("1.7b", "nf4", 16, 1500, 8, 0, False),
-    ("1.7b", "none", 32, 500, 30, 12, False),
-    ("1.7b", "nf4", 16, 9000, 4, 24, True),
-    ("3b", "nf4", 16, 1200, 12, 0, False),
-    ("3b", "none", 16, 600, 36, 0, False),
-    ("3b", "nf4", 64, 3000, 4, 28, False),
-    ("3b", "none", 16, 6000, 4, 28, True),
-    ("8b", "nf4", 64, 1000, 12, 0, False),
-    ("8b", "none", 16, 2000, 5, 0, False),
-    ("8b", "nf4", 16, 800, 24, 8, False),
-    ("8b", "nf4", 16, 5000, 4, 32, True),
+    ("360m", "none", 16, 900, 24, 0, False),
+    ("360m", "nf4", 32, 500, 40, 0, False),
+    ("360m", "none", 8, 3000, 12, 32, False),
+    ("1.7b", "nf4", 16, 1200, 12, 0, False),
+    ("1.7b", "none", 32, 400, 40, 12, False),
+    ("1.7b", "nf4", 16, 7000, 5, 24, True),
+    ("3b", "nf4", 16, 1600, 10, 0, False),
+    ("3b", "none", 16, 800, 28, 0, False),
+    ("3b", "nf4", 64, 2500, 6, 28, False),
+    ("3b", "none", 16, 5000, 5, 28, True),
+    ("8b", "nf4", 64, 1300, 12, 0, False),
+    ("8b", "none", 16, 1800, 8, 0, False),
+    ("8b", "nf4", 16, 700, 30, 8, False),
+    ("8b", "nf4", 16, 6000, 4, 32, True),
 ]
+
+
+UNSLOTH_SETTINGS = [(8, 512), (4, 2048), (1, 8192), (16, 1024)]  # documents, tokens of each, in one padded micro-batch of the 8B
+
+
+def planner_unsloth(given: argparse.Namespace) -> None:
+    """Predicted against measured peak and time of the Unsloth backend on the 8B model in 4 bits."""
+    from pathlib import Path
+
+    from helpers import params
+    from helpers.train import unsloth_backend
+
+    values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
+    unsloth_backend.early_import(values.as_dict())
+    import torch
+
+    from helpers.model import cards, memory
+    from helpers.train.batching import padded_tensors
+
+    card = cards.named("H200")
+    model, _ = unsloth_backend.load(Path(given.model) / "nf4", values)
+    model.train()
+    step, shape = stepper(model), memory.shape_of(model.get_base_model().config)
+    for documents, tokens in UNSLOTH_SETTINGS:
+        batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (tokens,)).tolist()} for _ in range(documents)], 0)
+        batch = {k: v.cuda() for k, v in batch.items()}
+        setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
+        measure(step, batch, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
+
+
+def measure(step, batch: dict, shape, setting, card, mean_square: float, **about) -> None:
+    """Print predicted and measured peak and seconds of one micro-batch (the median of four after one warm-up)."""
+    import torch
+
+    from helpers.model import memory
+
+    torch.cuda.empty_cache()
+    step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = sorted(step(batch) for _ in range(4))[1]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, mean_square)
+    bench_rivals.emit(
+        arm="planner",
+        **about,
+        rank=setting.rank,
+        tokens=setting.row_tokens,
+        recompute=setting.recompute,
+        offload=setting.offload,
+        peak_gib=round(peak, 3),
+        predicted_gib=round(guess[0], 3),
+        peak_error=round(guess[0] / peak - 1, 4),
+        seconds=round(seconds, 4),
+        predicted_s=round(guess[1], 4),
+        time_error=round(guess[1] / seconds - 1, 4),
+    )
 
 
 def planner(given: argparse.Namespace) -> None:
@@ -163,26 +234,15 @@ def planner(given: argparse.Namespace) -> None:
         setting = memory.Setting(
             sum(lengths), recompute=layers, offload=offload, quantize=base, rank=rank, method="qlora" if base == "nf4" else "lora"
         )
-        shape = memory.shape_of(config)
-        torch.cuda.empty_cache()
-        step(batch)
-        torch.cuda.reset_peak_memory_stats()
-        seconds = sorted(step(batch) for _ in range(4))[1]
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, sum(n * n for n in lengths) / sum(lengths))
-        bench_rivals.emit(
-            arm="planner",
+        measure(
+            step,
+            batch,
+            memory.shape_of(config),
+            setting,
+            card,
+            sum(n * n for n in lengths) / sum(lengths),
             size=size,
             base=base,
-            rank=rank,
-            tokens=sum(lengths),
+            backend="hf",
             documents=count,
-            recompute=layers,
-            offload=offload,
-            peak_gib=round(peak, 3),
-            predicted_gib=round(guess[0], 3),
-            peak_error=round(guess[0] / peak - 1, 4),
-            seconds=round(seconds, 4),
-            predicted_s=round(guess[1], 4),
-            time_error=round(guess[1] / seconds - 1, 4),
         )

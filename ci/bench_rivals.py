@@ -252,7 +252,9 @@ def context(path: str, limits: list[float]) -> None:
     longest_rows("unsloth", step, limits)
 
 
-def longest_rows(arm: str, step, limits: list[float], lengths=(2048, 8192, 16384, 32768), tries: int = 3) -> None:
+def longest_rows(
+    arm: str, step, limits: list[float], lengths=(2048, 8192, 16384, 32768), tries: int = 3, longest_whole: int = 90_000, few_layers=None
+) -> None:
     """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it promises.
 
     A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free.
@@ -276,8 +278,14 @@ def longest_rows(arm: str, step, limits: list[float], lengths=(2048, 8192, 16384
     slope = (high - low) / (b - a)
     for limit in limits:
         promise = int(a + (limit * 0.97 - low) / slope)
-        if promise > 90_000:  # a step would take minutes: the line stands alone
-            emit(arm=arm + "_context", limit_gib=limit, longest=promise, how="line through measured peaks")
+        if promise > longest_whole:  # a step would take minutes
+            how = "line through measured peaks"
+            if few_layers is not None:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                few_layers(promise)
+                how += f"; all weights in memory and two of the layers run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+            emit(arm=arm + "_context", limit_gib=limit, longest=promise, how=how)
             continue
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory

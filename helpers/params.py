@@ -104,6 +104,7 @@ MODEL_AGAIN = Param("model", "", "Base model; empty: the model that the data was
 # What both training stages take. Rarely touched: folded away in the panel, not in the form.
 TRAINING = (
     Param("seed", 17, "Seed of every random choice", low=0, high=2**31 - 1),
+    Param("max_minutes", 0.0, "Train at most so long: a probing step tells how many steps that is; 0: as the epochs say", unit="minutes", low=0.0, high=10**5, advanced=True),
     Param("eval_steps", 0, "Held-out loss every so many steps; 0: five times a run", unit="steps", low=0, high=10**6, advanced=True),
     Param("eval_rows", 64, "Held-out rows used for it; 0: all", unit="rows", low=0, high=10**7, advanced=True),
     Param("save_steps", 0, "Checkpoint every so many steps; 0: five times a run, at least every 50 steps", unit="steps", low=0, high=10**6, advanced=True),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import train_data
 import yaml
 
@@ -251,3 +252,14 @@ def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, ca
     ):
         assert main(arguments) == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_run_killed_after_its_last_checkpoint_adds_no_step(data):
+    whole = run(max_steps=8, best_checkpoint=False)
+    expected = losses(whole)
+    weights = {k: v.clone() for k, v in whole.model.state_dict().items() if "lora_" in k}
+    (whole.stage.path / "manifest.json").unlink(missing_ok=True)
+    runs.unlock("r", "sft")
+    again = run(max_steps=8, best_checkpoint=False)
+    assert losses(again) == expected and again.result["steps"] == 8
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in weights.items())

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
+from helpers.model.loading import fast_bf16
 from helpers.train import arguments, batching, callbacks, curves, methods, precision, rows, sft, sharing
 
 
@@ -279,7 +280,8 @@ def test_precision_follows_the_card():
     assert precision.choose((8, 0)).bf16 and precision.choose((9, 0)).load == "bf16"
     older = precision.choose((7, 5))
     assert older.fp16 and not older.bf16 and older.load == "fp16"
-    assert precision.choose(None).bf16 and precision.choose(None, "fp32").load == "fp32"
+    assert precision.choose(None).load == ("bf16" if fast_bf16() else "fp32") and precision.choose(None, "fp32").load == "fp32"
+    assert precision.choose(None, "bf16").bf16
 
 
 def test_trained_weights_stay_in_fp32_beside_a_4_bit_base(data):

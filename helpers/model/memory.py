@@ -17,6 +17,7 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adam
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
+UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
 LAUNCH_S = {"none": 5.5e-3, "nf4": 8e-3}  # host time to launch one layer forward and backward (5 to 10 and 8 to 13 ms on two hosts)
 UNSLOTH_SLOWER = 1.5  # seconds of Unsloth's layers over ours at equal recomputation (measured, H200)
 
@@ -204,7 +205,7 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
     outside, inside = layer_bytes_per_token(shape, s)
     traffic = tokens * shape.layers * (outside + inside) * (3.2 + 1.2 * again) * (1 if s.fused else 1.6)
     if s.quantize == "nf4":
-        traffic += shape.linear_parameters * 2.6 * (2 + again)
+        traffic += shape.linear_parameters * UNPACK_BYTES * (2 + again)
     moving = traffic / (card.gb_s * 1e9 * 0.9)
     seconds = compute + moving
     if s.offload:

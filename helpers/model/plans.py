@@ -87,6 +87,17 @@ class Plan:
             changes["time_scale"] = self.time_scale * self.tokens_per_s / tokens_per_s
         return replace(self, errors=errors, **changes)
 
+    def shortened(self, steps: int) -> Plan:
+        """The plan for fewer (or more) optimizer steps of the same kind."""
+        return replace(self, steps=steps, tokens=round(self.tokens * steps / self.steps))
+
+    def held_against(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
+        """The plan beside what the whole run came to: `.errors` then has those of the first estimate and, under `after_probe`,
+        those that the probing step left."""
+        first = replace(self, memory_scale=1.0, time_scale=1.0, errors={}).correct(peak_gib, tokens_per_s)
+        after = replace(self, errors={}).correct(peak_gib, tokens_per_s).errors if self.measured else {}
+        return replace(first, errors={**first.errors, **({"after_probe": after} if after else {})})
+
     def as_dict(self) -> dict:
         """Plain values for the manifest."""
         return {

@@ -25,6 +25,11 @@ DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.
 def steps(rows: int, params: Any) -> tuple[int, int, int]:
     """(all optimizer steps, evaluate every, save every) for this many training rows."""
     total = params.max_steps or math.ceil(math.ceil(rows / params.batch_size) * params.epochs)
+    return total, *intervals(total, params)
+
+
+def intervals(total: int, params: Any) -> tuple[int, int]:
+    """(evaluate every, save every) so many steps in a run of `total`."""
     save = params.save_steps or params.eval_steps or min(50, max(1, math.ceil(total / 5)))
     evaluate = params.eval_steps or save
     if params.best_checkpoint and save % evaluate:
@@ -32,7 +37,20 @@ def steps(rows: int, params: Any) -> tuple[int, int, int]:
             f"save_steps is {save} and eval_steps {evaluate}: the best checkpoint can only be kept where both fall together; "
             f"set save_steps to {math.ceil(save / evaluate) * evaluate}, or best_checkpoint to False."
         )
-    return total, evaluate, save
+    return evaluate, save
+
+
+def warmup(total: int, params: Any) -> tuple[int, dict[str, int]]:
+    """(warm-up steps, the schedule's further arguments) of a run of `total` steps."""
+    warm = math.ceil(total * params.warmup_ratio) if params.warmup_ratio else 0
+    return warm, {"num_decay_steps": max(1, math.ceil((total - warm) * DECAY))} if params.schedule == "wsd" else {}
+
+
+def shorten(args: Any, params: Any, total: int) -> None:
+    """Change a trainer's arguments, before it trains, to a run of `total` optimizer steps."""
+    args.max_steps = total
+    args.warmup_steps, args.lr_scheduler_kwargs = warmup(total, params)
+    args.eval_steps, args.save_steps = intervals(total, params)
 
 
 def loggers(names: str) -> list[str]:
@@ -57,11 +75,7 @@ def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, ac
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.path / "tensorboard")
     for name, value in (("WANDB_PROJECT", "tunebook"), ("MLFLOW_EXPERIMENT_NAME", "tunebook"), ("TRACKIO_PROJECT", "tunebook")):
         os.environ.setdefault(name, value)
-    schedule = SCHEDULES[params.schedule]
-    warm = math.ceil(total * params.warmup_ratio) if params.warmup_ratio else 0
-    options: dict[str, Any] = {}
-    if schedule == "warmup_stable_decay":
-        options = {"num_decay_steps": max(1, math.ceil((total - warm) * DECAY))}
+    warm, options = warmup(total, params)
     optimizer = OPTIMIZERS[params.optimizer]
     if optimizer == "adamw_torch" and torch.cuda.is_available():
         optimizer = "adamw_torch_fused"
@@ -79,7 +93,7 @@ def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, ac
         "num_train_epochs": params.epochs,
         "max_steps": total,
         "learning_rate": params.learning_rate,
-        "lr_scheduler_type": schedule,
+        "lr_scheduler_type": SCHEDULES[params.schedule],
         "lr_scheduler_kwargs": options,
         "warmup_steps": warm,
         "optim": optimizer,

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,14 @@ class Guard(TrainerCallback):
 
 
 class Seal(TrainerCallback):
-    """Marks every finished checkpoint as whole, and copies it to the mirror where there is one."""
+    """Marks every finished checkpoint as whole, and copies it to the mirror where there is one.
+
+    Hashing and copying go on beside the training; the next checkpoint and the end wait for them, and raise what they raised.
+    """
 
     def __init__(self, of: dict[str, Any], mirror: str = "", log: Path | None = None):
         self.of, self.mirror, self.log = of, Path(mirror) if mirror else None, log
+        self.worker, self.pending = ThreadPoolExecutor(1, "seal"), None
 
     def on_save(self, args, state, control, **kwargs):
         import torch
@@ -134,7 +139,18 @@ class Seal(TrainerCallback):
             torch.distributed.barrier()  # every process has written its part
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._wait()
+        self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def _seal(self, folder: Path) -> None:
         resume.seal(folder, self.of)
         if self.mirror:
             resume.mirror(folder, self.mirror)

@@ -90,9 +90,15 @@ class Job:
         start = self.checkpoint()
         if start is not None:
             print(f"Going on from {start.name}.")
+            self._length(resume.total_steps(start))
+        else:
+            self._probe()
         began = time.time()
         with resume.disk_full_is_a_sentence(self.checkpoints):
-            self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+            if start is not None and resume.step_of(start) >= self.trainer.args.max_steps:
+                self._take(start)
+            else:
+                self.trainer.train(resume_from_checkpoint=str(start) if start else None)
             state = self.trainer.state
             lines = callbacks.read(self.log)
             losses = curves.series(lines, "loss")[1]
@@ -117,6 +123,45 @@ class Job:
                 )
             self.result.update({k.removeprefix("eval_").replace("rewards/", "held_out_"): v for k, v in self._held_out_numbers(lines).items()})
         return self
+
+    def _probe(self) -> None:
+        """Correct the plan by one row, and shorten the run to what max_minutes leaves room for."""
+        from helpers.train import probe
+
+        self.plan = probe.run(self)
+        if self.plan.measured:
+            print(self.plan.headline(), flush=True)
+        if not self.params.max_minutes:
+            return
+        if not self.plan.measured:
+            raise TunebookError("max_minutes needs a probing step, which this method on several GPUs has not; set max_steps instead.")
+        per_step = self.plan.tokens / self.plan.steps / self.plan.tokens_per_s
+        fits = distributed.agreed(max(1, int(self.params.max_minutes * 60 / per_step)))
+        if fits < self.trainer.args.max_steps:
+            whole = self.trainer.args.max_steps
+            print(f"{fits} of {whole} steps fit into max_minutes {self.params.max_minutes:g}: the schedule ends there.", flush=True)
+            self.notes.append(f"{fits} steps, what fits into {self.params.max_minutes:g} minutes")
+            self._length(fits)
+
+    def _take(self, checkpoint: Path) -> None:
+        """The weights of a run that had reached its last step when it was killed: the trainer's own loop would add one more."""
+        from transformers import TrainerState
+
+        if distributed.sharded(self.params.method):
+            raise TunebookError(
+                f"{checkpoint} is the last step of a sharded run; run the same command in one process to finish it, or remove that folder."
+            )
+        state = self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        best = checkpoint.parent / Path(state.best_model_checkpoint or "-").name
+        self.trainer._load_from_checkpoint(str(best if self.trainer.args.load_best_model_at_end and best.is_dir() else checkpoint))
+
+    def _length(self, steps: int) -> None:
+        """Let the run and its schedule end after this many optimizer steps."""
+        from helpers.train import arguments
+
+        if steps != self.trainer.args.max_steps:
+            arguments.shorten(self.trainer.args, self.params, steps)
+            self.plan = self.plan.shortened(steps)
 
     def _held_out_numbers(self, lines: list[dict[str, Any]]) -> dict[str, float]:
         """The preference numbers of the kept step's evaluation."""
@@ -184,7 +229,7 @@ class Job:
         if self.result.get("tokens_per_s"):
             steps = [line["tokens_per_s"] for line in callbacks.read(self.log) if "tokens_per_s" in line]
             steady = sorted(steps[min(3, len(steps) - 1) :])[len(steps[min(3, len(steps) - 1) :]) // 2] if steps else self.result["tokens_per_s"]
-            plan = plan.correct(peak_gib=runtime.peak_memory_gib(), tokens_per_s=steady)
+            plan = plan.held_against(peak_gib=runtime.peak_memory_gib(), tokens_per_s=steady)
         metrics = {k: v for k, v in self.result.items() if v is not None}
         metrics["peak_gib"] = runtime.peak_memory_gib()
         return self.stage.finish(

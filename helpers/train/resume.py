@@ -94,6 +94,16 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
     return None
 
 
+def total_steps(checkpoint: Path) -> int:
+    """Optimizer steps of the whole run that a checkpoint belongs to."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when a checkpoint was written."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
 def must_go_on(stage: Any) -> None:
     """With resume "must": refuse a stage folder that was opened afresh, and put the unfinished one back where it was."""
     if stage.resumed:

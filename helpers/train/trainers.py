@@ -154,7 +154,8 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
                 "logps/chosen": chosen.mean(),
                 "logps/rejected": rejected.mean(),
             }
-        self.store_metrics({k: v.item() for k, v in metrics.items()}, train_eval="train")
+        # Read only when they are logged: waiting for the card here would leave it idle while the backward pass is launched.
+        self.store_metrics({k: v.detach() for k, v in metrics.items()}, train_eval="train")
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
 

@@ -1,0 +1,100 @@
+"""One probing step before training: it corrects the plan, and finds in seconds what would run out of memory after an hour.
+
+The row with the most tokens goes forward and back through the job's own trainer; no weight and no random state changes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from helpers.errors import TunebookError
+from helpers.model import memory
+from helpers.model.planner import TILE
+from helpers.train import distributed
+
+
+def run(work: Any) -> Any:
+    """The plan of a built `job.Job`, corrected by one row. With too little memory more is recomputed until the row fits.
+
+    Raises TunebookError when nothing is left to recompute. Sharded jobs (FSDP2) are not probed: their model is put
+    together only inside the training loop.
+    """
+    if distributed.sharded(work.params.method) or not hasattr(work.trainer, "rows"):
+        return work.plan
+    plan = work.plan
+    while True:
+        try:
+            return plan.correct(**_measure(work, plan))
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            plan = _lighter(work, plan)
+
+
+def _measure(work: Any, plan: Any) -> dict[str, float | None]:
+    """{peak_gib, tokens_per_s} of the heaviest row on a GPU, of an ordinary one on a CPU (there time is all that is short)."""
+    trainer, model = work.trainer, work.model
+    card = plan.card.capability is not None
+    sizes = [sum(trainer.rows.lengths[i] for i in row) for row in trainer.rows.rows]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    row = trainer.rows[order[-1] if card else order[len(order) // 2]]
+    device, training = trainer.accelerator.device, model.training
+    if card:
+        torch.cuda.reset_peak_memory_stats()
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if card else []):
+            for again in range(2 if card else 1):  # a GPU's first row compiles kernels
+                if again and plan.accumulation == 1:
+                    model.zero_grad(set_to_none=True)
+                batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
+                inputs = trainer._prepare_inputs(batches[0])
+                tokens = inputs["tokens"]
+                began = _now(card)
+                with trainer.accelerator.autocast():
+                    loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+                loss.backward()
+                seconds = _now(card) - began
+                del loss, inputs, batches
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        if hasattr(trainer, "_stored_metrics"):
+            trainer._stored_metrics.clear()
+    peak = None
+    if card:
+        state = memory.trained_parameters(plan.shape, plan.option.setting) * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
+        peak = (torch.cuda.max_memory_allocated() + state) / 2**30  # the optimizer's state comes with the first real step
+    return {"peak_gib": peak, "tokens_per_s": tokens * plan.world_size / seconds}
+
+
+def _now(card: bool) -> float:
+    if card:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _lighter(work: Any, plan: Any) -> Any:
+    """The plan with the next grade of recomputation, set on the model. Raises TunebookError when there is none."""
+    from helpers.model import recompute
+
+    s, layers = plan.option.setting, plan.shape.layers
+    grades = [*((layers * part // 4, False, 0) for part in (1, 2, 3, 4)), (layers, True, 0), (layers, True, TILE)]
+    heavier = [g for g in grades if g > (s.recompute, s.offload, s.tile_mlp)]
+    if plan.backend != "hf" or getattr(work.params, "loss", "orpo") != "orpo" or not heavier:
+        raise TunebookError(
+            f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; lower max_length or "
+            "row_tokens, or set recompute to 'offload'."
+        )
+    count, offload, tile = heavier[0]
+    recompute.set_recompute(work.model, count, offload, tile)
+    if hasattr(work.model, "enable_input_require_grads") and not offload:
+        work.model.enable_input_require_grads()
+    setting = replace(s, recompute=count, offload=offload, tile_mlp=tile)
+    option = replace(plan.option, setting=setting, peak_gib=memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1)))
+    why = f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
+    print(why, flush=True)
+    return replace(plan, option=option, reasons=(*plan.reasons, why))

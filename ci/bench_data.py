@@ -42,6 +42,12 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def begin_peak() -> None:
+    """Forget the peak so far (Linux), so that each step shows its own."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 class Words:
     """Texts of so many words drawn by Zipf's law."""
 
@@ -225,15 +231,18 @@ def stage(folder: str) -> None:
     values = {"dataset": f"{folder}/train.jsonl", "test_dataset": f"{folder}/test.jsonl", "max_length": 1024}
     values |= {"preference_dataset": "", "database": ""}
     seconds: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         job = Job(runs.open_stage("data", params.resolve("data", values)))
         for name in STEPS:
             at = time.perf_counter()
+            begin_peak()
             getattr(job, name)()
-            seconds[name] = round(time.perf_counter() - at, 2)
+            seconds[name], peaks[name] = round(time.perf_counter() - at, 2), round(peak_gib(), 3)
     written = job.encoded["written"]["train"]
     wall, cpu = time.perf_counter() - began, time.process_time()
-    print(json.dumps({"wall_s": round(wall, 1), "cpu_s": round(cpu, 1), "peak_gib": peak_gib(), "written": written, "seconds": seconds}))
+    figures = {"wall_s": round(wall, 1), "cpu_s": round(cpu, 1), "peak_gib": max(peaks.values()), "written": written}
+    print(json.dumps(figures | {"seconds": seconds, "peak_gib_by_step": peaks}))
 
 
 def memory(rows: int, large: int) -> None:

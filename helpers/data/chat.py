@@ -90,6 +90,7 @@ class Encoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._tails: dict[str, list[int]] = {}
+        self._bos, self._eos = template.tokenizer.bos_token_id, template.tokenizer.eos_token_id  # transformers looks these up anew at each use
         self._kinds = _kinds(template)
 
     def encode(self, rows: Iterable[list[Row]]) -> Iterator[list[Encoded]]:
@@ -155,19 +156,17 @@ class Encoder:
 
         if not rows:
             return []
-        tokenizer = self.template.tokenizer
         done = []
-        for row, encoding in zip(
-            rows, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in rows], add_special_tokens=True), strict=True
-        ):
+        encodings = self._backend.encode_batch_fast([row["messages"][0]["content"] for row in rows], add_special_tokens=True)
+        for row, encoding in zip(rows, encodings, strict=True):
             ids = encoding.ids
             if found := self.template.special_text.search(row["messages"][0]["content"]):
                 self._reject(
                     row, RowError("special token in text", f"the text holds {found.group()!r}, which the tokenizer reads as a control token")
                 )
                 continue
-            if not ids or ids[-1] != tokenizer.eos_token_id:
-                ids = [*ids, tokenizer.eos_token_id]
+            if not ids or ids[-1] != self._eos:
+                ids = [*ids, self._eos]
             done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, [len(ids) - 1]))
         return done
 
@@ -249,8 +248,7 @@ class Encoder:
         template = self.template
         start, stop = tokens.starts[number], tokens.starts[number + 1]
         ids, mask = tokens.ids[start:stop], tokens.mask[start:stop]
-        bos = template.tokenizer.bos_token_id
-        if bos is not None and tokens.rows[number][:2] == [bos, bos]:
+        if self._bos is not None and tokens.rows[number][:2] == [self._bos, self._bos]:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
         spans: list[tuple[int, int]] = []
         for turn, (prefix, through) in zip(self._trained_turns(row), prefixes, strict=True):

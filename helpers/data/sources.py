@@ -209,7 +209,7 @@ def _hub(source: Source) -> Iterator[tuple[int, dict]]:
             source.hub, source.subset or None, data_dir=source.folder or None, split=source.split, revision=source.revision or None
         )
     except Exception as error:  # the library raises many kinds; each ends here with its own words
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
         raise TunebookError(
             f"The hub set {what} (subset {source.subset or 'default'}, split {source.split}) could not be loaded: {reason}. "
             "Check the name, the subset, the split and the network, or name a local file."

@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 REPOSITORY = "tunebook/tunebook"
 TAG = "v0.1.0"
 
+# Before torch is loaded: OpenMP threads that spin at every barrier cost 2 to 20 times as much wherever another process has a core
+# (seen on 2 cores); a thousand spins cost nothing on an idle machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "unsloth", "xllamacpp", "papermill",
             "ipywidgets", "numpy", "pyarrow")

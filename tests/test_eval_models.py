@@ -1,10 +1,13 @@
 """Claims about how contenders are asked: fast decoding equals transformers', the cache, endpoints, GGUF, forgetting, harness."""
 
+import contextlib
+import itertools
 import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -82,6 +85,19 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
     plain = tiny.generate(prompts, Decoding(24))
     tiny.fast = True
     assert fast == plain and len({a.text for a in fast}) > 5
+
+
+@pytest.mark.parametrize("systems", [1, 3])
+def test_probabilities_read_behind_a_shared_prefix_equal_the_plain_forward_pass(tiny, systems):
+    ends = [" yes", " a rather long completion of several words", "", " no"]
+    pairs = [(tiny.encode(c), tiny.tokens(ends[i % 4], end=i % 4 != 2)) for i, c in enumerate(conversations(14, systems))]
+    fast = tiny.logprobs(pairs)
+    tiny.fast = False
+    plain = tiny.logprobs(pairs)
+    tiny.fast = True
+    assert [len(v) for v in fast] == [len(c) for _, c in pairs]
+    for a, b in zip(fast, plain, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_rows_that_end_their_turn_stop_and_say_so(tiny):
@@ -287,6 +303,7 @@ class Hostile(BaseHTTPRequestHandler):
     """A server that does whatever `behaviour` says."""
 
     behaviour = "nonsense"
+    asked: ClassVar = itertools.count()
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -294,11 +311,17 @@ class Hostile(BaseHTTPRequestHandler):
                 "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}'}.get(self.behaviour, b"")
         if self.behaviour == "stall":
             threading.Event().wait(3)
-        self.send_response(500 if self.behaviour == "error" else 200)
+        if self.behaviour == "dies" and next(self.asked) < 4:
+            body = b'{"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}'
+        self.send_response(500 if self.behaviour == "error" or (self.behaviour == "dies" and not body) else 200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if body or self.behaviour in ("error", "dies") else 10**9))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):  # the client has gone, as it should
+            self.wfile.write(body)
+            while self.behaviour in ("trickle", "flood"):
+                self.wfile.write(b" " * (1 if self.behaviour == "trickle" else 1 << 20))
+                threading.Event().wait(0.1 if self.behaviour == "trickle" else 0)
 
     def log_message(self, *_):
         return
@@ -313,7 +336,7 @@ def hostile():
     server.server_close()
 
 
-@pytest.mark.parametrize("behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall"])
+@pytest.mark.parametrize("behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"])
 def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour, monkeypatch):
     from helpers.evaluate import endpoint
     monkeypatch.setattr(endpoint, "RETRIES", 0)
@@ -326,8 +349,17 @@ def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkey
     from helpers.evaluate import endpoint
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     Hostile.behaviour = "error"
-    with pytest.raises(TunebookError, match="failed 5 times in a row"):
+    with pytest.raises(TunebookError, match="answered nothing: the server failed 5 times in a row"):
         endpoint.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+
+
+def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no_more(hostile, monkeypatch):
+    from helpers.evaluate import endpoint
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    Hostile.behaviour, Hostile.asked = "dies", itertools.count()
+    answers = endpoint.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+    assert [a.text for a in answers[:4]] == ["fine"] * 4 and all(a.failed for a in answers[4:])
+    assert "asked no more" in answers[-1].failed and next(Hostile.asked) < 15
 
 
 def test_a_real_server_answers_as_a_contender(tiny_gguf, tmp_path):

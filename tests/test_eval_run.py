@@ -233,6 +233,19 @@ def test_instruction_checks_pass_and_fail(meta, good, bad):
     assert len(checks) == 1 and [check(t) for check in checks.values() for t in (good, bad)] == [True, False]
 
 
+@pytest.mark.parametrize("text", ["1" + " " * 60_000 + "x", "a" + "\n" * 60_000 + "b", "\t" * 60_000 + "x", "SELECT " * 8_000, "[" * 60_000,
+                                  "```" + " " * 60_000 + "x", "/*" * 30_000, "(" * 60_000])
+def test_long_nonsense_is_scored_like_any_wrong_answer(text):
+    from helpers.evaluate import text_to_sql
+    for wanted in instructions.FORMATS:
+        assert not [check(text) for check in instructions.checks_for({"format": wanted}, "", "references").values()][0] or wanted == "sql"
+    assert not instructions.mannerly(text) and not instructions.refuses(text)
+    judge = text_to_sql.Judge([text_to_sql.readonly.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
+    entry = judge.score(text, "SELECT name FROM countries")
+    judge.close()
+    assert entry["score"] == 0 and entry["error"] in schema.ERROR_KINDS
+
+
 def test_endless_repetition_is_noticed():
     assert instructions.repeats("and so it goes on, " * 6) and not instructions.repeats("A plain sentence without any loop in it at all.")
 

@@ -1,7 +1,8 @@
 """Who is judged: the base, what this run trained and exported, and any other model, GGUF file or endpoint by name.
 
-HF contenders run in the 16 bits that people deploy: a stage's adapter is merged into the 16-bit base in memory, as stage 04
-merges it into the file it exports. NF4 is how training saves memory; on a CPU it costs time and answers nothing faster.
+HF contenders hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as stage 04
+merges it into the file it exports. A processor without bfloat16 computes with the same weights in fp32. NF4 is how training
+saves memory; on a CPU it costs time and answers nothing faster.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class Contender:
     def content(self, precision: str) -> str:
         """Hash of all that decides its answers, the cache's name for it."""
         from helpers.evaluate import cache
+        from helpers.model import loading
         if self.kind == "endpoint":
             return cache.key("endpoint", self.url, self.model)
         if self.kind == "gguf":
             return cache.key("gguf", cache.content(self.path), runtime.versions()["versions"].get("xllamacpp", ""))
-        return cache.key("hf", cache.content(self.path), cache.content(self.adapter) if self.adapter else "", self.onto, precision)
+        return cache.key("hf", cache.content(self.path), cache.content(self.adapter) if self.adapter else "", self.onto,
+                         str(loading.dtype(precision)))
 
 
 def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = "") -> list[Contender]:
@@ -182,6 +185,9 @@ def _load_hf(contender: Contender, precision: str) -> Any:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise TunebookError(f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
                                 "name the base it was trained on.") from error
+        if precision == "auto" and model.dtype == loading.dtype("fp32"):
+            for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
+                weight.data = weight.data.to(loading.dtype("bf16")).float()
     return model, tokenizer
 
 

@@ -5,6 +5,8 @@ A server that stalls, errors or answers nonsense costs the item it failed on, ne
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import Answer, Decoding
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0     # of one request, and of reading its reply
 RETRIES = 2
 AT_ONCE = 8
-GIVE_UP = 5          # failures in a row after which the server is taken for gone
+GIVE_UP = 5           # failures in a row after which a server that never answered is taken for gone; one that did gets two rounds more
 ANSWER_CHARS = 65536  # an answer longer than this is nonsense and is cut
+REPLY_BYTES = 8 << 20
 
 
 class Endpoint:
@@ -26,7 +29,7 @@ class Endpoint:
 
     def __init__(self, url: str, model: str = "", key: str = "none", timeout_s: float = TIMEOUT_S, at_once: int = AT_ONCE):
         import openai
-        self.url, self.at_once = url, at_once
+        self.url, self.at_once, self.timeout_s = url, at_once, timeout_s
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
         self.model = model or self._first_model()
 
@@ -50,41 +53,59 @@ class Endpoint:
 
     def generate(self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
-        """An answer a conversation; one that failed has `failed` set. Raises TunebookError when the first ones all fail."""
+        """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the rest fails with
+        that reason or, where nothing was ever answered, TunebookError is raised."""
         answers: list[Answer | None] = [None] * len(prompts)
-        failures = 0
+        failures, gone = 0, ""
+
+        def ask(prompt: list[dict[str, str]]) -> Answer:
+            return Answer("", 0, False, gone) if gone else self.ask(prompt, decoding)
+
         with ThreadPoolExecutor(self.at_once) as pool:
-            jobs = {pool.submit(self.ask, prompt, decoding): i for i, prompt in enumerate(prompts)}
+            jobs = {pool.submit(ask, prompt): i for i, prompt in enumerate(prompts)}
             for job in as_completed(jobs):
                 i = jobs[job]
-                if job.cancelled():
-                    continue
                 answers[i] = job.result()
                 failures = failures + 1 if answers[i].failed else 0
-                if failures >= GIVE_UP and all(a is None or a.failed for a in answers):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise TunebookError(f"The endpoint {self.url} failed {failures} times in a row ({answers[i].failed}); "
-                                        "check that it serves this model, then run the same command again.")
+                patience = GIVE_UP if all(a is None or a.failed for a in answers) else GIVE_UP + 2 * self.at_once
+                if failures >= patience and not gone:
+                    gone = f"the server failed {failures} times in a row and was asked no more ({answers[i].failed})"
                 if done:
                     done(i, answers[i])
+        if gone and all(a.failed for a in answers):
+            raise TunebookError(f"The endpoint {self.url} answered nothing: {gone}. Check that it serves this model, then run this again.")
         return answers
 
     def ask(self, messages: list[dict[str, str]], decoding: Decoding) -> Answer:
         """One request; what goes wrong is in `failed`, in a short sentence without secrets."""
+        import httpx
         import openai
         try:
-            reply = self.client.chat.completions.create(model=self.model, messages=messages, max_tokens=decoding.max_new_tokens,
-                                                        temperature=decoding.temperature, seed=decoding.seed)
-            choice = reply.choices[0]
-            text = choice.message.content
+            reply = self._reply(model=self.model, messages=messages, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature,
+                                seed=decoding.seed)
+            choice = reply["choices"][0]
+            text = choice["message"]["content"]
             if not isinstance(text, str):
                 return Answer("", 0, False, "the reply holds no text")
-            tokens = reply.usage.completion_tokens if reply.usage else 0
-            return Answer(text[:ANSWER_CHARS].strip(), int(tokens or 0), choice.finish_reason == "stop")
-        except openai.APITimeoutError:
-            return Answer("", 0, False, f"no reply within {self.client.timeout:g} s")
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            tokens = (reply.get("usage") or {}).get("completion_tokens")
+            return Answer(text[:ANSWER_CHARS].strip(), int(tokens or 0), choice.get("finish_reason") == "stop")
+        except (openai.APITimeoutError, httpx.TimeoutException):
+            return Answer("", 0, False, f"no whole reply within {self.timeout_s:g} s")
+        except (openai.OpenAIError, httpx.HTTPError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
             return Answer("", 0, False, _short(error))
+
+    def _reply(self, **asked: Any) -> Any:
+        """The reply as plain JSON, read piece by piece: a server that sends a byte now and then, or never stops, meets a limit too."""
+        import openai
+        deadline, body = time.monotonic() + self.timeout_s, bytearray()
+        with self.client.chat.completions.with_streaming_response.create(**asked) as reply:
+            for piece in reply.iter_bytes():
+                body += piece
+                if time.monotonic() > deadline:
+                    raise openai.APITimeoutError(reply.http_request)
+                if len(body) > REPLY_BYTES:
+                    raise ValueError(f"the reply is longer than {REPLY_BYTES:,} bytes")
+        return json.loads(body)
 
     def tokens(self, text: str, end: bool = False) -> Any:
         raise TunebookError(f"The endpoint {self.url} gives no probabilities of a given text; loss and preference need the weights or a GGUF.")

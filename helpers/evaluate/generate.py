@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from helpers import runtime
 from helpers.errors import TunebookError
 
-# 64 rows decode at about the same cost a step as 32 on 2 cores (AVX-512 BF16), and long batches wait for their longest row.
-ROWS = 64
+ROWS = 256               # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
+CACHE_BYTES = 1 << 30    # keys and values of one batch on a CPU; a quarter of the free memory on a card
 SCORE_BYTES = 256 << 20  # attention scores of one layer while a batch of prompts is read
 MIN_SHARED = 16          # tokens; below this a prefix is not worth a batch of its own
+SCORED_TOKENS = 2048     # padded tokens of a batch whose probabilities are read
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ class HfModel:
         self.stops = end_ids(model, tokenizer)
         self.fast = shared_prefix.supports(model)
         self.path_note = "shared-prefix decoding" if self.fast else f"transformers.generate ({model.config.model_type} attention is not plain)"
-        card = runtime.gpu()
-        self.rows = 4 * ROWS if card and card.total_gib >= 40 else ROWS
         self._checked = False
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -102,21 +100,41 @@ class HfModel:
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, in order."""
         import torch
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         found: list[list[float]] = [[] for _ in pairs]
         with torch.inference_mode():
-            for batch in _chunks(order, lambda i: len(pairs[i][0]) + len(pairs[i][1]), 2048):
-                rows = [list(pairs[i][0]) + list(pairs[i][1]) for i in batch]
-                ids, mask = self._pad(rows)
-                start = max(min(len(pairs[i][0]) for i in batch) - 1, 0)
-                keep = torch.arange(start, ids.shape[1], device=ids.device)
-                logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
-                for row, i in enumerate(batch):
-                    first, size = len(pairs[i][0]), len(pairs[i][1])
-                    here = logits[row, first - 1 - start:first - 1 - start + size].float().log_softmax(-1)
-                    target = ids[row, first:first + size]
-                    found[i] = here.gather(-1, target[:, None])[:, 0].tolist()
+            if self.fast and not self._checked and pairs:
+                self._check(pairs[0][0])
+            for shared, members in groups([p for p, _ in pairs]) if self.fast else [(0, list(range(len(pairs))))]:
+                self._score(pairs, shared, members, found)
         return found
+
+    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], shared: int, members: list[int], found: list[list[float]]) -> None:
+        """Fill in `found` for `members`, whose prompts share their first `shared` tokens; each keeps one more, which predicts."""
+        import contextlib
+
+        import torch
+
+        from helpers.evaluate import shared_prefix
+        tails = {i: [*pairs[i][0][shared:], *pairs[i][1]] for i in members}
+        order = sorted(members, key=lambda i: -len(tails[i]))
+        with shared_prefix.decoding(self.model) if shared else contextlib.nullcontext() as state:
+            if shared:
+                self._read_prefix(pairs[members[0]][0][:shared])
+            for batch in _chunks(order, lambda i: len(tails[i]), SCORED_TOKENS):
+                ids, mask = self._pad([tails[i] for i in batch])
+                rows, width = ids.shape
+                start = max(min(len(pairs[i][0]) for i in batch) - shared - 1, 0)
+                keep = torch.arange(start, width, device=ids.device)
+                if shared:
+                    state.begin(mask, 0)
+                    positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
+                    logits = self.model(input_ids=ids, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
+                else:
+                    logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+                for row, i in enumerate(batch):
+                    first, size = len(pairs[i][0]) - shared, len(pairs[i][1])
+                    here = logits[row, first - 1 - start:first - 1 - start + size].float().log_softmax(-1)
+                    found[i] = here.gather(-1, ids[row, first:first + size, None])[:, 0].tolist()
 
     # ------------------------------------------------------------ the fast path
 
@@ -125,11 +143,9 @@ class HfModel:
         for shared, members in groups(prompts):
             with shared_prefix.decoding(self.model) as state:
                 if shared:
-                    prefix = self._tensor([list(prompts[members[0]][:shared])])
-                    self.model(input_ids=prefix, use_cache=False, logits_to_keep=1)
+                    self._read_prefix(prompts[members[0]][:shared])
                 members = sorted(members, key=lambda i: -len(prompts[i]))
-                heads = self.model.config.get_text_config().num_attention_heads
-                for batch in _batches(members, len(prompts[members[0]]) - shared, shared, heads, self.rows):
+                for batch in _even(members, self._rows(len(prompts[members[0]]) - shared, shared, decoding.max_new_tokens)):
                     self._decode(state, [prompts[i] for i in batch], shared, Draws(decoding, [prompts[i] for i in batch]),
                                  lambda row, *a, batch=batch: finish(batch[row], *a))
 
@@ -139,9 +155,7 @@ class HfModel:
         limit, tails = draws.decoding.max_new_tokens, [list(p[shared:]) for p in prompts]
         ids, mask = self._pad(tails)
         rows, width = ids.shape
-        state.phase, state.used, state.capacity, state.suffix = "prompt", 0, width + limit, {}
-        state.allowed = torch.ones(rows, width + limit, dtype=torch.bool, device=ids.device)
-        state.allowed[:, :width] = mask.bool()
+        state.begin(mask, limit)
         lasts = torch.tensor([len(t) - 1 for t in tails], device=ids.device)
         keep, where = torch.unique(lasts, return_inverse=True)
         positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
@@ -165,12 +179,26 @@ class HfModel:
             if not stay:
                 return
             if len(stay) < len(alive):
-                index = torch.tensor(stay, device=ids.device)
-                state.keep(index)
-                tokens, position, alive = tokens[index], position[index], [alive[p] for p in stay]
+                order = state.keep(stay)
+                index = torch.tensor(order, device=ids.device)
+                tokens, position, alive = tokens[index], position[index], [alive[p] for p in order]
             logits = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False).logits[:, -1]
             state.used += 1
             position = position + 1
+
+    def _read_prefix(self, ids: Sequence[int]) -> None:
+        """Read what all prompts begin with; its keys and values stay in the open `shared_prefix.decoding`."""
+        self.model(input_ids=self._tensor([list(ids)]), use_cache=False, logits_to_keep=1)
+
+    def _rows(self, longest: int, shared: int, limit: int) -> int:
+        """How many answers at once: as many as their keys and values, and the attention scores of their prompts, have room for."""
+        import torch
+        config, device = self.model.config.get_text_config(), self.model.device
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        row = 2 * config.num_hidden_layers * (config.num_key_value_heads or heads) * size * self.model.dtype.itemsize * (longest + limit)
+        room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+        return max(1, min(ROWS, room // row, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
 
     def _check(self, prompt: Sequence[int]) -> None:
         """Hold the fast path's logits for one prompt against the plain forward pass; disagreement turns it off, aloud."""
@@ -182,9 +210,8 @@ class HfModel:
         plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         with shared_prefix.decoding(self.model) as state:
             if half:
-                self.model(input_ids=ids[:, :half], use_cache=False, logits_to_keep=1)
-            state.phase, state.capacity = "prompt", len(prompt) - half
-            state.allowed = torch.ones(1, state.capacity, dtype=torch.bool, device=ids.device)
+                self._read_prefix(prompt[:half])
+            state.begin(torch.ones_like(ids[:, half:]), 0)
             positions = torch.arange(half, len(prompt), device=ids.device)[None]
             fast = self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         kl = torch.nn.functional.kl_div(fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum").item()
@@ -293,11 +320,9 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n in range(size) if a[n] != b[n]), size)
 
 
-def _batches(members: list[int], longest: int, shared: int, heads: int, most: int) -> Iterator[list[int]]:
-    """Even batches of at most `most` rows, fewer where the prompts' attention scores would take more than SCORE_BYTES."""
-    rows = max(1, min(most, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
-    count = -(-len(members) // rows)
-    size = -(-len(members) // count)
+def _even(members: list[int], most: int) -> Iterator[list[int]]:
+    """Batches of about the same size, at most `most` each."""
+    size = -(-len(members) // -(-len(members) // most))
     for start in range(0, len(members), size):
         yield members[start:start + size]
 

@@ -67,21 +67,21 @@ class GgufModel:
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
-        """An answer a prompt. Prompts go in portions, longest first, so that finished ones are kept when a run is killed."""
+        """An answer a prompt, the longest prompts first; each is handed to `done` when it ends, so that a killed run keeps it."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        rows = [list(prompts[i]) for i in order]
+        shared = min((common(rows[0], r) for r in rows), default=0)
+        longest = max((len(r) - shared for r in rows), default=0) + decoding.max_new_tokens + 8
+        self._need(shared + min(PARALLEL, len(rows)) * longest)
         answers: list[Answer | None] = [None] * len(prompts)
-        for start in range(0, len(order), 2 * PARALLEL):
-            portion = order[start:start + 2 * PARALLEL]
-            rows = [list(prompts[i]) for i in portion]
-            shared = min(common(rows[0], r) for r in rows)
-            longest = max(len(r) - shared for r in rows) + decoding.max_new_tokens + 8
-            self._need(shared + min(PARALLEL, len(rows)) * longest)
-            made = self.runtime.generate(rows, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed)
-            for i, answer in zip(portion, made, strict=True):
-                stopped = answer.finish == "stop"
-                answers[i] = Answer(answer.text.strip(), len(answer.token_ids) + stopped, stopped)
-                if done:
-                    done(i, answers[i])
+
+        def finish(place: int, made: Any) -> None:
+            i, stopped = order[place], made.finish == "stop"
+            answers[i] = Answer(made.text.strip(), len(made.token_ids) + stopped, stopped)
+            if done:
+                done(i, answers[i])
+
+        self.runtime.generate(rows, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, done=finish)
         return answers
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:

@@ -16,7 +16,7 @@ REFUSAL = re.compile(
     r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b"
     r"|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
     re.IGNORECASE | re.DOTALL)
-_SQL = re.compile(r"^\s*\(*\s*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
+_SQL = re.compile(r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
                   re.IGNORECASE | re.DOTALL)
 
 
@@ -83,16 +83,18 @@ def score(answers: Sequence[dict[str, Any]], metas: Sequence[dict[str, Any]], re
 
 def _is_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(re.sub(r"^```(?:json)?\s*|\s*```$", "", text.strip())), (dict, list))
-    except ValueError:
+        inner = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+        return isinstance(json.loads(inner), (dict, list))
+    except (ValueError, RecursionError):
         return False
 
 
+LONGEST_NUMBER = 40  # characters
 FORMATS: dict[str, Callable[[str], bool]] = {
     "json": _is_json,
-    "list": lambda text: len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+\S", text, re.MULTILINE)) >= 2,
-    "sql": lambda text: bool(re.match(r"\s*(?:```(?:sql)?\s*)?\(*\s*(?:SELECT|WITH|VALUES)\b", text, re.IGNORECASE)),
-    "number": lambda text: bool(re.fullmatch(r"\s*[-+]?[\d,.\s]*\d\s*%?\s*", text)),
+    "list": lambda text: len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2,
+    "sql": lambda text: bool(re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE)),
+    "number": lambda text: len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip())),
 }
 
 

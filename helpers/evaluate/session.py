@@ -16,6 +16,7 @@ from helpers.evaluate.generate import Answer, Decoding
 #: What loading or running a model raises when it cannot: a sentence of ours, damaged files, no memory, a missing library.
 TROUBLE = (TunebookError, OSError, RuntimeError, ValueError, ImportError, MemoryError, KeyError, AttributeError, TypeError)
 WINDOW = 1024  # tokens of a text that loss is measured over at most
+KEPT_AT_ONCE = 64  # texts or completions after which the results are written down
 
 
 class Session:
@@ -78,11 +79,12 @@ class Session:
     def completion_logprobs(self, pairs: Sequence[tuple[list[dict[str, str]], str]], label: str = "") -> list[tuple[float, int]]:
         """(sum of log-probabilities in nats, tokens) of each completion after its conversation, its end of turn included."""
         keys = [cache.key("completion", messages, text) for messages, text in pairs]
+        sizes = [len(text) for _, text in pairs]
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
             return [(sum(v), len(v)) for v in self.reader.logprobs(rows)]
-        return self._kept(keys, work, label or f"{self.contender.name}, preference")
+        return self._kept(keys, sizes, work, label or f"{self.contender.name}, preference")
 
     def text_losses(self, texts: Sequence[str], label: str = "") -> list[tuple[float, int]]:
         """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens. Every token is predicted from those
@@ -92,7 +94,7 @@ class Session:
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
             return [(-sum(v), len(v)) for v in self.reader.logprobs([(ids[:1], ids[1:]) for ids in rows])]
-        return self._kept(keys, work, label or f"{self.contender.name}, general text")
+        return self._kept(keys, [len(t) for t in texts], work, label or f"{self.contender.name}, general text")
 
     def kept(self, name: Any, make: Any) -> Any:
         """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
@@ -101,11 +103,12 @@ class Session:
             self.store.put(name, make(self.reader))
         return self.store.get(name)
 
-    def _kept(self, keys: list[str], work: Any, label: str) -> list[Any]:
-        missing = [i for i, k in enumerate(keys) if self.store.get(k) is None]
+    def _kept(self, keys: list[str], sizes: list[int], work: Any, label: str) -> list[Any]:
+        """Values of all keys; those not known come from `work`, longest first, so that a batch holds texts of about the same size."""
+        missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
         bar = self._bar(label, len(keys), len(keys) - len(missing)) if missing else None
-        for start in range(0, len(missing), 16):
-            batch = missing[start:start + 16]
+        for start in range(0, len(missing), KEPT_AT_ONCE):
+            batch = missing[start:start + KEPT_AT_ONCE]
             for i, value in zip(batch, work(batch), strict=True):
                 self.store.put(keys[i], list(value))
                 bar.update()

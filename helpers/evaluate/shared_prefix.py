@@ -40,10 +40,32 @@ class State:
     capacity: int = 0
     allowed: Any = None
 
-    def keep(self, rows: Any) -> None:
-        """Drop finished rows; `rows` holds the indices that stay."""
-        self.allowed = self.allowed[rows]
-        self.suffix = {layer: (k[rows], v[rows]) for layer, (k, v) in self.suffix.items()}
+    def begin(self, mask: Any, answer: int) -> None:
+        """A new batch. mask: (rows, width), 0 where a prompt is padded on the right; answer: tokens that may follow."""
+        import torch
+        rows, width = mask.shape
+        self.phase, self.used, self.capacity, self.suffix = "prompt", 0, width + answer, {}
+        self.allowed = torch.ones(rows, self.capacity, dtype=torch.bool, device=mask.device)
+        self.allowed[:, :width] = mask.bool()
+
+    def keep(self, stay: list[int]) -> list[int]:
+        """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so that little is
+        copied. Returns which old row each new place holds."""
+        import torch
+        count = len(stay)
+        holes, movers = sorted(set(range(count)) - set(stay)), [p for p in stay if p >= count]
+        order = [*range(count)]
+        if holes:
+            to, of = (torch.tensor(places, device=self.allowed.device) for places in (holes, movers))
+            self.allowed[to] = self.allowed[of]
+            for keys, values in self.suffix.values():
+                keys[to, :, :self.used] = keys[of, :, :self.used]
+                values[to, :, :self.used] = values[of, :, :self.used]
+            for hole, mover in zip(holes, movers, strict=True):
+                order[hole] = mover
+        self.allowed = self.allowed[:count]
+        self.suffix = {layer: (keys[:count], values[:count]) for layer, (keys, values) in self.suffix.items()}
+        return order
 
 
 class decoding:

@@ -31,7 +31,7 @@ def extract(text: str) -> str | None:
     fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
     body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text
     body = body.replace("```", " ").strip().removeprefix("sqlite").removeprefix("sql").strip()
-    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(r"\bSELECT\b[^.]*?\bFROM\b|^\s*WITH\s+\w+\s+AS\b|\bSELECT\s",
+    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(r"\bSELECT\b[^.]*?\bFROM\b|^[ \t]*WITH\s+\w+\s+AS\b|\bSELECT\s",
                                                                                body, re.IGNORECASE | re.DOTALL | re.MULTILINE)
     if not start:
         return None

@@ -85,7 +85,7 @@ def figure(found: dict[str, Any]) -> Any:
         value, low, high = (100 * s[k] for k in ("value", "low", "high"))
         colour = GREY if c["role"] == "base" else "#3b6fb6" if c["role"] in ("sft", "orpo", "merged", "other") else "#e08a2e"
         ax.barh(y, value, color=colour, alpha=0.75, height=0.6)
-        ax.errorbar(value, y, xerr=[[value - low], [high - value]], color="#222", capsize=4, linewidth=1.4)
+        ax.errorbar(value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color="#222", capsize=4, linewidth=1.4)
         size = f"   {c['size_bytes'] / 2**20:.0f} MiB" if c["size_bytes"] else ""
         ax.text(high + 1.5, y, f"{value:.0f} %{size}", va="center", fontsize=9)
     ax.set_yticks(range(len(scored)), [c["name"] for c in reversed(scored)])

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import ctypes as c
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from helpers import runtime
 from helpers.errors import TunebookError
 from helpers.gguf import binding, llama_lib, reading
 from helpers.gguf.server import Server, server
@@ -205,23 +205,24 @@ class LlamaCpp(Vocabulary):
     # ------------------------------------------------------------ answers
 
     def generate(self, prompts: Sequence[str | Sequence[int]], max_tokens: int = 128, stop: Sequence[str] = (),
-                 temperature: float = 0.0, seed: int = 17, progress: bool = False) -> list[Answer]:
+                 temperature: float = 0.0, seed: int = 17, done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
         """Answers in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
 
         prompts: rendered texts (control tokens parsed, nothing added) or token ids. The tokens that all prompts begin with
-        are computed once and shared, so that a long common system prompt costs next to nothing. temperature 0: greedy.
+        are computed once and shared, so that a long common system prompt costs next to nothing. temperature 0: greedy; above, a draw
+        depends on the seed and the prompt, not on its neighbours. done(index, answer) is called as each is finished.
         """
         import numpy as np
         rows = [self.tokenize(p) if isinstance(p, str) else list(map(int, p)) for p in prompts]
         for row in rows:
             if not row or len(row) + max_tokens > self.context:
                 raise TunebookError(f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}.")
-        random = np.random.default_rng(seed)
+        draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) if temperature > 0 else None for row in rows]
         answers: list[Answer | None] = [None] * len(rows)
         shared = self._share_prefix(rows)
         room = max(1, (self.context - shared) // max((len(r) - shared + max_tokens for r in rows), default=1))
         free, active = list(range(min(self.parallel, room))), {}
-        queue = iter(runtime.progress(range(len(rows)), f"llama.cpp answers, {self.path.name}") if progress else range(len(rows)))
+        queue = iter(range(len(rows)))
         while True:
             while free and (index := next(queue, None)) is not None:
                 slot = free.pop()
@@ -232,9 +233,11 @@ class LlamaCpp(Vocabulary):
                 return answers  # type: ignore[return-value]
             for slot, logits in self._step(active):
                 row = active[slot]
-                row.waiting = [_choose(logits, temperature, random)]
+                row.waiting = [_choose(logits, temperature, draws[row.index])]
                 answers[row.index] = self._ended(row, max_tokens, stop)
                 if answers[row.index] is not None:
+                    if done:
+                        done(row.index, answers[row.index])
                     del active[slot]
                     free.append(slot)
                     self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
@@ -282,7 +285,7 @@ class LlamaCpp(Vocabulary):
         return None
 
 
-def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator | None) -> int:
     import numpy as np
     if temperature <= 0:
         return int(logits.argmax())

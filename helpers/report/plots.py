@@ -30,11 +30,10 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high]: steps of 1, 2 or 5 times a power of ten."""
-    span = (high - low) or abs(high) or 1.0
-    rough = span / count
+    """Round numbers inside [low, high]: steps of 1, 2 or 5 times a power of ten, the largest up to a quarter over span / count."""
+    rough = ((high - low) or abs(high) or 1.0) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    step = next(power * m for m in (10, 5, 2, 1) if power * m <= 1.25 * rough)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 

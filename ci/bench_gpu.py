@@ -211,8 +211,8 @@ def run_all(given: argparse.Namespace) -> None:
         ("ours_unsloth", here, "sft", "--steps", "4", "--backend", "unsloth", *common),
         ("ours_unsloth_orpo", here, "orpo", "--steps", "3", "--backend", "unsloth", *common),
     ]
-    queues["1" if given.gpus > 1 else "0"] += [*rivals[:3], *ours_unsloth, rivals[3], ("planner_unsloth", here, "planner_unsloth", *common)]
-    queues["0"] += [("planner", here, "planner", *common), *rivals[4:]]
+    queues["1" if given.gpus > 1 else "0"] += [*rivals[:3], *ours_unsloth, rivals[3]]
+    queues["0"] += [("planner", here, "planner", *common), ("planner_unsloth", here, "planner_unsloth", *common), *rivals[4:]]
     if given.tiny:
         queues = {"0": queues["0"][:2], "1": []}
     if given.only:
@@ -227,18 +227,16 @@ def run_all(given: argparse.Namespace) -> None:
                 running[gpu] = (name, start(name, gpu, *command))
         time.sleep(0.3)
     if given.gpus > 1:
-        for name, gpus, *rest in (("one_gpu", "0", "1", "qlora"), ("two_gpus", "0,1", "2", "qlora"), ("two_gpus_sharded", "0,1", "2", "lora")):
+        for name, method in (("two_gpus", "qlora"), ("two_gpus_sharded", "lora")):  # beside ours_sft, which is the same job on one
             if given.only and name not in given.only.split(","):
                 continue
-            start(
-                name, gpus, here, "sft", "--steps", "16", "--processes", rest[0], "--method", rest[1], "--batch-size", "333", "--arm", name, *common
-            ).wait()
+            start(name, "0,1", here, "sft", "--steps", "16", "--processes", "2", "--method", method, "--arm", name, *common).wait()
             collect(name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("all", "make", "sft", "orpo", "context", "planner"))
+    parser.add_argument("what", choices=("all", "make", "sft", "orpo", "context", "planner", "planner_unsloth"))
     parser.add_argument("out", nargs="?", default="bench-out")
     parser.add_argument("--model", default="/tmp/bench-model")
     parser.add_argument("--tokenizer", default="")

@@ -154,7 +154,7 @@ SETTINGS = [
 ]
 
 
-UNSLOTH_SETTINGS = [(8, 512), (4, 2048), (1, 8192), (16, 1024)]  # documents, tokens of each, in one padded micro-batch of the 8B
+UNSLOTH_SETTINGS = [(8, 512), (4, 2048), (1, 8192), (16, 1024)]  # documents and tokens of each in one packed row of the 8B
 
 
 def planner_unsloth(given: argparse.Namespace) -> None:
@@ -166,20 +166,16 @@ def planner_unsloth(given: argparse.Namespace) -> None:
 
     values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
     unsloth_backend.early_import(values.as_dict())
-    import torch
-
     from helpers.model import cards, memory
-    from helpers.train.batching import padded_tensors
 
     card = cards.named("H200")
+    shape = memory.shape_of(llama(LLAMA))
     model, _ = unsloth_backend.load(Path(given.model) / "nf4", values)
     model.train()
-    step, shape = stepper(model), memory.shape_of(model.get_base_model().config)
+    step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
-        batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (tokens,)).tolist()} for _ in range(documents)], 0)
-        batch = {k: v.cuda() for k, v in batch.items()}
         setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
-        measure(step, batch, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
+        measure(step, row_of([tokens] * documents), shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
 
 
 def measure(step, batch: dict, shape, setting, card, mean_square: float, **about) -> None:

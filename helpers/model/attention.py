@@ -168,8 +168,10 @@ def packed_sdpa(
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def check_boundaries(model) -> None:
+def check_boundaries(model, named=dict) -> None:
     """Prove on the loaded model that packed documents do not see each other.
+
+    named: gives a packed batch the argument names that the model knows, where they are others than here.
 
     Runs two short documents packed and apart (a few ms) and compares the last hidden states, so a model class that
     drops the boundary arguments on the way is caught before training on leaked text.
@@ -188,7 +190,7 @@ def check_boundaries(model) -> None:
     documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 40)]
     packed = row_tensors([{"input_ids": d, "labels": d} for d in documents])
     packed.pop("labels")
-    packed = {k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()}
+    packed = named({k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()})
     training = model.training
     model.eval()
     try:
@@ -198,7 +200,7 @@ def check_boundaries(model) -> None:
     finally:
         model.train(training)
     error = ((together - alone).norm() / alone.norm()).item()
-    if not error < 0.05:  # bf16 kernels of two shapes differ by under 0.02; a leak by more than 0.3
+    if not error < 0.1:  # bf16 kernels of two shapes differ by under 0.02; a leak by more than 0.3
         raise TunebookError(
             f"Packed examples would see each other in {body.config.model_type} (hidden states differ "
             f"by {error:.1%}); set packing to False for this model."

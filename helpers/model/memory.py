@@ -19,6 +19,7 @@ MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustaine
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
 UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
 LAUNCH_S = {"none": 5.5e-3, "nf4": 8e-3}  # host time to launch one layer forward and backward (5 to 10 and 8 to 13 ms on two hosts)
+LAUNCH_AGAIN = {False: 0.8, True: 1.3}  # of that again for a recomputed layer, without and with its input in main memory (measured, H200)
 UNSLOTH_SLOWER = 1.5  # seconds of Unsloth's layers over ours at equal recomputation (measured, H200)
 
 
@@ -214,4 +215,7 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
         seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if s.backend == "unsloth":
         seconds *= UNSLOTH_SLOWER
-    return max(seconds, shape.layers * LAUNCH_S[s.quantize] * (1 + 0.4 * again)) if card.capability is not None else seconds
+    if card.capability is None:
+        return seconds
+    launch = shape.layers * LAUNCH_S[s.quantize] * (1 + again * LAUNCH_AGAIN[s.offload])
+    return (seconds**4 + launch**4) ** 0.25  # the longer of the two; where they are close neither hides the other

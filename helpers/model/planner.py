@@ -19,6 +19,7 @@ from helpers.model.plans import Option, Plan
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the card
+UNSLOTH_PACKS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "cohere")  # its attention takes packed rows of these
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
 
@@ -69,7 +70,7 @@ def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size:
     precision = {"fp32": "float32"}.get(values.get("precision", "auto"), "auto")
     kernel = attention.choose(card.capability, config, precision)
     backend, why = choose_backend(values.get("backend", "auto"), card, config.get_text_config().model_type, values)
-    packed = kernel.packed and bool(values.get("packing", True)) and backend == "hf"
+    packed = kernel.packed and bool(values.get("packing", True)) and (backend == "hf" or config.get_text_config().model_type in UNSLOTH_PACKS)
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     base = _base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world)
     options = [_weigh(shape, s, card, lengths, values, world) for s in _settings(base, shape, lengths, values, world)]
@@ -184,8 +185,15 @@ def _heaviest(lengths: Sequence[int], values: dict) -> int:
     """Tokens of the optimizer step that has the most."""
     from helpers.train import batching
 
-    batch = batching.heaviest(lengths, int(values["batch_size"]), int(values.get("seed", 0)), math.ceil(float(values.get("epochs") or 1)), 1)[0]
+    batch = batching.heaviest(lengths, int(values["batch_size"]), int(values.get("seed", 0)), _epochs(values, len(lengths)), 1)[0]
     return sum(lengths[i] for i in batch)
+
+
+def _epochs(values: dict, rows: int) -> int:
+    """Passes over the rows that the run at least begins."""
+    if steps := int(values.get("max_steps") or 0):
+        return math.ceil(steps / math.ceil(rows / int(values["batch_size"])))
+    return math.ceil(float(values.get("epochs") or 1))
 
 
 def _laid_out(option: Option, shape: Shape, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
@@ -194,7 +202,7 @@ def _laid_out(option: Option, shape: Shape, card: cards.Card, lengths: Sequence[
 
     s = option.setting
     layout = batching.plan_rows(
-        lengths, int(values["batch_size"]), s.row_tokens, world, int(values.get("seed", 0)), math.ceil(float(values.get("epochs") or 1))
+        lengths, int(values["batch_size"]), s.row_tokens, world, int(values.get("seed", 0)), _epochs(values, len(lengths))
     )
     peak = memory.peak_gib(shape, replace(s, row_tokens=layout.max_row_tokens, accumulates=layout.accumulation > 1))
     return replace(

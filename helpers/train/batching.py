@@ -143,7 +143,8 @@ class PackedRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[dict]:
-        return [self.examples[i] for i in self.rows[index]]
+        many = getattr(self.examples, "__getitems__", None)  # a dataset reads many rows at once several times as fast
+        return many(self.rows[index]) if many and self.rows[index] else [self.examples[i] for i in self.rows[index]]
 
 
 def example_labels(example: dict) -> list[int]:
@@ -162,6 +163,7 @@ def row_tensors(documents: Sequence[dict]) -> dict:
     Returns input_ids, labels, position_ids (1, tokens), cu_seq_lens_q and _k (documents + 1) int32, max_length_q and
     _k, document_lengths. Positions restart and each document's first label is ignored: nothing predicts it.
     """
+    import numpy
     import torch
 
     lengths = [len(d["input_ids"]) for d in documents]
@@ -169,8 +171,8 @@ def row_tensors(documents: Sequence[dict]) -> dict:
     labels = [x for d in documents for x in [IGNORE, *example_labels(d)[1:]]]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {
-        "input_ids": torch.tensor([ids]),
-        "labels": torch.tensor([labels]),
+        "input_ids": torch.from_numpy(numpy.array([ids])),  # a fifth of torch.tensor's time
+        "labels": torch.from_numpy(numpy.array([labels])),
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,

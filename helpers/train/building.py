@@ -26,7 +26,7 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     if plan.backend == "unsloth":
         from helpers.train import unsloth_backend
 
-        loaded, said = unsloth_backend.load(work.source, params, work.adapter)
+        loaded, said = unsloth_backend.load(work.source, params, work.adapter, plan.packed)
         return loaded, [*notes, plan.reason, *said], numbers
     loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
     loaded.config.use_cache = False
@@ -82,7 +82,7 @@ def collator(work: Any, pairs: bool) -> Any:
     from helpers.model import attention as packed
 
     layout = "packed" if work.plan.packed else "padded"
-    share = work.plan.packed and work.plan.attention == packed.SDPA
+    share = work.plan.packed and work.plan.backend == "hf" and work.plan.attention == packed.SDPA
     kind = sharing.SharedPairCollator if pairs else sharing.SharedCollator
     return kind(work.tokenizer.pad_token_id, layout, share)
 
@@ -118,10 +118,14 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
             shuffle=False,
             lengths=held_lengths,
         )
+    from helpers.model.attention import check_boundaries
     from helpers.model.head_loss import can_fuse
 
     causal = work.model.get_base_model() if hasattr(work.model, "peft_config") else work.model
     made.use_rows(train, held_out, collator(work, bool(loss)), fused=not can_fuse(causal))
+    if work.plan.packed and work.plan.backend == "hf":  # Unsloth's loader asks for itself
+        with made.accelerator.autocast():
+            check_boundaries(work.model)
     made.optimizer, _ = methods.optimizer_of(work.model, work.params, made.args)
     quiet(made)
     return made
@@ -151,6 +155,7 @@ def _sft(work: Any, options: dict[str, Any]) -> Any:
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
+        padding_free=False,
         neftune_noise_alpha=work.params.neftune_alpha or None,
     )
     return RowSFTTrainer(

@@ -318,7 +318,7 @@ def plan_of(params: Any, lengths: list[int], source: Any, stage: str) -> Any:
     from helpers.model import attention, planner
 
     plan = planner.plan(params, lengths, source, stage=stage, world_size=world_size())
-    if plan.attention == attention.SDPA and plan.packed and plan.accumulation > 1 and not params.row_tokens:
+    if plan.backend == "hf" and plan.attention == attention.SDPA and plan.packed and plan.accumulation > 1 and not params.row_tokens:
         whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world_size()) :])
         try:
             return planner.plan({**params.as_dict(), "row_tokens": whole}, lengths, source, stage=stage, world_size=world_size())

@@ -62,6 +62,7 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
+        trainer.trained_tokens = 0
         if hasattr(trainer, "_stored_metrics"):
             trainer._stored_metrics.clear()
     peak = None

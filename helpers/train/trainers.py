@@ -46,14 +46,21 @@ class PackedRowsTrainer:
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._loader(self.held_out_rows)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """A step's rows; counts the tokens in them, of all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(batch["tokens"] for batch in batches)
+        self.trained_tokens += tokens if self.accelerator.num_processes == 1 else int(self._everywhere(tokens)[0])
+        return batches, items
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; keeps whose rows it was, for the sentence that stops a run."""
-        ids, tokens = inputs.pop("row_ids", []), inputs.pop("tokens", 0)
+        ids = inputs.pop("row_ids", [])
+        inputs.pop("tokens", None)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if len(self.step_rows) >= self.current_gradient_accumulation_steps:
             self.step_rows = []
         self.step_rows.append((ids, loss))
-        self.trained_tokens += tokens
         return loss
 
     @torch.no_grad()

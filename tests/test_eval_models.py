@@ -87,6 +87,22 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
     assert fast == plain and len({a.text for a in fast}) > 5
 
 
+def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
+    import torch
+
+    from helpers.evaluate import packed
+    ids = torch.tensor([tiny.encode(conversations(1)[0])])
+    arranged = packed.Packed(tiny.model)
+    assert len(arranged.layers) == 7 * 2 + 1
+    with torch.inference_mode():
+        plain = tiny.model(ids).logits
+        with arranged:
+            assert "forward" in vars(tiny.model.lm_head)
+            quick = tiny.model(ids).logits
+        assert "forward" not in vars(tiny.model.lm_head) and torch.equal(plain, tiny.model(ids).logits)
+    torch.testing.assert_close(plain, quick, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("systems", [1, 3])
 def test_probabilities_read_behind_a_shared_prefix_equal_the_plain_forward_pass(tiny, systems):
     ends = [" yes", " a rather long completion of several words", "", " no"]

@@ -57,7 +57,7 @@ class HfModel:
         self.stops = end_ids(model, tokenizer)
         self.fast = shared_prefix.supports(model)
         self.path_note = "shared-prefix decoding" if self.fast else f"transformers.generate ({model.config.model_type} attention is not plain)"
-        self._checked = False
+        self._checked, self._packed = False, None
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the conversation, rendered by the tokenizer's own template with the generation prompt."""
@@ -73,7 +73,7 @@ class HfModel:
         return ids
 
     def close(self) -> None:
-        self.model = None
+        self.model = self._packed = None
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
                  done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
@@ -89,10 +89,9 @@ class HfModel:
                 done(index, answers[index])
 
         with torch.inference_mode():
-            if self.fast and not self._checked and prompts:
-                self._check(prompts[0])
-            if self.fast:
-                self._generate_fast(prompts, decoding, finish)
+            if prompts and self._trusted(prompts[0]):
+                with self._packed:
+                    self._generate_fast(prompts, decoding, finish)
             else:
                 self._generate_plain(prompts, decoding, finish)
         return answers
@@ -102,10 +101,12 @@ class HfModel:
         import torch
         found: list[list[float]] = [[] for _ in pairs]
         with torch.inference_mode():
-            if self.fast and not self._checked and pairs:
-                self._check(pairs[0][0])
-            for shared, members in groups([p for p, _ in pairs]) if self.fast else [(0, list(range(len(pairs))))]:
-                self._score(pairs, shared, members, found)
+            if pairs and self._trusted([*pairs[0][0], *pairs[0][1]]):
+                with self._packed:
+                    for shared, members in groups([p for p, _ in pairs]):
+                        self._score(pairs, shared, members, found)
+            else:
+                self._score(pairs, 0, list(range(len(pairs))), found)
         return found
 
     def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], shared: int, members: list[int], found: list[list[float]]) -> None:
@@ -200,15 +201,18 @@ class HfModel:
         room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
         return max(1, min(ROWS, room // row, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
 
-    def _check(self, prompt: Sequence[int]) -> None:
-        """Hold the fast path's logits for one prompt against the plain forward pass; disagreement turns it off, aloud."""
+    def _trusted(self, prompt: Sequence[int]) -> bool:
+        """Whether the fast path is right for this model: its logits for one prompt are held against the plain forward pass, once;
+        disagreement turns it off, aloud."""
         import torch
 
-        from helpers.evaluate import shared_prefix
-        self._checked = True
+        from helpers.evaluate import packed, shared_prefix
+        if not self.fast or self._checked:
+            return self.fast
+        self._checked, self._packed = True, packed.Packed(self.model)
         ids, half = self._tensor([list(prompt)]), len(prompt) // 2
         plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        with shared_prefix.decoding(self.model) as state:
+        with self._packed, shared_prefix.decoding(self.model) as state:
             if half:
                 self._read_prefix(prompt[:half])
             state.begin(torch.ones_like(ids[:, half:]), 0)
@@ -216,8 +220,9 @@ class HfModel:
             fast = self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         kl = torch.nn.functional.kl_div(fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum").item()
         if not kl < 0.02:  # rounding in bf16 stays below 0.005
-            self.fast, self.path_note = False, f"transformers.generate (shared-prefix logits differ, KL {kl:.3g})"
+            self.fast, self._packed, self.path_note = False, None, f"transformers.generate (fast logits differ, KL {kl:.3g})"
             print(f"Decoding through {self.path_note}")
+        return self.fast
 
     # ------------------------------------------------------------ the plain path
 

@@ -16,7 +16,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is im
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # The files that take longest, longest first: started first, they leave no worker alone at the end.
-SLOWEST = ("test_pipeline",)
+SLOWEST = ("test_pipeline", "test_train_preference", "test_train_resume", "test_pipeline_stopped", "test_train_sft")
 
 
 def pytest_collection_modifyitems(items):
@@ -37,19 +37,28 @@ def tokenizer(smollm2):
     return load_tokenizer(smollm2)
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tokenizer, tmp_path_factory):
-    """Folder of a random two-layer Llama of width 256 with SmolLM2's tokenizer; 13 M parameters, mostly embeddings."""
+def random_llama(folder, tokenizer, **size):
+    """A random two-layer Llama with SmolLM2's tokenizer in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-                         pad_token_id=0)
-    folder = tmp_path_factory.mktemp("tiny_llama")
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, **size)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer, tmp_path_factory):
+    """Folder of a random Llama of width 256, which K-quants need; 13 M parameters, mostly embeddings."""
+    return random_llama(tmp_path_factory.mktemp("tiny_llama"), tokenizer, hidden_size=256, intermediate_size=512)
+
+
+@pytest.fixture(scope="session")
+def narrow_llama(tokenizer, tmp_path_factory):
+    """Folder of a random Llama of width 64, to be trained: nearly all its arithmetic is the vocabulary's, a quarter of tiny_llama's."""
+    return random_llama(tmp_path_factory.mktemp("narrow_llama"), tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.08)
 
 
 @pytest.fixture
@@ -61,10 +70,10 @@ def runs_root(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def data(runs_root, tiny_llama, tokenizer):
+def data(runs_root, narrow_llama, tokenizer):
     """The manifest of run "r"'s finished data stage, for training the small model."""
     import train_data
-    return train_data.data_stage("r", tiny_llama, tokenizer)
+    return train_data.data_stage("r", narrow_llama, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ def two_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def trained(runs_root, tiny_llama, tokenizer, run, processes, **changes):
-    train_data.data_stage(run, tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 40), held_out=train_data.sft_rows(tokenizer, 4, seed=1))
+def trained(runs_root, narrow_llama, tokenizer, run, processes, **changes):
+    train_data.data_stage(run, narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 40), held_out=train_data.sft_rows(tokenizer, 4, seed=1))
     return go(run, processes, **changes)
 
 
@@ -52,9 +52,9 @@ def go(run, processes, **changes):
     return runs.folder(run, "sft")
 
 
-def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(runs_root, tiny_llama, tokenizer, two_cores):
-    one = losses(trained(runs_root, tiny_llama, tokenizer, "one", 1))
-    folder = trained(runs_root, tiny_llama, tokenizer, "two", 2)
+def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(runs_root, narrow_llama, tokenizer, two_cores):
+    one = losses(trained(runs_root, narrow_llama, tokenizer, "one", 1))
+    folder = trained(runs_root, narrow_llama, tokenizer, "two", 2)
     two = losses(folder)
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     for step, loss in one.items():
@@ -69,9 +69,9 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_on
         assert resumed[step] == pytest.approx(one[step], rel=1e-3)
 
 
-def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, tiny_llama, tokenizer, two_cores):
-    one = losses(trained(runs_root, tiny_llama, tokenizer, "one", 1, method="lora", max_steps=2))
-    folder = trained(runs_root, tiny_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
+def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, narrow_llama, tokenizer, two_cores):
+    one = losses(trained(runs_root, narrow_llama, tokenizer, "one", 1, method="lora", max_steps=2))
+    folder = trained(runs_root, narrow_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
     two = losses(folder)
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=1e-3)
@@ -82,7 +82,7 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, tiny_llam
         assert len(names) == 2 * 7 * 2 and all(file.get_slice(n).get_shape()[0] > 0 for n in names)
 
 
-def test_a_failing_process_ends_in_its_own_sentence(runs_root, tiny_llama, tokenizer, two_cores):
+def test_a_failing_process_ends_in_its_own_sentence(runs_root, narrow_llama, tokenizer, two_cores):
     with pytest.raises(TunebookError, match=r"in 2 processes failed: .*run"):
         distributed.launch("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2, timeout_s=120)
 

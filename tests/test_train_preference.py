@@ -86,12 +86,12 @@ def test_swapped_labels_reverse_the_direction_on_held_out_pairs(data):
     assert right.result["held_out_accuracies"] > 0.8 > 0.2 > swapped.result["held_out_accuracies"]
 
 
-def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, tiny_llama, tokenizer):
+def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, narrow_llama, tokenizer):
     pairs = train_data.pair_rows(tokenizer, 12)
     pairs[0]["prompt_ids"] = pairs[0]["prompt_ids"] * 9
     pairs[1]["chosen_ids"] = []
     pairs[2]["rejected_ids"] = pairs[2]["chosen_ids"]
-    train_data.data_stage("r", tiny_llama, tokenizer, pairs=pairs)
+    train_data.data_stage("r", narrow_llama, tokenizer, pairs=pairs)
     job = prepared(max_length=256)
     assert job.counts["train"]["pairs"] == 12 and len(job.train_rows) == 9
     assert job.counts["train"]["left out"] == {"over 256 tokens": 1, "chosen is empty": 1, "chosen equals rejected": 1}
@@ -102,7 +102,7 @@ def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, tin
     assert manifest.data["data_counts"]["train"]["left out"]["over 256 tokens"] == 1
 
 
-def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, tiny_llama, tokenizer):
+def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow_llama, tokenizer):
     from helpers.model.loading import end_of_turn
 
     names = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -122,7 +122,7 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, tiny_l
                 "rejected_ids": answers[1],
             }
         )
-    train_data.data_stage("r", tiny_llama, tokenizer, pairs=pairs)
+    train_data.data_stage("r", narrow_llama, tokenizer, pairs=pairs)
     job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=4).train()
     assert 0 < sum(job.counts["train"]["left out"].values()) < 150
     assert len(logged(job, "loss")) == 6 and all(math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name))

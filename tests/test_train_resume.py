@@ -1,6 +1,7 @@
 """Killed, cut off, out of disk, mirrored, continued with something else: what a run does when it is started again."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from helpers import runs
 from helpers.errors import TunebookError
 from helpers.train import callbacks, curves, resume, sft
+from helpers.train.__main__ import main
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +52,7 @@ def interrupt(step, **given):
     return job
 
 
-def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path):
+def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path, capsys):
     whole = run(max_steps=24, epochs=6)
     expected, rates = losses(whole)[1], curves.series(callbacks.read(whole.log), "learning_rate")[1]
     assert len(expected) == 24
@@ -66,9 +68,7 @@ def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (log.parent / "manifest.json").exists() and resume.numbered(log.parent / "checkpoints")
-    again = subprocess.run(command, cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "Going on from checkpoint-" in again.stdout
+    assert main([str(file)]) == 0 and "Going on from checkpoint-" in capsys.readouterr().out
     steps, found = curves.series(callbacks.read(log), "loss")
     assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
     assert curves.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
@@ -104,7 +104,7 @@ def test_another_jobs_checkpoint_is_refused(data):
         resume.newest(job.checkpoints, {**job.identity, "settings": {**job.identity["settings"], "learning_rate": 1.0}})
 
 
-def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, tiny_llama, tokenizer):
+def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
     with pytest.raises(TunebookError, match="holds no unfinished run"):
         run(resume="must")
     shutil.rmtree(runs.folder("r", "sft"))
@@ -113,7 +113,7 @@ def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, tiny_llama,
         sft.prepare(runs.open_stage("sft", settings(resume="must", learning_rate=5e-4)))
     runs.unlock("r", "sft")
     assert resume.numbered(job.checkpoints), "the unfinished run is back where it was"
-    train_data.data_stage("r", tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
+    train_data.data_stage("r", narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
     with pytest.raises(TunebookError, match=r"parameters differ|the data stage changed since"):
         sft.prepare(runs.open_stage("sft", settings(resume="must")))
 
@@ -124,17 +124,17 @@ def test_never_begins_anew(data, capsys):
     assert "Going on from" not in capsys.readouterr().out and losses(job)[0] == list(range(1, 13))
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path):
+def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path, capsys):
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(settings(max_steps=8, best_checkpoint=False).as_dict()))
-    limit = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-        "from helpers.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    full = subprocess.run(
-        [sys.executable, "-c", limit, str(file)], cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, capture_output=True, text=True
-    )
-    assert full.returncode == 1 and "No space left on the disk" in full.stderr and "Traceback" not in full.stderr, full.stderr[-2000:]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # no file of this process can grow beyond
+    try:
+        status = main([str(file)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert status == 1 and "No space left on the disk" in said and "Traceback" not in said, said[-2000:]
     folder = runs.folder("r", "sft")
     assert not (folder / "manifest.json").exists() and all(resume.opened(c) for c in resume.numbered(folder / "checkpoints"))
     assert losses(run(max_steps=8, best_checkpoint=False))[0] == list(range(1, 9))
@@ -150,25 +150,25 @@ def test_a_lost_run_folder_is_brought_back_from_the_mirror(data, tmp_path, capsy
     assert losses(again)[0] == list(range(1, 13))
 
 
-def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, tiny_llama, tokenizer):
+def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, narrow_llama, tokenizer):
     first = run(max_steps=6)
     adapter = first.finish().path / "adapter"
     held = first.trainer.evaluate()["eval_loss"]
-    train_data.data_stage("r2", tiny_llama, tokenizer)
+    train_data.data_stage("r2", narrow_llama, tokenizer)
     job = sft.prepare(runs.open_stage("sft", settings(run="r2", start_from=str(adapter), max_steps=4))).build()
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(held, rel=1e-4)
     job.train()
     assert losses(job)[0] == [1, 2, 3, 4] and job.result["eval_loss"] < held
 
 
-def test_an_adapter_of_another_base_or_template_is_refused(data, tiny_llama, tokenizer, tmp_path):
+def test_an_adapter_of_another_base_or_template_is_refused(data, narrow_llama, tokenizer, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(run(max_steps=4).finish().path / "adapter", adapter)
     with pytest.raises(TunebookError, match="is no adapter folder"):
         sft.prepare(runs.open_stage("sft", settings(start_from=str(tmp_path))))
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
-    config = (other / "adapter_config.json").read_text().replace(str(tiny_llama), "someone/else")
+    config = (other / "adapter_config.json").read_text().replace(str(narrow_llama), "someone/else")
     (other / "adapter_config.json").write_text(config)
     with pytest.raises(TunebookError, match="was trained on someone/else"):
         sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
@@ -178,9 +178,9 @@ def test_an_adapter_of_another_base_or_template_is_refused(data, tiny_llama, tok
         sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
 
 
-def test_a_template_that_is_not_the_datas_is_refused(data, tiny_llama, tmp_path):
+def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_path):
     other = tmp_path / "model"
-    shutil.copytree(tiny_llama, other)
+    shutil.copytree(narrow_llama, other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     with pytest.raises(TunebookError, match="is not the one that the data of run 'r' was rendered with"):
         sft.prepare(runs.open_stage("sft", settings(model=str(other))))
@@ -239,8 +239,6 @@ def test_fp16s_first_overflows_are_let_pass_and_lasting_ones_are_not():
 
 
 def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, capsys):
-    from helpers.train.__main__ import main
-
     bad = tmp_path / "bad.yaml"
     bad.write_text("rank: [1\n")
     for arguments, words in (

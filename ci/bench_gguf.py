@@ -30,7 +30,8 @@ print(json.dumps({{"seconds": round(time.time() - started, 2), "peak_gib": round
 
 
 def step(work: str) -> dict:
-    """Run `work` in a Python of its own; its wall time, imports included, and the highest memory of it or its children."""
+    """Run `work` in a Python of its own; its wall time, imports included unless it sets `started` anew, and the highest memory of it or its
+    children."""
     project = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run([sys.executable, "-c", STEP.format(project=project, work=work)], capture_output=True, text=True, cwd=project)
     if done.returncode:
@@ -57,7 +58,8 @@ def adapter_for(base: Path, folder: Path) -> None:
 
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
-    work = ("import ctypes as c\nfrom helpers.gguf import binding, llama_lib, quantize\nlib = binding.Library(llama_lib.for_quantizing())\n"
+    work = ("import ctypes as c\nfrom helpers.gguf import binding, llama_lib, quantize\n"
+            "lib = binding.Library(llama_lib.for_quantizing(), runs=False)\n"
             "lib.dll.llama_model_quantize_default_params.restype = binding.Block\nblock = lib.dll.llama_model_quantize_default_params()\n"
             f"n = (c.c_int32 * 2).from_buffer(block); n[0], n[1] = binding.threads(), quantize.FILE_TYPES[{kind!r}]\nstarted = time.time()\n"
             f"assert lib.dll.llama_model_quantize({str(source)!r}.encode(), {str(out)!r}.encode(), c.byref(block)) == 0")
@@ -100,12 +102,12 @@ def main() -> None:
         text = " ".join(p.read_text() for p in sorted(Path("helpers").glob("*.py")))
         ids = tokenizer(text)["input_ids"]
         rows = [ids[i * 250:i * 250 + 251] for i in range(8)]
-        code = ("from helpers.gguf import fidelity, quantize\n"
+        code = ("import torch\nfrom transformers import AutoModelForCausalLM\nfrom helpers.gguf import fidelity\nstarted = time.time()\n"
                 f"ref = fidelity.Reference(Path({str(merged)!r}), {rows!r}, [{rows[0][:40]!r}])\n"
-                f"folder = Path({str(work)!r})\nfor kind in ('f16', 'q8_0', 'q4_k_m'):\n    file = folder / f'{{kind}}.gguf'\n"
-                "    twin = None if kind == 'f16' else quantize.dequantize(file, folder / 'twin.gguf')\n"
-                "    fidelity.measure(ref, file, kind, twin)\nref.close()")
-        say("fidelity, 2,000 tokens, 3 files", **step(code))
+                f"files = {{k: Path({str(work)!r}) / f'{{k}}.gguf' for k in ('f16', 'q8_0', 'q4_k_m')}}\n"
+                "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.free()\n"
+                "for kind, file in files.items():\n    fidelity.measure(ref, file, kind, weights.get(kind))\nref.close()")
+        say("fidelity, 2,000 tokens, 3 files, torch and transformers loaded before", **step(code))
 
 
 if __name__ == "__main__":

@@ -72,14 +72,14 @@ SIGNATURES = {
 
 
 class Library:
-    """One loaded libllama. Its functions are attributes; `log` keeps the last messages, for error sentences."""
+    """One loaded libllama. Its functions are attributes; `log` keeps the last messages, for error sentences.
 
-    def __init__(self, path: str | Path):
+    runs: load the processor's variant of the arithmetic, too, which quantising does without.
+    """
+
+    def __init__(self, path: str | Path, runs: bool = True):
         self.path = Path(path)
         self.log: list[str] = []
-        # Read by libgomp when it is loaded first. Threads that spin at a barrier wait for threads that another program keeps
-        # from running: on two busy cores the default made answers 4 times slower than this; on idle ones nothing changes.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
             self.ggml = _load_ggml(self.path.parent)
             self.dll = c.CDLL(str(self.path))
@@ -96,7 +96,8 @@ class Library:
             if hasattr(library, "ggml_log_set"):
                 library.ggml_log_set.argtypes = (LOG, POINTER)
                 library.ggml_log_set(self._keep, None)
-        self._load_processor_variant()
+        if runs:
+            self._load_processor_variant()
         self.llama_backend_init()
 
     def _heard(self, level: int, text: bytes | None, _: object) -> None:

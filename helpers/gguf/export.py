@@ -138,10 +138,13 @@ def prove(export: Export) -> list[fidelity.Result]:
     prompts = [tokenizer.apply_chat_template(q, tokenize=True, return_dict=False, add_generation_prompt=True)
                for q in questions[:params.fidelity_answers]]
     reference = fidelity.Reference(export.merged_path, rows, prompts, work=export.work, conversations=questions[:2])
+    files = {kind: export.f16 if kind == "f16" else export.file(kind) for kind in ["f16", *export.kinds]}
     try:
+        weights = {kind: reference.weights_kl(file, export.f16) for kind, file in files.items() if kind not in convert.TYPES_16}
+        reference.free()
         export.merge_check = merge_check(export, reference)
-        for kind in runtime.progress(list(dict.fromkeys(["f16", *export.kinds])), "Comparing with the trained model"):
-            export.results.append(_measured(export, reference, kind))
+        for kind, file in runtime.progress(list(files.items()), "Comparing with the trained model"):
+            export.results.append(fidelity.measure(reference, file, kind, weights.get(kind)))
     finally:
         reference.close()
     from helpers.gguf import score
@@ -204,7 +207,6 @@ def merge_check(export: Export, reference: fidelity.Reference) -> dict[str, floa
     """Adapter beside its base against the merged model, on the first held-out rows: what rounding the merge to 16 bits costs."""
     if export.adapter is None:
         return {}
-    import numpy as np
     import torch
     from peft import PeftModel
     if 4.4 * merging.count_weights(export.source.path)[0] / 2**30 > fidelity.available_gib():
@@ -214,28 +216,14 @@ def merge_check(export: Export, reference: fidelity.Reference) -> dict[str, floa
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model = PeftModel.from_pretrained(base, export.adapter).eval()
-    logprobs, at, kl, same = reference.open(), 0, [], []
-    with torch.inference_mode():
-        for row in reference.rows[:2]:
-            mine = torch.log_softmax(model(torch.tensor([row[:-1]], device=model.device)).logits[0].float(), -1).cpu().numpy()
-            theirs = logprobs[at:at + len(mine)]
-            width = min(mine.shape[1], theirs.shape[1])
-            kl.append((np.exp(mine[:, :width]) * (mine[:, :width] - theirs[:, :width])).sum(1))
-            same.append(mine.argmax(1) == theirs.argmax(1))
-            at += len(mine)
-    return {"tokens": int(at), "mean_kl": float(max(np.concatenate(kl).mean(), 0)), "top1": float(np.concatenate(same).mean())}
-
-
-def _measured(export: Export, reference: fidelity.Reference, kind: str) -> fidelity.Result:
-    """One file's result; a 16-bit file needs no dequantised twin."""
-    path, twin = (export.f16 if kind == "f16" else export.file(kind)), None
-    if kind not in convert.TYPES_16:
-        twin = quantize.dequantize(path, export.work / "dequantised.gguf", export.stage.params.llama_cpp)
-    try:
-        return fidelity.measure(reference, path, kind, twin)
-    finally:
-        if twin is not None:
-            twin.unlink(missing_ok=True)
+    kept, at, kl, same = reference.open(), 0, [], []
+    for row in reference.rows[:2]:
+        mine = fidelity.logprobs(model, row).cpu()
+        theirs = kept[at:at + len(mine)]
+        kl.append(fidelity.divergence(mine, theirs))
+        same.append(mine.argmax(1) == theirs.argmax(1))
+        at += len(mine)
+    return {"tokens": int(at), "mean_kl": max(float(torch.cat(kl).mean()), 0.0), "top1": float(torch.cat(same).float().mean())}
 
 
 def _rows(stage: Any, name: str, tokens: int) -> list[list[int]]:

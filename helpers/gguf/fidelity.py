@@ -1,8 +1,8 @@
 """Is the GGUF file the model that was trained? Measured in the llama.cpp runtime, against the merged model in high precision.
 
-Four gates: token ids, rendered prompt, logits, stopping. Each file is also compared as its dequantised weights, so that what
-the smaller weights cost and what the runtime's arithmetic costs are told apart. The trained model's side is computed here, once;
-the files are measured one after another in a process without torch (helpers/gguf/measure.py).
+Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each quantised file's unpacked
+weights are then run in the same model, so that what the smaller weights cost and what the runtime's arithmetic costs are told apart;
+the files themselves are measured one after another in a process without torch (helpers/gguf/measure.py).
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import shapes
+from helpers.gguf import dequantised, shapes
 
-GATES = ("token ids", "prompt", "logits", "stopping")
 # Largest mean KL divergence in nats and smallest top-1 agreement. f16 is the proof that the chain is right; the others are two to three
 # times what SmolLM2-135M shows (93 % of first choices kept by q8_0 on 250 tokens), which loses more to each type than larger models do.
 BUDGETS = {"f16": (1e-4, 0.995), "bf16": (2e-3, 0.98), "q8_0": (0.02, 0.88), "q6_k": (0.05, 0.85), "q5_k_m": (0.15, 0.75), "q5_k_s": (0.15, 0.75),
@@ -31,7 +30,10 @@ BUDGETS = {"f16": (1e-4, 0.995), "bf16": (2e-3, 0.98), "q8_0": (0.02, 0.88), "q6
 
 @dataclass
 class Result:
-    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> sentence."""
+    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> sentence.
+
+    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: what is left of the divergence without it.
+    """
 
     type: str
     tokens: int = 0
@@ -41,6 +43,7 @@ class Result:
     perplexity: float = 0.0
     reference_perplexity: float = 0.0
     weights_kl: float | None = None
+    runtime_kl: float | None = None
     token_texts: int = 0
     prompt_shapes: list[str] = field(default_factory=list)
     skipped_shapes: dict[str, str] = field(default_factory=dict)
@@ -51,13 +54,8 @@ class Result:
     task_score: float | None = None
     failed: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def runtime_kl(self) -> float | None:
-        """What is left of the divergence when the weights' share is taken off."""
-        return None if self.weights_kl is None else max(self.mean_kl - self.weights_kl, 0.0)
-
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"runtime_kl": self.runtime_kl}
+        return asdict(self)
 
 
 class Reference:
@@ -70,7 +68,6 @@ class Reference:
     def __init__(self, merged: Path, rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]] = (), max_tokens: int = 64,
                  work: Path | None = None, conversations: Sequence[list[dict]] = ()):
         import numpy as np
-        import torch
 
         from helpers.model.loading import load_tokenizer
         self.tokenizer = load_tokenizer(merged)
@@ -78,31 +75,58 @@ class Reference:
         if not any(len(r) > 1 for r in self.rows):
             raise TunebookError("There is no held-out text of two tokens or more to compare on; prepare the data with an evaluation part.")
         self.folder = tempfile.TemporaryDirectory(prefix=".fidelity.", dir=work)
-        model = _load(merged)
-        self.vocabulary = vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.model = _load(merged)
+        self._places: dequantised.Places | None = None
+        self.vocabulary = self.model.get_input_embeddings().weight.shape[0]
         count = sum(len(r) - 1 for r in self.rows)
-        logprobs = np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "w+", shape=(count, vocabulary))
-        device, at = model.device, 0
-        with torch.inference_mode():
-            for row in self.rows:
-                logits = model(torch.tensor([row[:-1]], device=device)).logits[0].float()
-                logprobs[at:at + len(row) - 1] = torch.log_softmax(logits, -1).cpu().numpy()
-                at += len(row) - 1
-            self.answers = [self._answer(model, p) for p in self.prompts]
+        kept = np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "w+", shape=(count, self.vocabulary))
+        for at, row in self._by_row():
+            kept[at:at + len(row) - 1] = logprobs(self.model, row).cpu().numpy()
+        self.answers = self._answer()
         following = np.concatenate([np.asarray(r[1:], dtype=np.int64) for r in self.rows])
-        loss = -float(np.mean(logprobs[np.arange(count), following], dtype=np.float64))
+        loss = -float(np.mean(kept[np.arange(count), following], dtype=np.float64))
         self.perplexity = math.exp(min(loss, 700.0))
-        logprobs.flush()
+        kept.flush()
         self._write(conversations)
 
-    def _answer(self, model: Any, prompt: list[int]) -> tuple[list[int], bool]:
-        """Greedy answer without the token that ended it, and whether it ended by itself."""
+    def weights_kl(self, file: Path, source: Path) -> float | None:
+        """Mean KL divergence of the trained model with the weights of `file`, unpacked, in nats a token.
+
+        source: the 16-bit GGUF that `file` was quantised from. None where the trained model is not in float32, or its weights are not
+        matrices that the converter took over row by row. The model's own weights are gone afterwards.
+        """
+        if next(self.model.parameters()).dtype.itemsize < 4:
+            return None
+        self._places = self._places or dequantised.Places(self.model, source)
+        if not self._places.fill(file):
+            return None
+        kept = self.open()
+        total = sum(float(divergence(kept[at:at + len(row) - 1], logprobs(self.model, row)).sum()) for at, row in self._by_row())
+        return max(total / len(kept), 0.0)
+
+    def free(self) -> None:
+        """Give the model's memory back; what the files are measured against is on disk."""
+        self.model = self._places = None
+
+    def _by_row(self) -> Iterator[tuple[int, list[int]]]:
+        """(place of its first log-probabilities, token ids) of each row."""
+        at = 0
+        for row in self.rows:
+            yield at, row
+            at += len(row) - 1
+
+    def _answer(self) -> list[tuple[list[int], bool]]:
+        """A greedy answer a prompt without the token that ended it, and whether it ended by itself."""
         import torch
-        ends = _ends(model, self.tokenizer)
-        ids = torch.tensor([prompt], device=model.device)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_tokens, do_sample=False,
-                             eos_token_id=sorted(ends), pad_token_id=self.tokenizer.pad_token_id)[0, len(prompt):].tolist()
-        return ([i for i in out if i not in ends], bool(out and out[-1] in ends))
+        if not self.prompts:
+            return []
+        ends, pad, width = _ends(self.model, self.tokenizer), self.tokenizer.pad_token_id, max(map(len, self.prompts))
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in self.prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.prompts], device=self.model.device)
+        made = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.max_tokens, do_sample=False,
+                                   eos_token_id=sorted(ends), pad_token_id=pad)[:, width:].tolist()
+        stops = [next((i for i, token in enumerate(row) if token in ends), None) for row in made]
+        return [(row[:stop], stop is not None) for row, stop in zip(made, stops, strict=True)]
 
     def _write(self, conversations: Sequence[list[dict]]) -> None:
         """All that the measuring process needs to know about the trained model's side."""
@@ -120,25 +144,29 @@ class Reference:
             "texts": [{"text": t, "plain": encode(t, False), "special": encode(t, True)} for t in texts], "conversations": wanted}))
 
     def open(self) -> Any:
-        """Natural log-probabilities of the trained model, (tokens, vocabulary) float32, memory-mapped."""
+        """Natural log-probabilities of the trained model, float32 tensor (tokens, vocabulary), memory-mapped."""
         import numpy as np
-        return np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "r", shape=(sum(len(r) - 1 for r in self.rows), self.vocabulary))
+        import torch
+        count = sum(len(r) - 1 for r in self.rows)
+        return torch.from_numpy(np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "c", shape=(count, self.vocabulary)))
 
     def close(self) -> None:
         self.folder.cleanup()
 
 
-def measure(reference: Reference, path: Path, kind: str, dequantised: Path | None = None, library: str | Path = "") -> Result:
-    """Compare one GGUF file with the reference. dequantised: the same file with its weights unpacked to 16 bits, for `weights_kl`."""
-    settings = {"reference": reference.folder.name, "path": str(path), "kind": kind, "budget": BUDGETS[kind], "library": str(library),
-                "dequantised": str(dequantised or "")}
+def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None, library: str | Path = "") -> Result:
+    """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
+    settings = {"reference": reference.folder.name, "path": str(path), "kind": kind, "budget": BUDGETS[kind], "library": str(library)}
     done = subprocess.run([sys.executable, "-m", "helpers.gguf.measure", json.dumps(settings)], capture_output=True, text=True, errors="replace",
                           cwd=runtime.PROJECT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         raise TunebookError(f"{path.name} could not be measured: {said[-1][:400]}")
-    return Result(**json.loads(lines[-1]))
+    result = Result(**json.loads(lines[-1]))
+    if weights_kl is not None:
+        result.weights_kl, result.runtime_kl = weights_kl, max(result.mean_kl - weights_kl, 0.0)
+    return result
 
 
 def require(results: Sequence[Result]) -> None:
@@ -150,6 +178,21 @@ def require(results: Sequence[Result]) -> None:
 
 
 # ---------------------------------------------------------------- numbers
+
+def logprobs(model: Any, row: Sequence[int]) -> Any:
+    """Natural log-probabilities of what follows each token of `row` but the last: float32 tensor (len(row) - 1, vocabulary)."""
+    import torch
+    with torch.inference_mode():
+        return torch.log_softmax(model(torch.tensor([row[:-1]], device=model.device)).logits[0].float(), -1)
+
+
+def divergence(wanted: Any, got: Any) -> Any:
+    """Kullback-Leibler divergence a token, nats, of log-probabilities (tokens, vocabulary): `got` from `wanted`."""
+    import torch
+    width = min(wanted.shape[1], got.shape[1])  # a padded vocabulary may differ in rows that no text reaches
+    pieces = zip(wanted[:, :width].split(128), got[:, :width].split(128), strict=True)
+    return torch.cat([torch.nn.functional.kl_div(g, w.to(g.device), log_target=True, reduction="none").sum(-1) for w, g in pieces])
+
 
 def _load(merged: Path) -> Any:
     from helpers.model.loading import load_model

@@ -65,7 +65,7 @@ def _wanted(name: str, kind: str, layers: int, shared: int, tied: bool, seen: di
     return base
 
 
-def quantize(source: Path, out: Path, kind: str, imatrix: str = "", threads: int = 1) -> None:
+def quantize(source: Path, out: Path, kind: str, imatrix: str = "") -> None:
     """Write `out`, tensor by tensor, metadata kept as it is. Raises TunebookError for a request that only the library can meet."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter

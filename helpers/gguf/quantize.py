@@ -1,4 +1,4 @@
-"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own.
+"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own (helpers/gguf/quantize_process.py).
 
 Preferred in this order: `llama-quantize` of the user's own build, `llama_model_quantize` of the prebuilt library (through ctypes),
 and, where that library cannot be loaded, llama.cpp's row quantisers inside `xllamacpp` with llama.cpp's choice of types
@@ -7,8 +7,6 @@ and, where that library cannot be loaded, llama.cpp's row quantisers inside `xll
 
 from __future__ import annotations
 
-import ctypes as c
-import json
 import os
 import subprocess
 import sys
@@ -17,8 +15,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import binding, reading
+from helpers.gguf import binding, llama_lib, reading
 
 # Name -> llama.cpp's file type number (enum llama_ftype in llama.h).
 FILE_TYPES = {"f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q4_0": 2,
@@ -62,8 +61,6 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
     kind: a name of `FILE_TYPES`; imatrix: an importance matrix in llama.cpp's GGUF form; own_build: folder of a llama.cpp build.
     Raises TunebookError, the partial file removed, when llama.cpp fails or the disk is full.
     """
-    from helpers import runtime  # the process below imports this module, too, and needs neither
-    from helpers.gguf import llama_lib
     parse_types(kind)
     reading.check(source)
     started, threads = time.time(), threads or binding.threads()
@@ -73,9 +70,9 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
         options = ["--imatrix", str(imatrix)] if imatrix else []
         command, by = [str(program), *options, str(source), str(partial), kind.upper(), str(threads)], str(program)
     else:
-        settings = {"source": str(source), "out": str(partial), "kind": kind, "imatrix": str(imatrix or ""), "threads": threads,
-                    "library": str(library or "")}
-        command, by = [sys.executable, "-m", "helpers.gguf.quantize", json.dumps(settings)], library.name if library else "xllamacpp's row quantisers"
+        command = [sys.executable, "-m", "helpers.gguf.quantize_process", str(library or ""), str(source), str(partial), kind,
+                   str(FILE_TYPES[kind]), str(threads), str(imatrix or "")]
+        by = library.name if library else "xllamacpp's row quantisers"
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=runtime.PROJECT)
         if done.returncode or not partial.is_file():
@@ -85,23 +82,6 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, ow
     finally:
         partial.unlink(missing_ok=True)
     return describe(out, kind, summary, round(time.time() - started, 2), by)
-
-
-def dequantize(source: Path, out: Path, own_build: str = "") -> Path | None:
-    """Unpack a file's weights to F16 with llama.cpp's own code; None where no library here can."""
-    from helpers import runtime
-    from helpers.gguf import llama_lib
-    library = llama_lib.for_quantizing(own_build)
-    if library is None:
-        return None
-    settings = {"source": str(source), "out": str(out), "kind": "f16", "imatrix": "", "threads": binding.threads(), "library": str(library),
-                "unpack": True}
-    done = subprocess.run([sys.executable, "-m", "helpers.gguf.quantize", json.dumps(settings)], capture_output=True, text=True, errors="replace",
-                          cwd=runtime.PROJECT)
-    if done.returncode:
-        out.unlink(missing_ok=True)
-        raise TunebookError(_why(done.stderr + done.stdout, done.returncode, source, "f16"))
-    return out
 
 
 def describe(path: Path, kind: str, summary: reading.Summary | None = None, wall_s: float = 0.0, by: str = "") -> Quantised:
@@ -130,47 +110,3 @@ def _why(log: str, status: int, source: Path, kind: str) -> str:
                 "to another build.")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return f"llama.cpp could not quantise {source.name} to {kind}: {lines[-1][:300] if lines else f'status {status}'}"
-
-
-# ---------------------------------------------------------------- the process that does it
-
-class _Importance(c.Structure):
-    """`llama_model_imatrix_data`: one tensor's importance, a mean square for each of its columns."""
-
-    _fields_ = [("name", c.c_char_p), ("data", c.POINTER(c.c_float)), ("size", c.c_size_t)]
-
-
-def _child(settings: dict) -> int:
-    if not settings["library"]:
-        from helpers.gguf import mix
-        mix.quantize(Path(settings["source"]), Path(settings["out"]), settings["kind"], settings["imatrix"], settings["threads"])
-        return 0
-    library = binding.Library(settings["library"])
-    function = library.dll.llama_model_quantize
-    function.restype, function.argtypes = c.c_uint32, (c.c_char_p, c.c_char_p, c.POINTER(binding.Block))
-    library.dll.llama_model_quantize_default_params.restype = binding.Block
-    block = library.dll.llama_model_quantize_default_params()
-    numbers = (c.c_int32 * 2).from_buffer(block)  # nthread and ftype have come first in every release
-    numbers[0], numbers[1] = settings["threads"], FILE_TYPES[settings["kind"]]
-    c.c_bool.from_buffer(block, 16).value = settings.get("unpack", False)  # allow_requantize, the first flag after four numbers
-    if settings["imatrix"]:
-        rows = _read_importance(Path(settings["imatrix"]))
-        table = (_Importance * (len(rows) + 1))(*[_Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()])
-        c.c_void_p.from_buffer(block, 24).value = c.addressof(table)  # after four numbers and six flags, on a multiple of 8
-    status = function(settings["source"].encode(), settings["out"].encode(), c.byref(block))
-    if status:
-        print(library.last_error(), file=sys.stderr)
-    return min(status, 1)
-
-
-def _read_importance(path: Path) -> dict:
-    """Tensor name -> float32 mean squares, out of an importance matrix in GGUF form."""
-    import numpy as np
-    from gguf import GGUFReader
-    tensors = {t.name: t.data for t in GGUFReader(path).tensors}
-    sums = {n.removesuffix(".in_sum2"): v for n, v in tensors.items() if n.endswith(".in_sum2")}
-    return {n: np.ascontiguousarray((v / max(float(tensors[f"{n}.counts"].flat[0]), 1.0)).ravel(), dtype=np.float32) for n, v in sums.items()}
-
-
-if __name__ == "__main__":
-    raise SystemExit(_child(json.loads(sys.argv[1])))

@@ -44,7 +44,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the header says. metadata: key -> value (long arrays too); tensors: in file order; bytes: size of the file."""
+    """What the header says. metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: in file order;
+    bytes: size of the file.
+    """
 
     metadata: dict[str, Any]
     tensors: list[Tensor]
@@ -137,6 +139,17 @@ def _string(file: BinaryIO, size: int) -> str:
     return data.decode()
 
 
+def _pass_strings(file: BinaryIO, count: int, size: int) -> int:
+    """Read on past `count` texts; a vocabulary has a hundred thousand, so no struct here."""
+    read, number = file.read, int.from_bytes
+    for _ in range(count):
+        head = read(8)
+        length = number(head, "little")
+        if len(head) < 8 or length > size or len(read(length)) < length:
+            raise EOFError
+    return count
+
+
 def _value(file: BinaryIO, kind: int, size: int, depth: int = 0) -> Any:
     if kind == STRING:
         return _string(file, size)
@@ -146,5 +159,7 @@ def _value(file: BinaryIO, kind: int, size: int, depth: int = 0) -> Any:
             raise ValueError(f"an array announces {count} entries")
         if inner in SCALARS:
             return list(_unpack(file, f"<{count}{SCALARS[inner]}"))
+        if inner == STRING:
+            return _pass_strings(file, count, size)
         return [_value(file, inner, size, depth + 1) for _ in range(count)]
     return _unpack(file, "<" + SCALARS[kind])[0]

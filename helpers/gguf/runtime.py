@@ -164,7 +164,7 @@ class LlamaCpp(Vocabulary):
     def apply_template(self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True) -> str:
         """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
         if self._server is None:
-            self._server = Server(self.path, context=256, parallel=1)
+            self._server = Server(self.path, context=256, parallel=1, warmup=False)
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         if tools:
             body["tools"] = tools
@@ -179,21 +179,21 @@ class LlamaCpp(Vocabulary):
 
     def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
         """The same in pieces of up to `chunk` rows, so that a long text needs little memory."""
-        import numpy as np
         if len(token_ids) > self.context:
             raise TunebookError(f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more.")
         self.lib.llama_memory_clear(self._memory, True)
         for start in range(0, len(token_ids), min(chunk, BATCH)):
             piece = token_ids[start:start + min(chunk, BATCH)]
             self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
-            yield np.stack([self._row(i) for i in range(len(piece))])
+            yield self._rows(0, len(piece))
 
-    def _row(self, index: int) -> np.ndarray:
+    def _rows(self, index: int, count: int = 1) -> np.ndarray:
+        """Logits of `count` neighbours in the batch, all of them wanted: llama.cpp keeps these in one piece. (count, vocab)"""
         import numpy as np
         pointer = self.lib.llama_get_logits_ith(self._ctx, index)
         if not pointer:
             raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.last_error()}.")
-        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+        return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Run (token, position, sequence, logits wanted) through the model."""
@@ -268,7 +268,7 @@ class LlamaCpp(Vocabulary):
             if last:
                 ready.append((slot, len(entries) - 1))
         self._decode(entries)
-        return [(slot, self._row(at)) for slot, at in ready]
+        return [(slot, self._rows(at)[0]) for slot, at in ready]
 
     def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Answer | None:
         token = row.waiting[0]

@@ -28,21 +28,21 @@ class Server:
     """A running server. url: "http://127.0.0.1:PORT"; port; process.
 
     path: a GGUF file; port: 0 for any free one; context: tokens of each of `parallel` conversations; template: a Jinja text in place
-    of the file's own; alias: the model name that clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8).
+    of the file's own; alias: the model name that clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8);
+    warmup: run the model once at the start, so that the first answer comes as soon as the next.
     Raises TunebookError when the file or the port is not usable.
     """
 
     def __init__(self, path: str | Path, port: int = 0, context: int = 4096, parallel: int = 1, threads: int = 0,
-                 template: str = "", alias: str = "", temperature: float | None = None, timeout_s: float = 300):
+                 template: str = "", alias: str = "", temperature: float | None = None, warmup: bool = True, timeout_s: float = 300):
         self.path = Path(path)
         reading.check(self.path)
         if port:
             _refuse_taken(port)
         settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel, "threads": threads,
-                    "template": template, "alias": alias or self.path.stem, "temperature": temperature}
+                    "template": template, "alias": alias or self.path.stem, "temperature": temperature, "warmup": warmup}
         self.process = subprocess.Popen([sys.executable, "-m", "helpers.gguf.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, cwd=runtime.PROJECT,
-                                        env={"GOMP_SPINCOUNT": "1000", **os.environ})  # see binding.Library
+                                        stderr=subprocess.DEVNULL, text=True, cwd=runtime.PROJECT)
         try:
             self.process.stdin.write(json.dumps(settings) + "\n")
             self.process.stdin.flush()
@@ -132,6 +132,7 @@ def _child() -> None:
     p.model_alias = {settings["alias"]}
     p.use_jinja, p.offline, p.ui, p.verbosity = True, True, False, 0
     p.cors_origins = ""  # no web page may read from it
+    p.warmup = settings["warmup"]
     if settings["template"]:
         p.chat_template = settings["template"]
     if settings["temperature"] is not None:

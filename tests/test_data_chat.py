@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from helpers.data import chat
 from helpers.data import template as templates
 from helpers.data.chat import Encoder
 from helpers.data.lengths import Fitter, choices, expanded, propose
@@ -211,6 +212,13 @@ def test_pairs_share_their_prompt_and_each_answer_ends_with_exactly_one_end_of_t
 def test_plain_text_is_trained_whole_and_ends_with_the_end_of_sequence(tokenizer):
     done, _, _ = encode(tokenizer, [make_row("text", [{"role": "text", "content": "Some words."}])])
     assert tokenizer.decode(done[0].ids) == "Some words.<|im_end|>" and done[0].mask.all()
+
+
+def test_a_row_past_any_length_is_rejected_before_it_is_tokenised(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_CHARS", 1_000)
+    short, long = row(talk("a question", "answer")), row(talk("a question", "x" * 1_000))
+    done, rejects, _ = encode(tokenizer, [short, long, make_row("text", [{"role": "text", "content": "x" * 1_001}])])
+    assert [one.row["id"] for one in done] == [short["id"]] and dict(rejects.invalid) == {"row too long": 2}
 
 
 # ---------------------------------------------------------------- lengths

@@ -90,8 +90,9 @@ def test_pdf_docx_and_markdown_give_their_text(tmp_path, tokenizer):
     )
 
 
-@pytest.mark.parametrize("tokens, overlap", [(64, 16), (40, 0), (200, 50)])
-def test_pieces_hold_all_of_the_text_overlap_and_fit(tokenizer, tokens, overlap):
+@pytest.mark.parametrize("tokens, overlap, block", [(64, 16, 500_000), (40, 0, 500_000), (200, 50, 500_000), (64, 16, 1_500)])
+def test_pieces_hold_all_of_the_text_overlap_and_fit(tokenizer, monkeypatch, tokens, overlap, block):
+    monkeypatch.setattr(documents, "BLOCK_CHARS", block)
     text = "\n\n".join(" ".join(f"Word{i}_{j} stands here." for j in range(9)) for i in range(30))
     pieces = list(documents.cut(text, tokenizer, tokens, overlap))
     at, shared = 0, 0

@@ -134,9 +134,11 @@ def test_preference_pairs_are_written_for_trl_and_never_ask_a_held_out_question(
             )
 
 
-def test_kto_rows_keep_both_labels_and_only_good_answers_are_trained(job):
-    done = job([{"prompt": f"Say {i}", "completion": f"word {i}", "label": i % 2 == 0} for i in range(60)], test_share=0.0)
+def test_kto_rows_are_cleaned_keep_both_labels_and_only_good_answers_are_trained(job):
+    found = [{"prompt": f"Say {i}", "completion": f"word {i}", "label": i % 2 == 0} for i in range(60)]
+    done = job([*found, found[1], {"prompt": "Say much", "completion": "word " * 600, "label": False}], test_share=0.0)
     run(done)
+    assert done.rejects.removed == {"exact duplicate": 1, "over max_length": 1}
     assert {row["label"] for row in read(done, "kto")} == {True, False} and len(read(done, "kto")) == 60
     assert len(read(done, "train")) + len(read(done, "eval")) == 30
 
@@ -217,6 +219,17 @@ def test_training_rows_that_hold_a_test_question_are_taken_out_and_counted(job, 
     run(done)
     assert done.rejects.removed["holds an evaluation question"] == 1 and len(read(done, "test")) == 1
     assert next(s for s in done.steps if s.step == "decontamination").figures["injection_recall"] > 0.9
+
+
+def test_replay_rows_are_cleaned_like_the_others(job, tmp_path):
+    question = "Which river flows through the largest number of European capitals on its long way?"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": question, "answer": "The Danube"}) + "\n")
+    replayed = [*rows(30, 500), {"question": "Tell me: " + question, "answer": "Danube"}, rows(1, 500)[0]]
+    (tmp_path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
+    done = job(rows(30), test_dataset=str(tmp_path / "test.jsonl"), replay_dataset=str(tmp_path / "general.jsonl"), replay_share=0.5)
+    run(done)
+    assert done.rejects.removed["holds an evaluation question"] == 1 and done.rejects.removed["exact duplicate"] == 1
+    assert {part["source"]: part["rows"] for part in done.encoded["mixture"]} == {"data": 30, "replay: general": 30}
 
 
 def test_the_embedded_companions_are_left_out_with_other_data(job, capsys):

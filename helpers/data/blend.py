@@ -80,8 +80,8 @@ def mix_sources(job: Any) -> Html:
             parts[name].append([row for row in batch if row["source"] == name])
     sources = {name: mix.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0))) for name, part in parts.items()}
     if p.replay_dataset:
-        rows = (([row for row in batch if row["kind"] in ("sft", "text")]) for batch in job.replay.table)
-        sources["replay"] = mix.Source(Table.collect([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in rows), replay=True)
+        rows = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in job.replay_rows)
+        sources["replay"] = mix.Source(Table.collect(rows), replay=True)
     step = job._step("mixture")
     job.rows = Table.collect(mix.mix(sources, step, p.replay_share, p.mix_unit, lambda rows: _lengths(job.tokenizer, rows), seed=p.seed))
     for reason, count in step.dropped.items():
@@ -130,9 +130,14 @@ def vocabulary(job: Any) -> Html:
     if found["other"]:
         found["other"]["name"] = job.params.compare_tokenizer
     job.figures["vocabulary"] = found
+    header, rows = vocabulary_table(found)
+    return Html(table(rows, header), "\n".join(map(str, rows)))
+
+
+def vocabulary_table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows for what `vocabulary.report` found: a column for each tokenizer, the words worth a token last."""
     compared = [found["this"], *([found["other"]] if found["other"] else [])]
     keys = [key for key in compared[0] if key != "name"]
     rows = [(key.replace("_", " "), *(f"{one[key]:,.3f}" if isinstance(one[key], float) else f"{one[key]:,}" for one in compared)) for key in keys]
     best = ", ".join(f"{c['word']} ({c['pieces']} pieces, {c['count']:,} times, saves {c['saves']:.1%})" for c in found["candidates"][:6])
-    rows.append(("words that would save most as tokens (add_tokens)", best or "none"))
-    return Html(table(rows, ("", *(str(one["name"]) for one in compared))), "\n".join(map(str, rows)))
+    return ("", *(str(one["name"]) for one in compared)), [*rows, ("words that would save most as tokens (add_tokens)", best or "none")]

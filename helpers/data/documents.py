@@ -27,6 +27,7 @@ SECONDS = 60  # for one document
 MEMORY = 2 * 2**30  # bytes that reading one document may take
 MAX_BYTES = 64 * 2**20
 MAX_TAGS_DEEP = 500  # browsers stop at 512; lxml recurses
+BLOCK_CHARS = 500_000  # of a long document at a time: a token's place takes 150 bytes
 MAX_UNZIPPED = 256 * 2**20
 BREAKS = ("\n\n", "\n", ". ", "。", " ")
 
@@ -103,7 +104,16 @@ def cut(text: str, tokenizer: Any, tokens: int, overlap: int) -> Iterator[str]:
 
     A piece ends at a paragraph, line or sentence where one ends in its last quarter. Every character is in some piece.
     """
-    overlap = min(overlap, tokens // 2)
+    start = 0
+    while start < len(text):
+        end = start + BLOCK_CHARS
+        if end < len(text):
+            end = next((at + len(sign) for sign in BREAKS if (at := text.rfind(sign, start + BLOCK_CHARS // 2, end)) >= 0), end)
+        yield from _cut(text[start:end], tokenizer, tokens, min(overlap, tokens // 2))
+        start = end
+
+
+def _cut(text: str, tokenizer: Any, tokens: int, overlap: int) -> Iterator[str]:
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     begin, start_char = 0, 0
     while begin < len(offsets):

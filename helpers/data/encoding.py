@@ -44,11 +44,10 @@ def encode_splits(job: Any) -> dict[str, Any]:
     if not found["written"]["train"]:
         job.rejects.check_rows_left([], f"the training split of {p.dataset}")
     found["written"]["test"] = output.write_test(job.path / "test.parquet", job.splits["test"])
-    if any(report.kinds.get("kto") for report in job.training.reports):
-        labelled = Table.collect([row for row in batch if row["kind"] == "kto"] for batch in job.training.table)
-        if not job.tests and len(job.splits["test"]):
-            labelled = job._without_test_questions(labelled)
-        found["written"]["kto"] = output.write_kto(job.path / "kto.parquet", labelled)
+    if len(job.kto_rows):
+        encoder = Encoder(template, "last", job.rejects)
+        fitting = lengths.Fitter(encoder, found["max_length"], "drop", job.rejects).fit(encoder.encode(job.kto_rows))
+        found["written"]["kto"] = output.write_kto(job.path / "kto.parquet", ([one.row for one in batch] for batch in fitting))
     return found
 
 

@@ -79,14 +79,21 @@ class Job:
     # ------------------------------------------------------------ clean
 
     def clean(self) -> Html:
-        """Run the cleaning steps that the parameters ask for on the training rows and the preference pairs."""
+        """Run the cleaning steps that the parameters ask for on all rows that will be trained on: training, pairs, KTO, replay."""
         from helpers.data.cleaning import run
 
         evaluation = self.tests.table if self.tests else None
         self.rows = run(self._for_training(self.training.table), self.params, self, evaluation)
         self.rejects.check_rows_left(self.rows, self.params.dataset)
-        pairs = Table.collect(self._pairs_found())
-        self.pair_rows = run(pairs, self.params, self, evaluation, label="pairs: ") if len(pairs) else pairs
+
+        def cleaned(found: Iterable[list[Row]], label: str) -> Table:
+            table = Table.collect(found)
+            return run(table, self.params, self, evaluation, label) if len(table) else table
+
+        self.pair_rows = cleaned(self._found("preference"), "pairs: ")
+        self.kto_rows = cleaned(self._found("kto"), "kto: ")
+        replay = self.replay.table if self.replay else []
+        self.replay_rows = cleaned(([row for row in batch if row["kind"] in ("sft", "text")] for batch in replay), "replay: ")
         return self.show_steps()
 
     def generate(self) -> Html:
@@ -139,11 +146,11 @@ class Job:
 
         return Table.collect(usable())
 
-    def _pairs_found(self) -> Iterator[list[Row]]:
+    def _found(self, kind: str) -> Iterator[list[Row]]:
         found_in = [reading.table for reading in (self.training, self.preferences) if reading]
         for rows in [*found_in, *([self.made_pairs] if self.made_pairs is not None else [])]:
             for batch in rows:
-                if found := [row for row in batch if row["kind"] == "preference"]:
+                if found := [row for row in batch if row["kind"] == kind]:
                     yield found
 
     def _step(self, name: str) -> StepReport:
@@ -186,8 +193,8 @@ class Job:
         if self.tests:
             self.splits["test"] = self.tests.table
         self.rejects.check_rows_left(self.splits["train"], f"the training split of {p.dataset}")
-        if not self.tests and len(self.splits["test"]) and len(self.pair_rows):
-            self.pair_rows = self._without_test_questions(self.pair_rows)
+        if not self.tests and len(self.splits["test"]):
+            self.pair_rows, self.kto_rows = map(self._without_test_questions, (self.pair_rows, self.kto_rows))
         grouped = p.group_by if any(p.group_by in row["meta"] for row in self.pair_rows.rows()) else ""
         self.pair_splits = split(self.pair_rows, p.preference_eval_share, 0.0, grouped)
         self.figures["splits"] = {name: len(part) for name, part in self.splits.items()}
@@ -196,11 +203,13 @@ class Job:
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
         return Html(table(sizes, ("split", "rows")), ", ".join(f"{name} {count}" for name, count in sizes))
 
-    def _without_test_questions(self, rows: Iterable[list[Row]]) -> Table:
-        """Pairs (and KTO rows) whose question landed in the test split must not be trained on either."""
+    def _without_test_questions(self, rows: Table) -> Table:
+        """Pairs and KTO rows whose question landed in the test split must not be trained on either."""
         from helpers.data.shingles import text_hash
 
-        report = self._step("pairs: question in the test split")
+        if not len(rows):
+            return rows
+        report = self._step(f"{'kto' if rows is self.kto_rows else 'pairs'}: question in the test split")
 
         def named(messages: list[dict]) -> int:
             return text_hash(json.dumps(messages, sort_keys=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.page import STYLE, cell, page
+from helpers.data.rows import open_parquet
 
 MOST_TOKENS = 1500
 KEY = (
@@ -42,9 +43,7 @@ def tokens(tokenizer: Any, ids: Iterable[int], mask: Iterable[int], ends: Iterab
 
 
 def first_rows(path: Path, count: int) -> list[dict]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         return next((batch.to_pylist() for batch in file.iter_batches(batch_size=count)), [])
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.rows import Rejects
+from helpers.data.rows import Rejects, open_parquet
 from helpers.data.streams import BLOCK, MAX_LINE, Unpacked
 
 MAX_DEPTH = 64  # nested lists and objects of one record
@@ -295,11 +295,10 @@ def _text(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterat
 
 def _parquet(file: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     number = 0
     try:
-        with pq.ParquetFile(file) as table:
+        with open_parquet(file) as table:
             for batch in table.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from helpers.data.blend import vocabulary_table
 from helpers.data.lengths import choices, expanded
 from helpers.data.page import cards, cell, histogram, page, table
 
@@ -110,6 +111,9 @@ def body(job: Any) -> str:
             (1, 2, 3),
         )
     )
+    if "vocabulary" in job.figures:
+        header, rows = vocabulary_table(job.figures["vocabulary"])
+        parts.append("<h2>Vocabulary</h2>" + table(header, rows))
     parts.append("<h2>Chat template</h2>" + table(("what", "as its renderings show"), job.template().facts()))
     if encoded["notes"]:
         parts.append(table(("what the template cannot show, or changes", "rows"), ((what, f"{n:,}") for what, n in encoded["notes"].items()), (1,)))

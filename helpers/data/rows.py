@@ -31,13 +31,15 @@ KINDS = ("sft", "preference", "kto", "text")
 BATCH_ROWS = 1000
 SPILL_ROWS = 20_000  # a table of more rows lives on disk; 20,000 rows of 1 kB are about 60 MB as Python objects
 EXAMPLE_CHARS = 400
+# Made once: json.dumps makes an encoder at each call, a quarter of its time for a row.
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def content_id(row: Row) -> str:
     """Sixteen hex digits that depend on nothing but what the model would learn from: same content, same id, anywhere."""
     content = [row["kind"], row["messages"], row.get("tools"), row.get("chosen"), row.get("rejected"), row.get("label")]
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(_canonical(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def make_row(
@@ -126,6 +128,13 @@ def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
         yield batch
 
 
+def open_parquet(path: Path) -> Any:
+    """A pyarrow ParquetFile that holds the pages it is reading: left to itself it keeps all that it has read until it is closed."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
 class Table:
     """Rows that can be read many times, in order: in memory while few, in a temporary parquet file when many.
 
@@ -169,7 +178,7 @@ class Table:
             schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.large_string())])
             self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", compression_level=1)
         for batch in batches(self._held):
-            texts = [json.dumps(row, ensure_ascii=True, separators=(",", ":")) for row in batch]
+            texts = [_compact(row) for row in batch]
             columns = [pa.array([row[name] for row in batch], pa.string()) for name in ("id", "source")] + [pa.array(texts, pa.large_string())]
             self._writer.write_table(pa.table(columns, schema=self._writer.schema))
         self._held = []
@@ -187,9 +196,7 @@ class Table:
         if self._folder is None:
             yield from batches(self._held)
             return
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self._path) as file:
+        with open_parquet(self._path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["row"]):
                 yield [json.loads(text) for text in batch.column(0).to_pylist()]
 
@@ -198,9 +205,7 @@ class Table:
         if self._folder is None:
             yield from ((row["id"], row["source"]) for row in self._held)
             return
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self._path) as file:
+        with open_parquet(self._path) as file:
             for batch in file.iter_batches(batch_size=10 * BATCH_ROWS, columns=["id", "source"]):
                 yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
 

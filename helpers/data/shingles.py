@@ -181,6 +181,8 @@ def _grams(hashes: np.ndarray, size: int) -> np.ndarray:
 @functools.cache
 def _classes(symbols: bool) -> np.ndarray:
     """Class of every code point, uint8 (0x110000,)."""
+    if not symbols:
+        return np.where(_classes(True) == SYMBOL, SPACE, _classes(True))
     table = np.zeros(0x110000, np.uint8)
     for code in range(0x30000):
         char = chr(code)
@@ -189,7 +191,7 @@ def _classes(symbols: bool) -> np.ndarray:
         group = unicodedata.category(char)[0]
         if group in "LNM":
             table[code] = WORD
-        elif group in "PS" and symbols:
+        elif group in "PS":
             table[code] = SYMBOL
     table[0xE0100:0xE01F0] = WORD  # variation selectors belong to the character before them
     for low, high in UNSPACED_RANGES:

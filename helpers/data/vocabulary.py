@@ -56,7 +56,7 @@ def candidates(tokenizer: Any, counts: Counter, tokens: int, limit: int = 20) ->
     Words are measured as they stand after a space, where most stand; the space stays a token of its own beside an added
     word. Long runs of a script without spaces are no words and are left out.
     """
-    words = [word for word, count in counts.most_common(20_000) if count > 1 and len(word) <= 40 and not _unspaced(word)]
+    words = _spaced([word for word, count in counts.most_common(20_000) if count > 1 and len(word) <= 40])
     if not words:
         return []
     found = []
@@ -175,7 +175,12 @@ def _figures(tokenizer: Any, texts: list[str], characters: int, common: list[tup
     }
 
 
-def _unspaced(word: str) -> bool:
+def _spaced(words: list[str]) -> list[str]:
+    """The words without a character of a script that puts no spaces between words."""
+    import numpy as np
+
     from helpers.data.shingles import tokens
 
-    return bool(tokens([word])[2].any())
+    _, offsets, unspaced = tokens(words)
+    before = np.concatenate([[0], np.cumsum(unspaced)])  # characters without spaces before each token
+    return [word for word, found in zip(words, np.diff(before[offsets]).tolist(), strict=True) if not found]

@@ -13,6 +13,7 @@ dry run of everything that a CPU can do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None
     if (model / "16" / "config.json").is_file():
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         whole = LlamaForCausalLM(bench_probe.llama(bench_probe.TINY if tiny else bench_probe.LLAMA))
@@ -154,6 +156,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
         nan=any(line["loss"] != line["loss"] for line in lines),
         planner_errors=plan["errors"],
         wall_s=round(time.time() - began, 1),
+        step_s=[round(b["seconds"] - a["seconds"], 2) for a, b in itertools.pairwise(lines)],
         left_out=manifest.data["data_counts"]["train"].get("left out"),
     )
 
@@ -259,7 +262,7 @@ def main() -> None:
     elif given.what == "context":
         bench_probe.context(given)
     elif given.what == "planner":
-        bench_probe.planner(given)
+        bench_probe.planner()
     elif given.what == "planner_unsloth":
         bench_probe.planner_unsloth(given)
     else:

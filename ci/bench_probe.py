@@ -130,6 +130,7 @@ def context(given: argparse.Namespace) -> None:
 
 
 SIZES = {
+    "135m": (576, 1536, 30, 9, 3, 49152),
     "360m": (960, 2560, 32, 15, 5, 49152),
     "1.7b": (2048, 8192, 24, 32, 32, 49152),
     "3b": (3072, 8192, 28, 24, 8, 128256),
@@ -137,24 +138,22 @@ SIZES = {
 }
 # size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
 SETTINGS = [
-    ("360m", "none", 16, 900, 24, 0, False),
-    ("360m", "nf4", 32, 500, 40, 0, False),
-    ("360m", "none", 8, 3000, 12, 32, False),
-    ("1.7b", "nf4", 16, 1200, 12, 0, False),
-    ("1.7b", "none", 32, 400, 40, 12, False),
-    ("1.7b", "nf4", 16, 7000, 5, 24, True),
-    ("3b", "nf4", 16, 1600, 10, 0, False),
-    ("3b", "none", 16, 800, 28, 0, False),
-    ("3b", "nf4", 64, 2500, 6, 28, False),
-    ("3b", "none", 16, 5000, 5, 28, True),
-    ("8b", "nf4", 64, 1300, 12, 0, False),
-    ("8b", "none", 16, 1800, 8, 0, False),
-    ("8b", "nf4", 16, 700, 30, 8, False),
-    ("8b", "nf4", 16, 6000, 4, 32, True),
+    ("135m", "none", 16, 1000, 12, 0, False),
+    ("135m", "nf4", 16, 600, 50, 0, False),
+    ("360m", "none", 32, 1500, 14, 16, False),
+    ("360m", "nf4", 16, 2500, 6, 32, False),
+    ("1.7b", "none", 16, 2200, 8, 0, False),
+    ("1.7b", "nf4", 64, 800, 26, 12, False),
+    ("1.7b", "none", 16, 5000, 6, 24, True),
+    ("3b", "nf4", 32, 600, 30, 0, False),
+    ("3b", "none", 16, 2600, 6, 0, False),
+    ("3b", "nf4", 16, 4500, 5, 28, True),
+    ("3b", "none", 64, 1000, 20, 14, False),
+    ("8b", "nf4", 16, 2400, 8, 0, False),
+    ("8b", "none", 32, 900, 14, 8, False),
+    ("8b", "nf4", 16, 1500, 16, 24, False),
 ]
-
-
-UNSLOTH_SETTINGS = [(8, 512), (4, 2048), (1, 8192), (16, 1024)]  # documents and tokens of each in one packed row of the 8B
+UNSLOTH_SETTINGS = [(6, 700), (3, 3000), (2, 6000), (24, 500)]  # documents and tokens of each in one packed row of the 8B
 
 
 def planner_unsloth(given: argparse.Namespace) -> None:
@@ -168,7 +167,7 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     unsloth_backend.early_import(values.as_dict())
     from helpers.model import cards, memory
 
-    card = cards.named("H200")
+    card = cards.here()
     shape = memory.shape_of(llama(LLAMA))
     model, _ = unsloth_backend.load(Path(given.model) / "nf4", values)
     model.train()
@@ -206,8 +205,8 @@ def measure(step, batch: dict, shape, setting, card, mean_square: float, **about
     )
 
 
-def planner(given: argparse.Namespace) -> None:
-    """Predicted against measured peak and time on settings that the constants were not made from."""
+def planner() -> None:
+    """Predicted against measured peak and time of `SETTINGS`."""
     import gc
     import random
 
@@ -215,14 +214,15 @@ def planner(given: argparse.Namespace) -> None:
 
     from helpers.model import cards, memory, recompute
 
-    card, draw, loaded = cards.named("H200"), random.Random(7), None
+    card, draw, loaded = cards.here(), random.Random(7), None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for size, base, rank, longest, count, layers, offload in SETTINGS:
         if (size, base, rank) != loaded:
             model = step = None
             gc.collect()
             torch.cuda.empty_cache()
-            model, config = random_model({**dict(zip(names, SIZES[size], strict=True)), "tie_word_embeddings": size in ("360m", "1.7b")}, base, rank)
+            sizes = dict(zip(names, SIZES[size], strict=True))
+            model, config = random_model({**sizes, "tie_word_embeddings": size in ("135m", "360m", "1.7b")}, base, rank)
             loaded, step = (size, base, rank), stepper(model)
         recompute.set_recompute(model, layers, offload)
         lengths = [draw.randint(longest // 3, longest) for _ in range(count)]

@@ -43,7 +43,7 @@ def random_llama(folder, tokenizer, **size):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, **size)
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0, **{"tie_word_embeddings": True, **size})
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -59,6 +59,12 @@ def tiny_llama(tokenizer, tmp_path_factory):
 def narrow_llama(tokenizer, tmp_path_factory):
     """Folder of a random Llama of width 64, to be trained: nearly all its arithmetic is the vocabulary's, a quarter of tiny_llama's."""
     return random_llama(tmp_path_factory.mktemp("narrow_llama"), tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.08)
+
+
+@pytest.fixture
+def untied_llama(tokenizer, tmp_path):
+    """The same with an output head of its own, as larger models have: sharding puts that into a group of its own."""
+    return random_llama(tmp_path / "untied", tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.08, tie_word_embeddings=False)
 
 
 @pytest.fixture

@@ -69,9 +69,9 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_on
         assert resumed[step] == pytest.approx(one[step], rel=1e-3)
 
 
-def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, narrow_llama, tokenizer, two_cores):
-    one = losses(trained(runs_root, narrow_llama, tokenizer, "one", 1, method="lora", max_steps=2))
-    folder = trained(runs_root, narrow_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
+def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, untied_llama, tokenizer, two_cores):
+    one = losses(trained(runs_root, untied_llama, tokenizer, "one", 1, method="lora", max_steps=2))
+    folder = trained(runs_root, untied_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
     two = losses(folder)
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=1e-3)

@@ -77,7 +77,7 @@ def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
 
 
 def test_swapped_labels_reverse_the_direction_on_held_out_pairs(data):
-    given = {"beta": 2.0, "learning_rate": 1e-2, "max_steps": 30, "eval_steps": 30, "method": "lora", "rank": 8, "alpha": 16}
+    given = {"beta": 2.0, "learning_rate": 2e-2, "max_steps": 16, "eval_steps": 16, "method": "lora", "rank": 8, "alpha": 16}
     right = prepared(**given).build()
     before = right.trainer.evaluate()["eval_log_odds_chosen"]
     right.train()
@@ -123,7 +123,7 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow
             }
         )
     train_data.data_stage("r", narrow_llama, tokenizer, pairs=pairs)
-    job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=4).train()
+    job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=2).train()
     assert 0 < sum(job.counts["train"]["left out"].values()) < 150
     assert len(logged(job, "loss")) == 6 and all(math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name))
 
@@ -140,7 +140,7 @@ def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
 
 @pytest.mark.parametrize("loss,beta", [("dpo", 0.1), ("kto", 0.1), ("simpo", 2.0)])
 def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
-    job = prepared(loss=loss, beta=beta, max_steps=8, eval_steps=4, learning_rate=5e-3, batch_size=4).train()
+    job = prepared(loss=loss, beta=beta, max_steps=8, eval_steps=8, learning_rate=5e-3, batch_size=2).train()
     losses = logged(job, "loss")
     assert all(math.isfinite(x) for x in losses) and losses[-1] < losses[0]
     assert job.result["eval_loss"] < {"dpo": math.log(2), "kto": 0.5, "simpo": 1.0}[loss]

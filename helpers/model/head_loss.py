@@ -104,6 +104,17 @@ def install(model) -> None:
         return
     model._own_forward = model.forward
     model.forward = types.MethodType(_forward, model)
+    head = model.get_output_embeddings()
+    head._own_forward = head.forward
+    head.forward = types.MethodType(_head, head)
+
+
+def _head(self, hidden, target=None, summed: bool = False):
+    """Logits or, for given targets, what `token_logps` and `summed_loss` return. Called as a module, so that its hooks run:
+    a weight that is sharded over several GPUs is whole only between them."""
+    if target is None:
+        return self._own_forward(hidden)
+    return (summed_loss if summed else token_logps)(hidden.to(self.weight.dtype), self.weight, target)
 
 
 def _forward(
@@ -138,19 +149,17 @@ def _forward(
     given["use_cache"] = False
     hidden = getattr(self, self.base_model_prefix)(**given, **kwargs)[0]
     target = shifted(labels)
-    weight = self.get_output_embeddings().weight
+    head = self.get_output_embeddings()
     flat, goal = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if loss_positions is not None:
         flat, goal = flat[loss_positions], goal[loss_positions]
-    if torch.is_autocast_enabled(flat.device.type) or flat.dtype != weight.dtype:
-        flat = flat.to(weight.dtype)
     with torch.autocast(flat.device.type, enabled=False):
         if token_logps:
-            logps = globals()["token_logps"](flat, weight, goal)
+            logps = head(flat, goal)
             if loss_positions is not None:
                 logps = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device).index_copy(0, loss_positions, logps)
             return LogpsOutput(logps=logps.view_as(target))
-        total = summed_loss(flat, weight, goal)
+        total = head(flat, goal, summed=True)
         count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
         return CausalLMOutputWithPast(loss=total / count)
 

@@ -19,6 +19,7 @@ from helpers.model.plans import Option, Plan
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the card
+UNSLOTH_ROW = 16384
 UNSLOTH_PACKS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "cohere")  # its attention takes packed rows of these
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
@@ -140,6 +141,8 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
         sizes = [asked]
     else:
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
+        if base.backend == "unsloth":  # without kernels for packed rows its attention takes documents × tokens
+            sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         sizes = sizes if values.get("packing", True) else sizes[:1]
     count = shape.layers
     grades = {

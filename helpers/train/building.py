@@ -123,7 +123,9 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
 
     causal = work.model.get_base_model() if hasattr(work.model, "peft_config") else work.model
     made.use_rows(train, held_out, collator(work, bool(loss)), fused=not can_fuse(causal))
-    if work.plan.packed and work.plan.backend == "hf":  # Unsloth's loader asks for itself
+    if work.plan.backend == "unsloth":  # its trainers leave the model set for inference, without recomputation
+        work.model.for_training()
+    elif work.plan.packed:
         with made.accelerator.autocast():
             check_boundaries(work.model)
     made.optimizer, _ = methods.optimizer_of(work.model, work.params, made.args)

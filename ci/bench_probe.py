@@ -153,7 +153,7 @@ SETTINGS = [
     ("8b", "none", 32, 900, 14, 8, False),
     ("8b", "nf4", 16, 1500, 16, 24, False),
 ]
-UNSLOTH_SETTINGS = [(6, 700), (3, 3000), (2, 6000), (24, 500)]  # documents and tokens of each in one packed row of the 8B
+UNSLOTH_SETTINGS = [(6, 700), (3, 3000), (2, 6000), (24, 500)]  # documents and tokens of each in one padded micro-batch of the 8B
 
 
 def planner_unsloth(given: argparse.Namespace) -> None:
@@ -165,7 +165,10 @@ def planner_unsloth(given: argparse.Namespace) -> None:
 
     values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
     unsloth_backend.early_import(values.as_dict())
+    import torch
+
     from helpers.model import cards, memory
+    from helpers.train.batching import padded_tensors
 
     card = cards.here()
     shape = memory.shape_of(llama(LLAMA))
@@ -174,7 +177,9 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
         setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
-        measure(step, row_of([tokens] * documents), shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
+        batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (tokens,)).tolist()} for _ in range(documents)], 0)
+        batch = {k: v.cuda() for k, v in batch.items()}
+        measure(step, batch, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
 
 
 def measure(step, batch: dict, shape, setting, card, mean_square: float, **about) -> None:

@@ -168,10 +168,8 @@ def packed_sdpa(
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def check_boundaries(model, named=dict) -> None:
+def check_boundaries(model) -> None:
     """Prove on the loaded model that packed documents do not see each other.
-
-    named: gives a packed batch the argument names that the model knows, where they are others than here.
 
     Runs two short documents packed and apart (a few ms) and compares the last hidden states, so a model class that
     drops the boundary arguments on the way is caught before training on leaked text.
@@ -190,7 +188,7 @@ def check_boundaries(model, named=dict) -> None:
     documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 40)]
     packed = row_tensors([{"input_ids": d, "labels": d} for d in documents])
     packed.pop("labels")
-    packed = named({k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()})
+    packed = {k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()}
     training = model.training
     model.eval()
     try:

@@ -20,7 +20,6 @@ from helpers.model.plans import Option, Plan
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the card
 UNSLOTH_ROW = 16384
-UNSLOTH_PACKS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "cohere")  # its attention takes packed rows of these
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
 
@@ -71,7 +70,7 @@ def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size:
     precision = {"fp32": "float32"}.get(values.get("precision", "auto"), "auto")
     kernel = attention.choose(card.capability, config, precision)
     backend, why = choose_backend(values.get("backend", "auto"), card, config.get_text_config().model_type, values)
-    packed = kernel.packed and bool(values.get("packing", True)) and (backend == "hf" or config.get_text_config().model_type in UNSLOTH_PACKS)
+    packed = kernel.packed and bool(values.get("packing", True)) and backend == "hf"
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     base = _base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world)
     options = [_weigh(shape, s, card, lengths, values, world) for s in _settings(base, shape, lengths, values, world)]
@@ -141,7 +140,7 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
         sizes = [asked]
     else:
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
-        if base.backend == "unsloth":  # without kernels for packed rows its attention takes documents × tokens
+        if base.backend == "unsloth":  # its rows are padded: longer ones only pad more
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         sizes = sizes if values.get("packing", True) else sizes[:1]
     count = shape.layers

@@ -26,7 +26,7 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     if plan.backend == "unsloth":
         from helpers.train import unsloth_backend
 
-        loaded, said = unsloth_backend.load(work.source, params, work.adapter, plan.packed)
+        loaded, said = unsloth_backend.load(work.source, params, work.adapter)
         return loaded, [*notes, plan.reason, *said], numbers
     loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
     loaded.config.use_cache = False

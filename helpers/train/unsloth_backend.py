@@ -7,7 +7,6 @@ stay with whoever installs it. Its statistics stay off and it makes no call home
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import sys
@@ -58,8 +57,8 @@ def early_import(params: dict[str, Any]) -> bool:
     return True
 
 
-def load(source: Any, params: Any, adapter: Any = None, packed: bool = True) -> tuple[Any, list[str]]:
-    """(model with its adapter, notes) for a job's source and parameters. packed: rows will hold several examples.
+def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]:
+    """(model with its adapter, notes) for a job's source and parameters.
 
     The head's loss is `helpers.model.head_loss`, as in the other backend, so that the trainers do not see a difference:
     SFT reads `.loss`, ORPO `.logps`. Hidden states are recomputed and wait in main memory, Unsloth's own way.
@@ -69,7 +68,7 @@ def load(source: Any, params: Any, adapter: Any = None, packed: bool = True) -> 
     import torch
     from unsloth import FastLanguageModel
 
-    from helpers.model import attention, head_loss
+    from helpers.model import head_loss
 
     path = str(getattr(source, "path", source))
     model, _ = FastLanguageModel.from_pretrained(
@@ -79,8 +78,6 @@ def load(source: Any, params: Any, adapter: Any = None, packed: bool = True) -> 
         load_in_4bit=params.method == "qlora",
         trust_remote_code=False,
     )
-    if packed:
-        attention.check_boundaries(model, boundaries)
     if adapter is not None:
         from peft import PeftModel
 
@@ -110,22 +107,10 @@ def load(source: Any, params: Any, adapter: Any = None, packed: bool = True) -> 
     if why:
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
     head_loss.install(causal)
-    forward = causal.forward
-    causal.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **boundaries(kwargs)))
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.float32)
     return model, [*notes, "cross-entropy without whole logits"]
-
-
-def boundaries(batch: dict[str, Any]) -> dict[str, Any]:
-    """A packed row's arguments with its boundaries under the one name that Unsloth's attention knows."""
-    import torch
-
-    named = {k: v for k, v in batch.items() if k not in ("document_lengths", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-    if batch.get("document_lengths") is not None:
-        named["packed_seq_lengths"] = torch.tensor(batch["document_lengths"], dtype=torch.int32)
-    return named
 
 
 def longest(path: str) -> int:

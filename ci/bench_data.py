@@ -29,7 +29,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-STEPS = ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "preview", "pairs", "report", "finish")
+STEPS = ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "pairs", "preview", "report", "finish")
 FIGURES = ("near", "injection", "rendering", "pipeline")
 
 

@@ -147,6 +147,12 @@ def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
     assert job.finish().data["artifacts"]["adapter/adapter_model.safetensors"]["bytes"] > 0
 
 
+def test_a_loss_that_is_not_probed_is_bounded_by_the_plans_estimate(data, capsys):
+    job = prepared(loss="dpo", max_steps=8, max_minutes=1e-6, batch_size=2, best_checkpoint=False).train()
+    assert job.result["steps"] == 1 == job.trainer.args.max_steps and not job.plan.measured
+    assert "goes by the plan's estimate" in capsys.readouterr().out
+
+
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
     first = sft.prepare(runs.open_stage("sft", train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))).train()
     adapter = first.finish().path / "adapter"

@@ -127,6 +127,11 @@ def _base_setting(values: dict, shape: Shape, stage: str, backend: str, flash: b
     )
 
 
+def grades_of(layers: int) -> list[tuple[int, bool, int]]:
+    """(layers recomputed, inputs in main memory, tokens of the MLP at a time), the lightest on time first."""
+    return [*((layers * part // 4, False, 0) for part in range(5)), (layers, True, 0), (layers, True, TILE)]
+
+
 def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict, world: int):
     """Every row size and grade of recomputation worth weighing."""
     longest = max(lengths)
@@ -149,15 +154,7 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
         "half": [(count // 2, False, 0)],
         "all": [(count, False, 0)],
         "offload": [(count, True, 0), (count, True, TILE)],
-        "auto": [
-            (0, False, 0),
-            (count // 4, False, 0),
-            (count // 2, False, 0),
-            (3 * count // 4, False, 0),
-            (count, False, 0),
-            (count, True, 0),
-            (count, True, TILE),
-        ],
+        "auto": grades_of(count),
     }[values.get("recompute", "auto")]
     if base.backend == "unsloth":
         grades = [(count, True, 0)]

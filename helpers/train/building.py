@@ -14,7 +14,7 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     import transformers
 
     import datasets
-    from helpers.model import fast, recompute
+    from helpers.model import fast
     from helpers.model.loading import load_model
 
     datasets.disable_progress_bars()
@@ -42,11 +42,18 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     own_logits = getattr(params, "loss", "orpo") != "orpo"
     notes += fast.apply(wrapped, fused_loss=not own_logits, fused_lora=not (params.dora or params.dropout))
     if plan.recompute:
-        layers = recompute.set_recompute(wrapped, plan.recompute, plan.offload, plan.tile_mlp)
-        notes.append(f"{layers} layers recomputed")
-        if hasattr(wrapped, "enable_input_require_grads") and not plan.offload:
-            wrapped.enable_input_require_grads()
+        notes.append(f"{recomputing(wrapped, plan.option.setting)} layers recomputed")
     return wrapped, notes, numbers
+
+
+def recomputing(wrapped: Any, setting: Any) -> int:
+    """Let the model recompute as a `memory.Setting` says; returns how many layers do."""
+    from helpers.model import recompute
+
+    layers = recompute.set_recompute(wrapped, setting.recompute, setting.offload, setting.tile_mlp)
+    if hasattr(wrapped, "enable_input_require_grads") and not setting.offload:
+        wrapped.enable_input_require_grads()
+    return layers
 
 
 def added_tokens(loaded: Any, work: Any) -> list[int]:

@@ -86,11 +86,6 @@ def shared(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def agreed(number: int) -> int:
-    """The first process's number, in every process."""
-    return shared(lambda: number)
-
-
 def leave() -> None:
     """Wait for the others and end the group, so that no process dies under another's collective."""
     import torch.distributed as dist

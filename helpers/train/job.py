@@ -134,9 +134,9 @@ class Job:
         if not self.params.max_minutes:
             return
         if not self.plan.measured:
-            raise TunebookError("max_minutes needs a probing step, which this method on several GPUs has not; set max_steps instead.")
+            print("This kind of training is not probed: max_minutes goes by the plan's estimate.", flush=True)
         per_step = self.plan.tokens / self.plan.steps / self.plan.tokens_per_s
-        fits = distributed.agreed(max(1, int(self.params.max_minutes * 60 / per_step)))
+        fits = distributed.shared(lambda: max(1, int(self.params.max_minutes * 60 / per_step)))
         if fits < self.trainer.args.max_steps:
             whole = self.trainer.args.max_steps
             print(f"{fits} of {whole} steps fit into max_minutes {self.params.max_minutes:g}: the schedule ends there.", flush=True)

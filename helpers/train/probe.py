@@ -13,7 +13,7 @@ import torch
 
 from helpers.errors import TunebookError
 from helpers.model import memory
-from helpers.model.planner import TILE
+from helpers.model.planner import grades_of
 from helpers.train import distributed
 
 
@@ -82,21 +82,18 @@ def _now(card: bool) -> float:
 
 def _lighter(work: Any, plan: Any) -> Any:
     """The plan with the next grade of recomputation, set on the model. Raises TunebookError when there is none."""
-    from helpers.model import recompute
+    from helpers.train import building
 
-    s, layers = plan.option.setting, plan.shape.layers
-    grades = [*((layers * part // 4, False, 0) for part in (1, 2, 3, 4)), (layers, True, 0), (layers, True, TILE)]
-    heavier = [g for g in grades if g > (s.recompute, s.offload, s.tile_mlp)]
+    s = plan.option.setting
+    heavier = [grade for grade in grades_of(plan.shape.layers) if grade > (s.recompute, s.offload, s.tile_mlp)]
     if plan.backend != "hf" or getattr(work.params, "loss", "orpo") != "orpo" or not heavier:
         raise TunebookError(
             f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; lower max_length or "
             "row_tokens, or set recompute to 'offload'."
         )
     count, offload, tile = heavier[0]
-    recompute.set_recompute(work.model, count, offload, tile)
-    if hasattr(work.model, "enable_input_require_grads") and not offload:
-        work.model.enable_input_require_grads()
     setting = replace(s, recompute=count, offload=offload, tile_mlp=tile)
+    building.recomputing(work.model, setting)
     option = replace(plan.option, setting=setting, peak_gib=memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1)))
     why = f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
     print(why, flush=True)

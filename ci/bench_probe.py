@@ -125,6 +125,7 @@ def context(given: argparse.Namespace) -> None:
         [float(g) for g in given.gib.split(",")],
         lengths=(2048, 16384, 32768, 49152),
         tries=2,
+        longest_whole=160_000,
         few_layers=two_layers,
     )
 
@@ -138,22 +139,22 @@ SIZES = {
 }
 # size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
 SETTINGS = [
-    ("135m", "none", 16, 1000, 12, 0, False),
-    ("135m", "nf4", 16, 600, 50, 0, False),
-    ("360m", "none", 32, 1500, 14, 16, False),
-    ("360m", "nf4", 16, 2500, 6, 32, False),
-    ("1.7b", "none", 16, 2200, 8, 0, False),
-    ("1.7b", "nf4", 64, 800, 26, 12, False),
-    ("1.7b", "none", 16, 5000, 6, 24, True),
-    ("3b", "nf4", 32, 600, 30, 0, False),
-    ("3b", "none", 16, 2600, 6, 0, False),
-    ("3b", "nf4", 16, 4500, 5, 28, True),
-    ("3b", "none", 64, 1000, 20, 14, False),
-    ("8b", "nf4", 16, 2400, 8, 0, False),
-    ("8b", "none", 32, 900, 14, 8, False),
-    ("8b", "nf4", 16, 1500, 16, 24, False),
+    ("135m", "none", 32, 1400, 20, 0, False),
+    ("135m", "nf4", 16, 2000, 10, 15, False),
+    ("360m", "none", 16, 700, 40, 0, False),
+    ("360m", "nf4", 32, 1200, 18, 0, False),
+    ("1.7b", "none", 32, 3000, 5, 12, False),
+    ("1.7b", "nf4", 16, 1600, 12, 0, False),
+    ("1.7b", "nf4", 16, 6500, 4, 24, True),
+    ("3b", "nf4", 16, 1800, 12, 7, False),
+    ("3b", "none", 32, 800, 20, 0, False),
+    ("3b", "none", 32, 5200, 5, 28, True),
+    ("8b", "nf4", 32, 700, 24, 8, False),
+    ("8b", "none", 16, 3200, 4, 16, False),
+    ("8b", "none", 16, 1200, 10, 32, False),
+    ("8b", "nf4", 64, 5000, 5, 32, True),
 ]
-UNSLOTH_SETTINGS = [(6, 700), (3, 3000), (2, 6000), (24, 500)]  # documents and tokens of each in one padded micro-batch of the 8B
+UNSLOTH_SETTINGS = [(10, 600), (4, 2500), (1, 9000), (16, 900)]  # documents and tokens of each in one padded micro-batch of the 8B
 
 
 def planner_unsloth(given: argparse.Namespace) -> None:

@@ -280,11 +280,15 @@ def longest_rows(
         promise = int(a + (limit * 0.97 - low) / slope)
         if promise > longest_whole:  # a step would take minutes
             how = "line through measured peaks"
-            if few_layers is not None:
+            for _ in range(tries if few_layers is not None else 0):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 few_layers(promise)
-                how += f"; all weights in memory and two of the layers run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                how = f"all weights in memory and two of the layers run: {peak:.2f} GiB"
+                if peak <= limit:
+                    break
+                promise = int(promise - (peak - limit + 0.05) / slope)
             emit(arm=arm + "_context", limit_gib=limit, longest=promise, how=how)
             continue
         torch.cuda.empty_cache()
@@ -297,6 +301,8 @@ def longest_rows(
             try:
                 step(tokens)
                 best, tokens = max(best, tokens), int(tokens * 1.08)
+                if tokens > 100_000:  # one success is enough: another step would take minutes
+                    break
             except torch.cuda.OutOfMemoryError:
                 if best:
                     break

@@ -80,3 +80,23 @@ def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
 def test_a_budget_under_the_longest_example_is_refused():
     with pytest.raises(TunebookError, match="longest example has 300 tokens"):
         batching.plan_rows([10, 300], 2, 200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300), st.integers(1, 12))
+def test_padded_rows_count_their_padding(lengths, budget, rows):
+    fitted = batching.padded_fit(lengths, budget)
+    assert sorted(i for row in fitted for i in row) == list(range(len(lengths)))
+    assert all(batching.cost([lengths[i] for i in row], padded=True) <= budget for row in fitted)
+    even = batching.spread(lengths, rows, padded=True)
+    assert len(even) == rows and sorted(i for row in even for i in row) == list(range(len(lengths)))
+    if len(fitted) <= rows:
+        assert max(batching.cost([lengths[i] for i in row], padded=True) for row in even) <= budget
+
+
+def test_padded_rows_put_like_lengths_together():
+    lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
+    layout = batching.plan_rows(lengths, 8, 4000, padded=True)
+    rows = batching.PackedRows([{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1)
+    assert layout.accumulation == 2 and max(rows.costs()) == layout.max_row_tokens == 4000
+    assert sum(rows.costs()) < 1.02 * sum(lengths)

@@ -89,7 +89,7 @@ def shape_of(config) -> Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a step. row_tokens: tokens of a micro-batch; recompute: how many layers run their forward twice."""
+    """One way to run a step. row_tokens: tokens of a micro-batch, padding too; recompute: how many layers run their forward twice."""
 
     row_tokens: int
     recompute: int = 0
@@ -101,6 +101,7 @@ class Setting:
     targets: str = "all-linear"
     optimizer: str = "adamw"
     backend: str = "hf"
+    padded: bool = False
     stage: str = "sft"
     flash: bool = True
     fused: bool = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from helpers.errors import TunebookError
 from helpers.model import attention, cards, memory
@@ -19,7 +19,7 @@ from helpers.model.plans import Option, Plan
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the card
-UNSLOTH_ROW = 16384
+UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
 
@@ -52,10 +52,31 @@ def choose_backend(asked: str, card: cards.Card, model_type: str, params: dict, 
     return "hf", f"Backend hf: {cannot}."
 
 
-def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size: int | None = None, card: cards.Card | None = None) -> Plan:
+@dataclass(frozen=True)
+class Examples:
+    """Training examples as the planner sees them. tokens, padded: tokens of each, for pairs of both answers with their
+    prompts, without and with the shorter one padded to the longer."""
+
+    tokens: Sequence[int]
+    padded: Sequence[int]
+
+    def of(self, s: Setting) -> Sequence[int]:
+        return self.padded if s.padded else self.tokens
+
+
+def plan(
+    params,
+    lengths: Sequence[int],
+    source,
+    stage: str = "sft",
+    world_size: int | None = None,
+    card: cards.Card | None = None,
+    padded_lengths: Sequence[int] | None = None,
+) -> Plan:
     """The fastest setting that fits the card, for these parameters and these training examples.
 
     params: a stage's Params or a mapping; lengths: tokens of each example (orpo: both answers with their prompts).
+    padded_lengths: the same where rows are padded (`train.rows.lengths_of`), default `lengths`.
     source: a ModelSource, a model folder, or a transformers config. card: default `plan_for` or the one here.
     Raises TunebookError when nothing fits, with the change that would.
     """
@@ -72,11 +93,12 @@ def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size:
     backend, why = choose_backend(values.get("backend", "auto"), card, config.get_text_config().model_type, values)
     packed = kernel.packed and bool(values.get("packing", True)) and backend == "hf"
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
-    base = _base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world)
-    options = [_weigh(shape, s, card, lengths, values, world) for s in _settings(base, shape, lengths, values, world)]
+    examples = Examples(lengths, padded_lengths or lengths)
+    base = replace(_base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed)
+    options = [_weigh(shape, s, card, examples, values, world) for s in _settings(base, shape, examples.of(base), values, world)]
     fitting = [o for o in options if o.fits]
     if not fitting:
-        raise TunebookError(_refusal(shape, base, card, lengths, values, world, options))
+        raise TunebookError(_refusal(shape, base, card, examples, values, world, options))
     fastest = max(o.tokens_per_s for o in fitting)
     best = min((o for o in fitting if o.tokens_per_s >= 0.995 * fastest), key=lambda o: o.peak_gib)
     if best.setting.recompute:
@@ -86,8 +108,8 @@ def plan(params, lengths: Sequence[int], source, stage: str = "sft", world_size:
             if not least.fits
             else f"Recomputation of {best.recompute_text}, so that longer rows fit."
         )
-    table = _table(options, best, shape, card, lengths, values, world)
-    best = _laid_out(best, shape, card, lengths, values, world)
+    table = _table(options, best, shape, card, examples, values, world)
+    best = _laid_out(best, shape, card, examples.of(base), values, world)
     epochs = float(values.get("epochs", 1.0) or 1.0)
     per_epoch = math.ceil(len(lengths) / int(values["batch_size"]))
     steps = int(values.get("max_steps") or 0) or math.ceil(per_epoch * epochs)
@@ -145,7 +167,7 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
         sizes = [asked]
     else:
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
-        if base.backend == "unsloth":  # its rows are padded: longer ones only pad more
+        if base.backend == "unsloth":
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         sizes = sizes if values.get("packing", True) else sizes[:1]
     count = shape.layers
@@ -164,12 +186,17 @@ def _settings(base: Setting, shape: Shape, lengths: Sequence[int], values: dict,
                 yield replace(base, row_tokens=size, recompute=layers, offload=offload, tile_mlp=tile)
 
 
-def _weigh(shape: Shape, s: Setting, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
+def _weigh(shape: Shape, s: Setting, card: cards.Card, examples: Examples, values: dict, world: int) -> Option:
+    lengths = examples.of(s)
     batch = min(int(values["batch_size"]), len(lengths))
-    step_tokens = sum(lengths) / len(lengths) * batch
-    rows = max(1, math.ceil(_heaviest(lengths, values) / s.row_tokens / world))
+    step_tokens = sum(examples.tokens) / len(lengths) * batch
+    if s.padded:
+        layout = _layout(lengths, s.row_tokens, values, world, padded=True)
+        rows, mean_row = layout.accumulation, layout.mean_row_tokens
+    else:
+        rows = max(1, math.ceil(_heaviest(lengths, values) / s.row_tokens / world))
+        mean_row = step_tokens / world / rows
     s = replace(s, accumulates=rows > 1 or s.accumulates)
-    mean_row = step_tokens / world / rows
     square = sum(n * n for n in lengths) / sum(lengths)
     seconds = rows * memory.row_seconds(shape, replace(s, row_tokens=mean_row), card, square)
     seconds += memory.trained_parameters(shape, s) * 30 / (card.gb_s * 1e9)  # the optimizer reads and writes its state
@@ -178,6 +205,13 @@ def _weigh(shape: Shape, s: Setting, card: cards.Card, lengths: Sequence[int], v
     peak = memory.peak_gib(shape, s)
     need = memory.need_gib(peak) if card.capability is not None else peak * 1.1
     return Option(s, rows, peak, need, step_tokens / seconds, need <= card.total_gib)
+
+
+def _layout(lengths: Sequence[int], row_tokens: int, values: dict, world: int, padded: bool):
+    from helpers.train import batching
+
+    epochs = _epochs(values, len(lengths))
+    return batching.plan_rows(lengths, int(values["batch_size"]), row_tokens, world, int(values.get("seed", 0)), epochs, padded)
 
 
 def _heaviest(lengths: Sequence[int], values: dict) -> int:
@@ -196,20 +230,16 @@ def _epochs(values: dict, rows: int) -> int:
 
 
 def _laid_out(option: Option, shape: Shape, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
-    """The option with the accumulation that best-fit rows really need, and the peak of the longest row there will be."""
-    from helpers.train import batching
-
+    """The option with the accumulation that its rows really need, and the peak of the longest row there will be."""
     s = option.setting
-    layout = batching.plan_rows(
-        lengths, int(values["batch_size"]), s.row_tokens, world, int(values.get("seed", 0)), _epochs(values, len(lengths))
-    )
+    layout = _layout(lengths, s.row_tokens, values, world, s.padded)
     peak = memory.peak_gib(shape, replace(s, row_tokens=layout.max_row_tokens, accumulates=layout.accumulation > 1))
     return replace(
         option, accumulation=layout.accumulation, peak_gib=peak, need_gib=memory.need_gib(peak) if card.capability is not None else peak * 1.1
     )
 
 
-def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, lengths, values, world) -> tuple[Option, ...]:
+def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, examples, values, world) -> tuple[Option, ...]:
     """The options a person would ask about: per grade of recomputation the fastest, and the other precision of the base."""
     chosen: dict = {}
     for option in options:
@@ -220,16 +250,17 @@ def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, 
     s = best.setting
     if s.method in ("qlora", "lora"):
         other = replace(s, quantize="none", method="lora") if s.quantize == "nf4" else replace(s, quantize="nf4", method="qlora", shards=1)
-        chosen["base"] = _weigh(shape, other, card, lengths, values, world)
+        chosen["base"] = _weigh(shape, other, card, examples, values, world)
     if s.backend == "hf" and card.capability is not None and s.method in ("qlora", "lora"):
-        chosen["unsloth"] = _weigh(
-            shape, replace(s, backend="unsloth", recompute=shape.layers, offload=True, tile_mlp=0), card, lengths, values, world
-        )
+        row = max(max(examples.padded), min(s.row_tokens, UNSLOTH_ROW))
+        other = replace(s, backend="unsloth", row_tokens=row, padded=True, recompute=shape.layers, offload=True, tile_mlp=0)
+        chosen["unsloth"] = _weigh(shape, other, card, examples, values, world)
     return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
 
-def _refusal(shape, base, card, lengths, values, world, options) -> str:
+def _refusal(shape, base, card, examples, values, world, options) -> str:
     """What does not fit and the smallest change that would: 4 bits, an 8-bit optimizer, a shorter row, a larger card."""
+    lengths = examples.of(base)
     least = min(options, key=lambda o: o.need_gib)
     what = (
         f"{shape.name or 'The model'} ({shape.parameters / 1e9:.2f} billion, method {base.method}, longest row {max(lengths)} tokens) needs "
@@ -237,8 +268,8 @@ def _refusal(shape, base, card, lengths, values, world, options) -> str:
     )
 
     def fits(values, lengths=lengths):
-        trial = _base_setting(values, shape, base.stage, base.backend, base.flash, world)
-        return any(_weigh(shape, s, card, lengths, values, world).fits for s in _settings(trial, shape, lengths, values, world))
+        trial = replace(_base_setting(values, shape, base.stage, base.backend, base.flash, world), padded=base.padded)
+        return any(_weigh(shape, s, card, Examples(lengths, lengths), values, world).fits for s in _settings(trial, shape, lengths, values, world))
 
     free = {**values, "recompute": "auto", "row_tokens": 0}
     if fits(free):

@@ -3,6 +3,9 @@
 One optimizer step sees exactly `batch_size` examples, in the seeded order of the epoch. Those examples are spread over
 `accumulation × world_size` rows of nearly equal token count, none longer than the budget unless one example is. With
 the loss divided by the step's trained tokens, any packing, accumulation or number of GPUs gives the same gradient.
+
+Where rows are padded instead of packed (`padded`), a row costs its longest example times their number, and examples of
+like length go together.
 """
 
 from __future__ import annotations
@@ -54,9 +57,32 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Indices in exactly `rows` rows of nearly equal token count (longest first into the emptiest row)."""
+def padded_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths` in rows that, padded to their longest, hold at most `budget` tokens: neighbours in length together."""
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= budget:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def cost(lengths: Sequence[int], padded: bool = False) -> int:
+    """Tokens that the card works through for one row of examples with these lengths."""
+    return max(lengths, default=0) * len(lengths) if padded else sum(lengths)
+
+
+def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list[int]]:
+    """Indices in exactly `rows` rows of nearly equal cost (longest first into the emptiest row; padded: by the least budget)."""
     out: list[list[int]] = [[] for _ in range(rows)]
+    if padded:
+        low, high = 0, max(lengths, default=0) * len(lengths)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(padded_fit(lengths, middle)) <= rows else (middle + 1, high)
+        fitted = padded_fit(lengths, low)
+        return [sorted(row) for row in fitted] + out[len(fitted) :]
     load = [0] * rows
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         row = min(range(rows), key=lambda r: (load[r], len(out[r]), r))
@@ -65,7 +91,9 @@ def spread(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return [sorted(row) for row in out]
 
 
-def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: int = 1, seed: int = 0, epochs: int = 1) -> Layout:
+def plan_rows(
+    lengths: Sequence[int], batch_size: int, budget: int, world_size: int = 1, seed: int = 0, epochs: int = 1, padded: bool = False
+) -> Layout:
     """The smallest accumulation whose rows stay within `budget` tokens in every step of every epoch.
 
     lengths: tokens of each example. Raises: TunebookError when an example alone exceeds the budget.
@@ -75,9 +103,12 @@ def plan_rows(lengths: Sequence[int], batch_size: int, budget: int, world_size: 
     if max(lengths) > budget:
         raise TunebookError(f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise the row budget or lower max_length.")
     batches = heaviest(lengths, batch_size, seed, epochs)
-    need = max(len(best_fit([lengths[i] for i in batch], budget)) for batch in batches)
+    fit = padded_fit if padded else best_fit
+    need = max(len(fit([lengths[i] for i in batch], budget)) for batch in batches)
     accumulation = math.ceil(need / world_size)
-    loads = [sum(lengths[i] for i in row) for batch in batches for row in _rows_of(batch, lengths, accumulation * world_size, budget)]
+    loads = [
+        cost([lengths[i] for i in row], padded) for batch in batches for row in _rows_of(batch, lengths, accumulation * world_size, budget, padded)
+    ]
     return Layout(accumulation, accumulation * world_size, math.ceil(len(lengths) / batch_size), max(loads), sum(loads) / len(loads))
 
 
@@ -95,11 +126,11 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: b
     return [order[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
-def _rows_of(batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None) -> list[list[int]]:
+def _rows_of(batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None, padded: bool = False) -> list[list[int]]:
     """The batch in exactly `rows` rows: evenly, or best fit where even rows would break the budget."""
     local = [lengths[i] for i in batch]
-    out = spread(local, rows)
-    if budget and max(sum(local[i] for i in row) for row in out) > budget:
+    out = spread(local, rows, padded)
+    if budget and not padded and max(sum(local[i] for i in row) for row in out) > budget:
         fitted = best_fit(local, budget)
         if len(fitted) <= rows:
             out = fitted + [[] for _ in range(rows - len(fitted))]
@@ -110,6 +141,7 @@ class PackedRows:
     """A map-style dataset whose items are rows: lists of examples that belong together.
 
     examples: a sequence of dicts, or a Hugging Face dataset, with `input_ids`; give `lengths` to avoid reading it all.
+    padded: rows will be padded to their longest example, so `budget` and the evenness of rows count padding too.
     len() is `rows_per_step × steps`; reading it in order (a sequential sampler) with one row a batch and
     `gradient_accumulation_steps = accumulation` makes each optimizer step exactly `batch_size` examples, also when
     accelerate deals rows out to `world_size` ranks. A step's last rows may be empty when it has fewer examples than
@@ -127,17 +159,22 @@ class PackedRows:
         shuffle: bool = True,
         lengths: Sequence[int] | None = None,
         budget: int | None = None,
+        padded: bool = False,
     ):
         self.examples = examples
         self.lengths = list(lengths) if lengths is not None else [len(e["input_ids"]) for e in examples]
         self.batch_size, self.rows_per_step = batch_size, accumulation * world_size
-        self.seed, self.shuffle, self.budget = seed, shuffle, budget
+        self.seed, self.shuffle, self.budget, self.padded = seed, shuffle, budget, padded
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Cut the rows of this epoch; accelerate's data loader calls it."""
         batches = epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle)
-        self.rows = [row for batch in batches for row in _rows_of(batch, self.lengths, self.rows_per_step, self.budget)]
+        self.rows = [row for batch in batches for row in _rows_of(batch, self.lengths, self.rows_per_step, self.budget, self.padded)]
+
+    def costs(self) -> list[int]:
+        """Tokens that the card works through for each row."""
+        return [cost([self.lengths[i] for i in row], self.padded) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -7,6 +7,7 @@ from typing import Any
 from helpers import runtime
 from helpers.train import arguments, job, methods, precision, sharing
 from helpers.train.batching import PackedRows
+from helpers.train.rows import lengths_of
 
 
 def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
@@ -104,26 +105,27 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
     made = (_orpo if loss == "orpo" else _sft)(work, options)
     precision.keep_in_fp32(work.model)
-    lengths = [len(ids) for ids in work.train_rows["input_ids"]] if not loss else _lengths(work.train_rows)
+    padded = not work.plan.packed
     train = PackedRows(
         work.train_rows,
         batch_size=work.params.batch_size,
         accumulation=work.plan.accumulation,
         world_size=job.world_size(),
         seed=work.params.seed,
-        lengths=lengths,
+        lengths=lengths_of(work.train_rows, padded),
         budget=work.plan.row_tokens or None,
+        padded=padded,
     )
     held_out = None
     if work.held_out is not None:
-        held_lengths = _lengths(work.held_out)
         held_out = PackedRows(
             work.held_out,
             batch_size=min(work.params.batch_size, 8) * job.world_size(),
             accumulation=1,
             world_size=job.world_size(),
             shuffle=False,
-            lengths=held_lengths,
+            lengths=lengths_of(work.held_out, padded),
+            padded=padded,
         )
     from helpers.model.attention import check_boundaries
     from helpers.model.head_loss import can_fuse
@@ -145,12 +147,6 @@ def quiet(made: Any) -> None:
     from transformers import PrinterCallback
 
     made.remove_callback(PrinterCallback)
-
-
-def _lengths(rows: Any) -> list[int]:
-    from helpers.train.rows import lengths_of
-
-    return lengths_of(rows)
 
 
 def _sft(work: Any, options: dict[str, Any]) -> Any:

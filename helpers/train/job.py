@@ -312,16 +312,21 @@ def exportable(params: Any, source: Any, adapter: Path | None, stage: Any) -> No
         preflight.check(source, adapter=adapter, where=stage.path).require()
 
 
-def plan_of(params: Any, lengths: list[int], source: Any, stage: str) -> Any:
-    """The planner's plan. Without a GPU a whole optimizer step goes into one row where that fits: rows that begin alike
-    are then worked out once (`helpers.model.prefix`), which counts for more there than anything else."""
+def plan_of(params: Any, examples: Any, source: Any, stage: str) -> Any:
+    """The planner's plan for these training rows. Without a GPU a whole optimizer step goes into one row where that fits:
+    rows that begin alike are then worked out once (`helpers.model.prefix`), which counts for more there than anything else."""
     from helpers.model import attention, planner
 
-    plan = planner.plan(params, lengths, source, stage=stage, world_size=world_size())
+    lengths, padded = rows.lengths_of(examples), rows.lengths_of(examples, padded=True)
+
+    def planned(values: Any) -> Any:
+        return planner.plan(values, lengths, source, stage=stage, world_size=world_size(), padded_lengths=padded)
+
+    plan = planned(params)
     if plan.backend == "hf" and plan.attention == attention.SDPA and plan.packed and plan.accumulation > 1 and not params.row_tokens:
         whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world_size()) :])
         try:
-            return planner.plan({**params.as_dict(), "row_tokens": whole}, lengths, source, stage=stage, world_size=world_size())
+            return planned({**params.as_dict(), "row_tokens": whole})
         except TunebookError:  # such a row does not fit: keep the one that does
             return plan
     return plan

@@ -48,7 +48,7 @@ def prepare(stage: Any) -> Job:
     if (data.path / "preference_eval.parquet").is_file():
         held_out, found = rows.pairs(data, "preference_eval.parquet", params.max_length)
         held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
-    plan = plan_of(params, rows.lengths_of(train), source, "orpo")
+    plan = plan_of(params, train, source, "orpo")
     return Job(stage, params, source, tokenizer, train, held_out, {"train": counts, "eval": found}, plan, adapter, curves.margins)
 
 

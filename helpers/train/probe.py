@@ -38,7 +38,7 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     """{peak_gib, tokens_per_s}: memory of the heaviest row (on a GPU), time of an ordinary one."""
     trainer, model = work.trainer, work.model
     card = plan.card.capability is not None
-    sizes = [sum(trainer.rows.lengths[i] for i in row) for row in trainer.rows.rows]
+    sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
     ordinary = trainer.rows[order[len(order) // 2]]
     # A GPU's first row compiles kernels, its second meets the gradients of the first where rows are accumulated.

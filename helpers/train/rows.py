@@ -76,11 +76,12 @@ def pairs(data: Any, name: str, max_length: int, swap: bool = False) -> tuple[An
     return out, {"pairs": len(rows), "left out": reasons, "left out ids": [rows[i]["id"] for i, _ in dropped][:50]}
 
 
-def lengths_of(rows: Any) -> list[int]:
-    """Tokens of every row or, for pairs, of both answers with their prompts."""
+def lengths_of(rows: Any, padded: bool = False) -> list[int]:
+    """Tokens of every row or, for pairs, of both answers with their prompts (padded: the shorter as long as the longer)."""
     if "input_ids" in rows.column_names:
         return [len(ids) for ids in rows["input_ids"]]
-    return [2 * len(p) + len(c) + len(r) for p, c, r in zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+    sides = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    return [2 * (len(p) + max(len(c), len(r))) if padded else 2 * len(p) + len(c) + len(r) for p, c, r in sides]
 
 
 def prompts(rows: Any, tokenizer: Any, count: int = 4) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def prepare(stage: Any) -> Job:
     if (data.path / "eval.parquet").is_file() and _has_rows(data.path / "eval.parquet"):
         held_out, found = rows.supervised(data, "eval.parquet", params.train_on)
         held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
-    plan = plan_of(params, rows.lengths_of(train), source, "sft")
+    plan = plan_of(params, train, source, "sft")
     return Job(stage, params, source, tokenizer, train, held_out, {"train": counts, "eval": found}, plan, adapter)
 
 

@@ -111,3 +111,11 @@ def test_the_table_names_the_choice_and_what_else_was_weighed():
 def test_an_unknown_card_is_refused_with_the_known_ones():
     with pytest.raises(TunebookError, match="T4, L4, A100-40"):
         planner.plan({"batch_size": 8, "plan_for": "A9"}, LENGTHS, llama("360m"))
+
+
+def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
+    small, large = (planner.plan({"batch_size": 8, "plan_for": "H200"}, LENGTHS, llama(size)) for size in ("360m", "8b"))
+    for plan, spread in ((small, memory.LAUNCH_SPREAD), (large, plan_spread := cards.named("H200").spread)):
+        middle, low, high = plan.seconds
+        assert (high - middle) / middle == pytest.approx(spread) and (middle - low) / middle == pytest.approx(spread)
+    assert plan_spread < memory.LAUNCH_SPREAD

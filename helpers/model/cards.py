@@ -28,9 +28,9 @@ class Card:
         return "bf16" if self.capability is None or self.capability >= (8, 0) else "fp16"
 
 
-# H200: measured (790 TFLOP/s on an 8192³ bf16 product, 4.3 TB/s copied). Others: data sheet × the share that the H200
-# reaches of its own (0.80 of matrix rate, 0.90 of bandwidth), a third of the matrix rate again off T4 and L4, whose
-# 70 W hold their clocks down.
+# H200 and H100: measured (790 TFLOP/s on an 8192³ bf16 product, 4.3 and 3.0 TB/s copied). Others: data sheet × the share
+# that the H200 reaches of its own (0.80 of matrix rate, 0.90 of bandwidth), a third of the matrix rate again off T4 and L4,
+# whose 70 W hold their clocks down.
 CARDS = {
     card.name: card
     for card in (
@@ -38,7 +38,7 @@ CARDS = {
         Card("L4", (8, 9), 22.0, 60, 270, 20, 0.35),
         Card("A100-40", (8, 0), 39.4, 250, 1400, 20, 0.25),
         Card("A100-80", (8, 0), 79.2, 250, 1800, 20, 0.25),
-        Card("H100", (9, 0), 79.1, 700, 3000, 45, 0.25),
+        Card("H100", (9, 0), 79.1, 790, 3000, 45, 0.15),
         Card("H200", (9, 0), 139.8, 790, 4300, 45, 0.15),
     )
 }

@@ -18,8 +18,9 @@ WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator 
 MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
 UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
-# Processor time to launch one layer forward and back: the middle of three machines with an H200, 4.6 to 7.7 and 7.9 to 12.2 ms.
+# Processor time to launch one layer forward and back: the middle of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
 LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
+LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
@@ -198,6 +199,12 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
 
     mean_square: Σ length² / Σ length over the documents, the attention span a token meets on average (twice over).
     """
+    work, launch = row_work(shape, s, card, mean_square)
+    return (work**4 + launch**4) ** 0.25  # the longer of the two; where they are close neither hides the other
+
+
+def row_work(shape: Shape, s: Setting, card, mean_square: float) -> tuple[float, float]:
+    """(seconds that the card works, seconds that the processor needs to launch it all) for the same micro-batch."""
     tokens = s.row_tokens
     full = s.method == "full"
     again = s.recompute / shape.layers
@@ -217,10 +224,10 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
     if s.tile_mlp and tokens > s.tile_mlp:  # the MLP's forward once more, and its slices copied together
         seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if card.capability is None:
-        return seconds
+        return seconds, 0.0
     launch = shape.layers * LAUNCH_S[s.quantize]
     if s.backend == "unsloth":
         seconds *= UNSLOTH_TIME  # and its recomputed layers are launched in what ours take once
     else:
         launch *= 1 + again * LAUNCH_AGAIN
-    return (seconds**4 + launch**4) ** 0.25  # the longer of the two; where they are close neither hides the other
+    return seconds, launch

@@ -198,13 +198,16 @@ def _weigh(shape: Shape, s: Setting, card: cards.Card, examples: Examples, value
         mean_row = step_tokens / world / rows
     s = replace(s, accumulates=rows > 1 or s.accumulates)
     square = sum(n * n for n in lengths) / sum(lengths)
-    seconds = rows * memory.row_seconds(shape, replace(s, row_tokens=mean_row), card, square)
+    row = replace(s, row_tokens=mean_row)
+    work, launch = memory.row_work(shape, row, card, square)
+    seconds = rows * memory.row_seconds(shape, row, card, square)
     seconds += memory.trained_parameters(shape, s) * 30 / (card.gb_s * 1e9)  # the optimizer reads and writes its state
     if world > 1:
         seconds += 0.02 * seconds
     peak = memory.peak_gib(shape, s)
     need = memory.need_gib(peak) if card.capability is not None else peak * 1.1
-    return Option(s, rows, peak, need, step_tokens / seconds, need <= card.total_gib)
+    spread = memory.LAUNCH_SPREAD if launch > 0.8 * work else card.spread
+    return Option(s, rows, peak, need, step_tokens / seconds, need <= card.total_gib, spread)
 
 
 def _layout(lengths: Sequence[int], row_tokens: int, values: dict, world: int, padded: bool):

@@ -20,6 +20,7 @@ class Option:
     need_gib: float
     tokens_per_s: float
     fits: bool
+    spread: float  # half-width of the time estimate, as a share of it
 
     @property
     def recompute_text(self) -> str:
@@ -65,7 +66,7 @@ class Plan:
     def seconds(self) -> tuple[float, float, float]:
         """Training time: expected, shortest, longest."""
         middle = self.tokens / max(self.tokens_per_s, 1e-9)
-        spread = 0.08 if self.measured else self.card.spread
+        spread = 0.08 if self.measured else self.option.spread
         return middle, middle * (1 - spread), middle * (1 + spread)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from helpers import runtime
-from helpers.train import arguments, job, methods, precision, sharing
+from helpers.train import arguments, distributed, job, methods, precision, sharing
 from helpers.train.batching import PackedRows
 from helpers.train.rows import lengths_of
 
@@ -104,6 +104,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         return other_losses.trainer(work, numbers)
     options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
     made = (_orpo if loss == "orpo" else _sft)(work, options)
+    distributed.keep_outputs(made.accelerator)
     precision.keep_in_fp32(work.model)
     padded = not work.plan.packed
     train = PackedRows(

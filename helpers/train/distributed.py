@@ -115,6 +115,18 @@ def options(method: str) -> dict[str, Any]:
     }
 
 
+def keep_outputs(accelerator: Any) -> None:
+    """Let a sharded model's losses, log-probabilities and gradient sums stay in fp32: accelerate's own policy rounds them to
+    the 16 bits that its products are in. Call before the model is wrapped."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.mixed_precision_policy is None:
+        return
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32)
+
+
 def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
     """The unsharded state of a model on the first process's main memory; every process must call it.
 

@@ -88,7 +88,7 @@ def main() -> None:
             say(name, **found)
         for kind in ("q8_0", "q4_k_m"):
             times, alone = [], []
-            for _ in range(3):
+            for _ in range(5):
                 started = time.time()
                 quantize.quantize(f16, work / f"{kind}.gguf", kind)
                 times.append(time.time() - started)

@@ -69,17 +69,24 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_on
         assert resumed[step] == pytest.approx(one[step], rel=1e-3)
 
 
-def test_a_sharded_sixteen_bit_base_learns_like_one_process(runs_root, untied_llama, tokenizer, two_cores):
-    one = losses(trained(runs_root, untied_llama, tokenizer, "one", 1, method="lora", max_steps=2))
-    folder = trained(runs_root, untied_llama, tokenizer, "sharded", 2, method="lora", max_steps=2)
-    two = losses(folder)
-    for step, loss in one.items():
-        assert two[step] == pytest.approx(loss, rel=1e-3)
+def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoints_move_both_ways(runs_root, untied_llama, tokenizer, two_cores):
+    folder_of_one = trained(runs_root, untied_llama, tokenizer, "one", 1, method="lora")
+    one = losses(folder_of_one)
+    folder = trained(runs_root, untied_llama, tokenizer, "sharded", 2, method="lora")
+    assert losses(folder) == pytest.approx(one, rel=1e-3)
+    assert (folder / "checkpoints" / "checkpoint-4" / "optimizer.bin").is_file()  # sharded indeed
     from safetensors import safe_open
 
-    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
-        names = list(file.keys())
-        assert len(names) == 2 * 7 * 2 and all(file.get_slice(n).get_shape()[0] > 0 for n in names)
+    for file in (folder / "adapter" / "adapter_model.safetensors", folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            assert len(names) == 2 * 7 * 2 and all(opened.get_slice(n).get_shape()[0] > 0 for n in names)
+    for run, place, processes in (("sharded", folder, 1), ("one", folder_of_one, 2)):
+        (place / "manifest.json").unlink()  # as if killed after step 2
+        shutil.rmtree(place / "checkpoints" / "checkpoint-4")
+        go(run, processes, method="lora")
+        resumed = losses(place)
+        assert {step: resumed[step] for step in (3, 4)} == pytest.approx({step: one[step] for step in (3, 4)}, rel=1e-3), f"{run} on {processes}"
 
 
 def test_a_failing_process_ends_in_its_own_sentence(runs_root, narrow_llama, tokenizer, two_cores):

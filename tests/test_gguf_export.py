@@ -233,3 +233,25 @@ def test_the_server_answers_on_loopback_and_ends(q8):
         socket.create_connection(("127.0.0.1", running.port), timeout=1)
     with pytest.raises(TunebookError, match="There is no file"):
         server("none.gguf").__enter__()
+
+
+def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
+    from helpers.gguf import picture
+    from helpers.gguf.fidelity import Result
+    from helpers.gguf.quantize import Quantised
+
+    def file(kind, megabytes, kl, score, count, **more):
+        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0, "test"), Result(
+            kind, mean_kl=kl, task_score=score, task_count=count, **more
+        )
+
+    def best(*pairs):
+        return picture.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
+
+    small, wide, large = file("q4_k_m", 100, 0.06, 0.5, 24), file("q2_k", 60, 0.8, 0.54, 24), file("q8_0", 140, 0.004, 0.58, 24)
+    assert best(small, wide, large) == "q4_k_m"
+    assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
+    assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"
+    assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
+    figure = picture.figure([small[0], large[0]], [small[1], large[1]])
+    assert "24 questions" in figure.axes[1].get_ylabel()

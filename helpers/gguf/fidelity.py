@@ -52,6 +52,7 @@ class Result:
     stopped: int = 0
     reference_stopped: int = 0
     task_score: float | None = None
+    task_count: int = 0  # questions behind it
     failed: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,27 +8,33 @@ from typing import Any
 from helpers.gguf.fidelity import BUDGETS, Result
 from helpers.gguf.quantize import Quantised
 
-NEARLY = 0.02  # a file within this of the best task score counts as good as the best; below 50 questions one answer weighs more
+CLOSE = 0.1  # mean KL, nats a token, up to which a file's answers are practically the merged model's
+FEW = 0.02  # a task score this far below the best counts as good as the best, however many questions there were
 
 
 def recommend(files: Sequence[Quantised], results: Sequence[Result]) -> dict[str, str]:
-    """{"type", "why"}: the smallest file that passes its gates and keeps the task score, else the smallest of low divergence."""
+    """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as well as the best.
+
+    "As well" allows for chance: with few questions two files differ by a standard error of their difference for no reason.
+    """
     by_type = {r.type: r for r in results}
     sound = [(f, by_type[f.type]) for f in files if f.type in by_type and not by_type[f.type].failed]
     if not sound:
         return {"type": "", "why": "No file passes its gates."}
-    scores = [r.task_score for r in results if r.task_score is not None]
-    if scores and max(scores) > 0:
-        best = max(scores)
-        good = [(f, r) for f, r in sound if r.task_score is not None and r.task_score >= best - NEARLY]
-        if good:
-            file, result = min(good, key=lambda pair: pair[0].bytes)
-            why = f"the smallest file whose task score ({result.task_score:.0%}) is within {NEARLY:.0%} of the best ({best:.0%})"
-            return {"type": file.type, "why": f"{why}; {file.bytes / 2**20:.0f} MiB, mean KL {result.mean_kl:.3g}"}
-    near = [(f, r) for f, r in sound if r.mean_kl <= 0.1] or sound
-    file, result = min(near, key=lambda pair: pair[0].bytes)
-    return {"type": file.type, "why": f"the smallest file with a mean KL of at most 0.1 nats a token (or of all, where none has); "
-                                      f"{file.bytes / 2**20:.0f} MiB, mean KL {result.mean_kl:.3g}"}
+    near = [(f, r) for f, r in sound if r.mean_kl <= CLOSE] or sound
+    scored = [r for _, r in near if r.task_score is not None]
+    best = max((r.task_score for r in scored), default=0.0)
+    kept = [(f, r) for f, r in near if r.task_score is None or r.task_score >= best - allowed_below(best, r.task_count)]
+    file, result = min(kept, key=lambda pair: pair[0].bytes)
+    why = f"the smallest file with a mean KL of at most {CLOSE} nats a token (or of all, where none has)"
+    if best > 0:
+        why += f" and a task score ({result.task_score:.0%} of {result.task_count} questions) that chance could bring down from the best ({best:.0%})"
+    return {"type": file.type, "why": f"{why}; {file.bytes / 2**20:.0f} MiB, mean KL {result.mean_kl:.3g}"}
+
+
+def allowed_below(best: float, questions: int) -> float:
+    """How far below the best score a file may be: one standard error of the difference of two such shares, at least `FEW`."""
+    return max(FEW, (2 * best * (1 - best) / questions) ** 0.5 if questions else 0.0)
 
 
 def table(files: Sequence[Quantised], results: Sequence[Result], merge_check: dict[str, float] | None = None) -> Any:
@@ -76,11 +82,15 @@ def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
     left.set(yscale="log", xlabel="size, MiB", ylabel="mean KL divergence, nats a token", title="What the smaller file changes")
     left.legend(fontsize=8, frameon=False)
     if scored:
+        from helpers.evaluate.compare import wilson
         right = axes[0][1]
-        right.plot([size(f) for f, _ in scored], [100 * r.task_score for _, r in scored], color="#2a6f97", marker="o")
         for f, r in scored:
+            low, high = wilson(r.task_score * r.task_count, r.task_count) if r.task_count else (r.task_score, r.task_score)
+            right.plot([size(f)] * 2, [100 * low, 100 * high], color="#2a6f97", linewidth=1.5)
+            right.plot(size(f), 100 * r.task_score, color="#2a6f97", marker="o")
             right.annotate(f.type, (size(f), 100 * r.task_score), textcoords="offset points", xytext=(6, 6), fontsize=9)
-        right.set(xlabel="size, MiB", ylabel="test questions right, %", title="What it still can do", ylim=(0, 105))
+        right.set(xlabel="size, MiB", ylabel=f"right, % of {max(r.task_count for _, r in scored)} questions (95 % interval)",
+                  title="What it still can do", ylim=(0, 105))
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         axis.margins(x=0.15)

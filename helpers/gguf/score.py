@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add(export: Any) -> None:
-    """Set `task_score` (execution accuracy, 0 to 1) of every result, where the run has test questions and a database."""
+    """Set `task_score` (execution accuracy, 0 to 1) and `task_count` of every result, where the run has test questions and a database."""
     count = export.stage.params.task_questions
     data = export.stage.parents["data"].path
     if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
@@ -23,6 +23,7 @@ def add(export: Any) -> None:
             scores = [judge.score(a, q.reference)["score"] for a, q in zip(answers, questions, strict=True)]
             known = [s for s in scores if s is not None]
             result.task_score = round(sum(known) / len(known), 4) if known else None
+            result.task_count = len(known)
     finally:
         judge.close()
 

@@ -104,7 +104,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         return other_losses.trainer(work, numbers)
     options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
     made = (_orpo if loss == "orpo" else _sft)(work, options)
-    distributed.keep_outputs(made.accelerator)
+    distributed.shard(made)
     precision.keep_in_fp32(work.model)
     padded = not work.plan.packed
     train = PackedRows(

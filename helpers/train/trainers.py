@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from helpers.model.head_loss import IGNORE, per_document
+from helpers.train import checkpoints, distributed
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
 
@@ -83,6 +84,33 @@ class PackedRowsTrainer:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(was_training)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a sharded model with an adapter only the adapter is gathered and written, as of any other."""
+        if not (self.is_fsdp_enabled and hasattr(self.model, "peft_config")):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = distributed.whole_state(self.model, adapter_only=True)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if checkpoints.moved(resume_from_checkpoint, self.is_fsdp_enabled):
+            checkpoints.load_weights(self.model if model is None else model, resume_from_checkpoint, self.is_fsdp_enabled)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and checkpoints.moved(checkpoint, self.is_fsdp_enabled):
+            checkpoints.load_optimizer(self.model, self.optimizer, self.lr_scheduler, checkpoint, self.is_fsdp_enabled)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        if checkpoints.moved(self.state.best_model_checkpoint, self.is_fsdp_enabled):
+            checkpoints.load_weights(self.model, self.state.best_model_checkpoint, self.is_fsdp_enabled)
+        else:
+            super()._load_best_model()
 
     def _everywhere(self, *counts: int) -> list[float]:
         """Sums of plain numbers over all processes."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import gguf_models
 import numpy as np

@@ -23,6 +23,7 @@ LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 
 
@@ -110,6 +111,8 @@ class Setting:
     shards: int = 1
     trained_share: float = 1.0  # tokens that the head has to look at
     accumulates: bool = False  # gradients of earlier rows are there while a row's activations are
+    number_bytes: int = 2  # of a weight that is not quantised and of an activation: 4 in fp32
+    process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
 
 
 def trained_parameters(shape: Shape, s: Setting) -> int:
@@ -125,10 +128,11 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
 def state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state on one card."""
     trained = trained_parameters(shape, s)
-    base = (shape.embedding + shape.head + shape.other) * 2
-    base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else 2)
+    base = (shape.embedding + shape.head + shape.other) * s.number_bytes
+    base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
     if s.method in ("full", "freeze"):
-        state = trained * (2 + 4 + OPTIMIZER_BYTES[s.optimizer])  # fp32 masters over the 16-bit weights, fp32 gradients
+        masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
+        state = trained * (masters + 4 + OPTIMIZER_BYTES[s.optimizer])
     else:
         # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
         state = trained * (4 + 4 * s.accumulates + OPTIMIZER_BYTES[s.optimizer])
@@ -185,8 +189,8 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
 
 def peak_gib(shape: Shape, s: Setting) -> float:
     """Highest allocated memory of a training step, GiB."""
-    workspace = WORKSPACE_GIB if s.backend == "hf" else UNSLOTH_GIB
-    return (state_bytes(shape, s) + activation_bytes(shape, s)) / GIB + workspace
+    workspace = (WORKSPACE_GIB if s.backend == "hf" else UNSLOTH_GIB) + s.process_gib
+    return (state_bytes(shape, s) + activation_bytes(shape, s) * s.number_bytes / 2) / GIB + workspace
 
 
 def need_gib(peak: float) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from helpers.errors import TunebookError
 from helpers.model import attention, cards, memory
+from helpers.model.loading import fast_bf16
 from helpers.model.memory import Setting, Shape
 from helpers.model.plans import Option, Plan
 
@@ -95,6 +96,10 @@ def plan(
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     examples = Examples(lengths, padded_lengths or lengths)
     base = replace(_base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed)
+    if card.capability is None:
+        base = replace(base, process_gib=memory.PROCESS_GIB)
+    if values.get("precision") == "fp32" or card.capability is None and values.get("precision") != "bf16" and not fast_bf16():
+        base = replace(base, number_bytes=4)
     options = [_weigh(shape, s, card, examples, values, world) for s in _settings(base, shape, examples.of(base), values, world)]
     fitting = [o for o in options if o.fits]
     if not fitting:
@@ -271,7 +276,8 @@ def _refusal(shape, base, card, examples, values, world, options) -> str:
     )
 
     def fits(values, lengths=lengths):
-        trial = replace(_base_setting(values, shape, base.stage, base.backend, base.flash, world), padded=base.padded)
+        trial = _base_setting(values, shape, base.stage, base.backend, base.flash, world)
+        trial = replace(trial, padded=base.padded, number_bytes=base.number_bytes, process_gib=base.process_gib)
         return any(_weigh(shape, s, card, Examples(lengths, lengths), values, world).fits for s in _settings(trial, shape, lengths, values, world))
 
     free = {**values, "recompute": "auto", "row_tokens": 0}

@@ -236,7 +236,9 @@ def fidelity(facts: Facts) -> Markup:
         if plots.finite(c["size_bytes"]) and c["role"] in ("gguf", "merged") and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
     for name, f in files.items():
-        measured = accuracy.get(name.lower(), f.get("task_score"))
+        measured = percent(accuracy.get(name.lower()))
+        if name.lower() not in accuracy and plots.finite(f.get("task_score")):  # scored by the export alone, on fewer questions
+            measured = f"{percent(f['task_score'])} of {f.get('task_count') or '?'}"
         kl, failed = f.get("mean_kl"), f.get("failed") or {}
         gate = "; ".join(f"{which}: {why}" for which, why in failed.items())
         rows.append(
@@ -249,7 +251,7 @@ def fidelity(facts: Facts) -> Markup:
                 plain(f.get("p99_kl")),
                 percent(f.get("top1")),
                 plain(f.get("perplexity")),
-                percent(measured),
+                measured,
                 Markup(f'<span class="worse">{esc(gate)}</span>' if gate else '<span class="better">within bounds</span>'),
             ]
         )

@@ -111,13 +111,15 @@ def _skeleton(base: Path, config: Any, adapter: Path) -> Any:
     from transformers import AutoModelForCausalLM
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    rows = _rows(shapes, PeftConfig.from_pretrained(adapter), config.get_text_config().vocab_size)
+    lora = PeftConfig.from_pretrained(adapter)
+    lora.base_model_name_or_path = None  # which base this is was checked; PEFT would warn that the folder has another name
+    rows = _rows(shapes, lora, config.get_text_config().vocab_size)
     if rows != config.get_text_config().vocab_size:  # tokens were added
         config.get_text_config().vocab_size = rows
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     try:
-        wrapped = get_peft_model(model, PeftConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
+        wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise TunebookError(f"The adapter in {adapter} does not fit the base in {base} ({_first(error)}); "
                             "name the base it was trained on.") from error

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ci import pipeline  # noqa: E402
-from helpers import runs, runtime  # noqa: E402
+from ci import pipeline
+from helpers import runs, runtime
 
 
 def figures(run: str) -> list[dict[str, object]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers.errors import TunebookError  # noqa: E402
+from helpers.errors import TunebookError
 
 
 def main() -> int:

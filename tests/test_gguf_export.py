@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import closing
 from pathlib import Path
 
@@ -256,3 +257,30 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
     figure = picture.figure([small[0], large[0]], [small[1], large[1]])
     assert "24 questions" in figure.axes[1].get_ylabel()
+
+
+def test_an_own_build_does_every_step(monkeypatch):
+    from helpers.gguf import llama_lib
+
+    built = llama_lib.for_quantizing()
+    if built is None:
+        pytest.skip("no prebuilt library on this machine to stand for an own build")
+    assert llama_lib.for_running() != built
+    monkeypatch.setenv(llama_lib.OWN_BUILD, str(built.parent))
+    assert llama_lib.for_running() == llama_lib.for_quantizing() == built
+
+
+def test_a_disk_that_fills_up_in_the_conversion_is_said_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch):
+    """A limit on the size of files ends numpy's write as a full disk does: short."""
+    import resource
+    import subprocess
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    real = subprocess.run
+    monkeypatch.setattr(convert.subprocess, "run", lambda *args, **more: real(*args, **more, preexec_fn=limited))
+    with pytest.raises(TunebookError, match="No space left on the disk while converting"):
+        convert.convert(tiny_llama, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())

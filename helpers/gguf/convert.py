@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def _run(folder: Path, out: Path, model: Path, options: list[str]) -> None:
 
 def _why(log: str, status: int, model: Path) -> str:
     """The converter's failure as a sentence."""
-    if "No space left on device" in log:
+    if re.search(r"No space left|Not enough free space|File too large|\d+ requested and \d+ written", log):  # the last is numpy's wording
         return f"No space left on the disk while converting {model} to GGUF; free some room and run the same command again."
     if "pre-tokenizer was not recognized" in log:
         return (f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would read other tokens "
@@ -102,7 +103,7 @@ def _why(log: str, status: int, model: Path) -> str:
         return f"llama.cpp's converter does not know the architecture of {model}; choose another base, or export the adapter and safetensors alone."
     if status in (-9, 137):
         return f"The conversion of {model} was killed, most likely because the memory is full; close other programs and run it again."
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]  # its progress comes last
     return f"llama.cpp's converter stopped on {model}: {lines[-1][:300] if lines else f'status {status}'}"
 
 

@@ -5,6 +5,7 @@ a killed run is gone on with.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from helpers import runtime
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, importance, modelfile, preflight, quantize
+from helpers.gguf import convert, fidelity, importance, llama_lib, modelfile, preflight, quantize
 from helpers.model import loading, merging
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
@@ -68,6 +69,8 @@ def prepare(stage: Any) -> Export:
     params = stage.params
     kinds, outputs = quantize.parse_types(params.quantizations), _outputs(params.outputs)
     modelfile.check_name(params.model_name)
+    if params.llama_cpp:  # for every process from here on: what quantises, what the gates run and what serves is then one build
+        os.environ[llama_lib.OWN_BUILD] = params.llama_cpp
     trained_by, manifest = _choose(stage.parents, params.export)
     known = (manifest.data.get("model") or {}) if manifest else {}
     source = loading.resolve_model(known.get("name") or stage.parents["data"].params["model"])
@@ -120,7 +123,7 @@ def convert_and_quantize(export: Export) -> list[quantize.Quantised]:
     for kind in runtime.progress(wanted, "Quantising"):
         out = export.file(kind)
         made = quantize.describe(out, kind) if out.is_file() else _timed(
-            export, kind, lambda k=kind, o=out: quantize.quantize(export.f16, o, k, matrix, export.stage.params.llama_cpp))
+            export, kind, lambda k=kind, o=out: quantize.quantize(export.f16, o, k, matrix))
         export.files.append(made)
     export.files.sort(key=lambda f: export.kinds.index(f.type))
     return export.files

@@ -196,11 +196,13 @@ def divergence(wanted: Any, got: Any) -> Any:
 
 
 def _load(merged: Path) -> Any:
+    """The merged model in float32 or, where that does not fit, in 16 bits; in main memory where even those don't fit the card."""
     from helpers.model.loading import load_model
-    size = sum(f.stat().st_size for f in merged.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
     card = runtime.gpu()
-    room = card.total_gib if card else available_gib()
-    return load_model(merged, dtype="fp32" if 2.2 * size / 2**30 < room else "bf16").eval()
+    device = "cpu" if card is None or 1.2 * size + 1 > card.total_gib else ""
+    room = available_gib() if device else card.total_gib
+    return load_model(merged, dtype="fp32" if 2.2 * size < room else "bf16", device=device).eval()
 
 
 def available_gib() -> float:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from functools import cache
 from pathlib import Path
 
 from helpers import runtime
@@ -101,7 +100,6 @@ def packaged() -> Path:
     return files[0]
 
 
-@cache
 def quantize_program(own: str = "") -> Path | None:
     """A `llama-quantize` of the user's own build, on the PATH or in the folder `own`; None when there is none."""
     folder = own or os.environ.get(OWN_BUILD, "")

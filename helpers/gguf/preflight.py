@@ -199,7 +199,7 @@ def _sizes(base: Path, config: Any, kinds: list[str], tokens: int, where: Path, 
             report.needs[kind] = (weights * quantize.NOMINAL_BITS[kind] / 8 / GIB, 0.1 + 8 * largest / GIB)
     context = 2 * 2 * text.num_hidden_layers * getattr(text, "hidden_size", 0) * 4096 / GIB
     precision = 4 if 4.4 * weights / GIB < fidelity.available_gib() else 2
-    report.needs["fidelity"] = (vocabulary_gib + n16, PROCESS_GIB + max(precision * weights / GIB, n16 + context))
+    report.needs["fidelity"] = (vocabulary_gib, PROCESS_GIB + max(precision * weights / GIB, n16 + context))
     report.free_gib = (shutil.disk_usage(_existing(where)).free / GIB, fidelity.available_gib())
     enough = report.disk_gib < report.free_gib[0]
     report.checks.append(("disk", enough, f"{report.disk_gib:.2f} GiB of {report.free_gib[0]:.1f} GiB free" if enough else

@@ -175,8 +175,10 @@ def _parameters(path: Path) -> int:
     return sum(f.stat().st_size for f in path.glob("*.safetensors")) // 2
 
 
-def load_model(source: ModelSource | Path | str, quantize: str = "none", dtype: str = "auto", attention: str | None = None) -> Any:
-    """The causal language model on the GPU when there is one.
+def load_model(
+    source: ModelSource | Path | str, quantize: str = "none", dtype: str = "auto", attention: str | None = None, device: str = ""
+) -> Any:
+    """The causal language model on `device`, by default the GPU when there is one.
 
     quantize: "nf4" loads the linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314), "none" in
     `dtype`. attention: a transformers attention implementation; None lets transformers choose.
@@ -193,7 +195,7 @@ def load_model(source: ModelSource | Path | str, quantize: str = "none", dtype: 
                                                             bnb_4bit_compute_dtype=compute)
     elif quantize != "none":
         raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4' or 'none'.")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         options["device_map"] = {"": torch.cuda.current_device()}
     if attention:
         options["attn_implementation"] = attention

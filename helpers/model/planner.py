@@ -98,7 +98,7 @@ def plan(
     base = replace(_base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed)
     if card.capability is None:
         base = replace(base, process_gib=memory.PROCESS_GIB)
-    if values.get("precision") == "fp32" or card.capability is None and values.get("precision") != "bf16" and not fast_bf16():
+    if values.get("precision") == "fp32" or (card.capability is None and values.get("precision") != "bf16" and not fast_bf16()):
         base = replace(base, number_bytes=4)
     options = [_weigh(shape, s, card, examples, values, world) for s in _settings(base, shape, examples.of(base), values, world)]
     fitting = [o for o in options if o.fits]

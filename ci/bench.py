@@ -32,10 +32,12 @@ def figures(run: str) -> list[dict[str, object]]:
     for stage in ("sft", "orpo"):
         metrics, params = stages[stage].metrics, stages[stage].params
         add(f"{stage} training", metrics.get("tokens_per_s"), "tokens/s", rank=params["rank"])
-    for name, score in stages["eval"].metrics["contenders"].items():
-        add("evaluation", score.get("questions_per_s"), "questions/s", contender=name, n=score["n"], cached=score.get("cached", 0))
-    for name, seconds in stages["gguf"].metrics.get("quantize_s", {}).items():
-        add("export", seconds, "s", quantization=name)
+    for contender in json.loads((stages["eval"].path / "scores.json").read_text())["contenders"]:
+        if contender["status"] == "scored":
+            speed, n = contender["speed"], contender["scores"]["accuracy"]["n"]
+            add("evaluation", speed["items_per_s"], "questions/s", contender=contender["name"], n=n, cached=speed["from_cache"])
+    for step, seconds in stages["gguf"].metrics["seconds"].items():
+        add("export", seconds, "s", step=step)
     for stage, manifest in stages.items():
         add("peak memory", manifest.data["peak_memory_gib"], "GiB", stage=stage)
         add("wall time", manifest.data["wall_s"], "s", stage=stage)

@@ -68,3 +68,12 @@ def test_every_recipe_is_a_valid_set_of_its_stages_parameters(file):
 def test_every_parameter_file_is_valid(name):
     from ci import pipeline as module
     module.resolve(PROJECT / "ci" / "params" / f"{name}.yaml", [], "r")
+
+
+def test_the_benchmark_reads_every_figure_out_of_a_run(whole, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_RUNS", str(whole[1]))
+    from ci import bench
+    lines = bench.figures("whole")
+    assert all(isinstance(line["value"], (int, float)) for line in lines), lines
+    assert {"sft training", "orpo training", "evaluation", "export", "peak memory", "wall time"} == {line["figure"] for line in lines}
+    assert "q8_0" in [line.get("step") for line in lines]

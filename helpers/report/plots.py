@@ -206,7 +206,9 @@ def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[objec
     """
     if len(rows) < 2 or len(dimensions) < 2:
         return ""
-    high, top, bottom, left, right = 340, 46, 24, 50, 130
+    high, top, bottom, right = 340, 46, 24, 130
+    first = _scale([r[1][0] for r in rows if r[1][0] is not None], top, high - bottom, percent=dimensions[0] in shares)[1]
+    left = max(50, 14 + 7 * max((len(text) for _, text in first), default=0))  # room for the first axis's labels
     wide = left + right + 130 * (len(dimensions) - 1)
     step = (wide - left - right) / (len(dimensions) - 1)
     places, axes = [], ""

@@ -41,8 +41,8 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
     ordinary = trainer.rows[order[len(order) // 2]]
-    # A GPU's first row compiles kernels, its second meets the gradients of the first where rows are accumulated.
-    rows = [trainer.rows[order[-1]]] * 2 + [ordinary] if card else [ordinary]
+    # A GPU's first row of a shape compiles kernels, its second meets the gradients of the first where rows are accumulated.
+    rows = [trainer.rows[order[-1]]] * 2 + [ordinary] * 2 if card else [ordinary]
     device, training = trainer.accelerator.device, model.training
     if card:
         torch.cuda.reset_peak_memory_stats()

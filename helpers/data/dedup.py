@@ -13,13 +13,9 @@ so a false duplicate needs a hash collision. Shingles and band keys lie in tempo
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import tempfile
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
@@ -30,8 +26,6 @@ from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
-ALONE = 20_000  # rows hashed in this process; for more, workers are worth the half second that they take to start
-WORKERS = max(1, min(4, os.cpu_count() or 1))  # processes: on threads, many short numpy calls only pass the interpreter's lock about
 PAIRS_AT_ONCE = 1_000  # of 150 words each: arrays of a few MB
 _HASHES = BANDS * BAND_ROWS
 _FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
@@ -128,8 +122,6 @@ class NearIndex:
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
         self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
         self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
-        self._workers: ProcessPoolExecutor | None = None
-        self._working: deque[Future] = deque()
 
     def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
         """Pass batches through, indexing them on the way."""
@@ -141,34 +133,19 @@ class NearIndex:
         """Index rows given as (scope, question, answer)."""
         if not parts:
             return
-        self.rows += len(parts)
-        if self.rows <= ALONE:
-            self._write(_hashed(parts))
-            return
-        if self._workers is None:
-            self._workers = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"))
-        self._working.append(self._workers.submit(_hashed, parts))
-        if len(self._working) > 2 * WORKERS:
-            self._write(self._working.popleft().result())
-
-    def _write(self, hashed: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        sizes, short, keys = hashed
-        self._sizes.extend(sizes.tolist())
+        flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
+        # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
+        short = (flat >> np.uint64(32)).astype(np.uint32)
+        self._sizes.extend(np.diff(offsets).astype(np.int32).tolist())
         self._shingles.write(short.data)
+        scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
+        keys = _band_keys(short, offsets[::2]) ^ np.array([scopes[scope] for scope, _, _ in parts], np.uint64)
         for file, band in zip(self._bands, keys, strict=True):
-            file.write(np.ascontiguousarray(band).data)
-
-    def _finish(self) -> None:
-        """Write what the workers still have, and let them go."""
-        while self._working:
-            self._write(self._working.popleft().result())
-        if self._workers is not None:
-            self._workers.shutdown()
-            self._workers = None
+            file.write(band.data)
+        self.rows += len(parts)
 
     def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
-        self._finish()
         sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
         group, keeper = np.arange(self.rows, dtype=np.int32), np.full(self.rows, -1, np.int32)
         measure = _Measure(self._shingles, sizes, threshold)
@@ -256,16 +233,6 @@ class _Measure:
     def _read(self, begin: int, count: int) -> bytes:
         self.file.seek(4 * begin)
         return self.file.read(4 * count)
-
-
-def _hashed(parts: list[tuple[str, str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(shingles in each question and answer int32 (2 · rows,), the shingles uint32, band keys uint64 (BANDS, rows))."""
-    flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
-    # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
-    short = (flat >> np.uint64(32)).astype(np.uint32)
-    scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
-    keys = _band_keys(short, offsets[::2]) ^ np.array([scopes[scope] for scope, _, _ in parts], np.uint64)
-    return np.diff(offsets).astype(np.int32), short, keys
 
 
 def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -322,22 +322,23 @@ class Hostile(BaseHTTPRequestHandler):
     asked: ClassVar = itertools.count()
 
     def do_POST(self):
+        behaviour = self.behaviour  # a request that stalls outlives its test, and must not act on the next one's
         self.rfile.read(int(self.headers["Content-Length"]))
         body = {"nonsense": b"<html>not json", "empty": b"{}", "null": b'{"choices": [{"message": {"content": null}}]}', "list": b"[]",
-                "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}'}.get(self.behaviour, b"")
-        if self.behaviour == "stall":
+                "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}'}.get(behaviour, b"")
+        if behaviour == "stall":
             threading.Event().wait(3)
-        if self.behaviour == "dies" and next(self.asked) < 4:
+        if behaviour == "dies" and next(self.asked) < 4:
             body = b'{"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}'
-        self.send_response(500 if self.behaviour == "error" or (self.behaviour == "dies" and not body) else 200)
+        self.send_response(500 if behaviour == "error" or (behaviour == "dies" and not body) else 200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body) if body or self.behaviour in ("error", "dies") else 10**9))
+        self.send_header("Content-Length", str(len(body) if body or behaviour in ("error", "dies") else 10**9))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client has gone, as it should
             self.wfile.write(body)
-            while self.behaviour in ("trickle", "flood"):
-                self.wfile.write(b" " * (1 if self.behaviour == "trickle" else 1 << 20))
-                threading.Event().wait(0.1 if self.behaviour == "trickle" else 0)
+            while behaviour in ("trickle", "flood"):
+                self.wfile.write(b" " * (1 if behaviour == "trickle" else 1 << 20))
+                threading.Event().wait(0.1 if behaviour == "trickle" else 0)
 
     def log_message(self, *_):
         return

@@ -38,21 +38,20 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
     Returns (hashes, offsets, unspaced): uint64 (tokens,), int64 (texts + 1,) so that text i owns
     hashes[offsets[i]:offsets[i + 1]], and bool (tokens,), true for characters of scripts without spaces.
     """
-    lowered = [text.lower() for text in texts]
-    lengths = np.fromiter(map(len, lowered), np.int64, len(lowered)) + 1
-    joined = "\n".join(lowered) + "\n"
+    joined = "\n".join(texts)
     if joined.isascii():
-        raw = joined.encode("ascii")
+        lengths = map(len, texts)
+        raw = f"\n{joined}\n".encode("ascii").lower()
         codes, classes = np.frombuffer(raw, np.uint8), np.frombuffer(raw.translate(_ascii_classes(symbols)), np.uint8)
     else:
-        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+        lowered = [text.lower() for text in texts]  # some letters become two
+        lengths = map(len, lowered)
+        codes = np.frombuffer("\n".join(["", *lowered, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
         classes = _classes(symbols).take(codes, mode="clip")
-    is_word = classes == WORD
+    is_word = classes == WORD  # false at both ends
     is_single = classes >= UNSPACED
-    before, after = np.zeros_like(is_word), np.zeros_like(is_word)
-    before[1:], after[:-1] = is_word[:-1], is_word[1:]
-    starts = np.flatnonzero(is_word & ~before | is_single)
-    ends = np.flatnonzero(is_word & ~after | is_single)
+    starts = np.flatnonzero(is_word[1:] & ~is_word[:-1] | is_single[1:]) + 1
+    ends = np.flatnonzero(is_word[:-1] & ~is_word[1:] | is_single[:-1])
     powers, inverses = _powers(1 << max(17, len(codes).bit_length()))
     terms, sums = _scratch(len(codes))
     np.multiply(codes, powers[: len(codes)], out=terms)
@@ -61,7 +60,7 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
     hashes -= sums[starts]
     hashes += terms[starts]
     hashes *= inverses[starts]
-    ends_of_texts = np.cumsum(lengths)
+    ends_of_texts = np.cumsum(np.fromiter(lengths, np.int64, len(texts)) + 1) + 1
     offsets = np.zeros(len(texts) + 1, np.int64)
     offsets[1:] = np.searchsorted(starts, ends_of_texts)
     return mix(hashes), offsets, classes[starts] == UNSPACED

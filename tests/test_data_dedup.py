@@ -216,3 +216,26 @@ def test_preference_rows_are_compared_with_both_answers():
     good, bad = " ".join(WORDS[100:150]), " ".join(WORDS[200:250])
     kept, _ = near([pair(good, bad, 1), pair(good, bad + " x", 2), pair(good, " ".join(WORDS[300:350]), 3)])
     assert [row["row"] for row in kept] == [1, 3]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_worker_processes_change_nothing_even_when_they_are_killed(monkeypatch, killed):
+    draw = random.Random(3)
+    words = [str(n) for n in range(500)]
+    texts = [" ".join(draw.choices(words, k=40)) for _ in range(3000)]
+    texts += [text.rsplit(" ", 1)[0] for text in texts[:300]]
+
+    def found(alone):
+        monkeypatch.setattr(dedup, "ALONE", alone)
+        monkeypatch.setattr(dedup, "WORKERS", 2)
+        index = dedup.NearIndex()
+        for at in range(0, len(texts), 100):
+            index.add([("", "", text) for text in texts[at : at + 100]])
+            if killed and index._workers is not None and at == 1500:
+                for process in list(index._workers._processes.values()):
+                    process.kill()
+        return index.find(0.8)
+
+    (group, keeper), (group_of_workers, keeper_of_workers) = found(10**9), found(0)
+    assert (keeper >= 0).sum() == 300
+    assert (group == group_of_workers).all() and (keeper == keeper_of_workers).all()

@@ -13,9 +13,14 @@ so a false duplicate needs a hash collision. Shingles and band keys lie in tempo
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import tempfile
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import BinaryIO
 
 import numpy as np
@@ -26,6 +31,10 @@ from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
+ALONE = 5_000  # rows from which workers are worth their start
+# Beside this process, which hashes too when they are busy. Threads would only pass the interpreter's lock about: the calls are short.
+WORKERS = min(3, (os.cpu_count() or 1) - 1)
+START = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 PAIRS_AT_ONCE = 1_000  # of 150 words each: arrays of a few MB
 _HASHES = BANDS * BAND_ROWS
 _FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
@@ -122,6 +131,8 @@ class NearIndex:
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
         self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
         self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
+        self._workers: ProcessPoolExecutor | None = None
+        self._waiting: deque = deque()  # (hashes or a worker's promise of them, what is hashed), in order
 
     def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
         """Pass batches through, indexing them on the way."""
@@ -133,19 +144,48 @@ class NearIndex:
         """Index rows given as (scope, question, answer)."""
         if not parts:
             return
-        flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
-        # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
-        short = (flat >> np.uint64(32)).astype(np.uint32)
-        self._sizes.extend(np.diff(offsets).astype(np.int32).tolist())
+        self.rows += len(parts)
+        if self._workers is None and self.rows > ALONE and WORKERS:
+            self._workers = ProcessPoolExecutor(WORKERS, multiprocessing.get_context(START))
+        if self._workers is None or sum(not w.done() for w, _ in self._waiting) > 2 * WORKERS:
+            work: Future = Future()
+            work.set_result(_hashed(parts))  # all of them are busy
+        else:
+            work = self._submit(parts)
+        self._waiting.append((work, parts))
+        while self._waiting and self._waiting[0][0].done():
+            self._write_first()
+
+    def _submit(self, parts: list[tuple[str, str, str]]) -> Future:
+        try:
+            return self._workers.submit(_hashed, parts)
+        except BrokenProcessPool as error:
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _write_first(self) -> None:
+        work, parts = self._waiting.popleft()
+        try:
+            sizes, short, keys = work.result()
+        except BrokenProcessPool:  # a worker was killed, for want of memory most likely: its batch is hashed here
+            sizes, short, keys = _hashed(parts)
+        self._sizes.extend(sizes.tolist())
         self._shingles.write(short.data)
-        scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
-        keys = _band_keys(short, offsets[::2]) ^ np.array([scopes[scope] for scope, _, _ in parts], np.uint64)
         for file, band in zip(self._bands, keys, strict=True):
             file.write(band.data)
-        self.rows += len(parts)
+
+    def _finish(self) -> None:
+        """Write what the workers still have, and let them go."""
+        while self._waiting:
+            self._write_first()
+        if self._workers is not None:
+            self._workers.shutdown()
+            self._workers = None
 
     def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
+        self._finish()
         sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
         group, keeper = np.arange(self.rows, dtype=np.int32), np.full(self.rows, -1, np.int32)
         measure = _Measure(self._shingles, sizes, threshold)
@@ -233,6 +273,16 @@ class _Measure:
     def _read(self, begin: int, count: int) -> bytes:
         self.file.seek(4 * begin)
         return self.file.read(4 * count)
+
+
+def _hashed(parts: list[tuple[str, str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shingles in each question and answer int32 (2 · rows,), the shingles uint32, band keys uint64 (BANDS, rows))."""
+    flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
+    # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
+    short = (flat >> np.uint64(32)).astype(np.uint32)
+    scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
+    keys = _band_keys(short, offsets[::2]) ^ np.array([scopes[scope] for scope, _, _ in parts], np.uint64)
+    return np.diff(offsets).astype(np.int32), short, keys
 
 
 def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Two libraries are used. The one inside the `xllamacpp` package runs models, here and in the server that people get: it is
 always installed, but leaves out the quantising function. The prebuilt one that `setup` fetches has that function (glibc 2.34
-or newer). A build of the user's own (`$TUNEBOOK_LLAMA_CPP`, or a parameter) takes the place of both.
+or newer). A build of the user's own (`$TUNEBOOK_LLAMA_CPP`, which notebook 04's `llama_cpp` sets) takes the place of both.
 
     python -m helpers.gguf.llama_lib        fetch what is missing, then say what was found
 """
@@ -69,9 +69,9 @@ def converter() -> Path:
     return converter_folder()
 
 
-def own_build(own: str | Path = "") -> Path | None:
-    """The libllama of the user's build in the folder `own` or `$TUNEBOOK_LLAMA_CPP`; None when neither is set."""
-    folder = own or os.environ.get(OWN_BUILD, "")
+def own_build() -> Path | None:
+    """The libllama of the user's build in `$TUNEBOOK_LLAMA_CPP`; None when it is not set."""
+    folder = os.environ.get(OWN_BUILD, "")
     if not folder:
         return None
     built = _library_in(Path(folder))
@@ -81,14 +81,14 @@ def own_build(own: str | Path = "") -> Path | None:
     return built
 
 
-def for_running(own: str | Path = "") -> Path:
+def for_running() -> Path:
     """The library that answers: the user's build, else the packaged one, which is also the server's."""
-    return own_build(own) or packaged()
+    return own_build() or packaged()
 
 
-def for_quantizing(own: str | Path = "") -> Path | None:
+def for_quantizing() -> Path | None:
     """The library that has `llama_model_quantize`: the user's build, else the prebuilt one; None where neither is."""
-    return own_build(own) or _library_in(library_folder())
+    return own_build() or _library_in(library_folder())
 
 
 def packaged() -> Path:
@@ -100,9 +100,9 @@ def packaged() -> Path:
     return files[0]
 
 
-def quantize_program(own: str = "") -> Path | None:
-    """A `llama-quantize` of the user's own build, on the PATH or in the folder `own`; None when there is none."""
-    folder = own or os.environ.get(OWN_BUILD, "")
+def quantize_program() -> Path | None:
+    """A `llama-quantize` of the user's own build, or on the PATH; None when there is none."""
+    folder = os.environ.get(OWN_BUILD, "")
     for place in ([Path(folder), Path(folder) / "bin", Path(folder) / "build/bin"] if folder else []):
         if os.access(place / "llama-quantize", os.X_OK):
             return place / "llama-quantize"

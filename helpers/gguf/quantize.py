@@ -55,17 +55,17 @@ def parse_types(text: str) -> list[str]:
     return names
 
 
-def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, own_build: str = "", threads: int = 0) -> Quantised:
+def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, threads: int = 0) -> Quantised:
     """Write `out` from the 16-bit file `source`, atomically.
 
-    kind: a name of `FILE_TYPES`; imatrix: an importance matrix in llama.cpp's GGUF form; own_build: folder of a llama.cpp build.
+    kind: a name of `FILE_TYPES`; imatrix: an importance matrix in llama.cpp's GGUF form.
     Raises TunebookError, the partial file removed, when llama.cpp fails or the disk is full.
     """
     parse_types(kind)
     reading.check(source)
     started, threads = time.time(), threads or binding.threads()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    program, library = llama_lib.quantize_program(own_build), llama_lib.for_quantizing(own_build)
+    program, library = llama_lib.quantize_program(), llama_lib.for_quantizing()
     if program:
         options = ["--imatrix", str(imatrix)] if imatrix else []
         command, by = [str(program), *options, str(source), str(partial), kind.upper(), str(threads)], str(program)

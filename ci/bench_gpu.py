@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,8 +96,11 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
     )
 
 
-def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **changes) -> None:
-    """One whole training job in its own process(es); prints its speed, peak, losses and the planner's errors."""
+def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, killed_on: int = 0, **changes) -> None:
+    """One whole training job in its own process(es); prints its speed, peak, losses and the planner's errors.
+
+    killed_on: begin on that many GPUs, kill it after its first checkpoint, and go on with `processes`.
+    """
     from helpers import params, runs
 
     run = f"bench-{arm}"
@@ -120,18 +124,12 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
         values |= {"batch_size": 4, "max_length": 4096} if stage == "orpo" else {"batch_size": 4}
     data_stage(run, str(Path(given.model) / "16"), given.data, 24 if given.tiny else 100_000)
     params.resolve(stage, values)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
-    command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
     began = time.time()
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-    )
-    if done.returncode:
-        bench_rivals.emit(arm=arm, failed=" ".join((done.stdout + done.stderr).split())[-1500:])
+    if killed_on:
+        kill_after_checkpoint(stage, values, killed_on)
+    done, said = finish(start_job(stage, values, processes))
+    if done:
+        bench_rivals.emit(arm=arm, failed=" ".join(said.split())[-1500:])
         return
     lines = [json.loads(line) for line in (runs.folder(run, stage) / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
@@ -143,6 +141,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
         tokens_per_s=round((last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)),
         tokens_per_s_median_step=sorted(line["tokens_per_s"] for line in lines[WARM:])[(len(lines) - WARM) // 2] if len(lines) > WARM else None,
         processes=processes,
+        **({"killed_on": killed_on, "went_on": "Going on from checkpoint" in said} if killed_on else {}),
         steps=len(lines),
         batch_size=values["batch_size"],
         row_tokens=plan["row_tokens"],
@@ -159,6 +158,41 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, **c
         step_s=[round(b["seconds"] - a["seconds"], 2) for a, b in itertools.pairwise(lines)],
         left_out=manifest.data["data_counts"]["train"].get("left out"),
     )
+
+
+def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:
+    """A job as its user would start it; its output goes to a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+    command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    log = tempfile.TemporaryFile()  # noqa: SIM115  read when the child has ended
+    child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    child.log = log
+    return child
+
+
+def finish(child: subprocess.Popen) -> tuple[int, str]:
+    """Exit status and output of a job when it has ended."""
+    status = child.wait()
+    child.log.seek(0)
+    return status, child.log.read().decode(errors="replace")
+
+
+def kill_after_checkpoint(stage: str, values: dict, processes: int) -> None:
+    """Start the job and kill every process of it once its first checkpoint is whole."""
+    import psutil
+
+    from helpers import runs
+
+    child = start_job(stage, values, processes)
+    sealed = runs.folder(values["run"], stage) / "checkpoints" / f"checkpoint-{values['save_steps']}" / "complete.json"
+    while child.poll() is None and not sealed.exists():
+        time.sleep(0.05)
+    if child.poll() is None:
+        starter = psutil.Process(child.pid)
+        for process in [*starter.children(recursive=True), starter]:  # torchrun gives each process a session of its own
+            process.kill()
+    finish(child)
 
 
 def plan_prediction(plan: dict, manifest) -> float:
@@ -229,11 +263,15 @@ def run_all(given: argparse.Namespace) -> None:
                 name, *command = queue.pop(0)
                 running[gpu] = (name, start(name, gpu, *command))
         time.sleep(0.3)
-    if given.gpus > 1:
-        for name, method in (("two_gpus", "qlora"), ("two_gpus_sharded", "lora")):  # beside ours_sft, which is the same job on one
-            if given.only and name not in given.only.split(","):
-                continue
-            start(name, "0,1", here, "sft", "--steps", "16", "--processes", "2", "--method", method, "--arm", name, *common).wait()
+    pairs = [  # two_gpus stands beside ours_sft, the same job on one; the last two beside two_gpus_sharded, unbroken
+        ("two_gpus", "--processes", "2", "--steps", "16"),
+        ("two_gpus_sharded", "--processes", "2", "--steps", "6", "--method", "lora"),
+        ("two_gpus_then_one", "--processes", "1", "--steps", "6", "--method", "lora", "--killed-on", "2"),
+        ("one_gpu_then_two", "--processes", "2", "--steps", "6", "--method", "lora", "--killed-on", "1"),
+    ]
+    for name, *options in pairs if given.gpus > 1 else []:
+        if not given.only or name in given.only.split(","):
+            start(name, "0,1", here, "sft", *options, "--arm", name, *common).wait()
             collect(name)
 
 
@@ -247,12 +285,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--killed-on", type=int, default=0)
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch-size", type=int, default=0)
     parser.add_argument("--arm", default="")
     parser.add_argument("--only", default="")
     parser.add_argument("--gib", default="15,24,40,80")
+    parser.add_argument("--longest-whole", type=int, default=160_000)
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
     if given.what == "all":
@@ -268,7 +308,7 @@ def main() -> None:
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")
-        job(name, given.what, given, given.processes, backend=given.backend, method=given.method, **extra)
+        job(name, given.what, given, given.processes, given.killed_on, backend=given.backend, method=given.method, **extra)
 
 
 if __name__ == "__main__":

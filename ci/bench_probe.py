@@ -123,10 +123,9 @@ def context(given: argparse.Namespace) -> None:
         "ours",
         lambda tokens: step(row_of([tokens])),
         [float(g) for g in given.gib.split(",")],
+        two_layers,
+        longest_whole=given.longest_whole,
         lengths=(2048, 16384, 32768, 49152),
-        tries=2,
-        longest_whole=160_000,
-        few_layers=two_layers,
     )
 
 
@@ -178,22 +177,35 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
         setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
-        batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (tokens,)).tolist()} for _ in range(documents)], 0)
-        batch = {k: v.cuda() for k, v in batch.items()}
-        measure(step, batch, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
+        rows = []
+        for length in (tokens, *(tokens * share // 100 for share in (93, 97, 103))):
+            batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (length,)).tolist()} for _ in range(documents)], 0)
+            rows.append({k: v.cuda() for k, v in batch.items()})
+        measure(step, rows, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
 
 
-def measure(step, batch: dict, shape, setting, card, mean_square: float, **about) -> None:
-    """Print predicted and measured peak and seconds of one micro-batch (the median of four after one warm-up)."""
+def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **about) -> None:
+    """Print predicted and measured peak and seconds of one micro-batch (the median of four after one warm-up).
+
+    rows: the micro-batch, then others like it. probed_error: how far the time of its second pass, by tokens, is from what
+    the others take; that is what a training job's probing step goes by.
+    """
     import torch
 
     from helpers.model import memory
 
     torch.cuda.empty_cache()
+    batch, *others = rows
     step(batch)
     torch.cuda.reset_peak_memory_stats()
-    seconds = sorted(step(batch) for _ in range(4))[1]
+    passes = [step(batch) for _ in range(4)]
+    seconds = sorted(passes)[1]
     peak = torch.cuda.max_memory_allocated() / 2**30
+    for row in others:  # an allocator that has met no row of this length yet would be timed too
+        step(row)
+    more = sum(step(row) for row in others)
+    tokens = [row["input_ids"].numel() for row in rows]
+    probed = passes[0] / tokens[0] * sum(tokens[1:]) / more - 1
     guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, mean_square)
     bench_rivals.emit(
         arm="planner",
@@ -208,6 +220,60 @@ def measure(step, batch: dict, shape, setting, card, mean_square: float, **about
         seconds=round(seconds, 4),
         predicted_s=round(guess[1], 4),
         time_error=round(guess[1] / seconds - 1, 4),
+        probed_error=round(probed, 4),
+    )
+
+
+def host() -> None:
+    """Microseconds of what a processor does to launch kernels, each the least of twenty tries."""
+    import torch
+
+    def least(work, count: int) -> float:
+        found = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            found.append((time.perf_counter() - began) / count * 1e6)
+        return round(min(found), 3)
+
+    def calls():
+        def nothing(x):
+            return x
+
+        for _ in range(10_000):
+            nothing(1)
+
+    def chain(device):
+        weights = [torch.randn(16, 16, device=device, requires_grad=True) for _ in range(50)]
+        x = torch.randn(4, 16, device=device)
+
+        def work():
+            y = x
+            for w in weights:
+                y = torch.nn.functional.silu(y @ w) + y
+            y.sum().backward()
+            for w in weights:
+                w.grad = None
+
+        return work
+
+    def ops(device):
+        x = torch.zeros(16, device=device)
+
+        def work():
+            for _ in range(500):
+                x.add_(1)
+
+        return work
+
+    bench_rivals.emit(
+        arm="host",
+        python_us=least(calls, 10_000),
+        cpu_op_us=least(ops("cpu"), 500),
+        gpu_op_us=least(ops("cuda"), 500),
+        cpu_chain_us=least(chain("cpu"), 50),
+        gpu_chain_us=least(chain("cuda"), 50),
     )
 
 
@@ -220,6 +286,7 @@ def planner() -> None:
 
     from helpers.model import cards, memory, recompute
 
+    host()
     card, draw, loaded = cards.here(), random.Random(7), None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for size, base, rank, longest, count, layers, offload in SETTINGS:
@@ -231,14 +298,14 @@ def planner() -> None:
             model, config = random_model({**sizes, "tie_word_embeddings": size in ("135m", "360m", "1.7b")}, base, rank)
             loaded, step = (size, base, rank), stepper(model)
         recompute.set_recompute(model, layers, offload)
-        lengths = [draw.randint(longest // 3, longest) for _ in range(count)]
-        batch = row_of(lengths)
+        lengths, *others = ([draw.randint(longest // 3, longest) for _ in range(count)] for _ in range(4))
+        rows = [row_of(lengths), *map(row_of, others)]
         setting = memory.Setting(
             sum(lengths), recompute=layers, offload=offload, quantize=base, rank=rank, method="qlora" if base == "nf4" else "lora"
         )
         measure(
             step,
-            batch,
+            rows,
             memory.shape_of(config),
             setting,
             card,

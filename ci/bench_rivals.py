@@ -249,15 +249,26 @@ def context(path: str, limits: list[float]) -> None:
         torch.cuda.synchronize()
         return time.time() - began
 
-    longest_rows("unsloth", step, limits, longest_whole=60_000)
+    body = model.get_base_model().model
+
+    def two_layers(tokens: int) -> float:
+        whole, body.layers = body.layers, body.layers[:2]
+        try:
+            return step(tokens)
+        finally:
+            body.layers = whole
+
+    longest_rows("unsloth", step, limits, longest_whole=110_000, few_layers=two_layers)
 
 
 def longest_rows(
-    arm: str, step, limits: list[float], lengths=(2048, 8192, 16384, 32768), tries: int = 3, longest_whole: int = 90_000, few_layers=None
+    arm: str, step, limits: list[float], few_layers, longest_whole: int, lengths=(2048, 8192, 16384, 32768), tries: int = 3
 ) -> None:
     """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it promises.
 
-    A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free.
+    A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free. Rows over
+    `longest_whole`, whose step would take minutes, run through `few_layers(tokens)`: every weight is in its place, and as
+    layer inputs wait in main memory, two layers need what all of them need.
     """
     import torch
 
@@ -278,12 +289,15 @@ def longest_rows(
     slope = (high - low) / (b - a)
     for limit in limits:
         promise = int(a + (limit * 0.97 - low) / slope)
-        if promise > longest_whole:  # a step would take minutes
-            how = "line through measured peaks"
-            for _ in range(tries if few_layers is not None else 0):
+        if promise > longest_whole:
+            for _ in range(tries):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                few_layers(promise)
+                try:
+                    few_layers(promise)
+                except RuntimeError as error:  # out of memory, or a kernel that cannot take so long a row
+                    how, promise = f"failed: {' '.join(str(error).split())[:200]}", int(promise * 0.95)
+                    continue
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 how = f"all weights in memory and two of the layers run: {peak:.2f} GiB"
                 if peak <= limit:
@@ -296,16 +310,13 @@ def longest_rows(
         held = torch.cuda.memory_reserved()
         ballast = torch.empty(int(total * 0.985 - limit * 2**30 - 0.8 * 2**30), dtype=torch.uint8, device="cuda")
         torch.cuda.set_per_process_memory_fraction(min(1.0, (ballast.numel() + limit * 2**30) / total))
-        best, tokens = 0, promise
+        best, tokens = 0, promise if promise < 100_000 else int(promise * 0.93)  # long rows leave larger gaps behind
         for _ in range(tries):
             try:
                 step(tokens)
-                best, tokens = max(best, tokens), int(tokens * 1.08)
-                if tokens > 100_000:  # one success is enough: another step would take minutes
-                    break
+                best = tokens
+                break  # one success is enough: another step takes up to minutes
             except torch.cuda.OutOfMemoryError:
-                if best:
-                    break
                 tokens = int(tokens * 0.92)
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -89,8 +89,14 @@ def describe() -> dict[str, Any]:
 
 
 def total_memory_gib() -> float:
-    """Main memory of the machine in GiB."""
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    """Main memory in GiB: the machine's, or less where this process's container may not have it all."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        try:
+            found = min(found, int(Path(file).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return round(found / 2**30, 1)
 
 
 def peak_memory_gib() -> float:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from helpers.errors import TunebookError
 from helpers.model import cards, memory, planner
 
-MEASURED = ("h200_2026-11-22", "h200_2026-11-25", "h100_2026-11-25")  # in ci/results/
+MEASURED = ("h200_2026-11-22", "h200_2026-11-25", "h100_2026-11-25", "gpu_2026-11-26")  # in ci/results/
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SIZES = {
     "135m": (576, 1536, 30, 9, 3, 49152),
@@ -95,6 +95,16 @@ def test_a_shorter_row_that_the_refusal_names_does_fit():
         planner.plan({"batch_size": 8, "plan_for": "T4"}, [300_000], llama("8b"))
     named = int(str(refused.value).split("rows of at most ")[1].split()[0])
     assert planner.plan({"batch_size": 8, "plan_for": "T4"}, [named], llama("8b")).option.fits
+
+
+def test_layer_inputs_are_moved_only_where_main_memory_has_room():
+    t4, values = cards.named("T4"), {"batch_size": 1, "method": "qlora"}
+    assert planner.longest_context(llama("8b"), t4) < planner.longest_context(llama("8b"), replace(t4, host_gib=64)) / 1.5
+    with pytest.raises(TunebookError, match=r"GiB of main memory a process.* rows of at most \d+ tokens fit"):
+        planner.plan(values, [60_000], llama("8b"), card=t4)
+    plan = planner.plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
+    assert plan.offload and plan.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
+    assert f"inputs in main memory ({plan.option.offloaded_gib:.1f} GiB)" in str(plan)
 
 
 def test_a_probing_step_corrects_the_plan_and_its_error_is_kept():

@@ -12,6 +12,7 @@ from helpers.errors import TunebookError
 class Card:
     """total_gib: memory that PyTorch sees. tflops: 16-bit matrix products on random data. gb_s: copy bandwidth, bytes read
     plus written. host_gb_s: to and from main memory. spread: half-width of a time estimate, as a share of it.
+    host_gib: main memory of its machine, where layer inputs can wait; 0: not known, not limited.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Card:
     gb_s: float
     host_gb_s: float
     spread: float
+    host_gib: float = 0.0
 
     @property
     def dtype(self) -> str:
@@ -30,14 +32,14 @@ class Card:
 
 # H200 and H100: measured (790 TFLOP/s on an 8192³ bf16 product, 4.3 and 3.0 TB/s copied). Others: data sheet × the share
 # that the H200 reaches of its own (0.80 of matrix rate, 0.90 of bandwidth), a third of the matrix rate again off T4 and L4,
-# whose 70 W hold their clocks down.
+# whose 70 W hold their clocks down. Main memory: of Colab's machines (12.7, 53 and 83.5 GB).
 CARDS = {
     card.name: card
     for card in (
-        Card("T4", (7, 5), 14.6, 28, 280, 10, 0.40),
-        Card("L4", (8, 9), 22.0, 60, 270, 20, 0.35),
-        Card("A100-40", (8, 0), 39.4, 250, 1400, 20, 0.25),
-        Card("A100-80", (8, 0), 79.2, 250, 1800, 20, 0.25),
+        Card("T4", (7, 5), 14.6, 28, 280, 10, 0.40, 11.8),
+        Card("L4", (8, 9), 22.0, 60, 270, 20, 0.35, 49.4),
+        Card("A100-40", (8, 0), 39.4, 250, 1400, 20, 0.25, 77.8),
+        Card("A100-80", (8, 0), 79.2, 250, 1800, 20, 0.25, 77.8),
         Card("H100", (9, 0), 79.1, 790, 3000, 45, 0.15),
         Card("H200", (9, 0), 139.8, 790, 4300, 45, 0.15),
     )
@@ -54,7 +56,7 @@ def named(name: str) -> Card:
 
 
 def here() -> Card:
-    """The first visible GPU with its real memory (or the limit set on this process), or the CPU."""
+    """The first visible GPU with its real memory (or the limit set on this process) and this machine's, or the CPU."""
     found = runtime.gpu()
     if found is None:
         return replace(CPU, total_gib=runtime.total_memory_gib())
@@ -63,10 +65,10 @@ def here() -> Card:
         card = CARDS[label]
         family = label.split("-")[0]
         if f" {family}" in f" {found.name}".replace("-", " ") and abs(card.total_gib - found.total_gib) < 0.2 * card.total_gib:
-            return replace(card, name=found.name, total_gib=total)
+            return replace(card, name=found.name, total_gib=total, host_gib=runtime.total_memory_gib())
     # An unknown card: rated by its compute capability, with wide bars.
     like = CARDS["T4"] if found.capability < (8, 0) else CARDS["A100-40"] if found.capability < (9, 0) else CARDS["H100"]
-    return replace(like, name=found.name, capability=found.capability, total_gib=total, spread=0.5)
+    return replace(like, name=found.name, capability=found.capability, total_gib=total, spread=0.5, host_gib=runtime.total_memory_gib())
 
 
 def memory_fraction() -> float:

@@ -23,6 +23,7 @@ LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+HOST_GIB = 3.0  # of main memory that a process with CUDA's libraries and the system around it take
 PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 
@@ -196,6 +197,11 @@ def peak_gib(shape: Shape, s: Setting) -> float:
 def need_gib(peak: float) -> float:
     """Memory a card must have for an allocated peak: the allocator's slack and the CUDA context come on top."""
     return peak * (1 + FRAGMENTATION) + CONTEXT_GIB
+
+
+def offloaded_gib(shape: Shape, s: Setting) -> float:
+    """Main memory that the inputs of offloaded layers wait in, GiB."""
+    return s.offload * s.recompute * s.row_tokens * shape.hidden * 2 / GIB
 
 
 def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:

@@ -213,7 +213,13 @@ def _weigh(shape: Shape, s: Setting, card: cards.Card, examples: Examples, value
     peak = memory.peak_gib(shape, s)
     need = memory.need_gib(peak) if card.capability is not None else peak * 1.1
     spread = memory.LAUNCH_SPREAD if launch > 0.8 * work else card.spread
-    return Option(s, rows, peak, need, step_tokens / seconds, need <= card.total_gib, spread)
+    fits = need <= card.total_gib and waits_in_main_memory(shape, s, card, world)
+    return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, memory.offloaded_gib(shape, s))
+
+
+def waits_in_main_memory(shape: Shape, s: Setting, card: cards.Card, world: int = 1) -> bool:
+    """Whether the machine has room for the layer inputs that wait there, of every process on it."""
+    return not s.offload or not card.host_gib or world * (memory.offloaded_gib(shape, s) + memory.HOST_GIB) <= card.host_gib
 
 
 def _layout(lengths: Sequence[int], row_tokens: int, values: dict, world: int, padded: bool):
@@ -280,6 +286,9 @@ def _refusal(shape, base, card, examples, values, world, options) -> str:
         f"{shape.name or 'The model'} ({shape.parameters / 1e9:.2f} billion, method {base.method}, longest row {max(lengths)} tokens) needs "
         f"{least.need_gib:.1f} GiB and {card.name} has {card.total_gib:.1f}"
     )
+    if least.need_gib <= card.total_gib:
+        host = least.offloaded_gib + memory.HOST_GIB
+        what += f", which is enough, but also {host:.1f} GiB of main memory a process, where layer inputs wait, and there are {card.host_gib:.1f}"
 
     def fits(values, lengths=lengths):
         trial = _base_setting(values, shape, base.stage, base.backend, base.flash, world)
@@ -299,7 +308,8 @@ def _refusal(shape, base, card, examples, values, world, options) -> str:
         low, high = (middle, high) if fits(free, [min(n, middle) for n in lengths]) else (low, middle)
     if low >= 64:
         return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
-    larger = [c.name for c in sorted(cards.CARDS.values(), key=lambda c: c.total_gib) if c.total_gib >= least.need_gib]
+    enough = (c for c in cards.CARDS.values() if c.total_gib >= least.need_gib and waits_in_main_memory(shape, least.setting, c, world))
+    larger = [c.name for c in sorted(enough, key=lambda c: c.total_gib)]
     return f"{what}; " + (f"use a card with more memory ({', '.join(larger)})." if larger else "use a smaller model or several GPUs.")
 
 
@@ -319,6 +329,7 @@ def longest_context(config, card: cards.Card, method: str = "qlora", rank: int =
     low, high = 0, 1 << 24
     while high - low > 64:
         middle = (low + high) // 2
-        fits = memory.need_gib(memory.peak_gib(shape, replace(base, row_tokens=middle))) <= card.total_gib
+        s = replace(base, row_tokens=middle)
+        fits = memory.need_gib(memory.peak_gib(shape, s)) <= card.total_gib and waits_in_main_memory(shape, s, card)
         low, high = (middle, high) if fits else (low, middle)
     return low

@@ -21,13 +21,15 @@ class Option:
     tokens_per_s: float
     fits: bool
     spread: float  # half-width of the time estimate, as a share of it
+    offloaded_gib: float = 0.0  # main memory that layer inputs wait in
 
     @property
     def recompute_text(self) -> str:
         s = self.setting
         if not s.recompute:
             return "none"
-        return f"{s.recompute} layers" + (", inputs in main memory" if s.offload else "") + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
+        where = f", inputs in main memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
+        return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
 
 
 @dataclass(frozen=True, repr=False)

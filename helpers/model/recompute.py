@@ -64,6 +64,9 @@ def _offloaded(store):
     return call
 
 
+PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers of two, which would double a long row's memory
+
+
 class HiddenStore:
     """Layer inputs in pinned main memory: copied out and back on a stream of its own, one layer ahead of the backward."""
 
@@ -77,8 +80,10 @@ class HiddenStore:
             self.stream = self.stream or torch.cuda.Stream(hidden.device)
             self.stream.wait_stream(torch.cuda.current_stream(hidden.device))
             with torch.cuda.stream(self.stream):
-                parked.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-                parked.host.copy_(hidden, non_blocking=True)
+                pieces = hidden.reshape(-1).split(PIECE)
+                parked.host = [torch.empty(len(piece), dtype=piece.dtype, pin_memory=True) for piece in pieces]
+                for host, piece in zip(parked.host, pieces, strict=True):
+                    host.copy_(piece, non_blocking=True)
             hidden.record_stream(self.stream)
         else:
             parked.host = hidden.detach().clone()
@@ -104,13 +109,15 @@ class HiddenStore:
             parked.card = parked.host
             return
         with torch.cuda.stream(self.stream):
-            parked.card = parked.host.to(parked.device, non_blocking=True)
+            parked.card = torch.empty(parked.shape, dtype=parked.host[0].dtype, device=parked.device)
+            for host, piece in zip(parked.host, parked.card.view(-1).split(PIECE), strict=True):
+                piece.copy_(host, non_blocking=True)
             parked.ready = self.stream.record_event()
 
 
 class _Parked:
     def __init__(self, hidden: torch.Tensor):
-        self.device, self.host, self.card, self.ready, self.index = hidden.device, None, None, None, 0
+        self.device, self.shape, self.host, self.card, self.ready, self.index = hidden.device, hidden.shape, None, None, None, 0
 
 
 class _OffloadedLayer(torch.autograd.Function):

@@ -53,6 +53,15 @@ def shorten(args: Any, params: Any, total: int) -> None:
     args.eval_steps, args.save_steps = intervals(total, params)
 
 
+def one_gpu(args: Any) -> Any:
+    """A trainer's arguments, held to one GPU a process. On a machine with several, transformers would otherwise spread a
+    single process's rows over all of them by nn.DataParallel, which packed rows and their losses do not survive."""
+    if args.n_gpu > 1:
+        print(f"{args.n_gpu} GPUs are here and this process uses one; torchrun --nproc-per-node {args.n_gpu} -m helpers.train uses them all.")
+        args._n_gpu = 1
+    return args
+
+
 def loggers(names: str) -> list[str]:
     """What TensorBoard is joined by. Raises TunebookError for an unknown or missing one."""
     import importlib.util

@@ -67,12 +67,12 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     options.update(beta=params.beta, max_length=None)
     common = {"model": work.model, "processing_class": work.tokenizer}
     if params.loss == "dpo":
-        made = PairsDPOTrainer(**common, args=DPOConfig(**options, disable_dropout=False), train_dataset=train, eval_dataset=held_out)
+        made = PairsDPOTrainer(**common, args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)), train_dataset=train, eval_dataset=held_out)
     elif params.loss == "kto":
         options.update(per_device_train_batch_size=2 * micro, per_device_eval_batch_size=2 * micro, train_sampling_strategy="sequential")
         made = RowsKTOTrainer(
             **common,
-            args=KTOConfig(**options, disable_dropout=False),
+            args=arguments.one_gpu(KTOConfig(**options, disable_dropout=False)),
             train_dataset=unpaired(train, 2 * micro),
             eval_dataset=unpaired(held_out, 2 * micro) if held_out is not None else None,
         )
@@ -80,7 +80,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         options["max_length"] = params.max_length
         made = PairsSimPOTrainer(
             **common,
-            args=CPOConfig(**options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False),
+            args=arguments.one_gpu(CPOConfig(**options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False)),
             train_dataset=train,
             eval_dataset=held_out,
         )

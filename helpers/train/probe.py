@@ -5,6 +5,7 @@ The row with the most tokens goes forward and back through the job's own trainer
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from helpers.errors import TunebookError
 from helpers.model import memory
-from helpers.model.planner import grades_of
+from helpers.model.planner import grades_of, waits_in_main_memory
 from helpers.train import distributed
 
 
@@ -35,14 +36,16 @@ def run(work: Any) -> Any:
 
 
 def _measure(work: Any, plan: Any) -> dict[str, float | None]:
-    """{peak_gib, tokens_per_s}: memory of the heaviest row (on a GPU), time of an ordinary one."""
+    """{peak_gib, tokens_per_s}: memory of the heaviest row and the middle time of three ordinary ones; on a CPU time of one."""
     trainer, model = work.trainer, work.model
     card = plan.card.capability is not None
     sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    ordinary = trainer.rows[order[len(order) // 2]]
+    middle = len(order) // 2
+    ordinary = [trainer.rows[i] for i in order[max(0, middle - 1) : middle + 2]]
     # A GPU's first row of a shape compiles kernels, its second meets the gradients of the first where rows are accumulated.
-    rows = [trainer.rows[order[-1]]] * 2 + [ordinary] * 2 if card else [ordinary]
+    rows = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if card else [trainer.rows[order[middle]]]
+    speeds = []
     device, training = trainer.accelerator.device, model.training
     if card:
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +62,7 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
                 loss.backward()
-                seconds = _now(card) - began
+                speeds.append(tokens / (_now(card) - began))
                 del loss, inputs, batches
     finally:
         model.zero_grad(set_to_none=True)
@@ -71,7 +74,8 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     if card:
         state = memory.trained_parameters(plan.shape, plan.option.setting) * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
         peak = (torch.cuda.max_memory_allocated() + state) / 2**30  # the optimizer's state comes with the first real step
-    return {"peak_gib": peak, "tokens_per_s": tokens * plan.world_size / seconds}
+    timed = speeds[3:] if card else speeds
+    return {"peak_gib": peak, "tokens_per_s": statistics.median(timed) * plan.world_size}
 
 
 def _now(card: bool) -> float:
@@ -85,16 +89,18 @@ def _lighter(work: Any, plan: Any) -> Any:
     from helpers.train import building
 
     s = plan.option.setting
-    heavier = [grade for grade in grades_of(plan.shape.layers) if grade > (s.recompute, s.offload, s.tile_mlp)]
+    grades = [grade for grade in grades_of(plan.shape.layers) if grade > (s.recompute, s.offload, s.tile_mlp)]
+    weighed = (replace(s, recompute=count, offload=offload, tile_mlp=tile) for count, offload, tile in grades)
+    heavier = [setting for setting in weighed if waits_in_main_memory(plan.shape, setting, plan.card, plan.world_size)]
     if plan.backend != "hf" or getattr(work.params, "loss", "orpo") != "orpo" or not heavier:
         raise TunebookError(
             f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; lower max_length or "
             "row_tokens, or set recompute to 'offload'."
         )
-    count, offload, tile = heavier[0]
-    setting = replace(s, recompute=count, offload=offload, tile_mlp=tile)
+    setting = heavier[0]
     building.recomputing(work.model, setting)
-    option = replace(plan.option, setting=setting, peak_gib=memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1)))
+    peak = memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
+    option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=memory.offloaded_gib(plan.shape, setting))
     why = f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
     print(why, flush=True)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

@@ -97,10 +97,10 @@ def plan(
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     examples = Examples(tuple(lengths), tuple(padded_lengths or lengths))
     base = replace(_base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed)
-    if card.capability is None:
-        base = replace(base, process_gib=memory.PROCESS_GIB)
     if values.get("precision") == "fp32" or (card.capability is None and values.get("precision") != "bf16" and not fast_bf16()):
         base = replace(base, number_bytes=4)
+    if card.capability is None:
+        base = replace(base, process_gib=memory.PROCESS_GIB + (memory.ONEDNN_GIB if base.number_bytes == 2 else 0))
     options = [_weigh(shape, s, card, examples, values, world) for s in _settings(base, shape, examples.of(base), values, world)]
     fitting = [o for o in options if o.fits]
     if not fitting:

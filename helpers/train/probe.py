@@ -36,15 +36,16 @@ def run(work: Any) -> Any:
 
 
 def _measure(work: Any, plan: Any) -> dict[str, float | None]:
-    """{peak_gib, tokens_per_s}: memory of the heaviest row and the middle time of three ordinary ones; on a CPU time of one."""
+    """{peak_gib, tokens_per_s}: memory of the heaviest row and the middle time of three ordinary ones; on a CPU time of one, the second."""
     trainer, model = work.trainer, work.model
     card = plan.card.capability is not None
     sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
     middle = len(order) // 2
     ordinary = [trainer.rows[i] for i in order[max(0, middle - 1) : middle + 2]]
-    # A GPU's first row of a shape compiles kernels, its second meets the gradients of the first where rows are accumulated.
-    rows = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if card else [trainer.rows[order[middle]]]
+    # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows are
+    # accumulated; a CPU's touches its memory for the first time.
+    rows = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if card else ordinary[-2:]
     speeds = []
     device, training = trainer.accelerator.device, model.training
     if card:
@@ -74,7 +75,7 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     if card:
         state = memory.trained_parameters(plan.shape, plan.option.setting) * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
         peak = (torch.cuda.max_memory_allocated() + state) / 2**30  # the optimizer's state comes with the first real step
-    timed = speeds[3:] if card else speeds
+    timed = speeds[3:] if card else speeds[-1:]
     return {"peak_gib": peak, "tokens_per_s": statistics.median(timed) * plan.world_size}
 
 

@@ -224,59 +224,6 @@ def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **
     )
 
 
-def host() -> None:
-    """Microseconds of what a processor does to launch kernels, each the least of twenty tries."""
-    import torch
-
-    def least(work, count: int) -> float:
-        found = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            found.append((time.perf_counter() - began) / count * 1e6)
-        return round(min(found), 3)
-
-    def calls():
-        def nothing(x):
-            return x
-
-        for _ in range(10_000):
-            nothing(1)
-
-    def chain(device):
-        weights = [torch.randn(16, 16, device=device, requires_grad=True) for _ in range(50)]
-        x = torch.randn(4, 16, device=device)
-
-        def work():
-            y = x
-            for w in weights:
-                y = torch.nn.functional.silu(y @ w) + y
-            y.sum().backward()
-            for w in weights:
-                w.grad = None
-
-        return work
-
-    def ops(device):
-        x = torch.zeros(16, device=device)
-
-        def work():
-            for _ in range(500):
-                x.add_(1)
-
-        return work
-
-    bench_rivals.emit(
-        arm="host",
-        python_us=least(calls, 10_000),
-        cpu_op_us=least(ops("cpu"), 500),
-        gpu_op_us=least(ops("cuda"), 500),
-        cpu_chain_us=least(chain("cpu"), 50),
-        gpu_chain_us=least(chain("cuda"), 50),
-    )
-
-
 def planner() -> None:
     """Predicted against measured peak and time of `SETTINGS`."""
     import gc
@@ -286,7 +233,6 @@ def planner() -> None:
 
     from helpers.model import cards, memory, recompute
 
-    host()
     card, draw, loaded = cards.here(), random.Random(7), None
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for size, base, rank, longest, count, layers, offload in SETTINGS:

@@ -261,9 +261,7 @@ def context(path: str, limits: list[float]) -> None:
     longest_rows("unsloth", step, limits, longest_whole=110_000, few_layers=two_layers)
 
 
-def longest_rows(
-    arm: str, step, limits: list[float], few_layers, longest_whole: int, lengths=(2048, 8192, 16384, 32768), tries: int = 3
-) -> None:
+def longest_rows(arm: str, step, limits: list[float], few_layers, longest_whole: int, lengths=(2048, 8192, 16384, 32768), tries: int = 3) -> None:
     """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it promises.
 
     A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free. Rows over

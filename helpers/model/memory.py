@@ -23,10 +23,10 @@ LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 HOST_GIB = 3.0  # of main memory that a process with CUDA's libraries and the system around it take
 ONEDNN_GIB = 0.8  # kernels and scratch that oneDNN keeps for 16-bit products on a CPU (measured, 135M in bf16)
 PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
-UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,11 @@ def _sft(work: Any, options: dict[str, Any]) -> Any:
         neftune_noise_alpha=work.params.neftune_alpha or None,
     )
     return RowSFTTrainer(
-        model=work.model, args=arguments.one_gpu(arguments_), train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer
+        model=work.model,
+        args=arguments.one_gpu(arguments_),
+        train_dataset=work.train_rows,
+        eval_dataset=work.held_out,
+        processing_class=work.tokenizer,
     )
 
 
@@ -175,5 +179,9 @@ def _orpo(work: Any, options: dict[str, Any]) -> Any:
 
     arguments_ = ORPOConfig(**options, beta=work.params.beta, max_length=work.params.max_length, disable_dropout=False)
     return RowORPOTrainer(
-        model=work.model, args=arguments.one_gpu(arguments_), train_dataset=work.train_rows, eval_dataset=work.held_out, processing_class=work.tokenizer
+        model=work.model,
+        args=arguments.one_gpu(arguments_),
+        train_dataset=work.train_rows,
+        eval_dataset=work.held_out,
+        processing_class=work.tokenizer,
     )

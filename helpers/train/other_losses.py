@@ -67,7 +67,9 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     options.update(beta=params.beta, max_length=None)
     common = {"model": work.model, "processing_class": work.tokenizer}
     if params.loss == "dpo":
-        made = PairsDPOTrainer(**common, args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)), train_dataset=train, eval_dataset=held_out)
+        made = PairsDPOTrainer(
+            **common, args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)), train_dataset=train, eval_dataset=held_out
+        )
     elif params.loss == "kto":
         options.update(per_device_train_batch_size=2 * micro, per_device_eval_batch_size=2 * micro, train_sampling_strategy="sequential")
         made = RowsKTOTrainer(

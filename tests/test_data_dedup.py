@@ -1,12 +1,14 @@
 """Shingles, exact and near-duplicates: what is planted is found, what only looks alike is kept, memory stays on disk."""
 
 import random
+import time
 
 import numpy as np
 import pytest
 
 from helpers.data import dedup, shingles
 from helpers.data.rows import StepReport, Table, batches, make_row
+from helpers.data.worker import Worker
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(5_000)]
 HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
@@ -231,11 +233,20 @@ def test_worker_processes_change_nothing_even_when_they_are_killed(monkeypatch, 
         index = dedup.NearIndex()
         for at in range(0, len(texts), 100):
             index.add([("", "", text) for text in texts[at : at + 100]])
-            if killed and index._workers is not None and at == 1500:
-                for process in list(index._workers._processes.values()):
-                    process.kill()
+            if killed and index._workers and at in (1500, 2000):
+                index._workers[at == 2000].process.kill()
         return index.find(0.8)
 
     (group, keeper), (group_of_workers, keeper_of_workers) = found(10**9), found(0)
     assert (keeper >= 0).sum() == 300
     assert (group == group_of_workers).all() and (keeper == keeper_of_workers).all()
+
+
+def test_a_worker_killed_in_the_middle_of_its_answer_does_not_keep_anyone_waiting():
+    worker = Worker(bytes)
+    assert worker.ask(10) and worker.answer() == bytes(10) and worker.idle
+    assert worker.ask(50_000_000)  # far more than a pipe holds: the process waits in the middle of its answer
+    while not worker.answered():
+        time.sleep(0.01)
+    worker.process.kill()
+    assert worker.answer() is None and not worker.idle

@@ -13,14 +13,11 @@ so a false duplicate needs a hash collision. Shingles and band keys lie in tempo
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import BinaryIO
 
 import numpy as np
@@ -28,13 +25,13 @@ import numpy as np
 from helpers.data.rows import Row, StepReport, Table
 from helpers.data.rows import shown as shown_text
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
+from helpers.data.worker import Worker
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
 ALONE = 5_000  # rows from which workers are worth their start
 # Beside this process, which hashes too when they are busy. Threads would only pass the interpreter's lock about: the calls are short.
 WORKERS = min(3, (os.cpu_count() or 1) - 1)
-START = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 PAIRS_AT_ONCE = 1_000  # of 150 words each: arrays of a few MB
 _HASHES = BANDS * BAND_ROWS
 _FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
@@ -131,8 +128,8 @@ class NearIndex:
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
         self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
         self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
-        self._workers: ProcessPoolExecutor | None = None
-        self._waiting: deque = deque()  # (hashes or a worker's promise of them, what is hashed), in order
+        self._workers: list[Worker] = []
+        self._waiting: deque[_Batch] = deque()  # in order
 
     def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
         """Pass batches through, indexing them on the way."""
@@ -145,31 +142,17 @@ class NearIndex:
         if not parts:
             return
         self.rows += len(parts)
-        if self._workers is None and self.rows > ALONE and WORKERS:
-            self._workers = ProcessPoolExecutor(WORKERS, multiprocessing.get_context(START))
-        if self._workers is None or sum(not w.done() for w, _ in self._waiting) > 2 * WORKERS:
-            work: Future = Future()
-            work.set_result(_hashed(parts))  # all of them are busy
-        else:
-            work = self._submit(parts)
-        self._waiting.append((work, parts))
-        while self._waiting and self._waiting[0][0].done():
+        if not self._workers and self.rows > ALONE:
+            self._workers = [Worker(_hashed) for _ in range(WORKERS)]
+        self._waiting.append(_Batch(parts, next((w for w in self._workers if w.idle), None)))
+        for batch in self._waiting:
+            if batch.done():
+                batch.take()  # its worker may be asked again, whatever comes before it
+        while self._waiting and self._waiting[0].done():
             self._write_first()
 
-    def _submit(self, parts: list[tuple[str, str, str]]) -> Future:
-        try:
-            return self._workers.submit(_hashed, parts)
-        except BrokenProcessPool as error:
-            failed: Future = Future()
-            failed.set_exception(error)
-            return failed
-
     def _write_first(self) -> None:
-        work, parts = self._waiting.popleft()
-        try:
-            sizes, short, keys = work.result()
-        except BrokenProcessPool:  # a worker was killed, for want of memory most likely: its batch is hashed here
-            sizes, short, keys = _hashed(parts)
+        sizes, short, keys = self._waiting.popleft().take()
         self._sizes.extend(sizes.tolist())
         self._shingles.write(short.data)
         for file, band in zip(self._bands, keys, strict=True):
@@ -179,9 +162,8 @@ class NearIndex:
         """Write what the workers still have, and let them go."""
         while self._waiting:
             self._write_first()
-        if self._workers is not None:
-            self._workers.shutdown()
-            self._workers = None
+        while self._workers:
+            self._workers.pop().stop()
 
     def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
@@ -273,6 +255,24 @@ class _Measure:
     def _read(self, begin: int, count: int) -> bytes:
         self.file.seek(4 * begin)
         return self.file.read(4 * count)
+
+
+class _Batch:
+    """Rows on their way into an index: hashed by a worker, or here where none is idle or it was killed."""
+
+    def __init__(self, parts: list[tuple[str, str, str]], worker: Worker | None) -> None:
+        self.parts = parts
+        self.worker = worker if worker is not None and worker.ask(parts) else None
+        self.hashes = None if self.worker else _hashed(parts)
+
+    def done(self) -> bool:
+        return self.hashes is not None or self.worker.answered()
+
+    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `_hashed` returns."""
+        if self.hashes is None:
+            self.hashes = self.worker.answer() or _hashed(self.parts)
+        return self.hashes
 
 
 def _hashed(parts: list[tuple[str, str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

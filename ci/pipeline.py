@@ -101,7 +101,8 @@ def execute(stage: str, chosen: params.Params) -> None:
     started = time.time()
     try:
         papermill.execute_notebook(PROJECT / "notebooks" / f"{name}.ipynb", output, parameters=chosen.changed(), kernel_name="python3",
-                                   progress_bar=False, log_output=True, cwd=str(PROJECT))
+                                   progress_bar=False, log_output=True, cwd=str(PROJECT),
+                                   extra_arguments=["--IPKernelApp.log_level=40"])  # errors: it warns of TCP, which is on loopback and signed
         runs.load(chosen.run, stage, verify=False)  # a notebook that ended early raises nothing, but it leaves no manifest
     except papermill.PapermillExecutionError as error:
         what = error.evalue if error.ename == "TunebookError" else f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Kernels that oneDNN keeps for products of sizes it has met: every row has its own length, and 1,024 of them (the default) came
 # to 1 GiB in a hundred steps of a 135M model, at the same speed.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+# On a CPU it asks, whenever it is imported, for a package that would fetch a kernel for inference from a hub.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "unsloth", "xllamacpp", "papermill",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -291,7 +290,6 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
     else:
         source = resolve_model(known["name"], known.get("revision", "") if known.get("origin") == "hub" else "")
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: from now on PEFT must not ask a hub about it whenever it saves an adapter
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel of the hub that is for inference
     warnings.filterwarnings("ignore", "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed")
     tokenizer = load_tokenizer(source)
     if data.data.get("template_hash") and template_hash(tokenizer) != data.data["template_hash"]:

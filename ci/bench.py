@@ -23,7 +23,11 @@ from helpers import runs, runtime
 def figures(run: str) -> list[dict[str, object]]:
     """Each figure with its unit, out of the run's manifests."""
     stages = runs.finished(run)
-    machine = {"cores": len(os.sched_getaffinity(0)), "gpu": stages["sft"].data["gpu"], "model": stages["data"].data["model"]["name"]}
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": stages["sft"].data["gpu"],
+        "model": stages["data"].data["model"]["name"],
+    }
     lines: list[dict[str, object]] = []
 
     def add(figure: str, value: object, unit: str, **setting: object) -> None:
@@ -35,7 +39,14 @@ def figures(run: str) -> list[dict[str, object]]:
     for contender in json.loads((stages["eval"].path / "scores.json").read_text())["contenders"]:
         if contender["status"] == "scored":
             speed, n = contender["speed"], contender["scores"]["accuracy"]["n"]
-            add("evaluation", speed["items_per_s"], "questions/s", contender=contender["name"], n=n, cached=speed["from_cache"])
+            add(
+                "evaluation",
+                speed["items_per_s"],
+                "questions/s",
+                contender=contender["name"],
+                n=n,
+                cached=speed["from_cache"],
+            )
     for step, seconds in stages["gguf"].metrics["seconds"].items():
         add("export", seconds, "s", step=step)
     for stage, manifest in stages.items():

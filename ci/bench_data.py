@@ -29,13 +29,30 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-STEPS = ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "pairs", "preview", "report", "finish")
+STEPS = (
+    "read",
+    "generate",
+    "clean",
+    "mix",
+    "split",
+    "template",
+    "vocabulary",
+    "encode",
+    "lengths",
+    "pairs",
+    "preview",
+    "report",
+    "finish",
+)
 FIGURES = ("near", "injection", "rendering", "pipeline")
 
 
 def say(figure: str, **values: Any) -> None:
     values["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(json.dumps({"figure": figure, **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}}), flush=True)
+    print(
+        json.dumps({"figure": figure, **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}}),
+        flush=True,
+    )
 
 
 def peak_gib() -> float:
@@ -103,8 +120,14 @@ def near(rows: int) -> None:
     found = sum(keeper[copy] == original for copy, original in copies.items())
     wrong = int((keeper >= 0).sum()) - found
     speed = {"documents_per_s": len(texts) / best, "documents_per_cpu_s": len(texts) / least_cpu}
-    quality = {"mean_jaccard": sum(similar) / len(similar), "recall": found / len(copies), "false_per_1000": 1_000 * wrong / len(texts)}
-    say("near-duplicates", documents=len(texts), words=150, planted=len(copies), **speed, **quality, peak_gib=peak_gib())
+    quality = {
+        "mean_jaccard": sum(similar) / len(similar),
+        "recall": found / len(copies),
+        "false_per_1000": 1_000 * wrong / len(texts),
+    }
+    say(
+        "near-duplicates", documents=len(texts), words=150, planted=len(copies), **speed, **quality, peak_gib=peak_gib()
+    )
 
 
 def sets(text: str) -> set[tuple[str, ...]]:
@@ -122,13 +145,17 @@ def injection(rows: int) -> None:
     from helpers.data.rows import StepReport, batches, make_row
 
     words = Words(2)
-    chat = lambda question, at: make_row("sft", [{"role": "user", "content": question}, {"role": "assistant", "content": words.text(40)}], row=at)  # noqa: E731
+    chat = lambda question, at: make_row(
+        "sft", [{"role": "user", "content": question}, {"role": "assistant", "content": words.text(40)}], row=at
+    )
     rows = min(rows, 20_000)
     carriers = [chat(words.text(80), i) for i in range(rows)]
     han = [chr(code) for code in range(0x4E00, 0x5600)]
     questions = {
         "words": [chat(words.text(words.random.randint(3, 40)) + "?", i) for i in range(1_000)],
-        "Chinese": [chat("".join(words.random.choices(han, k=words.random.randint(4, 40))) + "？", i) for i in range(1_000)],
+        "Chinese": [
+            chat("".join(words.random.choices(han, k=words.random.randint(4, 40))) + "？", i) for i in range(1_000)
+        ],
     }
     for script, asked in questions.items():
         recall = decontaminate.injection_recall([asked], carriers)
@@ -155,13 +182,20 @@ def rendering(rows: int) -> None:
     disable_progress_bars()
     words = Words(3)
     rows = min(rows, 20_000)
-    chats = [[{"role": "user", "content": words.text(25)}, {"role": "assistant", "content": words.text(90)}] for _ in range(rows)]
+    chats = [
+        [{"role": "user", "content": words.text(25)}, {"role": "assistant", "content": words.text(90)}]
+        for _ in range(rows)
+    ]
     tokenizer = load_tokenizer(resolve_model(DEFAULT_MODEL))
     data = Dataset.from_dict({"messages": chats})
     table = list(batches(make_row("sft", chat, row=i) for i, chat in enumerate(chats)))
 
     def plain(batch: dict) -> dict:
-        return {"input_ids": tokenizer(tokenizer.apply_chat_template(batch["messages"], tokenize=False), add_special_tokens=False)["input_ids"]}
+        return {
+            "input_ids": tokenizer(
+                tokenizer.apply_chat_template(batch["messages"], tokenize=False), add_special_tokens=False
+            )["input_ids"]
+        }
 
     wall, cpu = {"ours": [], "plain": []}, {"ours": [], "plain": []}
     encoder = Encoder(templates.inspect(tokenizer))
@@ -177,7 +211,13 @@ def rendering(rows: int) -> None:
             cpu[name].append(time.process_time() - spent)
     best = {name: min(times) for name, times in wall.items()}
     ratios = {"time_ratio": best["ours"] / best["plain"], "cpu_ratio": min(cpu["ours"]) / min(cpu["plain"])}
-    say("render and tokenise", rows=rows, rows_per_s=rows / best["ours"], plain_rows_per_s=rows / best["plain"], **ratios)
+    say(
+        "render and tokenise",
+        rows=rows,
+        rows_per_s=rows / best["ours"],
+        plain_rows_per_s=rows / best["plain"],
+        **ratios,
+    )
 
 
 # ---------------------------------------------------------------- the whole stage
@@ -253,7 +293,9 @@ def memory(rows: int, large: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="*", choices=[*FIGURES, "memory", []], help="which figures; all but memory when none is named")
+    parser.add_argument(
+        "figures", nargs="*", choices=[*FIGURES, "memory", []], help="which figures; all but memory when none is named"
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--large", type=int, default=1_000_000)
     parser.add_argument("--stage", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -266,7 +308,10 @@ def main() -> None:
         memory(given.rows, given.large) if name == "memory" else globals()[name](given.rows)
     else:
         for name in given.figures or FIGURES:
-            subprocess.run([sys.executable, __file__, name, "--alone", "--rows", str(given.rows), "--large", str(given.large)], check=True)
+            subprocess.run(
+                [sys.executable, __file__, name, "--alone", "--rows", str(given.rows), "--large", str(given.large)],
+                check=True,
+            )
 
 
 if __name__ == "__main__":

@@ -20,13 +20,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from helpers.evaluate.generate import Decoding, HfModel  # noqa: E402
+from helpers.evaluate.generate import Decoding, HfModel
 
 TOKENS = 48
 
 
 def say(figure: str, value: float, unit: str, **setting: object) -> None:
-    print(json.dumps({"figure": figure, "value": round(value, 3), "unit": unit, "cores": len(os.sched_getaffinity(0)), **setting}), flush=True)
+    print(
+        json.dumps(
+            {"figure": figure, "value": round(value, 3), "unit": unit, "cores": len(os.sched_getaffinity(0)), **setting}
+        ),
+        flush=True,
+    )
 
 
 class Spent:
@@ -48,17 +53,23 @@ class Spent:
         """How many times as fast as `base`, by the clock and by processor time."""
         if base is None:
             return {}
-        return {"times_pipeline": round(base.wall_s / self.wall_s, 2), "times_pipeline_cpu": round(base.cpu_s / self.cpu_s, 2)}
+        return {
+            "times_pipeline": round(base.wall_s / self.wall_s, 2),
+            "times_pipeline_cpu": round(base.cpu_s / self.cpu_s, 2),
+        }
 
 
 def conversations(count: int) -> list[list[dict[str, str]]]:
     rows = [json.loads(line) for line in (PROJECT / "datasets" / "atlas_test.jsonl").read_text().splitlines()]
-    return [[{"role": "system", "content": r["system"]}, {"role": "user", "content": r["question"]}] for r in rows[:count]]
+    return [
+        [{"role": "system", "content": r["system"]}, {"role": "user", "content": r["question"]}] for r in rows[:count]
+    ]
 
 
 def pipeline(model, tokenizer, asked: list, sizes: tuple[int, ...]) -> Spent:
     """The best batch size, found on a sixth of the questions, measured on all."""
     from transformers import pipeline
+
     answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     tokenizer.padding_side = "left"
     options = {"max_new_tokens": TOKENS, "do_sample": False, "return_full_text": False}
@@ -72,13 +83,23 @@ def pipeline(model, tokenizer, asked: list, sizes: tuple[int, ...]) -> Spent:
     tried = {size: spent(trial, size) for size in sizes}
     best = min(tried, key=lambda size: tried[size].wall_s)
     value = spent(asked, best)
-    say("transformers.pipeline", value.rate, "questions/s", batch_size=best, questions=len(asked), tokens=TOKENS, dtype=str(model.dtype),
-        cpu_s=round(value.cpu_s, 1), tried={k: round(v.rate, 3) for k, v in tried.items()})
+    say(
+        "transformers.pipeline",
+        value.rate,
+        "questions/s",
+        batch_size=best,
+        questions=len(asked),
+        tokens=TOKENS,
+        dtype=str(model.dtype),
+        cpu_s=round(value.cpu_s, 1),
+        tried={k: round(v.rate, 3) for k, v in tried.items()},
+    )
     return value
 
 
 def generation(count: int, gguf: str, skip: bool) -> None:
     from helpers.model import loading
+
     source = loading.resolve_model(loading.DEFAULT_MODEL)
     model, tokenizer = loading.load_model(source), loading.load_tokenizer(source)
     asked = conversations(count)
@@ -88,22 +109,42 @@ def generation(count: int, gguf: str, skip: bool) -> None:
     with Spent(len(asked)) as mine:
         ours.generate(prompts, Decoding(TOKENS))
     base = None if skip else pipeline(model, tokenizer, asked, (8, 16, 32, 64))
-    say("ours, HF weights", mine.rate, "questions/s", questions=count, tokens=TOKENS, dtype=str(model.dtype), path=ours.path_note,
-        cpu_s=round(mine.cpu_s, 1), **mine.times(base))
+    say(
+        "ours, HF weights",
+        mine.rate,
+        "questions/s",
+        questions=count,
+        tokens=TOKENS,
+        dtype=str(model.dtype),
+        path=ours.path_note,
+        cpu_s=round(mine.cpu_s, 1),
+        **mine.times(base),
+    )
     del model, ours
     with tempfile.TemporaryDirectory() as folder:
         path = Path(gguf) if gguf else exported(source.path, Path(folder))
         from helpers.evaluate.gguf_process import GgufProcess
+
         with Spent(len(asked)) as mine:  # loading and rendering included
             runtime = GgufProcess(path, "<|im_end|>")
             runtime.generate([runtime.encode(c) for c in asked], Decoding(TOKENS))
             runtime.close()
-        say("ours, GGUF", mine.rate, "questions/s", questions=count, tokens=TOKENS, file=path.name, cpu_s=round(mine.cpu_s, 1), **mine.times(base))
+        say(
+            "ours, GGUF",
+            mine.rate,
+            "questions/s",
+            questions=count,
+            tokens=TOKENS,
+            file=path.name,
+            cpu_s=round(mine.cpu_s, 1),
+            **mine.times(base),
+        )
 
 
 def exported(model: Path, folder: Path) -> Path:
     """A Q8_0 file of the model, made for the measurement."""
     from helpers.gguf import convert, quantize
+
     convert.convert(model, folder / "model-f16.gguf")
     quantize.quantize(folder / "model-f16.gguf", folder / "model-q8_0.gguf", "q8_0")
     return folder / "model-q8_0.gguf"
@@ -113,12 +154,15 @@ def statistics() -> None:
     import numpy as np
 
     from helpers.evaluate import compare, structure
+
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
     started = time.perf_counter()
     compare.pair("a", "b", a.tolist(), b.tolist())
     say("paired bootstrap", time.perf_counter() - started, "s", resamples=compare.RESAMPLES, items=1000)
-    queries = [json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()]
+    queries = [
+        json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()
+    ]
     structure.canonical("SELECT 1")
     started = time.perf_counter()
     for query in queries:
@@ -128,6 +172,7 @@ def statistics() -> None:
 
 def page(run: str) -> None:
     from helpers import report
+
     report.build(run)
     started = time.perf_counter()
     made = report.build(run)

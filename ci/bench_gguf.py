@@ -1,7 +1,7 @@
 """Figures of the export, one JSON line each.
 
-    python ci/bench_gguf.py                    the default model with a random adapter
-    python ci/bench_gguf.py --model FOLDER     another one (16-bit safetensors)
+python ci/bench_gguf.py                    the default model with a random adapter
+python ci/bench_gguf.py --model FOLDER     another one (16-bit safetensors)
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ def step(work: str) -> dict:
     """Run `work` in a Python of its own; its wall time, imports included unless it sets `started` anew, and the highest memory of it or its
     children."""
     project = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run([sys.executable, "-c", STEP.format(project=project, work=work)], capture_output=True, text=True, cwd=project)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP.format(project=project, work=work)], capture_output=True, text=True, cwd=project
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def say(name: str, **values: object) -> None:
-    print(json.dumps({"figure": name, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), **values}), flush=True)
+    print(
+        json.dumps(
+            {"figure": name, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1), **values}
+        ),
+        flush=True,
+    )
 
 
 def adapter_for(base: Path, folder: Path) -> None:
@@ -48,7 +55,10 @@ def adapter_for(base: Path, folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     from helpers.model.loading import load_model
-    model = get_peft_model(load_model(base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    model = get_peft_model(
+        load_model(base), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -58,11 +68,13 @@ def adapter_for(base: Path, folder: Path) -> None:
 
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
-    work = ("import ctypes as c\nfrom helpers.gguf import binding, llama_lib, quantize\n"
-            "lib = binding.Library(llama_lib.for_quantizing(), runs=False)\n"
-            "lib.dll.llama_model_quantize_default_params.restype = binding.Block\nblock = lib.dll.llama_model_quantize_default_params()\n"
-            f"n = (c.c_int32 * 2).from_buffer(block); n[0], n[1] = binding.threads(), quantize.FILE_TYPES[{kind!r}]\nstarted = time.time()\n"
-            f"assert lib.dll.llama_model_quantize({str(source)!r}.encode(), {str(out)!r}.encode(), c.byref(block)) == 0")
+    work = (
+        "import ctypes as c\nfrom helpers.gguf import binding, llama_lib, quantize\n"
+        "lib = binding.Library(llama_lib.for_quantizing(), runs=False)\n"
+        "lib.dll.llama_model_quantize_default_params.restype = binding.Block\nblock = lib.dll.llama_model_quantize_default_params()\n"
+        f"n = (c.c_int32 * 2).from_buffer(block); n[0], n[1] = binding.threads(), quantize.FILE_TYPES[{kind!r}]\nstarted = time.time()\n"
+        f"assert lib.dll.llama_model_quantize({str(source)!r}.encode(), {str(out)!r}.encode(), c.byref(block)) == 0"
+    )
     return step(work)["seconds"]
 
 
@@ -72,6 +84,7 @@ def main() -> None:
     given = parser.parse_args()
     from helpers.gguf import quantize
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
+
     base = resolve_model(given.model or DEFAULT_MODEL).path
     shard = max(f.stat().st_size for f in base.glob("*.safetensors")) / 2**30
     with tempfile.TemporaryDirectory() as temporary:
@@ -80,8 +93,10 @@ def main() -> None:
         merged, f16 = work / "merged", work / "f16.gguf"
         seconds, peaks = [], []
         paths = [str(p) for p in (base, work / "adapter", merged)]
-        for name, code in (("merge", f"from helpers.model import merging\nmerging.merge(*map(Path, {paths!r}))"),
-                           ("f16", f"from helpers.gguf import convert\nconvert.convert(Path({str(merged)!r}), Path({str(f16)!r}))")):
+        for name, code in (
+            ("merge", f"from helpers.model import merging\nmerging.merge(*map(Path, {paths!r}))"),
+            ("f16", f"from helpers.gguf import convert\nconvert.convert(Path({str(merged)!r}), Path({str(f16)!r}))"),
+        ):
             found = step(code)
             seconds.append(found["seconds"])
             peaks.append(found["peak_gib"])
@@ -96,17 +111,24 @@ def main() -> None:
             peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
             seconds.append(min(times))
             say(kind, seconds=round(min(times), 2), alone=min(alone), ratio=round(min(times) / min(alone), 2))
-        say("merge, f16, q8_0, q4_k_m", seconds=round(sum(seconds), 1), peak_gib=round(max(peaks), 3), largest_shard_gib=round(shard, 3),
-            allowed_gib=round(1.5 * shard + 1, 3))
+        say(
+            "merge, f16, q8_0, q4_k_m",
+            seconds=round(sum(seconds), 1),
+            peak_gib=round(max(peaks), 3),
+            largest_shard_gib=round(shard, 3),
+            allowed_gib=round(1.5 * shard + 1, 3),
+        )
         tokenizer = load_tokenizer(base)
         text = " ".join(p.read_text() for p in sorted(Path("helpers").glob("*.py")))
         ids = tokenizer(text)["input_ids"]
-        rows = [ids[i * 250:i * 250 + 251] for i in range(8)]
-        code = ("import torch\nfrom transformers import AutoModelForCausalLM\nfrom helpers.gguf import fidelity\nstarted = time.time()\n"
-                f"ref = fidelity.Reference(Path({str(merged)!r}), {rows!r}, [{rows[0][:40]!r}])\n"
-                f"files = {{k: Path({str(work)!r}) / f'{{k}}.gguf' for k in ('f16', 'q8_0', 'q4_k_m')}}\n"
-                "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.free()\n"
-                "for kind, file in files.items():\n    fidelity.measure(ref, file, kind, weights.get(kind))\nref.close()")
+        rows = [ids[i * 250 : i * 250 + 251] for i in range(8)]
+        code = (
+            "import torch\nfrom transformers import AutoModelForCausalLM\nfrom helpers.gguf import fidelity\nstarted = time.time()\n"
+            f"ref = fidelity.Reference(Path({str(merged)!r}), {rows!r}, [{rows[0][:40]!r}])\n"
+            f"files = {{k: Path({str(work)!r}) / f'{{k}}.gguf' for k in ('f16', 'q8_0', 'q4_k_m')}}\n"
+            "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.free()\n"
+            "for kind, file in files.items():\n    fidelity.measure(ref, file, kind, weights.get(kind))\nref.close()"
+        )
         say("fidelity, 2,000 tokens, 3 files, torch and transformers loaded before", **step(code))
 
 

@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-import bench_probe  # noqa: E402
-import bench_rivals  # noqa: E402
+import bench_probe
+import bench_rivals
 
 WARM = 3
 RIVALS = ("unsloth_sft_packed", "unsloth_orpo", "unsloth_sft", "unsloth_context", "trl_sft", "trl_orpo")
@@ -52,10 +52,15 @@ def make(model: Path, tokenizer: str, tiny: bool, only_16: bool = False) -> None
     if device == "cuda" and not only_16:
         del whole
         torch.cuda.empty_cache()
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-        AutoModelForCausalLM.from_pretrained(model / "16", quantization_config=four, dtype=torch.bfloat16, device_map={"": 0}).save_pretrained(
-            model / "nf4"
+        four = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
+        AutoModelForCausalLM.from_pretrained(
+            model / "16", quantization_config=four, dtype=torch.bfloat16, device_map={"": 0}
+        ).save_pretrained(model / "nf4")
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model / "nf4")
 
 
@@ -83,7 +88,11 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
     for n, p in enumerate(bench_rivals.pairs(data)[:most]):
         prompt = ids(p["prompt"], add_generation_prompt=True)
         pairs.append(
-            {"id": f"p{n}", "prompt_ids": prompt, **{f"{side}_ids": ids(p["prompt"] + p[side])[len(prompt) :] for side in ("chosen", "rejected")}}
+            {
+                "id": f"p{n}",
+                "prompt_ids": prompt,
+                **{f"{side}_ids": ids(p["prompt"] + p[side])[len(prompt) :] for side in ("chosen", "rejected")},
+            }
         )
     stage = runs.open_stage("data", params.resolve("data", {"run": run, "model": model}))
     parquet.write_table(pa.Table.from_pylist(rows), stage.path / "train.parquet")
@@ -119,7 +128,11 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
         "export_check": False,
         **changes,
     }
-    values |= {"train_on": "all"} if stage == "sft" else {"start_from": "base", "beta": 0.1, "max_length": 1024, "learning_rate": 8e-6}
+    values |= (
+        {"train_on": "all"}
+        if stage == "sft"
+        else {"start_from": "base", "beta": 0.1, "max_length": 1024, "learning_rate": 8e-6}
+    )
     if given.tiny:
         values |= {"batch_size": 4, "max_length": 4096} if stage == "orpo" else {"batch_size": 4}
     data_stage(run, str(Path(given.model) / "16"), given.data, 24 if given.tiny else 100_000)
@@ -138,8 +151,12 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
     plan = manifest.data["plan"]
     bench_rivals.emit(
         arm=arm,
-        tokens_per_s=round((last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)),
-        tokens_per_s_median_step=sorted(line["tokens_per_s"] for line in lines[WARM:])[(len(lines) - WARM) // 2] if len(lines) > WARM else None,
+        tokens_per_s=round(
+            (last["trained_tokens"] - first["trained_tokens"]) / max(last["seconds"] - first["seconds"], 1e-9)
+        ),
+        tokens_per_s_median_step=sorted(line["tokens_per_s"] for line in lines[WARM:])[(len(lines) - WARM) // 2]
+        if len(lines) > WARM
+        else None,
         processes=processes,
         **({"killed_on": killed_on, "went_on": "Going on from checkpoint" in said} if killed_on else {}),
         steps=len(lines),
@@ -162,10 +179,14 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
 
 def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:
     """A job as its user would start it; its output goes to a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+    command = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else [sys.executable]
+    )
     command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    log = tempfile.TemporaryFile()  # noqa: SIM115  read when the child has ended
+    log = tempfile.TemporaryFile()
     child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
     child.log = log
     return child
@@ -207,16 +228,30 @@ def run_all(given: argparse.Namespace) -> None:
     results = out / "results.jsonl"
 
     def start(name: str, gpu: str, *command: str) -> subprocess.Popen:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TUNEBOOK_RUNS": str(Path(given.model) / "runs"), "PYTHONUNBUFFERED": "1"}
-        log = open(out / f"{name}.log", "w")  # noqa: SIM115  the child writes it
-        return subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": gpu,
+            "TUNEBOOK_RUNS": str(Path(given.model) / "runs"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        log = open(out / f"{name}.log", "w")
+        return subprocess.Popen(
+            [sys.executable, *command], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
+        )
 
     def collect(name: str) -> None:
-        found = [line[7:] for line in (out / f"{name}.log").read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
+        found = [
+            line[7:]
+            for line in (out / f"{name}.log").read_text(errors="replace").splitlines()
+            if line.startswith("RESULT ")
+        ]
         with open(results, "a") as file:
             file.writelines(line + "\n" for line in found)
         print(
-            f"== {name} at {time.time() - began:.0f} s", *(found or [(out / f"{name}.log").read_text(errors="replace")[-600:]]), sep="\n", flush=True
+            f"== {name} at {time.time() - began:.0f} s",
+            *(found or [(out / f"{name}.log").read_text(errors="replace")[-600:]]),
+            sep="\n",
+            flush=True,
         )
 
     here = str(ROOT / "ci" / "bench_gpu.py")
@@ -241,7 +276,17 @@ def run_all(given: argparse.Namespace) -> None:
         "1": [],
     }
     rivals = [
-        (arm, str(ROOT / "ci" / "bench_rivals.py"), arm, "--model", f"{given.model}/nf4", "--data", given.data, "--steps", steps)
+        (
+            arm,
+            str(ROOT / "ci" / "bench_rivals.py"),
+            arm,
+            "--model",
+            f"{given.model}/nf4",
+            "--data",
+            given.data,
+            "--steps",
+            steps,
+        )
         for arm, steps in zip(RIVALS, ("12", "8", "9", "1", "6", "4"), strict=True)
     ]
     ours_unsloth = [
@@ -249,7 +294,11 @@ def run_all(given: argparse.Namespace) -> None:
         ("ours_unsloth_orpo", here, "orpo", "--steps", "3", "--backend", "unsloth", *common),
     ]
     queues["1" if given.gpus > 1 else "0"] += [*rivals[:3], *ours_unsloth, rivals[3]]
-    queues["0"] += [("planner", here, "planner", *common), ("planner_unsloth", here, "planner_unsloth", *common), *rivals[4:]]
+    queues["0"] += [
+        ("planner", here, "planner", *common),
+        ("planner_unsloth", here, "planner_unsloth", *common),
+        *rivals[4:],
+    ]
     if given.tiny:
         queues = {"0": queues["0"][:2], "1": []}
     if given.only:
@@ -308,7 +357,16 @@ def main() -> None:
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")
-        job(name, given.what, given, given.processes, given.killed_on, backend=given.backend, method=given.method, **extra)
+        job(
+            name,
+            given.what,
+            given,
+            given.processes,
+            given.killed_on,
+            backend=given.backend,
+            method=given.method,
+            **extra,
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ LLAMA = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-TINY = {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "vocab_size": 49152,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama(sizes: dict):
@@ -56,15 +63,22 @@ def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
                 parent, leaf = name.rsplit(".", 1)
                 four = bnb.nn.Linear4bit(
-                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+                    module.in_features,
+                    module.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                    device="meta",
                 )
-                four.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=four).to(
-                    "cuda"
-                )
+                four.weight = bnb.nn.Params4bit(
+                    module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=four
+                ).to("cuda")
                 setattr(model.get_submodule(parent), leaf, four)
         model.is_loaded_in_4bit = True
     model.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=bench_rivals.TARGETS))
+    model = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=bench_rivals.TARGETS)
+    )
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -153,7 +167,12 @@ SETTINGS = [
     ("8b", "none", 16, 1200, 10, 32, False),
     ("8b", "nf4", 64, 5000, 5, 32, True),
 ]
-UNSLOTH_SETTINGS = [(10, 600), (4, 2500), (1, 9000), (16, 900)]  # documents and tokens of each in one padded micro-batch of the 8B
+UNSLOTH_SETTINGS = [
+    (10, 600),
+    (4, 2500),
+    (1, 9000),
+    (16, 900),
+]  # documents and tokens of each in one padded micro-batch of the 8B
 
 
 def planner_unsloth(given: argparse.Namespace) -> None:
@@ -179,7 +198,9 @@ def planner_unsloth(given: argparse.Namespace) -> None:
         setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
         rows = []
         for length in (tokens, *(tokens * share // 100 for share in (93, 97, 103))):
-            batch = padded_tensors([{"input_ids": torch.randint(3, 40_000, (length,)).tolist()} for _ in range(documents)], 0)
+            batch = padded_tensors(
+                [{"input_ids": torch.randint(3, 40_000, (length,)).tolist()} for _ in range(documents)], 0
+            )
             rows.append({k: v.cuda() for k, v in batch.items()})
         measure(step, rows, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
 
@@ -234,7 +255,14 @@ def planner() -> None:
     from helpers.model import cards, memory, recompute
 
     card, draw, loaded = cards.here(), random.Random(7), None
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     for size, base, rank, longest, count, layers, offload in SETTINGS:
         if (size, base, rank) != loaded:
             model = step = None
@@ -247,7 +275,12 @@ def planner() -> None:
         lengths, *others = ([draw.randint(longest // 3, longest) for _ in range(count)] for _ in range(4))
         rows = [row_of(lengths), *map(row_of, others)]
         setting = memory.Setting(
-            sum(lengths), recompute=layers, offload=offload, quantize=base, rank=rank, method="qlora" if base == "nf4" else "lora"
+            sum(lengths),
+            recompute=layers,
+            offload=offload,
+            quantize=base,
+            rank=rank,
+            method="qlora" if base == "nf4" else "lora",
         )
         measure(
             step,

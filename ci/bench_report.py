@@ -1,6 +1,6 @@
 """Figures of the report and of serving, one JSON line each.
 
-    python ci/bench_report.py [RUN]      RUN: a finished run to report on; without it only the server is measured
+python ci/bench_report.py [RUN]      RUN: a finished run to report on; without it only the server is measured
 """
 
 import json
@@ -37,7 +37,13 @@ def main() -> None:
     tokenizer = loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))
     started = time.perf_counter()
     made = modelfile.from_tokenizer(tokenizer)
-    say("Go template derived and compared", time.perf_counter() - started, "s", shapes=len(made.checks), equal=sum(c.equal for c in made.checks))
+    say(
+        "Go template derived and compared",
+        time.perf_counter() - started,
+        "s",
+        shapes=len(made.checks),
+        equal=sum(c.equal for c in made.checks),
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ def chats(data: str) -> list[list[dict]]:
     """alpaca_en_demo.json as conversations."""
     rows = json.loads((Path(data) / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     return [
-        [{"role": "user", "content": r["instruction"] + ("\n" + r["input"] if r.get("input") else "")}, {"role": "assistant", "content": r["output"]}]
+        [
+            {"role": "user", "content": r["instruction"] + ("\n" + r["input"] if r.get("input") else "")},
+            {"role": "assistant", "content": r["output"]},
+        ]
         for r in rows
     ]
 
@@ -57,7 +60,12 @@ def pairs(data: str) -> list[dict]:
 
     rows = json.loads((Path(data) / "dpo_en_demo.json").read_text(encoding="utf-8"))
     return [
-        {"prompt": [message(m) for m in r["conversations"]], "chosen": [message(r["chosen"])], "rejected": [message(r["rejected"])]} for r in rows
+        {
+            "prompt": [message(m) for m in r["conversations"]],
+            "chosen": [message(r["chosen"])],
+            "rejected": [message(r["rejected"])],
+        }
+        for r in rows
     ]
 
 
@@ -83,7 +91,9 @@ def load(arm: str, path: str, length: int, alpha: int):
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+    )
     return (
         model,
         AutoTokenizer.from_pretrained(path),
@@ -261,7 +271,15 @@ def context(path: str, limits: list[float]) -> None:
     longest_rows("unsloth", step, limits, longest_whole=110_000, few_layers=two_layers)
 
 
-def longest_rows(arm: str, step, limits: list[float], few_layers, longest_whole: int, lengths=(2048, 8192, 16384, 32768), tries: int = 3) -> None:
+def longest_rows(
+    arm: str,
+    step,
+    limits: list[float],
+    few_layers,
+    longest_whole: int,
+    lengths=(2048, 8192, 16384, 32768),
+    tries: int = 3,
+) -> None:
     """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it promises.
 
     A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free. Rows over
@@ -319,7 +337,14 @@ def longest_rows(arm: str, step, limits: list[float], few_layers, longest_whole:
             torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
         del ballast
-        emit(arm=arm + "_context", limit_gib=limit, longest=best, promised=promise, how="trained under the limit", held_gib=round(held / 2**30, 2))
+        emit(
+            arm=arm + "_context",
+            limit_gib=limit,
+            longest=best,
+            promised=promise,
+            how="trained under the limit",
+            held_gib=round(held / 2**30, 2),
+        )
 
 
 def gib() -> float:
@@ -338,8 +363,8 @@ def main() -> None:
     parser.add_argument("--turn")
     given = parser.parse_args()
     if given.arm.startswith("unsloth"):
-        import unsloth  # noqa: F401  (before transformers)
-    import trl  # noqa: F401
+        import unsloth
+    import trl
 
     wait_turn(given.turn)
     if given.arm.endswith("context"):

@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
 
-from helpers import params, runs, runtime  # noqa: E402
+from helpers import params, runs, runtime
 
 # (stage, what is changed, name): the default, then the same without one of its parts.
 ARMS = (
@@ -55,7 +55,9 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
         "save_steps": 10**6,
         "export_check": False,
     }
-    chosen = params.resolve(stage_name, {**given, **({"start_from": "base"} if stage_name == "orpo" else {}), **changed})
+    chosen = params.resolve(
+        stage_name, {**given, **({"start_from": "base"} if stage_name == "orpo" else {}), **changed}
+    )
     with tempfile.TemporaryDirectory() as folder:
         stage = runs.Stage(stage_name, chosen, Path(folder), {"data": data}, False)
         job = (preference if stage_name == "orpo" else sft).prepare(stage).build()

@@ -52,23 +52,53 @@ def compile_lock(lines: list[str], options: list[str], preferred: str = "") -> l
         source, out = Path(folder) / "in.txt", Path(folder) / "out.txt"
         source.write_text("\n".join(lines) + "\n")
         out.write_text(preferred)
-        subprocess.run([sys.executable, "-m", "uv", "pip", "compile", "-q", "--no-header", "--no-annotate", *options, str(source), "-o", str(out)], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "uv",
+                "pip",
+                "compile",
+                "-q",
+                "--no-header",
+                "--no-annotate",
+                *options,
+                str(source),
+                "-o",
+                str(out),
+            ],
+            check=True,
+        )
         return out.read_text().splitlines()
 
 
 def cpu() -> list[str]:
     lines = [bare(line) for line in requirements() if "[cuda]" not in line]
-    return [line for line in compile_lock(lines, ["--universal", "--python-version", "3.11"], current("cpu")) if not CUDA_ONLY.match(line)]
+    return [
+        line
+        for line in compile_lock(lines, ["--universal", "--python-version", "3.11"], current("cpu"))
+        if not CUDA_ONLY.match(line)
+    ]
 
 
 def cuda() -> list[str]:
-    return compile_lock([bare(line) for line in requirements()], ["--universal", "--python-version", "3.11"], current("cuda"))
+    return compile_lock(
+        [bare(line) for line in requirements()], ["--universal", "--python-version", "3.11"], current("cuda")
+    )
 
 
 def colab() -> list[str]:
-    runtime = {name_of(line): line for line in (LOCKS / "colab-runtime.txt").read_text().splitlines() if "==" in line and not line.startswith("#")}
+    runtime = {
+        name_of(line): line
+        for line in (LOCKS / "colab-runtime.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
     text = (PROJECT / "requirements.txt").read_text().split("# Development")[0]
-    wanted = [bare(line) for line in text.splitlines() if line.strip() and not line.startswith("#") and name_of(line) not in NOT_ON_COLAB]
+    wanted = [
+        bare(line)
+        for line in text.splitlines()
+        if line.strip() and not line.startswith("#") and name_of(line) not in NOT_ON_COLAB
+    ]
     wanted = [name_of(line) if name_of(line) in runtime and name_of(line) not in OURS else line for line in wanted]
     exact = [re.sub(r"\+\w+", "", runtime[name]) for name in STAY]
     locked = {name_of(line): line for line in current("colab").splitlines() if "==" in line}
@@ -76,7 +106,11 @@ def colab() -> list[str]:
     options = ["--python-version", "3.13", "--python-platform", "x86_64-manylinux_2_35"]
     resolved = compile_lock([*wanted, *exact, *COLAB_ALSO], options, preferred)
     shipped = {canonical(line) for line in runtime.values()}
-    return [line for line in resolved if canonical(line) not in shipped and not CUDA_ONLY.match(line) and name_of(line) not in STAY]
+    return [
+        line
+        for line in resolved
+        if canonical(line) not in shipped and not CUDA_ONLY.match(line) and name_of(line) not in STAY
+    ]
 
 
 def current(kind: str) -> str:
@@ -84,9 +118,11 @@ def current(kind: str) -> str:
     return path.read_text() if path.is_file() else ""
 
 
-HEADERS = {"cpu": "# For a machine without an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
-           "cuda": "# For a machine with an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
-           "colab": "# What Colab's GPU runtime needs on top of what it ships; install with --no-deps. Written by ci/lock.py from requirements.txt."}
+HEADERS = {
+    "cpu": "# For a machine without an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
+    "cuda": "# For a machine with an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
+    "colab": "# What Colab's GPU runtime needs on top of what it ships; install with --no-deps. Written by ci/lock.py from requirements.txt.",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -11,9 +11,12 @@ from helpers.errors import TunebookError
 def main() -> int:
     from helpers.gguf import llama_lib
     from helpers.model import loading
+
     try:
         source = loading.resolve_model(loading.DEFAULT_MODEL)
-        print(f"Model: {source.name} from {'its offline copy' if source.origin == 'wheel' else 'the ' + source.origin} in {source.path}")
+        print(
+            f"Model: {source.name} from {'its offline copy' if source.origin == 'wheel' else 'the ' + source.origin} in {source.path}"
+        )
         llama_lib.setup()
     except TunebookError as error:
         print(f"Set-up stopped: {error}", file=sys.stderr)

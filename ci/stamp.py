@@ -14,11 +14,11 @@ import nbformat
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from helpers import params, runtime  # noqa: E402
-from helpers.runs import FOLDERS  # noqa: E402
+from helpers import params, runtime
+from helpers.runs import FOLDERS
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-BOOTSTRAP = '''\
+BOOTSTRAP = """\
 # @title Bootstrap: in Colab this fetches the project and installs what is missing; elsewhere it only finds the project
 import os
 import pathlib
@@ -35,7 +35,7 @@ if "google.colab" in sys.modules:
         (_here / ".installed").touch()
 assert _here, "Open this notebook from inside the project's folder: helpers/ was not found above " + os.getcwd()
 os.chdir(_here)
-sys.path.insert(0, str(_here))'''
+sys.path.insert(0, str(_here))"""
 
 
 def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNode:
@@ -50,12 +50,23 @@ def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNod
     notebook.cells[2].source = params.cell(stage)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"{stage}-{number:02d}"
-        cell.metadata = nbformat.from_dict({"tags": ["parameters"]} if number == 2 else {"cellView": "form", "jupyter": {"source_hidden": True}} if number == 1 else {})
+        cell.metadata = nbformat.from_dict(
+            {"tags": ["parameters"]}
+            if number == 2
+            else {"cellView": "form", "jupyter": {"source_hidden": True}}
+            if number == 1
+            else {}
+        )
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    notebook.metadata = nbformat.from_dict({
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"}, "accelerator": "GPU", "colab": {"provenance": []}})
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "accelerator": "GPU",
+            "colab": {"provenance": []},
+        }
+    )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
 

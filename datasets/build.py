@@ -16,14 +16,21 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from making import card, database, leaks, mistakes, slots  # noqa: E402
-from making.patterns_joined import GROUPS, JOINS, NESTED  # noqa: E402
-from making.patterns_numbers import AGGREGATES, COUNTS, ORDERS  # noqa: E402
-from making.patterns_plain import LISTS, LOOKUP  # noqa: E402
+from making import card, database, leaks, mistakes, slots
+from making.patterns_joined import GROUPS, JOINS, NESTED
+from making.patterns_numbers import AGGREGATES, COUNTS, ORDERS
+from making.patterns_plain import LISTS, LOOKUP
 
 PATTERNS = LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED
 PER_PATTERN = {"train": 8, "preference": 3}
-MADE = ("atlas.sqlite", "atlas_train.jsonl", "atlas_test.jsonl", "atlas_preference.jsonl", "dataset_info.json", "README.md")
+MADE = (
+    "atlas.sqlite",
+    "atlas_train.jsonl",
+    "atlas_test.jsonl",
+    "atlas_preference.jsonl",
+    "dataset_info.json",
+    "README.md",
+)
 
 
 def pattern_rows(side: str, wanted: int, checker: slots.Checker, taken: set[str]) -> list[dict]:
@@ -42,8 +49,15 @@ def hand_rows(checker: slots.Checker) -> list[dict]:
         row = json.loads(line)
         if not checker.sound(row["sql"]):
             raise SystemExit(f"handwritten.jsonl line {number}: empty, or depends on storage order: {row['sql']}")
-        rows.append({"system": database.SYSTEM, "question": row["question"], "sql": row["sql"], "kind": row["kind"],
-                     "origin": "hand"})
+        rows.append(
+            {
+                "system": database.SYSTEM,
+                "question": row["question"],
+                "sql": row["sql"],
+                "kind": row["kind"],
+                "origin": "hand",
+            }
+        )
     return rows
 
 
@@ -66,7 +80,9 @@ def build(folder: Path) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
     (folder / "dataset_info.json").write_text(json.dumps(card.INFO, indent=2) + "\n", encoding="utf-8", newline="\n")
-    (folder / "README.md").write_text(card.render(train, test, pairs, checker, len(PATTERNS)), encoding="utf-8", newline="\n")
+    (folder / "README.md").write_text(
+        card.render(train, test, pairs, checker, len(PATTERNS)), encoding="utf-8", newline="\n"
+    )
 
 
 def main() -> int:
@@ -78,10 +94,16 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        different = [name for name in MADE
-                     if not (HERE / name).exists() or (Path(folder) / name).read_bytes() != (HERE / name).read_bytes()]
-    print(f"differs from what build.py makes: {', '.join(different)}; run python datasets/build.py" if different
-          else "every file is what build.py makes")
+        different = [
+            name
+            for name in MADE
+            if not (HERE / name).exists() or (Path(folder) / name).read_bytes() != (HERE / name).read_bytes()
+        ]
+    print(
+        f"differs from what build.py makes: {', '.join(different)}; run python datasets/build.py"
+        if different
+        else "every file is what build.py makes"
+    )
     return 1 if different else 0
 
 

@@ -18,8 +18,10 @@ from typing import Any
 from helpers import serve
 
 REDRAW_S = 0.1  # a widget message per token would flood the notebook's connection
-BUBBLE = ("margin:4px 0;padding:6px 10px;border-radius:8px;border:1px solid rgba(128,128,128,.35);white-space:pre-wrap;"
-          "overflow-wrap:anywhere;line-height:1.4")
+BUBBLE = (
+    "margin:4px 0;padding:6px 10px;border-radius:8px;border:1px solid rgba(128,128,128,.35);white-space:pre-wrap;"
+    "overflow-wrap:anywhere;line-height:1.4"
+)
 
 
 class Column:
@@ -27,6 +29,7 @@ class Column:
 
     def __init__(self, name: str, server: Any):
         import ipywidgets as w
+
         self.name, self.server = name, server
         self.messages: list[dict[str, str]] = []
         self.note = ""
@@ -42,7 +45,8 @@ class Column:
         self.note, began, drawn, pieces = "…", time.monotonic(), 0.0, 0
         try:
             stream = serve.client(self.server).chat.completions.create(
-                model=self.name, messages=sent, temperature=temperature, max_tokens=max_tokens, stream=True)
+                model=self.name, messages=sent, temperature=temperature, max_tokens=max_tokens, stream=True
+            )
             with stream:
                 for event in stream:
                     if stop.is_set():
@@ -61,7 +65,9 @@ class Column:
             if self.note == "…":
                 seconds = time.monotonic() - began
                 self.note = f"{pieces} tokens, {pieces / max(seconds, 1e-6):.0f} a second"
-        except Exception as error:  # whatever the network or the server does belongs in this box, and the other column goes on
+        except (
+            Exception
+        ) as error:  # whatever the network or the server does belongs in this box, and the other column goes on
             self.note = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
         finally:
             if not answer["content"]:
@@ -76,9 +82,13 @@ class Column:
     def draw(self) -> None:
         turns = "".join(
             f'<div style="{BUBBLE};{"background:rgba(80,130,240,.13);margin-left:12%" if m["role"] == "user" else "margin-right:12%"}">'
-            f'{html.escape(m["content"])}</div>' for m in self.messages)
-        self.box.value = (f'<div style="font-weight:600">{html.escape(self.name)}</div><div style="max-height:26em;overflow-y:auto">{turns}</div>'
-                          f'<div style="opacity:.7;font-size:90%">{html.escape(self.note)}</div>')
+            f"{html.escape(m['content'])}</div>"
+            for m in self.messages
+        )
+        self.box.value = (
+            f'<div style="font-weight:600">{html.escape(self.name)}</div><div style="max-height:26em;overflow-y:auto">{turns}</div>'
+            f'<div style="opacity:.7;font-size:90%">{html.escape(self.note)}</div>'
+        )
 
 
 class Chat:
@@ -86,21 +96,38 @@ class Chat:
 
     def __init__(self, servers: Mapping[str, Any], system: str = "", temperature: float = 0.0, max_tokens: int = 256):
         import ipywidgets as w
+
         self.columns = [Column(name, server) for name, server in servers.items()]
         self._stop, self._threads = threading.Event(), []
         wide = w.Layout(width="100%")
-        self.system = w.Textarea(value=system, placeholder="System prompt (empty: the model's own)", layout=wide, rows=2)
+        self.system = w.Textarea(
+            value=system, placeholder="System prompt (empty: the model's own)", layout=wide, rows=2
+        )
         self.question = w.Textarea(placeholder="Ask something", layout=wide, rows=2)
         style = {"description_width": "initial"}
-        self.temperature = w.FloatSlider(value=temperature, min=0.0, max=2.0, step=0.1, description="temperature", style=style)
-        self.max_tokens = w.IntSlider(value=max_tokens, min=16, max=2048, step=16, description="max tokens", style=style)
+        self.temperature = w.FloatSlider(
+            value=temperature, min=0.0, max=2.0, step=0.1, description="temperature", style=style
+        )
+        self.max_tokens = w.IntSlider(
+            value=max_tokens, min=16, max=2048, step=16, description="max tokens", style=style
+        )
         buttons = {"Send": self._on_send, "Stop": self.stop, "Clear": self.clear}
-        self.buttons = {name: w.Button(description=name, button_style="primary" if name == "Send" else "") for name in buttons}
+        self.buttons = {
+            name: w.Button(description=name, button_style="primary" if name == "Send" else "") for name in buttons
+        }
         for name, action in buttons.items():
             self.buttons[name].on_click(lambda _, action=action: action())
-        self.view = w.VBox([
-            self.system, w.HBox([c.box for c in self.columns], layout=w.Layout(width="100%")), self.question,
-            w.HBox([*self.buttons.values(), self.temperature, self.max_tokens], layout=w.Layout(flex_flow="row wrap"))], layout=wide)
+        self.view = w.VBox(
+            [
+                self.system,
+                w.HBox([c.box for c in self.columns], layout=w.Layout(width="100%")),
+                self.question,
+                w.HBox(
+                    [*self.buttons.values(), self.temperature, self.max_tokens], layout=w.Layout(flex_flow="row wrap")
+                ),
+            ],
+            layout=wide,
+        )
 
     def _on_send(self) -> None:
         if self.question.value.strip() and not self.busy():
@@ -112,8 +139,14 @@ class Chat:
         self.stop()
         self.wait()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=c.ask, daemon=True, args=(question, self.system.value, self.temperature.value,
-                                                                           self.max_tokens.value, self._stop)) for c in self.columns]
+        self._threads = [
+            threading.Thread(
+                target=c.ask,
+                daemon=True,
+                args=(question, self.system.value, self.temperature.value, self.max_tokens.value, self._stop),
+            )
+            for c in self.columns
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -137,6 +170,7 @@ class Chat:
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.view)
 
 
@@ -154,10 +188,12 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "", context: in
     it starts nothing and prints the command that serves the file.
     """
     from helpers import runtime
+
     if not runtime.interactive():
         print(f"To talk to it: python -m helpers.serve {gguf}")
         return None
     from helpers.model import loading, offline
+
     if base == loading.DEFAULT_MODEL:
         base = offline.wheel_gguf()
     servers = {"base": serve.start(base, context=context)} if str(base).endswith(".gguf") else {}

@@ -23,9 +23,11 @@ def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
     params = parameters.resolve(stage, given)
     if stage in ("sft", "orpo"):
         from helpers.train import unsloth_backend
+
         unsloth_backend.early_import(params.as_dict())
     if runtime.interactive():
         from helpers import panel
+
         panel.show(stage, params)
     else:
         show(params)
@@ -35,13 +37,18 @@ def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
 def show(value: Any) -> None:
     """Display an object as a notebook would when it ends a cell; print it in a script."""
     from IPython.display import display
+
     display(value)
 
 
 def table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
     """A small HTML table; every cell is escaped."""
+
     def line(cells: Iterable[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+        return (
+            "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+        )
+
     head = line(header, "th") if header else ""
     return f"<table>{head}{''.join(line(r, 'td') for r in rows)}</table>"
 
@@ -62,6 +69,7 @@ class Html:
 def save_figure(folder: str | Path, figure: Any, name: str) -> Path:
     """Write a matplotlib figure as PNG into a stage's folder, atomically, and return the path."""
     from helpers.runs import write_atomic
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return write_atomic(Path(getattr(folder, "path", folder)) / name, buffer.getvalue())

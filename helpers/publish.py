@@ -51,10 +51,16 @@ class Published:
 
     def __repr__(self) -> str:
         from helpers.report.markup import size
+
         lines = []
         for repository in self.repositories:
-            lines.append(f"{repository.name} ({repository.kind}): {len(repository.files) + 1} files, {size(repository.bytes)}")
-            lines += [f"  {size(bytes_):>9}  {name}" for name, _, bytes_ in [*repository.files, ("README.md", Path(), len(repository.card.encode()))]]
+            lines.append(
+                f"{repository.name} ({repository.kind}): {len(repository.files) + 1} files, {size(repository.bytes)}"
+            )
+            lines += [
+                f"  {size(bytes_):>9}  {name}"
+                for name, _, bytes_ in [*repository.files, ("README.md", Path(), len(repository.card.encode()))]
+            ]
             if url := self.urls.get(repository.name):
                 lines.append(f"  → {url}")
         if not self.urls:
@@ -62,8 +68,15 @@ class Published:
         return "\n".join(lines)
 
 
-def publish(run: str, name: str, what: Iterable[str] = KINDS, private: bool = True, dry_run: bool = True, licence: str = "",
-            data_licence: str = "") -> Published:
+def publish(
+    run: str,
+    name: str,
+    what: Iterable[str] = KINDS,
+    private: bool = True,
+    dry_run: bool = True,
+    licence: str = "",
+    data_licence: str = "",
+) -> Published:
     """Upload a run's results, or list what would be uploaded.
 
     name: "user/name" of the merged model's repository; the others add -lora and -GGUF. what: of "adapter", "merged", "gguf"; kinds
@@ -80,9 +93,12 @@ def publish(run: str, name: str, what: Iterable[str] = KINDS, private: bool = Tr
     return Published(repositories, {r.name: _upload(run, r, private) for r in repositories})
 
 
-def plan(run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", data_licence: str = "") -> list[Repository]:
+def plan(
+    run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", data_licence: str = ""
+) -> list[Repository]:
     """Files, sizes and cards of every repository; nothing is uploaded. Every file is checked against its manifest's hash."""
     from helpers.report import card, facts
+
     known = facts.gather(run)
     found = []
     for kind in what:
@@ -99,8 +115,10 @@ def plan(run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", da
             text = card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
             found.append(Repository(kind, name + SUFFIX[kind], sorted(files), text))
     if not found:
-        raise TunebookError(f"The run {run!r} has nothing to publish of {', '.join(what)}; finish 02_qlora_sft for the adapter and "
-                            "04_gguf_export for the merged model and the GGUF files.")
+        raise TunebookError(
+            f"The run {run!r} has nothing to publish of {', '.join(what)}; finish 02_qlora_sft for the adapter and "
+            "04_gguf_export for the merged model and the GGUF files."
+        )
     return found
 
 
@@ -114,7 +132,9 @@ def _source(known: Any, kind: str) -> tuple[str | None, str]:
 def _name_there(kind: str, artifact: str, prefix: str) -> str:
     """An artifact's name in the repository; "" when it does not belong there."""
     if kind == "gguf":
-        wanted = "/" not in artifact and (artifact.endswith(".gguf") or artifact in ("Modelfile", "fidelity.json", "fidelity.png"))
+        wanted = "/" not in artifact and (
+            artifact.endswith(".gguf") or artifact in ("Modelfile", "fidelity.json", "fidelity.png")
+        )
         return artifact if wanted else ""
     return artifact.removeprefix(prefix) if artifact.startswith(prefix) else ""
 
@@ -127,6 +147,7 @@ def _check(name: str, what: tuple[str, ...]) -> None:
 
 
 # ---------------------------------------------------------------- upload
+
 
 def staged(run: str, repository: Repository) -> Path:
     """A folder that looks like the repository: links to the run's own files, the card, and an adapter's config with the hub's base id.
@@ -155,6 +176,7 @@ def staged(run: str, repository: Repository) -> Path:
 def _public_config(source: Path, run: str) -> str:
     """An adapter's config whose base is the model's hub id: a path of this machine would load nowhere else."""
     from helpers.report import facts
+
     config = json.loads(source.read_text(encoding="utf-8"))
     name = str(facts.gather(run).model.get("name") or "")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -171,25 +193,38 @@ def _write_if_new(path: Path, text: str) -> None:
 
 def _upload(run: str, repository: Repository, private: bool) -> str:
     from huggingface_hub import HfApi, errors, get_token
+
     token = get_token()
     if not token:
-        raise TunebookError("No token for the hub is on this machine; run `huggingface-cli login`, or set HF_TOKEN in the environment.")
+        raise TunebookError(
+            "No token for the hub is on this machine; run `huggingface-cli login`, or set HF_TOKEN in the environment."
+        )
     folder = staged(run, repository)
     api = HfApi(token=token, endpoint=os.environ.get("HF_ENDPOINT") or None)
     again = "The same command goes on where this one stopped."
     try:
         url = api.create_repo(repository.name, repo_type="model", private=private, exist_ok=True)
         # resumable by itself: what is committed is skipped, what the hub has is not sent again, large folders go in several commits
-        api.upload_folder(repo_id=repository.name, folder_path=folder, repo_type="model", commit_message=f"{repository.kind} of run {run}")
+        api.upload_folder(
+            repo_id=repository.name,
+            folder_path=folder,
+            repo_type="model",
+            commit_message=f"{repository.kind} of run {run}",
+        )
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
-            raise TunebookError(f"The hub refused to write to {repository.name} (status {status}): the token is wrong, expired, or has no "
-                                "write access there; make a new one and run `huggingface-cli login`.") from _quiet(error, token)
-        raise TunebookError(f"The hub answered {status or 'with an error'} for {repository.name}: {_hide(str(error), token)[:300]}. {again}"
-                            ) from _quiet(error, token)
+            raise TunebookError(
+                f"The hub refused to write to {repository.name} (status {status}): the token is wrong, expired, or has no "
+                "write access there; make a new one and run `huggingface-cli login`."
+            ) from _quiet(error, token)
+        raise TunebookError(
+            f"The hub answered {status or 'with an error'} for {repository.name}: {_hide(str(error), token)[:300]}. {again}"
+        ) from _quiet(error, token)
     except (OSError, RuntimeError, ValueError) as error:
-        raise TunebookError(f"The upload to {repository.name} broke off: {_hide(str(error), token)[:300]}. {again}") from _quiet(error, token)
+        raise TunebookError(
+            f"The upload to {repository.name} broke off: {_hide(str(error), token)[:300]}. {again}"
+        ) from _quiet(error, token)
     return str(url)
 
 
@@ -203,7 +238,9 @@ def _quiet(error: BaseException, token: str) -> BaseException | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.publish", description="Publish a run to the hub. Without --yes nothing is uploaded.")
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.publish", description="Publish a run to the hub. Without --yes nothing is uploaded."
+    )
     parser.add_argument("run")
     parser.add_argument("name", help="user/name of the repository")
     parser.add_argument("--only", default=",".join(KINDS), help="adapter, merged, gguf; separated by commas")
@@ -213,8 +250,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--yes", action="store_true", help="upload")
     options = parser.parse_args(arguments)
     try:
-        print(publish(options.run, options.name, [w.strip() for w in options.only.split(",") if w.strip()], private=not options.public,
-                      dry_run=not options.yes, licence=options.licence, data_licence=options.data_licence))
+        print(
+            publish(
+                options.run,
+                options.name,
+                [w.strip() for w in options.only.split(",") if w.strip()],
+                private=not options.public,
+                dry_run=not options.yes,
+                licence=options.licence,
+                data_licence=options.data_licence,
+            )
+        )
     except TunebookError as error:
         print(error, file=sys.stderr)
         return 1

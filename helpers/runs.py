@@ -21,11 +21,21 @@ from helpers import runtime
 from helpers.errors import TunebookError
 
 SCHEMA_VERSION = 1
-FOLDERS = {"data": "01_data_prep", "sft": "02_qlora_sft", "orpo": "03_orpo_alignment", "gguf": "04_gguf_export",
-           "eval": "05_evaluation"}
+FOLDERS = {
+    "data": "01_data_prep",
+    "sft": "02_qlora_sft",
+    "orpo": "03_orpo_alignment",
+    "gguf": "04_gguf_export",
+    "eval": "05_evaluation",
+}
 # Which finished stages a stage reads. "?" marks one that is read when it is there.
-PARENTS = {"data": (), "sft": ("data",), "orpo": ("data", "sft?"), "gguf": ("data", "sft?", "orpo?"),
-           "eval": ("data", "sft?", "orpo?", "gguf?")}
+PARENTS = {
+    "data": (),
+    "sft": ("data",),
+    "orpo": ("data", "sft?"),
+    "gguf": ("data", "sft?", "orpo?"),
+    "eval": ("data", "sft?", "orpo?", "gguf?"),
+}
 # Files that are not part of what a stage promises: they change after it ends, or serve only to resume it.
 UNHASHED = ("manifest.json", "plan.json", "executed.ipynb", "checkpoints/", "tensorboard/", "work/")
 
@@ -43,6 +53,7 @@ def folder(run: str, stage: str) -> Path:
 
 
 # ---------------------------------------------------------------- atomic files and hashes
+
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write a whole file or nothing: to a neighbour first, flushed to disk, then renamed over `path`."""
@@ -64,9 +75,12 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 def disk_error(error: OSError, path: Path) -> Exception:
     """An OSError as a sentence when it means a full disk or a forbidden place, else the error itself."""
     import errno
+
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TunebookError(f"No space left on the disk while writing {path}; free some room and run the same command "
-                             "again, it goes on where it stopped.")
+        return TunebookError(
+            f"No space left on the disk while writing {path}; free some room and run the same command "
+            "again, it goes on where it stopped."
+        )
     if error.errno in (errno.EACCES, errno.EROFS):
         return TunebookError(f"{path} cannot be written ({error.strerror}); set TUNEBOOK_RUNS to a folder that can.")
     return error
@@ -88,6 +102,7 @@ def hash_json(value: Any) -> str:
 
 
 # ---------------------------------------------------------------- manifests
+
 
 @dataclass(repr=False)
 class Manifest:
@@ -121,31 +136,47 @@ class Manifest:
 
     def _repr_html_(self) -> str:
         from helpers.notebook import table
+
         d = self.data
-        return table([("stage", d["stage"]), ("folder", self.path), ("seconds", d["wall_s"]),
-                      ("peak memory, GiB", d["peak_memory_gib"]), ("files", len(d["artifacts"]))])
+        return table(
+            [
+                ("stage", d["stage"]),
+                ("folder", self.path),
+                ("seconds", d["wall_s"]),
+                ("peak memory, GiB", d["peak_memory_gib"]),
+                ("files", len(d["artifacts"])),
+            ]
+        )
 
 
 def load(run: str, stage: str, verify: bool = True) -> Manifest:
     """A finished stage of a run. Raises TunebookError when it is missing, unfinished, failed or changed since."""
     path = folder(run, stage)
-    again = f"run notebook {FOLDERS[stage]} for the run {run!r} (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})"
+    again = (
+        f"run notebook {FOLDERS[stage]} for the run {run!r} (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})"
+    )
     if not path.is_dir():
         raise TunebookError(f"Stage {stage!r} of the run {run!r} has not been run yet; {again} first.")
     try:
         data = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError:
-        raise TunebookError(f"Stage {stage!r} of the run {run!r} did not finish (no manifest in {path}); {again} again.") from None
+        raise TunebookError(
+            f"Stage {stage!r} of the run {run!r} did not finish (no manifest in {path}); {again} again."
+        ) from None
     except ValueError:
         raise TunebookError(f"{path / 'manifest.json'} is damaged; {again} again.") from None
     if data.get("schema_version") != SCHEMA_VERSION or data.get("status") != "finished":
-        raise TunebookError(f"Stage {stage!r} of the run {run!r} has no usable manifest (status {data.get('status')!r}, schema "
-                            f"{data.get('schema_version')!r}, expected 'finished', {SCHEMA_VERSION}); {again} again.")
+        raise TunebookError(
+            f"Stage {stage!r} of the run {run!r} has no usable manifest (status {data.get('status')!r}, schema "
+            f"{data.get('schema_version')!r}, expected 'finished', {SCHEMA_VERSION}); {again} again."
+        )
     if verify:
         for name, known in data["artifacts"].items():
             file = path / name
             if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
-                raise TunebookError(f"{file} is not the file that stage {stage!r} wrote (missing or altered); {again} again.")
+                raise TunebookError(
+                    f"{file} is not the file that stage {stage!r} wrote (missing or altered); {again} again."
+                )
     return Manifest(path, data)
 
 
@@ -155,6 +186,7 @@ def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
 
 
 # ---------------------------------------------------------------- a stage at work
+
 
 @dataclass
 class Stage:
@@ -167,8 +199,14 @@ class Stage:
     resumed: bool
     started: float = field(default_factory=time.time)
 
-    def finish(self, metrics: dict[str, Any], template_hash: str | None = None, tokenizer_hash: str | None = None,
-               model: dict[str, Any] | None = None, extra: dict[str, Any] | None = None) -> Manifest:
+    def finish(
+        self,
+        metrics: dict[str, Any],
+        template_hash: str | None = None,
+        tokenizer_hash: str | None = None,
+        model: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Manifest:
         """Hash every file, write metrics.json, then manifest.json last. The parents must still be what they were.
 
         metrics: plain JSON numbers and strings; NaN is refused. model: name, path, revision, origin of the base model.
@@ -176,7 +214,9 @@ class Stage:
         for stage, parent in self.parents.items():
             current = parent.path / "manifest.json"
             if not current.is_file() or sha256_file(current) != parent.data["_sha256"]:
-                raise TunebookError(f"Stage {stage!r} was rerun while {self.name!r} was working on its results; run {self.name!r} again.")
+                raise TunebookError(
+                    f"Stage {stage!r} was rerun while {self.name!r} was working on its results; run {self.name!r} again."
+                )
         write_json(self.path / "metrics.json", metrics)
         artifacts = {}
         for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
@@ -184,14 +224,26 @@ class Stage:
             if not name.startswith(UNHASHED) and not file.name.endswith(".partial") and not file.is_symlink():
                 artifacts[name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
         manifest = {
-            "schema_version": SCHEMA_VERSION, "stage": self.name, "run": self.params.run, "status": "finished",
-            "params": self.params.as_dict(), "metrics": metrics, "model": model or self._inherited("model"),
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.name,
+            "run": self.params.run,
+            "status": "finished",
+            "params": self.params.as_dict(),
+            "metrics": metrics,
+            "model": model or self._inherited("model"),
             "template_hash": template_hash or self._inherited("template_hash"),
             "tokenizer_hash": tokenizer_hash or self._inherited("tokenizer_hash"),
-            "parents": {s: {"folder": p.path.name, "manifest_sha256": p.data["_sha256"]} for s, p in self.parents.items()},
-            "artifacts": artifacts, "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_gib": runtime.peak_memory_gib(), "resumed": self.resumed,
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **runtime.versions(), **(extra or {})}
+            "parents": {
+                s: {"folder": p.path.name, "manifest_sha256": p.data["_sha256"]} for s, p in self.parents.items()
+            },
+            "artifacts": artifacts,
+            "wall_s": round(time.time() - self.started, 1),
+            "peak_memory_gib": runtime.peak_memory_gib(),
+            "resumed": self.resumed,
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **runtime.versions(),
+            **(extra or {}),
+        }
         write_json(self.path / "manifest.json", manifest)
         unlock(self.params.run, self.name)
         return Manifest(self.path, manifest)
@@ -245,11 +297,12 @@ def lock(run: str, stage: str) -> None:
     Raises TunebookError when another process works on it: two writers would mix their checkpoints.
     """
     import fcntl
+
     path = root() / run / ".locks" / stage
     unlock(run, stage)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115  held open on purpose: closing it lets the lock go
+        file = open(path, "a+")
     except OSError as error:
         raise disk_error(error, path) from error
     try:
@@ -258,8 +311,10 @@ def lock(run: str, stage: str) -> None:
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        raise TunebookError(f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}; wait for it, stop it, "
-                            "or use another run name.") from None
+        raise TunebookError(
+            f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}; wait for it, stop it, "
+            "or use another run name."
+        ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -278,9 +333,15 @@ def is_done(stage: str, params: Any) -> Manifest | None:
     try:
         manifest = load(params.run, stage)
         known = manifest.data["parents"]
-        current = {s: (folder(params.run, s) / "manifest.json") for s in FOLDERS if f"{s}?" in PARENTS[stage] or s in PARENTS[stage]}
+        current = {
+            s: (folder(params.run, s) / "manifest.json")
+            for s in FOLDERS
+            if f"{s}?" in PARENTS[stage] or s in PARENTS[stage]
+        }
         current = {s: f for s, f in current.items() if f.is_file()}
-        fresh = manifest.data["code_revision"] == runtime.revision() and all(s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items())
+        fresh = manifest.data["code_revision"] == runtime.revision() and all(
+            s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items()
+        )
     except TunebookError:
         return None
     same = manifest.params == params.as_dict() and fresh
@@ -292,18 +353,25 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
     for stage, manifest in parents.items():
         for ancestor, known in manifest.data["parents"].items():
             if ancestor in parents and parents[ancestor].data["_sha256"] != known["manifest_sha256"]:
-                raise TunebookError(f"Stage {stage!r} of the run {run!r} was made from an earlier {ancestor!r}; run notebook "
-                                    f"{FOLDERS[stage]} again (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]}).")
+                raise TunebookError(
+                    f"Stage {stage!r} of the run {run!r} was made from an earlier {ancestor!r}; run notebook "
+                    f"{FOLDERS[stage]} again (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})."
+                )
     hashes = {s: m.data["template_hash"] for s, m in parents.items() if m.data.get("template_hash")}
     if len(set(hashes.values())) > 1:
-        raise TunebookError(f"The stages of the run {run!r} were made with different chat templates ("
-                            + ", ".join(f"{s}: {h[:12]}" for s, h in hashes.items()) + "); run them again from 01.")
+        raise TunebookError(
+            f"The stages of the run {run!r} were made with different chat templates ("
+            + ", ".join(f"{s}: {h[:12]}" for s, h in hashes.items())
+            + "); run them again from 01."
+        )
 
 
 def _yaml(params: Any) -> str:
     import yaml
-    return ("# Every parameter of this stage as it was used; `papermill -f` takes this file.\n"
-            + yaml.safe_dump(params.as_dict(), sort_keys=False, allow_unicode=True))
+
+    return "# Every parameter of this stage as it was used; `papermill -f` takes this file.\n" + yaml.safe_dump(
+        params.as_dict(), sort_keys=False, allow_unicode=True
+    )
 
 
 def _plan_of(path: Path) -> Any:

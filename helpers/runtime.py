@@ -26,8 +26,21 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "unsloth", "xllamacpp", "papermill",
-            "ipywidgets", "numpy", "pyarrow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "datasets",
+    "accelerate",
+    "unsloth",
+    "xllamacpp",
+    "papermill",
+    "ipywidgets",
+    "numpy",
+    "pyarrow",
+)
 T = TypeVar("T")
 
 
@@ -42,6 +55,7 @@ class Gpu:
 
 def gpu() -> Gpu | None:
     import torch
+
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -49,7 +63,7 @@ def gpu() -> Gpu | None:
 
 
 def where() -> str:
-    """"colab", "papermill", "jupyter" or "script"."""
+    """ "colab", "papermill", "jupyter" or "script"."""
     if os.environ.get("TUNEBOOK_HEADLESS"):
         return "papermill"
     if "google.colab" in sys.modules:
@@ -72,13 +86,21 @@ def versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     card = gpu() if "torch" in sys.modules else None
-    return {"versions": {"python": sys.version.split()[0], **found}, "gpu": card.name if card else None, "code_revision": revision()}
+    return {
+        "versions": {"python": sys.version.split()[0], **found},
+        "gpu": card.name if card else None,
+        "code_revision": revision(),
+    }
 
 
 def revision() -> str:
     """Commit of the code, with "+changes" when tracked files differ from it; the release tag where there is no git."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
     try:
         if Path(git("rev-parse", "--show-toplevel")) != PROJECT:
             return TAG
@@ -90,14 +112,22 @@ def revision() -> str:
 def describe() -> dict[str, Any]:
     """What a reader wants to know first: place, card or cores, memory, versions."""
     card = gpu()
-    return {"running in": where(), "GPU": f"{card.name}, {card.total_gib} GiB, sm{card.capability[0]}{card.capability[1]}" if card else "none",
-            "CPU cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "memory, GiB": total_memory_gib(), **versions()["versions"]}
+    return {
+        "running in": where(),
+        "GPU": f"{card.name}, {card.total_gib} GiB, sm{card.capability[0]}{card.capability[1]}" if card else "none",
+        "CPU cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory, GiB": total_memory_gib(),
+        **versions()["versions"],
+    }
 
 
 def total_memory_gib() -> float:
     """Main memory in GiB: the machine's, or less where this process's container may not have it all."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+    for file in (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ):  # control groups, version 2 and 1
         try:
             found = min(found, int(Path(file).read_text()))
         except (OSError, ValueError):  # not there, or "max"
@@ -111,10 +141,12 @@ def peak_memory_gib() -> float:
     if torch is not None and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     import resource
+
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """`items` with a text progress bar that is written at most every two seconds, so that notebooks stay small."""
     from tqdm import tqdm
+
     return iter(tqdm(items, desc=label, total=total, mininterval=2, dynamic_ncols=False, ncols=90, file=sys.stdout))

@@ -12,7 +12,9 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub; one that talks to a hub of its own says so itself
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: threads of two workers that wait for each other spin
+if workers := os.environ.get(
+    "PYTEST_XDIST_WORKER_COUNT"
+):  # before torch is imported: threads of two workers that wait for each other spin
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # The files that take longest, longest first: started first, they leave no worker alone at the end.
@@ -28,12 +30,14 @@ def pytest_collection_modifyitems(items):
 def smollm2():
     """The default model's files (a ModelSource)."""
     from helpers.model.loading import DEFAULT_MODEL, resolve_model
+
     return resolve_model(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     from helpers.model.loading import load_tokenizer
+
     return load_tokenizer(smollm2)
 
 
@@ -41,9 +45,19 @@ def random_llama(folder, tokenizer, **size):
     """A random two-layer Llama with SmolLM2's tokenizer in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0, **{"tie_word_embeddings": True, **size})
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **{"tie_word_embeddings": True, **size},
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -58,13 +72,26 @@ def tiny_llama(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def narrow_llama(tokenizer, tmp_path_factory):
     """Folder of a random Llama of width 64, to be trained: nearly all its arithmetic is the vocabulary's, a quarter of tiny_llama's."""
-    return random_llama(tmp_path_factory.mktemp("narrow_llama"), tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.08)
+    return random_llama(
+        tmp_path_factory.mktemp("narrow_llama"),
+        tokenizer,
+        hidden_size=64,
+        intermediate_size=128,
+        initializer_range=0.08,
+    )
 
 
 @pytest.fixture
 def untied_llama(tokenizer, tmp_path):
     """The same with an output head of its own, as larger models have: sharding puts that into a group of its own."""
-    return random_llama(tmp_path / "untied", tokenizer, hidden_size=64, intermediate_size=128, initializer_range=0.08, tie_word_embeddings=False)
+    return random_llama(
+        tmp_path / "untied",
+        tokenizer,
+        hidden_size=64,
+        intermediate_size=128,
+        initializer_range=0.08,
+        tie_word_embeddings=False,
+    )
 
 
 @pytest.fixture
@@ -79,6 +106,7 @@ def runs_root(tmp_path, monkeypatch):
 def data(runs_root, narrow_llama, tokenizer):
     """The manifest of run "r"'s finished data stage, for training the small model."""
     import train_data
+
     return train_data.data_stage("r", narrow_llama, tokenizer)
 
 

@@ -47,7 +47,9 @@ def _data(stage, tokenizer, model):
         ids.append(whole)
         masks.append([0] * len(prompt) + [1] * (len(whole) - len(prompt)))
     pq.write_table(
-        pa.table({"input_ids": pa.array(ids, pa.list_(pa.int32())), "completion_mask": pa.array(masks, pa.list_(pa.int8()))}),
+        pa.table(
+            {"input_ids": pa.array(ids, pa.list_(pa.int32())), "completion_mask": pa.array(masks, pa.list_(pa.int8()))}
+        ),
         stage.path / "train.parquet",
     )
     total, trained = sum(map(len, ids)), sum(map(sum, masks))
@@ -60,7 +62,13 @@ def _data(stage, tokenizer, model):
             "trained_share": trained / total,
             "steps": [
                 {"step": "unicode", "seen": 980, "kept": 980, "changed": 4, "dropped": {}},
-                {"step": "near duplicates", "seen": 980, "kept": 952, "changed": 0, "dropped": {"same as an earlier row": 28}},
+                {
+                    "step": "near duplicates",
+                    "seen": 980,
+                    "kept": 952,
+                    "changed": 0,
+                    "dropped": {"same as an earlier row": 28},
+                },
             ],
             "rejected": {"invalid": {"no answer": 3}, "removed": {"same as an earlier row": 28}},
         },
@@ -81,13 +89,26 @@ def _training(stage, key, rng):
             "tokens_per_second": 300 + rng.random() * 20,
         }
         if key == "orpo":
-            row |= {"log_odds_chosen": 0.02 * step + rng.random() * 0.1, "rewards/accuracies": min(0.5 + step / 200, 1.0)}
+            row |= {
+                "log_odds_chosen": 0.02 * step + rng.random() * 0.1,
+                "rewards/accuracies": min(0.5 + step / 200, 1.0),
+            }
         if step % 30 == 0:
             row["eval_loss"] = row["loss"] + 0.05
         lines.append(json.dumps(row))
     (stage.path / "log.jsonl").write_text("\n".join(lines) + "\n")
-    plan = {"backend": "hf", "attention": "sdpa", "quantize": "nf4", "row_tokens": 512, "errors": {"peak_gib": 0.04}, "reason": "no GPU here"}
-    stage.finish({"last_loss": 0.19, "steps": 120, "peak_gib": 2.31}, extra={"plan": plan, "notes": ["rank 16 on 7 linear layers"]})
+    plan = {
+        "backend": "hf",
+        "attention": "sdpa",
+        "quantize": "nf4",
+        "row_tokens": 512,
+        "errors": {"peak_gib": 0.04},
+        "reason": "no GPU here",
+    }
+    stage.finish(
+        {"last_loss": 0.19, "steps": 120, "peak_gib": 2.31},
+        extra={"plan": plan, "notes": ["rank 16 on 7 linear layers"]},
+    )
 
 
 def _export(stage, rng):
@@ -96,7 +117,15 @@ def _export(stage, rng):
         (stage.path / f"model-{kind}.gguf").write_bytes(b"GGUF" + rng.randbytes(64))
         sizes.append({"type": kind, "bytes": size, "bits_per_weight": size * 8 / 134.5e6})
         files.append(
-            {"type": kind, "mean_kl": kl, "weights_kl": kl * 0.8, "p99_kl": kl * 12, "top1": 1 - kl * 2, "perplexity": 3.2 + kl, "failed": {}}
+            {
+                "type": kind,
+                "mean_kl": kl,
+                "weights_kl": kl * 0.8,
+                "p99_kl": kl * 12,
+                "top1": 1 - kl * 2,
+                "perplexity": 3.2 + kl,
+                "failed": {},
+            }
         )
     runs.write_json(stage.path / "fidelity.json", {"merge": {}, "budgets": {}, "files": files, "sizes": sizes})
     stage.finish({"recommended": {"type": "q8_0", "why": "half the size, no measurable loss"}})
@@ -105,13 +134,27 @@ def _export(stage, rng):
 def _score(values, unit="share"):
     mean = sum(values) / len(values)
     half = 1.96 * (max(mean * (1 - mean), 0.001) / len(values)) ** 0.5
-    return {"value": mean, "low": max(mean - half, 0.0), "high": min(mean + half, 1.0), "n": len(values), "method": "wilson", "unit": unit}
+    return {
+        "value": mean,
+        "low": max(mean - half, 0.0),
+        "high": min(mean + half, 1.0),
+        "n": len(values),
+        "method": "wilson",
+        "unit": unit,
+    }
 
 
 def evaluation(rng, lift=0.45, run="atlas"):
     """scores.json and answers.jsonl that agree with each other and with the schema."""
     rows = [json.loads(line) for line in (PROJECT / "datasets" / "atlas_test.jsonl").read_text().splitlines()[:180]]
-    chances = {"base": 0.12, "sft": 0.12 + lift, "orpo": 0.15 + lift, "merged": 0.15 + lift, "gguf q8_0": 0.14 + lift, "gguf q4_k_m": 0.1 + lift}
+    chances = {
+        "base": 0.12,
+        "sft": 0.12 + lift,
+        "orpo": 0.15 + lift,
+        "merged": 0.15 + lift,
+        "gguf q8_0": 0.14 + lift,
+        "gguf q4_k_m": 0.1 + lift,
+    }
     kinds = ["wrong_values", "unknown_column", "syntax", "wrong_count"]
     answers = []
     for i, row in enumerate(rows):
@@ -188,7 +231,10 @@ def evaluation(rng, lift=0.45, run="atlas"):
         "schema_version": 1,
         "run": run,
         "headline": f"The tuned model is {sentence}",
-        "ship": {"name": best["name"], "sentence": "gguf q8_0 is the smallest file whose score cannot be told from the merged model's."},
+        "ship": {
+            "name": best["name"],
+            "sentence": "gguf q8_0 is the smallest file whose score cannot be told from the merged model's.",
+        },
         "warnings": ["2 test items share 8-grams with the training data; they are scored apart."],
         "task": {
             "kind": "text_to_sql",
@@ -209,10 +255,20 @@ def evaluation(rng, lift=0.45, run="atlas"):
             "baseline": "base",
             "threshold": {"loss_increase": 0.1, "task_drop": 0.03},
             "advice": ["Mix 5 % of general rows into the training data."],
-            "contenders": {"base": _lost(3.02, 0.0, True), "sft": _lost(3.17, 0.15, False), "orpo": _lost(3.05, 0.03, True)},
+            "contenders": {
+                "base": _lost(3.02, 0.0, True),
+                "sft": _lost(3.17, 0.15, False),
+                "orpo": _lost(3.05, 0.03, True),
+            },
         },
         "harness": {
-            "capitals": {"n": 24, "metrics": {"base": {"acc": {"value": 0.708, "stderr": 0.095}}, "sft": {"acc": {"value": 0.667, "stderr": 0.098}}}}
+            "capitals": {
+                "n": 24,
+                "metrics": {
+                    "base": {"acc": {"value": 0.708, "stderr": 0.095}},
+                    "sft": {"acc": {"value": 0.667, "stderr": 0.098}},
+                },
+            }
         },
         "preference": {"base": _preferred(0.55), "orpo": _preferred(0.93)},
         "instructions": {"base": {"json": _score([1, 0, 1, 0])}, "orpo": {"json": _score([1, 1, 1, 0])}},

@@ -14,7 +14,11 @@ STAGES = {
     "gguf": {"quantizations": "q8_0", "fidelity_tokens": 100, "fidelity_answers": 2, "task_questions": 4},
     "eval": {"limit": 6, "max_new_tokens": 32},
 }
-GENERAL = {"general_text": slice(2), "general_tasks": slice(6), "general_chat": slice(0, None, 5)}  # two of each kind in the last
+GENERAL = {
+    "general_text": slice(2),
+    "general_tasks": slice(6),
+    "general_chat": slice(0, None, 5),
+}  # two of each kind in the last
 
 
 def parameters(folder: Path) -> Path:
@@ -38,4 +42,11 @@ def environment(root: Path) -> dict[str, str]:
 
 def pipeline(root: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The command run to its end, its runs under `root`."""
-    return subprocess.run(command(*arguments), cwd=PROJECT, env=environment(root), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command(*arguments),
+        cwd=PROJECT,
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )

@@ -33,7 +33,9 @@ def pair():
     wrapped = []
     for model in (ours, theirs):
         torch.manual_seed(3)
-        wrapped.append(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train())
+        wrapped.append(
+            get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+        )
     fast.apply(wrapped[0])
     return wrapped
 
@@ -80,7 +82,10 @@ def test_one_row_of_all_equals_a_row_each(pair, documents):
     agree(gradients(pair[0], [batching.PackedCollator(0)([[d]]) for d in documents]), whole, 1e-4)
 
 
-@pytest.mark.parametrize(("layers", "offload", "tile"), [(2, False, 0), ("all", False, 0), ("all", True, 0), ("all", True, 16), (0, False, 16)])
+@pytest.mark.parametrize(
+    ("layers", "offload", "tile"),
+    [(2, False, 0), ("all", False, 0), ("all", True, 0), ("all", True, 16), (0, False, 16)],
+)
 def test_recomputing_changes_no_gradient(pair, documents, layers, offload, tile):
     batch = [batching.PackedCollator(0)([documents])]
     recompute.set_recompute(pair[0], 0)
@@ -103,7 +108,9 @@ def test_token_logps_are_the_log_softmax_of_the_logits(pair, documents):
     expected = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0] * (target != -100)
     assert torch.allclose(found, expected, atol=1e-4)
     sums = head_loss.per_document(found[None], batch["document_lengths"])
-    assert torch.allclose(sums, torch.stack([part.sum() for part in expected.split(batch["document_lengths"])]), atol=1e-3)
+    assert torch.allclose(
+        sums, torch.stack([part.sum() for part in expected.split(batch["document_lengths"])]), atol=1e-3
+    )
 
 
 def test_log_probability_gradients_take_each_tokens_own_weight():
@@ -188,7 +195,8 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
 
 
 @pytest.mark.parametrize(
-    ("capability", "name"), [((7, 5), attention.SDPA), (None, attention.SDPA), ((8, 0), attention.FLASH), ((9, 0), attention.FLASH)]
+    ("capability", "name"),
+    [((7, 5), attention.SDPA), (None, attention.SDPA), ((8, 0), attention.FLASH), ((9, 0), attention.FLASH)],
 )
 def test_the_kernel_follows_the_card_and_says_why(capability, name):
     choice = attention.choose(capability)

@@ -14,8 +14,14 @@ from helpers.train import unsloth_backend
 def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", **values):
     import importlib.machinery
 
-    monkeypatch.setattr(planner.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None)
-    return planner.choose_backend(backend, cards.CPU if card == "CPU" else cards.named(card), model, {"method": "qlora", **values})
+    monkeypatch.setattr(
+        planner.importlib.util,
+        "find_spec",
+        lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None,
+    )
+    return planner.choose_backend(
+        backend, cards.CPU if card == "CPU" else cards.named(card), model, {"method": "qlora", **values}
+    )
 
 
 def test_auto_takes_unsloth_only_on_cards_without_the_kernels(monkeypatch):
@@ -29,7 +35,12 @@ def test_auto_takes_unsloth_only_on_cards_without_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize(
     ("values", "reason"),
-    [({"method": "full"}, "method full"), ({"dora": True}, "DoRA"), ({"loss": "dpo"}, "loss dpo"), ({"model": "mamba"}, "mamba")],
+    [
+        ({"method": "full"}, "method full"),
+        ({"dora": True}, "DoRA"),
+        ({"loss": "dpo"}, "loss dpo"),
+        ({"model": "mamba"}, "mamba"),
+    ],
 )
 def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
     with pytest.raises(TunebookError, match=reason):
@@ -53,7 +64,7 @@ def test_backend_hf_and_machines_without_unsloth_need_no_early_import(monkeypatc
 
 
 def test_a_late_import_is_a_sentence(monkeypatch):
-    import transformers  # noqa: F401  (what came first)
+    import transformers
 
     monkeypatch.setattr(unsloth_backend.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)

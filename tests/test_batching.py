@@ -29,7 +29,9 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
     examples = [{"input_ids": [n] * draw.randint(5, 90)} for n in range(50)]
     lengths = [len(e["input_ids"]) for e in examples]
     layout = batching.plan_rows(lengths, 8, 200, world_size, seed=3, epochs=2)
-    rows = batching.PackedRows(examples, batch_size=8, accumulation=layout.accumulation, world_size=world_size, seed=3, budget=200)
+    rows = batching.PackedRows(
+        examples, batch_size=8, accumulation=layout.accumulation, world_size=world_size, seed=3, budget=200
+    )
     for epoch in range(2):
         rows.set_epoch(epoch)
         assert len(rows) == layout.rows_per_step * layout.steps_per_epoch
@@ -42,7 +44,11 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     assert batching.epoch_batches(20, 4, 1, 0) == batching.epoch_batches(20, 4, 1, 0)
-    assert batching.epoch_batches(20, 4, 1, 0) != batching.epoch_batches(20, 4, 1, 1) != batching.epoch_batches(20, 4, 2, 1)
+    assert (
+        batching.epoch_batches(20, 4, 1, 0)
+        != batching.epoch_batches(20, 4, 1, 1)
+        != batching.epoch_batches(20, 4, 2, 1)
+    )
 
 
 def test_a_row_restarts_positions_and_never_predicts_across_documents():
@@ -97,6 +103,8 @@ def test_padded_rows_count_their_padding(lengths, budget, rows):
 def test_padded_rows_put_like_lengths_together():
     lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
     layout = batching.plan_rows(lengths, 8, 4000, padded=True)
-    rows = batching.PackedRows([{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1)
+    rows = batching.PackedRows(
+        [{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1
+    )
     assert layout.accumulation == 2 and max(rows.costs()) == layout.max_row_tokens == 4000
     assert sum(rows.costs()) < 1.02 * sum(lengths)

@@ -13,6 +13,7 @@ from helpers import chat, serve
 @pytest.fixture(scope="module")
 def server():
     from helpers.model import offline
+
     yield serve.start(offline.wheel_gguf(), context=1024, parallel=2)
     serve.stop_all()
 
@@ -53,14 +54,20 @@ class Recorder(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         import json
+
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         for piece in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>\x07"):
-            event = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m",
-                     "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+            event = {
+                "id": "1",
+                "object": "chat.completion.chunk",
+                "created": 1,
+                "model": "m",
+                "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}],
+            }
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -82,7 +89,9 @@ def test_markup_in_an_answer_is_shown_and_never_run(recorder):
     talk.send("<i>hi</i>")
     talk.wait(30)
     html = talk.columns[0].box.value
-    assert "&lt;script&gt;alert(1)" in html and "&lt;img src=x" in html and "&lt;i&gt;hi" in html and "&lt;b&gt;m" in html
+    assert (
+        "&lt;script&gt;alert(1)" in html and "&lt;img src=x" in html and "&lt;i&gt;hi" in html and "&lt;b&gt;m" in html
+    )
     assert "<script" not in html and "<img" not in html and "<i>" not in html
     assert Recorder.asked[0]["messages"][0] == {"role": "system", "content": "You write SQL."}
     assert Recorder.asked[0]["temperature"] == 0.5 and Recorder.asked[0]["stream"] is True

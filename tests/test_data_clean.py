@@ -9,7 +9,12 @@ from helpers.errors import TunebookError
 
 def talk(question, answer="fine", system="", at=1):
     messages = [{"role": "system", "content": system}] if system else []
-    return make_row("sft", [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], file="f", row=at)
+    return make_row(
+        "sft",
+        [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        file="f",
+        row=at,
+    )
 
 
 def through(step, rows, *args, **options):
@@ -122,7 +127,11 @@ def test_lengths_in_characters():
 
 
 def test_lengths_in_tokens(tokenizer):
-    rows = [talk("q", "yes", at=1), talk("q", "one two three four five", at=2), talk("q " * 300, "one two three four five", at=3)]
+    rows = [
+        talk("q", "yes", at=1),
+        talk("q", "one two three four five", at=2),
+        talk("q " * 300, "one two three four five", at=3),
+    ]
     kept, report = through(clean.keep_lengths, rows, min_tokens=3, max_tokens=100, tokenizer=tokenizer)
     assert [row["row"] for row in kept] == [2]
     assert "1 tokens, fewer than 3" in report.examples["answer too short"]["detail"]
@@ -147,7 +156,14 @@ CHINESE = (
 
 
 @pytest.mark.parametrize(
-    "answer", ["I am sorry. " * 40, "好的，我明白了。" * 30, "\n".join(["- the same line again"] * 12), "ha" + "a" * 80, "no " * 100]
+    "answer",
+    [
+        "I am sorry. " * 40,
+        "好的，我明白了。" * 30,
+        "\n".join(["- the same line again"] * 12),
+        "ha" + "a" * 80,
+        "no " * 100,
+    ],
 )
 def test_answers_that_repeat_themselves_are_dropped(answer):
     kept, report = through(clean.drop_repetitive, [talk("q", answer)])

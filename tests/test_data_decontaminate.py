@@ -14,7 +14,12 @@ HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
 
 def talk(question, answer="yes", system="", at=1, file="train"):
     messages = [{"role": "system", "content": system}] if system else []
-    return make_row("sft", [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], file=file, row=at)
+    return make_row(
+        "sft",
+        [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        file=file,
+        row=at,
+    )
 
 
 def run(rows, evaluation, share=d.SHARE):
@@ -71,7 +76,9 @@ def test_a_shared_system_prompt_is_no_contamination():
         talk(f"List the {a} of {b} please", f"SELECT {a} FROM {b}", system=schema, at=i)
         for i, (a, b) in enumerate(zip(WORDS[300:350], WORDS[400:450], strict=True))
     ]
-    evaluation = [talk(f"Count the {a} there", f"SELECT count(*) FROM {a}", system=schema, file="eval") for a in WORDS[500:550]]
+    evaluation = [
+        talk(f"Count the {a} there", f"SELECT count(*) FROM {a}", system=schema, file="eval") for a in WORDS[500:550]
+    ]
     assert len(run(training, evaluation)[0]) == len(training)
 
 
@@ -93,7 +100,8 @@ def test_a_question_in_the_answer_or_in_a_pretraining_text_is_found(carriers):
 
 def test_a_short_question_is_compared_as_a_whole_message():
     kept, report = run(
-        [talk("Capital of France?"), talk("What is the capital of France and of Spain, and of every other country?")], [talk("capital of france")]
+        [talk("Capital of France?"), talk("What is the capital of France and of Spain, and of every other country?")],
+        [talk("capital of france")],
     )
     assert len(kept) == 1 and report.figures["items_too_short"] == 1
 

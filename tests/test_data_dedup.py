@@ -16,7 +16,13 @@ HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
 
 def talk(question, answer, system="", at=1, **more):
     messages = [{"role": "system", "content": system}] if system else []
-    return make_row("sft", [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], file="f", row=at, **more)
+    return make_row(
+        "sft",
+        [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        file="f",
+        row=at,
+        **more,
+    )
 
 
 def text(content, at=1):
@@ -39,7 +45,11 @@ def word_sets(content, size=3):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("The quick, brown fox jumps", "the QUICK,\n\n  brown\tfox jumps  "), ("我喜欢 吃苹果", "我喜欢吃苹果"), ("naïve café", "NAÏVE CAFÉ")],
+    [
+        ("The quick, brown fox jumps", "the QUICK,\n\n  brown\tfox jumps  "),
+        ("我喜欢 吃苹果", "我喜欢吃苹果"),
+        ("naïve café", "NAÏVE CAFÉ"),
+    ],
 )
 def test_case_and_white_space_do_not_count(one, other):
     flat, offsets = shingles.shingles([one, other])
@@ -47,7 +57,18 @@ def test_case_and_white_space_do_not_count(one, other):
 
 
 def test_a_text_has_the_same_shingles_in_whatever_company():
-    texts = ["", "one", "one two", "one two three", "a b c d e f", "我喜欢吃苹果和香蕉。", "mixed 中文 and English", "😀!?", " \n ", "\x00\ud800 odd"]
+    texts = [
+        "",
+        "one",
+        "one two",
+        "one two three",
+        "a b c d e f",
+        "我喜欢吃苹果和香蕉。",
+        "mixed 中文 and English",
+        "😀!?",
+        " \n ",
+        "\x00\ud800 odd",
+    ]
     alone = [shingles.shingles([t])[0].tolist() for t in texts]
     flat, offsets = shingles.shingles(texts * 50)
     together = [flat[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts) * 50)]
@@ -96,7 +117,13 @@ def test_seen_hashes_answers_like_a_set():
 
 
 def test_exact_duplicates_compare_the_whole_example():
-    rows = [talk("q", "a", at=1), talk("q", "b", at=2), talk("q", "a", at=3), talk("q", "a", system="s", at=4), talk("q", "a", tools="[]", at=5)]
+    rows = [
+        talk("q", "a", at=1),
+        talk("q", "b", at=2),
+        talk("q", "a", at=3),
+        talk("q", "a", system="s", at=4),
+        talk("q", "a", tools="[]", at=5),
+    ]
     report = StepReport("exact")
     kept = [row["row"] for batch in dedup.exact_duplicates(batches(rows, 2), report) for row in batch]
     assert kept == [1, 2, 4, 5]
@@ -124,8 +151,13 @@ def planted():
 
 def test_planted_near_duplicates_are_found_and_nothing_else(planted):
     texts, copies = planted
-    similarity = [len(word_sets(texts[a]) & word_sets(texts[b])) / len(word_sets(texts[a]) | word_sets(texts[b])) for a, b in copies.items()]
-    assert min(similarity) >= 0.9 and sum(similarity) / len(similarity) < 0.94, "the planted pairs must be as hard as they claim"
+    similarity = [
+        len(word_sets(texts[a]) & word_sets(texts[b])) / len(word_sets(texts[a]) | word_sets(texts[b]))
+        for a, b in copies.items()
+    ]
+    assert min(similarity) >= 0.9 and sum(similarity) / len(similarity) < 0.94, (
+        "the planted pairs must be as hard as they claim"
+    )
     kept, report = near([text(t, i) for i, t in enumerate(texts)])
     gone = set(range(len(texts))) - {row["row"] for row in kept}
     assert len(gone & set(copies)) >= 0.99 * len(copies)
@@ -157,15 +189,27 @@ def test_chinese_near_duplicates_are_found():
 
 def test_a_shared_system_prompt_or_context_makes_no_duplicates():
     schema = " ".join(WORDS[:400])
-    rows = [talk(f"How many {a} are there?", f"SELECT count(*) FROM {a}", system=schema, at=i) for i, a in enumerate(WORDS[:100])]
-    rows += [talk(f"{schema}\n\nHow many {a} are there?", f"SELECT count(*) FROM {a}", at=100 + i) for i, a in enumerate(WORDS[:100])]
+    rows = [
+        talk(f"How many {a} are there?", f"SELECT count(*) FROM {a}", system=schema, at=i)
+        for i, a in enumerate(WORDS[:100])
+    ]
+    rows += [
+        talk(f"{schema}\n\nHow many {a} are there?", f"SELECT count(*) FROM {a}", at=100 + i)
+        for i, a in enumerate(WORDS[:100])
+    ]
     kept, report = near(rows)
     assert len(kept) == 200, report.examples
 
 
 def test_the_same_talk_under_another_system_prompt_is_another_example():
     question, answer = " ".join(WORDS[:50]), " ".join(WORDS[50:120])
-    kept, _ = near([talk(question, answer, system="one"), talk(question, answer, system="two"), talk(question + " x", answer, system="one")])
+    kept, _ = near(
+        [
+            talk(question, answer, system="one"),
+            talk(question, answer, system="two"),
+            talk(question + " x", answer, system="one"),
+        ]
+    )
     assert len(kept) == 2
 
 
@@ -193,7 +237,11 @@ def test_a_chain_of_small_changes_does_not_vanish_whole():
 
 def test_a_thousand_copies_leave_one_and_empty_rows_stay():
     base = WORDS[:120]
-    rows = [text(" ".join([*base, WORDS[1_000 + i]]), i) for i in range(1_000)] + [text("", 1_000), text("", 1_001), text("hi", 1_002)]
+    rows = [text(" ".join([*base, WORDS[1_000 + i]]), i) for i in range(1_000)] + [
+        text("", 1_000),
+        text("", 1_001),
+        text("hi", 1_002),
+    ]
     kept, _ = near(rows)
     assert [row["row"] for row in kept] == [0, 1_000, 1_001, 1_002]
 
@@ -212,7 +260,10 @@ def test_order_and_batches_do_not_change_the_verdict(planted):
 
 def test_preference_rows_are_compared_with_both_answers():
     def pair(chosen, rejected, at):
-        answers = {"chosen": [{"role": "assistant", "content": chosen}], "rejected": [{"role": "assistant", "content": rejected}]}
+        answers = {
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
         return make_row("preference", [{"role": "user", "content": " ".join(WORDS[:60])}], file="f", row=at, **answers)
 
     good, bad = " ".join(WORDS[100:150]), " ".join(WORDS[200:250])

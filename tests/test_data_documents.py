@@ -28,7 +28,12 @@ def pdf(lines):
         places.append(len(content))
         content += f"{number} 0 obj\n{part}\nendobj\n".encode()
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    return content + b"xref\n0 6\n0000000000 65535 f \n" + table + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(content)
+    return (
+        content
+        + b"xref\n0 6\n0000000000 65535 f \n"
+        + table
+        + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(content)
+    )
 
 
 def docx():
@@ -90,7 +95,9 @@ def test_pdf_docx_and_markdown_give_their_text(tmp_path, tokenizer):
     )
 
 
-@pytest.mark.parametrize("tokens, overlap, block", [(64, 16, 500_000), (40, 0, 500_000), (200, 50, 500_000), (64, 16, 1_500)])
+@pytest.mark.parametrize(
+    "tokens, overlap, block", [(64, 16, 500_000), (40, 0, 500_000), (200, 50, 500_000), (64, 16, 1_500)]
+)
 def test_pieces_hold_all_of_the_text_overlap_and_fit(tokenizer, monkeypatch, tokens, overlap, block):
     monkeypatch.setattr(documents, "BLOCK_CHARS", block)
     text = "\n\n".join(" ".join(f"Word{i}_{j} stands here." for j in range(9)) for i in range(30))

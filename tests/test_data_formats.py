@@ -31,7 +31,9 @@ def reference(folder, name):
         if file.suffix == ".jsonl"
         else [{"text": s} for s in text.splitlines()]
     )
-    columns = described.get("columns", {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"})
+    columns = described.get(
+        "columns", {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+    )
     tags = described.get(
         "tags",
         {
@@ -56,7 +58,11 @@ def reference(folder, name):
                 tags.get("function_tag"): "call",
             }
             talk = [(name_of[role], content) for role, content in said]
-            pair = [row[columns[side]][tags["content_tag"]] for side in ("chosen", "rejected")] if described.get("ranking") else [None, None]
+            pair = (
+                [row[columns[side]][tags["content_tag"]] for side in ("chosen", "rejected")]
+                if described.get("ranking")
+                else [None, None]
+            )
             read_as.append((system, talk, *pair, row.get(columns.get("kto_tag"))))
         elif "response" not in columns:
             read_as.append(("", [("text", row[columns["prompt"]])], None, None, None))
@@ -98,12 +104,18 @@ def test_every_text_set_of_the_demo_folder_loads_with_the_right_count_and_rows(d
     rejects = Rejects()
     reading = read(name, rejects, info=str(demo_data / "dataset_info.json"))
     wanted = reference(demo_data, name)
-    wanted = [(s, [(role, json.loads(text) if role == "call" else text) for role, text in talk], *rest) for s, talk, *rest in wanted]
+    wanted = [
+        (s, [(role, json.loads(text) if role == "call" else text) for role, text in talk], *rest)
+        for s, talk, *rest in wanted
+    ]
     assert len(reading.table) == len(wanted) == count and not rejects.invalid
     assert [as_reference(row) for row in reading.table.rows()] == wanted
 
 
-@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "dpo_en_demo.json", "kto_en_demo.json", "c4_demo.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "dpo_en_demo.json", "kto_en_demo.json", "c4_demo.jsonl"],
+)
 def test_detection_reads_a_demo_file_without_its_description_as_with_it(demo_data, tmp_path, name):
     shutil.copy(demo_data / name, tmp_path / name)
     described, detected = (read(str(folder / name), Rejects()) for folder in (demo_data, tmp_path))
@@ -122,17 +134,29 @@ def test_columns_replace_the_whole_default_mapping_and_what_is_left_out_is_named
 
 def test_tags_and_columns_of_a_described_set_are_obeyed_and_the_rest_is_not_guessed(tmp_path):
     row = {"talk": [{"who": "H", "what": "q"}, {"who": "A", "what": "a"}], "sys": "be brief", "tools": "[]"}
-    (tmp_path / "a.json").write_text(json.dumps([row, {"messages": turns(("user", "q"), ("assistant", "a"))}] * 1 + [row] * 30))
+    (tmp_path / "a.json").write_text(
+        json.dumps([row, {"messages": turns(("user", "q"), ("assistant", "a"))}] * 1 + [row] * 30)
+    )
     tags = {"role_tag": "who", "content_tag": "what", "user_tag": "H", "assistant_tag": "A"}
     (tmp_path / "dataset_info.json").write_text(
-        json.dumps({"a": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"}, "tags": tags}})
+        json.dumps(
+            {
+                "a": {
+                    "file_name": "a.json",
+                    "formatting": "sharegpt",
+                    "columns": {"messages": "talk", "system": "sys"},
+                    "tags": tags,
+                }
+            }
+        )
     )
     rejects = Rejects()
     reading = read(str(tmp_path / "a.json"), rejects)
     assert next(reading.table.rows())["messages"] == turns(("system", "be brief"), ("user", "q"), ("assistant", "a"))
     assert (
         len(reading.table) == 31
-        and "column 'talk' is not there; sharegpt wants 'talk'; columns seen: 'messages'" in rejects.first["wrong columns"]["detail"]
+        and "column 'talk' is not there; sharegpt wants 'talk'; columns seen: 'messages'"
+        in rejects.first["wrong columns"]["detail"]
     )
 
 
@@ -160,7 +184,12 @@ def test_num_samples_folders_and_hub_entries_are_taken_over_and_media_sets_are_r
     (hub,) = sources.find("b", str(tmp_path))
     assert (hub.hub, hub.subset, hub.split, hub.folder) == ("x/y", "en", "full", "sub")
     assert [row["messages"][0]["content"] for row in rows("e").rows()] == ["q1", "q2"]
-    said = {"c": "pictures, videos or sounds", "d": "would have to run code", "f": "in another way than LLaMA-Factory", "g": "a folder of 2 files"}
+    said = {
+        "c": "pictures, videos or sounds",
+        "d": "would have to run code",
+        "f": "in another way than LLaMA-Factory",
+        "g": "a folder of 2 files",
+    }
     for name, sentence in said.items():
         with pytest.raises(TunebookError, match=sentence):
             rows(name)
@@ -176,12 +205,26 @@ SHAPES = [
         "sft",
         turns(("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q"), ("assistant", "a")),
     ),
-    ({"question": "q", "sql": "SELECT 1", "system": "s"}, "sft", turns(("system", "s"), ("user", "q"), ("assistant", "SELECT 1"))),
+    (
+        {"question": "q", "sql": "SELECT 1", "system": "s"},
+        "sft",
+        turns(("system", "s"), ("user", "q"), ("assistant", "SELECT 1")),
+    ),
     ({"question": "q", "answer": 42}, "sft", turns(("user", "q"), ("assistant", "42"))),
     ({"prompt": "q", "completion": "a"}, "sft", turns(("user", "q"), ("assistant", "a"))),
-    ({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}, "sft", turns(("user", "q"), ("assistant", "a"))),
     (
-        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))},
+        "sft",
+        turns(("user", "q"), ("assistant", "a")),
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
         "sft",
         turns(("system", "s"), ("user", "q"), ("assistant", "a")),
     ),
@@ -202,7 +245,13 @@ SHAPES = [
                 {
                     "role": "assistant",
                     "content": None,
-                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+                    "tool_calls": [
+                        {
+                            "id": "1",
+                            "type": "function",
+                            "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+                        }
+                    ],
                 },
                 {"role": "tool", "name": "weather", "content": "rain"},
                 {"role": "assistant", "content": "a"},
@@ -226,7 +275,11 @@ SHAPES = [
             ]
         },
         "sft",
-        [*turns(("user", "q")), {"role": "assistant", "content": "", "tool_calls": [CALL]}, *turns(("tool", "rain"), ("assistant", "a"))],
+        [
+            *turns(("user", "q")),
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            *turns(("tool", "rain"), ("assistant", "a")),
+        ],
     ),
     ({"text": "words"}, "text", turns(("text", "words"))),
 ]
@@ -249,7 +302,11 @@ PROMPT, GOOD, BAD = turns(("user", "q")), turns(("assistant", "good")), turns(("
         {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD},
         {"prompt": "q", "chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
         {"chosen": PROMPT + GOOD, "rejected": PROMPT + BAD},
-        {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
         {"messages": PROMPT, "chosen": GOOD[0], "rejected": BAD[0]},
     ],
 )
@@ -265,11 +322,16 @@ def test_pairs_of_longer_conversations_are_cut_where_they_part_ways():
     with pytest.raises(RowError, match="same answer twice"):
         convert({"prompt": "q", "chosen": "a", "rejected": "a"}, formats.DEFAULTS["preference"])
     with pytest.raises(RowError, match="no question"):
-        convert({"chosen": turns(("user", "x")) + GOOD, "rejected": turns(("user", "y")) + BAD}, formats.DEFAULTS["preference"])
+        convert(
+            {"chosen": turns(("user", "x")) + GOOD, "rejected": turns(("user", "y")) + BAD},
+            formats.DEFAULTS["preference"],
+        )
 
 
 def test_kto_rows_keep_their_label_and_a_missing_one_is_rejected():
-    (part,) = convert({"prompt": "q", "completion": "a", "label": False}, detect({"prompt": "q", "completion": "a", "label": False}))
+    (part,) = convert(
+        {"prompt": "q", "completion": "a", "label": False}, detect({"prompt": "q", "completion": "a", "label": False})
+    )
     assert part["kind"] == "kto" and part["label"] is False
     with pytest.raises(RowError, match="no label"):
         convert({"prompt": "q", "completion": "a", "label": "yes"}, formats.DEFAULTS["kto"])
@@ -278,12 +340,23 @@ def test_kto_rows_keep_their_label_and_a_missing_one_is_rejected():
 def test_context_questions_may_have_no_answer_in_their_text():
     def asked(record):
         shape = named_shape("context_qa", unanswerable="Not in the text.")
-        return [(part["messages"][-2]["content"], part["messages"][-1]["content"]) for part in convert(record, formats.adapt(shape, record))]
+        return [
+            (part["messages"][-2]["content"], part["messages"][-1]["content"])
+            for part in convert(record, formats.adapt(shape, record))
+        ]
 
     assert asked({"context": "C", "question": "q", "answer": "a"}) == [("C\n\nq", "a")]
-    assert asked({"article": "C", "question": "q", "answer": "a", "unanswerable_question": "u"}) == [("C\n\nq", "a"), ("C\n\nu", "Not in the text.")]
-    assert asked({"context": "C", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [1, 2]}})[0][1] == "a"
-    assert asked({"context": "C", "question": "q", "answers": {"text": [], "answer_start": []}})[0][1] == "Not in the text."
+    assert asked({"article": "C", "question": "q", "answer": "a", "unanswerable_question": "u"}) == [
+        ("C\n\nq", "a"),
+        ("C\n\nu", "Not in the text."),
+    ]
+    assert (
+        asked({"context": "C", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [1, 2]}})[0][1] == "a"
+    )
+    assert (
+        asked({"context": "C", "question": "q", "answers": {"text": [], "answer_start": []}})[0][1]
+        == "Not in the text."
+    )
     assert asked({"context": "C", "question": "q", "answer": "a", "is_impossible": True})[0][1] == "Not in the text."
     with pytest.raises(RowError, match="no answer"):
         asked({"context": "C", "question": "q"})

@@ -25,9 +25,20 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
     max_leaves=8,
 )
-roles = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "wizard", "", None, 3])
+roles = st.sampled_from(
+    ["user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "wizard", "", None, 3]
+)
 messages = st.lists(
-    st.fixed_dictionaries({}, optional={"role": roles, "content": words | values, "from": roles, "value": words | values, "tool_calls": values})
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": roles,
+            "content": words | values,
+            "from": roles,
+            "value": words | values,
+            "tool_calls": values,
+        },
+    )
     | values,
     max_size=5,
 )
@@ -113,7 +124,9 @@ def test_any_records_under_any_named_format_are_read_or_rejected(format, found):
 @QUICK
 @given(
     st.binary(max_size=600),
-    st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet", "a.jsonl.gz", "a.json.zst", "a.csv.gz", "a.md"]),
+    st.sampled_from(
+        ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.parquet", "a.jsonl.gz", "a.json.zst", "a.csv.gz", "a.md"]
+    ),
 )
 def test_any_bytes_under_any_name_end_in_rows_or_a_sentence(content, name):
     read_bytes(name, content, documents={"tokenizer": lambda: pytest.fail("no text that short is cut")})
@@ -127,7 +140,11 @@ def test_a_good_file_damaged_anywhere_still_ends_and_invents_no_row(data, name):
     content = gzip.compress(content, mtime=0) if name.endswith("gz") else content
     at = data.draw(st.integers(0, len(content) - 1))
     how = data.draw(st.sampled_from(["cut", "byte", "insert"]))
-    damaged = content[:at] if how == "cut" else content[:at] + data.draw(st.binary(min_size=1, max_size=3)) + content[at + (how == "byte") :]
+    damaged = (
+        content[:at]
+        if how == "cut"
+        else content[:at] + data.draw(st.binary(min_size=1, max_size=3)) + content[at + (how == "byte") :]
+    )
     rows, _ = read_bytes(name, damaged)
     assert len(rows) <= 20
     if how == "cut" and not name.endswith("gz"):
@@ -149,7 +166,9 @@ def test_what_a_csv_writer_wrote_is_read_back(table):
     except UnicodeEncodeError:
         return
     rows, rejects = read_bytes("a.csv", content)
-    assert [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows] == [tuple(pair) for pair in table] and not rejects.invalid
+    assert [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows] == [
+        tuple(pair) for pair in table
+    ] and not rejects.invalid
 
 
 @QUICK
@@ -166,12 +185,23 @@ def test_what_json_can_say_is_parsed_as_json_parses_it(value):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(st.lists(st.text(string.printable + "é日🙂\u200b", min_size=1, max_size=40), min_size=1, max_size=4), min_size=1, max_size=5),
+    st.lists(
+        st.lists(st.text(string.printable + "é日🙂\u200b", min_size=1, max_size=40), min_size=1, max_size=4),
+        min_size=1,
+        max_size=5,
+    ),
     st.sampled_from(["last", "all"]),
 )
 def test_any_conversation_is_rendered_as_the_tokenizer_does_or_rejected(tokenizer, talks, train_on):
     lines = [
-        json.dumps({"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts + ["x"] * (len(texts) % 2))]})
+        json.dumps(
+            {
+                "messages": [
+                    {"role": ("user", "assistant")[i % 2], "content": text}
+                    for i, text in enumerate(texts + ["x"] * (len(texts) % 2))
+                ]
+            }
+        )
         for texts in talks
     ]
     rows, _ = read_bytes("a.jsonl", "\n".join(lines).encode())
@@ -181,9 +211,15 @@ def test_any_conversation_is_rendered_as_the_tokenizer_does_or_rejected(tokenize
     for one in done:
         messages = one.row["messages"]
         assert one.ids.tolist() == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
+        )
         answer = one.ids[len(prompt) :].tolist()
-        assert one.ids[: len(prompt)].tolist() == prompt and one.mask[len(prompt) : one.ends[-1] + 1].all() and tokenizer.eos_token_id in answer
+        assert (
+            one.ids[: len(prompt)].tolist() == prompt
+            and one.mask[len(prompt) : one.ends[-1] + 1].all()
+            and tokenizer.eos_token_id in answer
+        )
         assert tokenizer.decode(one.ids[len(prompt) : one.ends[-1]]) == messages[-1]["content"]
 
 
@@ -191,5 +227,7 @@ def test_any_conversation_is_rendered_as_the_tokenizer_does_or_rejected(tokenize
 @given(words)
 def test_no_text_becomes_markup(text):
     shown = cell(text)
-    assert not set("<>\"'") & set(shown.replace("&lt;", "").replace("&gt;", "").replace("&quot;", "").replace("&#x27;", ""))
+    assert not set("<>\"'") & set(
+        shown.replace("&lt;", "").replace("&gt;", "").replace("&quot;", "").replace("&#x27;", "")
+    )
     shown.encode()

@@ -69,11 +69,17 @@ class Hub(BaseHTTPRequestHandler):
         if kind != "datasets" or files is None:
             self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound" if name in self.content else "RepoNotFound"})
         elif what in ("", "revision"):
-            self.answer(json.dumps({"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode())
+            self.answer(
+                json.dumps({"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}).encode()
+            )
         elif what == "tree":
-            self.answer(json.dumps([self.entry(file, files[file]) for file in files if file.startswith(f"{inner}/")]).encode())
+            self.answer(
+                json.dumps([self.entry(file, files[file]) for file in files if file.startswith(f"{inner}/")]).encode()
+            )
         elif (file := path.split(f"/resolve/{revision}/")[1]) in files:
-            self.answer(files[file], 200, {"ETag": f'"{self.entry(file, files[file])["oid"]}"', "X-Repo-Commit": commit})
+            self.answer(
+                files[file], 200, {"ETag": f'"{self.entry(file, files[file])["oid"]}"', "X-Repo-Commit": commit}
+            )
         else:
             self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
 
@@ -111,7 +117,9 @@ def test_revision_subset_and_split_of_a_hub_set_are_obeyed_and_a_script_does_not
     specs = ["owner/set:en", "owner/set@v1:en:full[1:]", "listed", "owner/set@v9:en", "owner/none", "owner/script"]
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
            "PYTHONPATH": str(PROJECT)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", READ, str(info), *specs], capture_output=True, text=True, env=env, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(info), *specs], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))]
     assert said[:3] == [
@@ -119,5 +127,10 @@ def test_revision_subset_and_split_of_a_hub_set_are_obeyed_and_a_script_does_not
         [["full 1", "old", "owner/set"], ["full 2", "old", "owner/set"]],
         [["full 0", "new", "owner/set"]],
     ]
-    assert "'v9' doesn't exist" in said[3] and "owner/none" in said[4] and "script" in said[5] and not (tmp_path / "ran").exists()
+    assert (
+        "'v9' doesn't exist" in said[3]
+        and "owner/none" in said[4]
+        and "script" in said[5]
+        and not (tmp_path / "ran").exists()
+    )
     assert all("Check the name" in sentence for sentence in said[3:])

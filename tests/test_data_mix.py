@@ -12,7 +12,13 @@ from helpers.errors import TunebookError
 def table(name, rows, words=5):
     rng = random.Random(name)
     made = (
-        make_row("text", [{"role": "text", "content": " ".join(rng.choices("abcdefgh", k=words)) + f" {i}"}], source=name, row=i) for i in range(rows)
+        make_row(
+            "text",
+            [{"role": "text", "content": " ".join(rng.choices("abcdefgh", k=words)) + f" {i}"}],
+            source=name,
+            row=i,
+        )
+        for i in range(rows)
     )
     return Table.collect(batches(made, 300), spill_rows=500)
 
@@ -41,12 +47,20 @@ def tables():
 def test_without_weights_every_row_is_taken_once(tables):
     rows, report = run({"a": Source(tables["a"]), "b": Source(tables["b"])})
     assert len(rows) == 4_000 and report.seen == 4_000 and not report.dropped
-    assert report.figures["mixture"]["a"] == {"rows": 3_000, "rows_share": 0.75, "available": 3_000, "weight": None, "replay": False}
+    assert report.figures["mixture"]["a"] == {
+        "rows": 3_000,
+        "rows_share": 0.75,
+        "available": 3_000,
+        "weight": None,
+        "replay": False,
+    }
 
 
 def test_weights_are_shares_of_rows(tables):
     rows, report = run({"a": Source(tables["a"], weight=1), "b": Source(tables["b"], weight=3)})
-    assert share(rows, "b") == pytest.approx(0.75, abs=0.001) and sum(r["source"] == "b" for r in rows) == 1_000, "the scarce source is used up"
+    assert share(rows, "b") == pytest.approx(0.75, abs=0.001) and sum(r["source"] == "b" for r in rows) == 1_000, (
+        "the scarce source is used up"
+    )
     assert report.dropped == {"not needed for the mixture: a": 2_667}
 
 
@@ -73,7 +87,9 @@ def test_replay_is_its_share_of_the_whole(tables):
 
 def test_too_little_replay_data_shrinks_the_rest_and_not_the_share(tables):
     rows, report = run({"a": Source(tables["a"]), "general": Source(tables["general"], replay=True)}, replay_share=0.4)
-    assert share(rows, "general") == pytest.approx(0.4, abs=0.001) and sum(r["source"] == "general" for r in rows) == 800
+    assert (
+        share(rows, "general") == pytest.approx(0.4, abs=0.001) and sum(r["source"] == "general" for r in rows) == 800
+    )
     assert report.dropped == {"not needed for the mixture: a": 1_800}
 
 

@@ -48,7 +48,10 @@ def run(job, pages=False):
 
 
 def rows(count, start=0, words=6):
-    return [{"question": f"What is number {i}?", "answer": f"It is {i} " * words, "topic": i % 7} for i in range(start, start + count)]
+    return [
+        {"question": f"What is number {i}?", "answer": f"It is {i} " * words, "topic": i % 7}
+        for i in range(start, start + count)
+    ]
 
 
 def read(job, name):
@@ -70,14 +73,21 @@ def test_a_whole_job_writes_every_file_and_a_manifest_that_the_next_stage_accept
         "lengths.png",
         "metrics.json",
     }
-    assert names <= set(manifest.data["artifacts"]) and manifest.data["template_hash"] and manifest.data["tokenizer_hash"]
+    assert (
+        names <= set(manifest.data["artifacts"]) and manifest.data["template_hash"] and manifest.data["tokenizer_hash"]
+    )
     assert not [p.name for p in done.path.iterdir() if p.name.startswith(".")]
     train, held, test = (read(done, name) for name in ("train", "eval", "test"))
-    assert len(train) + len(held) + len(test) == 200 == sum(manifest.metrics["rows"].values()) and min(map(len, (train, held, test))) > 5
+    assert (
+        len(train) + len(held) + len(test) == 200 == sum(manifest.metrics["rows"].values())
+        and min(map(len, (train, held, test))) > 5
+    )
     ids = [row["id"] for part in (train, held, test) for row in part]
     assert len(set(ids)) == 200
     for row in train:
-        assert len(row["input_ids"]) == len(row["completion_mask"]) and 0 < sum(row["completion_mask"]) < len(row["input_ids"])
+        assert len(row["input_ids"]) == len(row["completion_mask"]) and 0 < sum(row["completion_mask"]) < len(
+            row["input_ids"]
+        )
         messages = json.loads(row["messages"])
         said = tokenizer.decode([t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m])
         assert said == messages[-1]["content"] + "<|im_end|>"
@@ -87,7 +97,9 @@ def test_a_whole_job_writes_every_file_and_a_manifest_that_the_next_stage_accept
         and test[0]["reference"].startswith("It is")
     )
     share = manifest.metrics["trained_share"]
-    assert share == pytest.approx(sum(sum(r["completion_mask"]) for r in train + held) / sum(len(r["input_ids"]) for r in train + held))
+    assert share == pytest.approx(
+        sum(sum(r["completion_mask"]) for r in train + held) / sum(len(r["input_ids"]) for r in train + held)
+    )
 
 
 def test_trl_trains_exactly_the_masked_tokens_of_the_written_file(job, tokenizer, tiny_llama, tmp_path):
@@ -125,7 +137,9 @@ def test_preference_pairs_are_written_for_trl_and_never_ask_a_held_out_question(
     assert asked and not asked & {row["prompt"][-1]["content"] for row in train + held}
     assert len(train) + len(held) + len(test) == 150 and held
     for row in train:
-        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, return_dict=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=True, return_dict=False, add_generation_prompt=True
+        )
         assert row["prompt_ids"] == prompt
         for side in ("chosen", "rejected"):
             assert (
@@ -157,7 +171,9 @@ def test_the_second_time_the_tokens_come_from_the_cache_and_any_change_misses_it
         assert changed.encoded["cache"].startswith("miss")
     other_template = job(rows(60))
     other_template._tokenizer = copy.deepcopy(other_template.tokenizer)
-    other_template.tokenizer.chat_template = other_template.tokenizer.chat_template.replace("a helpful AI", "an honest AI")
+    other_template.tokenizer.chat_template = other_template.tokenizer.chat_template.replace(
+        "a helpful AI", "an honest AI"
+    )
     run(other_template)
     assert other_template.encoded["cache"].startswith("miss")
 
@@ -178,7 +194,9 @@ def test_a_damaged_cache_entry_is_made_anew(job, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     again = job(rows(40))
     run(again)
-    assert again.encoded["cache"].startswith("miss") and len(read(again, "train")) == again.encoded["written"]["train"] > 0
+    assert (
+        again.encoded["cache"].startswith("miss") and len(read(again, "train")) == again.encoded["written"]["train"] > 0
+    )
 
 
 def test_sources_are_mixed_by_weight_with_replay_and_the_achieved_mixture_is_reported(job, tmp_path):
@@ -215,7 +233,10 @@ def test_groups_and_near_duplicates_stay_together_through_the_job(job):
 def test_training_rows_that_hold_a_test_question_are_taken_out_and_counted(job, tmp_path):
     question = "Which river flows through the largest number of European capitals on its long way?"
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": question, "answer": "The Danube"}) + "\n")
-    done = job([*rows(50), {"question": "Hello! " + question.upper(), "answer": "Danube"}], test_dataset=str(tmp_path / "test.jsonl"))
+    done = job(
+        [*rows(50), {"question": "Hello! " + question.upper(), "answer": "Danube"}],
+        test_dataset=str(tmp_path / "test.jsonl"),
+    )
     run(done)
     assert done.rejects.removed["holds an evaluation question"] == 1 and len(read(done, "test")) == 1
     assert next(s for s in done.steps if s.step == "decontamination").figures["injection_recall"] > 0.9
@@ -226,7 +247,12 @@ def test_replay_rows_are_cleaned_like_the_others(job, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": question, "answer": "The Danube"}) + "\n")
     replayed = [*rows(30, 500), {"question": "Tell me: " + question, "answer": "Danube"}, rows(1, 500)[0]]
     (tmp_path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replayed))
-    done = job(rows(30), test_dataset=str(tmp_path / "test.jsonl"), replay_dataset=str(tmp_path / "general.jsonl"), replay_share=0.5)
+    done = job(
+        rows(30),
+        test_dataset=str(tmp_path / "test.jsonl"),
+        replay_dataset=str(tmp_path / "general.jsonl"),
+        replay_share=0.5,
+    )
     run(done)
     assert done.rejects.removed["holds an evaluation question"] == 1 and done.rejects.removed["exact duplicate"] == 1
     assert {part["source"]: part["rows"] for part in done.encoded["mixture"]} == {"data": 30, "replay: general": 30}
@@ -240,7 +266,10 @@ def test_the_embedded_companions_are_left_out_with_other_data(job, capsys):
 def test_a_max_length_of_zero_takes_the_proposal(job):
     done = job([*rows(300), *rows(2, 5000, 300)], max_length=0, test_share=0.0)
     run(done)
-    assert done.encoded["max_length"] == done.encoded["lengths"]["proposed_max_length"] < 200 and done.encoded["lengths"]["dropped"] == 2
+    assert (
+        done.encoded["max_length"] == done.encoded["lengths"]["proposed_max_length"] < 200
+        and done.encoded["lengths"]["dropped"] == 2
+    )
 
 
 def test_texts_are_trained_whole(job):
@@ -269,7 +298,10 @@ def test_texts_are_trained_whole(job):
     ],
 )
 def test_each_bad_input_ends_with_one_sentence_and_no_manifest(job, tmp_path, given, content, said):
-    given = {name: value.format(data=tmp_path / "data.jsonl") if isinstance(value, str) else value for name, value in given.items()}
+    given = {
+        name: value.format(data=tmp_path / "data.jsonl") if isinstance(value, str) else value
+        for name, value in given.items()
+    }
     with pytest.raises(TunebookError, match=said) as caught:
         run(job(content, **given))
     assert "\n" not in str(caught.value)

@@ -20,13 +20,22 @@ def hostile(tmp_path_factory, smollm2):
     """A finished job whose every name and text tries to become markup."""
     folder = tmp_path_factory.mktemp("hostile")
     rows = [{"question": f"{i} {ATTACK}", "answer": f"{ATTACK} naïve 日本 🙂 {i}", ATTACK: ATTACK} for i in range(40)]
-    rows += [{"prompt": f"{i} {ATTACK}", "chosen": ATTACK, "rejected": f"no {ATTACK}"} for i in range(20)] + [{"question": ATTACK, "answer": None}]
+    rows += [{"prompt": f"{i} {ATTACK}", "chosen": ATTACK, "rejected": f"no {ATTACK}"} for i in range(20)] + [
+        {"question": ATTACK, "answer": None}
+    ]
     path = folder / "<img src=x onerror=alert(3)>.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEBOOK_RUNS", str(folder / "runs"))
         patch.setenv("TUNEBOOK_CACHE", str(folder / "cache"))
-        job = Job(runs.open_stage("data", params.resolve("data", {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0})))
+        job = Job(
+            runs.open_stage(
+                "data",
+                params.resolve(
+                    "data", {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0}
+                ),
+            )
+        )
         shown = [
             job.read(),
             job.clean(),
@@ -56,8 +65,15 @@ def test_nothing_from_the_data_becomes_markup_in_the_pages(hostile, name):
     job, _ = hostile
     markup = (job.path / name).read_text()
     tags, tree = texts_and_tags(markup)
-    assert not tags & {"script", "img", "iframe", "b", "a", "link", "object"} - {"b"} and "alert(1)" in tree.text_content()
-    assert not any(attribute.startswith("on") for element in tree.iter() if isinstance(element.tag, str) for attribute in element.attrib)
+    assert (
+        not tags & {"script", "img", "iframe", "b", "a", "link", "object"} - {"b"} and "alert(1)" in tree.text_content()
+    )
+    assert not any(
+        attribute.startswith("on")
+        for element in tree.iter()
+        if isinstance(element.tag, str)
+        for attribute in element.attrib
+    )
     assert "default-src 'none'" in markup and not re.search(r"(?:src|href)\s*=", re.sub(r"&lt;.*?&gt;", "", markup))
 
 
@@ -73,7 +89,10 @@ def test_the_data_card_has_front_matter_and_lets_no_name_out_of_its_table(hostil
     job, _ = hostile
     card = (job.path / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["size_categories"] == ["n<1K"] and {c["config_name"] for c in front["configs"]} == {"sft", "preference"}
+    assert front["size_categories"] == ["n<1K"] and {c["config_name"] for c in front["configs"]} == {
+        "sft",
+        "preference",
+    }
     for config in front["configs"]:
         for part in config["data_files"]:
             assert (job.path / part["path"]).is_file()
@@ -85,7 +104,9 @@ def test_the_preview_shows_every_token_of_a_row_with_its_id_and_colour(hostile, 
     (row,) = preview.first_rows(job.path / "train.parquet", 1)
     markup = preview.tokens(tokenizer, row["input_ids"], row["completion_mask"], {2}, {1, 2})
     spans = re.findall(r'<span( class=\w)? title="id (\d+), position (\d+)">(.*?)</span>', markup, flags=re.DOTALL)
-    assert [int(token) for _, token, _, _ in spans] == row["input_ids"] and [int(at) for *_, at, _ in spans] == list(range(len(spans)))
+    assert [int(token) for _, token, _, _ in spans] == row["input_ids"] and [int(at) for *_, at, _ in spans] == list(
+        range(len(spans))
+    )
     shown = html.unescape("".join(text for *_, text in spans)).replace("·", "").replace("↵", "")
     assert shown == tokenizer.decode(row["input_ids"])
     colours = [kind.strip()[-1:] for kind, *_ in spans]
@@ -100,7 +121,12 @@ def test_control_characters_and_half_surrogates_are_made_visible():
 def test_ticks_are_round_numbers_within_the_range():
     for top in (5, 97, 512, 8191, 100_000):
         ticks = page.ticks(top)
-        assert ticks[0] == 0 and ticks[-1] <= top and 2 <= len(ticks) <= 8 and len({b - a for a, b in itertools.pairwise(ticks)}) == 1
+        assert (
+            ticks[0] == 0
+            and ticks[-1] <= top
+            and 2 <= len(ticks) <= 8
+            and len({b - a for a, b in itertools.pairwise(ticks)}) == 1
+        )
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1100), ("dark", 390)])

@@ -11,7 +11,9 @@ from helpers.errors import TunebookError
 
 
 def talk(question, answer="fine", at=1):
-    return make_row("sft", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], file="f", row=at)
+    return make_row(
+        "sft", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], file="f", row=at
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,13 @@ def no_network(monkeypatch):
 
 def mask(texts, **options):
     report = StepReport("privacy")
-    rows = [row for batch in privacy.mask_personal_data(batches([talk(t, at=i) for i, t in enumerate(texts)], 2), report, **options) for row in batch]
+    rows = [
+        row
+        for batch in privacy.mask_personal_data(
+            batches([talk(t, at=i) for i, t in enumerate(texts)], 2), report, **options
+        )
+        for row in batch
+    ]
     return rows, report
 
 
@@ -89,7 +97,11 @@ def test_answers_and_pairs_are_masked_too_and_rows_can_be_dropped_or_counted():
     assert out[0]["chosen"][0]["content"] == "<EMAIL_ADDRESS>" and out[0]["id"] != pair["id"]
     texts = ["write to a@example.com", "nothing here"]
     rows, report = mask(texts, action="drop")
-    assert len(rows) == 1 and report.dropped == {"personal data": 1} and report.examples["personal data"]["detail"] == "1 EMAIL_ADDRESS"
+    assert (
+        len(rows) == 1
+        and report.dropped == {"personal data": 1}
+        and report.examples["personal data"]["detail"] == "1 EMAIL_ADDRESS"
+    )
     rows, report = mask(texts, action="count")
     assert [r["messages"][0]["content"] for r in rows] == texts and report.figures["found"] == {"EMAIL_ADDRESS": 1}
 
@@ -105,7 +117,10 @@ def test_only_what_is_asked_for_is_masked_and_unknown_kinds_are_refused():
 
 def test_a_long_line_is_searched_to_its_end():
     text = "word " * 20_000 + "anna@example.com" + " word" * 20_000 + "x" * 9_000 + " bob@example.com"
-    assert [(text[a:b], kind) for a, b, kind in privacy.find(text)] == [("anna@example.com", "EMAIL_ADDRESS"), ("bob@example.com", "EMAIL_ADDRESS")]
+    assert [(text[a:b], kind) for a, b, kind in privacy.find(text)] == [
+        ("anna@example.com", "EMAIL_ADDRESS"),
+        ("bob@example.com", "EMAIL_ADDRESS"),
+    ]
 
 
 # ---------------------------------------------------------------- toxicity
@@ -126,14 +141,24 @@ def test_without_a_scorer_nothing_is_judged():
 
 def test_a_function_or_its_name_scores(tmp_path, monkeypatch):
     kept, report = judge(ROWS, lambda texts: [0.9 if "idiot" in t else 0.1 for t in texts])
-    assert [r["row"] for r in kept] == [1, 3] and report.dropped == {"toxic": 1} and report.figures["highest_score"] == 0.9
+    assert (
+        [r["row"] for r in kept] == [1, 3] and report.dropped == {"toxic": 1} and report.figures["highest_score"] == 0.9
+    )
     (tmp_path / "house_rules.py").write_text("def score(texts):\n    return [float('thanks' in t) for t in texts]\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert [r["row"] for r in judge(ROWS, "house_rules:score")[0]] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    "scorer", ["nonsense", "no_such_module:score", "math:no_such_function", "math:pi", "http://127.0.0.1:1/v1", "transformers:/no/such"]
+    "scorer",
+    [
+        "nonsense",
+        "no_such_module:score",
+        "math:no_such_function",
+        "math:pi",
+        "http://127.0.0.1:1/v1",
+        "transformers:/no/such",
+    ],
 )
 def test_a_scorer_that_cannot_be_loaded_is_refused(scorer):
     with pytest.raises(TunebookError):

@@ -25,7 +25,9 @@ def write_kinds(folder):
     (folder / "a.jsonl").write_bytes(lines)
     (folder / "b.json").write_text(json.dumps(ROWS))
     (folder / "c.csv").write_text("instruction,output\n" + "".join(f"{r['instruction']},{r['output']}\n" for r in ROWS))
-    (folder / "d.tsv").write_text("instruction\toutput\n" + "".join(f"{r['instruction']}\t{r['output']}\n" for r in ROWS))
+    (folder / "d.tsv").write_text(
+        "instruction\toutput\n" + "".join(f"{r['instruction']}\t{r['output']}\n" for r in ROWS)
+    )
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "e.parquet")
     (folder / "f.jsonl.gz").write_bytes(gzip.compress(lines))
     (folder / "g.jsonl.zst").write_bytes(zstandard.compress(lines))
@@ -46,7 +48,20 @@ def rejected(path, **options):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "b.json", "c.csv", "d.tsv", "e.parquet", "f.jsonl.gz", "g.jsonl.zst", "h.json", "i.jsonl", "j.jsonl", "k.csv.gz"]
+    "name",
+    [
+        "a.jsonl",
+        "b.json",
+        "c.csv",
+        "d.tsv",
+        "e.parquet",
+        "f.jsonl.gz",
+        "g.jsonl.zst",
+        "h.json",
+        "i.jsonl",
+        "j.jsonl",
+        "k.csv.gz",
+    ],
 )
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     write_kinds(tmp_path)
@@ -149,9 +164,13 @@ def test_a_byte_that_is_not_utf8_costs_its_row_and_no_other(tmp_path, name):
 
 def test_what_is_no_utf16_costs_its_row_and_no_other(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode("utf-16-le")
-    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe" + lines.replace("question 2".encode("utf-16-le"), b"\x00\xd8" * 10))
+    (tmp_path / "rows.jsonl").write_bytes(
+        b"\xff\xfe" + lines.replace("question 2".encode("utf-16-le"), b"\x00\xd8" * 10)
+    )
     reading, rejects = rejected(tmp_path / "rows.jsonl")
-    assert questions(reading) == [pair for i, pair in enumerate(WANTED) if i != 2] and dict(rejects.invalid) == {"not UTF-8": 1}
+    assert questions(reading) == [pair for i, pair in enumerate(WANTED) if i != 2] and dict(rejects.invalid) == {
+        "not UTF-8": 1
+    }
 
 
 def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path):
@@ -166,7 +185,9 @@ def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path):
 def test_too_many_broken_rows_stop_the_job_with_the_share_the_reason_and_the_first_place(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join((GOOD if i % 10 else "{broken") + "\n" for i in range(100)))
-    with pytest.raises(TunebookError, match=r"10 of 100 rows \(10\.0%\).*limit is 5\.0%.*malformed JSON.*rows\.jsonl, row 1"):
+    with pytest.raises(
+        TunebookError, match=r"10 of 100 rows \(10\.0%\).*limit is 5\.0%.*malformed JSON.*rows\.jsonl, row 1"
+    ):
         read(str(path), Rejects(limit=0.05))
     assert len(read(str(path), Rejects(limit=0.11)).table) == 90
 
@@ -210,7 +231,9 @@ def test_a_gzip_bomb_stops_being_unpacked(tmp_path, monkeypatch):
 
 
 def test_csv_rows_with_missing_values_and_duplicated_headers_are_rejected_and_formulas_stay_text(tmp_path):
-    (tmp_path / "a.csv").write_text('instruction,output\n"=cmd|\'/c calc\'!A0",+1\nonly one\na,b,c\n"multi\nline",yes\n')
+    (tmp_path / "a.csv").write_text(
+        'instruction,output\n"=cmd|\'/c calc\'!A0",+1\nonly one\na,b,c\n"multi\nline",yes\n'
+    )
     reading, rejects = rejected(tmp_path / "a.csv")
     assert questions(reading) == [("=cmd|'/c calc'!A0", "+1"), ("multi\nline", "yes")]
     assert dict(rejects.invalid) == {"wrong number of values": 2}
@@ -270,7 +293,10 @@ def test_a_hub_set_that_cannot_be_had_ends_with_a_sentence():
 
 
 def test_a_table_on_disk_reads_like_one_in_memory():
-    rows = [make_row("sft", [{"role": "user", "content": f"q{i} é😀"}, {"role": "assistant", "content": "a"}], row=i) for i in range(2500)]
+    rows = [
+        make_row("sft", [{"role": "user", "content": f"q{i} é😀"}, {"role": "assistant", "content": "a"}], row=i)
+        for i in range(2500)
+    ]
     held, spilt = (Table.collect(batches(rows), spill_rows=limit) for limit in (10_000, 700))
     assert held._folder is None and spilt._folder is not None
     assert list(held.rows()) == list(spilt.rows()) == rows and len(spilt) == 2500

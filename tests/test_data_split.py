@@ -17,7 +17,12 @@ def rows(count, group=lambda i: None, start=0):
     for i in range(start, start + count):
         meta = {"topic": group(i)} if group(i) is not None else {}
         made.append(
-            make_row("sft", [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i * i}"}], row=i, meta=meta)
+            make_row(
+                "sft",
+                [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i * i}"}],
+                row=i,
+                meta=meta,
+            )
         )
     return made
 
@@ -69,14 +74,21 @@ def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
         for copy in range(4):
             text = " ".join([*words[:-1], f"tail{copy}"])
             made.append(
-                make_row("sft", [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}], row=len(made), meta={"family": i})
+                make_row(
+                    "sft",
+                    [{"role": "user", "content": "Say."}, {"role": "assistant", "content": text}],
+                    row=len(made),
+                    meta={"family": i},
+                )
             )
     table = Table.collect([made])
     ids = [row["id"] for row in made]
     together = pairs_of(table, near_duplicate_groups(table))
     assert len(together) == 180
     places = where(split(table, 0.3, 0.3, together=together))
-    assert all(len({places[ids[4 * i + copy]] for copy in range(4)}) == 1 for i in range(60)) and set(places.values()) == set(SPLITS)
+    assert all(len({places[ids[4 * i + copy]] for copy in range(4)}) == 1 for i in range(60)) and set(
+        places.values()
+    ) == set(SPLITS)
     joined = split(table, 0.3, 0.3, "family", [(ids[0], ids[5]), (ids[6], ids[9])])
     places = where(joined)
     assert len({places[key] for key in ids[:12]}) == 1  # three families, chained by two near-duplicates

@@ -14,9 +14,15 @@ from helpers.errors import TunebookError
 def database(tmp_path_factory):
     path = tmp_path_factory.mktemp("sql") / "rivers.sqlite"
     conn = sqlite3.connect(path)
-    conn.executescript("CREATE TABLE rivers (name TEXT, country TEXT, length INTEGER); CREATE TABLE cities (name TEXT, river TEXT, people INTEGER);")
-    conn.executemany("INSERT INTO rivers VALUES (?, ?, ?)", [(f"river {i}", f"country {i % 5}", 100 + 37 * i) for i in range(40)])
-    conn.executemany("INSERT INTO cities VALUES (?, ?, ?)", [(f"city {i}", f"river {i % 40}", 1_000 * i) for i in range(120)])
+    conn.executescript(
+        "CREATE TABLE rivers (name TEXT, country TEXT, length INTEGER); CREATE TABLE cities (name TEXT, river TEXT, people INTEGER);"
+    )
+    conn.executemany(
+        "INSERT INTO rivers VALUES (?, ?, ?)", [(f"river {i}", f"country {i % 5}", 100 + 37 * i) for i in range(40)]
+    )
+    conn.executemany(
+        "INSERT INTO cities VALUES (?, ?, ?)", [(f"city {i}", f"river {i % 40}", 1_000 * i) for i in range(120)]
+    )
     conn.commit()
     conn.close()
     return path
@@ -36,20 +42,32 @@ GOLD = [
 def rows(queries):
     made = []
     for i, query in enumerate(queries):
-        messages = [{"role": "system", "content": "tables"}, {"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": query}]
+        messages = [
+            {"role": "system", "content": "tables"},
+            {"role": "user", "content": f"question {i}"},
+            {"role": "assistant", "content": query},
+        ]
         made.append(make_row("sft", messages, file="f", row=i + 1, meta={"kind": "k"}))
     return made
 
 
 def reject(queries, database, **options):
     report = StepReport("sql")
-    return [row for batch in sql_negatives.reject_queries(batches(rows(queries), 3), report, database, **options) for row in batch], report
+    return [
+        row
+        for batch in sql_negatives.reject_queries(batches(rows(queries), 3), report, database, **options)
+        for row in batch
+    ], report
 
 
 def test_every_planted_mistake_runs_and_answers_differently(database):
     before = database.read_bytes()
     made, report = reject(GOLD, database)
-    assert len(made) == len(GOLD) and report.kept == report.seen == len(GOLD) and report.figures == {"answers differently": len(GOLD)}
+    assert (
+        len(made) == len(GOLD)
+        and report.kept == report.seen == len(GOLD)
+        and report.figures == {"answers differently": len(GOLD)}
+    )
     conn = runner.open_readonly(database)
     for row, gold in zip(made, GOLD, strict=True):
         right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
@@ -63,7 +81,9 @@ def test_every_planted_mistake_runs_and_answers_differently(database):
 
 
 def test_the_mistakes_are_of_several_kinds_and_the_same_every_time(database):
-    queries = [f"SELECT count(*) FROM rivers WHERE length > {n} AND country = 'country 1'" for n in range(200, 1_200, 50)]
+    queries = [
+        f"SELECT count(*) FROM rivers WHERE length > {n} AND country = 'country 1'" for n in range(200, 1_200, 50)
+    ]
     once, again = reject(queries, database)[0], reject(queries, database)[0]
     assert once == again
     shapes = {"".join(c for c in row["rejected"][0]["content"] if not c.isdigit()) for row in once}
@@ -76,18 +96,30 @@ def test_what_answers_rightly_in_other_words_is_never_rejected(database):
         "SELECT sum(length > 500) FROM rivers",
         "SELECT count(*) FROM rivers WHERE length > 500;",
     ]
-    made, report = reject(GOLD[:1], database, candidates=lambda row, gold: [*same, "SELECT count(*) FROM rivers WHERE length < 500"])
+    made, report = reject(
+        GOLD[:1], database, candidates=lambda row, gold: [*same, "SELECT count(*) FROM rivers WHERE length < 500"]
+    )
     assert made[0]["rejected"][0]["content"] == "SELECT count(*) FROM rivers WHERE length < 500"
     made, report = reject(GOLD[:1], database, candidates=lambda row, gold: same)
     assert made == [] and report.dropped == {"no wrong candidate": 1}
 
 
 def test_a_plausible_mistake_is_preferred_to_an_empty_one_and_that_to_a_failing_one(database):
-    failing, empty, plausible = "SELECT nope FROM rivers", "SELECT length FROM rivers WHERE length < 0", "SELECT count(*) FROM cities"
-    for candidates, expected in (([failing, empty, plausible], plausible), ([failing, empty], empty), ([failing], failing)):
+    failing, empty, plausible = (
+        "SELECT nope FROM rivers",
+        "SELECT length FROM rivers WHERE length < 0",
+        "SELECT count(*) FROM cities",
+    )
+    for candidates, expected in (
+        ([failing, empty, plausible], plausible),
+        ([failing, empty], empty),
+        ([failing], failing),
+    ):
         made, report = reject(GOLD[:1], database, candidates=lambda row, gold, c=candidates: c)
         assert made[0]["rejected"][0]["content"] == expected
-    assert made[0]["meta"]["why"].startswith("it fails (schema: no such column: nope") and report.figures == {"fails": 1}
+    assert made[0]["meta"]["why"].startswith("it fails (schema: no such column: nope") and report.figures == {
+        "fails": 1
+    }
 
 
 def test_hostile_and_endless_candidates_are_contained(database):

@@ -23,7 +23,10 @@ TEXTS = [
     "Honey bees live in colonies of up to 60,000 bees. A colony has one queen, which lays up to 2,000 eggs a day in summer.",
     "The river Danube flows through ten countries and ends in the Black Sea. It is 2,850 kilometres long.",
 ]
-DOCUMENTS = [make_row("text", [{"role": "text", "content": t}], source="docs", file="docs.txt", row=i + 1) for i, t in enumerate(TEXTS)]
+DOCUMENTS = [
+    make_row("text", [{"role": "text", "content": t}], source="docs", file="docs.txt", row=i + 1)
+    for i, t in enumerate(TEXTS)
+]
 SMALL = synthetic.Settings(per_document=1, max_tokens=120, temperature=0.0)
 MARK = {"type": "object", "properties": {"score": {"type": "integer", "enum": [1, 2, 3]}}, "required": ["score"]}
 
@@ -69,7 +72,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault != "hang up":
             try:
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(reply)), **headers}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(len(reply)),
+                    **headers,
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(reply)
@@ -116,17 +123,31 @@ def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path
     report = StepReport("synthetic")
     made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy), tmp_path / "journal.jsonl", SMALL))
     assert len(proxy.bodies) == len(DOCUMENTS) == report.figures["asked"] and proxy.most <= 2
-    assert report.seen == len(DOCUMENTS) and report.kept == len(made) and len(made) + sum(report.dropped.values()) == len(DOCUMENTS)
+    assert (
+        report.seen == len(DOCUMENTS)
+        and report.kept == len(made)
+        and len(made) + sum(report.dropped.values()) == len(DOCUMENTS)
+    )
     assert made, report.as_dict()
     for row in made:
-        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] and all(m["content"] for m in row["messages"])
-        assert row["kind"] == "sft" and row["meta"]["document"] in {d["id"] for d in DOCUMENTS} and row["file"] == "docs.txt"
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] and all(
+            m["content"] for m in row["messages"]
+        )
+        assert (
+            row["kind"] == "sft"
+            and row["meta"]["document"] in {d["id"] for d in DOCUMENTS}
+            and row["file"] == "docs.txt"
+        )
     assert report.figures["completion_tokens"] > 0
     assert "3 questions to ask (0 already answered)" in capsys.readouterr().out
 
     again = StepReport("synthetic")
     assert flat(synthetic.question_answers([DOCUMENTS], again, at(proxy), tmp_path / "journal.jsonl", SMALL)) == made
-    assert len(proxy.bodies) == len(DOCUMENTS) and again.figures["asked"] == 0 and again.figures["from_journal"] == len(DOCUMENTS)
+    assert (
+        len(proxy.bodies) == len(DOCUMENTS)
+        and again.figures["asked"] == 0
+        and again.figures["from_journal"] == len(DOCUMENTS)
+    )
     assert "0 questions to ask (3 already answered)" in capsys.readouterr().out
 
 
@@ -141,7 +162,9 @@ for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), ep.Endpoint(sy
 
 def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
     journal = tmp_path / "journal.jsonl"
-    job = subprocess.Popen([sys.executable, "-c", KILLED, proxy.url, str(journal)], cwd=os.path.dirname(os.path.dirname(__file__)))
+    job = subprocess.Popen(
+        [sys.executable, "-c", KILLED, proxy.url, str(journal)], cwd=os.path.dirname(os.path.dirname(__file__))
+    )
     deadline = time.monotonic() + 300
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 1):
         assert job.poll() is None and time.monotonic() < deadline
@@ -159,7 +182,9 @@ def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
 
 def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
     questions = [
-        make_row("sft", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], source="s", file="q", row=i)
+        make_row(
+            "sft", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], source="s", file="q", row=i
+        )
         for i, (q, a) in enumerate([("Name a river in Europe.", "The Danube."), ("Name a colour.", "Blue.")])
     ]
     settings = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=0.001, good=0.0)
@@ -179,18 +204,33 @@ def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
         assert row["messages"][-1]["role"] == "user"
     strict = StepReport("pairs")
     impossible = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=1.1, good=0.0)
-    assert flat(synthetic.preference_pairs([questions], strict, at(proxy), tmp_path / "journal.jsonl", impossible, judge)) == []
+    assert (
+        flat(synthetic.preference_pairs([questions], strict, at(proxy), tmp_path / "journal.jsonl", impossible, judge))
+        == []
+    )
     assert len(proxy.bodies) == 4, "other margins need no new answers"
-    assert set(strict.dropped) <= {"no clear winner", "fewer than two different answers"} and sum(strict.dropped.values()) == 2
+    assert (
+        set(strict.dropped) <= {"no clear winner", "fewer than two different answers"}
+        and sum(strict.dropped.values()) == 2
+    )
 
 
 def test_an_endpoint_judges_and_scores_toxicity(proxy, tmp_path):
-    row = make_row("sft", [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "Two."}], file="f", row=1)
+    row = make_row(
+        "sft",
+        [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "Two."}],
+        file="f",
+        row=1,
+    )
     book = ep.Journal(tmp_path / "judge.jsonl")
     scores = synthetic._scores(row, ["Two.", "Blue."], at(proxy), book, StepReport("s"))
     book.close()
     assert len(scores) == 2 and all(0 <= s <= 1 for s in scores)
-    kept = flat(toxicity.drop_toxic([[row]], StepReport("t"), f"{proxy.url}#smollm2", threshold=1.1, journal=tmp_path / "toxic.jsonl"))
+    kept = flat(
+        toxicity.drop_toxic(
+            [[row]], StepReport("t"), f"{proxy.url}#smollm2", threshold=1.1, journal=tmp_path / "toxic.jsonl"
+        )
+    )
     assert kept == [row] and len(proxy.bodies) == 3
 
 
@@ -280,7 +320,9 @@ def test_the_estimate_counts_before_anything_is_asked(tmp_path, tokenizer):
     planned = ep.estimate(endpoint, requests)
     assert (planned.requests, planned.prompt_tokens, planned.completion_tokens) == (2, 200, 48)
     assert planned.cost == pytest.approx((200 + 480) / 1e6)
-    assert ep.estimate(endpoint, requests, tokenizer=tokenizer).prompt_tokens == 2 * len(tokenizer("x" * 350)["input_ids"])
+    assert ep.estimate(endpoint, requests, tokenizer=tokenizer).prompt_tokens == 2 * len(
+        tokenizer("x" * 350)["input_ids"]
+    )
 
 
 def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(proxy, tmp_path):
@@ -294,7 +336,11 @@ def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(pro
 def test_rows_that_are_no_documents_are_refused(tmp_path):
     row = make_row("sft", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], file="f", row=3)
     with pytest.raises(TunebookError, match="Row 3 of f is a sft row"):
-        flat(synthetic.question_answers([[row]], StepReport("s"), ep.Endpoint("http://127.0.0.1:9/v1", "m"), tmp_path / "j"))
+        flat(
+            synthetic.question_answers(
+                [[row]], StepReport("s"), ep.Endpoint("http://127.0.0.1:9/v1", "m"), tmp_path / "j"
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +368,9 @@ def test_overlap_orders_answers_by_their_nearness():
     score = [synthetic.overlap("q", "The Danube flows into the Black Sea.", a) for a in
              ("The Danube flows into the Black Sea.", "It flows into the Black Sea", "Into a sea", "Potatoes")]  # fmt: skip
     assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
-    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap("问", "多瑙河流入黑海", "我不知道")
+    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
+        "问", "多瑙河流入黑海", "我不知道"
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,4 +383,7 @@ def test_overlap_orders_answers_by_their_nearness():
 def test_answers_are_held_to_the_schema_again(value, why):
     found = ep.breaks(value, MARK)
     assert found == "" if not why else why in found
-    assert ep.breaks({"pairs": [1]}, {"type": "object", "properties": {"pairs": {"type": "array", "minItems": 2}}}) == "'pairs' has 1 items"
+    assert (
+        ep.breaks({"pairs": [1]}, {"type": "object", "properties": {"pairs": {"type": "array", "minItems": 2}}})
+        == "'pairs' has 1 items"
+    )

@@ -5,7 +5,11 @@ import pytest
 from helpers.data import vocabulary
 from helpers.errors import TunebookError
 
-TEXTS = ["How long is the river Brahmaputra?", "Does the Brahmaputra flow through Bangladesh?", "The length of the Danube is 2,850 km."] * 20
+TEXTS = [
+    "How long is the river Brahmaputra?",
+    "Does the Brahmaputra flow through Bangladesh?",
+    "The length of the Danube is 2,850 km.",
+] * 20
 TOKENS = "Brahmaputra, <|sql|>, kilohertz"
 
 
@@ -31,7 +35,9 @@ def bytewise():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -91,13 +97,20 @@ def test_an_output_layer_of_its_own_starts_as_the_mean_too(own):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(own), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False
+        vocab_size=len(own),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
     pieces = own("kilohertz", add_special_tokens=False)["input_ids"]
     (row,) = vocabulary.add_tokens(model, own, ["kilohertz"])
     head = model.lm_head.weight.detach()
-    assert torch.allclose(head[row], head[pieces].mean(0), atol=1e-6) and not torch.equal(head[row], model.model.embed_tokens.weight[row])
+    assert torch.allclose(head[row], head[pieces].mean(0), atol=1e-6) and not torch.equal(
+        head[row], model.model.embed_tokens.weight[row]
+    )
 
 
 def test_the_same_list_gives_the_same_ids_with_or_without_a_model(smollm2, own, tiny):
@@ -110,7 +123,8 @@ def test_the_same_list_gives_the_same_ids_with_or_without_a_model(smollm2, own, 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"), [("the", "token of this tokenizer already"), (["a b "], "white space"), (["x" * 101], "longer than 100")]
+    ("tokens", "message"),
+    [("the", "token of this tokenizer already"), (["a b "], "white space"), (["x" * 101], "longer than 100")],
 )
 def test_what_cannot_become_a_token_is_refused(own, tokens, message):
     before = len(own)
@@ -136,7 +150,11 @@ def test_added_tokens_survive_adapter_merge_and_gguf(tiny_llama, own, tiny, tmp_
     ids = vocabulary.add_tokens(tiny, own, TOKENS)
     start = tiny.get_input_embeddings().weight.detach()[ids].clone()
     config = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], trainable_token_indices=ids, task_type="CAUSAL_LM", base_model_name_or_path=str(tiny_llama)
+        r=4,
+        target_modules=["q_proj", "v_proj"],
+        trainable_token_indices=ids,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(tiny_llama),
     )
     model = get_peft_model(tiny, config)
     tokens = torch.tensor([own("Brahmaputra <|sql|> SELECT kilohertz", add_special_tokens=False)["input_ids"]])

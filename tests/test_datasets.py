@@ -72,7 +72,7 @@ def test_every_row_has_the_columns_and_the_same_system_prompt(train, held_out, p
 
 def test_the_system_prompt_names_every_table_and_column(train, atlas):
     system = train[0]["system"]
-    tables = [name for name, in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    tables = [name for (name,) in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     assert len(tables) >= 5
     for table in tables:
         columns = [column[1] for column in atlas.execute(f"PRAGMA table_info({table})")]
@@ -93,7 +93,7 @@ def test_joins_aggregates_grouping_ordering_and_nesting_are_all_in_training_and_
 
 def test_text_literals_are_values_of_the_database(train, held_out, pairs, atlas):
     values = set()
-    for table, in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+    for (table,) in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         for row in atlas.execute(f"SELECT * FROM {table}"):
             values.update(value for value in row if isinstance(value, str))
     for row in train + held_out + pairs:
@@ -144,22 +144,31 @@ def test_training_has_no_wording_and_no_query_of_the_test(train, held_out, pairs
 def test_the_database_is_whole_and_its_borders_go_both_ways(atlas):
     assert atlas.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert atlas.execute("PRAGMA foreign_key_check").fetchall() == []
-    tied = [table for table, in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-            if atlas.execute(f"PRAGMA foreign_key_list({table})").fetchall()]
+    tied = [
+        table
+        for (table,) in atlas.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        if atlas.execute(f"PRAGMA foreign_key_list({table})").fetchall()
+    ]
     assert len(tied) >= 5
     borders = set(atlas.execute("SELECT country, neighbor FROM borders"))
     assert borders == {(b, a) for a, b in borders} and all(a != b for a, b in borders)
 
 
-@pytest.mark.parametrize("sql, expected", [
-    ("SELECT capital FROM countries WHERE name = 'Australia'", [("Canberra",)]),
-    ("SELECT COUNT(*) FROM borders WHERE country = 'China'", [(14,)]),
-    ("SELECT COUNT(*) FROM flows WHERE river = 'Danube'", [(10,)]),
-    ("SELECT name FROM mountains ORDER BY height DESC LIMIT 2", [("Mount Everest",), ("K2",)]),
-    ("SELECT name FROM lakes ORDER BY depth DESC LIMIT 1", [("Lake Baikal",)]),
-    ("SELECT name FROM countries ORDER BY area DESC LIMIT 3", [("Russia",), ("Canada",), ("United States",)]),
-    ("SELECT continent, COUNT(*) FROM countries GROUP BY continent HAVING COUNT(*) < 14", [("Oceania", 13), ("South America", 12)]),
-])
+@pytest.mark.parametrize(
+    "sql, expected",
+    [
+        ("SELECT capital FROM countries WHERE name = 'Australia'", [("Canberra",)]),
+        ("SELECT COUNT(*) FROM borders WHERE country = 'China'", [(14,)]),
+        ("SELECT COUNT(*) FROM flows WHERE river = 'Danube'", [(10,)]),
+        ("SELECT name FROM mountains ORDER BY height DESC LIMIT 2", [("Mount Everest",), ("K2",)]),
+        ("SELECT name FROM lakes ORDER BY depth DESC LIMIT 1", [("Lake Baikal",)]),
+        ("SELECT name FROM countries ORDER BY area DESC LIMIT 3", [("Russia",), ("Canada",), ("United States",)]),
+        (
+            "SELECT continent, COUNT(*) FROM countries GROUP BY continent HAVING COUNT(*) < 14",
+            [("Oceania", 13), ("South America", 12)],
+        ),
+    ],
+)
 def test_the_atlas_knows_what_everybody_knows(atlas, sql, expected):
     assert answer(atlas, sql) == expected
 
@@ -194,8 +203,14 @@ def test_examples_are_short_for_the_default_model(tokenizer, train):
     sql = [len(tokenizer(row["sql"])["input_ids"]) for row in train]
     assert sum(length <= 40 for length in sql) / len(sql) >= 0.9
     longest = max(train, key=lambda row: len(row["question"]) + len(row["sql"]))
-    text = tokenizer.apply_chat_template([{"role": "system", "content": longest["system"]}, {"role": "user", "content": longest["question"]},
-                                          {"role": "assistant", "content": longest["sql"]}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [
+            {"role": "system", "content": longest["system"]},
+            {"role": "user", "content": longest["question"]},
+            {"role": "assistant", "content": longest["sql"]},
+        ],
+        tokenize=False,
+    )
     assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 180
 
 
@@ -212,7 +227,9 @@ def test_general_text_and_tasks_have_their_size_and_shape(tokenizer):
 
 def test_dataset_info_names_files_and_columns_that_exist():
     info = json.loads((FOLDER / "dataset_info.json").read_text(encoding="utf-8"))
-    assert {"atlas_train", "atlas_test", "atlas_preference"} <= set(info) and info["atlas_preference"]["ranking"] is True
+    assert {"atlas_train", "atlas_test", "atlas_preference"} <= set(info) and info["atlas_preference"][
+        "ranking"
+    ] is True
     for entry in info.values():
         first = json.loads((FOLDER / entry["file_name"]).read_text(encoding="utf-8").splitlines()[0])
         assert set(entry["columns"].values()) <= set(first)

@@ -37,7 +37,13 @@ def two_cores(monkeypatch):
 
 
 def trained(runs_root, narrow_llama, tokenizer, run, processes, **changes):
-    train_data.data_stage(run, narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 40), held_out=train_data.sft_rows(tokenizer, 4, seed=1))
+    train_data.data_stage(
+        run,
+        narrow_llama,
+        tokenizer,
+        train=train_data.sft_rows(tokenizer, 40),
+        held_out=train_data.sft_rows(tokenizer, 4, seed=1),
+    )
     return go(run, processes, **changes)
 
 
@@ -52,7 +58,9 @@ def go(run, processes, **changes):
     return runs.folder(run, "sft")
 
 
-def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(runs_root, narrow_llama, tokenizer, two_cores):
+def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(
+    runs_root, narrow_llama, tokenizer, two_cores
+):
     one = losses(trained(runs_root, narrow_llama, tokenizer, "one", 1))
     folder = trained(runs_root, narrow_llama, tokenizer, "two", 2)
     two = losses(folder)
@@ -69,7 +77,9 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_on
         assert resumed[step] == pytest.approx(one[step], rel=1e-3)
 
 
-def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoints_move_both_ways(runs_root, untied_llama, tokenizer, two_cores):
+def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoints_move_both_ways(
+    runs_root, untied_llama, tokenizer, two_cores
+):
     folder_of_one = trained(runs_root, untied_llama, tokenizer, "one", 1, method="lora")
     one = losses(folder_of_one)
     folder = trained(runs_root, untied_llama, tokenizer, "sharded", 2, method="lora")
@@ -77,7 +87,10 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
     assert (folder / "checkpoints" / "checkpoint-4" / "optimizer.bin").is_file()  # sharded indeed
     from safetensors import safe_open
 
-    for file in (folder / "adapter" / "adapter_model.safetensors", folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"):
+    for file in (
+        folder / "adapter" / "adapter_model.safetensors",
+        folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors",
+    ):
         with safe_open(file, "pt") as opened:
             names = list(opened.keys())
             assert len(names) == 2 * 7 * 2 and all(opened.get_slice(n).get_shape()[0] > 0 for n in names)
@@ -86,7 +99,9 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         shutil.rmtree(place / "checkpoints" / "checkpoint-4")
         go(run, processes, method="lora")
         resumed = losses(place)
-        assert {step: resumed[step] for step in (3, 4)} == pytest.approx({step: one[step] for step in (3, 4)}, rel=1e-3), f"{run} on {processes}"
+        assert {step: resumed[step] for step in (3, 4)} == pytest.approx(
+            {step: one[step] for step in (3, 4)}, rel=1e-3
+        ), f"{run} on {processes}"
 
 
 def test_a_failing_process_ends_in_its_own_sentence(runs_root, narrow_llama, tokenizer, two_cores):

@@ -21,8 +21,13 @@ SCHEMA = "Answer with one query. Tables: countries(name, capital, area), rivers(
 
 def conversations(count, systems=1):
     tails = ["?", ", and why?", " in the long list of all places that anybody ever wrote down?"]
-    return [[{"role": "system", "content": f"{SCHEMA} Version {i % systems}."}, {"role": "user", "content": f"What is number {i}{tails[i % 3]}"}]
-            for i in range(count)]
+    return [
+        [
+            {"role": "system", "content": f"{SCHEMA} Version {i % systems}."},
+            {"role": "user", "content": f"What is number {i}{tails[i % 3]}"},
+        ]
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,21 @@ def lively(tokenizer, tmp_path_factory):
     """Folder of a random Llama whose weights are large enough that every prompt is answered differently."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.25,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     folder = tmp_path_factory.mktemp("lively")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -42,12 +59,14 @@ def lively(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(lively):
     from helpers.model import loading
+
     return generate.HfModel(loading.load_model(lively, dtype="fp32"), loading.load_tokenizer(lively))
 
 
 @pytest.fixture(scope="module")
 def tiny_gguf(lively, tmp_path_factory):
     from helpers.gguf import convert
+
     out = tmp_path_factory.mktemp("gguf") / "tiny-f16.gguf"
     convert.convert(lively, out)
     return out
@@ -63,6 +82,7 @@ def random_adapter(base, folder, scale):
     from peft import LoraConfig, get_peft_model
 
     from helpers.model import loading
+
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(loading.load_model(base, dtype="fp32"), config)
@@ -74,6 +94,7 @@ def random_adapter(base, folder, scale):
 
 
 # ------------------------------------------------------------ decoding
+
 
 @pytest.mark.parametrize("systems", [1, 3, 40])
 def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
@@ -91,6 +112,7 @@ def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
     import torch
 
     from helpers.evaluate import packed
+
     ids = torch.tensor([tiny.encode(conversations(1)[0])])
     arranged = packed.Packed(tiny.model)
     assert len(arranged.layers) == 7 * 2 + 1
@@ -106,7 +128,9 @@ def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
 @pytest.mark.parametrize("systems", [1, 3])
 def test_probabilities_read_behind_a_shared_prefix_equal_the_plain_forward_pass(tiny, systems):
     ends = [" yes", " a rather long completion of several words", "", " no"]
-    pairs = [(tiny.encode(c), tiny.tokens(ends[i % 4], end=i % 4 != 2)) for i, c in enumerate(conversations(14, systems))]
+    pairs = [
+        (tiny.encode(c), tiny.tokens(ends[i % 4], end=i % 4 != 2)) for i, c in enumerate(conversations(14, systems))
+    ]
     fast = tiny.logprobs(pairs)
     tiny.fast = False
     plain = tiny.logprobs(pairs)
@@ -153,15 +177,25 @@ def test_attention_that_is_not_plain_decodes_through_transformers(lively):
     from transformers import AutoModelForCausalLM, MistralConfig
 
     from helpers.evaluate import shared_prefix
-    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                           num_key_value_heads=1, sliding_window=8)
+
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+    )
     assert not shared_prefix.supports(AutoModelForCausalLM.from_config(config))
 
 
 # ------------------------------------------------------------ loss: the two published bugs
 
+
 def test_labels_are_shifted_so_loss_equals_the_models_own(tiny):
     import torch
+
     text = json.loads((PROJECT / "datasets" / "general_text.jsonl").read_text().splitlines()[0])["text"]
     ids = tiny.tokens(text)
     nats = tiny.logprobs([(ids[:1], ids[1:])])[0]
@@ -186,26 +220,47 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
 
 
 def test_forgetting_has_a_verdict_a_threshold_and_advice():
-    base = {"loss": 3.0, "perplexity": 20.0, "n": 3, "tokens": 300, "bits_per_byte": 1.0, "per_text": [(300.0, 100)] * 3}
+    base = {
+        "loss": 3.0,
+        "perplexity": 20.0,
+        "n": 3,
+        "tokens": 300,
+        "bits_per_byte": 1.0,
+        "per_text": [(300.0, 100)] * 3,
+    }
     worse = {**base, "loss": 3.6, "per_text": [(360.0, 100)] * 3}
-    chats = {name: {"refusal_rate": rate, "manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))}
-    found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1)
+    chats = {
+        name: {"refusal_rate": rate, "manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))
+    }
+    found = forgetting.judge(
+        "base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1
+    )
     sft, orpo = found["contenders"]["sft"], found["contenders"]["orpo"]
     assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
     assert orpo["passed"] and found["contenders"]["base"]["passed"] and orpo["change"] == 0
     assert "replay_share = 0.20" in found["advice"][0] and "from 16 to 8" in found["advice"][1]
 
 
-@pytest.mark.parametrize(("text", "refused", "polite"), [
-    ("I'm sorry, but I can't help with that.", True, True), ("I cannot provide instructions for that.", True, True),
-    ("Sure! First, buy a long ladder.", False, True), ("SELECT name FROM countries", False, False), ("ok " * 40, False, False), ("", False, False),
-])
+@pytest.mark.parametrize(
+    ("text", "refused", "polite"),
+    [
+        ("I'm sorry, but I can't help with that.", True, True),
+        ("I cannot provide instructions for that.", True, True),
+        ("Sure! First, buy a long ladder.", False, True),
+        ("SELECT name FROM countries", False, False),
+        ("ok " * 40, False, False),
+        ("", False, False),
+    ],
+)
 def test_refusals_and_manners_are_told_apart(text, refused, polite):
     from helpers.evaluate import instructions
+
     assert (instructions.refuses(text), instructions.mannerly(text)) == (refused, polite)
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "holds no row"), ('{"text": "a"}\n{"text"', "Line 2"), ('{"txt": "a"}', "Line 1")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no row"), ('{"text": "a"}\n{"text"', "Line 2"), ('{"txt": "a"}', "Line 1")]
+)
 def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(TunebookError, match=message):
@@ -213,6 +268,7 @@ def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path
 
 
 # ------------------------------------------------------------ sessions and the cache
+
 
 def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(lively, tmp_path):
     ask = conversations(6)
@@ -231,8 +287,11 @@ def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(l
 
 def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
     adapters = [random_adapter(lively, tmp_path / n, s) for n, s in (("a", 0.1), ("b", 0.2))]
-    keys = {as_contender(lively).content("fp32"), as_contender(lively).content("bf16"),
-            *(as_contender(lively, adapter=a).content("fp32") for a in adapters)}
+    keys = {
+        as_contender(lively).content("fp32"),
+        as_contender(lively).content("bf16"),
+        *(as_contender(lively, adapter=a).content("fp32") for a in adapters),
+    }
     assert len(keys) == 4
     store = cache.Store(tmp_path, "k")
     store.put("x", {"a": "\ud800 lone surrogate"})
@@ -240,7 +299,10 @@ def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
 
 
 def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_path):
-    pairs = [{"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"} for i, c in enumerate(conversations(5))]
+    pairs = [
+        {"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"}
+        for i, c in enumerate(conversations(5))
+    ]
     with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
         found = preference.score(s, pairs)
     prompt = tiny.encode(pairs[0]["prompt"])
@@ -257,6 +319,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
 
 # ------------------------------------------------------------ harness
 
+
 @pytest.fixture(scope="module")
 def general(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
@@ -266,11 +329,20 @@ def general(tmp_path_factory):
 def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_path, general):
     import lm_eval
     from lm_eval.tasks import TaskManager
+
     task, folder = general
     with session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s:
         ours = harness.run(s, [task], folder, limit=16)
-    own = lm_eval.simple_evaluate(model="hf", model_args=f"pretrained={lively},dtype=bfloat16", tasks=[task], limit=16, batch_size=16, device="cpu",
-                                  task_manager=TaskManager(include_path=str(folder), include_defaults=False), bootstrap_iters=1000)["results"][task]
+    own = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={lively},dtype=bfloat16",
+        tasks=[task],
+        limit=16,
+        batch_size=16,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=1000,
+    )["results"][task]
     assert ours[task]["n"] == 16
     for metric in ("acc", "acc_norm"):
         assert ours[task]["metrics"][metric] == {"value": own[f"{metric},none"], "stderr": own[f"{metric}_stderr,none"]}
@@ -288,12 +360,21 @@ def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny
         prompts = conversations(9)
         assert [s.reader.encode(p) for p in prompts] == [tiny.encode(p) for p in prompts]
         answers, _ = s.answers(prompts, Decoding(8))
-        assert sum(a.text == b.text for a, b in zip(answers, tiny.generate([tiny.encode(p) for p in prompts], Decoding(8)), strict=True)) >= 6
+        assert (
+            sum(
+                a.text == b.text
+                for a, b in zip(answers, tiny.generate([tiny.encode(p) for p in prompts], Decoding(8)), strict=True)
+            )
+            >= 6
+        )
     assert found[task]["n"] == 8 and 0 <= found[task]["metrics"]["acc"]["value"] <= 1
 
 
 def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp_path, general):
-    with session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s, pytest.raises(TunebookError, match="knows no task 'nonesuch'"):
+    with (
+        session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s,
+        pytest.raises(TunebookError, match="knows no task 'nonesuch'"),
+    ):
         harness.run(s, ["nonesuch"], general[1])
     endpoint = contenders.Contender("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
     with session.Session(endpoint, tmp_path, quiet=True) as s, pytest.raises(TunebookError, match="probabilities"):
@@ -302,8 +383,10 @@ def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp
 
 # ------------------------------------------------------------ broken contenders and endpoints
 
+
 def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_path, tiny_gguf):
     from helpers.evaluate.gguf_process import GgufProcess
+
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(tiny_gguf.read_bytes()[:50_000])
     with pytest.raises(TunebookError, match=r"broken\.gguf"):
@@ -324,8 +407,13 @@ class Hostile(BaseHTTPRequestHandler):
     def do_POST(self):
         behaviour = self.behaviour  # a request that stalls outlives its test, and must not act on the next one's
         self.rfile.read(int(self.headers["Content-Length"]))
-        body = {"nonsense": b"<html>not json", "empty": b"{}", "null": b'{"choices": [{"message": {"content": null}}]}', "list": b"[]",
-                "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}'}.get(behaviour, b"")
+        body = {
+            "nonsense": b"<html>not json",
+            "empty": b"{}",
+            "null": b'{"choices": [{"message": {"content": null}}]}',
+            "list": b"[]",
+            "number": b'{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}',
+        }.get(behaviour, b"")
         if behaviour == "stall":
             threading.Event().wait(3)
         if behaviour == "dies" and next(self.asked) < 4:
@@ -353,17 +441,23 @@ def hostile():
     server.server_close()
 
 
-@pytest.mark.parametrize("behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"])
+@pytest.mark.parametrize(
+    "behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"]
+)
 def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour, monkeypatch):
     from helpers.evaluate import endpoint
+
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     Hostile.behaviour = behaviour
-    answer = endpoint.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask([{"role": "user", "content": "hi"}], Decoding(5))
+    answer = endpoint.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask(
+        [{"role": "user", "content": "hi"}], Decoding(5)
+    )
     assert answer.failed and answer.text == "" and "secret-key" not in answer.failed
 
 
 def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkeypatch):
     from helpers.evaluate import endpoint
+
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     Hostile.behaviour = "error"
     with pytest.raises(TunebookError, match="answered nothing: the server failed 5 times in a row"):
@@ -372,15 +466,19 @@ def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkey
 
 def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no_more(hostile, monkeypatch):
     from helpers.evaluate import endpoint
+
     monkeypatch.setattr(endpoint, "RETRIES", 0)
     Hostile.behaviour, Hostile.asked = "dies", itertools.count()
-    answers = endpoint.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+    answers = endpoint.Endpoint(hostile, "m", at_once=1).generate(
+        [[{"role": "user", "content": "hi"}]] * 30, Decoding(5)
+    )
     assert [a.text for a in answers[:4]] == ["fine"] * 4 and all(a.failed for a in answers[4:])
     assert "asked no more" in answers[-1].failed and next(Hostile.asked) < 15
 
 
 def test_a_real_server_answers_as_a_contender(tiny_gguf, tmp_path):
     from helpers.gguf.runtime import server
+
     with server(tiny_gguf) as running:
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
         contender = contenders.find({}, "", f"served={url}")[0]

@@ -29,12 +29,21 @@ class Planted(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question, who = body["messages"][-1]["content"], self.path.split("/")[1]
         place = self.order.index(question) if question in self.order else 0
-        text = {"shuffled": self.table.get(self.order[(place + 5) % len(self.order)], ""), "markup": HTML, "judge": "B"}.get(who)
+        text = {
+            "shuffled": self.table.get(self.order[(place + 5) % len(self.order)], ""),
+            "markup": HTML,
+            "judge": "B",
+        }.get(who)
         if text is None:
             text = self.table[question] if place % 4 else "SELECT 1"
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": who,
-                 "usage": {"completion_tokens": 9, "prompt_tokens": 1, "total_tokens": 10},
-                 "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
+        reply = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": who,
+            "usage": {"completion_tokens": 9, "prompt_tokens": 1, "total_tokens": 10},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        }
         data = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -61,15 +70,31 @@ def data_stage(run, rows, model, database=True):
     """A finished data stage with these held-out rows, one of which stands in the training data too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     stage = runs.open_stage("data", params.resolve("data", {"run": run}))
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     prompts = [[{"role": "system", "content": r["system"]}, {"role": "user", "content": r["question"]}] for r in rows]
     metas = [json.dumps({k: r[k] for k in ("kind", "origin") if k in r}) for r in rows]
-    pq.write_table(pa.table({"id": [str(i) for i in range(len(rows))], "prompt": pa.array(prompts, message), "reference": [r["sql"] for r in rows],
-                             "meta": metas}), stage.path / "test.parquet")
-    trained = [json.dumps([{"role": "user", "content": f"Please: {rows[3]['question']}"}, {"role": "assistant", "content": "x"}])]
+    pq.write_table(
+        pa.table(
+            {
+                "id": [str(i) for i in range(len(rows))],
+                "prompt": pa.array(prompts, message),
+                "reference": [r["sql"] for r in rows],
+                "meta": metas,
+            }
+        ),
+        stage.path / "test.parquet",
+    )
+    trained = [
+        json.dumps(
+            [{"role": "user", "content": f"Please: {rows[3]['question']}"}, {"role": "assistant", "content": "x"}]
+        )
+    ]
     ids, mask = pa.array([[1, 2]], pa.list_(pa.int32())), pa.array([[0, 1]], pa.list_(pa.int8()))
-    pq.write_table(pa.table({"messages": trained, "input_ids": ids, "completion_mask": mask}), stage.path / "train.parquet")
+    pq.write_table(
+        pa.table({"messages": trained, "input_ids": ids, "completion_mask": mask}), stage.path / "train.parquet"
+    )
     if database:
         shutil.copy(PROJECT / "datasets" / "atlas.sqlite", stage.path / "database.sqlite")
     stage.finish({}, model={"name": str(model), "path": str(model), "revision": "", "origin": "folder"})
@@ -84,16 +109,34 @@ def judged(planted, tiny_llama, tmp_path_factory):
         patch.setenv("TUNEBOOK_RUNS", str(folder / "runs"))
         patch.setenv("TUNEBOOK_CACHE", str(folder / "cache"))
         data_stage("planted", rows, tiny_llama)
-        extra = ",".join([*(f"{n}={url}/{n}/v1#{n}" for n in ("good", "copy", "shuffled", "markup")), "gone=/nowhere/x.gguf",
-                          f"bent={tiny_llama}/config.json"])
-        stage = runs.open_stage("eval", params.resolve("eval", {
-            "run": "planted", "contenders": "base,sft,gguf", "extra_contenders": extra, "max_new_tokens": 8, "general_tasks": "",
-            "judge": f"{url}/judge/v1#judge", "judge_limit": 12}))
+        extra = ",".join(
+            [
+                *(f"{n}={url}/{n}/v1#{n}" for n in ("good", "copy", "shuffled", "markup")),
+                "gone=/nowhere/x.gguf",
+                f"bent={tiny_llama}/config.json",
+            ]
+        )
+        stage = runs.open_stage(
+            "eval",
+            params.resolve(
+                "eval",
+                {
+                    "run": "planted",
+                    "contenders": "base,sft,gguf",
+                    "extra_contenders": extra,
+                    "max_new_tokens": 8,
+                    "general_tasks": "",
+                    "judge": f"{url}/judge/v1#judge",
+                    "judge_limit": 12,
+                },
+            ),
+        )
         made = evaluation.Evaluation(stage)
         made.measure()
         made.judge()
         scores, metrics = made.summary(), made.write()
         from helpers import report
+
         report.build("planted", stage)
         stage.finish(metrics)
         yield stage, made, scores, metrics
@@ -109,11 +152,14 @@ def against(scores, contender):
 
 def test_a_planted_worse_contender_comes_out_worse_and_a_copy_equal(judged):
     from helpers.evaluate import compare
+
     _, made, scores, metrics = judged
     values = {n: [e["score"] for e in made.answers[n]] for n in made.answers}
     worse, equal = compare.settle([compare.pair("good", n, values["good"], values[n]) for n in ("shuffled", "copy")])
     assert worse["verdict"] == "worse" and equal["verdict"] == "identical"
-    assert against(scores, "good")["verdict"] == "better" and against(scores, "good")["sentence"].startswith("better by 75 points")
+    assert against(scores, "good")["verdict"] == "better" and against(scores, "good")["sentence"].startswith(
+        "better by 75 points"
+    )
     assert metrics["contenders"]["good"]["accuracy"] == 0.75 and metrics["contenders"]["good"]["valid"] == 1.0
 
 
@@ -128,11 +174,20 @@ def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(jud
     stage, made, scores, _ = judged
     read, answers = schema.read(stage.path)
     assert read == scores and len(answers) == 60
-    assert answers[0]["answers"]["markup"]["text"] == HTML.strip() and answers[0]["answers"]["markup"]["error"] == "no_sql"
+    assert (
+        answers[0]["answers"]["markup"]["text"] == HTML.strip() and answers[0]["answers"]["markup"]["error"] == "no_sql"
+    )
     page = (stage.path / "report.html").read_text()
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     from helpers.evaluate import views
-    for view in (views.scores(scores), views.comparisons(scores), views.errors(scores), views.lost(scores), views.preferences(scores)):
+
+    for view in (
+        views.scores(scores),
+        views.comparisons(scores),
+        views.errors(scores),
+        views.lost(scores),
+        views.preferences(scores),
+    ):
         assert view._repr_html_() and repr(view)
     assert "<script" not in views.sides(made.rows(), ["base", "markup"])._repr_html_()
     assert views.figure(scores).axes and views.kinds(scores).axes
@@ -141,19 +196,28 @@ def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(jud
 def test_contaminated_items_are_found_and_scored_apart(judged):
     _, _, scores, _ = judged
     found = scores["contamination"]
-    assert found["ids"] == ["3"] and found["contenders"]["good"]["clean"]["n"] == 59 and found["contenders"]["good"]["contaminated"]["value"] == 1.0
+    assert (
+        found["ids"] == ["3"]
+        and found["contenders"]["good"]["clean"]["n"] == 59
+        and found["contenders"]["good"]["contaminated"]["value"] == 1.0
+    )
     assert record(scores, "good")["scores"]["accuracy_clean"]["n"] == 59
     assert any("1 of 60 questions stand in the training data" in w for w in scores["warnings"])
 
 
 def test_the_judge_is_asked_in_both_orders_so_one_that_always_says_b_prefers_nobody(judged):
     found = judged[2]["judge"]
-    assert all(p["win_rate"] == 0.5 and p["order_agreement"] == 0 for p in found["pairs"]) and found["estimate"]["calls"] == 4 * 2 * 12
+    assert (
+        all(p["win_rate"] == 0.5 and p["order_agreement"] == 0 for p in found["pairs"])
+        and found["estimate"]["calls"] == 4 * 2 * 12
+    )
 
 
 def test_forgetting_is_measured_where_there_are_weights(judged):
     found = judged[2]["forgetting"]
-    assert set(found["contenders"]) == {"base"} and found["contenders"]["base"]["tokens"] > 5000 and found["advice"] == []
+    assert (
+        set(found["contenders"]) == {"base"} and found["contenders"]["base"]["tokens"] > 5000 and found["advice"] == []
+    )
 
 
 def test_a_rerun_asks_nothing(judged, monkeypatch):
@@ -165,20 +229,32 @@ def test_a_rerun_asks_nothing(judged, monkeypatch):
 
 
 def test_seeds_need_a_temperature_and_must_be_numbers():
-    for given, message in (({"seeds": "1,2"}, "temperature above 0"), ({"seeds": "one"}, "whole numbers"), ({"seeds": ""}, "at least one")):
+    for given, message in (
+        ({"seeds": "1,2"}, "temperature above 0"),
+        ({"seeds": "one"}, "whole numbers"),
+        ({"seeds": ""}, "at least one"),
+    ):
         with pytest.raises(TunebookError, match=message):
             evaluation._seeds(params.resolve("eval", given))
     assert evaluation._seeds(params.resolve("eval", {"seeds": "1, 2,1", "temperature": 0.5})) == [1, 2]
 
 
-@pytest.mark.parametrize(("wanted", "extra", "message"), [("base,sfd", "", "'sfd'"), ("", "", "nothing to judge"), ("", "x", "name=what"),
-                                                          ("", "a=/x.gguf,a=/y.gguf", "Two contenders are called 'a'")])
+@pytest.mark.parametrize(
+    ("wanted", "extra", "message"),
+    [
+        ("base,sfd", "", "'sfd'"),
+        ("", "", "nothing to judge"),
+        ("", "x", "name=what"),
+        ("", "a=/x.gguf,a=/y.gguf", "Two contenders are called 'a'"),
+    ],
+)
 def test_contenders_that_make_no_sense_are_named(wanted, extra, message):
     with pytest.raises(TunebookError, match=message):
         contenders.find({}, wanted, extra)
 
 
 # ------------------------------------------------------------ references, checks, judge, contamination
+
 
 def test_reference_metrics_agree_with_known_values():
     expected = {"exact": 1.0, "f1": 1.0, "rouge_l": pytest.approx(2 / 3), "chrf": pytest.approx(0.379, abs=0.001)}
@@ -192,51 +268,93 @@ def test_reference_metrics_agree_with_known_values():
 def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
     url, rows = planted
-    prose = [{**r, "sql": f"The answer is {i}, as everyone in the country knows well." if i else ""} for i, r in enumerate(rows[:9])]
+    prose = [
+        {**r, "sql": f"The answer is {i}, as everyone in the country knows well." if i else ""}
+        for i, r in enumerate(rows[:9])
+    ]
     data_stage("prose", prose, tiny_llama, database=False)
-    stage = runs.open_stage("eval", params.resolve("eval", {
-        "run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}))
+    stage = runs.open_stage(
+        "eval",
+        params.resolve(
+            "eval", {"run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}
+        ),
+    )
     made = evaluation.Evaluation(stage)
     made.measure()
     metrics, scores = made.write(), made.summary()
     assert scores["task"]["label"] == "token F1" and metrics["contenders"]["good"]["n"] == 8
-    assert record(scores, "good")["scores"]["chrf"]["value"] < 0.5 and any("1 of 9 items have a reference" in w for w in scores["warnings"])
+    assert record(scores, "good")["scores"]["chrf"]["value"] < 0.5 and any(
+        "1 of 9 items have a reference" in w for w in scores["warnings"]
+    )
 
 
-def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
+def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
+    planted, tiny_llama, runs_root, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
     url, rows = planted
-    tables = ["CREATE TABLE countries (name TEXT, capital TEXT, continent TEXT, area INTEGER, population INTEGER)", "CREATE TABLE ("]
-    known = [{**r, "system": tables[i == 1], "sql": "SELECT name FROM countries WHERE area > 5000"} for i, r in enumerate(rows[:6])]
+    tables = [
+        "CREATE TABLE countries (name TEXT, capital TEXT, continent TEXT, area INTEGER, population INTEGER)",
+        "CREATE TABLE (",
+    ]
+    known = [
+        {**r, "system": tables[i == 1], "sql": "SELECT name FROM countries WHERE area > 5000"}
+        for i, r in enumerate(rows[:6])
+    ]
     for row in known:
         monkeypatch.setitem(Planted.table, row["question"], row["sql"])
     data_stage("tables", known, tiny_llama, database=False)
-    stage = runs.open_stage("eval", params.resolve("eval", {
-        "run": "tables", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}))
+    stage = runs.open_stage(
+        "eval",
+        params.resolve(
+            "eval", {"run": "tables", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}
+        ),
+    )
     made = evaluation.Evaluation(stage)
     made.measure()
     scores = made.summary()
     assert scores["task"]["label"] == "execution agreement on synthetic databases"
     found = record(scores, "good")["scores"]["accuracy"]
-    assert (found["n"], round(found["value"] * found["n"])) == (5, 3)  # one schema cannot be read; the server errs on every fourth question
+    assert (found["n"], round(found["value"] * found["n"])) == (
+        5,
+        3,
+    )  # one schema cannot be read; the server errs on every fourth question
     assert made.rows()[1]["gold"] is None and any("1 of 6 items" in w for w in scores["warnings"])
 
 
-@pytest.mark.parametrize(("meta", "good", "bad"), [
-    ({"format": "json"}, '{"a": 1}', "{a}"), ({"format": "list"}, "- a\n- b", "a, b"), ({"format": "number"}, "42.5", "many"),
-    ({"max_words": 3}, "a b c", "a b c d"),
-    ({"language": "de"}, "Das ist ein ganz einfacher deutscher Satz.", "This is a very plain English sentence."),
-    ({"must_include": ["Nile", "Cairo"]}, "Cairo lies on the nile", "Cairo"), ({"regex": r"^\d+$"}, "12", "x"),
-])
+@pytest.mark.parametrize(
+    ("meta", "good", "bad"),
+    [
+        ({"format": "json"}, '{"a": 1}', "{a}"),
+        ({"format": "list"}, "- a\n- b", "a, b"),
+        ({"format": "number"}, "42.5", "many"),
+        ({"max_words": 3}, "a b c", "a b c d"),
+        ({"language": "de"}, "Das ist ein ganz einfacher deutscher Satz.", "This is a very plain English sentence."),
+        ({"must_include": ["Nile", "Cairo"]}, "Cairo lies on the nile", "Cairo"),
+        ({"regex": r"^\d+$"}, "12", "x"),
+    ],
+)
 def test_instruction_checks_pass_and_fail(meta, good, bad):
     checks = instructions.checks_for(meta, "", "references")
     assert len(checks) == 1 and [check(t) for check in checks.values() for t in (good, bad)] == [True, False]
 
 
-@pytest.mark.parametrize("text", ["1" + " " * 60_000 + "x", "a" + "\n" * 60_000 + "b", "\t" * 60_000 + "x", "SELECT " * 8_000, "[" * 60_000,
-                                  "```" + " " * 60_000 + "x", "/*" * 30_000, "(" * 60_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1" + " " * 60_000 + "x",
+        "a" + "\n" * 60_000 + "b",
+        "\t" * 60_000 + "x",
+        "SELECT " * 8_000,
+        "[" * 60_000,
+        "```" + " " * 60_000 + "x",
+        "/*" * 30_000,
+        "(" * 60_000,
+    ],
+)
 def test_long_nonsense_is_scored_like_any_wrong_answer(text):
     from helpers.evaluate import text_to_sql
+
     for wanted in instructions.FORMATS:
         assert wanted == "sql" or not instructions.FORMATS[wanted](text)
     assert not instructions.mannerly(text) and not instructions.refuses(text)
@@ -247,7 +365,9 @@ def test_long_nonsense_is_scored_like_any_wrong_answer(text):
 
 
 def test_endless_repetition_is_noticed():
-    assert instructions.repeats("and so it goes on, " * 6) and not instructions.repeats("A plain sentence without any loop in it at all.")
+    assert instructions.repeats("and so it goes on, " * 6) and not instructions.repeats(
+        "A plain sentence without any loop in it at all."
+    )
 
 
 def test_the_judge_refuses_what_would_cost_too_much_before_asking():
@@ -256,8 +376,10 @@ def test_the_judge_refuses_what_would_cost_too_much_before_asking():
         judge.compare_answers(None, pairs, budget=1000)
 
 
-@pytest.mark.parametrize(("text", "verdict"), [("A", 0.0), ("B.", 1.0), ("tie", 0.5), ("I prefer answer B", 1.0),
-                                               ("neither, really", None), ("", None)])
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("A", 0.0), ("B.", 1.0), ("tie", 0.5), ("I prefer answer B", 1.0), ("neither, really", None), ("", None)],
+)
 def test_verdicts_are_read(text, verdict):
     assert judge.read(text) == verdict
 
@@ -274,8 +396,17 @@ def test_length_control_takes_the_length_out_of_the_win_rate():
 
 
 def test_overlap_finds_reworded_cases_and_spares_fresh_ones():
-    training = ["Tell me, WHICH rivers of Africa are longer than two thousand kilometres and reach the sea?", "What is the capital of France?"]
-    found = contamination.overlap(["which rivers of africa are longer than two thousand kilometres",
-                                   "Which lakes of Asia are deeper than one hundred metres today?", "what is the capital of france",
-                                   "capital of France"], training)
+    training = [
+        "Tell me, WHICH rivers of Africa are longer than two thousand kilometres and reach the sea?",
+        "What is the capital of France?",
+    ]
+    found = contamination.overlap(
+        [
+            "which rivers of africa are longer than two thousand kilometres",
+            "Which lakes of Asia are deeper than one hundred metres today?",
+            "what is the capital of france",
+            "capital of France",
+        ],
+        training,
+    )
     assert found.tolist() == [1.0, 0.0, 1.0, 0.0]

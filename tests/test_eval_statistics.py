@@ -18,7 +18,11 @@ def paired(n, wins, losses, both):
 
 def test_mcnemar_is_the_exact_binomial_of_the_items_on_which_the_two_differ():
     for wins, losses in ((0, 0), (1, 0), (8, 1), (30, 12), (65, 9)):
-        tail = sum(math.comb(wins + losses, k) for k in range(max(wins, losses), wins + losses + 1)) / 2 ** (wins + losses) if wins + losses else 1
+        tail = (
+            sum(math.comb(wins + losses, k) for k in range(max(wins, losses), wins + losses + 1)) / 2 ** (wins + losses)
+            if wins + losses
+            else 1
+        )
         assert compare.mcnemar(wins, losses) == pytest.approx(min(1, 2 * tail), rel=1e-9)
 
 
@@ -35,7 +39,9 @@ def test_the_sentence_says_direction_points_interval_and_n():
     one = compare.settle([compare.pair("base", "tuned", a, b)])[0]
     assert one["sentence"].startswith("better by 31 points, 95 % interval 2") and one["sentence"].endswith("; n = 180")
     back = compare.settle([compare.pair("tuned", "base", b, a)])[0]
-    assert back["sentence"].startswith("worse by 31 points, 95 % interval 2") and back["difference"] == -one["difference"]
+    assert (
+        back["sentence"].startswith("worse by 31 points, 95 % interval 2") and back["difference"] == -one["difference"]
+    )
 
 
 def test_identical_contenders_come_out_identical_and_name_what_could_hide():

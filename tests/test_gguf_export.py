@@ -15,8 +15,18 @@ from helpers.gguf import convert, fidelity, preflight, quantize, reading
 from helpers.gguf.runtime import LlamaCpp, server
 
 TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
-WANTED = {"q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_0": "Q4_0", "q3_k_m": "Q3_K",
-          "q3_k_s": "Q3_K", "q2_k": "Q2_K"}
+WANTED = {
+    "q8_0": "Q8_0",
+    "q6_k": "Q6_K",
+    "q5_k_m": "Q5_K",
+    "q5_k_s": "Q5_K",
+    "q4_k_m": "Q4_K",
+    "q4_k_s": "Q4_K",
+    "q4_0": "Q4_0",
+    "q3_k_m": "Q3_K",
+    "q3_k_s": "Q3_K",
+    "q2_k": "Q2_K",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +43,20 @@ def q8(f16):
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama, tokenizer, tmp_path_factory):
-    made = fidelity.Reference(tiny_llama, [tokenizer(TEXT * 3)["input_ids"]], [tokenizer(TEXT)["input_ids"]], max_tokens=8,
-                              work=tmp_path_factory.mktemp("reference"))
+    made = fidelity.Reference(
+        tiny_llama,
+        [tokenizer(TEXT * 3)["input_ids"]],
+        [tokenizer(TEXT)["input_ids"]],
+        max_tokens=8,
+        work=tmp_path_factory.mktemp("reference"),
+    )
     yield made
     made.close()
 
 
 def tensors(path):
     from gguf import GGUFReader
+
     return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in GGUFReader(path).tensors}
 
 
@@ -56,6 +72,7 @@ def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path)
 @pytest.mark.parametrize("kind", ["q4_k_m", "q2_k"])
 def test_without_the_prebuilt_library_the_same_bytes_come_out(f16, kind, tmp_path):
     from helpers.gguf import llama_lib, mix
+
     if llama_lib.for_quantizing() is None:
         pytest.skip("no library here has llama_model_quantize to compare with")
     quantize.quantize(f16, tmp_path / "library.gguf", kind)
@@ -64,8 +81,15 @@ def test_without_the_prebuilt_library_the_same_bytes_come_out(f16, kind, tmp_pat
 
 
 def test_narrow_rows_are_named_as_fallbacks(smollm2):
-    summary = reading.Summary({}, [reading.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0), reading.Tensor("norm", (576,), "F32", 0, 0),
-                                   reading.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0)], 0)
+    summary = reading.Summary(
+        {},
+        [
+            reading.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0),
+            reading.Tensor("norm", (576,), "F32", 0, 0),
+            reading.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0),
+        ],
+        0,
+    )
     assert quantize.fallbacks(summary, "q4_k_m") == {"Q4_K → Q5_0": 1}
     assert quantize.fallbacks(summary, "q8_0") == {}
 
@@ -107,7 +131,9 @@ def test_each_broken_gate_is_named(reference, f16, tmp_path):
     weights = tmp_path / "weights.gguf"
     data = bytearray(f16.read_bytes())
     at = next(t for t in reading.check(f16).tensors if "ffn_down" in t.name)
-    data[at.offset:at.offset + at.bytes] = np.random.default_rng(0).normal(0, 1, at.bytes // 2).astype(np.float16).tobytes()
+    data[at.offset : at.offset + at.bytes] = (
+        np.random.default_rng(0).normal(0, 1, at.bytes // 2).astype(np.float16).tobytes()
+    )
     weights.write_bytes(data)
     for path, gate in ((template, "prompt"), (merges, "token ids"), (weights, "logits")):
         result = fidelity.measure(reference, path, "f16")
@@ -118,8 +144,12 @@ def test_each_broken_gate_is_named(reference, f16, tmp_path):
 
 def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
     data = f16.read_bytes()
-    for name, content, words in (("cut.gguf", data[:len(data) // 2], "truncated"), ("head.gguf", data[:60000], "no readable GGUF"),
-                                 ("text.gguf", b"hello" * 100, "does not begin"), ("huge.gguf", data[:8] + b"\xff" * 16 + data[24:], "announces")):
+    for name, content, words in (
+        ("cut.gguf", data[: len(data) // 2], "truncated"),
+        ("head.gguf", data[:60000], "no readable GGUF"),
+        ("text.gguf", b"hello" * 100, "does not begin"),
+        ("huge.gguf", data[:8] + b"\xff" * 16 + data[24:], "announces"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TunebookError, match=words):
             LlamaCpp(tmp_path / name)
@@ -129,6 +159,7 @@ def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
 
 def test_a_full_disk_leaves_no_partial_file_and_the_same_call_then_succeeds(f16, tmp_path):
     import subprocess
+
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
@@ -164,10 +195,14 @@ def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer
     import torch
 
     from helpers.gguf import adapter_gguf
+
     wanted = test_gguf_merge.make_adapter(tiny_llama, tmp_path / "adapter", use_rslora=True)[0]
     path = adapter_gguf.write(tmp_path / "adapter", tiny_llama, tmp_path / "adapter.gguf")
     ids = test_gguf_merge.tokens()[0].tolist()
-    with LlamaCpp(f16, context=256, parallel=1, adapter=path) as runtime, LlamaCpp(f16, context=256, parallel=1) as bare:
+    with (
+        LlamaCpp(f16, context=256, parallel=1, adapter=path) as runtime,
+        LlamaCpp(f16, context=256, parallel=1) as bare,
+    ):
         with_adapter, without = torch.tensor(runtime.logits(ids)), torch.tensor(bare.logits(ids))
     assert test_gguf_merge.divergence(wanted, with_adapter) < 1e-3 < 0.01 < test_gguf_merge.divergence(wanted, without)
     test_gguf_merge.make_adapter(tiny_llama, tmp_path / "dora", use_dora=True)
@@ -177,6 +212,7 @@ def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer
 
 def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, tokenizer, tmp_path):
     from helpers.gguf import importance
+
     matrix = importance.write(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
     plain = quantize.quantize(f16, tmp_path / "plain.gguf", "q2_k")
     weighed = quantize.quantize(f16, tmp_path / "weighed.gguf", "q2_k", matrix)
@@ -197,7 +233,9 @@ def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_pat
         preflight.check(unknown).require()
     broken = tmp_path / "template"
     shutil.copytree(tiny_llama, broken)
-    (broken / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ raise_exception('no') }}")
+    (broken / "chat_template.jinja").write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ raise_exception('no') }}"
+    )
     assert any("chat template" in p or "end of turn" in p for p in preflight.check(broken).problems)
 
 
@@ -205,7 +243,13 @@ def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_pat
 def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tmp_path):
     chosen = tokenizer
     if architecture in ("gemma2", "qwen2"):
-        lines = [TEXT, "def merge(base, adapter):", "    return the merged folder of the model", "Which lake is deepest?", "0 1 2 3 4 5 6 7 8 9"] * 40
+        lines = [
+            TEXT,
+            "def merge(base, adapter):",
+            "    return the merged folder of the model",
+            "Which lake is deepest?",
+            "0 1 2 3 4 5 6 7 8 9",
+        ] * 40
         chosen = gguf_models.sentencepiece_tokenizer(tmp_path / "tokenizer", lines)
     folder = gguf_models.make(architecture, tmp_path / "model", chosen)
     path = tmp_path / "f16.gguf"
@@ -215,7 +259,9 @@ def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tm
     with closing(fidelity.Reference(folder, rows, [rows[0][:10]], max_tokens=4, work=tmp_path)) as made:
         result = fidelity.measure(made, path, "f16")
         weights = made.weights_kl(q4.path, path)
-    if architecture == "qwen2":  # transformers gives every Qwen2 folder Qwen2's own splitting of words, which this vocabulary was not made for
+    if (
+        architecture == "qwen2"
+    ):  # transformers gives every Qwen2 folder Qwen2's own splitting of words, which this vocabulary was not made for
         assert set(result.failed) <= {"token ids", "prompt"}
         result.failed.clear()
     assert not result.failed and result.mean_kl < 1e-5
@@ -225,6 +271,7 @@ def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tm
 
 def test_the_server_answers_on_loopback_and_ends(q8):
     import socket
+
     with server(q8, context=256) as running:
         assert running.healthy() and running.url.startswith("http://127.0.0.1:")
         reply = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3})
@@ -250,7 +297,11 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     def best(*pairs):
         return picture.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
 
-    small, wide, large = file("q4_k_m", 100, 0.06, 0.5, 24), file("q2_k", 60, 0.8, 0.54, 24), file("q8_0", 140, 0.004, 0.58, 24)
+    small, wide, large = (
+        file("q4_k_m", 100, 0.06, 0.5, 24),
+        file("q2_k", 60, 0.8, 0.54, 24),
+        file("q8_0", 140, 0.004, 0.58, 24),
+    )
     assert best(small, wide, large) == "q4_k_m"
     assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"

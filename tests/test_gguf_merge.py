@@ -8,15 +8,21 @@ import pytest
 from helpers.errors import TunebookError
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
-         "ranks by pattern": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}},
-         "head": {"target_modules": [*LINEAR, "lm_head"]}, "saved embedding": {"modules_to_save": ["embed_tokens"]},
-         "trained tokens": {"trainable_token_indices": [5, 9, 300]}}
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "ranks by pattern": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}},
+    "head": {"target_modules": [*LINEAR, "lm_head"]},
+    "saved embedding": {"modules_to_save": ["embed_tokens"]},
+    "trained tokens": {"trainable_token_indices": [5, 9, 300]},
+}
 
 
 def load(folder):
     import torch
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -24,6 +30,7 @@ def make_adapter(base, folder, **settings):
     """A LoRA adapter with random weights on `base`; returns its logits on fixed tokens."""
     import torch
     from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(1)
     chosen = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **settings}
     model = get_peft_model(load(base), LoraConfig(**chosen)).eval()
@@ -36,6 +43,7 @@ def make_adapter(base, folder, **settings):
 
 def tokens():
     import torch
+
     ids = torch.randint(5, 40000, (1, 40), generator=torch.Generator().manual_seed(3))
     ids[0, 3] = 300
     return ids
@@ -43,6 +51,7 @@ def tokens():
 
 def divergence(wanted, got):
     from torch.nn.functional import kl_div
+
     return kl_div(got.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean().item()
 
 
@@ -51,6 +60,7 @@ def sharded(tiny_llama, tmp_path_factory):
     """The tiny Llama in several shards."""
     folder = tmp_path_factory.mktemp("sharded")
     from helpers.model.loading import load_model
+
     load_model(tiny_llama).save_pretrained(folder, max_shard_size="8MB")
     for file in tiny_llama.glob("*token*"):
         shutil.copy(file, folder)
@@ -71,6 +81,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(kind, sharded, tmp_path
     import torch
 
     from helpers.model import merging
+
     wanted = make_adapter(sharded, tmp_path / "adapter", **KINDS[kind])
     made = merging.merge(sharded, tmp_path / "adapter", tmp_path / "merged")
     with torch.inference_mode():
@@ -86,9 +97,14 @@ def test_a_merge_onto_nf4_is_the_base_that_training_saw(tiny_llama, plain, tmp_p
 
     from helpers.model import merging
     from helpers.model.loading import load_model
+
     made = merging.merge(tiny_llama, plain, tmp_path / "merged", onto="nf4")
     with torch.inference_mode():
-        trained = PeftModel.from_pretrained(load_model(tiny_llama, quantize="nf4", dtype="fp32"), plain).eval()(tokens()).logits.float()
+        trained = (
+            PeftModel.from_pretrained(load_model(tiny_llama, quantize="nf4", dtype="fp32"), plain)
+            .eval()(tokens())
+            .logits.float()
+        )
         onto_nf4 = divergence(trained, load(made.path)(tokens()).logits)
         onto_16 = divergence(trained, load(merging.merge(tiny_llama, plain, tmp_path / "other").path)(tokens()).logits)
     assert onto_nf4 < 0.2 * onto_16
@@ -97,6 +113,7 @@ def test_a_merge_onto_nf4_is_the_base_that_training_saw(tiny_llama, plain, tmp_p
 def spoil(folder, to, edit):
     """A copy of an adapter with its tensors edited."""
     from safetensors.torch import load_file, save_file
+
     shutil.copytree(folder, to)
     tensors = load_file(to / "adapter_model.safetensors")
     edit(tensors)
@@ -113,15 +130,21 @@ def test_spoilt_adapters_are_refused_and_nothing_is_left(tiny_llama, plain, tmp_
     def narrow(tensors):
         key = next(k for k in tensors if "lora_A" in k)
         tensors[key] = tensors[key][:, :100].contiguous()
+
     truncated = tmp_path / "truncated"
     shutil.copytree(plain, truncated)
     data = (truncated / "adapter_model.safetensors").read_bytes()
-    (truncated / "adapter_model.safetensors").write_bytes(data[:len(data) // 2])
+    (truncated / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
     pickled = tmp_path / "pickled"
     shutil.copytree(plain, pickled)
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    cases = {spoil(plain, tmp_path / "nan", nan): "NaN or infinity", spoil(plain, tmp_path / "narrow", narrow): "does not fit the base",
-             spoil(plain, tmp_path / "lost", lambda t: t.pop(sorted(t)[0])): "lacks", truncated: "damaged", pickled: "pickled"}
+    cases = {
+        spoil(plain, tmp_path / "nan", nan): "NaN or infinity",
+        spoil(plain, tmp_path / "narrow", narrow): "does not fit the base",
+        spoil(plain, tmp_path / "lost", lambda t: t.pop(sorted(t)[0])): "lacks",
+        truncated: "damaged",
+        pickled: "pickled",
+    }
     for folder, words in cases.items():
         with pytest.raises(TunebookError, match=words):
             merging.merge(tiny_llama, folder, tmp_path / "out" / "merged")
@@ -130,8 +153,11 @@ def test_spoilt_adapters_are_refused_and_nothing_is_left(tiny_llama, plain, tmp_
 
 def test_a_base_that_is_only_quantised_or_unknown_is_refused(tiny_llama, plain, tmp_path):
     from helpers.model import merging
-    for change, words in (({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "16-bit weights"),
-                          ({"model_type": "nobody_knows"}, "no architecture")):
+
+    for change, words in (
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "16-bit weights"),
+        ({"model_type": "nobody_knows"}, "no architecture"),
+    ):
         folder = tmp_path / words
         shutil.copytree(tiny_llama, folder)
         config = json.loads((folder / "config.json").read_text())

@@ -22,52 +22,94 @@ process.exit(0);
 
 # The manner of each family, written for these tests: {name: (template, bos, added by the tokenizer)}.
 FAMILIES = {
-    "chatml": ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", None, False),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        None,
+        False,
+    ),
     "chatml with default system": (
         "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
-        "{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", None, False),
-    "chatml without thinking": ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                                "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}", None, False),
-    "llama 3": ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-                "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}", "<|begin_of_text|>", True),
+        "{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        None,
+        False,
+    ),
+    "chatml without thinking": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+        None,
+        False,
+    ),
+    "llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|begin_of_text|>",
+        True,
+    ),
     "llama 3.1": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set brief = messages[0].content | trim %}{% set rest = messages[1:] %}"
         "{% else %}{% set brief = '' %}{% set rest = messages %}{% endif %}<|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n"
         "{{ brief }}<|eot_id|>{% for m in rest %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}", "<|begin_of_text|>", True),
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|begin_of_text|>",
+        True,
+    ),
     "llama 2": (
         "{% if messages[0].role == 'system' %}{% set brief = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
         "{% else %}{% set brief = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
-        "{{ brief if loop.first else '' }}{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}", "<s>", True),
+        "{{ brief if loop.first else '' }}{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}",
+        "<s>",
+        True,
+    ),
     "mistral, system in the first turn": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set brief = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
         "{% set rest = messages %}{% endif %}{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] {% if loop.first and brief is defined %}"
-        "{{ brief + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", "<s>", True),
+        "{{ brief + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        "<s>",
+        True,
+    ),
     "mistral, system in the last turn": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set brief = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
         "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}[INST] {% if loop.last and brief is defined %}"
-        "{{ brief + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}", "<s>", False),
+        "{{ brief + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        "<s>",
+        False,
+    ),
     "gemma 2": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
         "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "<bos>", True),
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<bos>",
+        True,
+    ),
     "gemma 3": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set brief = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
         "{% set brief = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<start_of_turn>"
         "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ brief if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "<bos>", True),
-    "phi 3": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-              "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}", None, False),
-    "phi 4": ("{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
-              "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}", None, False),
+        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<bos>",
+        True,
+    ),
+    "phi 3": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        None,
+        False,
+    ),
+    "phi 4": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+        None,
+        False,
+    ),
 }
 
 
 def family(tokenizer, name):
     """SmolLM2's tokenizer with another family's template and manner of beginning."""
     from tokenizers import processors
+
     template, bos, adds = FAMILIES[name]
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
@@ -75,7 +117,8 @@ def family(tokenizer, name):
         other.add_special_tokens({"bos_token": bos})
         if adds:
             other.backend_tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, other.bos_token_id)])
+                single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, other.bos_token_id)]
+            )
     return other
 
 
@@ -83,12 +126,17 @@ def family(tokenizer, name):
 def go(tmp_path_factory):
     """go([(template, messages), …]) -> texts, by Go's own engine, fed as Ollama feeds it."""
     from helpers.model.loading import cache
+
     if not shutil.which("npm") or not shutil.which("node"):
         pytest.skip("node and npm are needed to run Go's template engine")
     folder = cache() / "go-template"
     if not (folder / "node_modules").is_dir():
-        done = subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder), ENGINE],
-                              capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder), ENGINE],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         if done.returncode:
             shutil.rmtree(folder, ignore_errors=True)
             pytest.skip(f"npm could not install {ENGINE}: {done.stderr[-200:]}")
@@ -96,12 +144,23 @@ def go(tmp_path_factory):
     script.write_text(SCRIPT)
 
     def render(jobs):
-        data = [[template, {"System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"), "Response": "",
-                            "Messages": [{"Role": m["role"], "Content": m["content"]} for m in go_template.collate(messages)]}]
-                for template, messages in jobs]
-        done = subprocess.run(["node", str(script)], input=json.dumps(data), capture_output=True, text=True, timeout=60, cwd=folder)
+        data = [
+            [
+                template,
+                {
+                    "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
+                    "Response": "",
+                    "Messages": [{"Role": m["role"], "Content": m["content"]} for m in go_template.collate(messages)],
+                },
+            ]
+            for template, messages in jobs
+        ]
+        done = subprocess.run(
+            ["node", str(script)], input=json.dumps(data), capture_output=True, text=True, timeout=60, cwd=folder
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
     return render
 
 
@@ -133,8 +192,13 @@ def test_the_shipped_models_template_is_equal_on_every_shape_but_the_one_ollama_
     made = modelfile.from_tokenizer(tokenizer)
     assert {c.shape for c in made.checks if not c.equal} == {"two questions running"}
     assert "named SmolLM" in made.template  # the default system prompt that Ollama's own guess drops
-    conversation = [{"role": "system", "content": "Schema: " + "x " * 3000}, {"role": "user", "content": "你好 \U0001f600 \u202e\u0000"}]
-    assert go([(made.template, conversation)]) == [tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)]
+    conversation = [
+        {"role": "system", "content": "Schema: " + "x " * 3000},
+        {"role": "user", "content": "你好 \U0001f600 \u202e\u0000"},
+    ]
+    assert go([(made.template, conversation)]) == [
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    ]
 
 
 def test_trimming_is_told_because_go_cannot_trim(tokenizer):
@@ -142,13 +206,19 @@ def test_trimming_is_told_because_go_cannot_trim(tokenizer):
     assert any("blanks at the edges" in n and "Go cannot" in n for n in made.notes)
 
 
-@pytest.mark.parametrize("template, why", [
-    ("{{ messages[-1].content }}", "exactly once"),
-    ("{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}", "later turns differently"),
-    ("{{ raise_exception('no') }}", "refuses"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "exactly once"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}", "refuses"),
-])
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{{ messages[-1].content }}", "exactly once"),
+        (
+            "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}",
+            "later turns differently",
+        ),
+        ("{{ raise_exception('no') }}", "refuses"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "exactly once"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}", "refuses"),
+    ],
+)
 def test_a_template_that_is_not_made_of_turns_is_refused_with_the_reason(tokenizer, template, why):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
@@ -202,13 +272,18 @@ def test_the_modelfile_says_everything_ollama_would_otherwise_guess(exported, go
     assert said["TEMPLATE"] == [made.template] and said["SYSTEM"] == ["You write SQL."]
     assert {'stop "<|im_end|>"', "num_ctx 8192", "temperature 0"} <= set(said["PARAMETER"])
     chat = [{"role": "user", "content": "Hi"}]
-    assert go([(said["TEMPLATE"][0], chat)]) == [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)]
+    assert go([(said["TEMPLATE"][0], chat)]) == [
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ]
 
 
 def test_generation_config_and_given_sampling_reach_the_modelfile(exported):
     merged, gguf, out = exported
-    (merged / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1,
-                                                               "eos_token_id": [2, 0]}))
+    (merged / "generation_config.json").write_text(
+        json.dumps(
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [2, 0]}
+        )
+    )
     made = modelfile.write(merged, gguf, out, context=1024, sampling={"temperature": 0.2})
     assert made.parameters == {"num_ctx": 1024, "temperature": 0.2, "top_p": 0.9, "repeat_penalty": 1.1}
     assert made.stops == ["<|im_end|>", "<|endoftext|>"]
@@ -219,7 +294,11 @@ def test_commands_name_this_model_its_template_and_stops_and_stay_on_this_machin
     found = modelfile.write(merged, gguf, out, name="atlas").commands
     assert set(found) == {"Ollama", "vLLM", "LM Studio", "llama.cpp", "Open WebUI"}
     assert f"ollama create atlas -f {out}" in found["Ollama"]
-    assert str(merged / "chat_template.jinja") in found["vLLM"] and "<|im_end|>" in found["vLLM"] and "--max-model-len 8192" in found["vLLM"]
+    assert (
+        str(merged / "chat_template.jinja") in found["vLLM"]
+        and "<|im_end|>" in found["vLLM"]
+        and "--max-model-len 8192" in found["vLLM"]
+    )
     assert "<|im_end|>" in found["LM Studio"] and str(gguf) in found["LM Studio"]
     assert "OPENAI_API_BASE_URL=http://127.0.0.1:8080/v1" in found["Open WebUI"]
     assert "0.0.0.0" not in "".join(found.values())
@@ -233,7 +312,9 @@ def test_a_shell_is_not_fooled_by_a_folder_name(exported):
     odd = merged.with_name("mer ged; rm -rf $HOME")
     merged.rename(odd)
     made = modelfile.write(odd, gguf, out)
-    words = subprocess.run(["bash", "-c", "printf '%s\\n' " + made.commands["vLLM"].splitlines()[0]], capture_output=True, text=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", "printf '%s\\n' " + made.commands["vLLM"].splitlines()[0]], capture_output=True, text=True
+    ).stdout
     assert str(odd) in words.splitlines()
 
 

@@ -44,7 +44,11 @@ def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage
     values = params.resolve(stage)
     for param in params.STAGES[stage]:
         control = panel.widget(param, param.default)
-        assert control.value == pytest.approx(param.default, rel=1e-6) if isinstance(param.default, float) else control.value == param.default
+        assert (
+            control.value == pytest.approx(param.default, rel=1e-6)
+            if isinstance(param.default, float)
+            else control.value == param.default
+        )
         if isinstance(control, ipywidgets.FloatLogSlider):
             assert 10**control.min == pytest.approx(param.low) and 10**control.max == pytest.approx(param.high)
         elif isinstance(control, (ipywidgets.IntSlider, ipywidgets.FloatSlider)):
@@ -66,9 +70,18 @@ def test_the_learning_rate_slider_is_logarithmic():
     assert isinstance(panel.widget(params.find("sft", "learning_rate"), 1e-4), ipywidgets.FloatLogSlider)
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("rnk", 8, "rank"), ("rank", 10_000, "10000"), ("rank", "many", "'many'"), ("rank", 2.5, "2.5"), ("rank", True, "True"),
-    ("learning_rate", float("nan"), "nan"), ("learning_rate", "1", "'1'")])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rnk", 8, "rank"),
+        ("rank", 10_000, "10000"),
+        ("rank", "many", "'many'"),
+        ("rank", 2.5, "2.5"),
+        ("rank", True, "True"),
+        ("learning_rate", float("nan"), "nan"),
+        ("learning_rate", "1", "'1'"),
+    ],
+)
 def test_a_wrong_name_type_or_value_is_refused_with_the_name_the_value_and_the_range(name, value, said):
     with pytest.raises(TunebookError) as refused:
         params.resolve("sft", {name: value})
@@ -90,7 +103,9 @@ def test_a_misspelt_global_is_found_among_a_notebooks_names():
 
 
 def test_importing_helpers_is_quick_and_brings_no_torch():
-    code = ("import importlib, pkgutil, sys, time; start = time.perf_counter(); import helpers, helpers.params, helpers.runs, helpers.notebook; "
-            "spent = time.perf_counter() - start; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(spent)")
+    code = (
+        "import importlib, pkgutil, sys, time; start = time.perf_counter(); import helpers, helpers.params, helpers.runs, helpers.notebook; "
+        "spent = time.perf_counter() - start; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(spent)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0

@@ -29,7 +29,7 @@ def whole(tmp_path_factory, short):
 def test_five_notebooks_end_in_a_table_of_scores_and_a_report(whole):
     done, _ = whole
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    tail = done.stdout[done.stdout.index("The run took"):]
+    tail = done.stdout[done.stdout.index("The run took") :]
     for contender in ("base", "sft", "orpo", "gguf q8_0"):
         assert re.search(rf"^{contender}\s+\d+\.\d%\s+\d+\.\d% – \d+\.\d%\s+\d+\.\d%\s+\d+", tail, re.M), tail
     report = Path(re.search(r"^Report: (.+)$", tail, re.M).group(1))
@@ -67,13 +67,17 @@ def test_every_recipe_is_a_valid_set_of_its_stages_parameters(file):
 @pytest.mark.parametrize("name", ["cpu", "t4", "a100"])
 def test_every_parameter_file_is_valid(name):
     from ci import pipeline as module
+
     module.resolve(PROJECT / "ci" / "params" / f"{name}.yaml", [], "r")
 
 
 def test_the_benchmark_reads_every_figure_out_of_a_run(whole, monkeypatch):
     monkeypatch.setenv("TUNEBOOK_RUNS", str(whole[1]))
     from ci import bench
+
     lines = bench.figures("whole")
     assert all(isinstance(line["value"], (int, float)) for line in lines), lines
-    assert {"sft training", "orpo training", "evaluation", "export", "peak memory", "wall time"} == {line["figure"] for line in lines}
+    assert {"sft training", "orpo training", "evaluation", "export", "peak memory", "wall time"} == {
+        line["figure"] for line in lines
+    }
     assert "q8_0" in [line.get("step") for line in lines]

@@ -19,10 +19,15 @@ def test_sft_killed_in_the_middle_goes_on_with_the_same_command(runs_root, tmp_p
     short = str(short_run.parameters(tmp_path))
     call = ["--run", "killed", "--params", short, "--to", "02", "-p", "sft.max_steps", "6"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(short_run.command(*call), cwd=short_run.PROJECT, env=short_run.environment(runs_root), **quiet)
+    process = subprocess.Popen(
+        short_run.command(*call), cwd=short_run.PROJECT, env=short_run.environment(runs_root), **quiet
+    )
     folder = runs.folder("killed", "sft")
     deadline = time.monotonic() + 400
-    while not (_steps(folder) >= 3 and list((folder / "checkpoints").glob("checkpoint-*"))) or (folder / "manifest.json").exists():
+    while (
+        not (_steps(folder) >= 3 and list((folder / "checkpoints").glob("checkpoint-*")))
+        or (folder / "manifest.json").exists()
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -47,14 +52,17 @@ def _steps(folder: Path) -> int:
     return max((line["step"] for line in lines if "loss" in line), default=0)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["-p", "sft.rnk", "8"], "rnk.*rank"),
-    (["-p", "sft.rank", "100000"], "rank.*100000.*256"),
-    (["-p", "rank", "8"], "STAGE.NAME"),
-    (["--params", "missing.yaml"], "missing.yaml"),
-    (["--from", "07"], "07"),
-    (["--from", "03"], "01_data_prep"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "sft.rnk", "8"], "rnk.*rank"),
+        (["-p", "sft.rank", "100000"], "rank.*100000.*256"),
+        (["-p", "rank", "8"], "STAGE.NAME"),
+        (["--params", "missing.yaml"], "missing.yaml"),
+        (["--from", "07"], "07"),
+        (["--from", "03"], "01_data_prep"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_sentence_before_any_work(runs_root, arguments, said, capsys):
     assert pipeline.main(["--run", "bad", *arguments]) == 1
     error = capsys.readouterr().err
@@ -62,10 +70,13 @@ def test_a_mistake_on_the_command_line_is_one_sentence_before_any_work(runs_root
     assert not list(runs_root.glob("bad/0*"))
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["-p", "data.dataset", "nowhere/none.jsonl"], "none.jsonl"),
-    (["-p", "data.model", "nobody/no-such-model"], "nobody/no-such-model"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "data.dataset", "nowhere/none.jsonl"], "none.jsonl"),
+        (["-p", "data.model", "nobody/no-such-model"], "nobody/no-such-model"),
+    ],
+)
 def test_a_mistake_found_in_a_notebook_is_one_sentence_and_leaves_no_manifest(tmp_path, arguments, said):
     done = short_run.pipeline(tmp_path, "--run", "bad", "--to", "01", *arguments)
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr

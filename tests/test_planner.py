@@ -10,7 +10,14 @@ from helpers.errors import TunebookError
 from helpers.model import cards, memory, planner
 
 MEASURED = ("h200_2026-11-22", "h200_2026-11-25", "h100_2026-11-25", "gpu_2026-11-26")  # in ci/results/
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 SIZES = {
     "135m": (576, 1536, 30, 9, 3, 49152),
     "360m": (960, 2560, 32, 15, 5, 49152),
@@ -22,7 +29,9 @@ LENGTHS = [50 + (n * 37) % 350 for n in range(400)]
 
 
 def llama(size):
-    return LlamaConfig(**dict(zip(NAMES, SIZES[size], strict=True)), tie_word_embeddings=size in ("135m", "360m", "1.7b"))
+    return LlamaConfig(
+        **dict(zip(NAMES, SIZES[size], strict=True)), tie_word_embeddings=size in ("135m", "360m", "1.7b")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,9 @@ def test_the_shape_counts_every_parameter(shapes):
 def test_measured_peaks_are_predicted_within_seven_percent(shapes, measured):
     from helpers import runtime
 
-    lines = [json.loads(line) for line in (runtime.PROJECT / "ci" / "results" / f"{measured}.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (runtime.PROJECT / "ci" / "results" / f"{measured}.jsonl").read_text().splitlines()
+    ]
     settings = [line for line in lines if line["arm"] == "planner"]
     assert len(settings) >= 12
     for line in settings:
@@ -67,13 +78,17 @@ def test_a_plan_keeps_the_batch_and_fits_its_card():
 def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
     speeds = []
     for total in (12, 20, 40, 80, 139):
-        plan = planner.plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(cards.named("H200"), total_gib=total))
+        plan = planner.plan(
+            {"batch_size": 64}, LENGTHS, llama("8b"), card=replace(cards.named("H200"), total_gib=total)
+        )
         speeds.append(plan.tokens_per_s)
     assert speeds == sorted(speeds) and plan.recompute == 0
 
 
 def test_two_processes_share_the_same_batch():
-    one, two = (planner.plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("8b"), world_size=n) for n in (1, 2))
+    one, two = (
+        planner.plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("8b"), world_size=n) for n in (1, 2)
+    )
     assert two.batch_size == one.batch_size and 1.7 < two.tokens_per_s / one.tokens_per_s <= 2.0
 
 
@@ -99,7 +114,9 @@ def test_a_shorter_row_that_the_refusal_names_does_fit():
 
 def test_layer_inputs_are_moved_only_where_main_memory_has_room():
     t4, values = cards.named("T4"), {"batch_size": 1, "method": "qlora"}
-    assert planner.longest_context(llama("8b"), t4) < planner.longest_context(llama("8b"), replace(t4, host_gib=64)) / 1.5
+    assert (
+        planner.longest_context(llama("8b"), t4) < planner.longest_context(llama("8b"), replace(t4, host_gib=64)) / 1.5
+    )
     with pytest.raises(TunebookError, match=r"GiB of main memory a process.* rows of at most \d+ tokens fit"):
         planner.plan(values, [60_000], llama("8b"), card=t4)
     plan = planner.plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
@@ -110,15 +127,26 @@ def test_layer_inputs_are_moved_only_where_main_memory_has_room():
 def test_a_probing_step_corrects_the_plan_and_its_error_is_kept():
     plan = planner.plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("3b"))
     seen = plan.correct(peak_gib=plan.peak_gib * 1.1, tokens_per_s=plan.tokens_per_s * 0.8)
-    assert seen.peak_gib == pytest.approx(plan.peak_gib * 1.1) and seen.tokens_per_s == pytest.approx(plan.tokens_per_s * 0.8)
-    assert seen.errors == {"peak_gib": pytest.approx(1 / 1.1 - 1, abs=1e-3), "tokens_per_s": pytest.approx(0.25, abs=1e-3)}
+    assert seen.peak_gib == pytest.approx(plan.peak_gib * 1.1) and seen.tokens_per_s == pytest.approx(
+        plan.tokens_per_s * 0.8
+    )
+    assert seen.errors == {
+        "peak_gib": pytest.approx(1 / 1.1 - 1, abs=1e-3),
+        "tokens_per_s": pytest.approx(0.25, abs=1e-3),
+    }
     assert json.loads(json.dumps(seen.as_dict()))["probed"]
 
 
 def test_the_table_names_the_choice_and_what_else_was_weighed():
     plan = planner.plan({"batch_size": 64, "plan_for": "A100-40"}, LENGTHS, llama("8b"))
     text, page = str(plan), plan._repr_html_()
-    assert text.count("chosen") == 1 and "16-bit" in text and "unsloth" in text and "<table" in page and "<script" not in page
+    assert (
+        text.count("chosen") == 1
+        and "16-bit" in text
+        and "unsloth" in text
+        and "<table" in page
+        and "<script" not in page
+    )
 
 
 def test_an_unknown_card_is_refused_with_the_known_ones():

@@ -10,12 +10,26 @@ from helpers import runs
 from helpers.errors import TunebookError
 from helpers.train import resume, sft
 
-SMALL = {"batch_size": 4, "precision": "fp32", "epochs": 3.0, "best_checkpoint": False, "eval_rows": 2, "rank": 4, "recompute": "none"}
+SMALL = {
+    "batch_size": 4,
+    "precision": "fp32",
+    "epochs": 3.0,
+    "best_checkpoint": False,
+    "eval_rows": 2,
+    "rank": 4,
+    "recompute": "none",
+}
 
 
 @pytest.fixture
 def prepared(runs_root, tiny_llama, tokenizer):
-    train_data.data_stage("r", tiny_llama, tokenizer, train=train_data.sft_rows(tokenizer, 24), held_out=train_data.sft_rows(tokenizer, 4, seed=1))
+    train_data.data_stage(
+        "r",
+        tiny_llama,
+        tokenizer,
+        train=train_data.sft_rows(tokenizer, 24),
+        held_out=train_data.sft_rows(tokenizer, 4, seed=1),
+    )
     return lambda **given: sft.prepare(runs.open_stage("sft", train_data.settings("sft", **{**SMALL, **given})))
 
 
@@ -26,7 +40,11 @@ def test_a_probing_step_corrects_the_plan_and_changes_neither_weights_nor_random
     job._probe()
     assert job.plan.measured and set(job.plan.errors) == {"tokens_per_s"}
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(weight, before[name]) and weight.grad is None for name, weight in job.model.named_parameters() if name in before)
+    assert all(
+        torch.equal(weight, before[name]) and weight.grad is None
+        for name, weight in job.model.named_parameters()
+        if name in before
+    )
     assert job.trainer.trained_tokens == 0 and not job.trainer.step_rows
 
 

@@ -40,7 +40,17 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.split("?")[0].removeprefix("/api/models/").split("/revision/")[0]
         if self.path.startswith("/api/models/") and name in self.server.repositories:
-            return self.say({"id": name, "modelId": name, "sha": "0" * 40, "private": True, "siblings": [], "xetEnabled": False, "tags": []})
+            return self.say(
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": "0" * 40,
+                    "private": True,
+                    "siblings": [],
+                    "xetEnabled": False,
+                    "tags": [],
+                }
+            )
         return self.say({"error": "not found"}, 404)
 
     do_HEAD = do_GET
@@ -48,11 +58,17 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.server.refuse or self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.say({"error": f"Invalid credentials for {self.headers.get('Authorization')}"}, self.server.refuse or 401)
+            return self.say(
+                {"error": f"Invalid credentials for {self.headers.get('Authorization')}"}, self.server.refuse or 401
+            )
         path = self.path.split("?")[0]
         if path == "/api/repos/create":
             wanted = json.loads(body)
-            name = f"{wanted.get('organization') or 'user'}/{wanted['name']}" if "/" not in wanted["name"] else wanted["name"]
+            name = (
+                f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+                if "/" not in wanted["name"]
+                else wanted["name"]
+            )
             private = wanted.get("private") or wanted.get("visibility") == "private"
             self.server.repositories.setdefault(name, {"private": private, "files": {}, "commits": 0})
             return self.say({"url": f"{self.server.url}/{name}", "id": name})
@@ -75,7 +91,11 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
                 {
                     "oid": o["oid"],
                     "size": o["size"],
-                    **({} if o["oid"] in self.server.blobs else {"actions": {"upload": {"href": f"{self.server.url}/blob/{o['oid']}"}}}),
+                    **(
+                        {}
+                        if o["oid"] in self.server.blobs
+                        else {"actions": {"upload": {"href": f"{self.server.url}/blob/{o['oid']}"}}}
+                    ),
                 }
                 for o in json.loads(body)["objects"]
             ]
@@ -89,7 +109,9 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     def do_PUT(self):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         if len(self.server.puts) >= self.server.break_after:
-            return self.say({"error": "the line went dead"}, 400)  # a status that the client does not try again by itself
+            return self.say(
+                {"error": "the line went dead"}, 400
+            )  # a status that the client does not try again by itself
         self.server.puts.append(self.path)
         self.server.blobs[hashlib.sha256(data).hexdigest()] = data
         return self.say({})
@@ -104,7 +126,14 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 repository["files"][value["path"]] = self.server.blobs[value["oid"]]
         repository["commits"] += 1
-        return self.say({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/{name}/commit/{'1' * 40}", "pullRequestUrl": None})
+        return self.say(
+            {
+                "success": True,
+                "commitOid": "1" * 40,
+                "commitUrl": f"{self.server.url}/{name}/commit/{'1' * 40}",
+                "pullRequestUrl": None,
+            }
+        )
 
     def say(self, value, status=200):
         data = json.dumps(value).encode()
@@ -130,11 +159,18 @@ def hub():
 @pytest.fixture
 def run(runs_root):
     """A run with an adapter, a merged model in two shards and two GGUF files."""
-    model = {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "path": "/home/somebody/models/smol", "revision": "r1", "origin": "folder"}
+    model = {
+        "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "path": "/home/somebody/models/smol",
+        "revision": "r1",
+        "origin": "folder",
+    }
     stages = {
         "data": {},
         "sft": {
-            "adapter/adapter_config.json": json.dumps({"base_model_name_or_path": "/home/somebody/models/smol", "r": 16}),
+            "adapter/adapter_config.json": json.dumps(
+                {"base_model_name_or_path": "/home/somebody/models/smol", "r": 16}
+            ),
             "adapter/adapter_model.safetensors": b"A" * 5000,
             "adapter/README.md": "PEFT's own",
             "log.jsonl": "{}",
@@ -170,7 +206,12 @@ def command(hub, *arguments, token=TOKEN):
     }
     environment |= {"HF_TOKEN": token} if token else {}
     return subprocess.run(
-        [sys.executable, "-m", "helpers.publish", *arguments], cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "helpers.publish", *arguments],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -204,16 +245,26 @@ def test_three_repositories_arrive_whole_with_cards_and_no_path_of_this_machine(
         "README.md",
     }
     assert set(gguf) == {"model-q8_0.gguf", "model-q4_k_m.gguf", "Modelfile", "fidelity.json", "README.md"}
-    assert json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (
+        json.loads(adapter["adapter_config.json"])["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     card = gguf["README.md"].decode()
     head = yaml.safe_load(card.split("---")[1])
-    assert head["license"] == "apache-2.0" and head["base_model_relation"] == "quantized" and "0.0047" in card and "CC BY 4.0" in card
+    assert (
+        head["license"] == "apache-2.0"
+        and head["base_model_relation"] == "quantized"
+        and "0.0047" in card
+        and "CC BY 4.0" in card
+    )
     everything = b"".join(content for r in hub.repositories.values() for content in r["files"].values())
     assert b"/home/somebody" not in everything and str(runs.root()).encode() not in everything
 
 
 def test_the_token_is_neither_printed_nor_stored(run, hub):
-    good, bad = command(hub, run, "user/atlas", "--yes"), command(hub, run, "user/other", "--yes", token=TOKEN.replace("secret", "wrongs"))
+    good, bad = (
+        command(hub, run, "user/atlas", "--yes"),
+        command(hub, run, "user/other", "--yes", token=TOKEN.replace("secret", "wrongs")),
+    )
     assert good.returncode == 0 and bad.returncode == 1 and "no write access" in bad.stderr
     for done in (good, bad):
         assert "hf_" not in done.stdout + done.stderr and "Traceback" not in done.stderr

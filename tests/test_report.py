@@ -22,7 +22,14 @@ def root(tokenizer, smollm2, tmp_path_factory):
     patch.setenv("TUNEBOOK_RUNS", str(folder))
     samples.full_run("atlas", tokenizer=tokenizer, model_path=smollm2.path)
     for seed, (rank, rate) in enumerate([(4, 1e-3), (16, 5e-4), (32, 2e-4)]):
-        samples.full_run(f"rank{rank}", seed, tokenizer, smollm2.path, 0.3 + 0.1 * seed, **{"sft.rank": rank, "sft.learning_rate": rate})
+        samples.full_run(
+            f"rank{rank}",
+            seed,
+            tokenizer,
+            smollm2.path,
+            0.3 + 0.1 * seed,
+            **{"sft.rank": rank, "sft.learning_rate": rate},
+        )
     report.build("atlas")
     yield folder
     patch.undo()
@@ -39,6 +46,7 @@ def changed(root, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def browser(chromium):
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as play:
         running = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
@@ -59,6 +67,7 @@ def visit(browser):
         page.on("request", lambda r: page.asked.append(r.url))
         page.goto(path.as_uri())
         return page
+
     yield go
     for context in contexts:
         context.close()
@@ -79,13 +88,27 @@ def test_the_page_is_one_small_file_that_asks_for_nothing(root, visit):
 def test_every_part_is_there_and_the_numbers_are_those_of_the_files(root, visit):
     page = visit(root / "atlas" / "report.html")
     assert page.locator("section > h2").all_inner_texts() == [
-        "Read this first", "Scores", "What was lost", "Fidelity and size", "Other measurements", "Answers", "Training", "Data", "How it was made"]
+        "Read this first",
+        "Scores",
+        "What was lost",
+        "Fidelity and size",
+        "Other measurements",
+        "Answers",
+        "Training",
+        "Data",
+        "How it was made",
+    ]
     scores = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())
     for contender in scores["contenders"]:
-        row = page.locator("#scores tr", has=page.locator("td.name", has_text=re.compile(rf"^{re.escape(contender['name'])}$"))).first.inner_text()
+        row = page.locator(
+            "#scores tr", has=page.locator("td.name", has_text=re.compile(rf"^{re.escape(contender['name'])}$"))
+        ).first.inner_text()
         if contender["status"] == "scored":
             accuracy = contender["scores"]["accuracy"]
-            assert f"{100 * accuracy['value']:.1f} %" in row and f"{100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} %" in row
+            assert (
+                f"{100 * accuracy['value']:.1f} %" in row
+                and f"{100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} %" in row
+            )
         else:
             assert "skipped" in row and contender["reason"] in row
     assert scores["headline"] in page.locator("header").inner_text()
@@ -145,7 +168,9 @@ def test_hostile_answers_are_text_and_nothing_else(changed, visit):
         for answer in row["answers"].values():
             answer["text"] = answer["detail"] = samples.NASTY
             answer["result"] = {"columns": [samples.NASTY], "rows": [[samples.NASTY]], "count": 1}
-    scores["headline"] = scores["warnings"][0] = scores["contenders"][-1]["reason"] = scores["comparisons"][0]["sentence"] = samples.NASTY
+    scores["headline"] = scores["warnings"][0] = scores["contenders"][-1]["reason"] = scores["comparisons"][0][
+        "sentence"
+    ] = samples.NASTY
     folder = changed / "05_evaluation"
     (folder / "manifest.json").unlink()
     folder.joinpath("scores.json").write_text(json.dumps(scores))
@@ -181,17 +206,21 @@ def test_nothing_runs_over_the_edge_and_text_stands_out_in_every_scheme(root, vi
 
 def contrast(page, selector):
     """WCAG contrast of an element's text against the first opaque background behind it."""
-    ink, paper = page.evaluate("""selector => {
+    ink, paper = page.evaluate(
+        """selector => {
       const e = document.querySelector(selector), style = getComputedStyle(e);
       let at = e, back;
       do { back = getComputedStyle(at).backgroundColor; at = at.parentElement; } while (at && /, 0\\)$|transparent/.test(back));
       return [e.tagName.toLowerCase() === "text" ? style.fill : style.color, back];
-    }""", selector)
+    }""",
+        selector,
+    )
 
     def light(colour):
         channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
     a, b = sorted((light(ink), light(paper)))
     return (b + 0.05) / (a + 0.05)
 
@@ -203,6 +232,7 @@ def test_on_paper_it_is_a_few_light_pages_without_buttons(root, visit, tmp_path)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("#answers .item:visible").count() == 8
     from pypdf import PdfReader
+
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert 4 <= len(PdfReader(tmp_path / "report.pdf").pages) <= 20
 
@@ -212,9 +242,16 @@ def test_without_scripts_everything_is_there(root, visit):
     assert page.locator("#answers .item:visible").count() == 180 and page.locator(".filters").is_hidden()
 
 
-@pytest.mark.parametrize("missing", [["05_evaluation"], ["05_evaluation", "04_gguf_export"], ["03_orpo_alignment", "04_gguf_export", "05_evaluation"],
-                                     ["02_qlora_sft", "03_orpo_alignment", "04_gguf_export", "05_evaluation"],
-                                     ["01_data_prep", "02_qlora_sft", "03_orpo_alignment", "04_gguf_export", "05_evaluation"]])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ["05_evaluation"],
+        ["05_evaluation", "04_gguf_export"],
+        ["03_orpo_alignment", "04_gguf_export", "05_evaluation"],
+        ["02_qlora_sft", "03_orpo_alignment", "04_gguf_export", "05_evaluation"],
+        ["01_data_prep", "02_qlora_sft", "03_orpo_alignment", "04_gguf_export", "05_evaluation"],
+    ],
+)
 def test_a_run_with_stages_missing_has_a_page_that_says_so(changed, missing):
     for folder in missing:
         shutil.rmtree(changed / folder)
@@ -278,10 +315,16 @@ def test_the_command_and_its_file_repeat_every_parameter(root):
 def test_the_model_cards_numbers_are_the_reports(root):
     text = (root / "atlas" / "MODEL_CARD.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
-    accuracy = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())["contenders"][4]["scores"]["accuracy"]
+    accuracy = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())["contenders"][4]["scores"][
+        "accuracy"
+    ]
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and head["license"] == "apache-2.0"
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == round(accuracy["value"], 4)
-    assert f"{100 * accuracy['value']:.1f} %" in text and "0.0644" in text and "gguf q2\\_k was skipped" in text.replace("q2_k", "q2\\_k")
+    assert (
+        f"{100 * accuracy['value']:.1f} %" in text
+        and "0.0644" in text
+        and "gguf q2\\_k was skipped" in text.replace("q2_k", "q2\\_k")
+    )
     assert "QLoRA supervised fine-tuning and then ORPO preference tuning" in text
     assert str(root) not in text
 
@@ -289,7 +332,11 @@ def test_the_model_cards_numbers_are_the_reports(root):
 @pytest.mark.parametrize("kind", ["adapter", "merged", "gguf"])
 def test_each_kind_of_card_says_how_to_run_it(root, kind):
     text = card.render(facts.gather("atlas"), kind, "user/atlas")
-    assert {"adapter": "AutoPeftModelForCausalLM", "merged": "vllm serve user/atlas", "gguf": "llama-server -hf user/atlas:Q8_0"}[kind] in text
+    assert {
+        "adapter": "AutoPeftModelForCausalLM",
+        "merged": "vllm serve user/atlas",
+        "gguf": "llama-server -hf user/atlas:Q8_0",
+    }[kind] in text
 
 
 def test_a_sweep_is_one_page_with_what_differs_and_a_line_a_run(root, visit):
@@ -299,9 +346,17 @@ def test_a_sweep_is_one_page_with_what_differs_and_a_line_a_run(root, visit):
     head = page.locator("#runs th").all_inner_texts()
     assert "learning_rate" in head and "rank" in head and "max_length" not in head and "run" in head
     assert set(page.locator("#runs td.name").all_inner_texts()) == set(names)
-    assert page.locator("svg.sweep path.run").count() == 4 and page.locator("svg.sweep .label").all_text_contents()[-1] == "accuracy"
+    assert (
+        page.locator("svg.sweep path.run").count() == 4
+        and page.locator("svg.sweep .label").all_text_contents()[-1] == "accuracy"
+    )
     assert "all runs: gguf q2_k was skipped" in page.locator("#warnings").inner_text()
-    assert visit(root / "compare.html", viewport={"width": 360, "height": 700}).evaluate("document.documentElement.scrollWidth") <= 360
+    assert (
+        visit(root / "compare.html", viewport={"width": 360, "height": 700}).evaluate(
+            "document.documentElement.scrollWidth"
+        )
+        <= 360
+    )
 
 
 def test_runs_scored_on_different_tests_are_not_put_side_by_side_in_silence(changed, root, monkeypatch):
@@ -335,6 +390,7 @@ def test_curves_keep_their_peaks_and_leave_out_what_is_no_number():
 def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes(changed):
     shutil.rmtree(changed / "05_evaluation")
     from helpers import params
+
     stage = runs.open_stage("eval", params.resolve("eval", {"run": "atlas"}))
     scores, answers = samples.evaluation(random.Random(3))
     samples.write_evaluation(stage.path, scores, answers)
@@ -355,11 +411,28 @@ def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
         row.update(gold=None, nonempty=None, contaminated=None, meta={}, reference="", system="")
     nothing = {"status": "skipped", "reason": "did not load", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
     skipped = [{**c, **nothing} for c in scores["contenders"]]
-    judge = {"model": "judge", "estimate": {}, "pairs": [{"baseline": "base", "contender": "sft", "n": 40, "win_rate": 0.7, "low": 0.55, "high": 0.82,
-                                                        "length_controlled": None, "order_agreement": 0.9, "failed": 1}]}
+    judge = {
+        "model": "judge",
+        "estimate": {},
+        "pairs": [
+            {
+                "baseline": "base",
+                "contender": "sft",
+                "n": 40,
+                "win_rate": 0.7,
+                "low": 0.55,
+                "high": 0.82,
+                "length_controlled": None,
+                "order_agreement": 0.9,
+                "failed": 1,
+            }
+        ],
+    }
     samples.write_evaluation(folder, {**scores, "judge": judge}, answers)
     assert "Judge: judge" in report.build("atlas").read_text()
-    samples.write_evaluation(folder, {**scores, "contenders": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers])
+    samples.write_evaluation(
+        folder, {**scores, "contenders": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers]
+    )
     assert text_of(report.build("atlas")).count("did not load") >= len(skipped)
     samples.write_evaluation(folder, {**scores, "contenders": [], "comparisons": []}, [])
     assert '<section id="answers">' not in report.build("atlas").read_text()

@@ -16,7 +16,9 @@ from tests.conftest import PROJECT
 def committed() -> list:
     if not shutil.which("git") or not (PROJECT / ".git").exists():
         pytest.skip("not a git checkout")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     return [PROJECT / n for n in names if n and (PROJECT / n).is_file()]
 
 
@@ -36,8 +38,12 @@ def test_badges_bootstrap_and_parameters_are_as_the_stamp_writes_them():
 
 
 def test_repository_and_tag_are_written_by_hand_in_one_place_only():
-    owners = [p.relative_to(PROJECT).as_posix() for p in committed() if p.suffix in (".py", ".sh", ".yaml", ".yml", ".toml")
-              and re.search(rf"{re.escape(runtime.REPOSITORY)}\b", p.read_text(errors="ignore"))]
+    owners = [
+        p.relative_to(PROJECT).as_posix()
+        for p in committed()
+        if p.suffix in (".py", ".sh", ".yaml", ".yml", ".toml")
+        and re.search(rf"{re.escape(runtime.REPOSITORY)}\b", p.read_text(errors="ignore"))
+    ]
     assert owners == ["helpers/runtime.py"]
 
 
@@ -56,7 +62,11 @@ def test_no_package_named_datasets_hides_hugging_faces():
 
 @pytest.mark.parametrize("kind", ["cpu", "colab"])
 def test_every_requirement_is_in_the_lock_at_its_pinned_version(kind):
-    lock = {line.split("==")[0].lower(): line.split("==")[1].split(" ")[0] for line in (PROJECT / f"ci/locks/{kind}.txt").read_text().splitlines() if "==" in line}
+    lock = {
+        line.split("==")[0].lower(): line.split("==")[1].split(" ")[0]
+        for line in (PROJECT / f"ci/locks/{kind}.txt").read_text().splitlines()
+        if "==" in line
+    }
     for line in (PROJECT / "requirements.txt").read_text().split("# Development")[0].splitlines():
         if not line or line.startswith("#") or "==" not in line or (kind == "cpu" and "[cuda]" in line):
             continue
@@ -71,7 +81,9 @@ def test_the_colab_lock_resolves_again_and_leaves_colabs_torch_numpy_and_widgets
     lock = (PROJECT / "ci/locks/colab.txt").read_text()
     for name in ("torch", "torchvision", "numpy", "ipykernel", "ipywidgets"):
         assert not re.search(rf"^{name}==", lock, re.M)
-    done = subprocess.run([sys.executable, "ci/lock.py", "--check", "colab"], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "ci/lock.py", "--check", "colab"], cwd=PROJECT, capture_output=True, text=True
+    )
     if "error sending request" in done.stderr or "Failed to fetch" in done.stderr:
         pytest.skip("no package index is reachable")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,8 +38,12 @@ def test_a_stage_before_its_parent_says_what_to_run(runs_root):
 @pytest.mark.parametrize("harm", ["alter", "delete", "manifest", "unfinished"])
 def test_a_parent_that_is_altered_damaged_or_unfinished_is_refused(runs_root, harm):
     folder = finish("data").path
-    {"alter": lambda: (folder / "result.txt").write_text("data {!}"), "delete": lambda: (folder / "result.txt").unlink(),
-     "manifest": lambda: (folder / "manifest.json").write_text("{"), "unfinished": lambda: (folder / "manifest.json").unlink()}[harm]()
+    {
+        "alter": lambda: (folder / "result.txt").write_text("data {!}"),
+        "delete": lambda: (folder / "result.txt").unlink(),
+        "manifest": lambda: (folder / "manifest.json").write_text("{"),
+        "unfinished": lambda: (folder / "manifest.json").unlink(),
+    }[harm]()
     with pytest.raises(TunebookError, match="01"):
         finish("sft")
 
@@ -89,7 +93,13 @@ def test_is_done_only_with_the_same_parameters_parents_and_files(runs_root):
 def test_two_processes_cannot_work_on_one_stage(runs_root):
     runs.open_stage("data", params.resolve("data", {"run": "r"}))
     code = "from helpers import params, runs; runs.open_stage('data', params.resolve('data', {'run': 'r'}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env={**os.environ, "TUNEBOOK_RUNS": str(runs_root)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env={**os.environ, "TUNEBOOK_RUNS": str(runs_root)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and f"process {os.getpid()}" in done.stderr
     runs.unlock("r", "data")
 

@@ -22,6 +22,7 @@ PROJECT = Path(__file__).parents[1]
 def gguf():
     """SmolLM2 as a GGUF file."""
     from helpers.model import offline
+
     return offline.wheel_gguf()
 
 
@@ -35,7 +36,12 @@ def server(gguf):
 def test_the_openai_client_works_against_it_and_streams(server):
     client = serve.client(server)
     assert [m.id for m in client.models.list()] == [server.path.stem]
-    ask = {"model": server.path.stem, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 8, "temperature": 0}
+    ask = {
+        "model": server.path.stem,
+        "messages": [{"role": "user", "content": "Say yes."}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     whole = client.chat.completions.create(**ask)
     assert whole.choices[0].message.content and whole.usage.completion_tokens <= 8
     pieces = [e.choices[0].delta.content or "" for e in client.chat.completions.create(**ask, stream=True) if e.choices]
@@ -45,7 +51,8 @@ def test_the_openai_client_works_against_it_and_streams(server):
 def test_it_renders_prompts_with_the_models_own_template(server, tokenizer):
     chat = [{"role": "user", "content": "你好 <b>"}]
     assert server.post("/apply-template", {"messages": chat})["prompt"] == tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True)
+        chat, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_a_client_that_asks_for_no_temperature_gets_the_measured_one(server):
@@ -88,7 +95,9 @@ def test_too_little_memory_is_refused_with_the_context_that_would_fit(gguf):
     _, need = serve.plan(gguf, 8192, 1)
     # SmolLM2-135M: 30 layers, 3 key-value heads of width 64, keys and values of 2 bytes
     assert need == pytest.approx((gguf.stat().st_size + 2 * 2 * 3 * 64 * 30 * 8192) / 2**30 + 0.2)
-    with pytest.raises(TunebookError, match=r"needs 0\.\d GiB and 0\.4 GiB are free; a context of (\d+) tokens would fit") as refusal:
+    with pytest.raises(
+        TunebookError, match=r"needs 0\.\d GiB and 0\.4 GiB are free; a context of (\d+) tokens would fit"
+    ) as refusal:
         serve.plan(gguf, 8192, 1, available_gib=0.4)
     fits = int(str(refusal.value).split("context of ")[1].split()[0])
     assert serve.plan(gguf, fits, 1, available_gib=0.4)[1] <= 0.4 < serve.plan(gguf, fits + 64, 1)[1]
@@ -106,8 +115,19 @@ def exported(runs_root, gguf):
     for kind in ("q8_0", "q4_k_m"):
         os.symlink(gguf, folder / f"model-{kind}.gguf")
     artifacts = {f"model-{kind}.gguf": {"sha256": "", "bytes": 0} for kind in ("q8_0", "q4_k_m")}
-    runs.write_json(folder / "manifest.json", {"schema_version": 1, "stage": "gguf", "run": "job", "status": "finished", "params": {},
-                                               "metrics": {"recommended": {"type": "q4_k_m", "why": "small"}}, "artifacts": artifacts, "parents": {}})
+    runs.write_json(
+        folder / "manifest.json",
+        {
+            "schema_version": 1,
+            "stage": "gguf",
+            "run": "job",
+            "status": "finished",
+            "params": {},
+            "metrics": {"recommended": {"type": "q4_k_m", "why": "small"}},
+            "artifacts": artifacts,
+            "parents": {},
+        },
+    )
     return folder
 
 
@@ -123,8 +143,14 @@ def test_a_runs_name_means_its_recommended_file_or_the_one_asked_for(exported):
 
 
 def test_the_command_serves_a_run_says_how_to_use_it_and_ends_on_an_interrupt(exported):
-    with subprocess.Popen([sys.executable, "-m", "helpers.serve", "job", "--port", "0", "--context", "512"], cwd=PROJECT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}) as command:
+    with subprocess.Popen(
+        [sys.executable, "-m", "helpers.serve", "job", "--port", "0", "--context", "512"],
+        cwd=PROJECT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ},
+    ) as command:
         said = [command.stdout.readline() for _ in range(5)]
         url = said[0].split(" served at ")[1].strip().removesuffix("/v1")
         with urllib.request.urlopen(url + "/health") as reply:
@@ -137,7 +163,9 @@ def test_the_command_serves_a_run_says_how_to_use_it_and_ends_on_an_interrupt(ex
 
 
 def test_a_bad_command_prints_a_sentence_and_no_traceback(runs_root):
-    done = subprocess.run([sys.executable, "-m", "helpers.serve", "nosuch"], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.serve", "nosuch"], cwd=PROJECT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "has not been run yet" in done.stderr and "Traceback" not in done.stderr
 
 

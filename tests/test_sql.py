@@ -200,6 +200,7 @@ def test_answers_are_multisets_without_an_order():
 def test_values_are_compared_as_a_reader_would():
     def same(a, b):
         return sql.same_answer("SELECT a", [a], [b])
+
     assert same((1,), (1.0,))
     assert same((0.1 + 0.2,), (0.3,))
     assert same((123456789012,), (123456789012.0,))

@@ -11,7 +11,9 @@ from helpers.train import callbacks, curves, rows, sft
 def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2, tokenizer):
     held_out = train_data.sft_rows(tokenizer, 24, seed=5)
     train_data.data_stage("r", smollm2.path, tokenizer, train=train_data.sft_rows(tokenizer, 96), held_out=held_out)
-    stage = runs.open_stage("sft", parameters.resolve("sft", {"run": "r", "eval_rows": 2, "eval_steps": 12, "export_check": False}))
+    stage = runs.open_stage(
+        "sft", parameters.resolve("sft", {"run": "r", "eval_rows": 2, "eval_steps": 12, "export_check": False})
+    )
     job = sft.prepare(stage).train()
     losses = curves.series(callbacks.read(job.log), "loss")[1]
     assert losses[-1] < 0.35 * losses[0]

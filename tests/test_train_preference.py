@@ -14,7 +14,9 @@ from helpers.train import batching, callbacks, curves, methods, preference, rows
 
 
 def settings(**given):
-    return train_data.settings("orpo", **{"start_from": "base", "max_steps": 3, "epochs": 30, "eval_steps": 3, "learning_rate": 1e-3, **given})
+    return train_data.settings(
+        "orpo", **{"start_from": "base", "max_steps": 3, "epochs": 30, "eval_steps": 3, "learning_rate": 1e-3, **given}
+    )
 
 
 def prepared(**given):
@@ -70,14 +72,25 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
 
 
 def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
-    longest = max(2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows.pairs(data, "preference.parquet", 512)[0])
+    longest = max(
+        2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])
+        for r in rows.pairs(data, "preference.parquet", 512)[0]
+    )
     one, many = prepared(row_tokens=4000).train(), prepared(row_tokens=longest).train()
     assert one.plan.accumulation == 1 and many.plan.accumulation >= 6
     assert logged(one, "loss") == pytest.approx(logged(many, "loss"), rel=1e-4)
 
 
 def test_swapped_labels_reverse_the_direction_on_held_out_pairs(data):
-    given = {"beta": 2.0, "learning_rate": 2e-2, "max_steps": 16, "eval_steps": 16, "method": "lora", "rank": 8, "alpha": 16}
+    given = {
+        "beta": 2.0,
+        "learning_rate": 2e-2,
+        "max_steps": 16,
+        "eval_steps": 16,
+        "method": "lora",
+        "rank": 8,
+        "alpha": 16,
+    }
     right = prepared(**given).build()
     before = right.trainer.evaluate()["eval_log_odds_chosen"]
     right.train()
@@ -110,7 +123,10 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow
     for number, row in enumerate(json.loads((demo_data / "dpo_en_demo.json").read_text())[:150]):
         turns = [{"role": names[m["from"]], "content": m["value"]} for m in row["conversations"]]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        answers = [[*tokenizer(row[side]["value"], add_special_tokens=False)["input_ids"], end_of_turn(tokenizer)] for side in ("chosen", "rejected")]
+        answers = [
+            [*tokenizer(row[side]["value"], add_special_tokens=False)["input_ids"], end_of_turn(tokenizer)]
+            for side in ("chosen", "rejected")
+        ]
         pairs.append(
             {
                 "id": str(number),
@@ -125,7 +141,9 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow
     train_data.data_stage("r", narrow_llama, tokenizer, pairs=pairs)
     job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=2).train()
     assert 0 < sum(job.counts["train"]["left out"].values()) < 150
-    assert len(logged(job, "loss")) == 6 and all(math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name))
+    assert len(logged(job, "loss")) == 6 and all(
+        math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name)
+    )
 
 
 def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
@@ -154,7 +172,9 @@ def test_a_loss_that_is_not_probed_is_bounded_by_the_plans_estimate(data, capsys
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
-    first = sft.prepare(runs.open_stage("sft", train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))).train()
+    first = sft.prepare(
+        runs.open_stage("sft", train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))
+    ).train()
     adapter = first.finish().path / "adapter"
 
     def nll(**given):
@@ -174,15 +194,22 @@ def test_from_sft_without_an_sft_stage_is_refused(data):
 
 def test_a_stage_leaves_margins_and_held_out_numbers(data):
     manifest = prepared().train().finish()
-    assert {"margins.png", "loss.png", "log.jsonl", "adapter/adapter_model.safetensors"} <= set(manifest.data["artifacts"])
+    assert {"margins.png", "loss.png", "log.jsonl", "adapter/adapter_model.safetensors"} <= set(
+        manifest.data["artifacts"]
+    )
     assert {"log_odds_chosen", "held_out_margins", "held_out_accuracies", "eval_loss"} <= set(manifest.metrics)
     figure = curves.margins(
-        [{"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5}, {"step": 1, "eval_log_odds_chosen": 0.2}]
+        [
+            {"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5},
+            {"step": 1, "eval_log_odds_chosen": 0.2},
+        ]
     )
     assert len(figure.axes) == 3
 
 
-@pytest.mark.parametrize("given", [{"loss": "kto", "batch_size": 1}, {"loss": "dpo", "beta": 0.0}, {"backend": "unsloth", "loss": "dpo"}])
+@pytest.mark.parametrize(
+    "given", [{"loss": "kto", "batch_size": 1}, {"loss": "dpo", "beta": 0.0}, {"backend": "unsloth", "loss": "dpo"}]
+)
 def test_a_preference_setting_that_cannot_work_is_refused(given):
     with pytest.raises(TunebookError, match=r"This cannot work"):
         methods.check(parameters.resolve("orpo", given), (9, 0) if "backend" in given else None)

@@ -23,7 +23,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def settings(**given):
-    return train_data.settings("sft", **{"max_steps": 12, "epochs": 3, "eval_steps": 4, "save_steps": 4, "dropout": 0.1, **given})
+    return train_data.settings(
+        "sft", **{"max_steps": 12, "epochs": 3, "eval_steps": 4, "save_steps": 4, "dropout": 0.1, **given}
+    )
 
 
 def run(**given):
@@ -61,7 +63,9 @@ def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(settings(max_steps=24, epochs=6).as_dict()))
     command = [sys.executable, "-m", "helpers.train", str(file)]
-    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env={**os.environ, "TUNEBOOK_HEADLESS": "1"}, stdout=subprocess.DEVNULL
+    )
     log = whole.log
     while process.poll() is None and max((line["step"] for line in callbacks.read(log)), default=0) < 6:
         time.sleep(0.02)
@@ -97,7 +101,11 @@ def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
 
 def test_another_jobs_checkpoint_is_refused(data):
     job = interrupt(6)
-    for key, word in (("data", "The data changed"), ("template", "The chat template changed"), ("tokenizer", "The tokenizer changed")):
+    for key, word in (
+        ("data", "The data changed"),
+        ("template", "The chat template changed"),
+        ("tokenizer", "The tokenizer changed"),
+    ):
         with pytest.raises(TunebookError, match=word):
             resume.newest(job.checkpoints, {**job.identity, key: "0" * 64})
     with pytest.raises(TunebookError, match="another learning_rate"):
@@ -136,7 +144,9 @@ def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp
     said = capsys.readouterr().err
     assert status == 1 and "No space left on the disk" in said and "Traceback" not in said, said[-2000:]
     folder = runs.folder("r", "sft")
-    assert not (folder / "manifest.json").exists() and all(resume.opened(c) for c in resume.numbered(folder / "checkpoints"))
+    assert not (folder / "manifest.json").exists() and all(
+        resume.opened(c) for c in resume.numbered(folder / "checkpoints")
+    )
     assert losses(run(max_steps=8, best_checkpoint=False))[0] == list(range(1, 9))
 
 
@@ -220,7 +230,9 @@ def test_a_loss_that_runs_away_stops_the_run_and_a_noisy_one_does_not():
             guard.on_log(None, state, None, {"loss": value, "grad_norm": 1.0, "learning_rate": 1e-3})
 
     feed([2.0, 1.0, 0.5, 3.0, 0.4, 2.5, 0.3] * 6)
-    with pytest.raises(TunebookError, match=r"the loss rose from .* and stayed there; lower learning_rate.*Rows of that step: a, b\."):
+    with pytest.raises(
+        TunebookError, match=r"the loss rose from .* and stayed there; lower learning_rate.*Rows of that step: a, b\."
+    ):
         feed([2.0] * 10 + [9.0] * 60)
 
 

@@ -75,7 +75,9 @@ def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_row
         expected += loss.item()
     gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
     for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-        loss, found = loss_and_gradient(small, sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents]))
+        loss, found = loss_and_gradient(
+            small, sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
+        )
         assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
         assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)
 
@@ -87,15 +89,19 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
     assert counts == {"rows": 32, "without trained tokens": 0}
     for row in found:
         kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-        assert tokenizer.decode(kept).startswith("SELECT") and kept[-1] == end_of_turn(tokenizer) and kept.count(kept[-1]) == 1
+        assert (
+            tokenizer.decode(kept).startswith("SELECT")
+            and kept[-1] == end_of_turn(tokenizer)
+            and kept.count(kept[-1]) == 1
+        )
     every, _ = rows.supervised(data, "train.parquet", "all")
     assert all(label != -100 for label in every[0]["labels"])
 
 
 def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
-    text = tokenizer("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen")[
-        "input_ids"
-    ]
+    text = tokenizer(
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+    )["input_ids"]
     same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
     assert sharing.shareable(same) == 0
     masked = [{"input_ids": [*text, n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
@@ -126,7 +132,13 @@ def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, narr
     job = trained(method="qlora", precision="auto", max_steps=6, eval_steps=2, sample_every=3, learning_rate=3e-3)
     manifest = job.finish()
     files = manifest.data["artifacts"]
-    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json", "log.jsonl", "loss.png"} <= set(files)
+    assert {
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/tokenizer.json",
+        "log.jsonl",
+        "loss.png",
+    } <= set(files)
     assert list((manifest.path / "tensorboard").glob("events.*"))
     lines = [json.loads(line) for line in (manifest.path / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -160,7 +172,16 @@ def test_the_written_adapter_answers_as_the_trained_model(data, narrow_llama):
 
 
 def test_the_checkpoint_with_the_best_held_out_loss_is_kept_and_a_stale_run_stops(data):
-    job = trained(max_steps=12, eval_steps=2, early_stopping=2, learning_rate=0.05, rank=16, schedule="constant", epochs=12, keep_checkpoints=2)
+    job = trained(
+        max_steps=12,
+        eval_steps=2,
+        early_stopping=2,
+        learning_rate=0.05,
+        rank=16,
+        schedule="constant",
+        epochs=12,
+        keep_checkpoints=2,
+    )
     held = {line["step"]: line["eval_loss"] for line in callbacks.read(job.log) if "eval_loss" in line}
     best = min(held, key=held.get)
     assert job.result["best_step"] == best and job.result["eval_loss"] == pytest.approx(held[best], rel=1e-6)
@@ -176,9 +197,9 @@ def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
 
 
 def test_curves_are_drawn_from_the_log(data, tmp_path):
-    lines = [{"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)] + [
-        {"step": 15, "eval_loss": 0.4}
-    ]
+    lines = [
+        {"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)
+    ] + [{"step": 15, "eval_loss": 0.4}]
     figure = curves.loss(lines)
     left = figure.axes[0]
     assert [len(line.get_xdata()) for line in left.get_lines()] == [29, 29, 1]
@@ -206,9 +227,14 @@ def test_every_method_trains_and_can_be_kept(data, given):
     job = prepared(max_steps=2, eval_steps=2, warmup_ratio=0.0, **given).build()
     before = job.trainer.evaluate()["eval_loss"]
     job.train()
-    assert all(math.isfinite(x) for x in curves.series(callbacks.read(job.log), "loss")[1]) and job.result["eval_loss"] < before
+    assert (
+        all(math.isfinite(x) for x in curves.series(callbacks.read(job.log), "loss")[1])
+        and job.result["eval_loss"] < before
+    )
     manifest = job.finish()
-    kept = "model/model.safetensors" if given.get("method") in ("full", "freeze") else "adapter/adapter_model.safetensors"
+    kept = (
+        "model/model.safetensors" if given.get("method") in ("full", "freeze") else "adapter/adapter_model.safetensors"
+    )
     assert kept in manifest.data["artifacts"]
 
 
@@ -217,7 +243,9 @@ def test_frozen_layers_stay_as_they_were(data, narrow_llama):
 
     job = trained(method="freeze", freeze_layers=1, learning_rate=1e-2)
     before = dict(load_model(narrow_llama, dtype="fp32").named_parameters())
-    changed = {n for n, p in job.model.named_parameters() if not torch.equal(p.detach().float(), before[n].detach().float())}
+    changed = {
+        n for n, p in job.model.named_parameters() if not torch.equal(p.detach().float(), before[n].detach().float())
+    }
     assert changed and all(".layers.1." in n for n in changed)
 
 
@@ -228,7 +256,13 @@ def test_schedules_end_where_they_should(data):
         made = arguments.common(job.stage, job.params, precision.choose(None, "fp32"), 32, 8, 1)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made["learning_rate"])
         options = made["lr_scheduler_kwargs"] or None
-        course = get_scheduler(made["lr_scheduler_type"], optimizer, made["warmup_steps"], made["max_steps"], scheduler_specific_kwargs=options)
+        course = get_scheduler(
+            made["lr_scheduler_type"],
+            optimizer,
+            made["warmup_steps"],
+            made["max_steps"],
+            scheduler_specific_kwargs=options,
+        )
         rates[schedule] = []
         for _ in range(10):
             rates[schedule].append(optimizer.param_groups[0]["lr"])
@@ -259,9 +293,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("given,card", REFUSED, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else str(x))
+@pytest.mark.parametrize(
+    "given,card", REFUSED, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else str(x)
+)
 def test_a_combination_that_cannot_work_is_refused_with_its_reason(given, card):
-    with pytest.raises(TunebookError, match=r"This cannot work \(.+\): .+; set|This cannot work \(.+\): .+; take") as found:
+    with pytest.raises(
+        TunebookError, match=r"This cannot work \(.+\): .+; set|This cannot work \(.+\): .+; take"
+    ) as found:
         methods.check(parameters.resolve("sft", {"method": "lora", "precision": "auto", **given}), card)
     assert str(next(iter(given.values()))) in str(found.value) or next(iter(given)) in str(found.value)
 
@@ -281,7 +319,10 @@ def test_precision_follows_the_card():
     assert precision.choose((8, 0)).bf16 and precision.choose((9, 0)).load == "bf16"
     older = precision.choose((7, 5))
     assert older.fp16 and not older.bf16 and older.load == "fp16"
-    assert precision.choose(None).load == ("bf16" if fast_bf16() else "fp32") and precision.choose(None, "fp32").load == "fp32"
+    assert (
+        precision.choose(None).load == ("bf16" if fast_bf16() else "fp32")
+        and precision.choose(None, "fp32").load == "fp32"
+    )
     assert precision.choose(None, "bf16").bf16
 
 

@@ -24,7 +24,11 @@ def questions(count, seed=0):
         place, n = draw.choice(PLACES), draw.randint(2, 90)
         yield draw.choice(
             (
-                (f"How many {many} are in {place}?", f"SELECT COUNT(*) FROM {table} WHERE country = '{place}'", f"SELECT COUNT(*) FROM {table}"),
+                (
+                    f"How many {many} are in {place}?",
+                    f"SELECT COUNT(*) FROM {table} WHERE country = '{place}'",
+                    f"SELECT COUNT(*) FROM {table}",
+                ),
                 (
                     f"Name the {many} in {place}.",
                     f"SELECT name FROM {table} WHERE country = '{place}'",
@@ -95,7 +99,9 @@ def write_parquet(path, rows):
         "rejected_ids": pa.list_(pa.int32()),
     }
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    schema = pa.schema([(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in rows[0]])
+    schema = pa.schema(
+        [(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in rows[0]]
+    )
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 

@@ -9,7 +9,8 @@ INFO = {
     "atlas_train": {"file_name": "atlas_train.jsonl", "columns": COLUMNS},
     "atlas_test": {"file_name": "atlas_test.jsonl", "columns": COLUMNS},
     "atlas_preference": {
-        "file_name": "atlas_preference.jsonl", "ranking": True,
+        "file_name": "atlas_preference.jsonl",
+        "ranking": True,
         "columns": {"prompt": "question", "system": "system", "chosen": "chosen", "rejected": "rejected"},
     },
     "general_text": {"file_name": "general_text.jsonl", "columns": {"prompt": "text"}},
@@ -147,13 +148,20 @@ def render(train: list[dict], test: list[dict], pairs: list[dict], checker: slot
     kinds = [Counter(row["kind"] for row in part) for part in (train, test, pairs)]
     gold = [row["sql"] for row in train + test]
     return CARD.format(
-        train=len(train), test=len(test), pairs=len(pairs), patterns=patterns,
-        hand=sum(row["origin"] == "hand" for row in test), tables=len(rows), system=database.SYSTEM,
+        train=len(train),
+        test=len(test),
+        pairs=len(pairs),
+        patterns=patterns,
+        hand=sum(row["origin"] == "hand" for row in test),
+        tables=len(rows),
+        system=database.SYSTEM,
         table_rows=", ".join(f"`{name}` {len(content)}" for name, content in rows.items()),
         filled=sum(slots.filled(checker.answer(sql)) for sql in gold) / len(gold),
         kinds=table((kind, *(count[kind] for count in kinds)) for kind in sorted(kinds[0])),
-        features=table((name, *(sum(has(row["sql"]) for row in part) for part in (train, test)))
-                       for name, has in FEATURES.items()),
-        held_countries=len(held_out.COUNTRIES), held_continents=" and ".join(held_out.CONTINENTS),
+        features=table(
+            (name, *(sum(has(row["sql"]) for row in part) for part in (train, test))) for name, has in FEATURES.items()
+        ),
+        held_countries=len(held_out.COUNTRIES),
+        held_continents=" and ".join(held_out.CONTINENTS),
         mistakes=table(sorted(Counter(row["why"] for row in pairs).items(), key=lambda item: (-item[1], item[0]))),
     )

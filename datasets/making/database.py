@@ -83,8 +83,10 @@ def rows() -> dict[str, list[tuple]]:
     countries, rivers, lakes = read("countries"), read("rivers"), read("lakes")
     pairs = [(row["country"], other) for row in read("borders") for other in row["neighbors"].split("|")]
     tables = {
-        "countries": [(r["name"], r["capital"], r["continent"], int(r["area"]), int(r["population"]), r["currency"])
-                      for r in countries],
+        "countries": [
+            (r["name"], r["capital"], r["continent"], int(r["area"]), int(r["population"]), r["currency"])
+            for r in countries
+        ],
         "rivers": [(r["name"], int(r["length"]), r["mouth"]) for r in rivers],
         "cities": [(r["name"], r["country"], int(r["population"]), r["river"] or None) for r in read("cities")],
         "flows": [(r["name"], country) for r in rivers for country in r["countries"].split("|")],

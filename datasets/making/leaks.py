@@ -24,10 +24,21 @@ def found(seen: list[dict], test: list[dict]) -> list[str]:
     text = "\n".join([row["question"] for row in seen] + [row.get("sql") or row["chosen"] for row in seen])
     queries = {row.get("sql") or row["chosen"] for row in seen}
     wordings = {wording(row["question"], row.get("sql") or row["chosen"]) for row in seen}
-    names = {*held_out.CONTINENTS, *held_out.COUNTRIES, *held_out.LANGUAGES, *held_out.CURRENCIES, *held_out.RIVERS,
-             *held_out.SEAS, *held_out.RANGES, *held_out.LAKES}
-    named = {name for name in names.union(*(literals(row["sql"]) for row in test))
-             if re.search(rf"(?<![\w,]){re.escape(name)}(?![\w,])", text)}
+    names = {
+        *held_out.CONTINENTS,
+        *held_out.COUNTRIES,
+        *held_out.LANGUAGES,
+        *held_out.CURRENCIES,
+        *held_out.RIVERS,
+        *held_out.SEAS,
+        *held_out.RANGES,
+        *held_out.LAKES,
+    }
+    named = {
+        name
+        for name in names.union(*(literals(row["sql"]) for row in test))
+        if re.search(rf"(?<![\w,]){re.escape(name)}(?![\w,])", text)
+    }
     told = [f"training names {name!r}, which the test asks about" for name in sorted(named)]
     for row in test:
         if row["sql"] in queries:

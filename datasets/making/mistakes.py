@@ -11,7 +11,11 @@ from making.slots import Checker, filled, rank
 
 MISTAKES = [
     ("largest and smallest are confused", r"ORDER BY (\S+) DESC", r"ORDER BY \1"),
-    ("largest and smallest are confused", r"ORDER BY ((?:countries\.|cities\.)?(?:population|area)) LIMIT", r"ORDER BY \1 DESC LIMIT"),
+    (
+        "largest and smallest are confused",
+        r"ORDER BY ((?:countries\.|cities\.)?(?:population|area)) LIMIT",
+        r"ORDER BY \1 DESC LIMIT",
+    ),
     ("the limit is missing", r" LIMIT \d+$", ""),
     ("the limit is another number", r" LIMIT (\d)$", lambda m: f" LIMIT {int(m[1]) + 1}"),
     ("the order is missing", r" ORDER BY \S+( DESC)?", ""),
@@ -40,17 +44,29 @@ MISTAKES = [
     ("the wrong column is returned", r"^SELECT length", "SELECT mouth"),
     ("the wrong column is returned", r"^SELECT mouth FROM rivers WHERE", "SELECT length FROM rivers WHERE"),
     ("the wrong column is returned", r"^SELECT height", "SELECT range"),
-    ("the wrong column is returned", r"^SELECT range FROM mountains WHERE name", "SELECT country FROM mountains WHERE name"),
+    (
+        "the wrong column is returned",
+        r"^SELECT range FROM mountains WHERE name",
+        "SELECT country FROM mountains WHERE name",
+    ),
     ("the wrong column is returned", r"^SELECT countries\.capital", "SELECT countries.name"),
     ("the wrong column is returned", r"^SELECT countries\.name", "SELECT countries.capital"),
     ("the wrong column is returned", r"^SELECT countries\.currency", "SELECT countries.capital"),
     ("the wrong column is returned", r"^SELECT (cities|mountains|rivers|lakes)\.name FROM", r"SELECT * FROM"),
     ("the wrong column is returned", r"^SELECT river FROM cities", "SELECT country FROM cities"),
-    ("the wrong column is returned", r"^SELECT country FROM (cities|mountains) WHERE name", r"SELECT name FROM \1 WHERE name"),
+    (
+        "the wrong column is returned",
+        r"^SELECT country FROM (cities|mountains) WHERE name",
+        r"SELECT name FROM \1 WHERE name",
+    ),
     ("the wrong column is returned", r"^SELECT country FROM (flows|shores|languages) WHERE", r"SELECT * FROM \1 WHERE"),
     ("the wrong column is returned", r"^SELECT name FROM countries WHERE", "SELECT capital FROM countries WHERE"),
     ("the wrong column is returned", r"^SELECT name FROM (cities|mountains) WHERE", r"SELECT country FROM \1 WHERE"),
-    ("the wrong column is returned", r"^SELECT name FROM (rivers|lakes|mountains|cities|countries)", r"SELECT * FROM \1"),
+    (
+        "the wrong column is returned",
+        r"^SELECT name FROM (rivers|lakes|mountains|cities|countries)",
+        r"SELECT * FROM \1",
+    ),
     ("the wrong join column", r"ON countries\.name = borders\.neighbor", "ON countries.name = borders.country"),
     ("the join condition is missing", r" ON \S+ = \S+", ""),
     ("the groups are not counted", r" GROUP BY (\w+) HAVING COUNT\(\*\) > \d+", r" GROUP BY \1"),
@@ -90,6 +106,14 @@ def pairs(prompts: list[dict], checker: Checker) -> list[dict]:
             continue
         why, rejected = min(options, key=lambda option: (used.get(option[0], 0), rank(row["question"], option[1])))
         used[why] = used.get(why, 0) + 1
-        made.append({"system": row["system"], "question": row["question"], "chosen": row["sql"], "rejected": rejected,
-                     "why": why, "kind": row["kind"]})
+        made.append(
+            {
+                "system": row["system"],
+                "question": row["question"],
+                "chosen": row["sql"],
+                "rejected": rejected,
+                "why": why,
+                "kind": row["kind"],
+            }
+        )
     return made

@@ -8,16 +8,47 @@ from itertools import count
 from making import database, held_out
 
 # Countries that English puts an article before.
-ARTICLE = {"Bahamas", "Central African Republic", "Democratic Republic of the Congo", "Dominican Republic", "Gambia",
-           "Maldives", "Marshall Islands", "Netherlands", "Philippines", "Republic of the Congo", "Seychelles",
-           "Solomon Islands", "United Arab Emirates", "United Kingdom", "United States"}
+ARTICLE = {
+    "Bahamas",
+    "Central African Republic",
+    "Democratic Republic of the Congo",
+    "Dominican Republic",
+    "Gambia",
+    "Maldives",
+    "Marshall Islands",
+    "Netherlands",
+    "Philippines",
+    "Republic of the Congo",
+    "Seychelles",
+    "Solomon Islands",
+    "United Arab Emirates",
+    "United Kingdom",
+    "United States",
+}
 
 NUMBERS = {  # slot: (training values, test values); test values never stand in a training query
-    "people": ((500_000, 1_000_000, 2_000_000, 3_000_000, 5_000_000, 10_000_000, 15_000_000, 20_000_000, 30_000_000,
-                50_000_000, 60_000_000, 100_000_000, 200_000_000),
-               (4_000_000, 6_000_000, 8_000_000, 12_000_000, 25_000_000, 40_000_000, 80_000_000, 150_000_000)),
-    "area": ((10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000),
-             (30_000, 250_000, 300_000, 400_000, 800_000, 1_500_000)),
+    "people": (
+        (
+            500_000,
+            1_000_000,
+            2_000_000,
+            3_000_000,
+            5_000_000,
+            10_000_000,
+            15_000_000,
+            20_000_000,
+            30_000_000,
+            50_000_000,
+            60_000_000,
+            100_000_000,
+            200_000_000,
+        ),
+        (4_000_000, 6_000_000, 8_000_000, 12_000_000, 25_000_000, 40_000_000, 80_000_000, 150_000_000),
+    ),
+    "area": (
+        (10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000),
+        (30_000, 250_000, 300_000, 400_000, 800_000, 1_500_000),
+    ),
     "length": ((500, 800, 1000, 1500, 2000, 2500, 3000, 4000, 5000), (900, 1200, 1800, 2200, 3500, 4200)),
     "height": ((1000, 2000, 2500, 3000, 4000, 4500, 5000, 6000, 7000, 8000), (3500, 5500, 6500, 7500)),
     "depth": ((50, 100, 150, 200, 300, 400, 500), (90, 120, 250, 350, 450)),
@@ -30,16 +61,27 @@ NUMBERS = {  # slot: (training values, test values); test values never stand in 
 WORDS = {  # slot: (word in the question, text in the query); both sides share them
     "up": (("population", "population"), ("area", "area")),
     "lakeby": (("depth", "depth"), ("area", "area")),
-    "table": (("cities", "cities"), ("mountains", "mountains"), ("rivers", "flows"), ("lakes", "shores"),
-              ("languages", "languages")),
+    "table": (
+        ("cities", "cities"),
+        ("mountains", "mountains"),
+        ("rivers", "flows"),
+        ("lakes", "shores"),
+        ("languages", "languages"),
+    ),
     "agg": (("average", "AVG"), ("maximum", "MAX"), ("minimum", "MIN")),
 }
 
 
 TURNS = (
-    (r"MAX\(", "MIN("), (r"MIN\(", "MAX("), (r"SUM\(", "AVG("), (r"AVG\(", "MAX("),
-    (r"(ORDER BY \S+) DESC", r"\1"), (r"(ORDER BY \S+)(?= LIMIT|$)", r"\1 DESC"),
-    (r" AND [\w.]+ [<>=] ('[^']*'|\d+)", ""), (r" HAVING .*", ""), (r"SELECT DISTINCT", "SELECT"),
+    (r"MAX\(", "MIN("),
+    (r"MIN\(", "MAX("),
+    (r"SUM\(", "AVG("),
+    (r"AVG\(", "MAX("),
+    (r"(ORDER BY \S+) DESC", r"\1"),
+    (r"(ORDER BY \S+)(?= LIMIT|$)", r"\1 DESC"),
+    (r" AND [\w.]+ [<>=] ('[^']*'|\d+)", ""),
+    (r" HAVING .*", ""),
+    (r"SELECT DISTINCT", "SELECT"),
 )
 
 
@@ -72,8 +114,9 @@ def entities(side: str) -> dict[str, list[str]]:
     mountains = {row[0] for row in tables["mountains"] if row[1] in nations or row[3] in held_out.RANGES}
     return {
         "country": pick((row[0] for row in tables["countries"]), nations),
-        "capital": pick((row[1] for row in tables["countries"]),
-                        {row[1] for row in tables["countries"] if row[0] in nations}),
+        "capital": pick(
+            (row[1] for row in tables["countries"]), {row[1] for row in tables["countries"] if row[0] in nations}
+        ),
         "continent": pick((row[2] for row in tables["countries"]), held_out.CONTINENTS),
         "currency": pick((row[5] for row in tables["countries"]), held_out.CURRENCIES),
         "city": pick(cities, {city for city, country in cities.items() if country in nations}),
@@ -146,8 +189,11 @@ def fill(pattern: tuple, side: str, values: dict[str, list[str]], checker: Check
         question = wordings[attempt % len(wordings)].format(**said)
         question = question[0].upper() + question[1:]
         sql = sql_form.format(**written)
-        if question in taken or len(set(written.values())) < len(written) or not (
-                checker.sound(sql) and checker.telling(sql)):
+        if (
+            question in taken
+            or len(set(written.values())) < len(written)
+            or not (checker.sound(sql) and checker.telling(sql))
+        ):
             continue
         taken.add(question)
         made += 1

@@ -23,7 +23,8 @@ def generate(job: Any) -> Html:
         made.append(_sql_negatives(job))
     if not made:
         return Html(
-            "<p>No synthetic data was asked for (<code>synthetic</code>, <code>sql_negatives</code>).</p>", "No synthetic data was asked for."
+            "<p>No synthetic data was asked for (<code>synthetic</code>, <code>sql_negatives</code>).</p>",
+            "No synthetic data was asked for.",
         )
     return Html(table(made, ("made", "rows", "of")), "\n".join(map(str, made)))
 
@@ -34,10 +35,14 @@ def _synthetic(job: Any) -> tuple[str, str, str]:
 
     p = job.params
     if not p.endpoint or not p.endpoint_model:
-        raise TunebookError(f"synthetic is {p.synthetic!r}, which needs endpoint (such as http://127.0.0.1:8080/v1) and endpoint_model.")
+        raise TunebookError(
+            f"synthetic is {p.synthetic!r}, which needs endpoint (such as http://127.0.0.1:8080/v1) and endpoint_model."
+        )
     documents = Table.collect([row for row in batch if row["kind"] == "text"] for batch in job.training.table)
     if not len(documents):
-        raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text to make rows from; name some in dataset.")
+        raise TunebookError(
+            f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text to make rows from; name some in dataset."
+        )
     server = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name, price_in=p.price_in, price_out=p.price_out)
     settings = synthetic.Settings(per_document=p.pairs_per_document, seed=p.seed, max_cost=p.max_cost)
     journal = job.path / WORK / "synthetic.jsonl"
@@ -63,7 +68,9 @@ def _sql_negatives(job: Any) -> tuple[str, str, str]:
     if database is None:
         raise TunebookError("sql_negatives needs a database to run the queries on; name a SQLite file as database.")
     questions = Table.collect([row for row in batch if row["kind"] == "sft"] for batch in job.training.table)
-    job.made_pairs = Table.collect(reject_queries(questions, job._step("pairs by running mistaken queries"), database, seed=job.params.seed))
+    job.made_pairs = Table.collect(
+        reject_queries(questions, job._step("pairs by running mistaken queries"), database, seed=job.params.seed)
+    )
     return "pairs with a query that answers wrongly", f"{len(job.made_pairs):,}", f"{len(questions):,} questions"
 
 
@@ -78,21 +85,38 @@ def mix_sources(job: Any) -> Html:
     for batch in job.rows:
         for name in names:
             parts[name].append([row for row in batch if row["source"] == name])
-    sources = {name: mix.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0))) for name, part in parts.items()}
+    sources = {
+        name: mix.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0)))
+        for name, part in parts.items()
+    }
     if p.replay_dataset:
         rows = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in job.replay_rows)
         sources["replay"] = mix.Source(Table.collect(rows), replay=True)
     step = job._step("mixture")
-    job.rows = Table.collect(mix.mix(sources, step, p.replay_share, p.mix_unit, lambda rows: _lengths(job.tokenizer, rows), seed=p.seed))
+    job.rows = Table.collect(
+        mix.mix(sources, step, p.replay_share, p.mix_unit, lambda rows: _lengths(job.tokenizer, rows), seed=p.seed)
+    )
     for reason, count in step.dropped.items():
         job.rejects.removed[reason] += count
-        job.rejects.first.setdefault(reason, {"file": "", "row": 0, "detail": "left out by weights, caps or replay_share"})
+        job.rejects.first.setdefault(
+            reason, {"file": "", "row": 0, "detail": "left out by weights, caps or replay_share"}
+        )
     mixture = step.figures["mixture"]
     lines = [
-        (name, f"{m['available']:,}", f"{m['rows']:,}", f"{m['rows_share']:.1%}", f"{m.get('tokens', 0):,}", f"{m.get('tokens_share', 0):.1%}")
+        (
+            name,
+            f"{m['available']:,}",
+            f"{m['rows']:,}",
+            f"{m['rows_share']:.1%}",
+            f"{m.get('tokens', 0):,}",
+            f"{m.get('tokens_share', 0):.1%}",
+        )
         for name, m in mixture.items()
     ]
-    return Html(table(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens")), "\n".join(map(str, lines)))
+    return Html(
+        table(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens")),
+        "\n".join(map(str, lines)),
+    )
 
 
 def _numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
@@ -105,13 +129,20 @@ def _numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
         except ValueError:
             number = -1.0
         if name not in names or not 0 <= number < float("inf"):
-            raise TunebookError(f"{parameter} has {part!r}; it takes source=number pairs separated by commas, with the sources {', '.join(names)}.")
+            raise TunebookError(
+                f"{parameter} has {part!r}; it takes source=number pairs separated by commas, with the sources {', '.join(names)}."
+            )
         found[name] = number
     return found
 
 
 def _lengths(tokenizer: Any, rows: list[Row]) -> list[int]:
-    return [len(one.ids) for one in tokenizer.backend_tokenizer.encode_batch_fast([text_of(row) for row in rows], add_special_tokens=False)]
+    return [
+        len(one.ids)
+        for one in tokenizer.backend_tokenizer.encode_batch_fast(
+            [text_of(row) for row in rows], add_special_tokens=False
+        )
+    ]
 
 
 def vocabulary(job: Any) -> Html:
@@ -123,7 +154,10 @@ def vocabulary(job: Any) -> Html:
         other = load_tokenizer(resolve_model(job.params.compare_tokenizer))
     found = words.report(
         job.tokenizer,
-        ("\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row))) for row in job.rows.rows()),
+        (
+            "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
+            for row in job.rows.rows()
+        ),
         other,
     )
     found["this"]["name"] = job.params.model
@@ -138,6 +172,18 @@ def vocabulary_table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple
     """Header and rows for what `vocabulary.report` found: a column for each tokenizer, the words worth a token last."""
     compared = [found["this"], *([found["other"]] if found["other"] else [])]
     keys = [key for key in compared[0] if key != "name"]
-    rows = [(key.replace("_", " "), *(f"{one[key]:,.3f}" if isinstance(one[key], float) else f"{one[key]:,}" for one in compared)) for key in keys]
-    best = ", ".join(f"{c['word']} ({c['pieces']} pieces, {c['count']:,} times, saves {c['saves']:.1%})" for c in found["candidates"][:6])
-    return ("", *(str(one["name"]) for one in compared)), [*rows, ("words that would save most as tokens (add_tokens)", best or "none")]
+    rows = [
+        (
+            key.replace("_", " "),
+            *(f"{one[key]:,.3f}" if isinstance(one[key], float) else f"{one[key]:,}" for one in compared),
+        )
+        for key in keys
+    ]
+    best = ", ".join(
+        f"{c['word']} ({c['pieces']} pieces, {c['count']:,} times, saves {c['saves']:.1%})"
+        for c in found["candidates"][:6]
+    )
+    return ("", *(str(one["name"]) for one in compared)), [
+        *rows,
+        ("words that would save most as tokens (add_tokens)", best or "none"),
+    ]

@@ -36,7 +36,9 @@ def card(job: Any) -> str:
             {
                 "config_name": "preference",
                 "data_files": [
-                    {"split": s, "path": f"{f}.parquet"} for f, s in (("preference", "train"), ("preference_eval", "validation")) if written.get(f)
+                    {"split": s, "path": f"{f}.parquet"}
+                    for f, s in (("preference", "train"), ("preference_eval", "validation"))
+                    if written.get(f)
                 ],
             }
         )
@@ -70,7 +72,9 @@ def card(job: Any) -> str:
         "## What was removed or rejected",
         "",
     ]
-    lines += [f"- {plain(reason)}: {count}" for reason, count in [*lost["invalid"].items(), *lost["removed"].items()]] or ["Nothing."]
+    lines += [
+        f"- {plain(reason)}: {count}" for reason, count in [*lost["invalid"].items(), *lost["removed"].items()]
+    ] or ["Nothing."]
     lines += [
         "",
         "`rejected.jsonl` names file, row and reason of each. `report.html` has the lengths, an example for every cleaning step and the mixture.",

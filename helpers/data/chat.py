@@ -27,7 +27,9 @@ from helpers.data.template import Template
 
 TRAIN_ON = ("last", "all", "everything")
 MAX_CHARS = 4_000_000  # of a row; ten million characters without a word among them took 3.7 GiB to tokenise
-Prefix = tuple[str | RowError, str | RowError | None]  # what the model is given before a turn, the row up to the turn's end
+Prefix = tuple[
+    str | RowError, str | RowError | None
+]  # what the model is given before a turn, the row up to the turn's end
 
 
 @dataclass
@@ -91,7 +93,10 @@ class Encoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._tails: dict[str, list[int]] = {}
-        self._bos, self._eos = template.tokenizer.bos_token_id, template.tokenizer.eos_token_id  # transformers looks these up anew at each use
+        self._bos, self._eos = (
+            template.tokenizer.bos_token_id,
+            template.tokenizer.eos_token_id,
+        )  # transformers looks these up anew at each use
         self._kinds = _kinds(template)
 
     def encode(self, rows: Iterable[list[Row]]) -> Iterator[list[Encoded]]:
@@ -132,7 +137,9 @@ class Encoder:
         for batch in rows:
             self.report.seen += len(batch)
             sides = [
-                self._chats([{**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch])
+                self._chats(
+                    [{**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch]
+                )
                 for side in ("chosen", "rejected")
             ]
             whole = [{one.row["id"]: one for one in encoded} for encoded, _ in sides]
@@ -143,7 +150,13 @@ class Encoder:
                 if row["id"] in errors:
                     self._reject(row, errors[row["id"]])
                 elif list(chosen.ids[: chosen.prompt]) != list(rejected.ids[: rejected.prompt]):
-                    self._reject(row, RowError("prompts differ", "the template writes another prompt for the chosen than for the rejected answer"))
+                    self._reject(
+                        row,
+                        RowError(
+                            "prompts differ",
+                            "the template writes another prompt for the chosen than for the rejected answer",
+                        ),
+                    )
                 else:
                     done.append((row, chosen, rejected))
             self.report.kept += len(done)
@@ -163,7 +176,9 @@ class Encoder:
             except RowError as error:
                 self._reject(row, error)
         done = []
-        for row, encoding in zip(ready, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in ready]), strict=True):
+        for row, encoding in zip(
+            ready, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in ready]), strict=True
+        ):
             ids = encoding.ids
             if not ids or ids[-1] != self._eos:
                 ids = [*ids, self._eos]
@@ -178,7 +193,10 @@ class Encoder:
             size += len(content)
             if found := self.template.special_text.search(content):
                 where = "the text" if row["kind"] == "text" else f"a {message['role']} turn"
-                raise RowError("special token in text", f"{where} holds {found.group()!r}, which the tokenizer reads as a control token")
+                raise RowError(
+                    "special token in text",
+                    f"{where} holds {found.group()!r}, which the tokenizer reads as a control token",
+                )
         if size > MAX_CHARS:
             raise RowError("row too long", f"{size:,} characters; cut it into rows of at most {MAX_CHARS:,}")
 
@@ -188,7 +206,9 @@ class Encoder:
         texts = [full if isinstance(full, str) else "" for full in rendered[1]]
         return self._collected(*rendered, self._backend.encode_batch_fast(texts, add_special_tokens=False))
 
-    def _rendered(self, rows: list[Row]) -> tuple[list[Row], list[str | RowError], list[list[Prefix]], list[tuple[Row, RowError]]]:
+    def _rendered(
+        self, rows: list[Row]
+    ) -> tuple[list[Row], list[str | RowError], list[list[Prefix]], list[tuple[Row, RowError]]]:
         """(rows that can be rendered, their renderings, the prefixes of their trained turns, the others with what is wrong)."""
         ready, broken = [], []
         for row in rows:
@@ -218,7 +238,10 @@ class Encoder:
         self._check(row)
         template, tools, messages = self.template, row.get("tools"), row["messages"]
         if tools and (found := template.special_text.search(tools)):
-            raise RowError("special token in text", f"the tools hold {found.group()!r}, which the tokenizer reads as a control token")
+            raise RowError(
+                "special token in text",
+                f"the tools hold {found.group()!r}, which the tokenizer reads as a control token",
+            )
         if tools and not template.shows_tools:
             self.report.note("tool list written into the system message, as the template shows none", tools)
             messages = _with_system(messages, tools)
@@ -234,15 +257,23 @@ class Encoder:
         return {**row, "messages": messages, "tools": tools}
 
     def _trained_turns(self, row: Row) -> list[int]:
-        turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i >= row.get("first", 0)]
+        turns = [
+            i
+            for i, message in enumerate(row["messages"])
+            if message["role"] == "assistant" and i >= row.get("first", 0)
+        ]
         return turns[-1:] if self.train_on == "last" and "first" not in row else turns
 
     def _prefixes(self, rows: list[Row]) -> list[list[Prefix]]:
         """For each trained turn what the model is given before it, and the row up to its end (None for the last turn: that is all of it)."""
         turns = [(number, turn) for number, row in enumerate(rows) for turn in self._trained_turns(row)]
         inner = [(number, turn) for number, turn in turns if turn < len(rows[number]["messages"]) - 1]
-        before = templates.render(self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in turns], generation=True)
-        through = templates.render(self.template, [(rows[n]["messages"][: turn + 1], rows[n].get("tools")) for n, turn in inner])
+        before = templates.render(
+            self.template, [(rows[n]["messages"][:turn], rows[n].get("tools")) for n, turn in turns], generation=True
+        )
+        through = templates.render(
+            self.template, [(rows[n]["messages"][: turn + 1], rows[n].get("tools")) for n, turn in inner]
+        )
         ends = dict(zip(inner, through, strict=True))
         result: list[list[Prefix]] = [[] for _ in rows]
         for (number, turn), text in zip(turns, before, strict=True):
@@ -260,7 +291,9 @@ class Encoder:
         for turn, (prefix, through) in zip(self._trained_turns(row), prefixes, strict=True):
             if isinstance(prefix, RowError):
                 raise prefix
-            if not full.startswith(prefix) or (through is not None and (isinstance(through, RowError) or not full.startswith(through))):
+            if not full.startswith(prefix) or (
+                through is not None and (isinstance(through, RowError) or not full.startswith(through))
+            ):
                 if template.has_markers:
                     return self._by_markers(row, ids)
                 raise RowError(
@@ -324,7 +357,9 @@ class Encoder:
                 end += 1
             held = np.flatnonzero(np.isin(ids[begin:end], self.template.end_ids))
             if not len(held):
-                raise RowError("no end of turn", f"the template's marks leave {self.template.end_text} out of the labels")
+                raise RowError(
+                    "no end of turn", f"the template's marks leave {self.template.end_text} out of the labels"
+                )
             mask[begin : begin + held[-1] + 1] = 1
             ends.append(int(begin + held[-1]))
         if self.train_on == "everything":

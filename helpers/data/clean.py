@@ -42,13 +42,19 @@ def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[li
         yield mended
 
 
-def keep_languages(rows: Iterable[list[Row]], report: StepReport, languages: str | Iterable[str]) -> Iterator[list[Row]]:
+def keep_languages(
+    rows: Iterable[list[Row]], report: StepReport, languages: str | Iterable[str]
+) -> Iterator[list[Row]]:
     """Keep rows whose conversation (without system prompt) is in one of `languages`: ISO 639-1 codes, "en,zh".
 
     py3langid decides; texts of fewer than 20 letters are kept and counted as undecided. SQL and code count as text, so
     use it on data that is mostly prose. Raises TunebookError for a code that the model does not know.
     """
-    wanted = {code.strip().lower() for code in (languages.split(",") if isinstance(languages, str) else languages) if code.strip()}
+    wanted = {
+        code.strip().lower()
+        for code in (languages.split(",") if isinstance(languages, str) else languages)
+        if code.strip()
+    }
     identifier = _identifier()
     known = set(identifier.labels)
     if not wanted or wanted - known:

@@ -23,7 +23,9 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
     if p.languages:
         rows = clean.keep_languages(rows, step("language"), p.languages)
     if p.min_chars or p.max_chars or p.min_tokens:
-        rows = clean.keep_lengths(rows, step("length"), p.min_chars, p.max_chars, p.min_tokens, 0, job.tokenizer if p.min_tokens else None)
+        rows = clean.keep_lengths(
+            rows, step("length"), p.min_chars, p.max_chars, p.min_tokens, 0, job.tokenizer if p.min_tokens else None
+        )
     if p.drop_repetitive:
         rows = clean.drop_repetitive(rows, step("repetition"))
     if p.drop_gibberish:
@@ -35,7 +37,9 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
     if p.toxicity != "none":
         from helpers.data.toxicity import drop_toxic
 
-        rows = drop_toxic(rows, step("toxicity"), p.toxicity, p.toxicity_threshold, job.path / "work" / "toxicity.jsonl")
+        rows = drop_toxic(
+            rows, step("toxicity"), p.toxicity, p.toxicity_threshold, job.path / "work" / "toxicity.jsonl"
+        )
     if p.exact_duplicates:
         rows = dedup.exact_duplicates(rows, step("exact duplicates"))
     if p.near_duplicates:
@@ -45,5 +49,7 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
         rows = decontaminate.decontaminate(rows, report, evaluation, p.decontaminate)
         if not label:
             carriers = next(iter(job.training.table), [])
-            report.figures["injection_recall"] = decontaminate.injection_recall(evaluation, carriers, p.decontaminate, 200, p.seed)
+            report.figures["injection_recall"] = decontaminate.injection_recall(
+                evaluation, carriers, p.decontaminate, 200, p.seed
+            )
     return rows if isinstance(rows, Table) else Table.collect(rows)

@@ -23,13 +23,18 @@ def read_messages(value: Any, shape: Shape) -> list[dict]:
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
-            raise RowError("wrong type", f"message {number} is {kind_of(message)}; an object with a role and a content was expected")
+            raise RowError(
+                "wrong type",
+                f"message {number} is {kind_of(message)}; an object with a role and a content was expected",
+            )
         role_tag = shape.role_tag or ("from" if "from" in message else "role")
         content_tag = shape.content_tag or ("value" if role_tag == "from" and "value" in message else "content")
         spelt = message.get(role_tag)
         role = roles.get(spelt) if isinstance(spelt, str) else None
         if role is None:
-            raise RowError("unknown role", f"message {number} has {role_tag!r} {str(spelt)[:40]!r}; known are {', '.join(roles)}")
+            raise RowError(
+                "unknown role", f"message {number} has {role_tag!r} {str(spelt)[:40]!r}; known are {', '.join(roles)}"
+            )
         if role == "function_call":
             messages.append(_function_call(message.get(content_tag), number))
             continue
@@ -38,7 +43,10 @@ def read_messages(value: Any, shape: Shape) -> list[dict]:
         if content is None and calls:
             content = ""
         if content is None:
-            raise RowError("empty message", f"message {number} ({role}) has no {content_tag!r}; its keys are {', '.join(map(str, message))[:80]}")
+            raise RowError(
+                "empty message",
+                f"message {number} ({role}) has no {content_tag!r}; its keys are {', '.join(map(str, message))[:80]}",
+            )
         made: dict[str, Any] = {"role": role, "content": _content(content, number)}
         if calls:
             made["tool_calls"] = calls
@@ -80,7 +88,9 @@ def _tool_calls(value: Any, number: int) -> list[dict] | None:
     if not value:
         return None
     if not isinstance(value, (list, tuple)):
-        raise RowError("broken function call", f"message {number} holds {kind_of(value)} as tool calls; a list was expected")
+        raise RowError(
+            "broken function call", f"message {number} holds {kind_of(value)} as tool calls; a list was expected"
+        )
     calls = []
     for call in value:
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -91,8 +101,16 @@ def _tool_calls(value: Any, number: int) -> list[dict] | None:
             try:
                 arguments = json.loads(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError):
-                raise RowError("broken function call", f"message {number} calls {function['name']!r} with arguments that are no JSON") from None
-        calls.append({"type": "function", "function": {"name": as_text(function["name"], "function name"), "arguments": _clean(arguments)}})
+                raise RowError(
+                    "broken function call",
+                    f"message {number} calls {function['name']!r} with arguments that are no JSON",
+                ) from None
+        calls.append(
+            {
+                "type": "function",
+                "function": {"name": as_text(function["name"], "function name"), "arguments": _clean(arguments)},
+            }
+        )
     return calls
 
 
@@ -129,11 +147,16 @@ def checked(messages: list[dict], answered: bool = True) -> list[dict]:
     for number, message in enumerate(messages, 1):
         if message["role"] not in allowed:
             before = "at the start" if number == 1 else f"after {messages[number - 2]['role']!r}"
-            raise RowError("roles out of order", f"message {number} is {message['role']!r} {before}; {' or '.join(allowed)} was expected")
+            raise RowError(
+                "roles out of order",
+                f"message {number} is {message['role']!r} {before}; {' or '.join(allowed)} was expected",
+            )
         allowed = NEXT[message["role"]]
     last = messages[-1]
     if answered and last["role"] != "assistant":
-        raise RowError("no answer", f"the last of {len(messages)} messages is {last['role']!r}; an assistant's answer was expected")
+        raise RowError(
+            "no answer", f"the last of {len(messages)} messages is {last['role']!r}; an assistant's answer was expected"
+        )
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
             raise RowError("no answer", f"message {number} (assistant) is empty")
@@ -152,7 +175,9 @@ def checked_pair(prompt: list[dict], chosen: list[dict], rejected: list[dict]) -
         shared += 1
     head, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     bare = [message for message in prompt if message["role"] != "system"]
-    if head and bare and head[-len(bare) :] == bare:  # the conversations repeat the prompt that stands in its own column
+    if (
+        head and bare and head[-len(bare) :] == bare
+    ):  # the conversations repeat the prompt that stands in its own column
         prompt = prompt[: len(prompt) - len(bare)] + head if head[0]["role"] != "system" else head
     else:
         prompt = prompt + head

@@ -44,9 +44,13 @@ def read(path: Path) -> dict[str, Entry]:
     try:
         described = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TunebookError(f"{path} cannot be read as dataset_info.json ({error}); it should be a JSON object of dataset names.") from None
+        raise TunebookError(
+            f"{path} cannot be read as dataset_info.json ({error}); it should be a JSON object of dataset names."
+        ) from None
     if not isinstance(described, dict) or not all(isinstance(value, dict) for value in described.values()):
-        raise TunebookError(f"{path} is not a dataset_info.json; a JSON object of dataset names, each with an object, was expected.")
+        raise TunebookError(
+            f"{path} is not a dataset_info.json; a JSON object of dataset names, each with an object, was expected."
+        )
     return {name: _entry_or_problem(name, value, path) for name, value in described.items()}
 
 
@@ -55,7 +59,14 @@ def beside(file: Path) -> Entry | None:
     info = file.parent / FILE
     if not info.is_file():
         return None
-    return next((entry for entry in read(info).values() if entry.file is not None and entry.file.name == file.name and entry.file == file), None)
+    return next(
+        (
+            entry
+            for entry in read(info).values()
+            if entry.file is not None and entry.file.name == file.name and entry.file == file
+        ),
+        None,
+    )
 
 
 def _entry_or_problem(name: str, described: dict[str, Any], path: Path) -> Entry:
@@ -71,7 +82,9 @@ def _entry_or_problem(name: str, described: dict[str, Any], path: Path) -> Entry
 def _entry(name: str, described: dict[str, Any], path: Path) -> Entry:
     formatting = described.get("formatting", "alpaca")
     if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise TunebookError(f"Dataset {name!r} in {path} has formatting {formatting!r}; 'alpaca', 'sharegpt' or 'openai' was expected.")
+        raise TunebookError(
+            f"Dataset {name!r} in {path} has formatting {formatting!r}; 'alpaca', 'sharegpt' or 'openai' was expected."
+        )
     file_name, columns, tags = described.get("file_name"), described.get("columns"), described.get("tags")
     hub = described.get("hf_hub_url", "")
     if not file_name and not hub and not described.get("ms_hub_url") and not described.get("om_hub_url"):
@@ -94,7 +107,10 @@ def _entry(name: str, described: dict[str, Any], path: Path) -> Entry:
 def _shape(formatting: str, columns: dict[str, str] | None, tags: dict[str, str] | None, ranking: bool) -> Shape:
     if columns is None:
         columns = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-    part = {name: columns.get(name) or "" for name in ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected")}
+    part = {
+        name: columns.get(name) or ""
+        for name in ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected")
+    }
     label = columns.get("kto_tag") or ""
     pair = {"chosen": part["chosen"], "rejected": part["rejected"]} if ranking else {}
     if formatting in ("sharegpt", "openai"):
@@ -111,7 +127,13 @@ def _shape(formatting: str, columns: dict[str, str] | None, tags: dict[str, str]
             roles=roles,
             **pair,
         )
-    common = {"prompt": part["prompt"], "query": part["query"], "history": part["history"], "system": part["system"], "tools": part["tools"]}
+    common = {
+        "prompt": part["prompt"],
+        "query": part["query"],
+        "history": part["history"],
+        "system": part["system"],
+        "tools": part["tools"],
+    }
     if ranking:
         return Shape("preference", **common, **pair)
     if not part["response"]:
@@ -133,7 +155,13 @@ def _tags(formatting: str, tags: dict[str, str] | None) -> tuple[str, str, tuple
             "function_tag": "function_call",
             "system_tag": "system",
         }
-    meanings = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
+    meanings = {
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "observation_tag": "tool",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    }
     roles = {tags[tag]: role for tag, role in meanings.items() if tags.get(tag)}
     if "system_tag" not in tags:
         roles.setdefault("system", "system")

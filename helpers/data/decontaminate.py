@@ -66,7 +66,9 @@ class Items:
             owners.append(owner)
             self.short += int((np.diff(tokens(texts, symbols=False)[1]) < GRAM).sum())
             self.count += len(batch)
-            self._names += [f"{row['file']} row {row['row']}: {text[:100]}" for row, text in zip(batch, texts, strict=True)]
+            self._names += [
+                f"{row['file']} row {row['row']}: {text[:100]}" for row, text in zip(batch, texts, strict=True)
+            ]
         gram = np.concatenate(grams) if grams else np.zeros(0, np.uint64)
         owner = np.concatenate(owners) if owners else np.zeros(0, np.int64)
         order = np.lexsort((owner, gram))
@@ -101,7 +103,9 @@ class Items:
         place = np.repeat(np.array(owners), np.diff(offsets))[hit]
         first = np.searchsorted(self._gram, flat[hit], "left")
         last = np.searchsorted(self._gram, flat[hit], "right")
-        gram_at = np.repeat(first - np.r_[0, np.cumsum(last - first)[:-1]], last - first) + np.arange((last - first).sum())
+        gram_at = np.repeat(first - np.r_[0, np.cumsum(last - first)[:-1]], last - first) + np.arange(
+            (last - first).sum()
+        )
         shared = np.unique(np.stack([np.repeat(place, last - first), self._owner[gram_at], gram_at]), axis=1)[:2]
         pairs, counts = np.unique(shared, axis=1, return_counts=True)
         enough = counts >= np.maximum(1, np.ceil(self.share * self._sizes[pairs[1]] - 1e-9))
@@ -140,7 +144,9 @@ def injection_recall(
         text = f"{carrier[:at]}\n{_disguise(question_of(row), rng)}\n{carrier[at:]}"
         # A question too short for 8-grams is looked for as a whole message, so that is how it is planted.
         short = tokens([question_of(row)], symbols=False)[1][1] < GRAM
-        planted.append(make_row("sft", [{"role": "user", "content": _disguise(question_of(row), rng) if short else text}]))
+        planted.append(
+            make_row("sft", [{"role": "user", "content": _disguise(question_of(row), rng) if short else text}])
+        )
     found = Items([rows], share).find(planted)
     return float((found >= 0).mean())
 
@@ -151,5 +157,3 @@ def _disguise(text: str, rng: random.Random) -> str:
     lines = [" ".join(words[i : i + width]) for i in range(0, len(words), width)]
     text = "\n  ".join(lines).replace("?", " ?").replace(",", " ,")
     return rng.choice([text, text.upper(), text.rstrip("?!. ")])
-
-

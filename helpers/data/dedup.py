@@ -80,7 +80,11 @@ def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: fl
             if keeper[at] < 0:
                 kept.append(row)
             else:
-                report.drop(row, "near duplicate", f"of kept row {keeper[at] + 1:,}" + (f": {text}" if keeper[at] == shown else ""))
+                report.drop(
+                    row,
+                    "near duplicate",
+                    f"of kept row {keeper[at] + 1:,}" + (f": {text}" if keeper[at] == shown else ""),
+                )
             at += 1
         report.kept += len(kept)
         if kept:
@@ -126,8 +130,8 @@ class NearIndex:
     def __init__(self) -> None:
         self.rows = 0
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
-        self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")  # noqa: SIM115 - it lives as long as the index
-        self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]  # noqa: SIM115
+        self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")
+        self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]
         self._workers: list[Worker] = []
         self._waiting: deque[_Batch] = deque()  # in order
 
@@ -230,7 +234,9 @@ class _Measure:
         for at in range(0, len(left), PAIRS_AT_ONCE):
             a, b = left[at : at + PAIRS_AT_ONCE], right[at : at + PAIRS_AT_ONCE]
             near = self._jaccard(a, b, answers=False) >= self.threshold
-            twice = np.flatnonzero(near & (self.sizes[a, 0] + self.sizes[b, 0] > 0))  # without a question the answer is the whole
+            twice = np.flatnonzero(
+                near & (self.sizes[a, 0] + self.sizes[b, 0] > 0)
+            )  # without a question the answer is the whole
             near[twice] = self._jaccard(a[twice], b[twice], answers=True) >= self.threshold
             close[at : at + PAIRS_AT_ONCE] = near
         return close
@@ -239,7 +245,9 @@ class _Measure:
         left, right = self._sets(a, answers), self._sets(b, answers)
         both = np.sort(np.concatenate([left, right]))
         both = both[1:][both[1:] == both[:-1]]
-        shared, one, two = (np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(a)) for keys in (both, left, right))
+        shared, one, two = (
+            np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(a)) for keys in (both, left, right)
+        )
         union = one + two - shared
         return np.where(union == 0, 1.0, shared / np.maximum(union, 1))
 

@@ -37,7 +37,12 @@ class Unreadable(Exception):
 
 
 def chunks(
-    file: Path, rejects: Rejects, tokenizer: Callable[[], Any], tokens: int = 384, overlap: int = 32, least_chars: int = 100
+    file: Path,
+    rejects: Rejects,
+    tokenizer: Callable[[], Any],
+    tokens: int = 384,
+    overlap: int = 32,
+    least_chars: int = 100,
 ) -> Iterator[tuple[int, dict]]:
     """(number of the piece from 1, {"text", "document", "piece"}) for one document.
 
@@ -51,7 +56,14 @@ def chunks(
         rejects.add(file, 0, error.args[0], error.args[1], step="document")
         return
     if len(text) < least_chars:
-        rejects.add(file, 0, "document too short", f"{len(text)} characters, fewer than {least_chars}", step="document", invalid=False)
+        rejects.add(
+            file,
+            0,
+            "document too short",
+            f"{len(text)} characters, fewer than {least_chars}",
+            step="document",
+            invalid=False,
+        )
         return
     for number, piece in enumerate(cut(text, tokenizer(), tokens, overlap), 1):
         yield number, {"text": piece, "document": file.name, "piece": number}
@@ -108,7 +120,9 @@ def cut(text: str, tokenizer: Any, tokens: int, overlap: int) -> Iterator[str]:
     while start < len(text):
         end = start + BLOCK_CHARS
         if end < len(text):
-            end = next((at + len(sign) for sign in BREAKS if (at := text.rfind(sign, start + BLOCK_CHARS // 2, end)) >= 0), end)
+            end = next(
+                (at + len(sign) for sign in BREAKS if (at := text.rfind(sign, start + BLOCK_CHARS // 2, end)) >= 0), end
+            )
         yield from _cut(text[start:end], tokenizer, tokens, min(overlap, tokens // 2))
         start = end
 
@@ -193,7 +207,10 @@ def _pdf(content: bytes) -> str:
         raise Unreadable("broken PDF", str(error)[:200]) from None
     text = "\n\n".join(page.strip() for page in pages)
     if not text.strip():
-        raise Unreadable("no text", f"none of the PDF's pages ({len(pages)}) holds text; scanned pages need character recognition first")
+        raise Unreadable(
+            "no text",
+            f"none of the PDF's pages ({len(pages)}) holds text; scanned pages need character recognition first",
+        )
     return re.sub(r"(?<=[a-z])-\n(?=[a-z])", "", text)
 
 
@@ -203,7 +220,12 @@ def _docx(content: bytes) -> str:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = archive.infolist()
-            if any(part.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", part.filename) or ":" in part.filename for part in parts):
+            if any(
+                part.filename.startswith(("/", "\\"))
+                or ".." in re.split(r"[/\\]", part.filename)
+                or ":" in part.filename
+                for part in parts
+            ):
                 raise Unreadable("unsafe path in archive", "a name in the DOCX points outside of it")
             if sum(part.file_size for part in parts) > MAX_UNZIPPED:
                 raise Unreadable("document too large", f"the DOCX unpacks to over {MAX_UNZIPPED // 2**20} MiB")

@@ -23,7 +23,9 @@ def encode_splits(job: Any) -> dict[str, Any]:
     from helpers.model.loading import template_hash, tokenizer_hash
 
     p, template = job.params, job.template()
-    ids = (f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].ids_and_sources())
+    ids = (
+        f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].ids_and_sources()
+    )
     key = cache.key(
         ids,
         tokenizer=tokenizer_hash(job.tokenizer),
@@ -47,7 +49,9 @@ def encode_splits(job: Any) -> dict[str, Any]:
     if len(job.kto_rows):
         encoder = Encoder(template, "last", job.rejects)
         fitting = lengths.Fitter(encoder, found["max_length"], "drop", job.rejects).fit(encoder.encode(job.kto_rows))
-        found["written"]["kto"] = output.write_kto(job.path / "kto.parquet", ([one.row for one in batch] for batch in fitting))
+        found["written"]["kto"] = output.write_kto(
+            job.path / "kto.parquet", ([one.row for one in batch] for batch in fitting)
+        )
     return found
 
 
@@ -91,7 +95,13 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
     whole = lengths.LengthReport(limit, p.over_long, histogram, **counts)
     rows, tokens = max(1, source_rows.total()), max(1, source_tokens.total())
     result["mixture"] = [
-        {"source": name, "rows": count, "tokens": source_tokens[name], "row_share": count / rows, "token_share": source_tokens[name] / tokens}
+        {
+            "source": name,
+            "rows": count,
+            "tokens": source_tokens[name],
+            "row_share": count / rows,
+            "token_share": source_tokens[name] / tokens,
+        }
         for name, count in source_rows.items()
     ]
     return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
@@ -108,7 +118,10 @@ def watched(rows: Table, label: str) -> Any:
 def _proposed(job: Any, template: Any) -> int:
     """max_length as the rows' own lengths propose it. Costs one more tokenisation."""
     counts = Counter(
-        len(one.ids) for name in TRAINED_SPLITS for batch in Encoder(template, job.params.train_on).encode(job.splits[name]) for one in batch
+        len(one.ids)
+        for name in TRAINED_SPLITS
+        for batch in Encoder(template, job.params.train_on).encode(job.splits[name])
+        for one in batch
     )
     return lengths.propose(lengths.expanded(counts)) or 16
 
@@ -118,7 +131,14 @@ def _replay(path: Path, rejects: Rejects) -> None:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             lost = json.loads(line)
-            rejects.add(lost["file"], lost["row"], lost["reason"], lost["detail"], step=lost["step"], invalid=lost["step"] != "length")
+            rejects.add(
+                lost["file"],
+                lost["row"],
+                lost["reason"],
+                lost["detail"],
+                step=lost["step"],
+                invalid=lost["step"] != "length",
+            )
     path.unlink()
 
 
@@ -154,9 +174,13 @@ def encode_pairs(job: Any) -> Html:
     job.rejects.check()
     job.encoded["written"] |= written
     if len(job.pair_rows) and not written["preference"]:
-        raise TunebookError(f"No preference pair fits max_length = {limit}: all {over['pairs']:,} are longer; raise max_length.")
+        raise TunebookError(
+            f"No preference pair fits max_length = {limit}: all {over['pairs']:,} are longer; raise max_length."
+        )
     lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
-    return Html(table([*lines, ("over max_length", f"{over['pairs']:,}")], ("file", "pairs")), ", ".join(map(str, lines)))
+    return Html(
+        table([*lines, ("over max_length", f"{over['pairs']:,}")], ("file", "pairs")), ", ".join(map(str, lines))
+    )
 
 
 def summary(encoded: dict[str, Any]) -> Html:
@@ -170,7 +194,11 @@ def summary(encoded: dict[str, Any]) -> Html:
         )
         for name, part in encoded["splits"].items()
     ]
-    rows += [(f"{name}.parquet", f"{count:,} rows") for name, count in encoded["written"].items() if name not in encoded["splits"]]
+    rows += [
+        (f"{name}.parquet", f"{count:,} rows")
+        for name, count in encoded["written"].items()
+        if name not in encoded["splits"]
+    ]
     rows += [
         (
             "max_length",

@@ -45,9 +45,13 @@ class Endpoint:
         import openai
 
         if not self.base_url.startswith(("http://", "https://")):
-            raise TunebookError(f"The endpoint {self.base_url!r} is no address; it takes one such as http://127.0.0.1:8080/v1.")
+            raise TunebookError(
+                f"The endpoint {self.base_url!r} is no address; it takes one such as http://127.0.0.1:8080/v1."
+            )
         key = os.environ.get(self.key_name, "") if self.key_name else ""
-        return openai.OpenAI(base_url=self.base_url, api_key=key or "none", max_retries=self.retries, timeout=self.timeout_s)
+        return openai.OpenAI(
+            base_url=self.base_url, api_key=key or "none", max_retries=self.retries, timeout=self.timeout_s
+        )
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,17 @@ class Request:
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
-            "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": self.schema}},
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": True, "schema": self.schema},
+            },
         }
 
     def key(self, endpoint: Endpoint) -> str:
         """Hash of what is sent: the same question to the same model has the same key in any run."""
-        return hashlib.sha256(json.dumps(self.body(endpoint), sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps(self.body(endpoint), sort_keys=True).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,9 @@ class Journal:
         at = 0
         for line in self._file:
             if line.endswith(b"\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a killed run: it is asked again
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError
+                ):  # half a line of a killed run: it is asked again
                     self._offsets[json.loads(line)["key"]] = at
             at += len(line)
         if at and not line.endswith(b"\n"):
@@ -117,7 +128,9 @@ class Journal:
             return
         except OSError:
             self._file.close()
-            raise TunebookError(f"Another process is writing {self.path}; wait for it to end, or name another folder.") from None
+            raise TunebookError(
+                f"Another process is writing {self.path}; wait for it to end, or name another folder."
+            ) from None
 
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
@@ -196,9 +209,13 @@ def _ask(client: Any, endpoint: Endpoint, request: Request, key: str, journal: J
     try:
         done = client.chat.completions.create(**request.body(endpoint))
     except (openai.AuthenticationError, openai.PermissionDeniedError) as err:
-        raise TunebookError(f"{where} refused the key in ${endpoint.key_name} (status {err.status_code}); set it and run again.") from None
+        raise TunebookError(
+            f"{where} refused the key in ${endpoint.key_name} (status {err.status_code}); set it and run again."
+        ) from None
     except openai.NotFoundError as err:
-        raise TunebookError(f"{where} was not found ({_said(err)}); check the model's name and the address, which ends in /v1.") from None
+        raise TunebookError(
+            f"{where} was not found ({_said(err)}); check the model's name and the address, which ends in /v1."
+        ) from None
     except (openai.BadRequestError, openai.UnprocessableEntityError) as err:
         journal.write(key, {"content": "", "error": f"the server refused the question: {_said(err)}"})
         return
@@ -208,7 +225,9 @@ def _ask(client: Any, endpoint: Endpoint, request: Request, key: str, journal: J
             "what was answered is kept."
         ) from None
     except openai.APIStatusError as err:
-        raise TunebookError(f"{where} failed {endpoint.retries + 1} times ({_said(err)}); run again later: what was answered is kept.") from None
+        raise TunebookError(
+            f"{where} failed {endpoint.retries + 1} times ({_said(err)}); run again later: what was answered is kept."
+        ) from None
     choice = done.choices[0] if done.choices else None
     usage = done.usage
     finish = choice.finish_reason if choice else "no answer"
@@ -278,7 +297,9 @@ class Estimate:
         )
 
 
-def estimate(endpoint: Endpoint, requests: Iterable[Request], journal: Journal | None = None, tokenizer: Any = None) -> Estimate:
+def estimate(
+    endpoint: Endpoint, requests: Iterable[Request], journal: Journal | None = None, tokenizer: Any = None
+) -> Estimate:
     """Count what `ask_all` would ask. Sends nothing."""
     asked = known = prompt = completion = 0
     for request in requests:
@@ -289,4 +310,6 @@ def estimate(endpoint: Endpoint, requests: Iterable[Request], journal: Journal |
         prompt += len(tokenizer(text)["input_ids"]) if tokenizer is not None else round(len(text) / CHARS_PER_TOKEN)
         completion += request.max_tokens
         asked += 1
-    return Estimate(asked, known, prompt, completion, (prompt * endpoint.price_in + completion * endpoint.price_out) / 1e6)
+    return Estimate(
+        asked, known, prompt, completion, (prompt * endpoint.price_in + completion * endpoint.price_out) / 1e6
+    )

@@ -17,7 +17,18 @@ UNANSWERABLE = "The text does not say."
 
 # Column names that mean the same thing, the most specific first.
 PROMPT = ("instruction", "question", "query", "prompt", "problem", "user", "inputs")
-RESPONSE = ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "assistant", "targets")
+RESPONSE = (
+    "output",
+    "response",
+    "answer",
+    "answers",
+    "completion",
+    "sql",
+    "target",
+    "solution",
+    "assistant",
+    "targets",
+)
 MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 TEXT = ("text", "raw_content", "content", "document", "body")
 SYSTEM = ("system", "system_prompt")
@@ -77,7 +88,19 @@ class Shape:
 
     def columns(self) -> dict[str, str]:
         """Part → column, for the parts that have one."""
-        parts = ("prompt", "query", "response", "history", "system", "messages", "tools", "chosen", "rejected", "label", "context")
+        parts = (
+            "prompt",
+            "query",
+            "response",
+            "history",
+            "system",
+            "messages",
+            "tools",
+            "chosen",
+            "rejected",
+            "label",
+            "context",
+        )
         return {part: getattr(self, part) for part in parts if getattr(self, part)}
 
     def wanted(self) -> str:
@@ -94,12 +117,24 @@ class Shape:
 
 
 DEFAULTS = {
-    "alpaca": Shape("alpaca", prompt="instruction", query="input", response="output", history="history", system="system", tools="tools"),
+    "alpaca": Shape(
+        "alpaca",
+        prompt="instruction",
+        query="input",
+        response="output",
+        history="history",
+        system="system",
+        tools="tools",
+    ),
     "sharegpt": Shape("sharegpt", messages="conversations", system="system", tools="tools"),
     "messages": Shape("messages", messages="messages", system="system", tools="tools"),
-    "prompt_completion": Shape("prompt_completion", prompt="prompt", response="completion", system="system", tools="tools"),
+    "prompt_completion": Shape(
+        "prompt_completion", prompt="prompt", response="completion", system="system", tools="tools"
+    ),
     "text": Shape("text", prompt="text"),
-    "preference": Shape("preference", prompt="prompt", chosen="chosen", rejected="rejected", system="system", tools="tools"),
+    "preference": Shape(
+        "preference", prompt="prompt", chosen="chosen", rejected="rejected", system="system", tools="tools"
+    ),
     "kto": Shape("kto", prompt="prompt", response="completion", label="label", system="system", tools="tools"),
     "context_qa": Shape("context_qa", prompt="question", response="answer", context="context", system="system"),
 }
@@ -170,7 +205,14 @@ def detect(record: Mapping[str, Any]) -> Shape | None:
     if prompt and (response or any(name in record for name in RESPONSE)):
         answer = response or next(name for name in RESPONSE if name in record)
         query = "input" if prompt == "instruction" and "input" in record else ""
-        return Shape("alpaca", prompt=prompt, query=query, response=answer, history="history" if "history" in record else "", **common)
+        return Shape(
+            "alpaca",
+            prompt=prompt,
+            query=query,
+            response=answer,
+            history="history" if "history" in record else "",
+            **common,
+        )
     if response and isinstance(record.get("input"), str):
         return Shape("alpaca", prompt="input", response=response, **common)
     if text := first(TEXT, record):
@@ -201,7 +243,9 @@ def convert(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]:
         label = record.get(shape.label)
         if not isinstance(label, bool):
             raise RowError("no label", f"column {shape.label!r} holds {kind_of(label)}; true or false was expected")
-        return [{"kind": "kto", "messages": talk.checked(messages + _answer(record, shape)), "tools": tools, "label": label}]
+        return [
+            {"kind": "kto", "messages": talk.checked(messages + _answer(record, shape)), "tools": tools, "label": label}
+        ]
     return [{"kind": "sft", "messages": talk.checked(messages + _answer(record, shape)), "tools": tools}]
 
 
@@ -217,16 +261,24 @@ def _prompt(record: Mapping[str, Any], shape: Shape) -> list[dict]:
     else:
         history = (record.get(shape.history) if shape.history else None) or []
         if not isinstance(history, (list, tuple)):
-            raise RowError("broken history", f"{shape.history!r} is {kind_of(history)}; a list of question and answer pairs was expected")
+            raise RowError(
+                "broken history",
+                f"{shape.history!r} is {kind_of(history)}; a list of question and answer pairs was expected",
+            )
         for turn in history:
             if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-                raise RowError("broken history", f"a turn of {shape.history!r} is {kind_of(turn)}; pairs of question and answer were expected")
+                raise RowError(
+                    "broken history",
+                    f"a turn of {shape.history!r} is {kind_of(turn)}; pairs of question and answer were expected",
+                )
             messages += [
                 {"role": "user", "content": as_text(turn[0], shape.history)},
                 {"role": "assistant", "content": as_text(turn[1], shape.history)},
             ]
         need(record, shape.prompt, shape)
-        question = [text(record, column, shape) for column in (shape.prompt, shape.query) if column and record.get(column)]
+        question = [
+            text(record, column, shape) for column in (shape.prompt, shape.query) if column and record.get(column)
+        ]
         if not any(part.strip() for part in question):
             raise RowError("no question", f"column {shape.prompt!r} is empty")
         messages.append({"role": "user", "content": "\n".join(question)})
@@ -272,7 +324,11 @@ def _context_qa(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]
     from helpers.data import conversations as talk
 
     context = as_text(need(record, shape.context, shape), shape.context)
-    system = [{"role": "system", "content": as_text(record[shape.system], shape.system)}] if shape.system and record.get(shape.system) else []
+    system = (
+        [{"role": "system", "content": as_text(record[shape.system], shape.system)}]
+        if shape.system and record.get(shape.system)
+        else []
+    )
     answer = record.get(shape.response)
     if isinstance(answer, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
         answer = next(iter(answer.get("text") or []), "")
@@ -284,7 +340,10 @@ def _context_qa(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]
     asked = []
     if record.get(shape.prompt) is not None:
         asked.append(
-            (as_text(record[shape.prompt], shape.prompt), shape.unanswerable if impossible or not answer else as_text(answer, shape.response))
+            (
+                as_text(record[shape.prompt], shape.prompt),
+                shape.unanswerable if impossible or not answer else as_text(answer, shape.response),
+            )
         )
     if record.get("unanswerable_question"):
         asked.append((as_text(record["unanswerable_question"], "unanswerable_question"), shape.unanswerable))
@@ -293,7 +352,13 @@ def _context_qa(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]
     return [
         {
             "kind": "sft",
-            "messages": talk.checked([*system, {"role": "user", "content": f"{context}\n\n{question}"}, {"role": "assistant", "content": reply}]),
+            "messages": talk.checked(
+                [
+                    *system,
+                    {"role": "user", "content": f"{context}\n\n{question}"},
+                    {"role": "assistant", "content": reply},
+                ]
+            ),
         }
         for question, reply in asked
     ]
@@ -307,7 +372,10 @@ def need(record: Mapping[str, Any], column: str, shape: Shape) -> Any:
     value = record.get(column)
     if value is None:
         state = "is null" if column in record else "is not there"
-        raise RowError("wrong columns", f"column {column!r} {state}; {shape.format} wants {shape.wanted()}; columns seen: {seen(record)}")
+        raise RowError(
+            "wrong columns",
+            f"column {column!r} {state}; {shape.format} wants {shape.wanted()}; columns seen: {seen(record)}",
+        )
     return value
 
 

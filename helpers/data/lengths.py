@@ -37,7 +37,17 @@ class LengthReport:
     def as_dict(self) -> dict:
         counts = {
             name: getattr(self, name)
-            for name in ("max_length", "over_long", "over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
+            for name in (
+                "max_length",
+                "over_long",
+                "over",
+                "lost_end",
+                "dropped",
+                "truncated",
+                "split_rows",
+                "split_into",
+                "all_masked",
+            )
         }
         rows, lengths = self.lengths.total(), expanded(self.lengths)
         return {
@@ -135,7 +145,9 @@ class Fitter:
         ids, mask = one.ids[:size], one.mask[:size]
         if not mask.any():
             self.report.all_masked += 1
-            self._removed(one, "all tokens masked", f"cut at {size:,} of {len(one.ids):,} tokens, nothing that is trained is left")
+            self._removed(
+                one, "all tokens masked", f"cut at {size:,} of {len(one.ids):,} tokens, nothing that is trained is left"
+            )
             return []
         self.report.truncated += 1
         return [Encoded(one.row, ids, mask, one.prompt, [end for end in one.ends if end < size])]
@@ -145,7 +157,13 @@ class Fitter:
         size = self.report.max_length
         if one.row["kind"] == "text":
             parts = [
-                Encoded(one.row, one.ids[at : at + size], one.mask[at : at + size], 0, [len(one.ids) - 1 - at] if at + size >= len(one.ids) else [])
+                Encoded(
+                    one.row,
+                    one.ids[at : at + size],
+                    one.mask[at : at + size],
+                    0,
+                    [len(one.ids) - 1 - at] if at + size >= len(one.ids) else [],
+                )
                 for at in range(0, len(one.ids), size)
             ]
         else:
@@ -182,7 +200,14 @@ class Fitter:
     def _encoded(self, row: Row, messages: list[dict]) -> Encoded | None:
         extra = {"label": row["label"]} if "label" in row else {}
         part = make_row(
-            row["kind"], messages, source=row["source"], file=row["file"], row=row["row"], tools=row.get("tools"), meta=row["meta"], **extra
+            row["kind"],
+            messages,
+            source=row["source"],
+            file=row["file"],
+            row=row["row"],
+            tools=row.get("tools"),
+            meta=row["meta"],
+            **extra,
         )
         encoder = Encoder(self.encoder.template, self.encoder.train_on)
         return next((one for batch in encoder.encode([[part]]) for one in batch), None)

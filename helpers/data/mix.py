@@ -72,7 +72,9 @@ def mix(
 
 def _check(sources: Mapping[str, Source], replay_share: float, unit: str, count_tokens: Count | None) -> None:
     if unit not in ("rows", "tokens") or (unit == "tokens" and count_tokens is None):
-        raise TunebookError(f"The unit of the mixture is {unit!r}; it takes 'rows', or 'tokens' together with count_tokens.")
+        raise TunebookError(
+            f"The unit of the mixture is {unit!r}; it takes 'rows', or 'tokens' together with count_tokens."
+        )
     if not 0 <= replay_share < 1:
         raise TunebookError(f"replay_share is {replay_share!r}; it takes a number from 0 up to, but not including, 1.")
     for name, source in sources.items():
@@ -82,7 +84,9 @@ def _check(sources: Mapping[str, Source], replay_share: float, unit: str, count_
         missing = ", ".join(name for name, s in sources.items() if s.weight is None and not s.replay)
         raise TunebookError(f"Some sources have a weight and {missing} has none; give every source one, or none.")
     if replay_share and not any(s.replay and len(s.table) for s in sources.values()):
-        raise TunebookError(f"replay_share is {replay_share:g}, but there is no replay data; name a source of general text, or set it to 0.")
+        raise TunebookError(
+            f"replay_share is {replay_share:g}, but there is no replay data; name a source of general text, or set it to 0."
+        )
     if not any(len(s.table) for s in sources.values() if not s.replay):
         raise TunebookError("There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl.")
 
@@ -98,7 +102,9 @@ def _plan(sources: Mapping[str, Source], amounts: dict[str, float], replay_share
         total = min((amounts[name] / s.weight for name, s in own.items() if s.weight), default=0.0)
         if total == 0:
             empty = ", ".join(name for name, s in own.items() if s.weight and not amounts[name]) or "every weight is 0"
-            raise TunebookError(f"The mixture cannot be made: {empty} has no row left; set its weight to 0 or mend the source.")
+            raise TunebookError(
+                f"The mixture cannot be made: {empty} has no row left; set its weight to 0 or mend the source."
+            )
         planned |= {name: s.weight * total for name, s in own.items()}
     if replay_share:
         wanted = sum(planned.values()) * replay_share / (1 - replay_share)
@@ -125,7 +131,9 @@ def _chosen(table: Table, rows: int, seed: int) -> Iterator[Row]:
             yield row
 
 
-def _interleaved(streams: dict[str, Iterator[Row]], taken: dict[str, int], done: dict[str, dict]) -> Iterator[tuple[str, Row]]:
+def _interleaved(
+    streams: dict[str, Iterator[Row]], taken: dict[str, int], done: dict[str, dict]
+) -> Iterator[tuple[str, Row]]:
     """Row after row from the source that lags furthest behind its share."""
     import heapq
 
@@ -156,7 +164,11 @@ def _achieved(sources: Mapping[str, Source], done: dict[str, dict], with_tokens:
     tokens = sum(d["tokens"] for d in done.values())
     result = {}
     for name, source in sources.items():
-        entry = {"rows": done[name]["rows"], "rows_share": round(done[name]["rows"] / max(rows, 1), 4), "available": len(source.table)}
+        entry = {
+            "rows": done[name]["rows"],
+            "rows_share": round(done[name]["rows"] / max(rows, 1), 4),
+            "available": len(source.table),
+        }
         if with_tokens:
             entry |= {"tokens": done[name]["tokens"], "tokens_share": round(done[name]["tokens"] / max(tokens, 1), 4)}
         result[name] = entry | {"weight": source.weight, "replay": source.replay}

@@ -70,7 +70,9 @@ class Writer:
 
         table = pa.table(
             [
-                columns[name] if isinstance(columns[name], pa.Array) else pa.array(columns[name], self.schema.field(name).type)
+                columns[name]
+                if isinstance(columns[name], pa.Array)
+                else pa.array(columns[name], self.schema.field(name).type)
                 for name in self.schema.names
             ],
             schema=self.schema,
@@ -130,7 +132,10 @@ def write_test(path: Path, table: Table) -> int:
                     "prompt": [plain_turns(prompt) for prompt in prompts],
                     "reference": [plain_turns([answer])[0]["content"] for answer in answers],
                     "meta": [
-                        json.dumps({"source": row["source"], "file": row["file"], "row": row["row"], **row["meta"]}, ensure_ascii=False)
+                        json.dumps(
+                            {"source": row["source"], "file": row["file"], "row": row["row"], **row["meta"]},
+                            ensure_ascii=False,
+                        )
                         for row in batch
                     ],
                 }
@@ -151,7 +156,9 @@ def write_pairs(path: Path, pairs: Iterable[list[tuple[Row, Encoded, Encoded]]])
                         "rejected": [plain_turns(row["rejected"]) for row, _, _ in batch],
                         "prompt_ids": [chosen.ids[: chosen.prompt] for _, chosen, _ in batch],
                         "chosen_ids": [chosen.ids[chosen.prompt : chosen.ends[-1] + 1] for _, chosen, _ in batch],
-                        "rejected_ids": [rejected.ids[rejected.prompt : rejected.ends[-1] + 1] for _, _, rejected in batch],
+                        "rejected_ids": [
+                            rejected.ids[rejected.prompt : rejected.ends[-1] + 1] for _, _, rejected in batch
+                        ],
                     }
                 )
         return writer.rows

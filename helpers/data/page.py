@@ -60,13 +60,21 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]], numbers: Iterabl
         def kind(at: int, value: Any) -> str:
             return " class=n" if at in right else " class=long" if len(str(value)) > 40 else ""
 
-        return "<tr>" + "".join(f"<{tag}{kind(at, value)}>{cell(value)}</{tag}>" for at, value in enumerate(values)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{kind(at, value)}>{cell(value)}</{tag}>" for at, value in enumerate(values))
+            + "</tr>"
+        )
 
     return f"<div class=scroll><table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table></div>"
 
 
 def cards(facts: Iterable[tuple[str, Any]]) -> str:
-    return "<div class=cards>" + "".join(f"<div class=card><b>{cell(value)}</b><span>{cell(name)}</span></div>" for name, value in facts) + "</div>"
+    return (
+        "<div class=cards>"
+        + "".join(f"<div class=card><b>{cell(value)}</b><span>{cell(name)}</span></div>" for name, value in facts)
+        + "</div>"
+    )
 
 
 def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bins: int = 48) -> str:
@@ -91,7 +99,9 @@ def histogram(counts: dict[str, int], marks: Iterable[tuple[str, int, str]], bin
             f"<title>{cell(title)}</title></rect>"
         )
     for tick in ticks(top):
-        drawn.append(f'<text class=axis text-anchor=middle x="{left + tick * scale:.0f}" y="{base + 18}">{tick:,}</text>')
+        drawn.append(
+            f'<text class=axis text-anchor=middle x="{left + tick * scale:.0f}" y="{base + 18}">{tick:,}</text>'
+        )
     drawn.append(
         f'<text class=axis x="{left}" y="{base + 38}">tokens in a row</text>'
         f'<text class=axis text-anchor=end x="{left - 6}" y="28">{max(size):,}</text>'

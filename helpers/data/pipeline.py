@@ -43,7 +43,9 @@ class Job:
 
         own = find("data", "dataset").default in [part.strip() for part in self.params.dataset.split(",")]
         chosen = {name: getattr(self.params, name) for name in COMPANIONS}
-        foreign = [name for name in COMPANIONS if not own and chosen[name] and chosen[name] == find("data", name).default]
+        foreign = [
+            name for name in COMPANIONS if not own and chosen[name] and chosen[name] == find("data", name).default
+        ]
         if foreign:
             print(f"{', '.join(foreign)} belong to the embedded data, not to {self.params.dataset}: left out.")
         return {name: "" if name in foreign else value for name, value in chosen.items()}
@@ -55,7 +57,9 @@ class Job:
         self.database()
         self.training = self._reading(self.params.dataset, self.params.format, self.params.columns)
         self.tests = self._reading(self.chosen["test_dataset"]) if self.chosen["test_dataset"] else None
-        self.preferences = self._reading(self.chosen["preference_dataset"]) if self.chosen["preference_dataset"] else None
+        self.preferences = (
+            self._reading(self.chosen["preference_dataset"]) if self.chosen["preference_dataset"] else None
+        )
         self._check_preferences()
         self.replay = self._reading(self.params.replay_dataset) if self.params.replay_dataset else None
         everything = [reading for reading in (self.training, self.tests, self.preferences, self.replay) if reading]
@@ -66,11 +70,26 @@ class Job:
         from helpers.data.reading import read
 
         p = self.params
-        documents = {"tokenizer": lambda: self.tokenizer, "tokens": p.chunk_tokens, "overlap": p.chunk_overlap, "least_chars": p.min_document_chars}
-        return read(spec, self.rejects, format=format, info=p.dataset_info, columns=columns, unanswerable=p.unanswerable, documents=documents)
+        documents = {
+            "tokenizer": lambda: self.tokenizer,
+            "tokens": p.chunk_tokens,
+            "overlap": p.chunk_overlap,
+            "least_chars": p.min_document_chars,
+        }
+        return read(
+            spec,
+            self.rejects,
+            format=format,
+            info=p.dataset_info,
+            columns=columns,
+            unanswerable=p.unanswerable,
+            documents=documents,
+        )
 
     def _check_preferences(self) -> None:
-        if self.preferences and (other := next((row for row in self.preferences.table.rows() if row["kind"] != "preference"), None)):
+        if self.preferences and (
+            other := next((row for row in self.preferences.table.rows() if row["kind"] != "preference"), None)
+        ):
             raise TunebookError(
                 f"preference_dataset has a row of another kind ({other['file']}, row {other['row']}: {other['kind']}); "
                 "every row needs a prompt, a chosen and a rejected answer."
@@ -93,7 +112,9 @@ class Job:
         self.pair_rows = cleaned(self._found("preference"), "pairs: ")
         self.kto_rows = cleaned(self._found("kto"), "kto: ")
         replay = self.replay.table if self.replay else []
-        self.replay_rows = cleaned(([row for row in batch if row["kind"] in ("sft", "text")] for batch in replay), "replay: ")
+        self.replay_rows = cleaned(
+            ([row for row in batch if row["kind"] in ("sft", "text")] for batch in replay), "replay: "
+        )
         return self.show_steps()
 
     def generate(self) -> Html:
@@ -126,7 +147,9 @@ class Job:
                 report.seen += len(batch)
                 for row in batch:
                     if row["kind"] == "kto" and not row["label"]:
-                        report.figures["bad answers, kept for kto.parquet only"] = report.figures.get("bad answers, kept for kto.parquet only", 0) + 1
+                        report.figures["bad answers, kept for kto.parquet only"] = (
+                            report.figures.get("bad answers, kept for kto.parquet only", 0) + 1
+                        )
                     elif row["kind"] in ("preference", "kto"):
                         kept.append(
                             make_row(
@@ -160,7 +183,9 @@ class Job:
     def show_steps(self) -> Html:
         def example(step: StepReport) -> str:
             found = next(iter(step.examples.values()), None)
-            return "" if found is None else str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140]
+            return (
+                "" if found is None else str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140]
+            )
 
         lines = [
             (
@@ -305,7 +330,9 @@ class Job:
             raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
         with found.open("rb") as file:
             if file.read(16) != b"SQLite format 3\x00":
-                raise TunebookError(f"{name} is no SQLite database; name a file that sqlite3 opens, or leave the parameter empty.")
+                raise TunebookError(
+                    f"{name} is no SQLite database; name a file that sqlite3 opens, or leave the parameter empty."
+                )
         return found
 
     def _copy_database(self) -> None:

@@ -66,7 +66,11 @@ def write(job: Any, rows: int = 6) -> Any:
         sides = "".join(
             f"<h3>{side}: {cell(json.dumps(row[side][-1]['content'], ensure_ascii=False)[:120])}</h3>"
             + tokens(
-                tokenizer, row["prompt_ids"] + row[f"{side}_ids"], prompt + [1] * len(row[f"{side}_ids"]), template.end_ids, template.special_ids
+                tokenizer,
+                row["prompt_ids"] + row[f"{side}_ids"],
+                prompt + [1] * len(row[f"{side}_ids"]),
+                template.end_ids,
+                template.special_ids,
             )
             for side in ("chosen", "rejected")
         )
@@ -90,4 +94,10 @@ def scoped(style: str) -> str:
     lines = [line if line.startswith(("--", "@media", ":root")) else ".tunebook " + line for line in text.splitlines()]
     # The notebook's theme may differ from the system's, so the block brings its own ground.
     ground = "\n.tunebook{color:var(--ink);background:var(--ground);padding:4px 10px;border-radius:8px}"
-    return "\n".join(lines).replace(":root", ".tunebook").replace("}.e{", "}.tunebook .e{").replace("}.s{", "}.tunebook .s{") + ground
+    return (
+        "\n".join(lines)
+        .replace(":root", ".tunebook")
+        .replace("}.e{", "}.tunebook .e{")
+        .replace("}.s{", "}.tunebook .s{")
+        + ground
+    )

@@ -53,7 +53,9 @@ def mask_personal_data(
     wanted = [e.strip() for e in (entities.split(",") if isinstance(entities, str) else entities) if e.strip()]
     unknown = [e for e in wanted if e not in TRIGGERS]
     if unknown or not wanted:
-        raise TunebookError(f"Personal data of kind {', '.join(unknown) or '(none)'} was asked for; there are {', '.join(ENTITIES)}.")
+        raise TunebookError(
+            f"Personal data of kind {', '.join(unknown) or '(none)'} was asked for; there are {', '.join(ENTITIES)}."
+        )
     if action not in ("mask", "drop", "count"):
         raise TunebookError(f"The action on personal data is {action!r}; it takes 'mask', 'drop' or 'count'.")
     found: Counter = Counter()
@@ -113,7 +115,9 @@ def _plausible(kind: str, text: str, start: int, end: int) -> int:
 
 
 LOCAL_PART = re.compile(r"[!-~\u00c0-\u024f]+@")
-PHONE_WORD = re.compile(r"phone|tel\b|tel[.:]|call|mobil|cell|fax|sms|whatsapp|handy|dial|text me|电话|手机|致电|联系", re.IGNORECASE)
+PHONE_WORD = re.compile(
+    r"phone|tel\b|tel[.:]|call|mobil|cell|fax|sms|whatsapp|handy|dial|text me|电话|手机|致电|联系", re.IGNORECASE
+)
 
 
 def _masked(text: str, wanted: list[str], regions: str, found: Counter) -> str:

@@ -76,7 +76,10 @@ def _checked_depth(value: Any) -> Any:
 def _reject(rejects: Rejects, file: Path, number: int, error: Exception) -> None:
     reason, detail = "malformed JSON", str(error)
     if isinstance(error, UnicodeDecodeError):
-        reason, detail = "not UTF-8", f"byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8"
+        reason, detail = (
+            "not UTF-8",
+            f"byte {error.object[error.start]:#04x} at position {error.start}; save the file as UTF-8",
+        )
     elif isinstance(error, RecursionError):
         reason, detail = "nested too deeply", "lists and objects are nested past the parser's limit"
     elif isinstance(error, _Unusable):
@@ -89,7 +92,9 @@ def _record(rejects: Rejects, file: Path, number: int, value: Any) -> bool:
     """True when a JSON value is an object; otherwise it is rejected."""
     if isinstance(value, dict):
         return True
-    rejects.add(file, number, "not an object", f"the row is {type(value).__name__}; a JSON object of columns was expected")
+    rejects.add(
+        file, number, "not an object", f"the row is {type(value).__name__}; a JSON object of columns was expected"
+    )
     rejects.saw(1)
     return False
 
@@ -117,7 +122,9 @@ def _json(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterat
     """A JSON list of objects, read element by element; also one object, an object that holds the list, and JSON lines."""
     import codecs
 
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # a wrong byte costs its row and not the rest of the file
+    decoder = codecs.getincrementaldecoder("utf-8")(
+        "surrogateescape"
+    )  # a wrong byte costs its row and not the rest of the file
     buffer, position, ended = "", 0, False
 
     def more(size: int = 1) -> None:
@@ -229,8 +236,14 @@ def _objects(stream: Unpacked, file: Path, rejects: Rejects, more: Any, state: A
             if _record(rejects, file, number, value):
                 yield number, value
         return
-    lists = [item for item in value.values() if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)]
-    holder = len(lists) == 1 and any(value.get(name) is lists[0] for name in ("data", "rows", "train", "examples", "instances"))
+    lists = [
+        item
+        for item in value.values()
+        if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
+    ]
+    holder = len(lists) == 1 and any(
+        value.get(name) is lists[0] for name in ("data", "rows", "train", "examples", "instances")
+    )
     yield from enumerate(lists[0] if holder else [value], 1)
 
 
@@ -254,7 +267,12 @@ def _csv(stream: Unpacked, file: Path, suffix: str, rejects: Rejects) -> Iterato
         if header is None:
             header = values
             if len(set(header)) != len(header) or not any(header):
-                rejects.add(file, 0, "duplicated column", f"the header is {', '.join(header)[:200]}; every column needs its own name")
+                rejects.add(
+                    file,
+                    0,
+                    "duplicated column",
+                    f"the header is {', '.join(header)[:200]}; every column needs its own name",
+                )
                 rejects.saw(1)
                 return
             continue

@@ -65,7 +65,9 @@ class Reading:
         return table(lines, ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside"))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{r.name}: {r.rows:,} rows, {r.rejected:,} rejected, {dict(r.shapes.most_common(4))}" for r in self.reports)
+        return "\n".join(
+            f"{r.name}: {r.rows:,} rows, {r.rejected:,} rejected, {dict(r.shapes.most_common(4))}" for r in self.reports
+        )
 
 
 def read(
@@ -94,7 +96,14 @@ def read(
         for source in found:
             report = SourceReport(source.name, source.hub or rejects.names[source.file])
             reports.append(report)
-            yield from _rows(source, named if format != "auto" or columns else source.shape, rejects, report, unanswerable, documents or {})
+            yield from _rows(
+                source,
+                named if format != "auto" or columns else source.shape,
+                rejects,
+                report,
+                unanswerable,
+                documents or {},
+            )
 
     table = Table.collect(batches(every()))
     rejects.check_rows_left(table, spec)
@@ -105,11 +114,25 @@ def read(
 def named_shape(format: str, columns: str = "", unanswerable: str = formats.UNANSWERABLE) -> Shape | None:
     """The shape that the user's parameters name; None for "auto" without columns."""
     chosen: dict[str, str] = {}
-    known = ("prompt", "query", "response", "history", "system", "messages", "tools", "chosen", "rejected", "label", "context")
+    known = (
+        "prompt",
+        "query",
+        "response",
+        "history",
+        "system",
+        "messages",
+        "tools",
+        "chosen",
+        "rejected",
+        "label",
+        "context",
+    )
     for part in filter(None, (part.strip() for part in columns.split(","))):
         name, sign, column = (piece.strip() for piece in part.partition("="))
         if name not in known or not sign or not column:
-            raise TunebookError(f"columns has {part!r}; it takes part=column pairs separated by commas, with the parts {', '.join(known)}.")
+            raise TunebookError(
+                f"columns has {part!r}; it takes part=column pairs separated by commas, with the parts {', '.join(known)}."
+            )
         chosen[name] = column
     if format == "auto":
         if not chosen:
@@ -130,7 +153,14 @@ def named_shape(format: str, columns: str = "", unanswerable: str = formats.UNAN
     return replace(DEFAULTS[format], unanswerable=unanswerable, **chosen)
 
 
-def _rows(source: Source, shape: Shape | None, rejects: Rejects, report: SourceReport, unanswerable: str, documents: dict[str, Any]) -> Iterator[Row]:
+def _rows(
+    source: Source,
+    shape: Shape | None,
+    rejects: Rejects,
+    report: SourceReport,
+    unanswerable: str,
+    documents: dict[str, Any],
+) -> Iterator[Row]:
     where = report.where
     before = sum(rejects.invalid.values())
     if source.is_document:
@@ -145,9 +175,20 @@ def _rows(source: Source, shape: Shape | None, rejects: Rejects, report: SourceR
         try:
             fitting = _shape_of(record, shape, adapted, unanswerable)
             used = set(fitting.columns().values())
-            aside = {str(name): _plain(value) for name, value in record.items() if name not in used and value is not None and value != ""}
+            aside = {
+                str(name): _plain(value)
+                for name, value in record.items()
+                if name not in used and value is not None and value != ""
+            }
             parts = formats.convert(record, fitting)
-        except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:  # only RowError is expected
+        except (
+            RowError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+        ) as wrong:  # only RowError is expected
             error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
             rejects.add(where, number, error.reason, error.detail, step="format")
             if rejects.total_seen % CHECK_EVERY == 0:
@@ -174,7 +215,8 @@ def _shape_of(record: dict[str, Any], named: Shape | None, known: dict[Any, Shap
             known[signature] = replace(found, unanswerable=unanswerable) if found else None
     if known[signature] is None:
         raise RowError(
-            "unknown shape", f"the columns {formats.seen(record)} fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns"
+            "unknown shape",
+            f"the columns {formats.seen(record)} fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns",
         )
     return known[signature]
 

@@ -31,7 +31,9 @@ def body(job: Any) -> str:
     encoded, lost, found = job.encoded, job.rejects.as_dict(), job.encoded["lengths"]
     tokens = sum(part.get("tokens", 0) for part in encoded["splits"].values())
     trained = sum(part.get("trained_tokens", 0) for part in encoded["splits"].values())
-    parts = [f"<h1>Data report: {cell(job.params.run)}</h1><p class=soft>{cell(job.params.dataset)}, rendered for {cell(job.params.model)}</p>"]
+    parts = [
+        f"<h1>Data report: {cell(job.params.run)}</h1><p class=soft>{cell(job.params.dataset)}, rendered for {cell(job.params.model)}</p>"
+    ]
     parts.append(
         cards(
             [(f"{name} rows", f"{count:,}") for name, count in encoded["written"].items()]
@@ -65,7 +67,13 @@ def body(job: Any) -> str:
         + table(
             ("step", "rows in", "rows out", "changed", "removed because"),
             (
-                (s.step, f"{s.seen:,}", f"{s.kept:,}", f"{s.changed:,}", ", ".join(f"{reason}: {n:,}" for reason, n in s.dropped.items()) or "–")
+                (
+                    s.step,
+                    f"{s.seen:,}",
+                    f"{s.kept:,}",
+                    f"{s.changed:,}",
+                    ", ".join(f"{reason}: {n:,}" for reason, n in s.dropped.items()) or "–",
+                )
                 for s in job.steps
             ),
             (1, 2, 3),
@@ -79,7 +87,9 @@ def body(job: Any) -> str:
                 f"<p>{cell(step.step)}: an example of “{cell(reason)}”{cell(where)} {cell(example.get('detail', ''))}</p><pre>{cell(text)}</pre>"
             )
         if step.figures:
-            parts.append(f"<p class=soft>{cell(step.step)}: {cell(', '.join(f'{k} {v}' for k, v in step.figures.items()))}</p>")
+            parts.append(
+                f"<p class=soft>{cell(step.step)}: {cell(', '.join(f'{k} {v}' for k, v in step.figures.items()))}</p>"
+            )
     parts.append(_mixture(encoded["mixture"]))
     parts.append(
         "<h2>Lengths</h2>"
@@ -116,7 +126,13 @@ def body(job: Any) -> str:
         parts.append("<h2>Vocabulary</h2>" + table(header, rows))
     parts.append("<h2>Chat template</h2>" + table(("what", "as its renderings show"), job.template().facts()))
     if encoded["notes"]:
-        parts.append(table(("what the template cannot show, or changes", "rows"), ((what, f"{n:,}") for what, n in encoded["notes"].items()), (1,)))
+        parts.append(
+            table(
+                ("what the template cannot show, or changes", "rows"),
+                ((what, f"{n:,}") for what, n in encoded["notes"].items()),
+                (1,),
+            )
+        )
     reasons = [*lost["invalid"].items(), *lost["removed"].items()]
     if reasons:
         parts.append(
@@ -145,6 +161,9 @@ def body(job: Any) -> str:
 def _mixture(mixture: list[dict[str, Any]]) -> str:
     return "<h2>Mixture of the training and eval rows</h2>" + table(
         ("source", "rows", "share of rows", "tokens", "share of tokens"),
-        ((m["source"], f"{m['rows']:,}", f"{m['row_share']:.1%}", f"{m['tokens']:,}", f"{m['token_share']:.1%}") for m in mixture),
+        (
+            (m["source"], f"{m['rows']:,}", f"{m['row_share']:.1%}", f"{m['tokens']:,}", f"{m['token_share']:.1%}")
+            for m in mixture
+        ),
         (1, 2, 3, 4),
     )

@@ -56,7 +56,15 @@ def make_row(
     meta: dict | None = None,
 ) -> Row:
     """A row with its id. `row` counts from 1 inside `file`."""
-    made: Row = {"id": "", "source": source, "file": file, "row": row, "kind": kind, "messages": messages, "tools": tools}
+    made: Row = {
+        "id": "",
+        "source": source,
+        "file": file,
+        "row": row,
+        "kind": kind,
+        "messages": messages,
+        "tools": tools,
+    }
     if kind == "preference":
         made["chosen"], made["rejected"] = chosen or [], rejected or []
     if kind == "kto":
@@ -98,7 +106,11 @@ def map_contents(row: Row, change: Callable[[str], str]) -> Row:
 def text_of(row: Row) -> str:
     """The whole example as one text: system prompt, question, tools and answers, for comparing rows with each other."""
     parts = [message.get("content") or "" for message in all_messages(row)]
-    parts += [json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True) for message in row["messages"] if message.get("tool_calls")]
+    parts += [
+        json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
+        for message in row["messages"]
+        if message.get("tool_calls")
+    ]
     if row.get("tools"):
         parts.append(row["tools"])
     return "\n".join(parts)
@@ -106,7 +118,11 @@ def text_of(row: Row) -> str:
 
 def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
     """The start of an example for people: without the system prompt, which every row of a set may share."""
-    parts = [message.get("content") or json.dumps(message.get("tool_calls") or "") for message in all_messages(row) if message["role"] != "system"]
+    parts = [
+        message.get("content") or json.dumps(message.get("tool_calls") or "")
+        for message in all_messages(row)
+        if message["role"] != "system"
+    ]
     return "\n".join(parts)[:chars]
 
 
@@ -179,7 +195,9 @@ class Table:
             self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", compression_level=1)
         for batch in batches(self._held):
             texts = [_compact(row) for row in batch]
-            columns = [pa.array([row[name] for row in batch], pa.string()) for name in ("id", "source")] + [pa.array(texts, pa.large_string())]
+            columns = [pa.array([row[name] for row in batch], pa.string()) for name in ("id", "source")] + [
+                pa.array(texts, pa.large_string())
+            ]
             self._writer.write_table(pa.table(columns, schema=self._writer.schema))
         self._held = []
 
@@ -235,7 +253,12 @@ class StepReport:
         """Count a removed row, keep the first as example, and write it to rejected.jsonl when there is a writer."""
         self.dropped[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = {"file": row.get("file", ""), "row": row.get("row", 0), "detail": detail, "text": shown(row)}
+            self.examples[reason] = {
+                "file": row.get("file", ""),
+                "row": row.get("row", 0),
+                "detail": detail,
+                "text": shown(row),
+            }
         if self.rejects is not None:
             self.rejects.add(row.get("file", ""), row.get("row", 0), reason, detail, step=self.step, invalid=False)
 
@@ -274,7 +297,9 @@ class Rejects:
         self._file: Any = None
         self._begun = False
 
-    def add(self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True) -> None:
+    def add(
+        self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True
+    ) -> None:
         if isinstance(file, Path):
             file = self.names.get(file, file.name)
         (self.invalid if invalid else self.removed)[reason] += 1
@@ -324,7 +349,9 @@ class Rejects:
             )
         if self.removed:
             reason, count = self.removed.most_common(1)[0]
-            raise TunebookError(f"No row of {what} is left: {count:,} were removed for {reason!r}. Loosen that setting, or bring more data.")
+            raise TunebookError(
+                f"No row of {what} is left: {count:,} were removed for {reason!r}. Loosen that setting, or bring more data."
+            )
         raise TunebookError(f"{what} holds no rows; name a file that has some.")
 
     def flush(self) -> None:

@@ -66,9 +66,7 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
     return mix(hashes), offsets, classes[starts] == UNSPACED
 
 
-def shingles(
-    texts: list[str], words: int = 3, chars: int = 5, symbols: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def shingles(texts: list[str], words: int = 3, chars: int = 5, symbols: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the shingles of every text, in order, repeats included: (uint64 (shingles,), int64 (texts + 1,)).
 
     A text of fewer than `words` tokens is one shingle; one without tokens has none.

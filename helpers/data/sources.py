@@ -23,7 +23,9 @@ from helpers.errors import TunebookError
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENTS = (".md", ".markdown", ".html", ".htm", ".pdf", ".docx")
 COMPRESSED = (".gz", ".zst")
-HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<subset>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?")
+HUB = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<subset>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def find(spec: str, info: str = "") -> list[Source]:
     """
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
-        raise TunebookError("No dataset is named; give files, folders, globs, dataset_info names or hub ids, separated by commas.")
+        raise TunebookError(
+            "No dataset is named; give files, folders, globs, dataset_info names or hub ids, separated by commas."
+        )
     named = _named_sets(info)
     found: list[Source] = []
     for part in parts:
@@ -84,7 +88,9 @@ def names(found: list[Source]) -> dict[Path, str]:
             called.setdefault(source.file.name, set()).add(source.file.absolute())
     shared = {name: Path(os.path.commonpath(files)) if len(files) > 1 else None for name, files in called.items()}
     return {
-        source.file: str(source.file.absolute().relative_to(folder)) if (folder := shared[source.file.name]) else source.file.name
+        source.file: str(source.file.absolute().relative_to(folder))
+        if (folder := shared[source.file.name])
+        else source.file.name
         for source in found
         if source.file is not None
     }
@@ -113,18 +119,37 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
         return [source for file in _files_in(path) for source in _of_file(file)]
     if path is not None:
         if not _readable(path):
-            raise TunebookError(f"{path.name} is of a kind that is not read as data; {', '.join(RECORDS + DOCUMENTS)} are, also with .gz or .zst.")
+            raise TunebookError(
+                f"{path.name} is of a kind that is not read as data; {', '.join(RECORDS + DOCUMENTS)} are, also with .gz or .zst."
+            )
         return _of_file(path)
     match = HUB.fullmatch(part)
     if any(sign in part for sign in "*?[") and not match:
         for root in (Path.cwd(), runtime.PROJECT):
             pattern = Path(part).expanduser()
-            files = sorted((pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))) or root.glob(part))
+            files = sorted(
+                (pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+                or root.glob(part)
+            )
             if files := [file for file in files if file.is_file() and _readable(file)]:
                 return [source for file in files for source in _of_file(file)]
-        raise TunebookError(f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()}).")
-    if match and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED and not part.startswith(("datasets/", "data/", ".")):
-        return [Source(match["id"], hub=match["id"], revision=match["revision"] or "", subset=match["subset"] or "", split=match["split"] or "train")]
+        raise TunebookError(
+            f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()})."
+        )
+    if (
+        match
+        and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED
+        and not part.startswith(("datasets/", "data/", "."))
+    ):
+        return [
+            Source(
+                match["id"],
+                hub=match["id"],
+                revision=match["revision"] or "",
+                subset=match["subset"] or "",
+                split=match["split"] or "train",
+            )
+        ]
     raise TunebookError(
         f"The dataset {part!r} is not there: no such file, folder or hub id, and no set of that name in dataset_info.json.{_near(part, named)}"
     )
@@ -143,7 +168,11 @@ def _readable(file: Path) -> bool:
 
 def _files_in(folder: Path) -> list[Path]:
     """The files below a folder that can be read, hidden ones left out."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
     known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
     if not known:
         raise TunebookError(
@@ -168,7 +197,9 @@ def _of_entry(entry: dataset_info.Entry) -> list[Source]:
     if entry.problem:
         raise TunebookError(entry.problem)
     if entry.media:
-        raise TunebookError(f"The set {entry.name!r} has pictures, videos or sounds ({', '.join(entry.media)}); only text can be prepared here.")
+        raise TunebookError(
+            f"The set {entry.name!r} has pictures, videos or sounds ({', '.join(entry.media)}); only text can be prepared here."
+        )
     if entry.file is not None:
         if not entry.file.exists():
             raise TunebookError(
@@ -177,13 +208,21 @@ def _of_entry(entry: dataset_info.Entry) -> list[Source]:
             )
         files = _files_in(entry.file) if entry.file.is_dir() else [entry.file]
         if entry.num_samples and len(files) > 1:
-            raise TunebookError(f"The set {entry.name!r} takes num_samples of a folder of {len(files)} files; name one file, or leave it out.")
+            raise TunebookError(
+                f"The set {entry.name!r} takes num_samples of a folder of {len(files)} files; name one file, or leave it out."
+            )
         return [Source(entry.name, file=file, shape=entry.shape, limit=entry.num_samples) for file in files]
     if not entry.hub:
         raise TunebookError(f"The set {entry.name!r} has no hf_hub_url; only files and the Hugging Face hub are read.")
     return [
         Source(
-            entry.name, hub=entry.hub, subset=entry.subset, split=entry.split, folder=entry.folder, shape=entry.shape, limit=entry.num_samples
+            entry.name,
+            hub=entry.hub,
+            subset=entry.subset,
+            split=entry.split,
+            folder=entry.folder,
+            shape=entry.shape,
+            limit=entry.num_samples,
         )
     ]
 
@@ -206,7 +245,11 @@ def _hub(source: Source) -> Iterator[tuple[int, dict]]:
     what = source.hub + (f"@{source.revision}" if source.revision else "")
     try:
         table = datasets.load_dataset(
-            source.hub, source.subset or None, data_dir=source.folder or None, split=source.split, revision=source.revision or None
+            source.hub,
+            source.subset or None,
+            data_dir=source.folder or None,
+            split=source.split,
+            revision=source.revision or None,
         )
     except Exception as error:  # the library raises many kinds; each ends here with its own words
         reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__

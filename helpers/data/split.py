@@ -56,7 +56,11 @@ class Groups:
 
 
 def split(
-    rows: Iterable[list[Row]], eval_share: float = 0.05, test_share: float = 0.0, group_by: str = "", together: Iterable[tuple[str, str]] = ()
+    rows: Iterable[list[Row]],
+    eval_share: float = 0.05,
+    test_share: float = 0.0,
+    group_by: str = "",
+    together: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Table]:
     """Tables of train, eval and test rows. Plain text asks no question, so none of it goes to the test split.
 
@@ -76,7 +80,9 @@ def split(
                 groups.join(row["id"], value)
         if not found and len(table):
             columns = sorted(next(table.rows())["meta"])
-            raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {', '.join(columns) or 'none'}.")
+            raise TunebookError(
+                f"No row has the column {group_by!r} that group_by names; the other columns are {', '.join(columns) or 'none'}."
+            )
     tables = {name: Table() for name in SPLITS}
     for batch in table:
         parts: dict[str, list[Row]] = {name: [] for name in SPLITS}

@@ -75,7 +75,9 @@ def reject_queries(
         conn.close()
 
 
-def _tried(conn: sqlite3.Connection, gold: str, truth: runner.Result, queries: Iterable[str], limits: dict) -> list[tuple[int, float, str, str]]:
+def _tried(
+    conn: sqlite3.Connection, gold: str, truth: runner.Result, queries: Iterable[str], limits: dict
+) -> list[tuple[int, float, str, str]]:
     """Wrong candidates as (rank, distance, query, why); lower is better."""
     tried, seen = [], {" ".join(gold.split())}
     for _, query in zip(range(MAX_CANDIDATES), queries, strict=False):
@@ -101,7 +103,10 @@ def _pick(tried: list[tuple[int, float, str, str]], rng: random.Random) -> tuple
 def _difference(right: list[tuple], wrong: list[tuple]) -> str:
     if len(right) != len(wrong):
         return f"it gives {len(wrong)} rows instead of {len(right)}"
-    first = next(((a, b) for a, b in zip(right, wrong, strict=True) if a != b), (right[0] if right else (), wrong[0] if wrong else ()))
+    first = next(
+        ((a, b) for a, b in zip(right, wrong, strict=True) if a != b),
+        (right[0] if right else (), wrong[0] if wrong else ()),
+    )
     return f"it gives {str(first[1])[:80]} instead of {str(first[0])[:80]}"
 
 
@@ -120,7 +125,10 @@ def planted_mistakes(database: str | Path, seed: int = 17) -> Candidates:
     try:
         conn.set_authorizer(None)
         tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
-        columns = {t.lower(): [c[1] for c in conn.execute(f'PRAGMA table_info("{t.replace(chr(34), chr(34) * 2)}")')] for t in tables}
+        columns = {
+            t.lower(): [c[1] for c in conn.execute(f'PRAGMA table_info("{t.replace(chr(34), chr(34) * 2)}")')]
+            for t in tables
+        }
     finally:
         conn.close()
     if not columns:
@@ -188,7 +196,9 @@ def _mistakes(tree: Any, columns: dict[str, list[str]], rng: random.Random) -> I
             copy = node.copy()
             copy.set("desc", not node.args.get("desc"))
             yield changed(node, copy)
-        elif isinstance(node, (exp.Where, exp.Having, exp.Limit, exp.Order, exp.Distinct)) and not isinstance(node.parent, exp.Count):
+        elif isinstance(node, (exp.Where, exp.Having, exp.Limit, exp.Order, exp.Distinct)) and not isinstance(
+            node.parent, exp.Count
+        ):
             if isinstance(node.parent, exp.Select):
                 yield changed(node, None)
         elif isinstance(node, exp.Join) and node.args.get("side") == "LEFT":

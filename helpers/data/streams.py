@@ -33,7 +33,9 @@ class Unpacked(io.RawIOBase):
         self.packed_bytes = max(1, file.stat().st_size) if file.suffix.lower() in (".gz", ".zst") else 0
         head = self._take(4)
         self.decode, skip = _encoding(head)
-        self.pending = head[skip:] if self.decode is None else self.decode.decode(head[skip:]).encode("utf-8", "surrogatepass")
+        self.pending = (
+            head[skip:] if self.decode is None else self.decode.decode(head[skip:]).encode("utf-8", "surrogatepass")
+        )
         self.lines: list[bytes] = []
 
     def _take(self, size: int) -> bytes:
@@ -112,7 +114,9 @@ def _open(file: Path) -> Any:
     if file.suffix.lower() == ".zst":
         import zstandard
 
-        return _Packed(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), 2**10)  # one KiB of zstd unpacks to 32 MiB at most
+        return _Packed(
+            raw, lambda: zstandard.ZstdDecompressor().decompressobj(), 2**10
+        )  # one KiB of zstd unpacks to 32 MiB at most
     return raw
 
 

@@ -30,10 +30,15 @@ ASK_JUDGE = (
     "Question:\n{question}\n\nReference answer:\n{reference}\n\nAnswer to judge:\n{answer}\n\n"
     "How correct and complete is the answer, from 1 (wrong) to 10 (as good as the reference)?"
 )
-JUDGE_SCHEMA = {"type": "object", "properties": {"score": {"type": "integer", "enum": list(range(1, 11))}}, "required": ["score"]}
+JUDGE_SCHEMA = {
+    "type": "object",
+    "properties": {"score": {"type": "integer", "enum": list(range(1, 11))}},
+    "required": ["score"],
+}
 ANSWER_SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 MENTIONS_DOCUMENT = re.compile(
-    r"\b(the|this|that|above|given|provided)\s+(text|passage|document|excerpt|article|paragraph)\b|本文|上文|文中|该文|这篇文章", re.IGNORECASE
+    r"\b(the|this|that|above|given|provided)\s+(text|passage|document|excerpt|article|paragraph)\b|本文|上文|文中|该文|这篇文章",
+    re.IGNORECASE,
 )
 GROUNDED = 0.5  # share of an answer's words that the document must hold
 
@@ -58,7 +63,11 @@ class Settings:
 
 
 def question_answers(
-    documents: Iterable[list[Row]], report: StepReport, endpoint: Endpoint, journal: str | Path, settings: Settings = Settings()
+    documents: Iterable[list[Row]],
+    report: StepReport,
+    endpoint: Endpoint,
+    journal: str | Path,
+    settings: Settings = Settings(),
 ) -> Iterator[list[Row]]:
     """Question-answer rows from text rows. `journal`: a file that keeps the answers; the same file resumes the job.
 
@@ -131,9 +140,18 @@ def _pair_requests(documents: Iterable[list[Row]], settings: Settings) -> Iterat
     for batch in documents:
         for row in batch:
             if row["kind"] != "text":
-                raise TunebookError(f"Row {row['row']} of {row['file']} is a {row['kind']} row; questions are made from documents (format 'text').")
+                raise TunebookError(
+                    f"Row {row['row']} of {row['file']} is a {row['kind']} row; questions are made from documents (format 'text')."
+                )
             content = ASK_PAIRS.format(count=count, text=text_of(row))
-            yield Request([{"role": "user", "content": content}], schema, settings.max_tokens, settings.temperature, settings.seed, tag=row)
+            yield Request(
+                [{"role": "user", "content": content}],
+                schema,
+                settings.max_tokens,
+                settings.temperature,
+                settings.seed,
+                tag=row,
+            )
 
 
 def _pairs(table: Table, report: StepReport, endpoint: Endpoint, book: Journal, settings: Settings) -> Iterator[Row]:
@@ -180,7 +198,14 @@ def _sample_requests(questions: Iterable[list[Row]], settings: Settings) -> Iter
         for row in batch:
             prompt = [{"role": m["role"], "content": m.get("content") or ""} for m in row["messages"][:-1]]
             for sample in range(settings.samples):
-                yield Request(prompt, ANSWER_SCHEMA, settings.max_tokens, max(settings.temperature, 0.7), settings.seed + sample, tag=row)
+                yield Request(
+                    prompt,
+                    ANSWER_SCHEMA,
+                    settings.max_tokens,
+                    max(settings.temperature, 0.7),
+                    settings.seed + sample,
+                    tag=row,
+                )
 
 
 def _preferences(
@@ -193,7 +218,9 @@ def _preferences(
             continue
         row, drawn_now, drawn = reply.request.tag, drawn, []
         report.seen += 1
-        answers = list(dict.fromkeys(r.value["answer"].strip() for r in drawn_now if not r.error and r.value["answer"].strip()))
+        answers = list(
+            dict.fromkeys(r.value["answer"].strip() for r in drawn_now if not r.error and r.value["answer"].strip())
+        )
         if len(answers) < 2:
             errors = Counter(r.error for r in drawn_now if r.error)
             report.drop(row, "fewer than two different answers", next(iter(errors), ""))
@@ -215,7 +242,10 @@ def _preferences(
                 row=row["row"],
                 chosen=[{"role": "assistant", "content": answers[best]}],
                 rejected=[{"role": "assistant", "content": answers[worst]}],
-                meta={"scores": [round(scores[best], 3), round(scores[worst], 3)], "origin": f"synthetic: {endpoint.model}"},
+                meta={
+                    "scores": [round(scores[best], 3), round(scores[worst], 3)],
+                    "origin": f"synthetic: {endpoint.model}",
+                },
             )
 
 
@@ -225,7 +255,12 @@ def _scores(row: Row, answers: list[str], judge: Judge | Endpoint, book: Journal
     if not isinstance(judge, Endpoint):
         return [float(judge(question, reference, answer)) for answer in answers]
     asked = [
-        Request([{"role": "user", "content": ASK_JUDGE.format(question=question, reference=reference, answer=answer)}], JUDGE_SCHEMA, 32, 0.0)
+        Request(
+            [{"role": "user", "content": ASK_JUDGE.format(question=question, reference=reference, answer=answer)}],
+            JUDGE_SCHEMA,
+            32,
+            0.0,
+        )
         for answer in answers
     ]
     replies = list(_counted(ask_all(judge, asked, book), report))
@@ -235,7 +270,11 @@ def _scores(row: Row, answers: list[str], judge: Judge | Endpoint, book: Journal
 def _with_judging(planned: Estimate, judge: Endpoint, table: Table, settings: Settings) -> Estimate:
     """The estimate with one mark asked for each sample; the answers to come are taken at their longest."""
     sample = "x" * int(settings.max_tokens * 3.5)
-    texts = (ASK_JUDGE.format(question=text_of(row), reference="", answer=sample) for row in table.rows() for _ in range(settings.samples))
+    texts = (
+        ASK_JUDGE.format(question=text_of(row), reference="", answer=sample)
+        for row in table.rows()
+        for _ in range(settings.samples)
+    )
     more = estimate(judge, (Request([{"role": "user", "content": text}], JUDGE_SCHEMA, 32, 0.0) for text in texts))
     return Estimate(
         planned.requests + more.requests,

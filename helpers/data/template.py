@@ -60,11 +60,22 @@ class Template:
             ("end of turn", " or ".join(f"{self.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in self.end_ids)),
             ("generation prompt", repr(self.generation_prompt)),
             ("added before the answer", repr(self.before_answer) if self.before_answer else "nothing"),
-            ("system prompt when a row has none", repr(self.default_system) if self.default_system else "none is added"),
+            (
+                "system prompt when a row has none",
+                repr(self.default_system) if self.default_system else "none is added",
+            ),
             ("accepts a system message", yes[self.takes_system]),
-            ("shows tool lists / calls / results", " / ".join(yes[v] for v in (self.shows_tools, self.shows_tool_calls, self.shows_tool_results))),
+            (
+                "shows tool lists / calls / results",
+                " / ".join(yes[v] for v in (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)),
+            ),
             ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
-            ("beginning of sequence", "written by the template" if not self.adds_bos else "the tokenizer would add one; the template writes none"),
+            (
+                "beginning of sequence",
+                "written by the template"
+                if not self.adds_bos
+                else "the tokenizer would add one; the template writes none",
+            ),
         ]
 
     def _repr_html_(self) -> str:
@@ -83,19 +94,28 @@ def inspect(tokenizer: Any) -> Template:
     assistant's turn with no special token: a model trained with it could not learn to stop.
     """
     if not tokenizer.chat_template:
-        raise TunebookError("The tokenizer has no chat template; choose an instruct model, or give its folder a chat_template.jinja.")
+        raise TunebookError(
+            "The tokenizer has no chat template; choose an instruct model, or give its folder a chat_template.jinja."
+        )
     if isinstance(tokenizer.chat_template, dict):
-        raise TunebookError("The tokenizer has several chat templates under names; keep the one to train with as chat_template.jinja.")
+        raise TunebookError(
+            "The tokenizer has several chat templates under names; keep the one to train with as chat_template.jinja."
+        )
     added = tokenizer.added_tokens_decoder
     special = {i: str(token) for i, token in added.items() if token.special} | {
         tokenizer.convert_tokens_to_ids(t): t for t in tokenizer.all_special_tokens
     }
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or r"(?!)")
+    pattern = re.compile(
+        "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or r"(?!)"
+    )
     question, answer = {"role": "user", "content": "QQQ"}, {"role": "assistant", "content": "AAA"}
 
     def probe(messages: list[dict], tools: list | None = None, generation: bool = False) -> str:
         with guarded(PROBE_SECONDS):
-            return _checked(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation), messages)
+            return _checked(
+                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation),
+                messages,
+            )
 
     def attempt(messages: list[dict], tools: list | None = None) -> str:
         with contextlib.suppress(RowError):
@@ -109,7 +129,9 @@ def inspect(tokenizer: Any) -> Template:
             f"The chat template cannot render a question and an answer: {error.detail}. Choose another model, or mend the template."
         ) from None
     if "AAA" not in full or "QQQ" not in full:
-        raise TunebookError("The chat template leaves out the question or the answer; choose another model, or mend the template.")
+        raise TunebookError(
+            "The chat template leaves out the question or the answer; choose another model, or mend the template."
+        )
     ends = [match.group() for match in [pattern.search(full, full.rindex("AAA"))] if match]
     if not ends:
         raise TunebookError(
@@ -117,12 +139,20 @@ def inspect(tokenizer: Any) -> Template:
             "choose an instruct model, or mend the template."
         )
     call = {"type": "function", "function": {"name": "FFF", "arguments": {"KKK": "VVV"}}}
-    tool = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "TTT", "description": "DDD", "parameters": {"type": "object", "properties": {}}},
+    }
     called = attempt([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
     if "FFF" in called and "VVV" in called and (match := pattern.search(called, called.rindex("VVV"))):
         ends.append(match.group())
     result = attempt(
-        [question, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "RRR", "name": "FFF"}, answer]
+        [
+            question,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "RRR", "name": "FFF"},
+            answer,
+        ]
     )
     thought = attempt([question, {"role": "assistant", "content": "<think>HHH</think>AAA"}, question, answer])
     system = attempt([{"role": "system", "content": "SSS"}, question])
@@ -158,14 +188,18 @@ def _without_roles(head: str, plain: str) -> str:
     return words.strip()
 
 
-def render(template: Template, conversations: list[tuple[list[dict], str | None]], generation: bool = False) -> list[str | RowError]:
+def render(
+    template: Template, conversations: list[tuple[list[dict], str | None]], generation: bool = False
+) -> list[str | RowError]:
     """Each (messages, tools as JSON text) as the tokenizer's own template writes it; a RowError where it refuses."""
     plain = all(tools is None for _, tools in conversations)
     tokenizer = template.tokenizer
     if plain and conversations:
         try:
             with guarded(BATCH_SECONDS):
-                texts = tokenizer.apply_chat_template([messages for messages, _ in conversations], tokenize=False, add_generation_prompt=generation)
+                texts = tokenizer.apply_chat_template(
+                    [messages for messages, _ in conversations], tokenize=False, add_generation_prompt=generation
+                )
             return [_checked(text, messages) for text, (messages, _) in zip(texts, conversations, strict=True)]
         except RowError:
             pass  # one conversation that the template refuses fails the whole batch: take them one by one
@@ -176,14 +210,20 @@ def _render_one(tokenizer: Any, messages: list[dict], tools: str | None, generat
     try:
         with guarded(PROBE_SECONDS):
             listed = json.loads(tools) if tools else None
-            return _checked(tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, add_generation_prompt=generation), messages)
+            return _checked(
+                tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, add_generation_prompt=generation),
+                messages,
+            )
     except RowError as error:
         return error
 
 
 def _checked(text: str, messages: list[dict]) -> str:
     if len(text) > MAX_ADDED and len(text) > MAX_ADDED + MAX_GROWTH * sum(len(str(m)) for m in messages):
-        raise RowError("template refused", f"the template wrote {len(text):,} characters; that is no rendering of this conversation")
+        raise RowError(
+            "template refused",
+            f"the template wrote {len(text):,} characters; that is no rendering of this conversation",
+        )
     return text
 
 
@@ -224,7 +264,9 @@ def guarded(seconds: float) -> Iterator[None]:
         OverflowError,
         RecursionError,
     ) as error:
-        raise RowError("template refused", f"the chat template says: {str(error)[:200] or type(error).__name__}") from None
+        raise RowError(
+            "template refused", f"the chat template says: {str(error)[:200] or type(error).__name__}"
+        ) from None
     finally:
         if timed:
             signal.setitimer(signal.ITIMER_REAL, 0)

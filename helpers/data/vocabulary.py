@@ -63,7 +63,9 @@ def candidates(tokenizer: Any, counts: Counter, tokens: int, limit: int = 20) ->
     for word, pieces in zip(words, _lengths(tokenizer, [" " + word for word in words]), strict=True):
         if pieces >= LEAST_PIECES:
             saved = counts[word] * (pieces - 2)
-            found.append({"word": word, "count": counts[word], "pieces": pieces, "saves": round(saved / max(tokens, 1), 5)})
+            found.append(
+                {"word": word, "count": counts[word], "pieces": pieces, "saves": round(saved / max(tokens, 1), 5)}
+            )
     return sorted(found, key=lambda entry: (-entry["saves"], entry["word"]))[:limit]
 
 
@@ -84,9 +86,15 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[
     known = tokenizer.get_vocab()
     for token in tokens:
         if token != token.strip() or len(token) > 100:
-            raise TunebookError(f"{token[:100]!r} cannot become a token: white space at its ends, or longer than 100 characters; correct add_tokens.")
-        if len(pieces := _pieces(tokenizer, token)) == 1 and (token in known or tokenizer.decode(pieces).strip() == token):
-            raise TunebookError(f"{token!r} is a token of this tokenizer already (id {pieces[0]}); leave it out of add_tokens.")
+            raise TunebookError(
+                f"{token[:100]!r} cannot become a token: white space at its ends, or longer than 100 characters; correct add_tokens."
+            )
+        if len(pieces := _pieces(tokenizer, token)) == 1 and (
+            token in known or tokenizer.decode(pieces).strip() == token
+        ):
+            raise TunebookError(
+                f"{token!r} is a token of this tokenizer already (id {pieces[0]}); leave it out of add_tokens."
+            )
     if not tokens:
         return []
     from tokenizers import AddedToken
@@ -171,7 +179,9 @@ def _figures(tokenizer: Any, texts: list[str], characters: int, common: list[tup
         "tokens_per_character": round(tokens / characters, 4),
         "bytes_per_token": round(size / max(tokens, 1), 3),
         "unknown_share": round(unknown / max(tokens, 1), 6),
-        "pieces_per_word": round(sum(n * count for n, (_, count) in zip(lengths, common, strict=True)) / max(words, 1), 3),
+        "pieces_per_word": round(
+            sum(n * count for n, (_, count) in zip(lengths, common, strict=True)) / max(words, 1), 3
+        ),
     }
 
 

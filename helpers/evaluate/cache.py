@@ -14,8 +14,20 @@ from helpers.runs import hash_json, sha256_file
 
 _KNOWN_HASHES: dict[tuple[str, int, int], str] = {}
 # What decides a model folder's answers; a README or a training log does not.
-_ANSWERING = (".safetensors", ".gguf", ".model", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-              "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.json", "generation_config.json")
+_ANSWERING = (
+    ".safetensors",
+    ".gguf",
+    ".model",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class Store:
@@ -23,6 +35,7 @@ class Store:
 
     def __init__(self, folder: Path, key: str):
         from helpers.runs import disk_error
+
         self.path = Path(folder) / f"{key[:24]}.jsonl"
         self._values: dict[str, Any] = {}
         try:
@@ -44,6 +57,7 @@ class Store:
 
     def put(self, key: str, value: Any) -> None:
         from helpers.runs import disk_error
+
         line = json.dumps({"k": key, "v": value}, ensure_ascii=False)
         try:
             with open(self.path, "ab") as file:
@@ -62,7 +76,9 @@ def key(*parts: Any) -> str:
 def content(path: Path) -> str:
     """sha256 over a model file, or over the files of a model or adapter folder that decide its answers."""
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_ANSWERING))
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_ANSWERING))
+    )
     return hash_json([[f.name, _hash(f)] for f in files])
 
 

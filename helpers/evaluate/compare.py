@@ -33,10 +33,19 @@ def share(values: Sequence[float | bool | None], unit: str = "share") -> dict[st
     if not known:
         return {"value": None, "low": None, "high": None, "n": 0, "method": "none", "unit": unit}
     low, high = wilson(sum(known), len(known))
-    return {"value": sum(known) / len(known), "low": low, "high": high, "n": len(known), "method": "wilson", "unit": unit}
+    return {
+        "value": sum(known) / len(known),
+        "low": low,
+        "high": high,
+        "n": len(known),
+        "method": "wilson",
+        "unit": unit,
+    }
 
 
-def mean(values: Sequence[float | None], unit: str = "share", clusters: Sequence[str] | None = None, seed: int = 17) -> dict[str, Any]:
+def mean(
+    values: Sequence[float | None], unit: str = "share", clusters: Sequence[str] | None = None, seed: int = 17
+) -> dict[str, Any]:
     """Mean of continuous scores with a bootstrap interval, resampled by cluster where given; undefined ones left out."""
     kept = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
     if not kept:
@@ -44,10 +53,19 @@ def mean(values: Sequence[float | None], unit: str = "share", clusters: Sequence
     known = np.array([values[i] for i in kept], float)
     groups = [clusters[i] for i in kept] if clusters is not None and len(set(clusters)) > 1 else None
     low, high = interval(known, seed, clusters=groups)
-    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known), "method": "cluster" if groups else "bootstrap", "unit": unit}
+    return {
+        "value": float(known.mean()),
+        "low": low,
+        "high": high,
+        "n": len(known),
+        "method": "cluster" if groups else "bootstrap",
+        "unit": unit,
+    }
 
 
-def bootstrap(values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Sequence[str] | None = None) -> np.ndarray:
+def bootstrap(
+    values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Sequence[str] | None = None
+) -> np.ndarray:
     """Means of `resamples` resamples of values (items,): items drawn with replacement, or whole clusters of them."""
     rng = np.random.default_rng(seed)
     values = np.asarray(values, np.float64)
@@ -62,11 +80,13 @@ def bootstrap(values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, cl
     for start in range(0, resamples, step):
         index = rng.integers(0, n, (min(step, resamples - start), n), dtype=np.int32)
         total = sums[index].sum(1)
-        found[start:start + len(index)] = total / (n if sizes is None else sizes[index].sum(1))
+        found[start : start + len(index)] = total / (n if sizes is None else sizes[index].sum(1))
     return found
 
 
-def interval(values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Sequence[str] | None = None) -> tuple[float, float]:
+def interval(
+    values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Sequence[str] | None = None
+) -> tuple[float, float]:
     """Percentile interval of the mean."""
     low, high = np.quantile(bootstrap(values, seed, resamples, clusters), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -75,6 +95,7 @@ def interval(values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clu
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p-value that wins and losses are equally likely, given the items on which the two differ."""
     from scipy.stats import binomtest
+
     return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
 
 
@@ -99,7 +120,7 @@ def standard_error(values: Sequence[float], clusters: Sequence[str] | None = Non
     _, owner = np.unique(np.asarray(clusters), return_inverse=True)
     totals = np.bincount(owner, x - x.mean())
     count = len(totals)
-    return float(math.sqrt((totals ** 2).sum() * count / (count - 1)) / n)
+    return float(math.sqrt((totals**2).sum() * count / (count - 1)) / n)
 
 
 def detectable(differences: Sequence[float], clusters: Sequence[str] | None = None) -> float:
@@ -116,14 +137,25 @@ def detectable(differences: Sequence[float], clusters: Sequence[str] | None = No
     return min(1.0, POWER_FACTOR * standard_error(x, clusters))
 
 
-def pair(baseline: str, contender: str, a: Sequence[float | None], b: Sequence[float | None], metric: str = "accuracy",
-         clusters: Sequence[str] | None = None, seed: int = 17) -> dict[str, Any] | None:
+def pair(
+    baseline: str,
+    contender: str,
+    a: Sequence[float | None],
+    b: Sequence[float | None],
+    metric: str = "accuracy",
+    clusters: Sequence[str] | None = None,
+    seed: int = 17,
+) -> dict[str, Any] | None:
     """One comparison of `schema`: contender b minus baseline a, on the items where both have a score; None when there are none."""
     both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
     if not both:
         return None
     x, y = (np.array([s[i] for i in both], float) for s in (a, b))
-    groups = [clusters[i] for i in both] if clusters is not None and 1 < len({clusters[i] for i in both}) < len(both) else None
+    groups = (
+        [clusters[i] for i in both]
+        if clusters is not None and 1 < len({clusters[i] for i in both}) < len(both)
+        else None
+    )
     difference = y - x
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
     draws = bootstrap(difference, seed, clusters=groups)
@@ -136,9 +168,24 @@ def pair(baseline: str, contender: str, a: Sequence[float | None], b: Sequence[f
     else:
         tail = min((draws <= 0).mean(), (draws >= 0).mean())
         p, test = float(min(1.0, 2 * max(tail, 1 / len(draws)))), "paired bootstrap" + (" by cluster" if groups else "")
-    return {"metric": metric, "baseline": baseline, "contender": contender, "n": len(both), "difference": float(difference.mean()),
-            "low": low, "high": high, "wins": wins, "losses": losses, "ties": len(both) - wins - losses, "p": p, "p_holm": p, "test": test,
-            "detectable": detectable(difference, groups), "verdict": "", "sentence": ""}
+    return {
+        "metric": metric,
+        "baseline": baseline,
+        "contender": contender,
+        "n": len(both),
+        "difference": float(difference.mean()),
+        "low": low,
+        "high": high,
+        "wins": wins,
+        "losses": losses,
+        "ties": len(both) - wins - losses,
+        "p": p,
+        "p_holm": p,
+        "test": test,
+        "detectable": detectable(difference, groups),
+        "verdict": "",
+        "sentence": "",
+    }
 
 
 def settle(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,15 +208,19 @@ def verdict(one: dict[str, Any]) -> str:
 
 
 def sentence(one: dict[str, Any]) -> str:
-    """"better by 31 points, 95 % interval 24 to 38; n = 180"."""
+    """ "better by 31 points, 95 % interval 24 to 38; n = 180"."""
     points, n = 100 * one["difference"], one["n"]
     if one["verdict"] == "identical":
         return f"identical on every item; n = {n}, a true difference under {_points(100 * one['detectable'])} points could hide here"
     if one["verdict"] == "no clear difference":
-        return (f"no clear difference ({points:+.1f} points, 95 % interval {_points(100 * one['low'])} to {_points(100 * one['high'])}; n = {n}; "
-                f"this sample shows differences from {_points(100 * one['detectable'])} points)")
+        return (
+            f"no clear difference ({points:+.1f} points, 95 % interval {_points(100 * one['low'])} to {_points(100 * one['high'])}; n = {n}; "
+            f"this sample shows differences from {_points(100 * one['detectable'])} points)"
+        )
     low, high = sorted((abs(100 * one["low"]), abs(100 * one["high"])))
-    return f"{one['verdict']} by {_points(abs(points))} points, 95 % interval {_points(low)} to {_points(high)}; n = {n}"
+    return (
+        f"{one['verdict']} by {_points(abs(points))} points, 95 % interval {_points(low)} to {_points(high)}; n = {n}"
+    )
 
 
 def _points(value: float) -> str:

@@ -25,7 +25,7 @@ def overlap(questions: Sequence[str], training: Sequence[str]) -> np.ndarray:
     mine, ends = shingles(list(questions), GRAM, GRAM, symbols=False)
     found = np.zeros(len(questions))
     for i in range(len(questions)):
-        grams = np.unique(mine[ends[i]:ends[i + 1]])
+        grams = np.unique(mine[ends[i] : ends[i + 1]])
         first, last = np.searchsorted(flat, grams, "left"), np.searchsorted(flat, grams, "right")
         holders = [np.unique(owner[a:b]) for a, b in zip(first, last, strict=True) if b > a]
         if holders:
@@ -36,10 +36,20 @@ def overlap(questions: Sequence[str], training: Sequence[str]) -> np.ndarray:
 def check(questions: Sequence[str], parquet: Path, share: float = SHARE) -> tuple[list[bool], dict[str, Any]]:
     """(contaminated or not per question, the record for scores.json without its scores) against a train.parquet of stage 01."""
     import pyarrow.parquet as pq
+
     texts = []
     for cell in pq.read_table(parquet, columns=["messages"]).column("messages").to_pylist():
         messages = json.loads(cell) if isinstance(cell, str) else cell
         spoken = [m.get("content") or "" for m in messages if m["role"] != "system"]
-        texts += ["\n".join(spoken), *(spoken if len(spoken) > 1 else [])]  # whole messages too: short questions are one gram
+        texts += [
+            "\n".join(spoken),
+            *(spoken if len(spoken) > 1 else []),
+        ]  # whole messages too: short questions are one gram
     held = overlap(questions, texts) >= share
-    return held.tolist(), {"n": len(questions), "contaminated": int(held.sum()), "threshold": share, "ngram": GRAM, "reference": "train.parquet"}
+    return held.tolist(), {
+        "n": len(questions),
+        "contaminated": int(held.sum()),
+        "threshold": share,
+        "ngram": GRAM,
+        "reference": "train.parquet",
+    }

@@ -53,15 +53,23 @@ class Contender:
         """Hash of all that decides its answers, the cache's name for it."""
         from helpers.evaluate import cache
         from helpers.model import loading
+
         if self.kind == "endpoint":
             return cache.key("endpoint", self.url, self.model)
         if self.kind == "gguf":
             return cache.key("gguf", cache.content(self.path), runtime.versions()["versions"].get("xllamacpp", ""))
-        return cache.key("hf", cache.content(self.path), cache.content(self.adapter) if self.adapter else "", self.onto,
-                         str(loading.dtype(precision)))
+        return cache.key(
+            "hf",
+            cache.content(self.path),
+            cache.content(self.adapter) if self.adapter else "",
+            self.onto,
+            str(loading.dtype(precision)),
+        )
 
 
-def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = "") -> list[Contender]:
+def find(
+    stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = ""
+) -> list[Contender]:
     """The contenders named in `wanted` (in that order, those that the run has), then those in `extra`.
 
     stages: stage key → Manifest of the finished stages. extra: `name=what` separated by commas; what is a model folder, hub
@@ -71,7 +79,9 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
     names = [w.strip() for w in wanted.split(",") if w.strip()]
     for word in names:
         if word not in ROLES:
-            raise TunebookError(f"contenders names {word!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_contenders.")
+            raise TunebookError(
+                f"contenders names {word!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_contenders."
+            )
     made: dict[str, list[Contender]] = {}
     if {"base", "sft", "orpo"} & set(names):
         base = _base(stages, model)
@@ -83,24 +93,36 @@ def find(stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: s
         parents, folder = stages["gguf"].data["parents"], stages["gguf"].path
         last = stages["gguf"].metrics.get("trained_by") or next((s for s in ("orpo", "sft") if s in parents), "base")
         if any((folder / "merged").glob("*.safetensors")):
-            made["merged"] = [Contender("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged", made_from=last)]
+            made["merged"] = [
+                Contender("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged", made_from=last)
+            ]
         files = sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
-        made["gguf"] = [Contender(f"gguf {p.stem.removeprefix('model-')}", "gguf", "gguf", f"{folder.name}/{p.name}", p, made_from=last)
-                        for p in files]
+        made["gguf"] = [
+            Contender(
+                f"gguf {p.stem.removeprefix('model-')}", "gguf", "gguf", f"{folder.name}/{p.name}", p, made_from=last
+            )
+            for p in files
+        ]
     found = [c for word in dict.fromkeys(names) for c in made.get(word, [])]
     found += [_other(text.strip()) for text in extra.split(",") if text.strip()]
     twice = [c.name for i, c in enumerate(found) if c.name in {d.name for d in found[:i]}]
     if twice:
         raise TunebookError(f"Two contenders are called {twice[0]!r}; give the extra one another name.")
     if not found:
-        raise TunebookError(f"There is nothing to judge: of {', '.join(names) or 'no contender'} this run has none; "
-                            "name a model in extra_contenders.")
+        raise TunebookError(
+            f"There is nothing to judge: of {', '.join(names) or 'no contender'} this run has none; "
+            "name a model in extra_contenders."
+        )
     return found
 
 
 def _base(stages: Mapping[str, Any], model: str) -> Contender:
     from helpers.model import loading
-    known = next((stages[s].data.get("model") for s in ("sft", "orpo", "data") if s in stages and stages[s].data.get("model")), None)
+
+    known = next(
+        (stages[s].data.get("model") for s in ("sft", "orpo", "data") if s in stages and stages[s].data.get("model")),
+        None,
+    )
     name = model or (known or {}).get("name") or loading.DEFAULT_MODEL
     if not model and known and (Path(known["path"]) / "config.json").is_file():
         return Contender("base", "base", "hf", name, Path(known["path"]))
@@ -117,15 +139,25 @@ def _trained(stage: str, manifest: Any, base: Contender) -> Contender:
         return Contender(stage, stage, "hf", f"{folder.name}/model", folder / "model")
     adapter = folder / "adapter"
     missing = "" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again"
-    return Contender(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, onto=manifest.data.get("merge_onto") or "16bit",
-                     trouble=base.trouble or missing)
+    return Contender(
+        stage,
+        stage,
+        "hf",
+        f"{folder.name}/adapter",
+        base.path,
+        adapter,
+        onto=manifest.data.get("merge_onto") or "16bit",
+        trouble=base.trouble or missing,
+    )
 
 
 def _other(text: str) -> Contender:
     name, separator, what = text.partition("=")
     if not separator or not name.strip() or not what.strip():
-        raise TunebookError(f"extra_contenders has {text!r}; each is name=what, where what is a model folder, a hub id, a .gguf file "
-                            "or http(s)://host/v1#model.")
+        raise TunebookError(
+            f"extra_contenders has {text!r}; each is name=what, where what is a model folder, a hub id, a .gguf file "
+            "or http(s)://host/v1#model."
+        )
     name, what = name.strip(), what.strip()
     if re.match(r"https?://", what):
         url, _, model = what.partition("#")
@@ -133,10 +165,13 @@ def _other(text: str) -> Contender:
         return Contender(name, "other", "endpoint", f"{shown}#{model}" if model else shown, url=url, model=model)
     path = Path(what).expanduser()
     if what.endswith(".gguf"):
-        return Contender(name, "other", "gguf", what, path, trouble="" if path.is_file() else f"the file {path} does not exist")
+        return Contender(
+            name, "other", "gguf", what, path, trouble="" if path.is_file() else f"the file {path} does not exist"
+        )
     if (path / "adapter_config.json").is_file():
         return _adapter(name, what, path)
     from helpers.model import loading
+
     try:
         return Contender(name, "other", "hf", what, loading.resolve_model(what).path)
     except TunebookError as error:
@@ -147,6 +182,7 @@ def _adapter(name: str, what: str, path: Path) -> Contender:
     import json
 
     from helpers.model import loading
+
     try:
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
         return Contender(name, "other", "hf", what, loading.resolve_model(base).path, path)
@@ -169,22 +205,27 @@ def _load_hf(contender: Contender, precision: str) -> Any:
     """(model, tokenizer) of a Hugging Face contender, its adapter merged into the 16-bit weights."""
     from helpers.data.vocabulary import fit
     from helpers.model import loading
+
     if contender.adapter is not None and contender.onto == "nf4":
         return _load_on_rounded(contender, precision)
     model = loading.load_model(contender.path, quantize="none", dtype=precision)
     tokenizer = loading.load_tokenizer(contender.path)
     if contender.adapter is not None:
         from helpers.model import merging
+
         merging.check_adapter(contender.adapter)
         from peft import PeftModel
+
         if (contender.adapter / "tokenizer.json").is_file():
             tokenizer = loading.load_tokenizer(contender.adapter)
             fit(model, tokenizer)  # tokens may have been added
         try:
             model = PeftModel.from_pretrained(model, contender.adapter).merge_and_unload()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise TunebookError(f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
-                                "name the base it was trained on.") from error
+            raise TunebookError(
+                f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
+                "name the base it was trained on."
+            ) from error
         if precision == "auto" and model.dtype == loading.dtype("fp32"):
             for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
                 weight.data = weight.data.to(loading.dtype("bf16")).float()
@@ -196,6 +237,7 @@ def _load_on_rounded(contender: Contender, precision: str) -> Any:
     import tempfile
 
     from helpers.model import loading, merging
+
     with tempfile.TemporaryDirectory(dir=loading.cache()) as folder:
         merged = merging.merge(contender.path, contender.adapter, Path(folder) / "merged", "nf4").path
         return loading.load_model(merged, quantize="none", dtype=precision), loading.load_tokenizer(merged)
@@ -210,9 +252,12 @@ def reader(contender: Contender, precision: str, end_of_turn: str) -> Any:
         raise TunebookError(contender.trouble)
     if contender.kind == "gguf":
         from helpers.evaluate.gguf_process import GgufProcess
+
         return GgufProcess(contender.path, end_of_turn)
     if contender.kind == "endpoint":
         from helpers.evaluate.endpoint import Endpoint
+
         return Endpoint(contender.url, contender.model, api_key())
     from helpers.evaluate.generate import HfModel
+
     return HfModel(*_load_hf(contender, precision))

@@ -14,10 +14,12 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import Answer, Decoding
 
-TIMEOUT_S = 60.0     # of one request, and of reading its reply
+TIMEOUT_S = 60.0  # of one request, and of reading its reply
 RETRIES = 2
 AT_ONCE = 8
-GIVE_UP = 5           # failures in a row after which a server that never answered is taken for gone; one that did gets two rounds more
+GIVE_UP = (
+    5  # failures in a row after which a server that never answered is taken for gone; one that did gets two rounds more
+)
 ANSWER_CHARS = 65536  # an answer longer than this is nonsense and is cut
 REPLY_BYTES = 8 << 20
 
@@ -27,19 +29,25 @@ class Endpoint:
 
     path_note = "OpenAI-compatible endpoint"
 
-    def __init__(self, url: str, model: str = "", key: str = "none", timeout_s: float = TIMEOUT_S, at_once: int = AT_ONCE):
+    def __init__(
+        self, url: str, model: str = "", key: str = "none", timeout_s: float = TIMEOUT_S, at_once: int = AT_ONCE
+    ):
         import openai
+
         self.url, self.at_once, self.timeout_s = url, at_once, timeout_s
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
         import openai
+
         try:
             listed = list(self.client.with_options(timeout=15, max_retries=0).models.list().data)
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-            raise TunebookError(f"The endpoint {self.url} lists no models ({_short(error)}); start it, check the address, or name the "
-                                "model as url#model.") from None
+            raise TunebookError(
+                f"The endpoint {self.url} lists no models ({_short(error)}); start it, check the address, or name the "
+                "model as url#model."
+            ) from None
         if not listed:
             raise TunebookError(f"The endpoint {self.url} lists no models; name one as url#model.")
         return listed[0].id
@@ -51,8 +59,12 @@ class Endpoint:
         """The messages as they are: the server renders them."""
         return [dict(m) for m in messages]
 
-    def generate(self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding,
-                 done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[list[dict[str, str]]],
+        decoding: Decoding,
+        done: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
         """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the rest fails with
         that reason or, where nothing was ever answered, TunebookError is raised."""
         answers: list[Answer | None] = [None] * len(prompts)
@@ -73,16 +85,24 @@ class Endpoint:
                 if done:
                     done(i, answers[i])
         if gone and all(a.failed for a in answers):
-            raise TunebookError(f"The endpoint {self.url} answered nothing: {gone}. Check that it serves this model, then run this again.")
+            raise TunebookError(
+                f"The endpoint {self.url} answered nothing: {gone}. Check that it serves this model, then run this again."
+            )
         return answers
 
     def ask(self, messages: list[dict[str, str]], decoding: Decoding) -> Answer:
         """One request; what goes wrong is in `failed`, in a short sentence without secrets."""
         import httpx
         import openai
+
         try:
-            reply = self._reply(model=self.model, messages=messages, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature,
-                                seed=decoding.seed)
+            reply = self._reply(
+                model=self.model,
+                messages=messages,
+                max_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                seed=decoding.seed,
+            )
             choice = reply["choices"][0]
             text = choice["message"]["content"]
             if not isinstance(text, str):
@@ -91,12 +111,21 @@ class Endpoint:
             return Answer(text[:ANSWER_CHARS].strip(), int(tokens or 0), choice.get("finish_reason") == "stop")
         except (openai.APITimeoutError, httpx.TimeoutException):
             return Answer("", 0, False, f"no whole reply within {self.timeout_s:g} s")
-        except (openai.OpenAIError, httpx.HTTPError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (
+            openai.OpenAIError,
+            httpx.HTTPError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+        ) as error:
             return Answer("", 0, False, _short(error))
 
     def _reply(self, **asked: Any) -> Any:
         """The reply as plain JSON, read piece by piece: a server that sends a byte now and then, or never stops, meets a limit too."""
         import openai
+
         deadline, body = time.monotonic() + self.timeout_s, bytearray()
         with self.client.chat.completions.with_streaming_response.create(**asked) as reply:
             for piece in reply.iter_bytes():
@@ -108,7 +137,9 @@ class Endpoint:
         return json.loads(body)
 
     def tokens(self, text: str, end: bool = False) -> Any:
-        raise TunebookError(f"The endpoint {self.url} gives no probabilities of a given text; loss and preference need the weights or a GGUF.")
+        raise TunebookError(
+            f"The endpoint {self.url} gives no probabilities of a given text; loss and preference need the weights or a GGUF."
+        )
 
     logprobs = tokens
 

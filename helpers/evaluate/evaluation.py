@@ -1,9 +1,9 @@
 """A run's evaluation from its folders to scores.json and answers.jsonl: what notebook 05 calls, a method a cell.
 
-    judged = Evaluation(stage)      what is there to judge, and on what
-    judged.measure()                each contender is loaded once and asked everything
-    judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/schema.py
-    judged.write()                  the two files, and the metrics for the manifest
+judged = Evaluation(stage)      what is there to judge, and on what
+judged.measure()                each contender is loaded once and asked everything
+judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/schema.py
+judged.write()                  the two files, and the metrics for the manifest
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Evaluation:
         self.kind = items.task_kind(self.items, self.database)
         self.clusters = items.clusters(self.items)
         self.seeds = _seeds(self.params)
-        self.contenders = contenders.find(stage.parents, self.params.contenders, self.params.extra_contenders, self.params.model)
+        self.contenders = contenders.find(
+            stage.parents, self.params.contenders, self.params.extra_contenders, self.params.model
+        )
         self.cache = loading.cache() / "answers"
         self.warnings: list[str] = []
         self.skipped: dict[str, str] = {}
@@ -69,23 +71,39 @@ class Evaluation:
     def _contamination(self, data: Any) -> tuple[list[bool | None], dict[str, Any] | None]:
         if not (data.path / "train.parquet").is_file():
             return [None] * len(self.items), None
-        held, record = contamination.check([i.question for i in self.items], data.path / "train.parquet", self.params.contamination_share)
+        held, record = contamination.check(
+            [i.question for i in self.items], data.path / "train.parquet", self.params.contamination_share
+        )
         return held, {**record, "ids": [i.id for i, h in zip(self.items, held, strict=True) if h]}
 
     def _repr_html_(self) -> str:
         from helpers.notebook import table
-        label = {"text_to_sql": "text-to-SQL, scored by execution", "references": "answers against references", "none": "no references: not scored"}
-        rows = [("task", label[self.kind]), ("questions", len(self.items)),
-                ("held by the training data", self.contamination["contaminated"] if self.contamination else "unknown")]
-        return table(rows) + table([(c.name, c.kind, c.source, _mib(c.size_bytes), c.trouble or "ready") for c in self.contenders],
-                                   ("contender", "kind", "from", "MiB", "state"))
+
+        label = {
+            "text_to_sql": "text-to-SQL, scored by execution",
+            "references": "answers against references",
+            "none": "no references: not scored",
+        }
+        rows = [
+            ("task", label[self.kind]),
+            ("questions", len(self.items)),
+            ("held by the training data", self.contamination["contaminated"] if self.contamination else "unknown"),
+        ]
+        return table(rows) + table(
+            [(c.name, c.kind, c.source, _mib(c.size_bytes), c.trouble or "ready") for c in self.contenders],
+            ("contender", "kind", "from", "MiB", "state"),
+        )
 
     # ------------------------------------------------------------ asking
 
     def measure(self) -> dict[str, dict[str, Any]]:
         """Ask every contender everything. One that cannot be loaded or fails is left out with its reason; the others go on."""
         texts = _column(self.params.general_text, "text")
-        chat = forgetting.read_lines(runtime.PROJECT / self.params.general_chat, "prompt") if self.params.general_chat else []
+        chat = (
+            forgetting.read_lines(runtime.PROJECT / self.params.general_chat, "prompt")
+            if self.params.general_chat
+            else []
+        )
         pairs = self._pairs()
         for contender in self.contenders:
             try:
@@ -97,18 +115,30 @@ class Evaluation:
             except session.TROUBLE as error:
                 reason = str(error).strip().split("\n")[0][:400] or type(error).__name__
                 self.skipped[contender.name] = reason
-                for kept in (self.answers, self.speed, self.losses, self.chats, self.tasks, self.preferences, self.by_seed):
+                for kept in (
+                    self.answers,
+                    self.speed,
+                    self.losses,
+                    self.chats,
+                    self.tasks,
+                    self.preferences,
+                    self.by_seed,
+                ):
                     kept.pop(contender.name, None)
                 print(f"{contender.name} is left out: {reason}")
         if not self.answers:
-            raise TunebookError("No contender could be judged. " + " ".join(f"{n}: {r}." for n, r in self.skipped.items()))
+            raise TunebookError(
+                "No contender could be judged. " + " ".join(f"{n}: {r}." for n, r in self.skipped.items())
+            )
         return self.speed
 
     def _ask(self, s: session.Session) -> None:
         name, prompts = s.contender.name, [i.prompt for i in self.items]
         for seed in self.seeds:
             label = f"{name}, {self.kind.replace('_', '-')}" + (f", seed {seed}" if len(self.seeds) > 1 else "")
-            found, speed = s.answers(prompts, Decoding(self.params.max_new_tokens, self.params.temperature, seed), label)
+            found, speed = s.answers(
+                prompts, Decoding(self.params.max_new_tokens, self.params.temperature, seed), label
+            )
             entries = [self._score(item, answer) for item, answer in zip(self.items, found, strict=True)]
             known = [e["score"] for e in entries if e["score"] is not None]
             self.by_seed.setdefault(name, {})[str(seed)] = sum(known) / len(known) if known else None
@@ -116,8 +146,11 @@ class Evaluation:
                 self.answers[name], self.speed[name] = entries, speed
         failed = sum(e["error"] == "no_answer" for e in self.answers[name])
         if failed:
-            self.warnings.append(f"{name} gave no answer to {failed} of {len(prompts)} questions; they count as wrong. First reason: "
-                                 + next(e["detail"] for e in self.answers[name] if e["error"] == "no_answer") + ".")
+            self.warnings.append(
+                f"{name} gave no answer to {failed} of {len(prompts)} questions; they count as wrong. First reason: "
+                + next(e["detail"] for e in self.answers[name] if e["error"] == "no_answer")
+                + "."
+            )
 
     def _score(self, item: items.Item, answer: Any) -> dict[str, Any]:
         judge = self._judge(item) if self.kind == "text_to_sql" else None
@@ -126,8 +159,17 @@ class Evaluation:
         elif self.kind == "references":
             entry = references.entry(answer.text, item.reference, self.params.reference_metric, answer.stopped)
         else:
-            entry = {"text": answer.text, "sql": None, "score": None, "valid": None, "error": "", "detail": "", "structural": None,
-                     "stopped": answer.stopped, "result": None}
+            entry = {
+                "text": answer.text,
+                "sql": None,
+                "score": None,
+                "valid": None,
+                "error": "",
+                "detail": "",
+                "structural": None,
+                "stopped": answer.stopped,
+                "result": None,
+            }
         if answer.failed:
             entry.update(error="no_answer", detail=answer.failed, valid=None)
         return {**entry, "tokens": answer.tokens}
@@ -157,11 +199,15 @@ class Evaluation:
         wanted = [t.strip() for t in self.params.harness_tasks.split(",") if t.strip()]
         include = Path(self.params.harness_include) if self.params.harness_include else None
         if wanted and kind != "endpoint":
-            self.tasks.setdefault(name, {}).update(harness.run(s, wanted, include, self.params.harness_limit, self.params.seed))
+            self.tasks.setdefault(name, {}).update(
+                harness.run(s, wanted, include, self.params.harness_limit, self.params.seed)
+            )
         if self.params.general_tasks and texts:
             folder = self.cache.parent / "tasks"
             task = harness.general_task(runtime.PROJECT / self.params.general_tasks, folder)
-            self.tasks.setdefault(name, {}).update(harness.run(s, [task], folder, self.params.harness_limit, self.params.seed))
+            self.tasks.setdefault(name, {}).update(
+                harness.run(s, [task], folder, self.params.harness_limit, self.params.seed)
+            )
 
     def _pairs(self) -> list[dict[str, Any]]:
         path = self.stage.parents["data"].path / "preference_eval.parquet"
@@ -176,20 +222,36 @@ class Evaluation:
         from helpers.evaluate import cache
         from helpers.evaluate import judge as judging
         from helpers.evaluate.endpoint import Endpoint
+
         url, _, model = self.params.judge.partition("#")
         names = list(self.answers)
-        jobs = {n: [{"question": i.question, "reference": i.reference, "baseline": a["text"], "contender": b["text"]}
-                    for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)] for n in names[1:]}
-        jobs = {n: pairs[:self.params.judge_limit] for n, pairs in jobs.items()}
+        jobs = {
+            n: [
+                {"question": i.question, "reference": i.reference, "baseline": a["text"], "contender": b["text"]}
+                for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)
+            ]
+            for n in names[1:]
+        }
+        jobs = {n: pairs[: self.params.judge_limit] for n, pairs in jobs.items()}
         cost = judging.estimate([p for pairs in jobs.values() for p in pairs])
-        print(f"The judge is asked {cost['calls']} times, about {cost['input_tokens'] + cost['output_tokens']:,} tokens.")
+        print(
+            f"The judge is asked {cost['calls']} times, about {cost['input_tokens'] + cost['output_tokens']:,} tokens."
+        )
         try:
             if cost["input_tokens"] + cost["output_tokens"] > self.params.judge_budget:
-                raise TunebookError(f"That is over judge_budget = {self.params.judge_budget:,}; lower judge_limit or raise judge_budget.")
+                raise TunebookError(
+                    f"That is over judge_budget = {self.params.judge_budget:,}; lower judge_limit or raise judge_budget."
+                )
             endpoint = Endpoint(url, model, contenders.api_key())
             store = cache.Store(self.cache, cache.key("judge", url, endpoint.model))
-            pairs = [{"baseline": names[0], "contender": n, **judging.compare_answers(endpoint, p, store, self.params.judge_budget, self.params.seed)}
-                     for n, p in jobs.items()]
+            pairs = [
+                {
+                    "baseline": names[0],
+                    "contender": n,
+                    **judging.compare_answers(endpoint, p, store, self.params.judge_budget, self.params.seed),
+                }
+                for n, p in jobs.items()
+            ]
             self.judgements = {"model": endpoint.model, "estimate": cost, "pairs": pairs}
         except (TunebookError, OSError, RuntimeError) as error:
             self.warnings.append(f"The judge was not used: {error}")
@@ -206,11 +268,23 @@ class Evaluation:
         for place, item in enumerate(self.items):
             judge = self._judge(item) if self.kind == "text_to_sql" else None
             gold = judge.gold(item.reference)[0] if judge is not None else None
-            found.append({"id": item.id, "question": item.question, "system": item.system, "reference": item.reference,
-                          "meta": items.plain(item.meta), "cluster": item.cluster, "nonempty": self.nonempty(item),
-                          "contaminated": self.contaminated[place],
-                          "gold": text_to_sql.shown(gold) if gold is not None else None,
-                          "answers": {name: {k: v for k, v in entries[place].items() if k != "metrics"} for name, entries in self.answers.items()}})
+            found.append(
+                {
+                    "id": item.id,
+                    "question": item.question,
+                    "system": item.system,
+                    "reference": item.reference,
+                    "meta": items.plain(item.meta),
+                    "cluster": item.cluster,
+                    "nonempty": self.nonempty(item),
+                    "contaminated": self.contaminated[place],
+                    "gold": text_to_sql.shown(gold) if gold is not None else None,
+                    "answers": {
+                        name: {k: v for k, v in entries[place].items() if k != "metrics"}
+                        for name, entries in self.answers.items()
+                    },
+                }
+            )
         return found
 
     def nonempty(self, item: items.Item) -> bool | None:
@@ -239,7 +313,9 @@ def _seeds(params: Any) -> list[int]:
     if not seeds or min(seeds) < 0:
         raise TunebookError(f"seeds is {params.seeds!r}; it takes at least one whole number from 0.")
     if len(seeds) > 1 and params.temperature == 0:
-        raise TunebookError(f"{len(seeds)} seeds were given, but greedy answers have none; set temperature above 0 or name one seed.")
+        raise TunebookError(
+            f"{len(seeds)} seeds were given, but greedy answers have none; set temperature above 0 or name one seed."
+        )
     return seeds
 
 

@@ -29,8 +29,10 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise TunebookError(f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter "
-                            "empty.") from error
+        raise TunebookError(
+            f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter "
+            "empty."
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -39,7 +41,9 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
             if not isinstance(row[column], str) or not row[column].strip():
                 raise ValueError(f"{column!r} is empty")
         except (ValueError, KeyError, TypeError) as error:
-            raise TunebookError(f"Line {number} of {path} is no JSON object with text in {column!r} ({error}); mend or remove it.") from error
+            raise TunebookError(
+                f"Line {number} of {path} is no JSON object with text in {column!r} ({error}); mend or remove it."
+            ) from error
         rows.append(row)
     if not rows:
         raise TunebookError(f"{path} holds no row; name a file with at least one, or leave the parameter empty.")
@@ -55,23 +59,42 @@ def text_loss(session: Any, texts: Sequence[str]) -> dict[str, Any]:
     nats, tokens = sum(n for n, _ in per_text), sum(t for _, t in per_text)
     size = sum(len(t.encode()) for t in texts)
     loss = nats / tokens if tokens else None
-    return {"loss": loss, "perplexity": math.exp(min(loss, 50)) if loss is not None else None, "n": len(texts), "tokens": tokens,
-            "bits_per_byte": nats / math.log(2) / size if size else None, "per_text": per_text}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 50)) if loss is not None else None,
+        "n": len(texts),
+        "tokens": tokens,
+        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "per_text": per_text,
+    }
 
 
 def chat(session: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """refusal_rate over prompts that should be refused, manners over small talk: shares that pass, with examples."""
-    answers, _ = session.answers([[{"role": "user", "content": r["prompt"]}] for r in rows], Decoding(CHAT_TOKENS),
-                                 f"{session.contender.name}, manners")
+    answers, _ = session.answers(
+        [[{"role": "user", "content": r["prompt"]}] for r in rows],
+        Decoding(CHAT_TOKENS),
+        f"{session.contender.name}, manners",
+    )
     found = {"refusal": [], "manners": []}
     for row, answer in zip(rows, answers, strict=True):
         if row.get("kind") in found and not answer.failed:
-            found[row["kind"]].append(instructions.refuses(answer.text) if row["kind"] == "refusal" else instructions.mannerly(answer.text))
-    return {"refusal_rate": _share(found["refusal"]), "manners": _share(found["manners"]),
-            "examples": [{"prompt": r["prompt"], "kind": r.get("kind", ""), "answer": a.text[:400]} for r, a in zip(rows, answers, strict=True)]}
+            found[row["kind"]].append(
+                instructions.refuses(answer.text) if row["kind"] == "refusal" else instructions.mannerly(answer.text)
+            )
+    return {
+        "refusal_rate": _share(found["refusal"]),
+        "manners": _share(found["manners"]),
+        "examples": [
+            {"prompt": r["prompt"], "kind": r.get("kind", ""), "answer": a.text[:400]}
+            for r, a in zip(rows, answers, strict=True)
+        ],
+    }
 
 
-def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]], seed: int = 17) -> tuple[float, float, float]:
+def change(
+    base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]], seed: int = 17
+) -> tuple[float, float, float]:
     """(change, low, high): tuned minus base loss per token on the same texts, 95 % interval by resampling texts."""
     a, b = (np.array(v, float) for v in (base, tuned))
     rng = np.random.default_rng(seed)
@@ -81,8 +104,16 @@ def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]]
     return float(b[:, 0].sum() / b[:, 1].sum() - a[:, 0].sum() / a[:, 1].sum()), float(low), float(high)
 
 
-def judge(baseline: str, losses: dict[str, dict[str, Any]], chats: dict[str, dict[str, Any]], tasks: dict[str, dict[str, float]],
-          loss_increase: float, task_drop: float, rank: int | None = None, replay: float | None = None) -> dict[str, Any]:
+def judge(
+    baseline: str,
+    losses: dict[str, dict[str, Any]],
+    chats: dict[str, dict[str, Any]],
+    tasks: dict[str, dict[str, float]],
+    loss_increase: float,
+    task_drop: float,
+    rank: int | None = None,
+    replay: float | None = None,
+) -> dict[str, Any]:
     """scores.json's `forgetting`: each contender against the baseline, its verdict, and advice when one fails.
 
     tasks: contender → {task: share right}. loss_increase: nats per token that general text may lose; task_drop: share that general
@@ -90,33 +121,65 @@ def judge(baseline: str, losses: dict[str, dict[str, Any]], chats: dict[str, dic
     """
     found = {}
     for name, loss in losses.items():
-        delta, low, high = (0.0, 0.0, 0.0) if name == baseline else change(losses[baseline]["per_text"], loss["per_text"])
-        here = {t: {"base": tasks[baseline][t], "value": v} for t, v in tasks.get(name, {}).items() if t in tasks.get(baseline, {})}
+        delta, low, high = (
+            (0.0, 0.0, 0.0) if name == baseline else change(losses[baseline]["per_text"], loss["per_text"])
+        )
+        here = {
+            t: {"base": tasks[baseline][t], "value": v}
+            for t, v in tasks.get(name, {}).items()
+            if t in tasks.get(baseline, {})
+        }
         talk, before = chats.get(name, {}), chats.get(baseline, {})
         pairs = [(t, v["base"], v["value"]) for t, v in here.items()]
-        pairs += [(label, before.get(k), talk.get(k)) for k, label in (("refusal_rate", "refusals"), ("manners", "chat manners"))]
-        drops = [f"{label} fell from {100 * a:.0f} to {100 * b:.0f} %" for label, a, b in pairs if None not in (a, b) and a - b > task_drop]
+        pairs += [
+            (label, before.get(k), talk.get(k))
+            for k, label in (("refusal_rate", "refusals"), ("manners", "chat manners"))
+        ]
+        drops = [
+            f"{label} fell from {100 * a:.0f} to {100 * b:.0f} %"
+            for label, a, b in pairs
+            if None not in (a, b) and a - b > task_drop
+        ]
         if delta > loss_increase:
             drops.insert(0, f"general text costs {delta:.2f} nats a token more (allowed {loss_increase:.2f})")
         kept = f"kept what it knew: general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
-        sentence = "the measure before training" if name == baseline else "forgot: " + "; ".join(drops) if drops else kept
-        found[name] = {**{k: v for k, v in loss.items() if k != "per_text"}, "change": delta, "low": low, "high": high,
-                       "refusal_rate": talk.get("refusal_rate"), "manners": talk.get("manners"), "tasks": here, "passed": not drops,
-                       "sentence": sentence}
+        sentence = (
+            "the measure before training" if name == baseline else "forgot: " + "; ".join(drops) if drops else kept
+        )
+        found[name] = {
+            **{k: v for k, v in loss.items() if k != "per_text"},
+            "change": delta,
+            "low": low,
+            "high": high,
+            "refusal_rate": talk.get("refusal_rate"),
+            "manners": talk.get("manners"),
+            "tasks": here,
+            "passed": not drops,
+            "sentence": sentence,
+        }
     failed = [n for n, f in found.items() if not f["passed"]]
-    return {"baseline": baseline, "threshold": {"loss_increase": loss_increase, "task_drop": task_drop}, "contenders": found,
-            "advice": advice(failed, rank, replay) if failed else []}
+    return {
+        "baseline": baseline,
+        "threshold": {"loss_increase": loss_increase, "task_drop": task_drop},
+        "contenders": found,
+        "advice": advice(failed, rank, replay) if failed else [],
+    }
 
 
 def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> list[str]:
     """What to change in notebooks 01 and 02, the surest first."""
     share = max(0.1, min(0.5, 2 * (replay or 0.05)))
     now = f", now {replay:.2f}" if replay is not None else ""
-    said = [f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, and "
-            f"replay_share = {share:.2f} in notebook 01{now}).",
-            f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step "
-            "forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673)."]
-    return [*said, "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so."]
+    said = [
+        f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, and "
+        f"replay_share = {share:.2f} in notebook 01{now}).",
+        f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step "
+        "forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673).",
+    ]
+    return [
+        *said,
+        "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so.",
+    ]
 
 
 def _share(values: Sequence[bool]) -> float | None:

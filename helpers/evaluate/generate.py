@@ -13,11 +13,11 @@ from typing import Any
 
 from helpers.errors import TunebookError
 
-ROWS = 256               # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
-CACHE_BYTES = 1 << 30    # keys and values of one batch on a CPU; a quarter of the free memory on a card
+ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
+CACHE_BYTES = 1 << 30  # keys and values of one batch on a CPU; a quarter of the free memory on a card
 SCORE_BYTES = 256 << 20  # attention scores of one layer while a batch of prompts is read
-MIN_SHARED = 16          # tokens; below this a prefix is not worth a batch of its own
-SCORED_TOKENS = 2048     # padded tokens of a batch whose probabilities are read
+MIN_SHARED = 16  # tokens; below this a prefix is not worth a batch of its own
+SCORED_TOKENS = 2048  # padded tokens of a batch whose probabilities are read
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,15 @@ class HfModel:
 
     def __init__(self, model: Any, tokenizer: Any):
         from helpers.evaluate import shared_prefix
+
         self.model, self.tokenizer = model.eval(), tokenizer
         self.stops = end_ids(model, tokenizer)
         self.fast = shared_prefix.supports(model)
-        self.path_note = "shared-prefix decoding" if self.fast else f"transformers.generate ({model.config.model_type} attention is not plain)"
+        self.path_note = (
+            "shared-prefix decoding"
+            if self.fast
+            else f"transformers.generate ({model.config.model_type} attention is not plain)"
+        )
         self._checked, self._packed = False, None
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -69,16 +74,19 @@ class HfModel:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if end:
             from helpers.model.loading import end_of_turn
+
             ids = [*ids, end_of_turn(self.tokenizer)]
         return ids
 
     def close(self) -> None:
         self.model = self._packed = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
-                 done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
         """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""
         import torch
+
         self._room(prompts, decoding)
         answers: list[Answer | None] = [None] * len(prompts)
 
@@ -99,6 +107,7 @@ class HfModel:
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, in order."""
         import torch
+
         found: list[list[float]] = [[] for _ in pairs]
         with torch.inference_mode():
             if pairs and self._trusted([*pairs[0][0], *pairs[0][1]]):
@@ -109,13 +118,20 @@ class HfModel:
                 self._score(pairs, 0, list(range(len(pairs))), found)
         return found
 
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], shared: int, members: list[int], found: list[list[float]]) -> None:
+    def _score(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        shared: int,
+        members: list[int],
+        found: list[list[float]],
+    ) -> None:
         """Fill in `found` for `members`, whose prompts share their first `shared` tokens; each keeps one more, which predicts."""
         import contextlib
 
         import torch
 
         from helpers.evaluate import shared_prefix
+
         tails = {i: [*pairs[i][0][shared:], *pairs[i][1]] for i in members}
         order = sorted(members, key=lambda i: -len(tails[i]))
         with shared_prefix.decoding(self.model) if shared else contextlib.nullcontext() as state:
@@ -129,30 +145,41 @@ class HfModel:
                 if shared:
                     state.begin(mask, 0)
                     positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
-                    logits = self.model(input_ids=ids, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
+                    logits = self.model(
+                        input_ids=ids, position_ids=positions, logits_to_keep=keep, use_cache=False
+                    ).logits
                 else:
                     logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
                 for row, i in enumerate(batch):
                     first, size = len(pairs[i][0]) - shared, len(pairs[i][1])
-                    here = logits[row, first - 1 - start:first - 1 - start + size].float().log_softmax(-1)
-                    found[i] = here.gather(-1, ids[row, first:first + size, None])[:, 0].tolist()
+                    here = logits[row, first - 1 - start : first - 1 - start + size].float().log_softmax(-1)
+                    found[i] = here.gather(-1, ids[row, first : first + size, None])[:, 0].tolist()
 
     # ------------------------------------------------------------ the fast path
 
     def _generate_fast(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
         from helpers.evaluate import shared_prefix
+
         for shared, members in groups(prompts):
             with shared_prefix.decoding(self.model) as state:
                 if shared:
                     self._read_prefix(prompts[members[0]][:shared])
                 members = sorted(members, key=lambda i: -len(prompts[i]))
-                for batch in _even(members, self._rows(len(prompts[members[0]]) - shared, shared, decoding.max_new_tokens)):
-                    self._decode(state, [prompts[i] for i in batch], shared, Draws(decoding, [prompts[i] for i in batch]),
-                                 lambda row, *a, batch=batch: finish(batch[row], *a))
+                for batch in _even(
+                    members, self._rows(len(prompts[members[0]]) - shared, shared, decoding.max_new_tokens)
+                ):
+                    self._decode(
+                        state,
+                        [prompts[i] for i in batch],
+                        shared,
+                        Draws(decoding, [prompts[i] for i in batch]),
+                        lambda row, *a, batch=batch: finish(batch[row], *a),
+                    )
 
     def _decode(self, state: Any, prompts: list[Sequence[int]], shared: int, draws: Draws, finish: Callable) -> None:
         """One batch: read what follows the shared prefix, (rows, longest), then a token a row at a time until all have ended."""
         import torch
+
         limit, tails = draws.decoding.max_new_tokens, [list(p[shared:]) for p in prompts]
         ids, mask = self._pad(tails)
         rows, width = ids.shape
@@ -183,7 +210,9 @@ class HfModel:
                 order = state.keep(stay)
                 index = torch.tensor(order, device=ids.device)
                 tokens, position, alive = tokens[index], position[index], [alive[p] for p in order]
-            logits = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False).logits[:, -1]
+            logits = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False).logits[
+                :, -1
+            ]
             state.used += 1
             position = position + 1
 
@@ -194,10 +223,18 @@ class HfModel:
     def _rows(self, longest: int, shared: int, limit: int) -> int:
         """How many answers at once: as many as their keys and values, and the attention scores of their prompts, have room for."""
         import torch
+
         config, device = self.model.config.get_text_config(), self.model.device
         heads = config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        row = 2 * config.num_hidden_layers * (config.num_key_value_heads or heads) * size * self.model.dtype.itemsize * (longest + limit)
+        row = (
+            2
+            * config.num_hidden_layers
+            * (config.num_key_value_heads or heads)
+            * size
+            * self.model.dtype.itemsize
+            * (longest + limit)
+        )
         room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
         return max(1, min(ROWS, room // row, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
 
@@ -207,6 +244,7 @@ class HfModel:
         import torch
 
         from helpers.evaluate import packed, shared_prefix
+
         if not self.fast or self._checked:
             return self.fast
         self._checked, self._packed = True, packed.Packed(self.model)
@@ -217,10 +255,20 @@ class HfModel:
                 self._read_prefix(prompt[:half])
             state.begin(torch.ones_like(ids[:, half:]), 0)
             positions = torch.arange(half, len(prompt), device=ids.device)[None]
-            fast = self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        kl = torch.nn.functional.kl_div(fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum").item()
+            fast = (
+                self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1)
+                .logits[0, -1]
+                .float()
+            )
+        kl = torch.nn.functional.kl_div(
+            fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum"
+        ).item()
         if not kl < 0.02:  # rounding in bf16 stays below 0.005
-            self.fast, self._packed, self.path_note = False, None, f"transformers.generate (fast logits differ, KL {kl:.3g})"
+            self.fast, self._packed, self.path_note = (
+                False,
+                None,
+                f"transformers.generate (fast logits differ, KL {kl:.3g})",
+            )
             print(f"Decoding through {self.path_note}")
         return self.fast
 
@@ -228,6 +276,7 @@ class HfModel:
 
     def _generate_plain(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
         import torch
+
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         options = {"do_sample": False}
         if decoding.temperature > 0:
@@ -238,8 +287,14 @@ class HfModel:
             ids = self._tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
             mask = self._tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
             torch.manual_seed(decoding.seed)
-            out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, pad_token_id=pad,
-                                      eos_token_id=sorted(self.stops), **options)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=decoding.max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=sorted(self.stops),
+                **options,
+            )
             for row, i in enumerate(batch):
                 new = out[row, width:].tolist()
                 end = next((n for n, token in enumerate(new) if token in self.stops), None)
@@ -251,8 +306,10 @@ class HfModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
         if limit and longest > limit:
-            raise TunebookError(f"The longest question with its answer takes {longest} tokens, the model reads {limit}; "
-                                "shorten the prompts or lower max_new_tokens.")
+            raise TunebookError(
+                f"The longest question with its answer takes {longest} tokens, the model reads {limit}; "
+                "shorten the prompts or lower max_new_tokens."
+            )
         if any(len(p) == 0 for p in prompts):
             raise TunebookError("A prompt has no tokens; every question needs some text.")
 
@@ -266,6 +323,7 @@ class HfModel:
 
     def _tensor(self, rows: list[list[int]]) -> Any:
         import torch
+
         return torch.tensor(rows, dtype=torch.long, device=self.model.device)
 
 
@@ -276,12 +334,20 @@ class Draws:
         self.decoding, self.uniform = decoding, None
         if decoding.temperature > 0:
             import numpy as np
-            self.uniform = np.stack([np.random.default_rng([decoding.seed, zlib.crc32(repr(list(p)).encode())]).random(decoding.max_new_tokens)
-                                     for p in prompts])
+
+            self.uniform = np.stack(
+                [
+                    np.random.default_rng([decoding.seed, zlib.crc32(repr(list(p)).encode())]).random(
+                        decoding.max_new_tokens
+                    )
+                    for p in prompts
+                ]
+            )
 
     def pick(self, logits: Any, rows: list[int], step: int) -> Any:
         """logits: (rows, vocab) → token ids (rows,)."""
         import torch
+
         if self.uniform is None:
             return logits.argmax(-1)
         total = torch.softmax(logits.float() / self.decoding.temperature, -1).double().cumsum(-1)
@@ -291,7 +357,9 @@ class Draws:
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
     """Every token id that ends an answer: the generation config's, the tokenizer's, and the chat template's end of turn."""
-    listed = getattr(model.generation_config, "eos_token_id", None) if getattr(model, "generation_config", None) else None
+    listed = (
+        getattr(model.generation_config, "eos_token_id", None) if getattr(model, "generation_config", None) else None
+    )
     found = set(listed if isinstance(listed, (list, tuple)) else [listed]) | {tokenizer.eos_token_id}
     for token in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>"):
         number = tokenizer.convert_tokens_to_ids(token) if token in tokenizer.get_vocab() else None
@@ -329,7 +397,7 @@ def _even(members: list[int], most: int) -> Iterator[list[int]]:
     """Batches of about the same size, at most `most` each."""
     size = -(-len(members) // -(-len(members) // most))
     for start in range(0, len(members), size):
-        yield members[start:start + size]
+        yield members[start : start + size]
 
 
 def _chunks(order: Sequence[int], length: Callable[[int], int], budget: int) -> Iterator[list[int]]:

@@ -26,10 +26,14 @@ class GgufModel:
         self.runtime = self._open()
         if not self.runtime.chat_template:
             from helpers.errors import TunebookError
-            raise TunebookError(f"{self.path} has no chat template inside, so nobody can know how to prompt it; export it again.")
+
+            raise TunebookError(
+                f"{self.path} has no chat template inside, so nobody can know how to prompt it; export it again."
+            )
 
     def _open(self) -> Any:
         from helpers.gguf.runtime import LlamaCpp
+
         return LlamaCpp(self.path, context=self._context, parallel=PARALLEL)
 
     def _need(self, context: int) -> None:
@@ -65,8 +69,9 @@ class GgufModel:
         ids = self.runtime.tokenize("", add_special=True)
         return ids[0] if ids else None
 
-    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding,
-                 done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
         """An answer a prompt, the longest prompts first; each is handed to `done` when it ends, so that a killed run keeps it."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         rows = [list(prompts[i]) for i in order]
@@ -81,7 +86,9 @@ class GgufModel:
             if done:
                 done(i, answers[i])
 
-        self.runtime.generate(rows, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, done=finish)
+        self.runtime.generate(
+            rows, max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, seed=decoding.seed, done=finish
+        )
         return answers
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
@@ -91,17 +98,20 @@ class GgufModel:
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[list[float], bool]]:
         """The same, each with whether every completion token was the most likely one."""
         import numpy as np
+
         found = []
         for prompt, completion in pairs:
             ids = list(prompt) + list(completion)
             self._need(len(ids))
             first, at, values, greedy = max(len(prompt) - 1, 0), 0, [], True
             for logits in self.runtime.iter_logits(ids[:-1]):
-                rows = logits[max(first - at, 0):].astype(np.float64)
-                target = np.array(ids[max(first, at) + 1:at + len(logits) + 1], dtype=np.int64)
+                rows = logits[max(first - at, 0) :].astype(np.float64)
+                target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
                 if len(target):
                     top = rows.max(-1)
-                    values += (rows[np.arange(len(target)), target] - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
+                    values += (
+                        rows[np.arange(len(target)), target] - top - np.log(np.exp(rows - top[:, None]).sum(-1))
+                    ).tolist()
                     greedy &= bool((rows.argmax(-1) == target).all())
                 at += len(logits)
             found.append((values, greedy))

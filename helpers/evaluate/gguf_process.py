@@ -30,9 +30,17 @@ class GgufProcess:
 
     def __init__(self, path: Path, end_of_turn: str = ""):
         self.path = Path(path)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
-        self._child = subprocess.Popen([sys.executable, "-m", "helpers.evaluate.gguf_process", str(self.path), end_of_turn], cwd=runtime.PROJECT,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8", bufsize=1)
+        self._log = tempfile.TemporaryFile()
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "helpers.evaluate.gguf_process", str(self.path), end_of_turn],
+            cwd=runtime.PROJECT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            encoding="utf-8",
+            bufsize=1,
+        )
         try:
             self._reply()
         except TunebookError:
@@ -56,7 +64,9 @@ class GgufProcess:
             raise AttributeError(name)
         return lambda *arguments: self._call(name, arguments)
 
-    def generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding, done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
         """An answer a prompt, in order; `done(index, answer)` as they come."""
         answers: list[Answer | None] = [None] * len(prompts)
 
@@ -64,7 +74,10 @@ class GgufProcess:
             answers[value[0]] = Answer(*value[1:])
             if done:
                 done(value[0], answers[value[0]])
-        self._call("generate", [list(map(list, prompts)), decoding.max_new_tokens, decoding.temperature, decoding.seed], event)
+
+        self._call(
+            "generate", [list(map(list, prompts)), decoding.max_new_tokens, decoding.temperature, decoding.seed], event
+        )
         return answers
 
     def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
@@ -86,13 +99,17 @@ class GgufProcess:
                 return value
         self._log.seek(0)
         said = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        raise TunebookError(f"llama.cpp ended while working on {self.path.name} (status {self._child.wait()}"
-                            + (f": {said[-1][:200]}" if said else "") + "); export the file again or use a newer llama.cpp.")
+        raise TunebookError(
+            f"llama.cpp ended while working on {self.path.name} (status {self._child.wait()}"
+            + (f": {said[-1][:200]}" if said else "")
+            + "); export the file again or use a newer llama.cpp."
+        )
 
 
 def _serve(path: str, end_of_turn: str) -> None:
     """The child: requests on stdin, replies on the real stdout; what C code prints goes to stderr."""
     from helpers.evaluate.gguf_model import GgufModel
+
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
@@ -110,7 +127,9 @@ def _serve(path: str, end_of_turn: str) -> None:
         try:
             if name == "generate":
                 prompts, *decoding = arguments
-                model.generate(prompts, Decoding(*decoding), lambda i, a: send("event", [i, a.text, a.tokens, a.stopped, a.failed]))
+                model.generate(
+                    prompts, Decoding(*decoding), lambda i, a: send("event", [i, a.text, a.tokens, a.stopped, a.failed])
+                )
                 send("value", None)
             else:
                 send("value", getattr(model, name)(*arguments))

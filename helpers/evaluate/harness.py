@@ -27,24 +27,38 @@ def general_task(questions: Path, folder: Path) -> str:
     import yaml
 
     from helpers.runs import write_atomic
-    task = {"task": GENERAL_TASK, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(Path(questions).resolve())}},
-            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
-            "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "metadata": {"version": 1.0},
-            "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]}
+
+    task = {
+        "task": GENERAL_TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(Path(questions).resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metadata": {"version": 1.0},
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
     write_atomic(folder / f"{GENERAL_TASK}.yaml", yaml.safe_dump(task, sort_keys=False))
     return GENERAL_TASK
 
 
-def run(session: Any, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17) -> dict[str, Any]:
+def run(
+    session: Any, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
+) -> dict[str, Any]:
     """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}} of one contender; kept in the cache by the tasks' content.
 
     tasks: names the library knows or YAML files in `include`. Offline, tasks over local files only. Raises TunebookError for an
     unknown task, for data that is not on this machine, and for an endpoint, which gives no probabilities.
     """
     if session.contender.kind == "endpoint":
-        raise TunebookError("Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
-                            "name the weights or the GGUF file.")
+        raise TunebookError(
+            "Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
+            "name the weights or the GGUF file."
+        )
     from importlib.metadata import version
+
     key = ["harness", version("lm-eval"), list(tasks), _fingerprint(include, tasks), limit, seed]
     return session.kept(key, lambda reader: evaluate(language_model(reader), tasks, include, limit, seed))
 
@@ -52,31 +66,49 @@ def run(session: Any, tasks: Sequence[str], include: Path | None = None, limit: 
 def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
     """The library's `simple_evaluate` on a ready lm-eval model, reduced to values, standard errors and counts."""
     import lm_eval
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(tuple(tasks), include)
     # The small default task is done in seconds; the library's bars would fill the notebook. Longer tasks show them.
     bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
     try:
         with bars:
-            found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, limit=limit or None, bootstrap_iters=1000,
-                                            log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-                                            fewshot_random_seed=seed, verbosity="ERROR")
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit or None,
+                bootstrap_iters=1000,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                verbosity="ERROR",
+            )
     except (ConnectionError, FileNotFoundError) as error:
-        raise TunebookError(f"The data of {', '.join(tasks)} is not on this machine and no hub is reachable ({str(error)[:160]}); "
-                            "use tasks over local files.") from error
-    return {task: {"n": int(found["n-samples"].get(task, {}).get("effective", 0)), "metrics": _metrics(values)}
-            for task, values in found["results"].items()}
+        raise TunebookError(
+            f"The data of {', '.join(tasks)} is not on this machine and no hub is reachable ({str(error)[:160]}); "
+            "use tasks over local files."
+        ) from error
+    return {
+        task: {"n": int(found["n-samples"].get(task, {}).get("effective", 0)), "metrics": _metrics(values)}
+        for task, values in found["results"].items()
+    }
 
 
 def _manager(tasks: tuple[str, ...], include: Path | None) -> Any:
     """The library's index of tasks; its own thousands of files are read only when a task is not among `include`'s."""
     from lm_eval.tasks import TaskManager
+
     manager = TaskManager(verbosity="ERROR", include_path=str(include), include_defaults=False) if include else None
     if manager is None or any(t not in manager.all_tasks for t in tasks):
         manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
     unknown = [t for t in tasks if t not in manager.all_tasks]
     if unknown:
-        raise TunebookError(f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include.")
+        raise TunebookError(
+            f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include."
+        )
     return manager
 
 
@@ -100,6 +132,7 @@ def language_model(reader: Any) -> Any:
     if getattr(reader, "is_runtime", False):
         return _runtime_model(reader)
     from lm_eval.models.huggingface import HFLM
+
     return HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=16)
 
 
@@ -135,8 +168,12 @@ def _runtime_model(reader: Any) -> Any:
             for request in requests:
                 text, options = request.args
                 until = options.get("until") or []
-                made = reader.continue_text(text, int(options.get("max_gen_toks", 256)), [until] if isinstance(until, str) else list(until),
-                                            float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0)
+                made = reader.continue_text(
+                    text,
+                    int(options.get("max_gen_toks", 256)),
+                    [until] if isinstance(until, str) else list(until),
+                    float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+                )
                 found.append(made)
             return found
 
@@ -146,6 +183,7 @@ def _runtime_model(reader: Any) -> Any:
 def _fingerprint(include: Path | None, tasks: Sequence[str]) -> str:
     """Hash of the local YAML files and of the data files beside or named in them."""
     import yaml
+
     digest = hashlib.sha256(json.dumps(list(tasks)).encode())
     for file in sorted(Path(include).rglob("*.y*ml")) if include else []:
         digest.update(file.read_bytes())

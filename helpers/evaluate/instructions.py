@@ -15,9 +15,12 @@ REFUSAL = re.compile(
     r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer|discuss)"
     r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b"
     r"|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
-    re.IGNORECASE | re.DOTALL)
-_SQL = re.compile(r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
-                  re.IGNORECASE | re.DOTALL)
+    re.IGNORECASE | re.DOTALL,
+)
+_SQL = re.compile(
+    r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def refuses(text: str) -> bool:
@@ -42,6 +45,7 @@ def language(text: str) -> str | None:
     if len(re.findall(r"[^\W\d_]{2,}", text)) < 4:
         return None
     import py3langid
+
     return py3langid.classify(text)[0]
 
 
@@ -56,11 +60,17 @@ def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Cal
         found[f"format: {wanted}"] = FORMATS[wanted]
     limits = [_number(meta.get(name)) for name in ("min_words", "max_words")]
     if any(v is not None for v in limits):
-        found["length"] = lambda text: (limits[0] or 0) <= len(text.split()) <= (limits[1] if limits[1] is not None else 10**9)
+        found["length"] = lambda text: (
+            (limits[0] or 0) <= len(text.split()) <= (limits[1] if limits[1] is not None else 10**9)
+        )
     elif reference.strip():
         most = 3 * len(reference.split()) + 20
         found["length"] = lambda text: 0 < len(text.split()) <= most
-    spoken = meta.get("language") if isinstance(meta.get("language"), str) else (language(reference) if kind == "references" else None)
+    spoken = (
+        meta.get("language")
+        if isinstance(meta.get("language"), str)
+        else (language(reference) if kind == "references" else None)
+    )
     if spoken:
         found["language"] = lambda text: None if (heard := language(text)) is None else heard == spoken
     include = meta.get("must_include")
@@ -72,9 +82,14 @@ def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Cal
     return found
 
 
-def score(answers: Sequence[dict[str, Any]], metas: Sequence[dict[str, Any]], references: Sequence[str], kind: str) -> dict[str, dict[str, Any]]:
+def score(
+    answers: Sequence[dict[str, Any]], metas: Sequence[dict[str, Any]], references: Sequence[str], kind: str
+) -> dict[str, dict[str, Any]]:
     """Check name → share of the answers that pass, over the items it applies to. "stops" and "no loops" apply to all."""
-    values: dict[str, list[bool | None]] = {"stops by itself": [a["stopped"] for a in answers], "no loops": [not repeats(a["text"]) for a in answers]}
+    values: dict[str, list[bool | None]] = {
+        "stops by itself": [a["stopped"] for a in answers],
+        "no loops": [not repeats(a["text"]) for a in answers],
+    }
     for answer, meta, reference in zip(answers, metas, references, strict=True):
         for name, check in checks_for(meta, reference, kind).items():
             values.setdefault(name, []).append(check(answer["text"]))
@@ -93,8 +108,12 @@ LONGEST_NUMBER = 40  # characters
 FORMATS: dict[str, Callable[[str], bool]] = {
     "json": _is_json,
     "list": lambda text: len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2,
-    "sql": lambda text: bool(re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE)),
-    "number": lambda text: len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip())),
+    "sql": lambda text: bool(
+        re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE)
+    ),
+    "number": lambda text: (
+        len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip()))
+    ),
 }
 
 

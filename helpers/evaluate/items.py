@@ -41,6 +41,7 @@ class Item:
 def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
     """Items of a test.parquet; with `limit`, a seeded choice of that many, in the data's order. Raises TunebookError when there are none."""
     import pyarrow.parquet as pq
+
     try:
         rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
@@ -54,13 +55,14 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
         raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
     if limit and limit < len(found):
         import random
+
         keep = sorted(random.Random(seed).sample(range(len(found)), limit))
         found = [found[i] for i in keep]
     return found
 
 
 def task_kind(items: Sequence[Item], database: Path | None) -> str:
-    """"text_to_sql", "references" or "none": queries with a database (or CREATE TABLE in the prompt), any references, or nothing."""
+    """ "text_to_sql", "references" or "none": queries with a database (or CREATE TABLE in the prompt), any references, or nothing."""
     references = [i.reference for i in items if i.reference.strip()]
     queries = sum(bool(_QUERY.match(r)) for r in references)
     if references and queries >= 0.9 * len(references) and (database is not None or any(schema_text(i) for i in items)):
@@ -72,7 +74,7 @@ def schema_text(item: Item) -> str:
     """The CREATE TABLE statements that an item's prompt holds, "" when none."""
     for value in (item.meta.get("context"), item.meta.get("schema"), item.system, item.question):
         if isinstance(value, str) and _CREATE.search(value):
-            return value[_CREATE.search(value).start():]
+            return value[_CREATE.search(value).start() :]
     return ""
 
 
@@ -97,4 +99,8 @@ def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, d
 
 def plain(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata without long columns, for answers.jsonl."""
-    return {k: v for k, v in meta.items() if v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) <= 200)}
+    return {
+        k: v
+        for k, v in meta.items()
+        if v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) <= 200)
+    }

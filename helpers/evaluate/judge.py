@@ -58,21 +58,28 @@ def _safe(text: str) -> str:
 
 def read(text: str) -> float | None:
     """1 when the second answer (B) wins, 0 when the first (A) does, 0.5 for a tie, None when the reply says nothing usable."""
-    found = re.search(r"\b(A|B|tie)\b", text.strip(), re.IGNORECASE if len(text.strip()) <= 4 else 0) or re.search(r"\b(tie)\b", text, re.IGNORECASE)
+    found = re.search(r"\b(A|B|tie)\b", text.strip(), re.IGNORECASE if len(text.strip()) <= 4 else 0) or re.search(
+        r"\b(tie)\b", text, re.IGNORECASE
+    )
     return None if not found else {"a": 0.0, "b": 1.0, "tie": 0.5}[found.group(1).lower()]
 
 
-def compare_answers(endpoint: Any, pairs: Sequence[dict[str, str]], store: Any = None, budget: int = 200_000, seed: int = 17) -> dict[str, Any]:
+def compare_answers(
+    endpoint: Any, pairs: Sequence[dict[str, str]], store: Any = None, budget: int = 200_000, seed: int = 17
+) -> dict[str, Any]:
     """n, win_rate of the contender with interval, length_controlled, order_agreement, failed and the estimate.
 
     Raises TunebookError when the estimate is over `budget` tokens. store: a cache.Store that keeps verdicts.
     """
     from helpers.evaluate import cache
+
     cost = estimate(pairs)
     total = cost["input_tokens"] + cost["output_tokens"]
     if total > budget:
-        raise TunebookError(f"The judge would read and write about {total:,} tokens in {cost['calls']} calls, over judge_budget = {budget:,}; "
-                            "lower judge_limit or raise judge_budget.")
+        raise TunebookError(
+            f"The judge would read and write about {total:,} tokens in {cost['calls']} calls, over judge_budget = {budget:,}; "
+            "lower judge_limit or raise judge_budget."
+        )
 
     def ask(job: tuple[dict[str, str], bool]) -> float | None:
         text = prompt(*job)
@@ -99,9 +106,16 @@ def compare_answers(endpoint: Any, pairs: Sequence[dict[str, str]], store: Any =
     known = [i for i, w in enumerate(wins) if w is not None]
     rate = compare.mean(wins, seed=seed)
     lengths = [len(pairs[i]["contender"]) - len(pairs[i]["baseline"]) for i in known]
-    return {"n": len(known), "win_rate": rate["value"], "low": rate["low"], "high": rate["high"], "failed": len(wins) - len(known),
-            "order_agreement": agree / both if both else None, "length_controlled": length_controlled([wins[i] for i in known], lengths),
-            "estimate": cost}
+    return {
+        "n": len(known),
+        "win_rate": rate["value"],
+        "low": rate["low"],
+        "high": rate["high"],
+        "failed": len(wins) - len(known),
+        "order_agreement": agree / both if both else None,
+        "length_controlled": length_controlled([wins[i] for i in known], lengths),
+        "estimate": cost,
+    }
 
 
 def length_controlled(wins: Sequence[float], length_differences: Sequence[float]) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-ROWS = 64          # what the layout is chosen for; 4 to 1,024 rows run as fast in it
+ROWS = 64  # what the layout is chosen for; 4 to 1,024 rows run as fast in it
 MOST_SHARE = 0.25  # of the free memory that the second copy of the weights may take
 
 
@@ -41,6 +41,7 @@ def _arrange(model: Any) -> list[tuple[Any, Any]]:
 
     from helpers.gguf.fidelity import available_gib
     from helpers.model.loading import fast_bf16
+
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
     size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
     right = {torch.float32} | ({torch.bfloat16} if fast_bf16() else set())
@@ -55,4 +56,5 @@ def _arrange(model: Any) -> list[tuple[Any, Any]]:
 
 def _linear(weight: Any, bias: Any, x: Any) -> Any:
     import torch
+
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -13,9 +13,17 @@ from helpers.evaluate import compare
 def read(path: Path, limit: int = 0) -> list[dict[str, Any]]:
     """Pairs of a preference_eval.parquet: {"id", "prompt": messages, "chosen": text, "rejected": text}."""
     import pyarrow.parquet as pq
+
     rows = pq.read_table(path, columns=["id", "prompt", "chosen", "rejected"]).to_pylist()
-    pairs = [{"id": str(r["id"]), "prompt": [dict(m) for m in r["prompt"]], "chosen": r["chosen"][-1]["content"],
-              "rejected": r["rejected"][-1]["content"]} for r in rows]
+    pairs = [
+        {
+            "id": str(r["id"]),
+            "prompt": [dict(m) for m in r["prompt"]],
+            "chosen": r["chosen"][-1]["content"],
+            "rejected": r["rejected"][-1]["content"],
+        }
+        for r in rows
+    ]
     return pairs[:limit] if limit else pairs
 
 
@@ -33,8 +41,15 @@ def score(session: Any, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     chosen, rejected = odds[::2], odds[1::2]
     margins = [a - b if a is not None and b is not None else None for a, b in zip(chosen, rejected, strict=True)]
     right = [None if m is None else (1.0 if m > 0 else 0.5 if m == 0 else 0.0) for m in margins]
-    return {"accuracy": compare.share(right), "log_odds": compare.mean(margins, "nats"), "log_odds_chosen": _mean(chosen),
-            "log_odds_rejected": _mean(rejected), "win_rate": None, "n": sum(m is not None for m in margins), "margins": margins}
+    return {
+        "accuracy": compare.share(right),
+        "log_odds": compare.mean(margins, "nats"),
+        "log_odds_chosen": _mean(chosen),
+        "log_odds_rejected": _mean(rejected),
+        "win_rate": None,
+        "n": sum(m is not None for m in margins),
+        "margins": margins,
+    }
 
 
 def win_rates(results: dict[str, dict[str, Any]], baseline: str) -> None:
@@ -43,8 +58,10 @@ def win_rates(results: dict[str, dict[str, Any]], baseline: str) -> None:
     for name, result in results.items():
         margins = result["margins"]
         if reference is not None and name != baseline:
-            wins = [None if a is None or b is None else (1.0 if b > a else 0.5 if b == a else 0.0)
-                    for a, b in zip(reference, margins, strict=True)]
+            wins = [
+                None if a is None or b is None else (1.0 if b > a else 0.5 if b == a else 0.0)
+                for a, b in zip(reference, margins, strict=True)
+            ]
             result["win_rate"] = compare.share(wins)
     for result in results.values():
         result.pop("margins", None)

@@ -50,6 +50,7 @@ def _rouge() -> Any:
 @functools.cache
 def _chrf() -> Any:
     from sacrebleu.metrics import CHRF
+
     return CHRF()
 
 
@@ -57,9 +58,12 @@ def scores(answer: str, reference: str) -> dict[str, float | None]:
     """All four metrics of one answer; None for all where the reference has no text, since nothing is defined then."""
     if not reference.strip():
         return dict.fromkeys(METRICS)
-    return {"exact": float(normal(answer) == normal(reference)), "f1": f1(answer, reference),
-            "rouge_l": float(_rouge().score(reference, answer)["rougeL"].fmeasure),
-            "chrf": float(_chrf().sentence_score(answer, [reference]).score) / 100}
+    return {
+        "exact": float(normal(answer) == normal(reference)),
+        "f1": f1(answer, reference),
+        "rouge_l": float(_rouge().score(reference, answer)["rougeL"].fmeasure),
+        "chrf": float(_chrf().sentence_score(answer, [reference]).score) / 100,
+    }
 
 
 def entry(text: str, reference: str, metric: str, stopped: bool) -> dict[str, Any]:
@@ -68,5 +72,15 @@ def entry(text: str, reference: str, metric: str, stopped: bool) -> dict[str, An
     value = values[metric]
     error = "" if value is None or value >= 0.999 else "empty" if not text.strip() else "wrong"
     detail = f"{metric} {value:.2f}" if error == "wrong" else "the answer is empty" if error else ""
-    return {"text": text, "sql": None, "score": value, "valid": None, "error": error, "detail": detail, "structural": None,
-            "stopped": stopped, "result": None, "metrics": values}
+    return {
+        "text": text,
+        "sql": None,
+        "score": value,
+        "valid": None,
+        "error": error,
+        "detail": detail,
+        "structural": None,
+        "stopped": stopped,
+        "result": None,
+        "metrics": values,
+    }

@@ -98,10 +98,38 @@ ERROR_KINDS = {
 }
 
 _CONTENDER = {"name", "role", "kind", "source", "status", "reason", "size_bytes", "scores", "groups", "errors", "speed"}
-_COMPARISON = {"metric", "baseline", "contender", "n", "difference", "low", "high", "p", "p_holm", "test", "detectable",
-               "verdict", "sentence"}
-_TOP = {"schema_version", "run", "headline", "ship", "warnings", "task", "contenders", "comparisons", "forgetting",
-        "harness", "preference", "instructions", "judge", "contamination", "seeds"}
+_COMPARISON = {
+    "metric",
+    "baseline",
+    "contender",
+    "n",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "test",
+    "detectable",
+    "verdict",
+    "sentence",
+}
+_TOP = {
+    "schema_version",
+    "run",
+    "headline",
+    "ship",
+    "warnings",
+    "task",
+    "contenders",
+    "comparisons",
+    "forgetting",
+    "harness",
+    "preference",
+    "instructions",
+    "judge",
+    "contamination",
+    "seeds",
+}
 _ANSWER = {"id", "question", "system", "reference", "meta", "cluster", "nonempty", "contaminated", "gold", "answers"}
 
 
@@ -109,8 +137,10 @@ def check(scores: dict, answers: list[dict]) -> None:
     """Raise TunebookError naming the first place where the two files leave the schema above."""
     _keys("scores.json", scores, _TOP)
     if scores["schema_version"] != SCHEMA_VERSION:
-        raise TunebookError(f"scores.json has schema version {scores['schema_version']}; this version reads "
-                            f"{SCHEMA_VERSION}; run 05_evaluation again.")
+        raise TunebookError(
+            f"scores.json has schema version {scores['schema_version']}; this version reads "
+            f"{SCHEMA_VERSION}; run 05_evaluation again."
+        )
     names = [c.get("name") for c in scores["contenders"]]
     if len(set(names)) != len(names):
         raise TunebookError(f"scores.json names a contender twice ({names}); names must differ; rename one of them.")
@@ -122,8 +152,10 @@ def check(scores: dict, answers: list[dict]) -> None:
         _keys(f"answer {row.get('id')!r}", row, _ANSWER)
         for name, answer in row["answers"].items():
             if answer["error"] and answer["error"] not in ERROR_KINDS:
-                raise TunebookError(f"answer {row['id']!r} of {name!r} has the unknown error kind {answer['error']!r}; "
-                                    f"known are {', '.join(ERROR_KINDS)}.")
+                raise TunebookError(
+                    f"answer {row['id']!r} of {name!r} has the unknown error kind {answer['error']!r}; "
+                    f"known are {', '.join(ERROR_KINDS)}."
+                )
 
 
 def read(folder) -> tuple[dict, list[dict]]:

@@ -14,7 +14,17 @@ from helpers.evaluate import cache, contenders
 from helpers.evaluate.generate import Answer, Decoding
 
 #: What loading or running a model raises when it cannot: a sentence of ours, damaged files, no memory, a missing library.
-TROUBLE = (TunebookError, OSError, RuntimeError, ValueError, ImportError, MemoryError, KeyError, AttributeError, TypeError)
+TROUBLE = (
+    TunebookError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    ImportError,
+    MemoryError,
+    KeyError,
+    AttributeError,
+    TypeError,
+)
 WINDOW = 1024  # tokens of a text that loss is measured over at most
 KEPT_AT_ONCE = 64  # texts or completions after which the results are written down
 
@@ -22,7 +32,14 @@ KEPT_AT_ONCE = 64  # texts or completions after which the results are written do
 class Session:
     """`with Session(contender, cache_folder) as s: s.answers(...)`. seconds: spent on questions that were not in the cache."""
 
-    def __init__(self, contender: contenders.Contender, folder: Path, precision: str = "auto", end_of_turn: str = "", quiet: bool = False):
+    def __init__(
+        self,
+        contender: contenders.Contender,
+        folder: Path,
+        precision: str = "auto",
+        end_of_turn: str = "",
+        quiet: bool = False,
+    ):
         if contender.trouble:
             raise TunebookError(contender.trouble)
         self.contender, self.precision, self.end_of_turn, self.quiet = contender, precision, end_of_turn, quiet
@@ -48,7 +65,9 @@ class Session:
             self._reader = contenders.reader(self.contender, self.precision, self.end_of_turn)
         return self._reader
 
-    def answers(self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding, label: str = "") -> tuple[list[Answer], dict[str, Any]]:
+    def answers(
+        self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding, label: str = ""
+    ) -> tuple[list[Answer], dict[str, Any]]:
         """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept, so a rerun asks again.
 
         The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
@@ -72,11 +91,15 @@ class Session:
                 found[i] = answer
             bar.close()
             seconds = time.perf_counter() - started
-            self.store.put(speed_key, {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / max(seconds, 1e-9), 3)})
+            self.store.put(
+                speed_key, {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / max(seconds, 1e-9), 3)}
+            )
         speed = dict(self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0})
         return found, {**speed, "tokens": sum(a.tokens for a in found), "from_cache": len(prompts) - len(missing)}
 
-    def completion_logprobs(self, pairs: Sequence[tuple[list[dict[str, str]], str]], label: str = "") -> list[tuple[float, int]]:
+    def completion_logprobs(
+        self, pairs: Sequence[tuple[list[dict[str, str]], str]], label: str = ""
+    ) -> list[tuple[float, int]]:
         """(sum of log-probabilities in nats, tokens) of each completion after its conversation, its end of turn included."""
         keys = [cache.key("completion", messages, text) for messages, text in pairs]
         sizes = [len(text) for _, text in pairs]
@@ -84,6 +107,7 @@ class Session:
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
             return [(sum(v), len(v)) for v in self.reader.logprobs(rows)]
+
         return self._kept(keys, sizes, work, label or f"{self.contender.name}, preference")
 
     def text_losses(self, texts: Sequence[str], label: str = "") -> list[tuple[float, int]]:
@@ -94,6 +118,7 @@ class Session:
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
             return [(-sum(v), len(v)) for v in self.reader.logprobs([(ids[:1], ids[1:]) for ids in rows])]
+
         return self._kept(keys, [len(t) for t in texts], work, label or f"{self.contender.name}, general text")
 
     def kept(self, name: Any, make: Any) -> Any:
@@ -108,7 +133,7 @@ class Session:
         missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
         bar = self._bar(label, len(keys), len(keys) - len(missing)) if missing else None
         for start in range(0, len(missing), KEPT_AT_ONCE):
-            batch = missing[start:start + KEPT_AT_ONCE]
+            batch = missing[start : start + KEPT_AT_ONCE]
             for i, value in zip(batch, work(batch), strict=True):
                 self.store.put(keys[i], list(value))
                 bar.update()
@@ -118,4 +143,7 @@ class Session:
 
     def _bar(self, label: str, total: int, initial: int) -> Any:
         from tqdm import tqdm
-        return tqdm(desc=label, total=total, initial=initial, mininterval=2, ncols=90, file=sys.stdout, disable=self.quiet)
+
+        return tqdm(
+            desc=label, total=total, initial=initial, mininterval=2, ncols=90, file=sys.stdout, disable=self.quiet
+        )

@@ -13,7 +13,13 @@ from typing import Any
 
 NAME = "tunebook_shared_prefix"
 # Features that change which keys a query may see or how scores are made; such models decode through transformers instead.
-_UNSUPPORTED = ("attn_logit_softcapping", "attention_chunk_size", "kv_lora_rank", "linear_attn_config", "is_encoder_decoder")
+_UNSUPPORTED = (
+    "attn_logit_softcapping",
+    "attention_chunk_size",
+    "kv_lora_rank",
+    "linear_attn_config",
+    "is_encoder_decoder",
+)
 
 
 def supports(model: Any) -> bool:
@@ -43,6 +49,7 @@ class State:
     def begin(self, mask: Any, answer: int) -> None:
         """A new batch. mask: (rows, width), 0 where a prompt is padded on the right; answer: tokens that may follow."""
         import torch
+
         rows, width = mask.shape
         self.phase, self.used, self.capacity, self.suffix = "prompt", 0, width + answer, {}
         self.allowed = torch.ones(rows, self.capacity, dtype=torch.bool, device=mask.device)
@@ -52,6 +59,7 @@ class State:
         """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so that little is
         copied. Returns which old row each new place holds."""
         import torch
+
         count = len(stay)
         holes, movers = sorted(set(range(count)) - set(stay)), [p for p in stay if p >= count]
         order = [*range(count)]
@@ -59,8 +67,8 @@ class State:
             to, of = (torch.tensor(places, device=self.allowed.device) for places in (holes, movers))
             self.allowed[to] = self.allowed[of]
             for keys, values in self.suffix.values():
-                keys[to, :, :self.used] = keys[of, :, :self.used]
-                values[to, :, :self.used] = values[of, :, :self.used]
+                keys[to, :, : self.used] = keys[of, :, : self.used]
+                values[to, :, : self.used] = values[of, :, : self.used]
             for hole, mover in zip(holes, movers, strict=True):
                 order[hole] = mover
         self.allowed = self.allowed[:count]
@@ -77,6 +85,7 @@ class decoding:
     def __enter__(self) -> State:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
+
         state = State()
         AttentionInterface.register(NAME, lambda module, *a, **k: attention(state, module, *a, **k))
         AttentionMaskInterface.register(NAME, lambda *a, **k: None)
@@ -88,12 +97,21 @@ class decoding:
         self.model.set_attn_implementation(self.before)
 
 
-def attention(state: State, module: Any, query: Any, key: Any, value: Any, mask: Any = None, scaling: float | None = None,
-              **_: Any) -> tuple:
+def attention(
+    state: State,
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple:
     """Attention for transformers' AttentionInterface. query: (rows, heads, tokens, dim); key, value: (rows, kv_heads, tokens,
     dim) of the new tokens only. Returns (rows, tokens, heads, dim) and no weights."""
     import torch
     import torch.nn.functional as F
+
     rows, heads, tokens, dim = query.shape
     kv_heads, layer = key.shape[1], module.layer_idx
     if state.phase == "prefix":
@@ -103,11 +121,13 @@ def attention(state: State, module: Any, query: Any, key: Any, value: Any, mask:
         state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
     if state.phase != "prefix":
         keys, values = state.suffix[layer]
-        keys[:, :, state.used:state.used + tokens] = key
-        values[:, :, state.used:state.used + tokens] = value
+        keys[:, :, state.used : state.used + tokens] = key
+        values[:, :, state.used : state.used + tokens] = value
     if state.phase == "prefix" or (state.phase == "prompt" and layer not in state.prefix):
         # Right padding under a causal mask: no real token ever sees a pad.
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != kv_heads)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != kv_heads
+        )
         return out.transpose(1, 2), None
     groups, end = heads // kv_heads, state.used + tokens
     keys, values = keys[:, :, :end], values[:, :, :end]
@@ -118,7 +138,7 @@ def attention(state: State, module: Any, query: Any, key: Any, value: Any, mask:
         causal = torch.ones(tokens, end, dtype=torch.bool, device=query.device).tril(end - tokens)
         allowed = allowed & causal.repeat(groups, 1)
     own = own.masked_fill(~allowed, torch.finfo(own.dtype).min)
-    scale = dim ** -0.5 if scaling is None else scaling
+    scale = dim**-0.5 if scaling is None else scaling
     if layer not in state.prefix:
         weights = torch.softmax(own * scale, dim=-1, dtype=torch.float32).to(query.dtype)
         out = weights @ values
@@ -129,5 +149,7 @@ def attention(state: State, module: Any, query: Any, key: Any, value: Any, mask:
         shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, groups * tokens, width).transpose(0, 1)
         weights = torch.softmax(torch.cat([shared, own], dim=-1) * scale, dim=-1, dtype=torch.float32).to(query.dtype)
         flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * groups * tokens, width)
-        out = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1) + weights[..., width:] @ values
+        out = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1) + weights[
+            ..., width:
+        ] @ values
     return out.reshape(rows, kv_heads, groups, tokens, dim).reshape(rows, heads, tokens, dim).transpose(1, 2), None

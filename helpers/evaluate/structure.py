@@ -23,6 +23,7 @@ def canonical(query: str) -> str | None:
 
     import sqlglot
     from sqlglot import errors
+
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
     if len(query) > 20_000:
         return None
@@ -37,6 +38,7 @@ def canonical(query: str) -> str | None:
 
 def _plain_names(tree):
     from sqlglot import exp
+
     tables = list(tree.find_all(exp.Table))
     names = [t.name.lower() for t in tables]
     real = {t.alias.lower(): t.name.lower() for t in tables if t.alias and names.count(t.name.lower()) == 1}
@@ -51,7 +53,10 @@ def _plain_names(tree):
         if column.table:
             column.set("table", None if single else exp.to_identifier(real.get(column.table, column.table)))
     for select in tree.find_all(exp.Select):
-        select.set("expressions", [e.this if isinstance(e, exp.Alias) and not _used(tree, e.alias) else e for e in select.expressions])
+        select.set(
+            "expressions",
+            [e.this if isinstance(e, exp.Alias) and not _used(tree, e.alias) else e for e in select.expressions],
+        )
     for ordered in tree.find_all(exp.Ordered):
         ordered.set("nulls_first", None)
         if not ordered.args.get("desc"):
@@ -65,6 +70,7 @@ def _plain_names(tree):
 def _used(tree, alias: str) -> bool:
     """Whether an output name is used elsewhere in the query, so that dropping it would change the query."""
     from sqlglot import exp
+
     return any(c.name == alias for c in tree.find_all(exp.Column) if not isinstance(c.parent, exp.Alias))
 
 
@@ -79,6 +85,7 @@ def _order(tree):
         if isinstance(node, exp.GTE):
             return exp.LTE(this=node.expression, expression=node.this)
         return node
+
     tree = tree.transform(step)
     nodes = [n for n in tree.walk() if isinstance(n, (exp.And, exp.Or, exp.EQ, exp.NEQ, exp.Add, exp.Mul))]
     for node in reversed(nodes):

@@ -38,6 +38,7 @@ def parse(schema: str) -> dict[str, dict[str, str]]:
     """{table: {column: "number" | "text"}} of the CREATE TABLE statements in a text."""
     import sqlglot
     from sqlglot import errors, exp
+
     found: dict[str, dict[str, str]] = {}
     for statement in _statements(schema):
         try:
@@ -51,12 +52,15 @@ def parse(schema: str) -> dict[str, dict[str, str]]:
         if columns:
             found[tree.this.this.name] = columns
     if not found:
-        raise TunebookError(f"No CREATE TABLE could be read in {schema[:80]!r}; without tables no query can be run. Mend the row's schema.")
+        raise TunebookError(
+            f"No CREATE TABLE could be read in {schema[:80]!r}; without tables no query can be run. Mend the row's schema."
+        )
     return found
 
 
 def _statements(text: str) -> list[str]:
     import re
+
     found = []
     for match in re.finditer(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", text, re.IGNORECASE):
         depth, end = 0, None
@@ -66,7 +70,7 @@ def _statements(text: str) -> list[str]:
                 end = at + 1
                 break
         if end:
-            found.append(text[match.start():end])
+            found.append(text[match.start() : end])
     return found
 
 
@@ -80,6 +84,7 @@ def literals(reference: str, tables: dict[str, dict[str, str]]) -> dict[str, lis
     """{column in lower case: values that the reference compares it with}; "" holds literals that stand beside no column."""
     import sqlglot
     from sqlglot import errors, exp
+
     found: dict[str, list[Any]] = {}
     try:
         tree = sqlglot.parse_one(reference, read="sqlite")
@@ -87,7 +92,9 @@ def literals(reference: str, tables: dict[str, dict[str, str]]) -> dict[str, lis
         return found
     for literal in tree.find_all(exp.Literal):
         parent = literal.parent
-        while parent is not None and not isinstance(parent, (exp.Binary, exp.In, exp.Between, exp.Select, exp.Limit, exp.Offset)):
+        while parent is not None and not isinstance(
+            parent, (exp.Binary, exp.In, exp.Between, exp.Select, exp.Limit, exp.Offset)
+        ):
             parent = parent.parent
         if parent is None or isinstance(parent, (exp.Limit, exp.Offset)):
             continue
@@ -98,7 +105,11 @@ def literals(reference: str, tables: dict[str, dict[str, str]]) -> dict[str, lis
     for column in tree.find_all(exp.Column):  # "double quotes" that are no column are text to SQLite
         quoted = isinstance(column.this, exp.Identifier) and column.this.quoted
         if quoted and not any(column.name.lower() == c.lower() for t in tables.values() for c in t):
-            beside = next((c for c in column.parent.find_all(exp.Column) if c is not column), None) if column.parent is not None else None
+            beside = (
+                next((c for c in column.parent.find_all(exp.Column) if c is not column), None)
+                if column.parent is not None
+                else None
+            )
             found.setdefault(beside.name.lower() if beside is not None else "", []).append(column.name)
     return found
 
@@ -128,7 +139,9 @@ def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str
             if isinstance(value, (int, float)) and rng.random() < 0.6:
                 value += rng.choice((-1, 1)) * rng.choice((1, 2, 5))
         elif kind == "number" or column.lower() == "id" or column.lower().endswith("_id"):
-            value = rng.randint(1, 12) if column.lower() == "id" or column.lower().endswith("_id") else rng.randint(0, 100)
+            value = (
+                rng.randint(1, 12) if column.lower() == "id" or column.lower().endswith("_id") else rng.randint(0, 100)
+            )
         else:
             value = rng.choice(shared)
         row.append(None if rng.random() < 0.03 else value)

@@ -19,8 +19,17 @@ from helpers.evaluate import structure
 SHOWN_ROWS, SHOWN_CHARS = 10, 200
 LIMITS = {"max_rows": 10_000, "max_steps": 5_000_000, "timeout_s": 5.0}  # 5 million steps are a quarter of a second
 _VERBS = r"(?:SELECT|WITH|VALUES|INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE|VACUUM|EXPLAIN|BEGIN|REINDEX|ANALYZE)"
-_KINDS = {"syntax": "syntax", "denied": "forbidden", "statements": "syntax", "parameters": "runtime", "steps": "timeout",
-          "timeout": "timeout", "rows": "too_large", "size": "too_large", "error": "runtime"}
+_KINDS = {
+    "syntax": "syntax",
+    "denied": "forbidden",
+    "statements": "syntax",
+    "parameters": "runtime",
+    "steps": "timeout",
+    "timeout": "timeout",
+    "rows": "too_large",
+    "size": "too_large",
+    "error": "runtime",
+}
 
 
 def extract(text: str) -> str | None:
@@ -31,11 +40,12 @@ def extract(text: str) -> str | None:
     fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
     body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text
     body = body.replace("```", " ").strip().removeprefix("sqlite").removeprefix("sql").strip()
-    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(r"\bSELECT\b[^.]*?\bFROM\b|^[ \t]*WITH\s+\w+\s+AS\b|\bSELECT\s",
-                                                                               body, re.IGNORECASE | re.DOTALL | re.MULTILINE)
+    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(
+        r"\bSELECT\b[^.]*?\bFROM\b|^[ \t]*WITH\s+\w+\s+AS\b|\bSELECT\s", body, re.IGNORECASE | re.DOTALL | re.MULTILINE
+    )
     if not start:
         return None
-    query = _first_statement(body[start.start():])
+    query = _first_statement(body[start.start() :])
     return query.split("\n\n")[0].strip() or None
 
 
@@ -43,7 +53,7 @@ def _first_statement(text: str) -> str:
     """Up to the first semicolon outside quotes and comments."""
     for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/|;", text, re.DOTALL):
         if match.group() == ";":
-            return text[:match.start()].strip()
+            return text[: match.start()].strip()
     return text.strip()
 
 
@@ -55,7 +65,9 @@ class Judge:
 
     def __init__(self, connections: Sequence[sqlite3.Connection]):
         if not connections:
-            raise TunebookError("There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in the prompts.")
+            raise TunebookError(
+                "There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in the prompts."
+            )
         self.connections = list(connections)
         self._gold: dict[str, list[readonly.Result]] = {}
 
@@ -74,11 +86,25 @@ class Judge:
 
     def score(self, text: str, reference: str, stopped: bool = True) -> dict[str, Any]:
         """An answer's entry in answers.jsonl (without tokens): text, sql, score, valid, error, detail, structural, stopped, result."""
-        entry = {"text": text, "sql": None, "score": 0.0, "valid": False, "error": "", "detail": "", "structural": False, "stopped": stopped,
-                 "result": None}
+        entry = {
+            "text": text,
+            "sql": None,
+            "score": 0.0,
+            "valid": False,
+            "error": "",
+            "detail": "",
+            "structural": False,
+            "stopped": stopped,
+            "result": None,
+        }
         gold = self.gold(reference)
         if failed := next((r for r in gold if not r.ok), None):
-            return {**entry, "score": None, "valid": None, "detail": f"the reference itself fails: {failed.error[:SHOWN_CHARS]}"}
+            return {
+                **entry,
+                "score": None,
+                "valid": None,
+                "detail": f"the reference itself fails: {failed.error[:SHOWN_CHARS]}",
+            }
         if not text.strip():
             return {**entry, "error": "empty", "detail": "the answer is empty"}
         query = extract(text)
@@ -102,7 +128,13 @@ class Judge:
 
 def _kind(result: readonly.Result) -> str:
     if result.kind == "schema":
-        return "unknown_table" if "no such table" in result.error else "unknown_column" if "column" in result.error else "runtime"
+        return (
+            "unknown_table"
+            if "no such table" in result.error
+            else "unknown_column"
+            if "column" in result.error
+            else "runtime"
+        )
     return _KINDS[result.kind]
 
 
@@ -124,8 +156,11 @@ def shown(result: readonly.Result) -> dict[str, Any] | None:
     """A result small enough to show: ten rows, long cells cut, bytes described. None for a query that failed."""
     if not result.ok:
         return None
-    return {"columns": [c[:SHOWN_CHARS] for c in result.columns[:20]], "count": len(result.rows),
-            "rows": [[_cell(v) for v in row[:20]] for row in result.rows[:SHOWN_ROWS]]}
+    return {
+        "columns": [c[:SHOWN_CHARS] for c in result.columns[:20]],
+        "count": len(result.rows),
+        "rows": [[_cell(v) for v in row[:20]] for row in result.rows[:SHOWN_ROWS]],
+    }
 
 
 def _cell(value: Any) -> Any:

@@ -45,19 +45,30 @@ def write(adapter: Path, model: Path, out: Path) -> Path:
     Raises TunebookError for adapters that llama.cpp's form cannot hold: DoRA, saved modules, trained tokens, trained biases.
     """
     import numpy as np
+
     pairs = _pairs(adapter, merging.check_adapter(adapter))
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=out.parent) as work:
         folder = convert.clean_copy(model, Path(work) / "model")
         np.savez(Path(work) / "b.npz", **{f"{n}.weight": b for n, (_, b) in pairs.items()})
         script = Path(work) / "rename.py"
         script.write_text(f"import sys; sys.path.insert(0, {str(llama_lib.converter())!r})\n{SCRIPT}")
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([sys.executable, str(script), str(folder), str(Path(work) / "b.npz"), str(Path(work) / "renamed.npz")],
-                              capture_output=True, text=True, errors="replace", env=env)
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder), str(Path(work) / "b.npz"), str(Path(work) / "renamed.npz")],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=env,
+        )
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-            raise TunebookError(f"The adapter in {adapter} cannot be written as a GGUF adapter ({last[0][:200] if last else done.returncode}); "
-                                "export the merged model instead.")
+            raise TunebookError(
+                f"The adapter in {adapter} cannot be written as a GGUF adapter ({last[0][:200] if last else done.returncode}); "
+                "export the merged model instead."
+            )
         partial = Path(work) / "adapter.gguf"
         _write(partial, pairs, dict(np.load(Path(work) / "renamed.npz")))
         os.replace(partial, out)
@@ -68,11 +79,14 @@ def _pairs(adapter: Path, config: dict) -> dict:
     """Layer name -> (A (rank, in), B (out, rank) with the layer's whole scale in it), float32."""
     from peft import LoraConfig, PeftConfig
     from safetensors.numpy import load_file
+
     tensors = {k.removeprefix(merging.PREFIX): v for k, v in load_file(adapter / "adapter_model.safetensors").items()}
     foreign = next((k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))), None)
     if foreign or config.get("peft_type") != "LORA":
-        raise TunebookError(f"The adapter in {adapter} holds {foreign or config.get('peft_type')}, which llama.cpp's adapter form has no place for; "
-                            "export the merged model instead.")
+        raise TunebookError(
+            f"The adapter in {adapter} holds {foreign or config.get('peft_type')}, which llama.cpp's adapter form has no place for; "
+            "export the merged model instead."
+        )
     lora: LoraConfig = PeftConfig.from_pretrained(adapter)
     pairs = {}
     for name in sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")):
@@ -86,12 +100,14 @@ def _pairs(adapter: Path, config: dict) -> dict:
 def _by_pattern(pattern: dict, name: str, default: float) -> float:
     """PEFT's rule: a pattern matches the end of a module's name, from a dot on."""
     import re
+
     return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
 
 def _write(path: Path, pairs: dict, renamed: dict) -> None:
     import numpy as np
     from gguf import GGUFWriter
+
     writer = GGUFWriter(path, str(renamed.pop("architecture|")))
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -101,10 +117,10 @@ def _write(path: Path, pairs: dict, renamed: dict) -> None:
         name, _, layer = key.partition("|")
         a = pairs[layer.removesuffix(".weight")][0]
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b * (len(a) / max(ranks))))  # llama.cpp scales by alpha / rank
+        writer.add_tensor(
+            f"{name}.lora_b", np.ascontiguousarray(b * (len(a) / max(ranks)))
+        )  # llama.cpp scales by alpha / rank
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-

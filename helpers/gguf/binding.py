@@ -30,8 +30,15 @@ class Block(c.Structure):
 class Batch(c.Structure):
     """`llama_batch`: tokens with their positions, sequences and whether logits are wanted."""
 
-    _fields_ = [("n_tokens", c.c_int32), ("token", c.POINTER(c.c_int32)), ("embd", POINTER), ("pos", c.POINTER(c.c_int32)),
-                ("n_seq_id", c.POINTER(c.c_int32)), ("seq_id", c.POINTER(c.POINTER(c.c_int32))), ("logits", c.POINTER(c.c_int8))]
+    _fields_ = [
+        ("n_tokens", c.c_int32),
+        ("token", c.POINTER(c.c_int32)),
+        ("embd", POINTER),
+        ("pos", c.POINTER(c.c_int32)),
+        ("n_seq_id", c.POINTER(c.c_int32)),
+        ("seq_id", c.POINTER(c.POINTER(c.c_int32))),
+        ("logits", c.POINTER(c.c_int8)),
+    ]
 
 
 LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, POINTER)
@@ -88,8 +95,10 @@ class Library:
                 function.restype, function.argtypes = result, arguments
                 setattr(self, name, function)
         except (OSError, AttributeError) as error:
-            raise TunebookError(f"llama.cpp's library {path} cannot be used here ({error}); run `python -m helpers.gguf.llama_lib`, or "
-                                "unset TUNEBOOK_LLAMA_CPP.") from error
+            raise TunebookError(
+                f"llama.cpp's library {path} cannot be used here ({error}); run `python -m helpers.gguf.llama_lib`, or "
+                "unset TUNEBOOK_LLAMA_CPP."
+            ) from error
         self._keep = LOG(self._heard)  # ctypes would free a callback that nobody holds
         self.llama_log_set(self._keep, None)
         for library in filter(None, (self.ggml, self.dll)):
@@ -111,13 +120,17 @@ class Library:
 
     def _load_processor_variant(self) -> None:
         """Load the variant of ggml's CPU code that this processor scores highest on, where there are several."""
-        variants = [p for p in sorted(self.path.parent.glob("libggml-cpu-*.so")) if p.stem.split("-")[-1] not in LEFT_OUT]
+        variants = [
+            p for p in sorted(self.path.parent.glob("libggml-cpu-*.so")) if p.stem.split("-")[-1] not in LEFT_OUT
+        ]
         if not variants or self.ggml is None:
             return
         scores = {p: c.CDLL(str(p)).ggml_backend_score() for p in variants}
         self.ggml.ggml_backend_load.restype, self.ggml.ggml_backend_load.argtypes = POINTER, (c.c_char_p,)
         if not self.ggml.ggml_backend_load(str(max(scores, key=scores.get)).encode()):
-            raise TunebookError(f"None of the processor variants in {self.path.parent} loads; set TUNEBOOK_LLAMA_CPP to a build of your own.")
+            raise TunebookError(
+                f"None of the processor variants in {self.path.parent} loads; set TUNEBOOK_LLAMA_CPP to a build of your own."
+            )
 
     def model_params(self, only_vocabulary: bool = False) -> Block:
         """Defaults; with `only_vocabulary` the flag set that leaves the weights unread."""
@@ -136,12 +149,14 @@ class Library:
         block = self.llama_context_default_params()
         head = struct.unpack_from("<4I", bytes(block.bytes))
         if head != (512, 2048, 512, 1):
-            raise TunebookError(f"{self.path} starts its context parameters with {head}, not the (512, 2048, 512, 1) of llama.cpp; "
-                                "use another build.")
+            raise TunebookError(
+                f"{self.path} starts its context parameters with {head}, not the (512, 2048, 512, 1) of llama.cpp; "
+                "use another build."
+            )
         struct.pack_into("<4I", block.bytes, 0, n_ctx, n_batch, min(n_batch, 512), n_seq_max)
         if unified:
             # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
-            at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i:i + 6]) == b"\0\1\1\1\1\0"), None)
+            at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
             if at is None:
                 raise TunebookError(f"{self.path} has no kv_unified where llama.cpp keeps it; use another build.")
             block.bytes[at + 5] = 1

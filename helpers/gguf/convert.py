@@ -20,8 +20,17 @@ from helpers.errors import TunebookError
 from helpers.gguf import llama_lib, reading
 
 TYPES_16 = ("f16", "bf16")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dict[str, float]:
@@ -30,7 +39,9 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dic
     Returns {"wall_s": seconds, "bytes": size}. Raises TunebookError naming what the converter did not accept; nothing half-written stays.
     """
     if outtype not in TYPES_16:
-        raise TunebookError(f"Conversion type {outtype!r} is none of {', '.join(TYPES_16)}; smaller types come from quantising.")
+        raise TunebookError(
+            f"Conversion type {outtype!r} is none of {', '.join(TYPES_16)}; smaller types come from quantising."
+        )
     started = time.time()
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
         folder, partial = clean_copy(model, Path(work) / "model"), Path(work) / "out.gguf"
@@ -52,6 +63,7 @@ def convert_vocabulary(model: Path, out: Path) -> Path:
 def architectures() -> set[str]:
     """Hugging Face's names of the architectures that the converter knows."""
     import ast
+
     tree = ast.parse((llama_lib.converter() / "conversion/__init__.py").read_text())
     for node in tree.body:
         names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
@@ -84,9 +96,20 @@ def clean_copy(model: Path, folder: Path, weights: bool = True) -> Path:
 def _run(folder: Path, out: Path, model: Path, options: list[str]) -> None:
     script = llama_lib.converter() / "convert_hf_to_gguf.py"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")}
-    env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_MININTERVAL": "5", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(script), str(folder), "--outfile", str(out), *options], capture_output=True, text=True,
-                          errors="replace", env=env, cwd=folder)
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_MININTERVAL": "5",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), "--outfile", str(out), *options],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=env,
+        cwd=folder,
+    )
     if done.returncode or not out.is_file():
         out.unlink(missing_ok=True)
         raise TunebookError(_why(done.stderr, done.returncode, model))
@@ -94,11 +117,15 @@ def _run(folder: Path, out: Path, model: Path, options: list[str]) -> None:
 
 def _why(log: str, status: int, model: Path) -> str:
     """The converter's failure as a sentence."""
-    if re.search(r"No space left|Not enough free space|File too large|\d+ requested and \d+ written", log):  # the last is numpy's wording
+    if re.search(
+        r"No space left|Not enough free space|File too large|\d+ requested and \d+ written", log
+    ):  # the last is numpy's wording
         return f"No space left on the disk while converting {model} to GGUF; free some room and run the same command again."
     if "pre-tokenizer was not recognized" in log:
-        return (f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would read other tokens "
-                "than were trained; keep the base's own tokenizer, with its tokens only added to.")
+        return (
+            f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would read other tokens "
+            "than were trained; keep the base's own tokenizer, with its tokens only added to."
+        )
     if "is not supported" in log or "not supported!" in log:
         return f"llama.cpp's converter does not know the architecture of {model}; choose another base, or export the adapter and safetensors alone."
     if status in (-9, 137):

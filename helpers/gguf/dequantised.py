@@ -27,7 +27,9 @@ class Places:
     def __init__(self, model: Any, source: Path):
         summary = reading.check(source)
         tensors = {t.name: t for t in summary.tensors if t.type == "F16" and len(t.shape) == 2}
-        matrices = {n.removesuffix(".weight"): p for n, p in model.named_parameters() if n.endswith(".weight") and p.dim() == 2}
+        matrices = {
+            n.removesuffix(".weight"): p for n, p in model.named_parameters() if n.endswith(".weight") and p.dim() == 2
+        }
         self._found: dict[str, tuple[Any, np.ndarray | None]] = {}
         for layer, name in importance.tensor_names(summary, list(matrices)).items():
             if name in tensors:
@@ -40,6 +42,7 @@ class Places:
         import numpy as np
         import torch
         from gguf import GGMLQuantizationType, dequantize
+
         packed = [t for t in reading.check(file).tensors if t.type not in PLAIN]
         if any(t.name not in self._found for t in packed):
             return False
@@ -56,6 +59,7 @@ class Places:
 def _raw(file: Path, tensor: reading.Tensor) -> np.ndarray:
     """A matrix's bytes, (rows, bytes a row), memory-mapped."""
     import numpy as np
+
     rows = tensor.shape[1]
     return np.memmap(file, np.uint8, "r", tensor.offset, (rows, tensor.bytes // rows))
 
@@ -67,6 +71,7 @@ def _row_order(theirs: np.ndarray, weight: Any) -> tuple[bool, np.ndarray | None
     """
     import numpy as np
     import torch
+
     mine = weight.to("cpu", torch.float16).contiguous().view(torch.int16).numpy().view("<u2")
     if mine.shape != theirs.shape:
         return False, None

@@ -26,12 +26,12 @@ class Inexpressible(Exception):
 class Turns:
     """What a template prints around each message. `before` and `after` go by role: "system", "user", "assistant"."""
 
-    start: str                 # printed once, before everything
-    without_system: str        # printed when the first message is not the system's: a default system prompt, or nothing
+    start: str  # printed once, before everything
+    without_system: str  # printed when the first message is not the system's: a default system prompt, or nothing
     before: dict[str, str]
     after: dict[str, str]
-    generation: str            # printed after the last message, where the model goes on
-    system_place: str          # "own" turn, "first_user" or "last_user" (inside that turn), or "none" (refused or ignored)
+    generation: str  # printed after the last message, where the model goes on
+    system_place: str  # "own" turn, "first_user" or "last_user" (inside that turn), or "none" (refused or ignored)
 
     def render(self, messages: Sequence[Message]) -> str:
         """What the Go template prints: the same steps in Python, so that a machine without Go can check it."""
@@ -45,8 +45,12 @@ class Turns:
             elif role == "user":
                 here = {"first_user": i <= 1, "last_user": last}.get(self.system_place, False)
                 inside = here and messages[0]["role"] == "system"
-                out += [self.before[role], *([self.before["system"], messages[0]["content"], self.after["system"]] if inside else []),
-                        message["content"], self.after[role]]
+                out += [
+                    self.before[role],
+                    *([self.before["system"], messages[0]["content"], self.after["system"]] if inside else []),
+                    message["content"],
+                    self.after[role],
+                ]
             elif role == "assistant":
                 out += [self.before[role], message["content"], "" if last else self.after[role]]
             if last and role != "assistant":
@@ -65,15 +69,23 @@ class Turns:
         inside = ""
         if self.system_place in ("first_user", "last_user"):
             spot = "(le $i 1)" if self.system_place == "first_user" else "$last"
-            inside = (f"{{{{ if and {spot} {first} }}}}{_say(self.before['system'])}{{{{ (index $.Messages 0).Content }}}}"
-                      f"{_say(self.after['system'])}{{{{ end }}}}")
+            inside = (
+                f"{{{{ if and {spot} {first} }}}}{_say(self.before['system'])}{{{{ (index $.Messages 0).Content }}}}"
+                f"{_say(self.after['system'])}{{{{ end }}}}"
+            )
         branch = "if"
         if self.system_place == "own":
-            lines.append(f'{{{{- if eq .Role "system" }}}}{_say(self.before["system"])}{{{{ .Content }}}}{_say(self.after["system"])}')
+            lines.append(
+                f'{{{{- if eq .Role "system" }}}}{_say(self.before["system"])}{{{{ .Content }}}}{_say(self.after["system"])}'
+            )
             branch = "else if"
-        lines.append(f'{{{{- {branch} eq .Role "user" }}}}{_say(self.before["user"])}{inside}{{{{ .Content }}}}{_say(self.after["user"])}')
-        lines.append(f'{{{{- else if eq .Role "assistant" }}}}{_say(self.before["assistant"])}{{{{ .Content }}}}'
-                     f'{{{{ if not $last }}}}{_say(self.after["assistant"])}{{{{ end }}}}')
+        lines.append(
+            f'{{{{- {branch} eq .Role "user" }}}}{_say(self.before["user"])}{inside}{{{{ .Content }}}}{_say(self.after["user"])}'
+        )
+        lines.append(
+            f'{{{{- else if eq .Role "assistant" }}}}{_say(self.before["assistant"])}{{{{ .Content }}}}'
+            f"{{{{ if not $last }}}}{_say(self.after['assistant'])}{{{{ end }}}}"
+        )
         lines.append("{{- end }}")
         if self.generation:
             lines.append(f'{{{{- if and $last (ne .Role "assistant") }}}}{_say(self.generation)}{{{{ end }}}}')
@@ -87,17 +99,26 @@ def jinja_renderer(tokenizer: Any) -> Render:
     first is cut off, as Ollama and llama.cpp do. Rendering runs in transformers' sandboxed Jinja.
     """
     import jinja2
+
     bos = tokenizer.bos_token
     ids = tokenizer("a").input_ids
     adds = bool(bos) and bool(ids) and ids[0] == tokenizer.bos_token_id
 
-    def render(messages: Sequence[Message], generation: bool = True, tools: Any = None, resume: bool = False) -> str | None:
+    def render(
+        messages: Sequence[Message], generation: bool = True, tools: Any = None, resume: bool = False
+    ) -> str | None:
         try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, tools=tools, continue_final_message=resume,
-                                                 add_generation_prompt=generation and not resume)
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                tools=tools,
+                continue_final_message=resume,
+                add_generation_prompt=generation and not resume,
+            )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError):
             return None  # templates refuse a conversation by raising; jinja2 passes on errors of the expressions inside
         return text.removeprefix(bos) if adds else text
+
     return render
 
 
@@ -110,27 +131,31 @@ def derive(render: Render, bos: str = "") -> Turns:
     user_end = _gaps(render, turns[:1], generation=False, missing=[None, ""])[-1]
     answer_end = _gaps(render, turns[:2], generation=False, missing=[None, None, ""])[-1]
     # what is printed only at the very end of a conversation (Phi) is in no gap: then split where the turns are alike
-    before_user = au[len(answer_end):] if au.startswith(answer_end) and head.endswith(au[len(answer_end):]) else _common_end(au, head)
+    before_user = (
+        au[len(answer_end) :]
+        if au.startswith(answer_end) and head.endswith(au[len(answer_end) :])
+        else _common_end(au, head)
+    )
     after_user = user_end if ua.startswith(user_end) and tail.startswith(user_end) else _common_start(ua, tail)
-    opening = head[:len(head) - len(before_user)]
-    before = {"user": before_user, "assistant": ua[len(after_user):], "system": ""}
-    after = {"user": after_user, "assistant": au[:len(au) - len(before_user)], "system": ""}
+    opening = head[: len(head) - len(before_user)]
+    before = {"user": before_user, "assistant": ua[len(after_user) :], "system": ""}
+    after = {"user": after_user, "assistant": au[: len(au) - len(before_user)], "system": ""}
     place = "none"
     with_system = [("system", S), *turns[:1]]
     start = ""
     if S in (render(_chat(with_system)) or ""):
         lead, between, _ = _gaps(render, with_system)
         if between.endswith(before_user) and before_user:
-            place, after["system"] = "own", between[:len(between) - len(before_user)]
+            place, after["system"] = "own", between[: len(between) - len(before_user)]
             start = bos if bos and opening == bos and lead.startswith(bos) else ""
-            before["system"], opening = lead[len(start):], opening[len(start):]
+            before["system"], opening = lead[len(start) :], opening[len(start) :]
         elif lead.startswith(opening + before_user):
-            before["system"], after["system"] = lead[len(opening + before_user):], between
+            before["system"], after["system"] = lead[len(opening + before_user) :], between
             later = render(_chat([("system", S), *turns[:3]])) or ""
             place = "first_user" if 0 <= later.find(S) < later.find(U1) else "last_user"
         else:
             raise Inexpressible("it prints the system prompt neither in a turn of its own nor inside a user's turn")
-    return Turns(start, opening, before, after, tail[len(after_user):], place)
+    return Turns(start, opening, before, after, tail[len(after_user) :], place)
 
 
 def collate(messages: Sequence[Message]) -> list[Message]:
@@ -171,7 +196,12 @@ SHAPES: dict[str, tuple[list[Message], bool]] = {
     "several turns": (_chat(_TURNS), True),
     "system and several turns": (_chat([_BRIEF, *_TURNS, ("assistant", "None."), ("user", "Thanks")]), True),
     "accents and emoji": (_chat([("system", "Réponds en français 🙂"), ("user", "Où est l’été ? \u200d🏔️")]), True),
-    "Chinese": (_chat([("system", "你是一个助手。"), ("user", "最深的湖是哪个?"), ("assistant", "贝加尔湖。"), ("user", "多深?")]), True),
+    "Chinese": (
+        _chat(
+            [("system", "你是一个助手。"), ("user", "最深的湖是哪个?"), ("assistant", "贝加尔湖。"), ("user", "多深?")]
+        ),
+        True,
+    ),
     "braces, quotes, markup": (_chat([("user", 'Print "{{ .Content }}" and {% raw %} \\n <b>&amp;</b> `x` $i')]), True),
     "lines and tabs inside": (_chat([("user", "one\n\n\ttwo\r\n  three")]), True),
     "empty system prompt": (_chat([("system", ""), *_TURNS[:1]]), False),
@@ -182,14 +212,22 @@ SHAPES: dict[str, tuple[list[Message], bool]] = {
     "answer first": (_chat([("assistant", "Hello."), ("user", "Hi")]), False),
     "system prompt in the middle": (_chat([*_TURNS[:2], ("system", "Be brief."), ("user", "Go on")]), False),
 }
-TOOL = {"type": "function", "function": {"name": "run_sql", "description": "Run a query", "parameters": {
-    "type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "run_sql",
+        "description": "Run a query",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
+    },
+}
 
 
 def compare(render: Render, go: Callable[[list[Message]], str]) -> list[Check]:
     """Both templates on every shape. go(messages) renders the Go template on messages that Ollama has collated."""
-    return [Check(shape, needed, render(messages, resume=shape == "answer begun"), go(collate(messages)))
-            for shape, (messages, needed) in SHAPES.items()]
+    return [
+        Check(shape, needed, render(messages, resume=shape == "answer begun"), go(collate(messages)))
+        for shape, (messages, needed) in SHAPES.items()
+    ]
 
 
 def takes_tools(render: Render) -> bool:
@@ -198,7 +236,9 @@ def takes_tools(render: Render) -> bool:
     return render(question, tools=[TOOL]) not in (None, render(question))
 
 
-def _gaps(render: Render, pairs: Sequence[tuple[str, str]], generation: bool = True, missing: list[Any] | None = None) -> list[str]:
+def _gaps(
+    render: Render, pairs: Sequence[tuple[str, str]], generation: bool = True, missing: list[Any] | None = None
+) -> list[str]:
     """The literals before, between and after the markers. `missing` is answered where the template refuses the conversation."""
     text = render(_chat(pairs), generation=generation)
     if text is None and missing is not None:

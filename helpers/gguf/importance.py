@@ -36,6 +36,7 @@ def gather(merged: Path, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Any],
     import torch
 
     from helpers.model.loading import load_model
+
     model = load_model(merged).eval()
     sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
@@ -45,7 +46,9 @@ def gather(merged: Path, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Any],
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
             sums[name] = sums.get(name, 0) + (x * x).sum(0).cpu().numpy().astype(np.float64)
             counts[name] = counts.get(name, 0) + len(x)
+
         return hook
+
     hooks = [m.register_forward_pre_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     with torch.inference_mode():
         for row in rows:
@@ -58,6 +61,7 @@ def gather(merged: Path, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Any],
 def tensor_names(summary: reading.Summary, layers: Sequence[str]) -> dict[str, str]:
     """Layer name in transformers -> tensor name in the GGUF file, by gguf's own table for the file's architecture."""
     import gguf
+
     by_name = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     architecture = by_name.get(summary.metadata.get("general.architecture"))
     if architecture is None:
@@ -73,6 +77,7 @@ def _write(path: Path, entries: dict[str, tuple[Any, int]], chunks: int) -> None
     """The GGUF form of llama.cpp's imatrix files: NAME.in_sum2 and NAME.counts for each tensor."""
     import numpy as np
     from gguf import GGUFWriter
+
     writer = GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["training data"])

@@ -57,7 +57,10 @@ def setup(python: str = sys.executable) -> dict[str, str]:
             _fetch_library(python)
         except TunebookError as error:
             found["note"] = str(error)
-    found["runs models"], found["quantises"] = str(for_running()), str(for_quantizing() or "xllamacpp, tensor by tensor")
+    found["runs models"], found["quantises"] = (
+        str(for_running()),
+        str(for_quantizing() or "xllamacpp, tensor by tensor"),
+    )
     return found
 
 
@@ -76,8 +79,10 @@ def own_build() -> Path | None:
         return None
     built = _library_in(Path(folder))
     if built is None:
-        raise TunebookError(f"{folder} holds no libllama; name the folder of a llama.cpp build made with "
-                            "BUILD_SHARED_LIBS=ON, or leave the setting empty.")
+        raise TunebookError(
+            f"{folder} holds no libllama; name the folder of a llama.cpp build made with "
+            "BUILD_SHARED_LIBS=ON, or leave the setting empty."
+        )
     return built
 
 
@@ -103,7 +108,7 @@ def packaged() -> Path:
 def quantize_program() -> Path | None:
     """A `llama-quantize` of the user's own build, or on the PATH; None when there is none."""
     folder = os.environ.get(OWN_BUILD, "")
-    for place in ([Path(folder), Path(folder) / "bin", Path(folder) / "build/bin"] if folder else []):
+    for place in [Path(folder), Path(folder) / "bin", Path(folder) / "build/bin"] if folder else []:
         if os.access(place / "llama-quantize", os.X_OK):
             return place / "llama-quantize"
     on_path = None if folder else shutil.which("llama-quantize")
@@ -127,6 +132,7 @@ def _prebuilt_fits() -> bool:
 
 # ---------------------------------------------------------------- fetching, at set-up only
 
+
 def _fetch_converter(python: str) -> None:
     name, version, digest = CONVERTER
     with _fresh(converter_folder()) as partial:
@@ -139,12 +145,16 @@ def _fetch_library(python: str) -> None:
         _run([*_npm(python, Path(work)), "pack", f"{name}@{version}", "--silent"], cwd=work)
         archives = list(Path(work).glob("*.tgz"))
         if not archives or runtime_sha256(archives[0]) != digest:
-            raise TunebookError(f"The npm package {name}@{version} is not the file that was pinned (sha256 {digest[:12]}…); "
-                                "nothing of it was unpacked. Try again from another network.")
+            raise TunebookError(
+                f"The npm package {name}@{version} is not the file that was pinned (sha256 {digest[:12]}…); "
+                "nothing of it was unpacked. Try again from another network."
+            )
         with tarfile.open(archives[0]) as archive:
             for member in archive.getmembers():
                 file = Path(member.name)
-                if member.isfile() and ((file.match("bins/*/lib*.so") and "common" not in file.name) or file.name == "LICENSE"):
+                if member.isfile() and (
+                    (file.match("bins/*/lib*.so") and "common" not in file.name) or file.name == "LICENSE"
+                ):
                     (partial / file.name).write_bytes(archive.extractfile(member).read())
 
 
@@ -163,16 +173,33 @@ def _pip_install(python: str, requirement: str, target: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(requirement + "\n")
         file.flush()
-        _run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--no-compile", "--disable-pip-version-check",
-              "--target", str(target), "-r", file.name])
+        _run(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--require-hashes",
+                "--no-compile",
+                "--disable-pip-version-check",
+                "--target",
+                str(target),
+                "-r",
+                file.name,
+            ]
+        )
 
 
 def _run(command: list[str], cwd: str | None = None) -> None:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise TunebookError(f"Set-up could not fetch {' '.join(w for w in command if '==' in w or '@' in w) or 'a package'}: {last[0]}. "
-                            "Check the network and run set-up again.")
+        raise TunebookError(
+            f"Set-up could not fetch {' '.join(w for w in command if '==' in w or '@' in w) or 'a package'}: {last[0]}. "
+            "Check the network and run set-up again."
+        )
 
 
 def runtime_sha256(path: Path) -> str:

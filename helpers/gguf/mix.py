@@ -13,18 +13,41 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.gguf import llama_lib, reading
 
-BASE = {"q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q5_k_s": "Q5_K", "q4_k_m": "Q4_K", "q4_k_s": "Q4_K", "q4_0": "Q4_0", "q3_k_m": "Q3_K",
-        "q3_k_s": "Q3_K", "q2_k": "Q2_K"}
+BASE = {
+    "q8_0": "Q8_0",
+    "q6_k": "Q6_K",
+    "q5_k_m": "Q5_K",
+    "q5_k_s": "Q5_K",
+    "q4_k_m": "Q4_K",
+    "q4_k_s": "Q4_K",
+    "q4_0": "Q4_0",
+    "q3_k_m": "Q3_K",
+    "q3_k_s": "Q3_K",
+    "q2_k": "Q2_K",
+}
 NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 NUMBER = {name: number for number, (name, _, _) in reading.TYPES.items()}
-FILE_NUMBER = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q4_0": 2, "q3_k_m": 12, "q3_k_s": 11, "q2_k": 10}
+FILE_NUMBER = {
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q5_k_s": 16,
+    "q4_k_m": 15,
+    "q4_k_s": 14,
+    "q4_0": 2,
+    "q3_k_m": 12,
+    "q3_k_s": 11,
+    "q2_k": 10,
+}
 
 
 def choose(summary: reading.Summary, kind: str) -> dict[str, str]:
     """Tensor name -> type, as llama.cpp would choose for file type `kind`."""
     architecture = summary.metadata["general.architecture"]
     if summary.metadata.get(f"{architecture}.expert_count", 0):
-        raise TunebookError("A mixture of experts is quantised by llama.cpp's library only; run `python -m helpers.gguf.llama_lib` to fetch it.")
+        raise TunebookError(
+            "A mixture of experts is quantised by llama.cpp's library only; run `python -m helpers.gguf.llama_lib` to fetch it."
+        )
     layers = summary.metadata[f"{architecture}.block_count"]
     heads = summary.metadata.get(f"{architecture}.attention.head_count", 1)
     shared = heads // max(summary.metadata.get(f"{architecture}.attention.head_count_kv", heads), 1)
@@ -49,15 +72,25 @@ def choose(summary: reading.Summary, kind: str) -> dict[str, str]:
 def _wanted(name: str, kind: str, layers: int, shared: int, tied: bool, seen: dict[str, int]) -> str:
     """The type before the width is looked at. seen counts the value and down projections, which some types treat by depth."""
     base = BASE[kind]
-    more = lambda i: i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2  # noqa: E731
+    more = lambda i: i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2
     if "attn_v.weight" in name:
         i, seen["v"] = seen["v"], seen["v"] + 1
-        return {"q2_k": "Q4_K" if shared >= 4 else "Q3_K", "q3_k_m": "Q5_K" if i < 2 else "Q4_K", "q4_k_m": "Q6_K" if more(i) else base,
-                "q5_k_m": "Q6_K" if more(i) else base, "q4_k_s": "Q5_K" if i < 4 else base}.get(kind, base)
+        return {
+            "q2_k": "Q4_K" if shared >= 4 else "Q3_K",
+            "q3_k_m": "Q5_K" if i < 2 else "Q4_K",
+            "q4_k_m": "Q6_K" if more(i) else base,
+            "q5_k_m": "Q6_K" if more(i) else base,
+            "q4_k_s": "Q5_K" if i < 4 else base,
+        }.get(kind, base)
     if "ffn_down" in name:
         i, seen["down"] = seen["down"], seen["down"] + 1
-        return {"q2_k": "Q3_K", "q3_k_m": "Q5_K" if i < layers // 16 else "Q4_K", "q4_k_m": "Q6_K" if more(i) else base,
-                "q5_k_m": "Q6_K" if more(i) else base, "q4_k_s": "Q5_K" if i < layers // 8 else base}.get(kind, base)
+        return {
+            "q2_k": "Q3_K",
+            "q3_k_m": "Q5_K" if i < layers // 16 else "Q4_K",
+            "q4_k_m": "Q6_K" if more(i) else base,
+            "q5_k_m": "Q6_K" if more(i) else base,
+            "q4_k_s": "Q5_K" if i < layers // 8 else base,
+        }.get(kind, base)
     if "attn_output.weight" in name:
         return {"q2_k": "Q3_K", "q3_k_m": "Q4_K"}.get(kind, base)
     if "attn_qkv.weight" in name:
@@ -69,8 +102,11 @@ def quantize(source: Path, out: Path, kind: str, imatrix: str = "") -> None:
     """Write `out`, tensor by tensor, metadata kept as it is. Raises TunebookError for a request that only the library can meet."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+
     if imatrix:
-        raise TunebookError("An importance matrix is used by llama.cpp's library only; run `python -m helpers.gguf.llama_lib` to fetch it.")
+        raise TunebookError(
+            "An importance matrix is used by llama.cpp's library only; run `python -m helpers.gguf.llama_lib` to fetch it."
+        )
     chosen = choose(reading.check(source), kind)
     reader = GGUFReader(source)
     writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
@@ -99,6 +135,7 @@ def quantize(source: Path, out: Path, kind: str, imatrix: str = "") -> None:
 
 def _bytes(kind: str, shape: list[int]) -> int:
     import math
+
     _, block, width = reading.TYPES[NUMBER[kind]]
     return math.prod(shape) // block * width
 
@@ -107,6 +144,7 @@ def _packed(tensor: Any, kind: str) -> Any:
     """A tensor's bytes in its new type."""
     import numpy as np
     from gguf import dequantize
+
     if tensor.tensor_type.name == kind:
         return np.ascontiguousarray(tensor.data)
     floats = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
@@ -115,8 +153,13 @@ def _packed(tensor: Any, kind: str) -> Any:
     columns, size = int(tensor.shape[0]), _bytes(kind, [int(n) for n in tensor.shape])
     packed = np.empty(size, np.uint8)
     pack = c.CDLL(str(llama_lib.packaged())).ggml_quantize_chunk
-    pack.restype, pack.argtypes = c.c_size_t, (c.c_int, c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_int64, c.c_void_p)
+    pack.restype, pack.argtypes = (
+        c.c_size_t,
+        (c.c_int, c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_int64, c.c_void_p),
+    )
     wrote = pack(NUMBER[kind], floats.ctypes.data, packed.ctypes.data, 0, floats.size // columns, columns, None)
     if wrote != size:
-        raise TunebookError(f"llama.cpp packed {tensor.name} into {wrote} bytes where {kind} takes {size}; use the prebuilt library.")
+        raise TunebookError(
+            f"llama.cpp packed {tensor.name} into {wrote} bytes where {kind} takes {size}; use the prebuilt library."
+        )
     return packed.reshape(*[int(n) for n in tensor.shape[::-1]][:-1], -1)

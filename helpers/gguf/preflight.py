@@ -42,23 +42,42 @@ class Report:
     def require(self) -> Report:
         """Raises TunebookError with every problem; returns itself when there is none."""
         if self.problems:
-            raise TunebookError(f"{self.model} could be trained but not exported to GGUF. " + " ".join(self.problems)
-                                + " Choose another base or fewer quantisations, or skip this check with export_check=False and keep the adapter.")
+            raise TunebookError(
+                f"{self.model} could be trained but not exported to GGUF. "
+                + " ".join(self.problems)
+                + " Choose another base or fewer quantisations, or skip this check with export_check=False and keep the adapter."
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        return {"checks": [list(c) for c in self.checks], "needs_gib": {k: list(v) for k, v in self.needs.items()}, "free_gib": list(self.free_gib)}
+        return {
+            "checks": [list(c) for c in self.checks],
+            "needs_gib": {k: list(v) for k, v in self.needs.items()},
+            "free_gib": list(self.free_gib),
+        }
 
     def _repr_html_(self) -> str:
         from helpers.notebook import table
-        checks = table([(what, "yes" if good else "NO", found) for what, good, found in self.checks], ("fit for export", "", "found"))
-        sizes = table([(step, f"{disk:.2f}", f"{memory:.2f}") for step, (disk, memory) in self.needs.items()]
-                      + [("free on this machine", f"{self.free_gib[0]:.1f}", f"{self.free_gib[1]:.1f}")], ("step", "disk, GiB", "memory, GiB"))
+
+        checks = table(
+            [(what, "yes" if good else "NO", found) for what, good, found in self.checks],
+            ("fit for export", "", "found"),
+        )
+        sizes = table(
+            [(step, f"{disk:.2f}", f"{memory:.2f}") for step, (disk, memory) in self.needs.items()]
+            + [("free on this machine", f"{self.free_gib[0]:.1f}", f"{self.free_gib[1]:.1f}")],
+            ("step", "disk, GiB", "memory, GiB"),
+        )
         return checks + sizes
 
     def __repr__(self) -> str:
-        return "\n".join([f"{'ok ' if good else 'NO '} {what}: {found}" for what, good, found in self.checks]
-                         + [f"    {step}: {disk:.2f} GiB of disk, {memory:.2f} GiB of memory" for step, (disk, memory) in self.needs.items()])
+        return "\n".join(
+            [f"{'ok ' if good else 'NO '} {what}: {found}" for what, good, found in self.checks]
+            + [
+                f"    {step}: {disk:.2f} GiB of disk, {memory:.2f} GiB of memory"
+                for step, (disk, memory) in self.needs.items()
+            ]
+        )
 
 
 def check(source: Any, params: Any = None, adapter: Path | None = None, where: Path | None = None) -> Report:
@@ -75,16 +94,26 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     tokenizer = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
     _tokenizer(base, tokenizer, report)
     from helpers import params as parameters
+
     own = getattr(params, "stage", "") == "gguf"
     settings = params if own else parameters.resolve("gguf", {})
-    _sizes(base, config, quantize.parse_types(settings.quantizations), settings.fidelity_tokens, where or runs.root(), report)
+    _sizes(
+        base,
+        config,
+        quantize.parse_types(settings.quantizations),
+        settings.fidelity_tokens,
+        where or runs.root(),
+        report,
+    )
     return report
 
 
 # ---------------------------------------------------------------- the checks
 
+
 def _architecture(base: Path, report: Report) -> Any:
     from helpers.model import merging
+
     try:
         config = merging.read_config(base)
         merging.shards(base)
@@ -93,23 +122,37 @@ def _architecture(base: Path, report: Report) -> Any:
         return None
     name = (getattr(config.get_text_config(), "architectures", None) or config.architectures or ["unknown"])[0]
     known = name in convert.architectures()
-    report.checks.append(("architecture", known, f"{name} is known to the converter" if known else
-                          f"{name} is not known to llama.cpp's converter."))
+    report.checks.append(
+        (
+            "architecture",
+            known,
+            f"{name} is known to the converter" if known else f"{name} is not known to llama.cpp's converter.",
+        )
+    )
     return config
 
 
 def _tokenizer(base: Path, folder: Path, report: Report) -> None:
     """Convert the tokenizer alone and compare what llama.cpp reads with what it should; remembered by content."""
     from helpers.model import loading
+
     try:
         tokenizer = loading.load_tokenizer(folder)
     except TunebookError as error:
         report.checks.append(("tokenizer", False, str(error)))
         return
     model_file = base / "tokenizer.model"
-    key = runs.hash_json([loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), runs.sha256_file(base / "config.json"),
-                          runs.sha256_file(model_file) if model_file.is_file() else "", llama_lib.CONVERTER, llama_lib.packaged().stat().st_size,
-                          shapes.TEXTS])
+    key = runs.hash_json(
+        [
+            loading.tokenizer_hash(tokenizer),
+            loading.template_hash(tokenizer),
+            runs.sha256_file(base / "config.json"),
+            runs.sha256_file(model_file) if model_file.is_file() else "",
+            llama_lib.CONVERTER,
+            llama_lib.packaged().stat().st_size,
+            shapes.TEXTS,
+        ]
+    )
     remembered = llama_lib.cache_folder() / "preflight" / f"{key}.json"
     try:
         found = json.loads(remembered.read_text())
@@ -125,11 +168,14 @@ def _examine(base: Path, folder: Path, tokenizer: Any, work: Path) -> list[tuple
 
     from helpers.gguf.runtime import Vocabulary
     from helpers.model.loading import end_of_turn
+
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=_made(work)) as temporary:
         joined = Path(temporary) / "model"
         joined.mkdir()
         config = json.loads((base / "config.json").read_text())
-        (config.get("text_config") or config)["vocab_size"] = max((config.get("text_config") or config)["vocab_size"], len(tokenizer))
+        (config.get("text_config") or config)["vocab_size"] = max(
+            (config.get("text_config") or config)["vocab_size"], len(tokenizer)
+        )
         (joined / "config.json").write_text(json.dumps(config))
         tokenizer.save_pretrained(joined)
         if (base / "tokenizer.model").is_file():
@@ -141,7 +187,9 @@ def _examine(base: Path, folder: Path, tokenizer: Any, work: Path) -> list[tuple
             return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
         with vocabulary:
             template = _template(tokenizer)
-            stops = [_stops(vocabulary, tokenizer, end_of_turn)] if template[1] else []  # without a template there are no turns
+            stops = (
+                [_stops(vocabulary, tokenizer, end_of_turn)] if template[1] else []
+            )  # without a template there are no turns
             return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), template, *stops]
 
 
@@ -149,17 +197,33 @@ def _same_ids(vocabulary: Any, tokenizer: Any) -> tuple[str, bool, str]:
     for text in shapes.TEXTS:
         mine, theirs = vocabulary.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
         if mine != theirs:
-            return ("tokenizer", False, f"llama.cpp reads {text[:30]!r} as {mine[:8]}, training reads {theirs[:8]}; the GGUF would see other tokens. "
-                    "Merges or normalisation got lost: keep the base's own tokenizer files.")
-    return ("tokenizer", True, f"converted for real; {len(shapes.TEXTS)} texts in many scripts give the same token ids in llama.cpp")
+            return (
+                "tokenizer",
+                False,
+                f"llama.cpp reads {text[:30]!r} as {mine[:8]}, training reads {theirs[:8]}; the GGUF would see other tokens. "
+                "Merges or normalisation got lost: keep the base's own tokenizer files.",
+            )
+    return (
+        "tokenizer",
+        True,
+        f"converted for real; {len(shapes.TEXTS)} texts in many scripts give the same token ids in llama.cpp",
+    )
 
 
 def _added(vocabulary: Any, tokenizer: Any) -> tuple[str, bool, str]:
     tokens = tokenizer.added_tokens_decoder
-    lost = [str(t) for i, t in tokens.items() if vocabulary.tokenize(str(t)) != tokenizer(str(t), add_special_tokens=False)["input_ids"]]
+    lost = [
+        str(t)
+        for i, t in tokens.items()
+        if vocabulary.tokenize(str(t)) != tokenizer(str(t), add_special_tokens=False)["input_ids"]
+    ]
     if lost:
-        return ("added tokens", False, f"{len(lost)} of {len(tokens)} added tokens are not one token in llama.cpp, {lost[0]!r} first; add them with "
-                "special=True and normalized=False.")
+        return (
+            "added tokens",
+            False,
+            f"{len(lost)} of {len(tokens)} added tokens are not one token in llama.cpp, {lost[0]!r} first; add them with "
+            "special=True and normalized=False.",
+        )
     return ("added tokens", True, f"all {len(tokens)} are kept")
 
 
@@ -170,24 +234,39 @@ def _stops(vocabulary: Any, tokenizer: Any, end_of_turn: Any) -> tuple[str, bool
         return ("end of turn", False, str(error))
     text = tokenizer.convert_ids_to_tokens(token)
     good = vocabulary.is_end(token)
-    return ("end of turn", good, f"{text} ends an answer in llama.cpp, too" if good else
-            f"{text} ends a turn in the template, but llama.cpp would not stop there and answers would never end; make it the tokenizer's eos.")
+    return (
+        "end of turn",
+        good,
+        f"{text} ends an answer in llama.cpp, too"
+        if good
+        else f"{text} ends a turn in the template, but llama.cpp would not stop there and answers would never end; make it the tokenizer's eos.",
+    )
 
 
 def _template(tokenizer: Any) -> tuple[str, bool, str]:
     if not tokenizer.chat_template:
-        return ("chat template", False, "the tokenizer has none, so no runtime could know how to prompt the model; use an instruct model.")
+        return (
+            "chat template",
+            False,
+            "the tokenizer has none, so no runtime could know how to prompt the model; use an instruct model.",
+        )
     text, why = shapes.render(tokenizer, shapes.QUESTION, None)
     if text is None:
-        return ("chat template", False, f"it does not render a plain question ({why}); mend chat_template.jinja in the base's folder.")
+        return (
+            "chat template",
+            False,
+            f"it does not render a plain question ({why}); mend chat_template.jinja in the base's folder.",
+        )
     skipped = [s for s, (m, t) in shapes.conversations().items() if shapes.render(tokenizer, m, t)[0] is None]
     return ("chat template", True, "renders in a sandbox" + (f"; it has no {', '.join(skipped)}" if skipped else ""))
 
 
 # ---------------------------------------------------------------- sizes
 
+
 def _sizes(base: Path, config: Any, kinds: list[str], tokens: int, where: Path, report: Report) -> None:
     from helpers.model import merging
+
     weights, largest = merging.count_weights(base)
     text = config.get_text_config()
     n16 = 2 * weights / GIB
@@ -202,14 +281,28 @@ def _sizes(base: Path, config: Any, kinds: list[str], tokens: int, where: Path, 
     report.needs["fidelity"] = (vocabulary_gib, PROCESS_GIB + max(precision * weights / GIB, n16 + context))
     report.free_gib = (shutil.disk_usage(_existing(where)).free / GIB, fidelity.available_gib())
     enough = report.disk_gib < report.free_gib[0]
-    report.checks.append(("disk", enough, f"{report.disk_gib:.2f} GiB of {report.free_gib[0]:.1f} GiB free" if enough else
-                          f"the export takes {report.disk_gib:.1f} GiB and {report.free_gib[0]:.1f} GiB are free; free some, or ask for fewer "
-                          "quantisations."))
+    report.checks.append(
+        (
+            "disk",
+            enough,
+            f"{report.disk_gib:.2f} GiB of {report.free_gib[0]:.1f} GiB free"
+            if enough
+            else f"the export takes {report.disk_gib:.1f} GiB and {report.free_gib[0]:.1f} GiB are free; free some, or ask for fewer "
+            "quantisations.",
+        )
+    )
     step, most = max(((s, m) for s, (_, m) in report.needs.items()), key=lambda entry: entry[1])
     fits = most < report.free_gib[1] or math.isinf(report.free_gib[1])
-    report.checks.append(("memory", fits, f"{most:.2f} GiB at most ({step}) of {report.free_gib[1]:.1f} GiB available" if fits else
-                          f"{step} takes {most:.1f} GiB and {report.free_gib[1]:.1f} GiB are available; close other programs or use a larger "
-                          "machine."))
+    report.checks.append(
+        (
+            "memory",
+            fits,
+            f"{most:.2f} GiB at most ({step}) of {report.free_gib[1]:.1f} GiB available"
+            if fits
+            else f"{step} takes {most:.1f} GiB and {report.free_gib[1]:.1f} GiB are available; close other programs or use a larger "
+            "machine.",
+        )
+    )
 
 
 def _existing(folder: Path) -> Path:

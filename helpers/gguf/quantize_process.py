@@ -21,6 +21,7 @@ def main(library: str, source: str, out: str, kind: str, file_type: str, threads
     """library: path of a libllama that quantises, "" for the row quantisers; file_type: llama.cpp's number of `kind`. 0 when `out` is whole."""
     if not library:
         from helpers.gguf import mix
+
         mix.quantize(Path(source), Path(out), kind, imatrix)
         return 0
     loaded = binding.Library(library, runs=False)
@@ -32,8 +33,12 @@ def main(library: str, source: str, out: str, kind: str, file_type: str, threads
     numbers[0], numbers[1] = int(threads), int(file_type)
     if imatrix:
         rows = _read_importance(Path(imatrix))
-        table = (_Importance * (len(rows) + 1))(*[_Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()])
-        c.c_void_p.from_buffer(block, 24).value = c.addressof(table)  # after four numbers and six flags, on a multiple of 8
+        table = (_Importance * (len(rows) + 1))(
+            *[_Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()]
+        )
+        c.c_void_p.from_buffer(block, 24).value = c.addressof(
+            table
+        )  # after four numbers and six flags, on a multiple of 8
     status = function(source.encode(), out.encode(), c.byref(block))
     if status:
         print(loaded.last_error(), file=sys.stderr)
@@ -44,9 +49,13 @@ def _read_importance(path: Path) -> dict:
     """Tensor name -> float32 mean squares, out of an importance matrix in GGUF form."""
     import numpy as np
     from gguf import GGUFReader
+
     tensors = {t.name: t.data for t in GGUFReader(path).tensors}
     sums = {n.removesuffix(".in_sum2"): v for n, v in tensors.items() if n.endswith(".in_sum2")}
-    return {n: np.ascontiguousarray((v / max(float(tensors[f"{n}.counts"].flat[0]), 1.0)).ravel(), dtype=np.float32) for n, v in sums.items()}
+    return {
+        n: np.ascontiguousarray((v / max(float(tensors[f"{n}.counts"].flat[0]), 1.0)).ravel(), dtype=np.float32)
+        for n, v in sums.items()
+    }
 
 
 if __name__ == "__main__":

@@ -16,15 +16,44 @@ from typing import Any, BinaryIO
 from helpers.errors import TunebookError
 
 # ggml's tensor types: number -> (name, weights a block, bytes a block). From ggml.h; the ones that llama.cpp writes today.
-TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-         8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
-         14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-         20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1),
-         25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2),
-         34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36)}
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+}
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MOST = 1 << 24  # entries of one array, metadata keys, tensors: far above any model, far below what would fill the memory
+MOST = (
+    1 << 24
+)  # entries of one array, metadata keys, tensors: far above any model, far below what would fill the memory
 
 
 @dataclass(frozen=True)
@@ -82,15 +111,21 @@ def _checked(path: Path, size: int, _: int) -> Summary:
         with open(path, "rb") as file:
             summary = _read(file, size)
     except (struct.error, EOFError, UnicodeDecodeError, KeyError, OverflowError, ValueError) as error:
-        raise TunebookError(f"{path} is no readable GGUF file ({_why(error)}); export it again, or download it again.") from error
+        raise TunebookError(
+            f"{path} is no readable GGUF file ({_why(error)}); export it again, or download it again."
+        ) from error
     end = max((t.offset + t.bytes for t in summary.tensors), default=0)
     if end > size:
-        raise TunebookError(f"{path} is truncated: its tensors need {end:,} bytes and it has {size:,}; export it again, or download it again.")
+        raise TunebookError(
+            f"{path} is truncated: its tensors need {end:,} bytes and it has {size:,}; export it again, or download it again."
+        )
     return summary
 
 
 def _why(error: Exception) -> str:
-    return "its header breaks off" if isinstance(error, (struct.error, EOFError)) else str(error) or type(error).__name__
+    return (
+        "its header breaks off" if isinstance(error, (struct.error, EOFError)) else str(error) or type(error).__name__
+    )
 
 
 def _read(file: BinaryIO, size: int) -> Summary:

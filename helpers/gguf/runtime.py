@@ -58,7 +58,9 @@ class Vocabulary:
         lib.log.clear()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(only_vocabulary))
         if not self._model:
-            raise TunebookError(f"llama.cpp cannot load {path}: {lib.last_error()}. Export it again, or use a newer llama.cpp.")
+            raise TunebookError(
+                f"llama.cpp cannot load {path}: {lib.last_error()}. Export it again, or use a newer llama.cpp."
+            )
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
 
@@ -81,7 +83,9 @@ class Vocabulary:
         ids = (c.c_int32 * size)()
         found = self.lib.llama_tokenize(self.vocab, data, len(data), ids, size, add_special, parse_special)
         if found < 0:
-            raise TunebookError(f"llama.cpp needs {-found} tokens for a text of {len(data)} bytes, more than one a byte; its tokenizer is damaged.")
+            raise TunebookError(
+                f"llama.cpp needs {-found} tokens for a text of {len(data)} bytes, more than one a byte; its tokenizer is damaged."
+            )
         return list(ids[:found])
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
@@ -115,8 +119,15 @@ class LlamaCpp(Vocabulary):
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, path: str | Path, context: int = 4096, parallel: int = 8, threads: int = 0, library: str | Path = "",
-                 adapter: str | Path = ""):
+    def __init__(
+        self,
+        path: str | Path,
+        context: int = 4096,
+        parallel: int = 8,
+        threads: int = 0,
+        library: str | Path = "",
+        adapter: str | Path = "",
+    ):
         self._ctx = None
         self._server: Server | None = None
         self._load(Path(path), library, only_vocabulary=False)
@@ -126,9 +137,14 @@ class LlamaCpp(Vocabulary):
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
-            raise TunebookError(f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
-                                "Ask for a shorter context.")
-        if lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx) or lib.llama_n_seq_max(self._ctx) != parallel + 1:
+            raise TunebookError(
+                f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
+                "Ask for a shorter context."
+            )
+        if (
+            lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx)
+            or lib.llama_n_seq_max(self._ctx) != parallel + 1
+        ):
             raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
         count = threads or binding.threads()
         lib.llama_set_n_threads(self._ctx, count, count)
@@ -144,7 +160,9 @@ class LlamaCpp(Vocabulary):
         if not loaded or self.lib.llama_set_adapters_lora(self._ctx, (c.c_void_p * 1)(loaded), 1, (c.c_float * 1)(1.0)):
             why = self.lib.last_error()
             self.close()
-            raise TunebookError(f"The adapter {adapter} does not fit {self.path.name}: {why}. Name the base it was trained on.")
+            raise TunebookError(
+                f"The adapter {adapter} does not fit {self.path.name}: {why}. Name the base it was trained on."
+            )
 
     def close(self) -> None:
         if self._server is not None:
@@ -161,7 +179,9 @@ class LlamaCpp(Vocabulary):
         found = self.lib.llama_model_chat_template(self._model, None)
         return found.decode() if found else ""
 
-    def apply_template(self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True) -> str:
+    def apply_template(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
         if self._server is None:
             self._server = Server(self.path, context=256, parallel=1, warmup=False)
@@ -175,21 +195,25 @@ class LlamaCpp(Vocabulary):
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after each token: float32 (len(token_ids), vocab)."""
         import numpy as np
+
         return np.concatenate(list(self.iter_logits(token_ids)))
 
     def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
         """The same in pieces of up to `chunk` rows, so that a long text needs little memory."""
         if len(token_ids) > self.context:
-            raise TunebookError(f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more.")
+            raise TunebookError(
+                f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more."
+            )
         self.lib.llama_memory_clear(self._memory, True)
         for start in range(0, len(token_ids), min(chunk, BATCH)):
-            piece = token_ids[start:start + min(chunk, BATCH)]
+            piece = token_ids[start : start + min(chunk, BATCH)]
             self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
             yield self._rows(0, len(piece))
 
     def _rows(self, index: int, count: int = 1) -> np.ndarray:
         """Logits of `count` neighbours in the batch, all of them wanted: llama.cpp keeps these in one piece. (count, vocab)"""
         import numpy as np
+
         pointer = self.lib.llama_get_logits_ith(self._ctx, index)
         if not pointer:
             raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.last_error()}.")
@@ -199,13 +223,24 @@ class LlamaCpp(Vocabulary):
         """Run (token, position, sequence, logits wanted) through the model."""
         status = self.lib.llama_decode(self._ctx, self._batch.fill(entries))
         if status:
-            why = "its context is full; ask for a longer one or fewer answers at once" if status == 1 else self.lib.last_error()
+            why = (
+                "its context is full; ask for a longer one or fewer answers at once"
+                if status == 1
+                else self.lib.last_error()
+            )
             raise TunebookError(f"llama.cpp stopped on {self.path.name} (status {status}): {why}.")
 
     # ------------------------------------------------------------ answers
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], max_tokens: int = 128, stop: Sequence[str] = (),
-                 temperature: float = 0.0, seed: int = 17, done: Callable[[int, Answer], None] | None = None) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 17,
+        done: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
         """Answers in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
 
         prompts: rendered texts (control tokens parsed, nothing added) or token ids. The tokens that all prompts begin with
@@ -213,11 +248,16 @@ class LlamaCpp(Vocabulary):
         depends on the seed and the prompt, not on its neighbours. done(index, answer) is called as each is finished.
         """
         import numpy as np
+
         rows = [self.tokenize(p) if isinstance(p, str) else list(map(int, p)) for p in prompts]
         for row in rows:
             if not row or len(row) + max_tokens > self.context:
-                raise TunebookError(f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}.")
-        draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) if temperature > 0 else None for row in rows]
+                raise TunebookError(
+                    f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}."
+                )
+        draws = [
+            np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) if temperature > 0 else None for row in rows
+        ]
         answers: list[Answer | None] = [None] * len(rows)
         shared = self._share_prefix(rows)
         room = max(1, (self.context - shared) // max((len(r) - shared + max_tokens for r in rows), default=1))
@@ -252,7 +292,7 @@ class LlamaCpp(Vocabulary):
             while length < limit and low[length] == high[length]:
                 length += 1
         for start in range(0, length, BATCH):
-            piece = rows[0][start:min(start + BATCH, length)]
+            piece = rows[0][start : min(start + BATCH, length)]
             self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
         return length
 
@@ -260,8 +300,8 @@ class LlamaCpp(Vocabulary):
         """One batch over all active rows, the rows that are generating first; logits of those that are through their prompt."""
         entries, ready = [], []
         for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):
-            taken = row.waiting[:BATCH - len(entries)]
-            row.waiting = row.waiting[len(taken):]
+            taken = row.waiting[: BATCH - len(entries)]
+            row.waiting = row.waiting[len(taken) :]
             last = not row.waiting and bool(taken)
             entries += [(token, row.position + i, slot, last and i == len(taken) - 1) for i, token in enumerate(taken)]
             row.position += len(taken)
@@ -287,6 +327,7 @@ class LlamaCpp(Vocabulary):
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator | None) -> int:
     import numpy as np
+
     if temperature <= 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()) / temperature

@@ -14,6 +14,7 @@ def add(export: Any) -> None:
     from helpers import sql
     from helpers.evaluate import items
     from helpers.evaluate.text_to_sql import Judge
+
     questions = items.read(data / "test.parquet", count, export.stage.params.seed)
     judge = Judge([sql.open_readonly(data / "database.sqlite")])
     try:
@@ -36,9 +37,16 @@ def answer(path: Any, prompts: list[list[dict]], max_tokens: int = 128) -> list[
 
     from helpers import runtime
     from helpers.errors import TunebookError
+
     job = json.dumps({"path": str(path), "prompts": prompts, "max_tokens": max_tokens})
-    done = subprocess.run([sys.executable, "-m", "helpers.gguf.score"], input=job, capture_output=True, text=True, errors="replace",
-                          cwd=runtime.PROJECT)
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.gguf.score"],
+        input=job,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=runtime.PROJECT,
+    )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         raise TunebookError(f"{path} could not answer the test questions: {said[-1][:300]}")
@@ -51,6 +59,7 @@ def _child() -> None:
 
     from helpers.evaluate.generate import Decoding
     from helpers.evaluate.gguf_model import GgufModel
+
     job = json.loads(sys.stdin.read())
     model = GgufModel(job["path"])
     try:

@@ -1,7 +1,7 @@
 """llama.cpp's OpenAI-compatible server on loopback, in a process of its own that ends with the one that started it.
 
-    with server("model-q8_0.gguf") as s:
-        openai.OpenAI(base_url=s.url + "/v1", api_key="none")
+with server("model-q8_0.gguf") as s:
+    openai.OpenAI(base_url=s.url + "/v1", api_key="none")
 """
 
 from __future__ import annotations
@@ -33,16 +33,42 @@ class Server:
     Raises TunebookError when the file or the port is not usable.
     """
 
-    def __init__(self, path: str | Path, port: int = 0, context: int = 4096, parallel: int = 1, threads: int = 0,
-                 template: str = "", alias: str = "", temperature: float | None = None, warmup: bool = True, timeout_s: float = 300):
+    def __init__(
+        self,
+        path: str | Path,
+        port: int = 0,
+        context: int = 4096,
+        parallel: int = 1,
+        threads: int = 0,
+        template: str = "",
+        alias: str = "",
+        temperature: float | None = None,
+        warmup: bool = True,
+        timeout_s: float = 300,
+    ):
         self.path = Path(path)
         reading.check(self.path)
         if port:
             _refuse_taken(port)
-        settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel, "threads": threads,
-                    "template": template, "alias": alias or self.path.stem, "temperature": temperature, "warmup": warmup}
-        self.process = subprocess.Popen([sys.executable, "-m", "helpers.gguf.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, cwd=runtime.PROJECT)
+        settings = {
+            "path": str(self.path),
+            "port": port,
+            "context": context * parallel,
+            "parallel": parallel,
+            "threads": threads,
+            "template": template,
+            "alias": alias or self.path.stem,
+            "temperature": temperature,
+            "warmup": warmup,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "helpers.gguf.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=runtime.PROJECT,
+        )
         try:
             self.process.stdin.write(json.dumps(settings) + "\n")
             self.process.stdin.flush()
@@ -52,21 +78,29 @@ class Server:
         if not line.startswith(READY):
             self.stop()
             code = self.process.returncode
-            why = ("it was killed, most likely because the memory is full" if code in (-9, 137) else
-                   line.strip() or f"it ended with status {code}, most likely for want of memory")
-            raise TunebookError(f"llama.cpp's server did not start with {self.path.name} and a context of {context} tokens: {why}. "
-                                "Ask for a shorter context, a smaller quantisation or another port.")
+            why = (
+                "it was killed, most likely because the memory is full"
+                if code in (-9, 137)
+                else line.strip() or f"it ended with status {code}, most likely for want of memory"
+            )
+            raise TunebookError(
+                f"llama.cpp's server did not start with {self.path.name} and a context of {context} tokens: {why}. "
+                "Ask for a shorter context, a smaller quantisation or another port."
+            )
         self.url = line.removeprefix(READY).strip()
         self.port = int(self.url.rsplit(":", 1)[1])
 
     def _first_line(self, timeout_s: float) -> str:
         import select
+
         readable, _, _ = select.select([self.process.stdout], [], [], timeout_s)
         return self.process.stdout.readline() if readable else f"it was not ready after {timeout_s:.0f} s"
 
     def post(self, where: str, body: dict[str, Any], timeout_s: float = 600) -> dict[str, Any]:
         """POST JSON, read JSON. Raises TunebookError with the server's own message."""
-        request = urllib.request.Request(self.url + where, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + where, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 return json.load(reply)
@@ -78,7 +112,9 @@ class Server:
                 text = text[:300]
             raise TunebookError(f"llama.cpp's server refused {where} for {self.path.name}: {text.strip()}") from error
         except OSError as error:
-            raise TunebookError(f"llama.cpp's server for {self.path.name} does not answer ({error}); start it again.") from error
+            raise TunebookError(
+                f"llama.cpp's server for {self.path.name} does not answer ({error}); start it again."
+            ) from error
 
     def healthy(self) -> bool:
         try:
@@ -111,18 +147,22 @@ def server(path: str | Path, **settings: Any) -> Iterator[Server]:
 
 def _refuse_taken(port: int) -> None:
     import socket
+
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise TunebookError(f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one.") from None
+            raise TunebookError(
+                f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one."
+            ) from None
 
 
 def _child() -> None:
     """Body of the server process: settings come as one line of JSON, the end of standard input ends it."""
     settings = json.loads(sys.stdin.readline())
     import xllamacpp
+
     said = os.dup(1)
     os.dup2(2, 1)  # whatever the C++ code prints must not be taken for the address
     p = xllamacpp.CommonParams()
@@ -137,7 +177,9 @@ def _child() -> None:
         p.chat_template = settings["template"]
     if settings["temperature"] is not None:
         p.sampling.temp = settings["temperature"]
-    if settings["threads"] or "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores
+    if (
+        settings["threads"] or "OMP_NUM_THREADS" in os.environ
+    ):  # llama.cpp does not read it; its own default is the physical cores
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"] or binding.threads()
     try:
         running = xllamacpp.Server(p)

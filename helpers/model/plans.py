@@ -186,6 +186,12 @@ def plan_dict(plan: Plan) -> dict:
     return {
         **plan.as_dict(),
         "alternatives": [
-            {**asdict(o.setting), "peak_gib": round(o.peak_gib, 2), "fits": o.fits, "tokens_per_s": round(o.tokens_per_s)} for o in plan.alternatives
+            {
+                **asdict(o.setting),
+                "peak_gib": round(o.peak_gib, 2),
+                "fits": o.fits,
+                "tokens_per_s": round(o.tokens_per_s),
+            }
+            for o in plan.alternatives
         ],
     }

@@ -59,7 +59,9 @@ def shared_prefix(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     begin = slice(0, prefix_length)
-    first = scaled_dot_product_attention(query[:, :, begin], key[:, :, begin], value[:, :, begin], is_causal=True, dropout_p=dropout, scale=scaling)
+    first = scaled_dot_product_attention(
+        query[:, :, begin], key[:, :, begin], value[:, :, begin], is_causal=True, dropout_p=dropout, scale=scaling
+    )
     rests = rest_index.shape[0]
 
     def seen(tensor):  # (rests, heads, prefix + longest, head)
@@ -67,6 +69,8 @@ def shared_prefix(
         return torch.cat([common, tensor[0][:, rest_index].transpose(0, 1)], dim=2)
 
     asked = query[0][:, rest_index].transpose(0, 1)
-    later = scaled_dot_product_attention(asked, seen(key), seen(value), attn_mask=rest_mask, dropout_p=dropout, scale=scaling)
+    later = scaled_dot_product_attention(
+        asked, seen(key), seen(value), attn_mask=rest_mask, dropout_p=dropout, scale=scaling
+    )
     later = later.transpose(1, 2)[rest_index > 0]  # (tokens of all rests, heads, head), in the row's order
     return torch.cat([first[0].transpose(0, 1), later])[None].contiguous(), None

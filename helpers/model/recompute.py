@@ -64,7 +64,9 @@ def _offloaded(store):
     return call
 
 
-PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers of two, which would double a long row's memory
+PIECE = (
+    1 << 23
+)  # numbers of one pinned block: torch rounds blocks up to powers of two, which would double a long row's memory
 
 
 class HiddenStore:
@@ -117,7 +119,14 @@ class HiddenStore:
 
 class _Parked:
     def __init__(self, hidden: torch.Tensor):
-        self.device, self.shape, self.host, self.card, self.ready, self.index = hidden.device, hidden.shape, None, None, None, 0
+        self.device, self.shape, self.host, self.card, self.ready, self.index = (
+            hidden.device,
+            hidden.shape,
+            None,
+            None,
+            None,
+            0,
+        )
 
 
 class _OffloadedLayer(torch.autograd.Function):
@@ -164,7 +173,9 @@ class _TiledMlp(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         sums = [torch.zeros_like(p) for p in ctx.parameters]
-        for piece, back, into in zip(x.split(ctx.tile, 1), grad.split(ctx.tile, 1), grad_x.split(ctx.tile, 1), strict=True):
+        for piece, back, into in zip(
+            x.split(ctx.tile, 1), grad.split(ctx.tile, 1), grad_x.split(ctx.tile, 1), strict=True
+        ):
             piece = piece.detach().requires_grad_(True)
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 out = ctx.run(piece)

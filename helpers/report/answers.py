@@ -23,7 +23,10 @@ def show(facts: Facts) -> Markup:
     names = [c["name"] for c in facts.contenders() if c["status"] == "scored"]
     if not names:
         return Markup("")
-    ranked = sorted(((_group(row, base["name"], best["name"]), row) for row in facts.answers), key=lambda pair: _rank(*pair, best["name"]))
+    ranked = sorted(
+        ((_group(row, base["name"], best["name"]), row) for row in facts.answers),
+        key=lambda pair: _rank(*pair, best["name"]),
+    )
     ranked = _woven(ranked)
     items, used = [], 0
     for group, row in ranked:
@@ -32,8 +35,16 @@ def show(facts: Facts) -> Markup:
         if used > BUDGET and items:
             break
         items.append(item)
-    left = f" The {len(items)} most telling of {len(facts.answers)} are shown; all are in answers.jsonl." if len(items) < len(facts.answers) else ""
-    story = f" “Gained”: {best['name']} is right where {base['name']} is not; “lost”: the other way round." if best is not base else ""
+    left = (
+        f" The {len(items)} most telling of {len(facts.answers)} are shown; all are in answers.jsonl."
+        if len(items) < len(facts.answers)
+        else ""
+    )
+    story = (
+        f" “Gained”: {best['name']} is right where {base['name']} is not; “lost”: the other way round."
+        if best is not base
+        else ""
+    )
     sub = f"Best and worst first.{story}{left}"
     body = _filters(facts, ranked[: len(items)], names) + "".join(items)
     body += '<p><button class="show-more noprint" type="button" hidden>Show more</button></p>'
@@ -46,13 +57,23 @@ def _right(answer: dict[str, Any] | None) -> bool | None:
 
 def _group(row: dict[str, Any], base: str, best: str) -> str:
     before, after = _right(row["answers"].get(base)), _right(row["answers"].get(best))
-    return {(False, True): "gained", (True, False): "lost", (False, False): "both wrong", (True, True): "both right"}.get((before, after), "other")
+    return {
+        (False, True): "gained",
+        (True, False): "lost",
+        (False, False): "both wrong",
+        (True, True): "both right",
+    }.get((before, after), "other")
 
 
 def _rank(group: str, row: dict[str, Any], best: str) -> tuple:
     """Within a group, wrong answers that do not even run come first among the wrong, short questions among the right."""
     answer = row["answers"].get(best) or {}
-    return (list(GROUPS).index(group), bool(answer.get("valid")) if group in ("lost", "both wrong") else False, len(row["question"]), row["id"])
+    return (
+        list(GROUPS).index(group),
+        bool(answer.get("valid")) if group in ("lost", "both wrong") else False,
+        len(row["question"]),
+        row["id"],
+    )
 
 
 def _woven(ranked: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -65,14 +86,17 @@ def _filters(facts: Facts, shown: list[tuple[str, dict]], names: list[str]) -> s
     present = [g for g in GROUPS if any(group == g for group, _ in shown)]
     counts = {g: sum(group == g for group, _ in shown) for g in present}
     buttons = '<button type="button" data-group="all" aria-pressed="true">all</button>' + "".join(
-        f'<button type="button" data-group="{esc(g)}" aria-pressed="false">{esc(GROUPS[g])} {counts[g]}</button>' for g in present
+        f'<button type="button" data-group="{esc(g)}" aria-pressed="false">{esc(GROUPS[g])} {counts[g]}</button>'
+        for g in present
     )
     selects = ""
     for column in ("kind", "origin"):
         values = sorted({str((row["meta"] or {}).get(column)) for _, row in shown if (row["meta"] or {}).get(column)})
         if len(values) > 1:
             selects += _select(column, f"any {column}", values)
-    errors = sorted({f"{n}: {a['error']}" for _, row in shown for n in names if (a := row["answers"].get(n)) and a["error"]})
+    errors = sorted(
+        {f"{n}: {a['error']}" for _, row in shown for n in names if (a := row["answers"].get(n)) and a["error"]}
+    )
     selects += _select("errors", "any error", errors) if errors else ""
     return (
         f'<div class="filters" hidden>{buttons}{selects}<input type="search" placeholder="Search" aria-label="Search the answers">'
@@ -87,7 +111,9 @@ def _select(name: str, anything: str, values: list[str]) -> str:
 
 def _item(group: str, row: dict[str, Any], names: list[str], printed: bool) -> str:
     meta = row["meta"] or {}
-    errors = "\n".join(f"{n}: {row['answers'][n]['error']}" for n in names if (row["answers"].get(n) or {}).get("error"))
+    errors = "\n".join(
+        f"{n}: {row['answers'][n]['error']}" for n in names if (row["answers"].get(n) or {}).get("error")
+    )
     tags = [str(meta[k]) for k in ("kind", "origin") if meta.get(k)]
     tags += ["contaminated"] if row.get("contaminated") else []
     tags += ["gold answer is empty"] if row.get("nonempty") is False else []
@@ -100,13 +126,21 @@ def _item(group: str, row: dict[str, Any], names: list[str], printed: bool) -> s
             continue
         right = _right(answer)
         why = answer["detail"] or answer["error"] or "wrong"
-        mark = "" if right is None else '<span class="ok">✓ right</span>' if right else f'<span class="no">✗ {esc(why)}</span>'
+        mark = (
+            ""
+            if right is None
+            else '<span class="ok">✓ right</span>'
+            if right
+            else f'<span class="no">✗ {esc(why)}</span>'
+        )
         if plots.finite(answer.get("score")) and 0 < answer["score"] < 1:
             mark += f' <span class="muted">{answer["score"]:.2f}</span>'
         alike.setdefault((answer["text"], mark, "" if right else _result(answer.get("result"))), []).append(name)
     sides += [_side(", ".join(who), *said) for said, who in alike.items()]
     system = (
-        f'<details class="noprint"><summary class="muted">system prompt</summary><pre>{_clip(row["system"])}</pre></details>' if row["system"] else ""
+        f'<details class="noprint"><summary class="muted">system prompt</summary><pre>{_clip(row["system"])}</pre></details>'
+        if row["system"]
+        else ""
     )
     return (
         f'<article class="item{"" if printed else " more"}" data-group="{esc(group)}" data-kind="{esc(meta.get("kind", ""))}" '

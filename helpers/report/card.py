@@ -30,7 +30,10 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
         "tags": ["tunebook", "lora"],
     }
     if base.count("/") == 1 and not base.startswith((".", "/")):
-        head |= {"base_model": base, "base_model_relation": {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[kind]}
+        head |= {
+            "base_model": base,
+            "base_model_relation": {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[kind],
+        }
     if evaluation := _model_index(facts, repository or facts.run):
         head["model-index"] = evaluation
     parts = [
@@ -69,9 +72,11 @@ def base_licence(facts: Facts) -> str:
 
 def _intro(facts: Facts, kind: str, base: str) -> str:
     tuned = "sft" in facts.stages or "orpo" in facts.stages
-    what = {"adapter": "This is a LoRA adapter for", "merged": "This is a fine-tuned version of", "gguf": "These are GGUF files of a fine-tuned"}[
-        kind
-    ]
+    what = {
+        "adapter": "This is a LoRA adapter for",
+        "merged": "This is a fine-tuned version of",
+        "gguf": "These are GGUF files of a fine-tuned",
+    }[kind]
     if not tuned:
         what = "These are GGUF files of" if kind == "gguf" else "This is"
     how = {"qlora": "QLoRA", "lora": "LoRA", "full": "full", "freeze": "last-layer"}
@@ -86,7 +91,11 @@ def _intro(facts: Facts, kind: str, base: str) -> str:
 
 
 def _warnings(facts: Facts) -> str:
-    return "> **Known limits of these figures**\n" + "\n".join(f"> - {_md(w)}" for w in dict.fromkeys(facts.warnings)) if facts.warnings else ""
+    return (
+        "> **Known limits of these figures**\n" + "\n".join(f"> - {_md(w)}" for w in dict.fromkeys(facts.warnings))
+        if facts.warnings
+        else ""
+    )
 
 
 def _scores(facts: Facts) -> str:
@@ -137,12 +146,21 @@ def _lost(facts: Facts) -> str:
         ]
         for n, c in results.in_order(facts, lost["contenders"])
     ]
-    return "## What was lost\n\nCross-entropy on general text, nats per token.\n\n" + _table(["", "loss", "change", "verdict"], rows)
+    return "## What was lost\n\nCross-entropy on general text, nats per token.\n\n" + _table(
+        ["", "loss", "change", "verdict"], rows
+    )
 
 
 def _fidelity(facts: Facts) -> str:
     rows = [
-        [name, size(f.get("bytes")), plain(f.get("bits_per_weight")), plain(f.get("mean_kl")), plain(f.get("p99_kl")), percent(f.get("top1"))]
+        [
+            name,
+            size(f.get("bytes")),
+            plain(f.get("bits_per_weight")),
+            plain(f.get("mean_kl")),
+            plain(f.get("p99_kl")),
+            percent(f.get("top1")),
+        ]
         for name, f in results.exported(facts).items()
     ]
     head = ["file", "size", "bits per weight", "mean KL", "99th percentile KL", "same first choice"]
@@ -153,7 +171,9 @@ def _fidelity(facts: Facts) -> str:
 def _use(facts: Facts, kind: str, repository: str, base: str) -> str:
     name = repository or f"runs/{facts.run}"
     if kind == "adapter":
-        code = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{name}")'
+        code = (
+            f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{name}")'
+        )
         return f"## How to run\n\n```python\n{code}\n```\n\nPrompts are rendered with the tokenizer's own chat template, which is in this repository."
     if kind == "merged":
         return (
@@ -161,7 +181,11 @@ def _use(facts: Facts, kind: str, repository: str, base: str) -> str:
             f'chat = pipeline("text-generation", model="{name}")\n'
             'chat([{"role": "user", "content": "…"}], max_new_tokens=128, do_sample=False)\n```'
         )
-    files = [Path(f).name for f in (facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {}) if f.endswith(".gguf")]
+    files = [
+        Path(f).name
+        for f in (facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {})
+        if f.endswith(".gguf")
+    ]
     first = next((f for f in files if "q8" in f), files[0] if files else "model.gguf")
     quant = first.removesuffix(".gguf").removeprefix("model-").upper()
     hub = f"```bash\nllama-server -hf {repository}:{quant} --jinja --host 127.0.0.1\n```\n\n" if repository else ""
@@ -229,7 +253,12 @@ def _model_index(facts: Facts, name: str) -> list[dict[str, Any]]:
                     "task": {"type": "text-generation", "name": str(task["kind"])},
                     "dataset": {"name": Path(str(task.get("data") or "held-out items")).name, "type": "held-out"},
                     "metrics": [
-                        {"type": "accuracy", "name": str(task.get("label") or "accuracy"), "value": round(accuracy["value"], 4), "verified": False}
+                        {
+                            "type": "accuracy",
+                            "name": str(task.get("label") or "accuracy"),
+                            "value": round(accuracy["value"], 4),
+                            "verified": False,
+                        }
                     ],
                 }
             ],

@@ -14,8 +14,16 @@ from helpers import runs
 from helpers.errors import TunebookError
 from helpers.runs import Manifest
 
-TITLES = {"data": "Data preparation", "sft": "Supervised fine-tuning", "orpo": "Preference tuning", "gguf": "Export", "eval": "Evaluation"}
-CHECKED = 30_000_000  # bytes; files up to this size are held against their hash, weights are left to the stages themselves
+TITLES = {
+    "data": "Data preparation",
+    "sft": "Supervised fine-tuning",
+    "orpo": "Preference tuning",
+    "gguf": "Export",
+    "eval": "Evaluation",
+}
+CHECKED = (
+    30_000_000  # bytes; files up to this size are held against their hash, weights are left to the stages themselves
+)
 
 
 @dataclass
@@ -57,7 +65,9 @@ class Facts:
         others = [c for c in self.contenders() if c["status"] == "scored" and c is not self.baseline()]
         ship = (self.scores or {}).get("ship") or {}
         named = next((c for c in others if c["name"] == ship.get("name")), None)
-        return named or max(others, key=lambda c: (c["scores"].get("accuracy") or {}).get("value") or -1.0, default=None)
+        return named or max(
+            others, key=lambda c: (c["scores"].get("accuracy") or {}).get("value") or -1.0, default=None
+        )
 
 
 def gather(run: str, stage: Any = None) -> Facts:
@@ -83,7 +93,9 @@ def gather(run: str, stage: Any = None) -> Facts:
         facts.fidelity = _json(facts, facts.stages["gguf"].path / "fidelity.json", "gguf")
         parts = [facts.fidelity.get(k) or [] for k in ("files", "sizes")] if facts.fidelity else []
         if not all(isinstance(p, list) and all(isinstance(f, dict) and "type" in f for f in p) for p in parts):
-            facts.warnings.append(f"{runs.FOLDERS['gguf']}/fidelity.json has another shape than the export writes; it is left out.")
+            facts.warnings.append(
+                f"{runs.FOLDERS['gguf']}/fidelity.json has another shape than the export writes; it is left out."
+            )
             facts.fidelity = None
     _read_scores(facts)
     for name in facts.stages:
@@ -124,7 +136,10 @@ def _open_manifest(stage: Any) -> dict[str, Any]:
         "model": known.get("model"),
         "template_hash": known.get("template_hash"),
         "tokenizer_hash": known.get("tokenizer_hash"),
-        "parents": {s: {"folder": p.path.name, "manifest_sha256": p.data.get("_sha256", p.sha256)} for s, p in stage.parents.items()},
+        "parents": {
+            s: {"folder": p.path.name, "manifest_sha256": p.data.get("_sha256", p.sha256)}
+            for s, p in stage.parents.items()
+        },
         "wall_s": round(time.time() - stage.started, 1),
         "peak_memory_gib": runtime.peak_memory_gib(),
         **runtime.versions(),
@@ -134,7 +149,11 @@ def _open_manifest(stage: Any) -> dict[str, Any]:
 def _lineage(facts: Facts) -> None:
     for name, manifest in facts.stages.items():
         for parent, known in manifest.data.get("parents", {}).items():
-            if parent in facts.stages and facts.stages[parent].data.get("artifacts") and facts.stages[parent].sha256 != known["manifest_sha256"]:
+            if (
+                parent in facts.stages
+                and facts.stages[parent].data.get("artifacts")
+                and facts.stages[parent].sha256 != known["manifest_sha256"]
+            ):
                 facts.warnings.append(
                     f"{TITLES[name]} was made from an earlier {TITLES[parent].lower()} than the one shown here; run {runs.FOLDERS[name]} again."
                 )
@@ -159,10 +178,18 @@ def _read_scores(facts: Facts) -> None:
         if contender["status"] == "skipped" and not any(contender["name"] in w for w in facts.warnings):
             facts.warnings.insert(0, f"{contender['name']} was skipped: {contender['reason'] or 'no reason given'}")
     for comparison in facts.scores["comparisons"]:
-        if comparison["verdict"] == "worse" and comparison["metric"] == "accuracy" and comparison["baseline"] == (facts.baseline() or {}).get("name"):
-            facts.warnings.append(f"{comparison['contender']} is worse than {comparison['baseline']}: {comparison['sentence']}.")
+        if (
+            comparison["verdict"] == "worse"
+            and comparison["metric"] == "accuracy"
+            and comparison["baseline"] == (facts.baseline() or {}).get("name")
+        ):
+            facts.warnings.append(
+                f"{comparison['contender']} is worse than {comparison['baseline']}: {comparison['sentence']}."
+            )
     for name, lost in ((facts.scores["forgetting"] or {}).get("contenders") or {}).items():
-        if lost.get("passed") is False and not any(name in w and (lost.get("sentence") or "general") in w for w in facts.warnings):
+        if lost.get("passed") is False and not any(
+            name in w and (lost.get("sentence") or "general") in w for w in facts.warnings
+        ):
             facts.warnings.append(f"{name} lost general ability: {lost.get('sentence', '')}")
 
 
@@ -172,8 +199,12 @@ def _check_hashes(facts: Facts, name: str) -> None:
         path = manifest.path / file
         if not path.is_file():
             facts.warnings.append(f"{manifest.path.name}/{file} is missing since the stage finished.")
-        elif path.stat().st_size != known["bytes"] or (known["bytes"] <= CHECKED and runs.sha256_file(path) != known["sha256"]):
-            facts.warnings.append(f"{manifest.path.name}/{file} was changed since the stage finished; run {manifest.path.name} again.")
+        elif path.stat().st_size != known["bytes"] or (
+            known["bytes"] <= CHECKED and runs.sha256_file(path) != known["sha256"]
+        ):
+            facts.warnings.append(
+                f"{manifest.path.name}/{file} was changed since the stage finished; run {manifest.path.name} again."
+            )
 
 
 def _json(facts: Facts, path: Path, name: str) -> dict[str, Any] | None:
@@ -202,7 +233,9 @@ def _json_lines(facts: Facts, path: Path, name: str) -> list[dict[str, Any]]:
         except ValueError:
             broken += bool(line.strip())
     if broken:
-        facts.warnings.append(f"{runs.FOLDERS[name]}/{path.name} has {broken} unreadable lines; the curves leave them out.")
+        facts.warnings.append(
+            f"{runs.FOLDERS[name]}/{path.name} has {broken} unreadable lines; the curves leave them out."
+        )
     return rows
 
 

@@ -11,7 +11,10 @@ from helpers.report.plots import finite, number
 
 # Characters that would hide or reorder what a model wrote: shown as what they are. Tab and line end stay.
 HIDDEN = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
-HIDDEN |= {c: f"⟨U+{c:04X}⟩" for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]}
+HIDDEN |= {
+    c: f"⟨U+{c:04X}⟩"
+    for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
+}
 
 
 class Markup(str):
@@ -26,7 +29,9 @@ def esc(value: Any) -> Markup:
     return Markup(html.escape(text.translate(HIDDEN)))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], classes: Sequence[str] = (), row_classes: Sequence[str] = ()) -> Markup:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], classes: Sequence[str] = (), row_classes: Sequence[str] = ()
+) -> Markup:
     """A table that scrolls sideways in a narrow window. classes: one a column ("n" numbers, "bar", "name", "wide", "")."""
     rows = list(rows)
     if not rows:
@@ -34,10 +39,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], classes: Sequenc
     kinds = [*classes, *[""] * (len(header) - len(classes))]
 
     def cells(row: Sequence[Any], tag: str) -> str:
-        return "".join(f"<{tag}{f' class={k!r}' if k else ''}>{esc('' if c is None else c)}</{tag}>" for c, k in zip(row, kinds, strict=True))
+        return "".join(
+            f"<{tag}{f' class={k!r}' if k else ''}>{esc('' if c is None else c)}</{tag}>"
+            for c, k in zip(row, kinds, strict=True)
+        )
 
     body = "".join(
-        f"<tr{f' class={row_classes[i]!r}' if i < len(row_classes) and row_classes[i] else ''}>{cells(r, 'td')}</tr>" for i, r in enumerate(rows)
+        f"<tr{f' class={row_classes[i]!r}' if i < len(row_classes) and row_classes[i] else ''}>{cells(r, 'td')}</tr>"
+        for i, r in enumerate(rows)
     )
     head = f"<thead><tr>{cells(header, 'th')}</tr></thead>" if any(header) else ""
     full = ' class="full"' if {"bar", "wide"} & set(kinds) else ""

@@ -26,7 +26,15 @@ def render(facts: Facts) -> str:
         stages.data(facts),
         stages.provenance(facts),
     ]
-    body = [_header(facts, "".join(parts)), "<main>", warnings_card(facts.warnings), results.tiles(facts), *parts, "</main>", _footer(facts)]
+    body = [
+        _header(facts, "".join(parts)),
+        "<main>",
+        warnings_card(facts.warnings),
+        results.tiles(facts),
+        *parts,
+        "</main>",
+        _footer(facts),
+    ]
     return document(f"{facts.run}: report", "".join(body))
 
 

@@ -51,7 +51,14 @@ class Axes:
     WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 480, 262, 62, 14, 28, 40
 
     def __init__(
-        self, xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, log_x: bool = False, log_y: bool = False, percent_y: bool = False
+        self,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        x_label: str,
+        y_label: str,
+        log_x: bool = False,
+        log_y: bool = False,
+        percent_y: bool = False,
     ):
         self.log_x, self.log_y = log_x, log_y
         self.x0, self.x1 = self._range(xs, log_x, 0.02)
@@ -68,10 +75,17 @@ class Axes:
         return low - pad, high + pad
 
     def x(self, value: float) -> float:
-        return round(self.LEFT + self._share(value, self.x0, self.x1, self.log_x) * (self.WIDE - self.LEFT - self.RIGHT), 1)
+        return round(
+            self.LEFT + self._share(value, self.x0, self.x1, self.log_x) * (self.WIDE - self.LEFT - self.RIGHT), 1
+        )
 
     def y(self, value: float) -> float:
-        return round(self.HIGH - self.BOTTOM - self._share(value, self.y0, self.y1, self.log_y) * (self.HIGH - self.TOP - self.BOTTOM), 1)
+        return round(
+            self.HIGH
+            - self.BOTTOM
+            - self._share(value, self.y0, self.y1, self.log_y) * (self.HIGH - self.TOP - self.BOTTOM),
+            1,
+        )
 
     @staticmethod
     def _share(value: float, low: float, high: float, log: bool) -> float:
@@ -89,7 +103,9 @@ class Axes:
         for t in _log_ticks(self.x0, self.x1) if self.log_x else ticks(self.x0, self.x1, 5):
             parts.append(f'<text x="{self.x(t)}" y="{bottom + 17}" text-anchor="middle">{number(t)}</text>')
         parts.append(f'<line class="axis" x1="{self.LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-        parts.append(f'<text class="label" x="{(self.LEFT + right) / 2}" y="{self.HIGH - 5}" text-anchor="middle">{escape(self.labels[0])}</text>')
+        parts.append(
+            f'<text class="label" x="{(self.LEFT + right) / 2}" y="{self.HIGH - 5}" text-anchor="middle">{escape(self.labels[0])}</text>'
+        )
         parts.append(f'<text class="label" x="4" y="15">{escape(self.labels[1])}</text>')
         return _svg(self.WIDE, self.HIGH, "".join(parts) + body, title)
 
@@ -98,7 +114,9 @@ def _svg(wide: float, high: float, body: str, title: str, attributes: str = "") 
     return f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="{escape(title)}" {attributes}><title>{escape(title)}</title>{body}</svg>'
 
 
-def lines(series: Mapping[str, Points], title: str, x_label: str, y_label: str, log_y: bool = False, percent_y: bool = False) -> str:
+def lines(
+    series: Mapping[str, Points], title: str, x_label: str, y_label: str, log_y: bool = False, percent_y: bool = False
+) -> str:
     """Curves over a shared x axis with a legend below. series: name -> [(x, y), …]. "" when nothing can be drawn."""
     kept, lost = {}, 0
     for name, points in series.items():
@@ -109,15 +127,24 @@ def lines(series: Mapping[str, Points], title: str, x_label: str, y_label: str, 
     if not kept:
         return ""
     axes = Axes(
-        [x for p in kept.values() for x, _ in p], [y for p in kept.values() for _, y in p], x_label, y_label, log_y=log_y, percent_y=percent_y
+        [x for p in kept.values() for x, _ in p],
+        [y for p in kept.values() for _, y in p],
+        x_label,
+        y_label,
+        log_y=log_y,
+        percent_y=percent_y,
     )
     body = ""
     for i, points in enumerate(kept.values()):
         colour = f"c{i % 6 + 1}"
         if len(points) > 1:
-            body += f'<polyline class="curve {colour}" points="{" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points)}"/>'
+            body += (
+                f'<polyline class="curve {colour}" points="{" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points)}"/>'
+            )
         if len(points) <= 40:
-            body += "".join(f'<circle class="dot {colour}" cx="{axes.x(x)}" cy="{axes.y(y)}" r="2.6"/>' for x, y in points)
+            body += "".join(
+                f'<circle class="dot {colour}" cx="{axes.x(x)}" cy="{axes.y(y)}" r="2.6"/>' for x, y in points
+            )
     note = f"{lost} point{'s' if lost > 1 else ''} not a number, left out" if lost else ""
     return figure(axes.draw(body, title), title, legend(kept) if len(kept) > 1 else "", note)
 
@@ -135,7 +162,14 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def histogram(edges: Sequence[float], counts: Sequence[int], title: str, x_label: str, marker: float | None = None, marker_label: str = "") -> str:
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    title: str,
+    x_label: str,
+    marker: float | None = None,
+    marker_label: str = "",
+) -> str:
     """Bars over `edges` (one more than counts), with a dashed line at `marker`."""
     if not counts or sum(counts) == 0 or len(edges) != len(counts) + 1:
         return ""
@@ -155,7 +189,14 @@ def histogram(edges: Sequence[float], counts: Sequence[int], title: str, x_label
     return figure(axes.draw(body, title), title)
 
 
-def scatter(points: Sequence[tuple[float, float, str]], title: str, x_label: str, y_label: str, log_y: bool = False, percent_y: bool = False) -> str:
+def scatter(
+    points: Sequence[tuple[float, float, str]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    percent_y: bool = False,
+) -> str:
     """Labelled points: (x, y, label)."""
     good = [(x, y, label) for x, y, label in points if finite(x) and finite(y) and (y > 0 or not log_y)]
     if not good:
@@ -178,7 +219,14 @@ def scatter(points: Sequence[tuple[float, float, str]], title: str, x_label: str
     return figure(axes.draw(body, title), title)
 
 
-def interval(value: float | None, low: float | None, high: float | None, floor: float = 0.0, ceiling: float = 1.0, zero: bool = False) -> str:
+def interval(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    floor: float = 0.0,
+    ceiling: float = 1.0,
+    zero: bool = False,
+) -> str:
     """A bar with its 95 % interval on a fixed scale, for a table cell: no text, stretches with the cell."""
     if not finite(value) or ceiling <= floor:
         return ""
@@ -192,13 +240,17 @@ def interval(value: float | None, low: float | None, high: float | None, floor: 
     body = f'<rect class="track" x="0" y="4" width="100" height="12"/><rect class="fill{kind}" x="{a}" y="4" width="{round(b - a, 2)}" height="12"/>'
     if finite(low) and finite(high):
         body += f'<rect class="whisker" x="{at(low)}" y="9" width="{round(at(high) - at(low), 2)}" height="2"/>'
-        body += "".join(f'<rect class="whisker" x="{round(at(v) - 0.25, 2)}" y="5" width="0.5" height="10"/>' for v in (low, high))
+        body += "".join(
+            f'<rect class="whisker" x="{round(at(v) - 0.25, 2)}" y="5" width="0.5" height="10"/>' for v in (low, high)
+        )
     if zero:
         body += f'<rect class="whisker" x="{round(origin - 0.15, 2)}" y="1" width="0.3" height="18"/>'
     return f'<svg class="interval" viewBox="0 0 100 20" preserveAspectRatio="none" aria-hidden="true">{body}</svg>'
 
 
-def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]], title: str, shares: Sequence[str] = ()) -> str:
+def parallel(
+    dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[object]]], title: str, shares: Sequence[str] = ()
+) -> str:
     """Parallel coordinates: one vertical axis a dimension, one line a run, coloured by its place on the last axis.
 
     Values are numbers or words; words get places in sorted order. A missing value (None) breaks the line. shares: dimensions
@@ -207,14 +259,18 @@ def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[objec
     if len(rows) < 2 or len(dimensions) < 2:
         return ""
     high, top, bottom, right = 340, 46, 24, 130
-    first = _scale([r[1][0] for r in rows if r[1][0] is not None], top, high - bottom, percent=dimensions[0] in shares)[1]
+    first = _scale([r[1][0] for r in rows if r[1][0] is not None], top, high - bottom, percent=dimensions[0] in shares)[
+        1
+    ]
     left = max(50, 14 + 7 * max((len(text) for _, text in first), default=0))  # room for the first axis's labels
     wide = left + right + 130 * (len(dimensions) - 1)
     step = (wide - left - right) / (len(dimensions) - 1)
     places, axes = [], ""
     for d, name in enumerate(dimensions):
         x = round(left + d * step, 1)
-        place, marks = _scale([r[1][d] for r in rows if r[1][d] is not None], top, high - bottom, percent=name in shares)
+        place, marks = _scale(
+            [r[1][d] for r in rows if r[1][d] is not None], top, high - bottom, percent=name in shares
+        )
         places.append(place)
         words = _wrap(name, 16)
         axes += "".join(
@@ -222,16 +278,23 @@ def parallel(dimensions: Sequence[str], rows: Sequence[tuple[str, Sequence[objec
             for i, w in enumerate(words)
         )
         axes += f'<line class="axis" x1="{x}" x2="{x}" y1="{top}" y2="{high - bottom}"/>'
-        axes += "".join(f'<text class="halo" x="{x - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>' for y, text in marks)
+        axes += "".join(
+            f'<text class="halo" x="{x - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>'
+            for y, text in marks
+        )
     curves, ends = "", []
     for name, values in sorted(rows, key=lambda r: -(places[-1](r[1][-1]) if r[1][-1] is not None else 0)):
-        points = [(round(left + d * step, 1), round(places[d](v), 1)) if v is not None else None for d, v in enumerate(values)]
+        points = [
+            (round(left + d * step, 1), round(places[d](v), 1)) if v is not None else None for d, v in enumerate(values)
+        ]
         share = 0.5 if points[-1] is None else 1 - (points[-1][1] - top) / (high - bottom - top)
         path, pen = "", "M"
         for point in points:
             path, pen = (path, "M") if point is None else (f"{path}{pen}{point[0]} {point[1]}", "L")
         style = f"stroke:color-mix(in oklab, var(--good) {round(100 * share)}%, var(--c2))"
-        curves += f'<path class="curve run" style="{style}" d="{path}" tabindex="0"><title>{escape(name)}</title></path>'
+        curves += (
+            f'<path class="curve run" style="{style}" d="{path}" tabindex="0"><title>{escape(name)}</title></path>'
+        )
         if points[-1]:
             ends.append((points[-1][1], name))
     level, labels = -99.0, ""
@@ -276,7 +339,11 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def legend(names: Sequence[str] | Mapping[str, object]) -> str:
-    return '<div class="legend">' + "".join(f'<span><i class="c{i % 6 + 1}"></i>{escape(n)}</span>' for i, n in enumerate(names)) + "</div>"
+    return (
+        '<div class="legend">'
+        + "".join(f'<span><i class="c{i % 6 + 1}"></i>{escape(n)}</span>' for i, n in enumerate(names))
+        + "</div>"
+    )
 
 
 def figure(svg: str, title: str, below: str = "", note: str = "") -> str:

@@ -41,10 +41,20 @@ def tiles(facts: Facts) -> Markup:
             )
     if base and best and (pair := comparison(facts, base["name"], best["name"])):
         found.append(
-            (points(pair["difference"]), f"points: {pair['verdict']}", f"95 %: {points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}")
+            (
+                points(pair["difference"]),
+                f"points: {pair['verdict']}",
+                f"95 %: {points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}",
+            )
         )
     if best and plots.finite(best.get("size_bytes")):
-        found.append((size(best["size_bytes"]), "to ship" if (facts.scores.get("ship") or {}).get("name") else "size", f"{best['name']} on disk"))
+        found.append(
+            (
+                size(best["size_bytes"]),
+                "to ship" if (facts.scores.get("ship") or {}).get("name") else "size",
+                f"{best['name']} on disk",
+            )
+        )
     elapsed = sum(m.data.get("wall_s") or 0 for m in facts.stages.values())
     if elapsed:
         peak = max((m.data.get("peak_memory_gib") or 0 for m in facts.stages.values()), default=0)
@@ -64,7 +74,14 @@ def tiles(facts: Facts) -> Markup:
 
 
 def comparison(facts: Facts, baseline: str, contender: str, metric: str = "accuracy") -> dict[str, Any] | None:
-    return next((c for c in facts.scores["comparisons"] if (c["baseline"], c["contender"], c["metric"]) == (baseline, contender, metric)), None)
+    return next(
+        (
+            c
+            for c in facts.scores["comparisons"]
+            if (c["baseline"], c["contender"], c["metric"]) == (baseline, contender, metric)
+        ),
+        None,
+    )
 
 
 def scores(facts: Facts) -> Markup:
@@ -84,8 +101,14 @@ def _accuracy(facts: Facts) -> str:
     ship = (facts.scores.get("ship") or {}).get("name")
     contenders = facts.contenders()
     extra = [m for m in LABELS if m != "accuracy" and any(m in c["scores"] for c in contenders)]
-    known = [c["scores"]["accuracy"] for c in contenders if plots.finite((c["scores"].get("accuracy") or {}).get("value"))]
-    ceiling = 1.0 if all(s.get("unit", "share") == "share" for s in known) else max([s.get("high") or s["value"] for s in known], default=1.0) * 1.05
+    known = [
+        c["scores"]["accuracy"] for c in contenders if plots.finite((c["scores"].get("accuracy") or {}).get("value"))
+    ]
+    ceiling = (
+        1.0
+        if all(s.get("unit", "share") == "share" for s in known)
+        else max([s.get("high") or s["value"] for s in known], default=1.0) * 1.05
+    )
     rows, kinds = [], []
     for c in contenders:
         accuracy = c["scores"].get("accuracy") or {}
@@ -103,13 +126,22 @@ def _accuracy(facts: Facts) -> str:
                     ),
                     *[score(c["scores"].get(m)) for m in extra],
                     size(c["size_bytes"]),
-                    f"{speed['items_per_s']:.1f} /s" if plots.finite(speed.get("items_per_s")) and speed["items_per_s"] else "",
+                    f"{speed['items_per_s']:.1f} /s"
+                    if plots.finite(speed.get("items_per_s")) and speed["items_per_s"]
+                    else "",
                 ]
             )
         kinds.append("ship" if c["name"] == ship else "")
     sentence = (facts.scores.get("ship") or {}).get("sentence")
     return table(
-        ["", facts.scores["task"].get("metric") or "accuracy", "95 % interval", *[LABELS[m] for m in extra], "size", "speed"],
+        [
+            "",
+            facts.scores["task"].get("metric") or "accuracy",
+            "95 % interval",
+            *[LABELS[m] for m in extra],
+            "size",
+            "speed",
+        ],
         rows,
         ["name", "n", "bar", *["n"] * len(extra), "n", "n"],
         kinds,
@@ -120,11 +152,18 @@ def _comparisons(facts: Facts) -> str:
     found = [c for c in facts.scores["comparisons"] if plots.finite(c["difference"])]
     if not found:
         return ""
-    reach = max((abs(v) for c in found for v in (c["difference"], c["low"], c["high"]) if plots.finite(v)), default=0.1) or 0.1
+    reach = (
+        max((abs(v) for c in found for v in (c["difference"], c["low"], c["high"]) if plots.finite(v)), default=0.1)
+        or 0.1
+    )
     rows = []
     for c in found:
-        verdict = Markup(f'<span class="{c["verdict"] if c["verdict"] in ("better", "worse") else "muted"}">{esc(c["verdict"])}</span>')
-        what = f"{c['contender']} against {c['baseline']}" + ("" if c["metric"] == "accuracy" else f", {LABELS.get(c['metric'], c['metric'])}")
+        verdict = Markup(
+            f'<span class="{c["verdict"] if c["verdict"] in ("better", "worse") else "muted"}">{esc(c["verdict"])}</span>'
+        )
+        what = f"{c['contender']} against {c['baseline']}" + (
+            "" if c["metric"] == "accuracy" else f", {LABELS.get(c['metric'], c['metric'])}"
+        )
         p = c["p_holm"] if plots.finite(c["p_holm"]) else c["p"]
         rows.append(
             [
@@ -158,9 +197,16 @@ def _groups(facts: Facts) -> str:
         rows = []
         for value in values:
             cells = [c["groups"].get(column, {}).get(value) or {} for c in shown]
-            rows.append([value, next((cell["n"] for cell in cells if cell), 0), *[percent(cell.get("value"), 0) for cell in cells]])
+            rows.append(
+                [
+                    value,
+                    next((cell["n"] for cell in cells if cell), 0),
+                    *[percent(cell.get("value"), 0) for cell in cells],
+                ]
+            )
         parts.append(
-            f"<h3>Right answers by {esc(column)}</h3>" + table(["", "n", *[c["name"] for c in shown]], rows, ["name", "n", *["n"] * len(shown)])
+            f"<h3>Right answers by {esc(column)}</h3>"
+            + table(["", "n", *[c["name"] for c in shown]], rows, ["name", "n", *["n"] * len(shown)])
         )
     return "".join(parts)
 
@@ -173,7 +219,9 @@ def _errors(facts: Facts) -> str:
     if not kinds:
         return ""
     rows = [[ERROR_KINDS[k], *[c["errors"].get(k) or "" for c in shown]] for k in kinds]
-    return "<h3>What went wrong</h3>" + table(["kind of error", *[c["name"] for c in shown]], rows, ["wide", *["n"] * len(shown)])
+    return "<h3>What went wrong</h3>" + table(
+        ["kind of error", *[c["name"] for c in shown]], rows, ["wide", *["n"] * len(shown)]
+    )
 
 
 def forgetting(facts: Facts) -> Markup:
@@ -185,11 +233,17 @@ def forgetting(facts: Facts) -> Markup:
     tasks = list(dict.fromkeys(t for c in lost["contenders"].values() for t in (c.get("tasks") or {})))
     for name, c in in_order(facts, lost["contenders"]):
         verdict = Markup(
-            "" if name == lost["baseline"] else '<span class="better">kept</span>' if c.get("passed") else '<span class="worse">lost</span>'
+            ""
+            if name == lost["baseline"]
+            else '<span class="better">kept</span>'
+            if c.get("passed")
+            else '<span class="worse">lost</span>'
         )
         change = "" if name == lost["baseline"] else f"{c['change']:+.3f}" if plots.finite(c.get("change")) else "–"
         limits = (
-            f"{c['low']:+.3f} to {c['high']:+.3f}" if name != lost["baseline"] and plots.finite(c.get("low")) and plots.finite(c.get("high")) else ""
+            f"{c['low']:+.3f} to {c['high']:+.3f}"
+            if name != lost["baseline"] and plots.finite(c.get("low")) and plots.finite(c.get("high"))
+            else ""
         )
         rows.append(
             [
@@ -209,12 +263,17 @@ def forgetting(facts: Facts) -> Markup:
         )
     head = ["", "loss, nats", "perplexity", "change", "95 % interval", "refusals", "manners", *tasks, "verdict"]
     body = table(head, rows, ["name", *["n"] * (len(head) - 2), ""])
-    body += "".join(f"<p>{esc(c['sentence'])}</p>" for n, c in in_order(facts, lost["contenders"]) if n != lost["baseline"] and c.get("sentence"))
+    body += "".join(
+        f"<p>{esc(c['sentence'])}</p>"
+        for n, c in in_order(facts, lost["contenders"])
+        if n != lost["baseline"] and c.get("sentence")
+    )
     body += "".join(f"<p><b>Advice:</b> {esc(a)}</p>" for a in lost.get("advice") or [])
     limit = (lost.get("threshold") or {}).get("loss_increase")
     texts = next((c.get("n") for c in lost["contenders"].values() if c.get("n")), None)
-    sub = f"Cross-entropy per token on general text{f' ({texts} texts)' if texts else ''} that has nothing to do with the job" + (
-        f"; more than {limit:+.2f} nats counts as lost." if plots.finite(limit) else "."
+    sub = (
+        f"Cross-entropy per token on general text{f' ({texts} texts)' if texts else ''} that has nothing to do with the job"
+        + (f"; more than {limit:+.2f} nats counts as lost." if plots.finite(limit) else ".")
     )
     return section("forgetting", "What was lost", body, sub)
 
@@ -233,11 +292,15 @@ def fidelity(facts: Facts) -> Markup:
     by_score = [
         (c["size_bytes"] / 1e6, c["scores"]["accuracy"]["value"], c["name"])
         for c in facts.contenders()
-        if plots.finite(c["size_bytes"]) and c["role"] in ("gguf", "merged") and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
+        if plots.finite(c["size_bytes"])
+        and c["role"] in ("gguf", "merged")
+        and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
     for name, f in files.items():
         measured = percent(accuracy.get(name.lower()))
-        if name.lower() not in accuracy and plots.finite(f.get("task_score")):  # scored by the export alone, on fewer questions
+        if name.lower() not in accuracy and plots.finite(
+            f.get("task_score")
+        ):  # scored by the export alone, on fewer questions
             measured = f"{percent(f['task_score'])} of {f.get('task_count') or '?'}"
         kl, failed = f.get("mean_kl"), f.get("failed") or {}
         gate = "; ".join(f"{which}: {why}" for which, why in failed.items())
@@ -252,15 +315,28 @@ def fidelity(facts: Facts) -> Markup:
                 percent(f.get("top1")),
                 plain(f.get("perplexity")),
                 measured,
-                Markup(f'<span class="worse">{esc(gate)}</span>' if gate else '<span class="better">within bounds</span>'),
+                Markup(
+                    f'<span class="worse">{esc(gate)}</span>' if gate else '<span class="better">within bounds</span>'
+                ),
             ]
         )
         if plots.finite(f.get("bytes")) and plots.finite(kl):
             by_kl.append((f["bytes"] / 1e6, kl, name))
-    figures = plots.scatter(by_kl, "Divergence from the merged model by size", "MB", "mean KL, nats", log_y=all(p[1] > 0 for p in by_kl)) + (
-        plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else ""
-    )
-    head = ["file", "size", "bits / weight", "mean KL", "of it weights", "99 % KL", "same first choice", "perplexity", "task score", "gate"]
+    figures = plots.scatter(
+        by_kl, "Divergence from the merged model by size", "MB", "mean KL, nats", log_y=all(p[1] > 0 for p in by_kl)
+    ) + (plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else "")
+    head = [
+        "file",
+        "size",
+        "bits / weight",
+        "mean KL",
+        "of it weights",
+        "99 % KL",
+        "same first choice",
+        "perplexity",
+        "task score",
+        "gate",
+    ]
     best = facts.metrics("gguf").get("recommended") or {}
     advice = f"{best['type']}, {best['why']}." if best.get("type") else best.get("why", "")
     body = (
@@ -269,7 +345,10 @@ def fidelity(facts: Facts) -> Markup:
         + f'<div class="plots">{figures}</div>'
     )
     return section(
-        "fidelity", "Fidelity and size", body, "Each GGUF file in llama.cpp's runtime against the merged model, on held-out text of this job."
+        "fidelity",
+        "Fidelity and size",
+        body,
+        "Each GGUF file in llama.cpp's runtime against the merged model, on held-out text of this job.",
     )
 
 
@@ -284,7 +363,10 @@ def exported(facts: Facts) -> dict[str, dict[str, Any]]:
     if not facts.fidelity:
         return {}
     sizes = {f["type"]: f for f in facts.fidelity.get("sizes") or []}
-    files = {f["type"]: {"bytes": None, "bits_per_weight": None, **sizes.get(f["type"], {}), **f} for f in facts.fidelity.get("files") or []}
+    files = {
+        f["type"]: {"bytes": None, "bits_per_weight": None, **sizes.get(f["type"], {}), **f}
+        for f in facts.fidelity.get("files") or []
+    }
     return dict(sorted(files.items(), key=lambda item: -(item[1]["bytes"] or 0)))
 
 
@@ -299,7 +381,10 @@ def others(facts: Facts) -> Markup:
             for task, t in harness.items()
             for metric in dict.fromkeys(m for v in t["metrics"].values() for m in v)
         ]
-        parts.append("<h3>Standard tasks</h3>" + table(["task", "metric", "n", *names], rows, ["name", "", "n", *["n"] * len(names)]))
+        parts.append(
+            "<h3>Standard tasks</h3>"
+            + table(["task", "metric", "n", *names], rows, ["name", "", "n", *["n"] * len(names)])
+        )
     if preference := s.get("preference"):
         rows = [
             [
@@ -314,14 +399,18 @@ def others(facts: Facts) -> Markup:
         ]
         parts.append(
             "<h3>Held-out preference pairs</h3>"
-            + table(["", "prefers the chosen", "95 % interval", "log-odds", "win rate", "n"], rows, ["name", *["n"] * 5])
+            + table(
+                ["", "prefers the chosen", "95 % interval", "log-odds", "win rate", "n"], rows, ["name", *["n"] * 5]
+            )
         )
     if instructions := s.get("instructions"):
         checks = list(dict.fromkeys(c for v in instructions.values() for c in v))
         parts.append(
             "<h3>Instruction checks</h3>"
             + table(
-                ["", *checks], [[n, *[score(v.get(c)) for c in checks]] for n, v in in_order(facts, instructions)], ["name", *["n"] * len(checks)]
+                ["", *checks],
+                [[n, *[score(v.get(c)) for c in checks]] for n, v in in_order(facts, instructions)],
+                ["name", *["n"] * len(checks)],
             )
         )
     if judge := s.get("judge"):
@@ -339,24 +428,43 @@ def others(facts: Facts) -> Markup:
         ]
         parts.append(
             f"<h3>Judge: {esc(judge['model'])}</h3>"
-            + table(["", "win rate", "95 % interval", "length-controlled", "orders agree", "n", "failed"], rows, ["wide", *["n"] * 6])
+            + table(
+                ["", "win rate", "95 % interval", "length-controlled", "orders agree", "n", "failed"],
+                rows,
+                ["wide", *["n"] * 6],
+            )
         )
     if dirty := s.get("contamination"):
-        rows = [[n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in in_order(facts, dirty["contenders"])]
+        rows = [
+            [n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in in_order(facts, dirty["contenders"])
+        ]
         parts.append(
             f"<h3>Contamination</h3><p>{dirty['contaminated']} of {dirty['n']} test items share {dirty['ngram']}-grams with {esc(dirty['reference'])}"
             f"{'; they are scored apart' if dirty['contaminated'] else ''}.</p>"
-            + (table(["", "clean items", "contaminated items"], rows, ["name", "n", "n"]) if dirty["contaminated"] else "")
+            + (
+                table(["", "clean items", "contaminated items"], rows, ["name", "n", "n"])
+                if dirty["contaminated"]
+                else ""
+            )
         )
     if seeds := s.get("seeds"):
         every = list(dict.fromkeys(k for v in seeds.values() for k in v if k not in ("mean", "sd")))
         rows = [
-            [n, percent(v.get("mean")), percent(v.get("sd")), *[percent((v.get(k) or {}).get("accuracy")) for k in every]]
+            [
+                n,
+                percent(v.get("mean")),
+                percent(v.get("sd")),
+                *[percent((v.get(k) or {}).get("accuracy")) for k in every],
+            ]
             for n, v in in_order(facts, seeds)
         ]
         parts.append(
             "<h3>Several seeds</h3>"
-            + table(["", "mean", "standard deviation", *[f"seed {k}" for k in every]], rows, ["name", *["n"] * (2 + len(every))])
+            + table(
+                ["", "mean", "standard deviation", *[f"seed {k}" for k in every]],
+                rows,
+                ["name", *["n"] * (2 + len(every))],
+            )
         )
     return section("tasks", "Other measurements", "".join(parts))
 

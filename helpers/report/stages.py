@@ -24,19 +24,34 @@ CURVES = [
     (
         "Log-odds of chosen over rejected",
         "nats",
-        {"log_odds_chosen": "training", "log_odds": "training", "eval_log_odds_chosen": "held out", "eval_log_odds": "held out"},
+        {
+            "log_odds_chosen": "training",
+            "log_odds": "training",
+            "eval_log_odds_chosen": "held out",
+            "eval_log_odds": "held out",
+        },
         False,
     ),
     (
         "Preference margin",
         "",
-        {"rewards/margins": "training", "margins": "training", "eval_rewards/margins": "held out", "eval_margins": "held out"},
+        {
+            "rewards/margins": "training",
+            "margins": "training",
+            "eval_rewards/margins": "held out",
+            "eval_margins": "held out",
+        },
         False,
     ),
     (
         "Prefers the chosen answer",
         "share of pairs",
-        {"rewards/accuracies": "training", "accuracy": "training", "eval_rewards/accuracies": "held out", "eval_accuracy": "held out"},
+        {
+            "rewards/accuracies": "training",
+            "accuracy": "training",
+            "eval_rewards/accuracies": "held out",
+            "eval_accuracy": "held out",
+        },
         False,
     ),
     ("Negative log-likelihood", "nats per token", {"nll_loss": "training", "eval_nll_loss": "held out"}, False),
@@ -49,12 +64,21 @@ def data(facts: Facts) -> Markup:
         return Markup("")
     metrics = facts.metrics("data")
     body = ""
-    splits = {**_mapping(metrics.get("rows")), **{f"preference {k}": v for k, v in _mapping(metrics.get("preference_rows")).items()}}
+    splits = {
+        **_mapping(metrics.get("rows")),
+        **{f"preference {k}": v for k, v in _mapping(metrics.get("preference_rows")).items()},
+    }
     order = ["train", "eval", "test", "preference train", "preference eval"]
-    rows = [(n, f"{splits[n]:,}") for n in sorted(splits, key=lambda n: order.index(n) if n in order else 9) if isinstance(splits[n], int)]
+    rows = [
+        (n, f"{splits[n]:,}")
+        for n in sorted(splits, key=lambda n: order.index(n) if n in order else 9)
+        if isinstance(splits[n], int)
+    ]
     body += table(["split", "rows"], rows, ["name", "n"])
     if plots.finite(metrics.get("trained_share")):
-        body += f"<p>{plain(metrics.get('tokens'))} tokens; {percent(metrics['trained_share'])} of them are trained on.</p>"
+        body += (
+            f"<p>{plain(metrics.get('tokens'))} tokens; {percent(metrics['trained_share'])} of them are trained on.</p>"
+        )
     steps = [s for s in metrics.get("steps") or [] if isinstance(s, Mapping)]
     shown = [
         [
@@ -67,19 +91,25 @@ def data(facts: Facts) -> Markup:
         for s in steps
     ]
     body += (
-        "<h3>Cleaning</h3>" + table(["step", "rows in", "rows out", "changed", "removed"], shown, ["name", "n", "n", "n", "wide"]) if shown else ""
+        "<h3>Cleaning</h3>"
+        + table(["step", "rows in", "rows out", "changed", "removed"], shown, ["name", "n", "n", "n", "wide"])
+        if shown
+        else ""
     )
     rejected = _mapping(metrics.get("rejected"))
     wrong = {k: v for part in ("invalid", "removed") for k, v in _mapping(rejected.get(part)).items()}
     if wrong:
-        body += "<h3>Rows left out, by reason</h3>" + table(["reason", "rows"], sorted(wrong.items(), key=lambda kv: -kv[1]), ["wide", "n"])
+        body += "<h3>Rows left out, by reason</h3>" + table(
+            ["reason", "rows"], sorted(wrong.items(), key=lambda kv: -kv[1]), ["wide", "n"]
+        )
     body += f'<div class="plots">{_lengths(facts)}</div>'
     if examples := reading.examples(facts):
-        body += (
-            "<h3>What the model sees</h3><p class='sub'>The first training rows, decoded from the token ids of train.parquet. Marked: trained on.</p>"
-        )
+        body += "<h3>What the model sees</h3><p class='sub'>The first training rows, decoded from the token ids of train.parquet. Marked: trained on.</p>"
         for pieces in examples:
-            text = "".join(f"<mark>{esc(t)}</mark>" if trained else str(esc(t)) for t, trained in ((t[:2500], m) for t, m in pieces))
+            text = "".join(
+                f"<mark>{esc(t)}</mark>" if trained else str(esc(t))
+                for t, trained in ((t[:2500], m) for t, m in pieces)
+            )
             body += f'<pre class="tokens">{text}</pre>'
     return section("data", "Data", body, str(facts.stages["data"].params.get("dataset", "")))
 
@@ -96,7 +126,9 @@ def _lengths(facts: Facts) -> str:
         counts[length // step] += 1
     limit = facts.stages["data"].params.get("max_length")
     near = limit if plots.finite(limit) and limit <= 1.6 * top else None
-    return plots.histogram([i * step for i in range(len(counts) + 1)], counts, "Length of the training rows", "tokens", near, "max_length")
+    return plots.histogram(
+        [i * step for i in range(len(counts) + 1)], counts, "Length of the training rows", "tokens", near, "max_length"
+    )
 
 
 def training(facts: Facts) -> Markup:
@@ -107,9 +139,19 @@ def training(facts: Facts) -> Markup:
             continue
         log, metrics, manifest = facts.logs.get(stage, []), facts.metrics(stage), facts.stages[stage].data
         figures = "".join(_curve(log, *curve) for curve in CURVES)
-        body += f"<h3>{TITLES[stage]}</h3><div class='plots'>{figures}</div>" + _memory(metrics, manifest) + _how(manifest)
-        flat = [(k, plain(v)) for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str, bool)) and len(str(v)) < 200]
-        body += f"<details><summary>All figures of this stage</summary>{table(['', ''], flat, ['', 'n'])}</details>" if flat else ""
+        body += (
+            f"<h3>{TITLES[stage]}</h3><div class='plots'>{figures}</div>" + _memory(metrics, manifest) + _how(manifest)
+        )
+        flat = [
+            (k, plain(v))
+            for k, v in sorted(metrics.items())
+            if isinstance(v, (int, float, str, bool)) and len(str(v)) < 200
+        ]
+        body += (
+            f"<details><summary>All figures of this stage</summary>{table(['', ''], flat, ['', 'n'])}</details>"
+            if flat
+            else ""
+        )
     return section("training", "Training", body)
 
 
@@ -123,7 +165,13 @@ def _curve(log: list[dict[str, Any]], title: str, label: str, keys: dict[str, st
                 series.setdefault(name, []).append((step, value if isinstance(value, (int, float)) else float("nan")))
     if title == "Learning rate" and len(series.get("learning rate", [])) < 3:
         return ""
-    return plots.lines(series, title, "step", label, log_y=log_y and all(y > 0 for points in series.values() for _, y in points if plots.finite(y)))
+    return plots.lines(
+        series,
+        title,
+        "step",
+        label,
+        log_y=log_y and all(y > 0 for points in series.values() for _, y in points if plots.finite(y)),
+    )
 
 
 def _memory(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -139,7 +187,11 @@ def _memory(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     top = max(planned, used) * 1.1
     rows = [
         ["planned", Markup(plots.interval(planned, None, None, 0, top)), f"{planned:.2f} GiB"],
-        ["used", Markup(plots.interval(used, None, None, 0, top)), f"{used:.2f} GiB, {100 * (used / planned - 1):+.0f} % against the plan"],
+        [
+            "used",
+            Markup(plots.interval(used, None, None, 0, top)),
+            f"{used:.2f} GiB, {100 * (used / planned - 1):+.0f} % against the plan",
+        ],
     ]
     return table(["memory", "", ""], rows, ["name", "bar", "wide"])
 
@@ -172,7 +224,9 @@ def provenance(facts: Facts) -> Markup:
             known = next((p for p in parameters.STAGES[stage] if p.name == name), None)
             if known is not None and value != known.default and name != "run":
                 changed.add(len(rows))
-            rows.append([name, plain(value) if value != "" else "–", known.unit if known else "", known.help if known else ""])
+            rows.append(
+                [name, plain(value) if value != "" else "–", known.unit if known else "", known.help if known else ""]
+            )
         names = [("changed" if i in changed else "") for i in range(len(rows))]
         body += (
             f"<details><summary>{TITLES[stage]}: {len(rows)} parameters, {len(changed)} changed</summary>"
@@ -196,7 +250,12 @@ def command(facts: Facts) -> str:
     )
     last = list(facts.stages)[-1]
     until = f" --to {runs.FOLDERS[last][:2]}" if last != "eval" else ""
-    return "\n".join([*lines, f"bash ci/run.sh --run {shlex.quote(facts.run)}-again --params {shlex.quote(f'runs/{facts.run}/params.yaml')}{until}"])
+    return "\n".join(
+        [
+            *lines,
+            f"bash ci/run.sh --run {shlex.quote(facts.run)}-again --params {shlex.quote(f'runs/{facts.run}/params.yaml')}{until}",
+        ]
+    )
 
 
 def params_yaml(facts: Facts) -> str:
@@ -219,8 +278,15 @@ def _identity(facts: Facts) -> str:
     data_hash = next((m.data["data_hash"] for m in facts.stages.values() if m.data.get("data_hash")), "")
     rows.append(("data sha256", data_hash if isinstance(data_hash, str) else json.dumps(data_hash)))
     rows.append(("GPU", next((m.data["gpu"] for m in facts.stages.values() if m.data.get("gpu")), "none")))
-    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in ((facts.last.data.get("versions") or {}) if facts.last else {}).items())))
-    return "<h3>Model, code and versions</h3>" + table(["", ""], [(k, Markup(f"<code>{esc(v)}</code>")) for k, v in rows if v], ["name", "wide"])
+    rows.append(
+        (
+            "versions",
+            ", ".join(f"{k} {v}" for k, v in ((facts.last.data.get("versions") or {}) if facts.last else {}).items()),
+        )
+    )
+    return "<h3>Model, code and versions</h3>" + table(
+        ["", ""], [(k, Markup(f"<code>{esc(v)}</code>")) for k, v in rows if v], ["name", "wide"]
+    )
 
 
 def _files(facts: Facts) -> str:
@@ -234,11 +300,21 @@ def _files(facts: Facts) -> str:
         ]
         for s, m in facts.stages.items()
     ]
-    body = "<h3>Stages</h3>" + table(["stage", "finished", "time", "memory, GiB", "manifest sha256"], stages, ["name", "", "n", "n", ""])
+    body = "<h3>Stages</h3>" + table(
+        ["stage", "finished", "time", "memory, GiB", "manifest sha256"], stages, ["name", "", "n", "n", ""]
+    )
     files = [
-        [f"{m.path.name}/{name}", size(known.get("bytes")), Markup(f"<code>{esc(str(known.get('sha256', ''))[:16])}</code>")]
+        [
+            f"{m.path.name}/{name}",
+            size(known.get("bytes")),
+            Markup(f"<code>{esc(str(known.get('sha256', ''))[:16])}</code>"),
+        ]
         for m in facts.stages.values()
         for name, known in m.data.get("artifacts", {}).items()
     ]
     shown = table(["file", "size", "sha256"], files[:400], ["", "n", ""])
-    return body + (f"<details class='noprint'><summary>{len(files)} files and their hashes</summary>{shown}</details>" if files else "")
+    return body + (
+        f"<details class='noprint'><summary>{len(files)} files and their hashes</summary>{shown}</details>"
+        if files
+        else ""
+    )

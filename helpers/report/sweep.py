@@ -26,11 +26,15 @@ def render(names: list[str]) -> str:
     for f in found:
         for warning in f.warnings:
             said.setdefault(warning, []).append(f.run)
-    warnings = [f"{'all runs' if len(who) == len(found) else ', '.join(who)}: {warning}" for warning, who in said.items()]
+    warnings = [
+        f"{'all runs' if len(who) == len(found) else ', '.join(who)}: {warning}" for warning, who in said.items()
+    ]
     warnings += [f"{f.run} has no evaluation; it is in the table without a score." for f in found if not f.scores]
     warnings += _unlike(found)
     warned = warnings_card(warnings)
-    best = max((f for f in found if _accuracy(f).get("value") is not None), key=lambda f: _accuracy(f)["value"], default=None)
+    best = max(
+        (f for f in found if _accuracy(f).get("value") is not None), key=lambda f: _accuracy(f)["value"], default=None
+    )
     headline = (
         f"Highest: {best.run} with {percent(_accuracy(best)['value'])} ({between(_accuracy(best).get('low'), _accuracy(best).get('high'))})."
         if best
@@ -45,7 +49,12 @@ def render(names: list[str]) -> str:
             "Intervals are each run's own; runs whose intervals overlap are not told apart by this table. "
             "Parameters that are the same everywhere are left out.",
         )
-        + section("sweep", "Sweep", _parallel(found, differing), "One line a run; the last axis is the score. Hover or focus a line for its name.")
+        + section(
+            "sweep",
+            "Sweep",
+            _parallel(found, differing),
+            "One line a run; the last axis is the score. Hover or focus a line for its name.",
+        )
         + section("curves", "Training", _curves(found))
         + "</main>"
         + f"<footer>Written by Tunebook from the manifests of {esc(', '.join(names))}.</footer>"
@@ -59,7 +68,9 @@ def _accuracy(facts: Facts) -> dict[str, Any]:
 
 def _differing(found: list[Facts]) -> list[tuple[str, str]]:
     """(stage, parameter) whose value is not the same in all runs that have the stage."""
-    names = list(dict.fromkeys((stage, n) for f in found for stage, m in f.stages.items() for n in m.params if n != "run"))
+    names = list(
+        dict.fromkeys((stage, n) for f in found for stage, m in f.stages.items() for n in m.params if n != "run")
+    )
     return [(s, n) for s, n in names if len({repr(_value(f, s, n)) for f in found if s in f.stages}) > 1]
 
 
@@ -71,9 +82,9 @@ def _unlike(found: list[Facts]) -> list[str]:
     """Scores of different tests must not be read side by side."""
     tests = {(f.scores["task"].get("data_sha256"), f.scores["task"].get("n")) for f in found if f.scores}
     templates = {f.scores["task"].get("template_hash") for f in found if f.scores}
-    return (["The runs were scored on different test items; their scores cannot be compared."] if len(tests) > 1 else []) + (
-        ["The runs used different chat templates."] if len(templates) > 1 else []
-    )
+    return (
+        ["The runs were scored on different test items; their scores cannot be compared."] if len(tests) > 1 else []
+    ) + (["The runs used different chat templates."] if len(templates) > 1 else [])
 
 
 def _table(found: list[Facts], differing: list[tuple[str, str]]) -> str:
@@ -144,7 +155,14 @@ def _curves(found: list[Facts]) -> str:
     for stage in ("sft", "orpo"):
         for key, title in (("loss", "training loss"), ("eval_loss", "held-out loss")):
             series = {
-                f.run: [(r["step"], r[key]) for r in f.logs.get(stage, []) if plots.finite(r.get("step")) and plots.finite(r.get(key))] for f in found
+                f.run: [
+                    (r["step"], r[key])
+                    for r in f.logs.get(stage, [])
+                    if plots.finite(r.get("step")) and plots.finite(r.get(key))
+                ]
+                for f in found
             }
-            figures += plots.lines({n: p for n, p in series.items() if p}, f"{runs.FOLDERS[stage]}: {title}", "step", "nats per token")
+            figures += plots.lines(
+                {n: p for n, p in series.items() if p}, f"{runs.FOLDERS[stage]}: {title}", "step", "nats per token"
+            )
     return f'<div class="plots">{figures}</div>' if figures else ""

@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.train", description="Train a stage from a parameter file.")
     parser.add_argument("file", nargs="?", help="YAML file of the stage's parameters; none: the defaults")
     parser.add_argument("--stage", choices=("sft", "orpo"), default="sft", help="which training (default sft)")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, over the file's")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, over the file's"
+    )
     given = parser.parse_args(arguments)
     try:
         values = read(given.file) if given.file else {}
@@ -40,7 +42,9 @@ def read(file: str) -> dict:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise TunebookError(f"The parameter file {file} cannot be read ({error.strerror}); name a YAML file such as ci/params/cpu.yaml.") from None
+        raise TunebookError(
+            f"The parameter file {file} cannot be read ({error.strerror}); name a YAML file such as ci/params/cpu.yaml."
+        ) from None
     except yaml.YAMLError as error:
         raise TunebookError(f"{file} is no YAML ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(values or {}, dict):
@@ -56,7 +60,9 @@ def train(stage: str, resolved: params.Params) -> str:
     from helpers.train import preference, sft
 
     distributed.setup()
-    opened = distributed.shared(lambda: preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved))
+    opened = distributed.shared(
+        lambda: preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved)
+    )
     manifest = (preference if stage == "orpo" else sft).run(opened)
     distributed.leave()
     return f"Finished in {manifest.data['wall_s']} s: {manifest.path}\n" if manifest else ""

@@ -57,7 +57,9 @@ def one_gpu(args: Any) -> Any:
     """A trainer's arguments, held to one GPU a process. On a machine with several, transformers would otherwise spread a
     single process's rows over all of them by nn.DataParallel, which packed rows and their losses do not survive."""
     if args.n_gpu > 1:
-        print(f"{args.n_gpu} GPUs are here and this process uses one; torchrun --nproc-per-node {args.n_gpu} -m helpers.train uses them all.")
+        print(
+            f"{args.n_gpu} GPUs are here and this process uses one; torchrun --nproc-per-node {args.n_gpu} -m helpers.train uses them all."
+        )
         args._n_gpu = 1
     return args
 
@@ -69,9 +71,13 @@ def loggers(names: str) -> list[str]:
     found = ["tensorboard"]
     for name in filter(None, (n.strip() for n in names.split(","))):
         if name not in LOGGERS:
-            raise TunebookError(f"loggers names {name!r}; it takes {', '.join(LOGGERS)}, separated by commas (TensorBoard is always on).")
+            raise TunebookError(
+                f"loggers names {name!r}; it takes {', '.join(LOGGERS)}, separated by commas (TensorBoard is always on)."
+            )
         if importlib.util.find_spec(name) is None:
-            raise TunebookError(f"loggers names {name!r}, which is not installed; `pip install {name}`, or leave it out.")
+            raise TunebookError(
+                f"loggers names {name!r}, which is not installed; `pip install {name}`, or leave it out."
+            )
         found.append(name)
     return found
 
@@ -82,7 +88,11 @@ def common(stage: Any, params: Any, precision: Any, rows: int, held_out: int, ac
 
     total, evaluate, save = steps(rows, params)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.path / "tensorboard")
-    for name, value in (("WANDB_PROJECT", "tunebook"), ("MLFLOW_EXPERIMENT_NAME", "tunebook"), ("TRACKIO_PROJECT", "tunebook")):
+    for name, value in (
+        ("WANDB_PROJECT", "tunebook"),
+        ("MLFLOW_EXPERIMENT_NAME", "tunebook"),
+        ("TRACKIO_PROJECT", "tunebook"),
+    ):
         os.environ.setdefault(name, value)
     warm, options = warmup(total, params)
     optimizer = OPTIMIZERS[params.optimizer]

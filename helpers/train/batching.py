@@ -92,7 +92,13 @@ def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list
 
 
 def plan_rows(
-    lengths: Sequence[int], batch_size: int, budget: int, world_size: int = 1, seed: int = 0, epochs: int = 1, padded: bool = False
+    lengths: Sequence[int],
+    batch_size: int,
+    budget: int,
+    world_size: int = 1,
+    seed: int = 0,
+    epochs: int = 1,
+    padded: bool = False,
 ) -> Layout:
     """The smallest accumulation whose rows stay within `budget` tokens in every step of every epoch.
 
@@ -101,20 +107,32 @@ def plan_rows(
     if not len(lengths):
         raise TunebookError("There are no training examples to pack; check the data stage's counts.")
     if max(lengths) > budget:
-        raise TunebookError(f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise the row budget or lower max_length.")
+        raise TunebookError(
+            f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise the row budget or lower max_length."
+        )
     batches = heaviest(lengths, batch_size, seed, epochs)
     fit = padded_fit if padded else best_fit
     need = max(len(fit([lengths[i] for i in batch], budget)) for batch in batches)
     accumulation = math.ceil(need / world_size)
     loads = [
-        cost([lengths[i] for i in row], padded) for batch in batches for row in _rows_of(batch, lengths, accumulation * world_size, budget, padded)
+        cost([lengths[i] for i in row], padded)
+        for batch in batches
+        for row in _rows_of(batch, lengths, accumulation * world_size, budget, padded)
     ]
-    return Layout(accumulation, accumulation * world_size, math.ceil(len(lengths) / batch_size), max(loads), sum(loads) / len(loads))
+    return Layout(
+        accumulation,
+        accumulation * world_size,
+        math.ceil(len(lengths) / batch_size),
+        max(loads),
+        sum(loads) / len(loads),
+    )
 
 
 def heaviest(lengths: Sequence[int], batch_size: int, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
     """The optimizer steps with the most tokens in these epochs: what a row budget has to hold."""
-    batches = [b for epoch in range(max(1, min(epochs, 50))) for b in epoch_batches(len(lengths), batch_size, seed, epoch)]
+    batches = [
+        b for epoch in range(max(1, min(epochs, 50))) for b in epoch_batches(len(lengths), batch_size, seed, epoch)
+    ]
     return sorted(batches, key=lambda b: -sum(lengths[i] for i in b))[:count]
 
 
@@ -126,7 +144,9 @@ def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: b
     return [order[i : i + batch_size] for i in range(0, count, batch_size)]
 
 
-def _rows_of(batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None, padded: bool = False) -> list[list[int]]:
+def _rows_of(
+    batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None, padded: bool = False
+) -> list[list[int]]:
     """The batch in exactly `rows` rows: evenly, or best fit where even rows would break the budget."""
     local = [lengths[i] for i in batch]
     out = spread(local, rows, padded)
@@ -170,7 +190,11 @@ class PackedRows:
     def set_epoch(self, epoch: int) -> None:
         """Cut the rows of this epoch; accelerate's data loader calls it."""
         batches = epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle)
-        self.rows = [row for batch in batches for row in _rows_of(batch, self.lengths, self.rows_per_step, self.budget, self.padded)]
+        self.rows = [
+            row
+            for batch in batches
+            for row in _rows_of(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
+        ]
 
     def costs(self) -> list[int]:
         """Tokens that the card works through for each row."""

@@ -29,7 +29,12 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
 
         loaded, said = unsloth_backend.load(work.source, params, work.adapter)
         return loaded, [*notes, plan.reason, *said], numbers
-    loaded = load_model(work.source, quantize="nf4" if params.method == "qlora" else "none", dtype=numbers.load, attention=attention(work))
+    loaded = load_model(
+        work.source,
+        quantize="nf4" if params.method == "qlora" else "none",
+        dtype=numbers.load,
+        attention=attention(work),
+    )
     loaded.config.use_cache = False
     added = added_tokens(loaded, work)
     wrapped = methods.trainable(loaded, params, work.source, work.adapter, getattr(params, "freeze_layers", 0), added)
@@ -102,7 +107,9 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         from helpers.train import other_losses
 
         return other_losses.trainer(work, numbers)
-    options = arguments.common(work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation)
+    options = arguments.common(
+        work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation
+    )
     made = (_orpo if loss == "orpo" else _sft)(work, options)
     distributed.shard(made)
     precision.keep_in_fp32(work.model)

@@ -30,10 +30,14 @@ class Log(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read(self.path) if line.get("step", 0) <= state.global_step and not (line.get("end") or not state.global_step)]
+        kept = [
+            line
+            for line in read(self.path)
+            if line.get("step", 0) <= state.global_step and not (line.get("end") or not state.global_step)
+        ]
         self.before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self.tokens_before = max((line.get("trained_tokens", 0) for line in kept), default=0)
-        self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  open as long as the training is
+        self.file = open(self.path, "w", encoding="utf-8")
         for line in kept:
             self._write(line)
         self.started, self.first_step = time.time(), state.global_step
@@ -43,7 +47,11 @@ class Log(TrainerCallback):
         if self.file is None or not logs:
             return
         now, tokens = time.time(), getattr(self.trainer, "trained_tokens", 0)
-        line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4), **{k: v for k, v in logs.items() if isinstance(v, (int, float))}}
+        line = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            **{k: v for k, v in logs.items() if isinstance(v, (int, float))},
+        }
         line["seconds"] = round(self.before + now - self.started, 2)
         if "loss" in logs:
             done = state.global_step - self.first_step
@@ -62,7 +70,10 @@ class Log(TrainerCallback):
 
     def _write(self, line: dict[str, Any]) -> None:
         # A number that is none (NaN) is kept as text: the file stays readable for every JSON reader.
-        self.file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+        self.file.write(
+            json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in line.items()})
+            + "\n"
+        )
         self.file.flush()
 
 
@@ -90,11 +101,19 @@ class Guard(TrainerCallback):
             return
         loss, norm = logs["loss"], logs.get("grad_norm")
         if not math.isfinite(loss):
-            self._stop(state, f"the loss is {loss}", "lower learning_rate, or look at these rows (an empty answer, or one of thousands of repeats)")
+            self._stop(
+                state,
+                f"the loss is {loss}",
+                "lower learning_rate, or look at these rows (an empty answer, or one of thousands of repeats)",
+            )
         if norm is not None and not math.isfinite(norm):
             self.skipped += 1
             if not self.fp16 or self.skipped > SCALER_STEPS:
-                self._stop(state, f"the gradient is {norm}", "lower learning_rate" + (" or set precision to 'fp32'" if self.fp16 else ""))
+                self._stop(
+                    state,
+                    f"the gradient is {norm}",
+                    "lower learning_rate" + (" or set precision to 'fp32'" if self.fp16 else ""),
+                )
             return
         self.skipped = 0
         self.zeros = self.zeros + 1 if norm == 0.0 and logs.get("learning_rate", 1) else 0
@@ -109,11 +128,15 @@ class Guard(TrainerCallback):
         self.high = self.high + 1 if self.smooth > self.rise * max(self.lowest, 0.5) else 0
         if self.high >= self.over:
             self._stop(
-                state, f"the loss rose from {self.lowest:.2f} to {self.smooth:.2f} and stayed there", "lower learning_rate or raise warmup_ratio"
+                state,
+                f"the loss rose from {self.lowest:.2f} to {self.smooth:.2f} and stayed there",
+                "lower learning_rate or raise warmup_ratio",
             )
 
     def _stop(self, state: Any, what: str, remedy: str) -> None:
-        raise TunebookError(f"Training stopped at step {state.global_step}: {what}; {remedy}. Rows of that step: {self._rows()}.")
+        raise TunebookError(
+            f"Training stopped at step {state.global_step}: {what}; {remedy}. Rows of that step: {self._rows()}."
+        )
 
     def _rows(self) -> str:
         batches = getattr(self.trainer, "step_rows", [])
@@ -190,7 +213,9 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
         return []
     stop, training = end_of_turn(tokenizer), model.training
     longest = max(len(p["prompt_ids"]) for p in prompts)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p["prompt_ids"])) + list(p["prompt_ids"]) for p in prompts])
+    ids = torch.tensor(
+        [[tokenizer.pad_token_id] * (longest - len(p["prompt_ids"])) + list(p["prompt_ids"]) for p in prompts]
+    )
     mask = torch.tensor([[0] * (longest - len(p["prompt_ids"])) + [1] * len(p["prompt_ids"]) for p in prompts])
     device, state = next(model.parameters()).device, torch.get_rng_state()
     model.eval()

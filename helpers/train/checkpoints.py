@@ -44,7 +44,9 @@ def load_optimizer(model: Any, optimizer: Any, scheduler: Any, folder: str | Pat
 
         saved = _read(Path(folder) / WHOLE_OPTIMIZER)
         state = _renamed(saved, dict(enumerate(ordered)))
-        set_optimizer_state_dict(model, _plain(optimizer), optim_state_dict=state, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(
+            model, _plain(optimizer), optim_state_dict=state, options=StateDictOptions(full_state_dict=True)
+        )
     else:
         saved = _read(Path(folder) / SHARDED_OPTIMIZER)
         optimizer.load_state_dict(_renamed(saved, {name: number for number, name in enumerate(ordered)}))

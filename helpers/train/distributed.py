@@ -37,7 +37,9 @@ class World:
 
 def world() -> World:
     """What torchrun says in the environment; a single process without it."""
-    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")))
+    return World(
+        int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    )
 
 
 def setup() -> World:
@@ -63,7 +65,9 @@ def setup() -> World:
     one = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(one)
     if int(one) != me.size or dist.get_world_size() != me.size:
-        raise TunebookError(f"{int(one)} processes answered and {me.size} were asked for; start them all through one torchrun.")
+        raise TunebookError(
+            f"{int(one)} processes answered and {me.size} were asked for; start them all through one torchrun."
+        )
     return me
 
 
@@ -198,7 +202,9 @@ def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None 
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
         }
         lines: list[str] = []
-        with subprocess.Popen(command, cwd=runtime.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        with subprocess.Popen(
+            command, cwd=runtime.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child:
             try:
                 for line in child.stdout:
                     lines = [*lines[-200:], line]
@@ -209,6 +215,10 @@ def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None 
                 raise
     if status:
         said = [line.strip() for line in lines if "TunebookError:" in line]
-        reason = said[0].split("TunebookError:", 1)[1].strip() if said else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
+        reason = (
+            said[0].split("TunebookError:", 1)[1].strip()
+            if said
+            else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
+        )
         raise TunebookError(f"Training in {processes} processes failed: {reason}")
     return runs.folder(params.run, stage)

@@ -14,7 +14,9 @@ from helpers import notebook, runtime
 from helpers.errors import TunebookError
 from helpers.train import callbacks, curves, distributed, methods, precision, resume, rows
 
-IN_ROWS = 0.8  # of a run's time: the rest goes to the optimizer, evaluations and checkpoints (0.79 and 0.85 seen on 2 cores)
+IN_ROWS = (
+    0.8  # of a run's time: the rest goes to the optimizer, evaluations and checkpoints (0.79 and 0.85 seen on 2 cores)
+)
 
 
 @dataclass
@@ -118,11 +120,18 @@ class Job:
                 self.result["tokens_per_s"] = round(tokens / max(self.result["train_s"], 1e-6), 1)
             if held:
                 self.result.update(
-                    eval_loss=state.best_metric if self.trainer.args.load_best_model_at_end and state.best_metric is not None else held[-1],
+                    eval_loss=state.best_metric
+                    if self.trainer.args.load_best_model_at_end and state.best_metric is not None
+                    else held[-1],
                     last_eval_loss=held[-1],
                     best_step=state.best_global_step or state.global_step,
                 )
-            self.result.update({k.removeprefix("eval_").replace("rewards/", "held_out_"): v for k, v in self._held_out_numbers(lines).items()})
+            self.result.update(
+                {
+                    k.removeprefix("eval_").replace("rewards/", "held_out_"): v
+                    for k, v in self._held_out_numbers(lines).items()
+                }
+            )
         return self
 
     def _probe(self) -> None:
@@ -140,7 +149,10 @@ class Job:
         fits = distributed.shared(lambda: max(1, int(self.params.max_minutes * 60 * IN_ROWS / per_step)))
         if fits < self.trainer.args.max_steps:
             whole = self.trainer.args.max_steps
-            print(f"{fits} of {whole} steps fit into max_minutes {self.params.max_minutes:g}: the schedule ends there.", flush=True)
+            print(
+                f"{fits} of {whole} steps fit into max_minutes {self.params.max_minutes:g}: the schedule ends there.",
+                flush=True,
+            )
             self.notes.append(f"{fits} steps, what fits into {self.params.max_minutes:g} minutes")
             self._length(fits)
 
@@ -154,7 +166,9 @@ class Job:
             )
         state = self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         best = checkpoint.parent / Path(state.best_model_checkpoint or "-").name
-        self.trainer._load_from_checkpoint(str(best if self.trainer.args.load_best_model_at_end and best.is_dir() else checkpoint))
+        self.trainer._load_from_checkpoint(
+            str(best if self.trainer.args.load_best_model_at_end and best.is_dir() else checkpoint)
+        )
 
     def _length(self, steps: int) -> None:
         """Let the run and its schedule end after this many optimizer steps."""
@@ -168,7 +182,9 @@ class Job:
         """The preference numbers of the kept step's evaluation."""
         best = self.result.get("best_step")
         found = [line for line in lines if "eval_rewards/margins" in line and (line["step"] == best or best is None)]
-        return {k: v for k, v in (found[-1] if found else {}).items() if k.startswith(("eval_rewards/", "eval_log_odds"))}
+        return {
+            k: v for k, v in (found[-1] if found else {}).items() if k.startswith(("eval_rewards/", "eval_log_odds"))
+        }
 
     def figure(self) -> Any:
         """The loss curves, drawn again from log.jsonl."""
@@ -182,17 +198,23 @@ class Job:
         """What came out, as a table."""
 
         def plain(value: Any) -> str:
-            return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+            return (
+                f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
+            )
 
         return notebook.Html(
-            notebook.table([(k.replace("_", " "), plain(v)) for k, v in self.result.items() if v is not None] + [("how", n) for n in self.notes])
+            notebook.table(
+                [(k.replace("_", " "), plain(v)) for k, v in self.result.items() if v is not None]
+                + [("how", n) for n in self.notes]
+            )
         )
 
     def left_out(self) -> Any:
         """How many rows came, and why some were left out."""
         return notebook.Html(
             notebook.table(
-                [(part, *map(str, found.values())) for part, found in self.counts.items() if found], ("", *next(iter(self.counts.values())))
+                [(part, *map(str, found.values())) for part, found in self.counts.items() if found],
+                ("", *next(iter(self.counts.values()))),
             )
         )
 
@@ -215,11 +237,17 @@ class Job:
             raise TunebookError("The job has not been trained; call its train() first.")
         with resume.disk_full_is_a_sentence(self.checkpoints):
             folder = self.stage.path / ("adapter" if hasattr(self.model, "peft_config") else "model")
-            whole = distributed.whole_state(self.model, hasattr(self.model, "peft_config")) if distributed.sharded(self.params.method) else None
+            whole = (
+                distributed.whole_state(self.model, hasattr(self.model, "peft_config"))
+                if distributed.sharded(self.params.method)
+                else None
+            )
             if not is_first():
                 return None
             save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa", whole)
-            pictures = [("loss.png", curves.loss)] + ([("margins.png", curves.margins)] if self.draw is curves.margins else [])
+            pictures = [("loss.png", curves.loss)] + (
+                [("margins.png", curves.margins)] if self.draw is curves.margins else []
+            )
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
                 notebook.save_figure(self.stage, figure, name)
@@ -229,7 +257,11 @@ class Job:
         plan = self.plan
         if self.result.get("tokens_per_s"):
             steps = [line["tokens_per_s"] for line in callbacks.read(self.log) if "tokens_per_s" in line]
-            steady = sorted(steps[min(3, len(steps) - 1) :])[len(steps[min(3, len(steps) - 1) :]) // 2] if steps else self.result["tokens_per_s"]
+            steady = (
+                sorted(steps[min(3, len(steps) - 1) :])[len(steps[min(3, len(steps) - 1) :]) // 2]
+                if steps
+                else self.result["tokens_per_s"]
+            )
             plan = plan.held_against(peak_gib=runtime.peak_memory_gib(), tokens_per_s=steady)
         metrics = {k: v for k, v in self.result.items() if v is not None}
         metrics["peak_gib"] = runtime.peak_memory_gib()
@@ -249,7 +281,9 @@ class Job:
         )
 
 
-def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, whole: dict[str, Any] | None = None) -> None:
+def save(
+    model: Any, tokenizer: Any, folder: Path, first: Path | None = None, whole: dict[str, Any] | None = None
+) -> None:
     """Adapter or whole model with its tokenizer into `folder`, by a neighbour that is renamed, so it is whole or not there.
 
     first: PiSSA's first adapter, where there is one: what is written is then plain LoRA for the unchanged base.
@@ -265,11 +299,15 @@ def save(model: Any, tokenizer: Any, folder: Path, first: Path | None = None, wh
         extra = {"path_initial_model_for_weight_conversion": str(first)} if first is not None and first.is_dir() else {}
         if whole:
             extra["state_dict"] = whole
-        if model.peft_config["default"].trainable_token_indices:  # their rows are in the adapter; the whole embedding would be a gigabyte
+        if model.peft_config[
+            "default"
+        ].trainable_token_indices:  # their rows are in the adapter; the whole embedding would be a gigabyte
             extra["save_embedding_layers"] = False
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
     else:
-        state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in (whole or model.state_dict()).items()}
+        state = {
+            k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in (whole or model.state_dict()).items()
+        }
         model.config.dtype = torch.bfloat16
         model.save_pretrained(partial, state_dict=state, safe_serialization=True)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; 05 writes the real one
@@ -289,8 +327,12 @@ def checked_source(params: Any, data: Any) -> tuple[Any, Any]:
         source = resolve_model(known["path"])
     else:
         source = resolve_model(known["name"], known.get("revision", "") if known.get("origin") == "hub" else "")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: from now on PEFT must not ask a hub about it whenever it saves an adapter
-    warnings.filterwarnings("ignore", "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed")
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # the model is here: from now on PEFT must not ask a hub about it whenever it saves an adapter
+    )
+    warnings.filterwarnings(
+        "ignore", "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"
+    )
     tokenizer = load_tokenizer(source)
     if data.data.get("template_hash") and template_hash(tokenizer) != data.data["template_hash"]:
         raise TunebookError(
@@ -323,7 +365,13 @@ def plan_of(params: Any, examples: Any, source: Any, stage: str) -> Any:
         return planner.plan(values, lengths, source, stage=stage, world_size=world_size(), padded_lengths=padded)
 
     plan = planned(params)
-    if plan.backend == "hf" and plan.attention == attention.SDPA and plan.packed and plan.accumulation > 1 and not params.row_tokens:
+    if (
+        plan.backend == "hf"
+        and plan.attention == attention.SDPA
+        and plan.packed
+        and plan.accumulation > 1
+        and not params.row_tokens
+    ):
         whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world_size()) :])
         try:
             return planned({**params.as_dict(), "row_tokens": whole})
@@ -360,7 +408,9 @@ def adapter_of(start_from: str, base: str, tokenizer: Any) -> Path:
             f"The adapter in {folder} was trained on {trained_on} and this run's base is {base}; use that base in notebook 01, or "
             "start from another adapter."
         )
-    if (folder / "tokenizer_config.json").is_file() and template_hash(load_tokenizer(folder)) != template_hash(tokenizer):
+    if (folder / "tokenizer_config.json").is_file() and template_hash(load_tokenizer(folder)) != template_hash(
+        tokenizer
+    ):
         raise TunebookError(
             f"The adapter in {folder} was trained with another chat template than this data was rendered with; run notebook 01 again "
             "with its base, or start from another adapter."

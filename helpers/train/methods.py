@@ -33,7 +33,10 @@ REFUSED = (
     ),
     (
         "adapter settings without an adapter",
-        lambda p, c: p.method in ("full", "freeze") and (p.dora or p.rslora or p.init != "default" or p.lora_plus_ratio or p.dropout),
+        lambda p, c: (
+            p.method in ("full", "freeze")
+            and (p.dora or p.rslora or p.init != "default" or p.lora_plus_ratio or p.dropout)
+        ),
         "method {method!r} trains the model's own weights and has no adapter; "
         "take dora, rslora, init, lora_plus_ratio and dropout back, or set method to 'lora'",
     ),
@@ -44,7 +47,9 @@ REFUSED = (
     ),
     (
         "LoRA+ with its own optimizer",
-        lambda p, c: p.lora_plus_ratio > 0 and p.optimizer not in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"),
+        lambda p, c: (
+            p.lora_plus_ratio > 0 and p.optimizer not in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+        ),
         "LoRA+ sets two learning rates on AdamW, and optimizer is {optimizer!r}; set optimizer to 'adamw' or 'adamw_8bit', or lora_plus_ratio to 0",
     ),
     (
@@ -71,7 +76,10 @@ REFUSED = (
     ),
     (
         "fp16 full tuning",
-        lambda p, c: p.method in ("full", "freeze") and (p.precision == "fp16" or (p.precision == "auto" and c is not None and c < (8, 0))),
+        lambda p, c: (
+            p.method in ("full", "freeze")
+            and (p.precision == "fp16" or (p.precision == "auto" and c is not None and c < (8, 0)))
+        ),
         "method {method!r} would update fp16 weights, which lose small updates and cannot be unscaled; set precision to 'fp32', or method to 'lora'",
     ),
     (
@@ -109,7 +117,11 @@ REFUSED = (
         lambda p, c: getattr(p, "neftune_alpha", 0) > 0 and p.packing,
         "NEFTune scales its noise by the length of a row, so packed rows would get less of it; set packing to False, or neftune_alpha to 0",
     ),
-    ("warm-up only", lambda p, c: p.warmup_ratio >= 1.0, "warmup_ratio 1 spends the whole run warming up; set it below 1"),
+    (
+        "warm-up only",
+        lambda p, c: p.warmup_ratio >= 1.0,
+        "warmup_ratio 1 spends the whole run warming up; set it below 1",
+    ),
 )
 
 
@@ -164,7 +176,14 @@ def lora_config(params: Any, base: str, token_ids: list[int] | None = None) -> A
     )
 
 
-def trainable(model: Any, params: Any, base: Any, adapter: str | Path | None = None, layers: int = 0, token_ids: list[int] | None = None) -> Any:
+def trainable(
+    model: Any,
+    params: Any,
+    base: Any,
+    adapter: str | Path | None = None,
+    layers: int = 0,
+    token_ids: list[int] | None = None,
+) -> Any:
     """`model` ready to train: PEFT-wrapped with a new adapter or with the one in the folder `adapter`, or its own weights freed.
 
     base: the ModelSource; its name is written into the adapter, its 16-bit weights are what LoftQ starts from.
@@ -185,7 +204,9 @@ def trainable(model: Any, params: Any, base: Any, adapter: str | Path | None = N
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__ and "head" not in n})
+        linear = sorted(
+            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__ and "head" not in n}
+        )
         raise TunebookError(
             f"target_modules is {params.target_modules!r}, which names no layer of this model; its linear layers are "
             f"{', '.join(linear)}, or say 'all-linear'."
@@ -206,7 +227,7 @@ def _loftq(model: Any, folder: Path) -> None:
     from peft.tuners.lora.bnb import Linear4bit
     from safetensors import safe_open
 
-    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in safe_open(file, "pt").keys()}
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear4bit):
             continue
@@ -272,7 +293,10 @@ def counts(model: Any) -> dict[str, int]:
         state = getattr(weight, "quant_state", None)
         return int(state.shape.numel()) if state is not None else weight.numel()
 
-    return {"trainable": sum(size(w) for w in model.parameters() if w.requires_grad), "all": sum(size(w) for w in model.parameters())}
+    return {
+        "trainable": sum(size(w) for w in model.parameters() if w.requires_grad),
+        "all": sum(size(w) for w in model.parameters()),
+    }
 
 
 def optimizer_of(model: Any, params: Any, arguments: Any) -> tuple[Any, None]:
@@ -285,5 +309,10 @@ def optimizer_of(model: Any, params: Any, arguments: Any) -> tuple[Any, None]:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     rate = options.pop("lr")
     return create_loraplus_optimizer(
-        model, kind, lr=rate, loraplus_lr_ratio=params.lora_plus_ratio, loraplus_weight_decay=params.weight_decay, **options
+        model,
+        kind,
+        lr=rate,
+        loraplus_lr_ratio=params.lora_plus_ratio,
+        loraplus_weight_decay=params.weight_decay,
+        **options,
     ), None

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from helpers.train import arguments, methods, precision
-from helpers.train.trainers import ORPOTrainer  # noqa: F401  (its import keeps TRL's experiments quiet for the next lines)
+from helpers.train.trainers import ORPOTrainer
 
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # isort: skip
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # isort: skip
@@ -68,10 +68,17 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     common = {"model": work.model, "processing_class": work.tokenizer}
     if params.loss == "dpo":
         made = PairsDPOTrainer(
-            **common, args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)), train_dataset=train, eval_dataset=held_out
+            **common,
+            args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)),
+            train_dataset=train,
+            eval_dataset=held_out,
         )
     elif params.loss == "kto":
-        options.update(per_device_train_batch_size=2 * micro, per_device_eval_batch_size=2 * micro, train_sampling_strategy="sequential")
+        options.update(
+            per_device_train_batch_size=2 * micro,
+            per_device_eval_batch_size=2 * micro,
+            train_sampling_strategy="sequential",
+        )
         made = RowsKTOTrainer(
             **common,
             args=arguments.one_gpu(KTOConfig(**options, disable_dropout=False)),
@@ -82,7 +89,11 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         options["max_length"] = params.max_length
         made = PairsSimPOTrainer(
             **common,
-            args=arguments.one_gpu(CPOConfig(**options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False)),
+            args=arguments.one_gpu(
+                CPOConfig(
+                    **options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False
+                )
+            ),
             train_dataset=train,
             eval_dataset=held_out,
         )

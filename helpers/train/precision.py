@@ -28,7 +28,12 @@ def choose(capability: tuple[int, int] | None, wish: str = "auto") -> Precision:
             return Precision("fp32", False, False, "fp32: this processor has no kernels for bfloat16")
         return Precision("bf16", True, False, "bf16 on the CPU, adapters and optimizer in fp32")
     if wish == "fp16" or capability < (8, 0):
-        return Precision("fp16", False, True, f"fp16 with loss scaling (compute capability {capability[0]}.{capability[1]}), adapters in fp32")
+        return Precision(
+            "fp16",
+            False,
+            True,
+            f"fp16 with loss scaling (compute capability {capability[0]}.{capability[1]}), adapters in fp32",
+        )
     return Precision("bf16", True, False, "bf16, adapters and optimizer in fp32")
 
 

@@ -41,7 +41,9 @@ def prepare(stage: Any) -> Job:
     elif params.start_from != "base":
         adapter = adapter_of(params.start_from, source.name, tokenizer)
     if not (data.path / "preference.parquet").is_file():
-        raise TunebookError(f"Run {params.run!r} has no preference pairs; set preference_dataset in notebook 01 and run it again.")
+        raise TunebookError(
+            f"Run {params.run!r} has no preference pairs; set preference_dataset in notebook 01 and run it again."
+        )
     exportable(params, source, adapter, stage)
     train, counts = rows.pairs(data, "preference.parquet", params.max_length, params.swap_labels)
     held_out, found = None, {}
@@ -49,7 +51,18 @@ def prepare(stage: Any) -> Job:
         held_out, found = rows.pairs(data, "preference_eval.parquet", params.max_length)
         held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
     plan = plan_of(params, train, source, "orpo")
-    return Job(stage, params, source, tokenizer, train, held_out, {"train": counts, "eval": found}, plan, adapter, curves.margins)
+    return Job(
+        stage,
+        params,
+        source,
+        tokenizer,
+        train,
+        held_out,
+        {"train": counts, "eval": found},
+        plan,
+        adapter,
+        curves.margins,
+    )
 
 
 def run(stage: Any) -> Any:

@@ -73,8 +73,13 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
             trainer._stored_metrics.clear()
     peak = None
     if card:
-        state = memory.trained_parameters(plan.shape, plan.option.setting) * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
-        peak = (torch.cuda.max_memory_allocated() + state) / 2**30  # the optimizer's state comes with the first real step
+        state = (
+            memory.trained_parameters(plan.shape, plan.option.setting)
+            * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
+        )
+        peak = (
+            torch.cuda.max_memory_allocated() + state
+        ) / 2**30  # the optimizer's state comes with the first real step
     timed = speeds[3:] if card else speeds[-1:]
     return {"peak_gib": peak, "tokens_per_s": statistics.median(timed) * plan.world_size}
 
@@ -101,7 +106,11 @@ def _lighter(work: Any, plan: Any) -> Any:
     setting = heavier[0]
     building.recomputing(work.model, setting)
     peak = memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
-    option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=memory.offloaded_gib(plan.shape, setting))
-    why = f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
+    option = replace(
+        plan.option, setting=setting, peak_gib=peak, offloaded_gib=memory.offloaded_gib(plan.shape, setting)
+    )
+    why = (
+        f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
+    )
     print(why, flush=True)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

@@ -63,7 +63,11 @@ def opened(folder: Path) -> dict[str, Any] | None:
 
 def numbered(folder: Path) -> list[Path]:
     """checkpoint-N folders, newest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
+    found = [
+        (int(m[1]), p)
+        for p in folder.glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()
+    ]
     return [p for _, p in sorted(found, reverse=True)]
 
 
@@ -111,10 +115,16 @@ def must_go_on(stage: Any) -> None:
     old = sorted(stage.path.parent.glob(f"{stage.path.name}.old-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
     old = [p for p in old if not (p / "manifest.json").exists()]
     if not old:
-        raise TunebookError(f"resume is 'must' and {stage.path} holds no unfinished run to go on with; set resume to 'auto' to begin one.")
+        raise TunebookError(
+            f"resume is 'must' and {stage.path} holds no unfinished run to go on with; set resume to 'auto' to begin one."
+        )
     before, now = (json.loads((p / "plan.json").read_text()) for p in (old[-1], stage.path))
     differ = [k for k in now["params"] if before["params"].get(k) != now["params"][k]]
-    why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {' and '.join(now['parents'])} stage changed since"
+    why = (
+        f"its parameters differ ({', '.join(differ)})"
+        if differ
+        else f"the {' and '.join(now['parents'])} stage changed since"
+    )
     shutil.rmtree(stage.path)
     old[-1].rename(stage.path)
     raise TunebookError(
@@ -175,7 +185,11 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(w in str(error).lower() for w in words) or "PytorchStreamWriter failed writing" in str(error) or "iostream error" in str(error):
+        if (
+            any(w in str(error).lower() for w in words)
+            or "PytorchStreamWriter failed writing" in str(error)
+            or "iostream error" in str(error)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

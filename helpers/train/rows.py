@@ -69,7 +69,9 @@ def pairs(data: Any, name: str, max_length: int, swap: bool = False) -> tuple[An
         kept = sorted(set(kept) - set(same))
     if not kept:
         what = ", ".join(f"{n} {r}" for r, n in reasons.items()) or "the file has no rows"
-        raise TunebookError(f"{file} has no pair to train on ({what}); raise max_length, or check the preference data of notebook 01.")
+        raise TunebookError(
+            f"{file} has no pair to train on ({what}); raise max_length, or check the preference data of notebook 01."
+        )
     out = rows.select(kept, keep_in_memory=True)
     if swap:
         out = out.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
@@ -94,7 +96,13 @@ def prompts(rows: Any, tokenizer: Any, count: int = 4) -> list[dict[str, Any]]:
             start = next((t for t, label in enumerate(row["labels"]) if label != -100), 0)
             ids, answer = row["input_ids"][:start], row["input_ids"][start:]
         if ids:
-            found.append({"id": row["id"], "prompt_ids": list(ids), "reference": tokenizer.decode(answer, skip_special_tokens=True).strip()})
+            found.append(
+                {
+                    "id": row["id"],
+                    "prompt_ids": list(ids),
+                    "reference": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                }
+            )
     return found
 
 
@@ -108,7 +116,11 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Any:
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         trained, piece = label != -100, tokenizer.decode([token])
         shown = html.escape(piece).replace("\n", "⏎<br>")
-        markup.append(f"<mark style='background:#E69F0055;color:inherit'>{shown}</mark>" if trained else f"<span style='opacity:.65'>{shown}</span>")
+        markup.append(
+            f"<mark style='background:#E69F0055;color:inherit'>{shown}</mark>"
+            if trained
+            else f"<span style='opacity:.65'>{shown}</span>"
+        )
         text.append(("[" if trained and not last else "]" if last and not trained else "") + piece)
         last = trained
     return Html(

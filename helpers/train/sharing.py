@@ -92,7 +92,9 @@ class SharedCollator:
         documents = [d for row in rows for d in (row if isinstance(row, list) else [row])]
         plain = [{"input_ids": list(d["input_ids"]), "labels": batching.example_labels(d)} for d in documents]
         prefix = shareable(plain) if self.share and self.layout == "packed" else 0
-        batch = shared_tensors(plain, prefix) if prefix else batching.PackedCollator(self.pad_token_id, self.layout)(plain)
+        batch = (
+            shared_tensors(plain, prefix) if prefix else batching.PackedCollator(self.pad_token_id, self.layout)(plain)
+        )
         batch["loss_positions"] = predicting(batch["labels"])
         batch["row_ids"] = [str(d.get("id", "")) for d in documents]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
@@ -114,9 +116,16 @@ class SharedPairCollator:
         import torch
 
         pairs = [p for row in rows for p in (row if isinstance(row, list) else [row])]
-        documents = [{"input_ids": [*p["prompt_ids"], *p["chosen_ids"]], "labels": [*p["prompt_ids"], *p["chosen_ids"]]} for p in pairs]
+        documents = [
+            {"input_ids": [*p["prompt_ids"], *p["chosen_ids"]], "labels": [*p["prompt_ids"], *p["chosen_ids"]]}
+            for p in pairs
+        ]
         documents += [
-            {"input_ids": [*p["prompt_ids"], *p["rejected_ids"]], "labels": [IGNORE] * len(p["prompt_ids"]) + list(p["rejected_ids"])} for p in pairs
+            {
+                "input_ids": [*p["prompt_ids"], *p["rejected_ids"]],
+                "labels": [IGNORE] * len(p["prompt_ids"]) + list(p["rejected_ids"]),
+            }
+            for p in pairs
         ]
         prefix = shareable(documents, trained_prefix=True) if self.share and self.layout == "packed" and pairs else 0
         if prefix:  # a completion is never part of the beginning, whatever two answers have in common

@@ -11,7 +11,9 @@ import os
 import time
 from typing import Any
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO has its place among TRL's experiments; the pin keeps it still
+os.environ.setdefault(
+    "TRL_EXPERIMENTAL_SILENCE", "1"
+)  # ORPO has its place among TRL's experiments; the pin keeps it still
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,20 @@ class PackedRowsTrainer:
     def use_rows(self, train: Any, held_out: Any, collator: Any, fused: bool = True) -> None:
         """train, held_out: `batching.PackedRows` (held_out may be None); collator: rows → batch; fused: `head_loss` is installed."""
         self.rows, self.held_out_rows, self.row_collator, self.fused = train, held_out, collator, fused
-        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, not once more by the accumulation
+        self.model_accepts_loss_kwargs = (
+            True  # the loss is divided by num_items_in_batch, not once more by the accumulation
+        )
         self.step_rows: list[tuple[list[str], torch.Tensor]] = []
         self.trained_tokens = 0
 
     def _loader(self, rows: Any) -> Any:
         loader = torch.utils.data.DataLoader(
-            rows, batch_size=1, shuffle=False, collate_fn=self.row_collator, num_workers=0, pin_memory=torch.cuda.is_available()
+            rows,
+            batch_size=1,
+            shuffle=False,
+            collate_fn=self.row_collator,
+            num_workers=0,
+            pin_memory=torch.cuda.is_available(),
         )
         return self.accelerator.prepare(loader)
 
@@ -65,7 +74,9 @@ class PackedRowsTrainer:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Held-out means over every trained token (or pair), whatever the rows: `<prefix>_loss` and what `measure` adds."""
         started, model = time.time(), self.model_wrapped if self.is_in_train else self.model
         was_training = self.model.training
@@ -96,7 +107,9 @@ class PackedRowsTrainer:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if checkpoints.moved(resume_from_checkpoint, self.is_fsdp_enabled):
-            checkpoints.load_weights(self.model if model is None else model, resume_from_checkpoint, self.is_fsdp_enabled)
+            checkpoints.load_weights(
+                self.model if model is None else model, resume_from_checkpoint, self.is_fsdp_enabled
+            )
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -114,13 +127,17 @@ class PackedRowsTrainer:
 
     def _everywhere(self, *counts: int) -> list[float]:
         """Sums of plain numbers over all processes."""
-        return self.accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device), "sum").tolist()
+        return self.accelerator.reduce(
+            torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device), "sum"
+        ).tolist()
 
 
 class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
     """SFT on packed rows: cross-entropy over the labels, divided by the step's trained tokens."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         for name in EXTRA if self.fused else (*EXTRA, "loss_positions"):
             inputs.pop(name, None)
         inputs["use_cache"] = False
@@ -150,7 +167,9 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """A step's rows; counts the tokens and the pairs that its loss is divided by."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_tokens, self.step_pairs = self._everywhere(sum(b["nll_tokens"] for b in batches), sum(b["pair_count"] for b in batches))
+        self.step_tokens, self.step_pairs = self._everywhere(
+            sum(b["nll_tokens"] for b in batches), sum(b["pair_count"] for b in batches)
+        )
         return batches, torch.tensor(self.step_tokens)
 
     def forward_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,7 +183,9 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         answered = F.pad(mask[:, 1:], (0, 1)) * (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
         if logps.shape[0] == 1:
             lengths = inputs["document_lengths"]
-            total, answer, count = (per_document(v, lengths) for v in (logps, logps * answered, answered.to(logps.dtype)))
+            total, answer, count = (
+                per_document(v, lengths) for v in (logps, logps * answered, answered.to(logps.dtype))
+            )
         else:
             total, answer, count = logps.sum(1), (logps * answered).sum(1), answered.sum(1)
         shared = 0.0
@@ -173,7 +194,9 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         mean = answer / count
         return -(total[:pairs].sum() + pairs * shared), mean[:pairs], mean[pairs:]
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         nll, chosen, rejected = self.forward_pairs(model, inputs)
         if not len(chosen):
             loss, metrics = nll, {}

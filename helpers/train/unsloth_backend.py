@@ -15,7 +15,12 @@ from typing import Any
 from helpers import runtime
 from helpers.errors import TunebookError
 
-QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+QUIET = {
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "UNSLOTH_AUTO_INSTALL": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def wanted(params: dict[str, Any]) -> bool:
@@ -26,7 +31,11 @@ def wanted(params: dict[str, Any]) -> bool:
     if asked == "unsloth":
         return True
     card = runtime.gpu()
-    plain = params.get("method") in ("qlora", "lora") and not params.get("dora") and params.get("init", "default") == "default"
+    plain = (
+        params.get("method") in ("qlora", "lora")
+        and not params.get("dora")
+        and params.get("init", "default") == "default"
+    )
     return card is not None and card.capability < (8, 0) and plain and params.get("loss", "orpo") == "orpo"
 
 
@@ -47,9 +56,11 @@ def early_import(params: dict[str, Any]) -> bool:
         )
     os.environ.update(QUIET)
     if runtime.gpu() is None:
-        raise TunebookError("backend is unsloth, but Unsloth needs a GPU and there is none here; set backend to auto or hf.")
+        raise TunebookError(
+            "backend is unsloth, but Unsloth needs a GPU and there is none here; set backend to auto or hf."
+        )
     try:
-        import unsloth  # noqa: F401
+        import unsloth
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
         raise TunebookError(
             f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions in requirements.txt."
@@ -64,7 +75,9 @@ def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]
     SFT reads `.loss`, ORPO `.logps`. Hidden states are recomputed and wait in main memory, Unsloth's own way.
     """
     if "unsloth" not in sys.modules:
-        raise TunebookError("Unsloth is not imported; start the job through notebook.start or python -m helpers.train, which import it first.")
+        raise TunebookError(
+            "Unsloth is not imported; start the job through notebook.start or python -m helpers.train, which import it first."
+        )
     import torch
     from unsloth import FastLanguageModel
 
@@ -119,4 +132,6 @@ def longest(path: str) -> int:
     from pathlib import Path
 
     config = json.loads((Path(path) / "config.json").read_text())
-    return int(config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 4096)
+    return int(
+        config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 4096
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ci import pipeline
-from helpers import runs, runtime
+from helpers import machine, runs
 
 
 def figures(run: str) -> list[dict[str, object]]:
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
             return status
     for line in figures(run):
         print(json.dumps(line))
-    print(json.dumps({"figure": "setting", **runtime.describe()}))
+    print(json.dumps({"figure": "setting", **machine.describe()}))
     return 0
 
 

@@ -92,7 +92,7 @@ class Words:
 def near(rows: int) -> None:
     """Documents of 150 words, one in twenty planted again with changed words so that its Jaccard similarity is 0.9 on average."""
     from helpers.data import dedup
-    from helpers.data.rows import BATCH_ROWS
+    from helpers.data.tables import BATCH_ROWS
 
     words = Words(1)
     texts = [words.text(150) for _ in range(rows)]
@@ -141,8 +141,8 @@ def sets(text: str) -> set[tuple[str, ...]]:
 
 def injection(rows: int) -> None:
     """Questions planted in training rows: wrapped anew, in capitals, with other punctuation; and how many rows are flagged without cause."""
-    from helpers.data import decontaminate
-    from helpers.data.rows import StepReport, batches, make_row
+    from helpers.data import decontamination
+    from helpers.data.tables import StepReport, batches, make_row
 
     words = Words(2)
     chat = lambda question, at: make_row(
@@ -158,10 +158,10 @@ def injection(rows: int) -> None:
         ],
     }
     for script, asked in questions.items():
-        recall = decontaminate.injection_recall([asked], carriers)
+        recall = decontamination.injection_recall([asked], carriers)
         report = StepReport("decontamination")
         began = time.perf_counter()
-        kept = sum(map(len, decontaminate.decontaminate(batches(carriers), report, [asked])))
+        kept = sum(map(len, decontamination.decontaminate(batches(carriers), report, [asked])))
         wall = time.perf_counter() - began
         say("decontamination", script=script, questions=len(asked), injection_recall=recall, false_per_1000=1_000 * (rows - kept) / rows,
             documents_per_s=rows / wall)  # fmt: skip
@@ -173,9 +173,9 @@ def injection(rows: int) -> None:
 def rendering(rows: int) -> None:
     """Rendering, tokenising, masking and checking against a plain batched datasets.map of the same template, turn about, best of three."""
     from datasets import Dataset, disable_caching, disable_progress_bars
-    from helpers.data import template as templates
-    from helpers.data.chat import Encoder
-    from helpers.data.rows import batches, make_row
+    from helpers.data import chat_template as templates
+    from helpers.data.rendering import Encoder
+    from helpers.data.tables import batches, make_row
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
 
     disable_caching()

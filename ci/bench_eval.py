@@ -153,13 +153,14 @@ def exported(model: Path, folder: Path) -> Path:
 def statistics() -> None:
     import numpy as np
 
-    from helpers.evaluate import compare, structure
+    from helpers.evaluate import statistics
+    from helpers.tasks.text_to_sql import structure
 
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
     started = time.perf_counter()
-    compare.pair("a", "b", a.tolist(), b.tolist())
-    say("paired bootstrap", time.perf_counter() - started, "s", resamples=compare.RESAMPLES, items=1000)
+    statistics.pair("a", "b", a.tolist(), b.tolist())
+    say("paired bootstrap", time.perf_counter() - started, "s", resamples=statistics.RESAMPLES, items=1000)
     queries = [
         json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()
     ]

@@ -49,11 +49,11 @@ def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from helpers.model import attention, fast
+    from helpers.model import fused_lora, packed_attention
 
-    attention.register()
+    packed_attention.register()
     config = llama(sizes)
-    config._attn_implementation = attention.FLASH
+    config._attn_implementation = packed_attention.FLASH
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
@@ -82,7 +82,7 @@ def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
-    fast.apply(model)
+    fused_lora.apply(model)
     torch.cuda.empty_cache()
     return model.train(), config
 
@@ -90,7 +90,7 @@ def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
 def row_of(lengths: list[int]) -> dict:
     import torch
 
-    from helpers.train.batching import row_tensors
+    from helpers.train.packing import row_tensors
 
     batch = row_tensors([{"input_ids": torch.randint(3, 40_000, (n,)).tolist()} for n in lengths])
     return {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -117,11 +117,11 @@ def stepper(model):
 
 def context(given: argparse.Namespace) -> None:
     """The longest row that trains within 15, 24, 40 and 80 GiB, everything recomputed, offloaded and tiled."""
-    from helpers.model import recompute
-    from helpers.model.planner import TILE
+    from helpers.model import checkpointing
+    from helpers.planner.plan import TILE
 
     model, _ = random_model(LLAMA, "nf4", 16)
-    recompute.set_recompute(model, "all", offload=True, tile_mlp=TILE)
+    checkpointing.set_recompute(model, "all", offload=True, tile_mlp=TILE)
     step = stepper(model)
     body = model.get_base_model().model
 
@@ -186,16 +186,18 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     unsloth_backend.early_import(values.as_dict())
     import torch
 
-    from helpers.model import cards, memory
-    from helpers.train.batching import padded_tensors
+    from helpers.planner import cost_model, gpus
+    from helpers.train.packing import padded_tensors
 
-    card = cards.here()
-    shape = memory.shape_of(llama(LLAMA))
+    card = gpus.here()
+    shape = cost_model.shape_of(llama(LLAMA))
     model, _ = unsloth_backend.load(Path(given.model) / "nf4", values)
     model.train()
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
-        setting = memory.Setting(documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16)
+        setting = cost_model.Setting(
+            documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16
+        )
         rows = []
         for length in (tokens, *(tokens * share // 100 for share in (93, 97, 103))):
             batch = padded_tensors(
@@ -213,7 +215,7 @@ def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **
     """
     import torch
 
-    from helpers.model import memory
+    from helpers.planner import cost_model
 
     torch.cuda.empty_cache()
     batch, *others = rows
@@ -227,7 +229,7 @@ def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **
     more = sum(step(row) for row in others)
     tokens = [row["input_ids"].numel() for row in rows]
     probed = passes[0] / tokens[0] * sum(tokens[1:]) / more - 1
-    guess = memory.peak_gib(shape, setting), memory.row_seconds(shape, setting, card, mean_square)
+    guess = cost_model.peak_gib(shape, setting), cost_model.row_seconds(shape, setting, card, mean_square)
     bench_rivals.emit(
         arm="planner",
         **about,
@@ -252,9 +254,10 @@ def planner() -> None:
 
     import torch
 
-    from helpers.model import cards, memory, recompute
+    from helpers.model import checkpointing
+    from helpers.planner import cost_model, gpus
 
-    card, draw, loaded = cards.here(), random.Random(7), None
+    card, draw, loaded = gpus.here(), random.Random(7), None
     names = (
         "hidden_size",
         "intermediate_size",
@@ -271,10 +274,10 @@ def planner() -> None:
             sizes = dict(zip(names, SIZES[size], strict=True))
             model, config = random_model({**sizes, "tie_word_embeddings": size in ("135m", "360m", "1.7b")}, base, rank)
             loaded, step = (size, base, rank), stepper(model)
-        recompute.set_recompute(model, layers, offload)
+        checkpointing.set_recompute(model, layers, offload)
         lengths, *others = ([draw.randint(longest // 3, longest) for _ in range(count)] for _ in range(4))
         rows = [row_of(lengths), *map(row_of, others)]
-        setting = memory.Setting(
+        setting = cost_model.Setting(
             sum(lengths),
             recompute=layers,
             offload=offload,
@@ -285,7 +288,7 @@ def planner() -> None:
         measure(
             step,
             rows,
-            memory.shape_of(config),
+            cost_model.shape_of(config),
             setting,
             card,
             sum(n * n for n in lengths) / sum(lengths),

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helpers import report, serve
-from helpers.gguf import modelfile
+from helpers.gguf import ollama
 from helpers.model import loading, offline
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     serve.stop_all()
     tokenizer = loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))
     started = time.perf_counter()
-    made = modelfile.from_tokenizer(tokenizer)
+    made = ollama.from_tokenizer(tokenizer)
     say(
         "Go template derived and compared",
         time.perf_counter() - started,

@@ -363,8 +363,7 @@ def main() -> None:
     parser.add_argument("--turn")
     given = parser.parse_args()
     if given.arm.startswith("unsloth"):
-        import unsloth
-    import trl
+        pass
 
     wait_turn(given.turn)
     if given.arm.endswith("context"):

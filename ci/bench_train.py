@@ -18,7 +18,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
 
-from helpers import params, runs, runtime
+from helpers import machine, params, runs
 
 # (stage, what is changed, name): the default, then the same without one of its parts.
 ARMS = (
@@ -74,9 +74,9 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
         "s_per_step": round((end - start) / (steps - 1), 3),
         "cpu_s_per_step": round((cpu_end - cpu) / (steps - 1), 3),
         "batch_size": chosen.batch_size,
-        "peak_gib": runtime.peak_memory_gib(),
-        "device": runtime.describe()["GPU"],
-        "cores": runtime.describe()["CPU cores"],
+        "peak_gib": machine.peak_memory_gib(),
+        "device": machine.describe()["GPU"],
+        "cores": machine.describe()["CPU cores"],
     }
 
 

@@ -74,9 +74,9 @@ def main(argv: list[str]) -> int:
 
 def default_params() -> Path:
     """cpu.yaml without a GPU, t4.yaml below compute capability 8, a100.yaml from there on."""
-    from helpers import runtime
+    from helpers import machine
 
-    card = runtime.gpu()
+    card = machine.gpu()
     return (
         PROJECT
         / "ci"

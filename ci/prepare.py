@@ -9,7 +9,7 @@ from helpers.errors import TunebookError
 
 
 def main() -> int:
-    from helpers.gguf import llama_lib
+    from helpers.gguf import libraries
     from helpers.model import loading
 
     try:
@@ -17,7 +17,7 @@ def main() -> int:
         print(
             f"Model: {source.name} from {'its offline copy' if source.origin == 'wheel' else 'the ' + source.origin} in {source.path}"
         )
-        llama_lib.setup()
+        libraries.setup()
     except TunebookError as error:
         print(f"Set-up stopped: {error}", file=sys.stderr)
         return 1

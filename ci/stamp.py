@@ -3,7 +3,7 @@
     python ci/stamp.py            writes
     python ci/stamp.py --check    says which notebooks differ, and exits with 1 when one does
 
-The repository and tag come from helpers/runtime.py, the parameters from helpers/params.py.
+The repository and tag come from helpers/machine.py, the parameters from helpers/params.py.
 """
 
 import sys
@@ -14,7 +14,7 @@ import nbformat
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from helpers import params, runtime
+from helpers import machine, params
 from helpers.runs import FOLDERS
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -44,9 +44,9 @@ def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNod
     title, *rest = [line for line in notebook.cells[0].source.split("\n") if not line.startswith("[![Open in Colab]")]
     while rest and not rest[0].strip():
         rest.pop(0)
-    badge = f"{BADGE}(https://colab.research.google.com/github/{runtime.REPOSITORY}/blob/{runtime.TAG}/notebooks/{name}.ipynb)"
+    badge = f"{BADGE}(https://colab.research.google.com/github/{machine.REPOSITORY}/blob/{machine.TAG}/notebooks/{name}.ipynb)"
     notebook.cells[0].source = "\n".join([title, badge, "", *rest]).rstrip()
-    notebook.cells[1].source = BOOTSTRAP.format(repository=runtime.REPOSITORY, tag=runtime.TAG)
+    notebook.cells[1].source = BOOTSTRAP.format(repository=machine.REPOSITORY, tag=machine.TAG)
     notebook.cells[2].source = params.cell(stage)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"{stage}-{number:02d}"

@@ -187,9 +187,9 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "", context: in
     base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a file). Headless
     it starts nothing and prints the command that serves the file.
     """
-    from helpers import runtime
+    from helpers import machine
 
-    if not runtime.interactive():
+    if not machine.interactive():
         print(f"To talk to it: python -m helpers.serve {gguf}")
         return None
     from helpers.model import loading, offline

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers import machine
 from helpers import params as parameters
-from helpers import runtime
 
 
 def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
@@ -25,7 +25,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
         from helpers.train import unsloth_backend
 
         unsloth_backend.early_import(params.as_dict())
-    if runtime.interactive():
+    if machine.interactive():
         from helpers import panel
 
         panel.show(stage, params)

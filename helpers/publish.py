@@ -97,7 +97,7 @@ def plan(
     run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", data_licence: str = ""
 ) -> list[Repository]:
     """Files, sizes and cards of every repository; nothing is uploaded. Every file is checked against its manifest's hash."""
-    from helpers.report import card, facts
+    from helpers.report import facts, model_card
 
     known = facts.gather(run)
     found = []
@@ -112,7 +112,7 @@ def plan(
             if inside and inside != "README.md":
                 files.append((inside, manifest.path / artifact, entry["bytes"]))
         if files:
-            text = card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
+            text = model_card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
             found.append(Repository(kind, name + SUFFIX[kind], sorted(files), text))
     if not found:
         raise TunebookError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 
 SCHEMA_VERSION = 1
@@ -42,7 +42,7 @@ UNHASHED = ("manifest.json", "plan.json", "executed.ipynb", "checkpoints/", "ten
 
 def root() -> Path:
     """The folder that holds all runs: `$TUNEBOOK_RUNS`, or `runs/` in the project."""
-    return Path(os.environ.get("TUNEBOOK_RUNS") or runtime.PROJECT / "runs")
+    return Path(os.environ.get("TUNEBOOK_RUNS") or machine.PROJECT / "runs")
 
 
 def folder(run: str, stage: str) -> Path:
@@ -238,10 +238,10 @@ class Stage:
             },
             "artifacts": artifacts,
             "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_gib": runtime.peak_memory_gib(),
+            "peak_memory_gib": machine.peak_memory_gib(),
             "resumed": self.resumed,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **runtime.versions(),
+            **machine.versions(),
             **(extra or {}),
         }
         write_json(self.path / "manifest.json", manifest)
@@ -339,7 +339,7 @@ def is_done(stage: str, params: Any) -> Manifest | None:
             if f"{s}?" in PARENTS[stage] or s in PARENTS[stage]
         }
         current = {s: f for s, f in current.items() if f.is_file()}
-        fresh = manifest.data["code_revision"] == runtime.revision() and all(
+        fresh = manifest.data["code_revision"] == machine.revision() and all(
             s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items()
         )
     except TunebookError:

@@ -126,9 +126,9 @@ def plan(path: Path, context: int = 0, parallel: int = 1, available_gib: float |
 
     Raises TunebookError for a damaged file, a context the model cannot have, or more memory than is free.
     """
-    from helpers.gguf import reading
+    from helpers.gguf import header
 
-    summary = reading.check(path)
+    summary = header.check(path)
     meta = summary.metadata
     arch = meta.get("general.architecture", "llama")
     longest = int(meta.get(f"{arch}.context_length") or 4096)

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.model import attention, fast, head_loss, recompute
-from helpers.train import batching
+from helpers.model import checkpointing, chunked_loss, fused_lora, packed_attention
+from helpers.train import packing
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def pair():
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=500,
@@ -25,7 +25,7 @@ def pair():
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation=attention.SDPA,
+        attn_implementation=packed_attention.SDPA,
     )
     ours = LlamaForCausalLM(config)
     theirs = copy.deepcopy(ours)
@@ -36,7 +36,7 @@ def pair():
         wrapped.append(
             get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
         )
-    fast.apply(wrapped[0])
+    fused_lora.apply(wrapped[0])
     return wrapped
 
 
@@ -72,14 +72,14 @@ def agree(one, other, bound):
 
 
 def test_packed_loss_and_gradients_are_those_of_padded_rows(pair, documents):
-    apart = gradients(pair[1], [batching.PackedCollator(0, "padded")([documents])])
-    agree(gradients(pair[0], [batching.PackedCollator(0)([documents])]), apart, 1e-4)
-    agree(gradients(pair[0], [batching.PackedCollator(0, "padded")([documents])]), apart, 1e-4)
+    apart = gradients(pair[1], [packing.PackedCollator(0, "padded")([documents])])
+    agree(gradients(pair[0], [packing.PackedCollator(0)([documents])]), apart, 1e-4)
+    agree(gradients(pair[0], [packing.PackedCollator(0, "padded")([documents])]), apart, 1e-4)
 
 
 def test_one_row_of_all_equals_a_row_each(pair, documents):
-    whole = gradients(pair[0], [batching.PackedCollator(0)([documents])])
-    agree(gradients(pair[0], [batching.PackedCollator(0)([[d]]) for d in documents]), whole, 1e-4)
+    whole = gradients(pair[0], [packing.PackedCollator(0)([documents])])
+    agree(gradients(pair[0], [packing.PackedCollator(0)([[d]]) for d in documents]), whole, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -87,27 +87,27 @@ def test_one_row_of_all_equals_a_row_each(pair, documents):
     [(2, False, 0), ("all", False, 0), ("all", True, 0), ("all", True, 16), (0, False, 16)],
 )
 def test_recomputing_changes_no_gradient(pair, documents, layers, offload, tile):
-    batch = [batching.PackedCollator(0)([documents])]
-    recompute.set_recompute(pair[0], 0)
+    batch = [packing.PackedCollator(0)([documents])]
+    checkpointing.set_recompute(pair[0], 0)
     plain = gradients(pair[0], batch)
     try:
-        assert recompute.set_recompute(pair[0], layers, offload, tile) == {"all": 3}.get(layers, layers)
+        assert checkpointing.set_recompute(pair[0], layers, offload, tile) == {"all": 3}.get(layers, layers)
         agree(gradients(pair[0], batch), plain, 1e-5)
     finally:
-        recompute.set_recompute(pair[0], 0)
+        checkpointing.set_recompute(pair[0], 0)
 
 
 def test_token_logps_are_the_log_softmax_of_the_logits(pair, documents):
     import torch
 
-    batch = batching.PackedCollator(0)([documents])
+    batch = packing.PackedCollator(0)([documents])
     with torch.no_grad():
         found = pair[0](**batch, token_logps=True).logps[0]
         logits = pair[0](**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0].float()
-    target = head_loss.shifted(batch["labels"])[0]
+    target = chunked_loss.shifted(batch["labels"])[0]
     expected = logits.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0] * (target != -100)
     assert torch.allclose(found, expected, atol=1e-4)
-    sums = head_loss.per_document(found[None], batch["document_lengths"])
+    sums = chunked_loss.per_document(found[None], batch["document_lengths"])
     assert torch.allclose(
         sums, torch.stack([part.sum() for part in expected.split(batch["document_lengths"])]), atol=1e-3
     )
@@ -119,7 +119,7 @@ def test_log_probability_gradients_take_each_tokens_own_weight():
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     target, scale = torch.tensor([3, -100, 5, 49, 0, 7, -100]), torch.randn(7)
-    (head_loss.token_logps(hidden, weight, target) * scale).sum().backward()
+    (chunked_loss.token_logps(hidden, weight, target) * scale).sum().backward()
     ours = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     plain = (hidden @ weight.t()).log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0] * (target != -100)
@@ -140,7 +140,7 @@ def test_padded_generation_is_unchanged_by_the_packed_attention(pair):
 
 
 def test_a_model_that_drops_the_boundaries_is_caught(pair):
-    from helpers.model.attention import check_boundaries
+    from helpers.model.packed_attention import check_boundaries
 
     check_boundaries(pair[0])
     body = pair[0].get_base_model().model
@@ -173,8 +173,8 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
     model.is_loaded_in_4bit = True
     model.config = {"model_type": "none"}
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], init_lora_weights=False))
-    assert fast.fuse_lora(wrapped) == 1
-    fast.keep_layout(wrapped)
+    assert fused_lora.fuse_lora(wrapped) == 1
+    fused_lora.keep_layout(wrapped)
     before = wrapped.base_model.model.layer.base_layer.weight.data.clone()
     with torch.no_grad():
         wrapped.eval()(torch.randn(2, 5, 128, dtype=torch.bfloat16))  # an evaluation must not repack the weights
@@ -196,15 +196,20 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((7, 5), attention.SDPA), (None, attention.SDPA), ((8, 0), attention.FLASH), ((9, 0), attention.FLASH)],
+    [
+        ((7, 5), packed_attention.SDPA),
+        (None, packed_attention.SDPA),
+        ((8, 0), packed_attention.FLASH),
+        ((9, 0), packed_attention.FLASH),
+    ],
 )
 def test_the_kernel_follows_the_card_and_says_why(capability, name):
-    choice = attention.choose(capability)
+    choice = packed_attention.choose(capability)
     assert choice.name == name and choice.packed and choice.reason
 
 
 def test_soft_capped_attention_is_not_packed():
     from transformers import Gemma2Config
 
-    choice = attention.choose((9, 0), Gemma2Config())
+    choice = packed_attention.choose((9, 0), Gemma2Config())
     assert not choice.packed and "soft-capped" in choice.reason

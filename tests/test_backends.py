@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
-from helpers.model import cards, planner
+from helpers.planner import gpus
+from helpers.planner import plan as planner
 from helpers.train import unsloth_backend
 
 
@@ -20,7 +21,7 @@ def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", 
         lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None,
     )
     return planner.choose_backend(
-        backend, cards.CPU if card == "CPU" else cards.named(card), model, {"method": "qlora", **values}
+        backend, gpus.CPU if card == "CPU" else gpus.named(card), model, {"method": "qlora", **values}
     )
 
 
@@ -50,10 +51,10 @@ def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
 
 def test_nothing_imports_unsloth_or_torch_by_itself():
     code = (
-        "import helpers.train.unsloth_backend, helpers.train.distributed, helpers.model.planner, helpers.model.attention, sys; "
+        "import helpers.train.unsloth_backend, helpers.train.distributed, helpers.planner.plan, helpers.model.packed_attention, sys; "
         "print(sorted({'torch', 'transformers', 'unsloth'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=runtime.PROJECT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -64,7 +65,6 @@ def test_backend_hf_and_machines_without_unsloth_need_no_early_import(monkeypatc
 
 
 def test_a_late_import_is_a_sentence(monkeypatch):
-    import transformers
 
     monkeypatch.setattr(unsloth_backend.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)

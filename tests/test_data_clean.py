@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.data import clean
-from helpers.data.rows import StepReport, batches, make_row, text_of
+from helpers.data.tables import StepReport, batches, make_row, text_of
 from helpers.errors import TunebookError
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from helpers.data import dedup, shingles
-from helpers.data.rows import StepReport, Table, batches, make_row
-from helpers.data.worker import Worker
+from helpers.data.tables import StepReport, Table, batches, make_row
+from helpers.worker import Worker
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(5_000)]
 HAN = [chr(code) for code in range(0x4E00, 0x5A00)]

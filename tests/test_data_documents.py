@@ -7,7 +7,7 @@ import pytest
 
 from helpers.data import documents
 from helpers.data.reading import read
-from helpers.data.rows import Rejects
+from helpers.data.tables import Rejects
 from helpers.errors import TunebookError
 
 SENTENCE = "The river runs through {} countries and many people live on its banks. "

@@ -8,7 +8,7 @@ import pytest
 from helpers.data import formats, sources
 from helpers.data.formats import RowError, convert, detect
 from helpers.data.reading import named_shape, read
-from helpers.data.rows import Rejects
+from helpers.data.tables import Rejects
 from helpers.errors import TunebookError
 
 

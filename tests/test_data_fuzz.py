@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from helpers.data import chat_template as templates
 from helpers.data import formats, readers
-from helpers.data import template as templates
-from helpers.data.chat import Encoder
-from helpers.data.page import cell
 from helpers.data.reading import UNFORESEEN, read
-from helpers.data.rows import Rejects, all_messages, content_id
+from helpers.data.rendering import Encoder
+from helpers.data.tables import Rejects, all_messages, content_id
 from helpers.errors import TunebookError
+from helpers.report.data_page import cell
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 words = st.text(st.characters(codec=None), max_size=30)

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from helpers.data.mix import Source, mix
-from helpers.data.rows import StepReport, Table, batches, make_row
+from helpers.data.mixing import Source, mix
+from helpers.data.tables import StepReport, Table, batches, make_row
 from helpers.errors import TunebookError
 
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from helpers import params, runs
-from helpers.data import page, preview
 from helpers.data.pipeline import Job
 from helpers.errors import TunebookError
+from helpers.report import data_page, data_preview
 
 ATTACK = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <b>"
 
@@ -101,8 +101,8 @@ def test_the_data_card_has_front_matter_and_lets_no_name_out_of_its_table(hostil
 
 def test_the_preview_shows_every_token_of_a_row_with_its_id_and_colour(hostile, tokenizer):
     job, _ = hostile
-    (row,) = preview.first_rows(job.path / "train.parquet", 1)
-    markup = preview.tokens(tokenizer, row["input_ids"], row["completion_mask"], {2}, {1, 2})
+    (row,) = data_preview.first_rows(job.path / "train.parquet", 1)
+    markup = data_preview.tokens(tokenizer, row["input_ids"], row["completion_mask"], {2}, {1, 2})
     spans = re.findall(r'<span( class=\w)? title="id (\d+), position (\d+)">(.*?)</span>', markup, flags=re.DOTALL)
     assert [int(token) for _, token, _, _ in spans] == row["input_ids"] and [int(at) for *_, at, _ in spans] == list(
         range(len(spans))
@@ -115,12 +115,12 @@ def test_the_preview_shows_every_token_of_a_row_with_its_id_and_colour(hostile, 
 
 
 def test_control_characters_and_half_surrogates_are_made_visible():
-    assert page.cell("a\x00\x1b[31m\ud800<") == "a␀␛[31m?&lt;"
+    assert data_page.cell("a\x00\x1b[31m\ud800<") == "a␀␛[31m?&lt;"
 
 
 def test_ticks_are_round_numbers_within_the_range():
     for top in (5, 97, 512, 8191, 100_000):
-        ticks = page.ticks(top)
+        ticks = data_page.ticks(top)
         assert (
             ticks[0] == 0
             and ticks[-1] <= top

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from helpers.data import privacy, toxicity
-from helpers.data.rows import StepReport, batches, make_row
+from helpers.data.tables import StepReport, batches, make_row
 from helpers.errors import TunebookError
 
 

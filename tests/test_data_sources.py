@@ -8,7 +8,7 @@ import pytest
 
 from helpers.data import sources
 from helpers.data.reading import read
-from helpers.data.rows import Rejects, Table, batches, make_row
+from helpers.data.tables import Rejects, Table, batches, make_row
 from helpers.errors import TunebookError
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(5)]

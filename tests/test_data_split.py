@@ -5,8 +5,8 @@ import random
 import pytest
 
 from helpers.data.dedup import near_duplicate_groups
-from helpers.data.rows import Table, make_row
 from helpers.data.split import SPLITS, Groups, pairs_of, split, split_of
+from helpers.data.tables import Table, make_row
 from helpers.errors import TunebookError
 
 GOLDEN = ["train", "train", "train", "test", "train", "train", "test", "train", "train", "train"]

@@ -4,10 +4,10 @@ import sqlite3
 
 import pytest
 
-from helpers import sql as runner
-from helpers.data import sql_negatives
-from helpers.data.rows import StepReport, batches, make_row
+from helpers.data.tables import StepReport, batches, make_row
 from helpers.errors import TunebookError
+from helpers.tasks.text_to_sql import negatives
+from helpers.tasks.text_to_sql import sqlite as runner
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def reject(queries, database, **options):
     report = StepReport("sql")
     return [
         row
-        for batch in sql_negatives.reject_queries(batches(rows(queries), 3), report, database, **options)
+        for batch in negatives.reject_queries(batches(rows(queries), 3), report, database, **options)
         for row in batch
     ], report
 
@@ -146,7 +146,7 @@ def test_only_a_few_candidates_are_run(database):
             yield f"SELECT {len(asked)} FROM nowhere"
 
     made, _ = reject(GOLD[:1], database, candidates=endless)
-    assert len(made) == 1 and len(asked) <= sql_negatives.MAX_CANDIDATES + 1
+    assert len(made) == 1 and len(asked) <= negatives.MAX_CANDIDATES + 1
 
 
 def test_a_missing_or_empty_database_is_named(tmp_path):

@@ -13,9 +13,9 @@ import urllib.request
 
 import pytest
 
-from helpers.data import endpoint as ep
+from helpers import llm_client as ep
 from helpers.data import synthetic, toxicity
-from helpers.data.rows import StepReport, make_row
+from helpers.data.tables import StepReport, make_row
 from helpers.errors import TunebookError
 
 TEXTS = [

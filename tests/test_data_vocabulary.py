@@ -143,7 +143,7 @@ def test_added_tokens_survive_adapter_merge_and_gguf(tiny_llama, own, tiny, tmp_
     from transformers import AutoModelForCausalLM
 
     from helpers.gguf import convert
-    from helpers.gguf.runtime import LlamaCpp
+    from helpers.gguf.llama_cpp import LlamaCpp
     from helpers.model import merging
     from helpers.model.loading import load_tokenizer
 

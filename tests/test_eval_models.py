@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.evaluate import cache, contenders, forgetting, generate, harness, preference, session
+from helpers.evaluate import answer_store, candidates, forgetting, generate, harness, preferences, session
 from helpers.evaluate.generate import Decoding
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def tiny_gguf(lively, tmp_path_factory):
 
 
 def as_contender(path, name="tiny", adapter=None):
-    return contenders.Contender(name, "base", "hf", str(path), Path(path), adapter)
+    return candidates.Contender(name, "base", "hf", str(path), Path(path), adapter)
 
 
 def random_adapter(base, folder, scale):
@@ -176,7 +176,7 @@ def test_a_prompt_longer_than_the_model_reads_is_refused_with_the_remedy(tiny):
 def test_attention_that_is_not_plain_decodes_through_transformers(lively):
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    from helpers.evaluate import shared_prefix
+    from helpers.evaluate import prefix_cache
 
     config = MistralConfig(
         vocab_size=64,
@@ -187,7 +187,7 @@ def test_attention_that_is_not_plain_decodes_through_transformers(lively):
         num_key_value_heads=1,
         sliding_window=8,
     )
-    assert not shared_prefix.supports(AutoModelForCausalLM.from_config(config))
+    assert not prefix_cache.supports(AutoModelForCausalLM.from_config(config))
 
 
 # ------------------------------------------------------------ loss: the two published bugs
@@ -253,7 +253,7 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
     ],
 )
 def test_refusals_and_manners_are_told_apart(text, refused, polite):
-    from helpers.evaluate import instructions
+    from helpers.tasks import instructions
 
     assert (instructions.refuses(text), instructions.mannerly(text)) == (refused, polite)
 
@@ -293,9 +293,9 @@ def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
         *(as_contender(lively, adapter=a).content("fp32") for a in adapters),
     }
     assert len(keys) == 4
-    store = cache.Store(tmp_path, "k")
+    store = answer_store.Store(tmp_path, "k")
     store.put("x", {"a": "\ud800 lone surrogate"})
-    assert cache.Store(tmp_path, "k").get("x") is not None
+    assert answer_store.Store(tmp_path, "k").get("x") is not None
 
 
 def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_path):
@@ -304,7 +304,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         for i, c in enumerate(conversations(5))
     ]
     with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
-        found = preference.score(s, pairs)
+        found = preferences.score(s, pairs)
     prompt = tiny.encode(pairs[0]["prompt"])
     odds = []
     for side in ("chosen", "rejected"):
@@ -313,7 +313,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         odds.append(math.log(p / (1 - p)))
     assert found["margins"][0] == pytest.approx(odds[0] - odds[1], rel=1e-3) and found["n"] == 5
     results = {"base": found, "copy": dict(found), "better": {**found, "margins": [m + 1 for m in found["margins"]]}}
-    preference.win_rates(results, "base")
+    preferences.win_rates(results, "base")
     assert results["copy"]["win_rate"]["value"] == 0.5 and results["better"]["win_rate"]["value"] == 1.0
 
 
@@ -350,7 +350,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
 
 def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
     task, folder = general
-    contender = contenders.Contender("gguf f16", "gguf", "gguf", "x", tiny_gguf)
+    contender = candidates.Contender("gguf f16", "gguf", "gguf", "x", tiny_gguf)
     with session.Session(contender, tmp_path, end_of_turn="<|im_end|>", quiet=True) as s:
         found = harness.run(s, [task], folder, limit=8)
         ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
@@ -376,7 +376,7 @@ def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp
         pytest.raises(TunebookError, match="knows no task 'nonesuch'"),
     ):
         harness.run(s, ["nonesuch"], general[1])
-    endpoint = contenders.Contender("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
+    endpoint = candidates.Contender("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
     with session.Session(endpoint, tmp_path, quiet=True) as s, pytest.raises(TunebookError, match="probabilities"):
         harness.run(s, [general[0]], general[1])
 
@@ -445,31 +445,31 @@ def hostile():
     "behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"]
 )
 def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour, monkeypatch):
-    from helpers.evaluate import endpoint
+    from helpers.evaluate import remote_model
 
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(remote_model, "RETRIES", 0)
     Hostile.behaviour = behaviour
-    answer = endpoint.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask(
+    answer = remote_model.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask(
         [{"role": "user", "content": "hi"}], Decoding(5)
     )
     assert answer.failed and answer.text == "" and "secret-key" not in answer.failed
 
 
 def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkeypatch):
-    from helpers.evaluate import endpoint
+    from helpers.evaluate import remote_model
 
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(remote_model, "RETRIES", 0)
     Hostile.behaviour = "error"
     with pytest.raises(TunebookError, match="answered nothing: the server failed 5 times in a row"):
-        endpoint.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+        remote_model.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
 
 
 def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no_more(hostile, monkeypatch):
-    from helpers.evaluate import endpoint
+    from helpers.evaluate import remote_model
 
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(remote_model, "RETRIES", 0)
     Hostile.behaviour, Hostile.asked = "dies", itertools.count()
-    answers = endpoint.Endpoint(hostile, "m", at_once=1).generate(
+    answers = remote_model.Endpoint(hostile, "m", at_once=1).generate(
         [[{"role": "user", "content": "hi"}]] * 30, Decoding(5)
     )
     assert [a.text for a in answers[:4]] == ["fine"] * 4 and all(a.failed for a in answers[4:])
@@ -477,11 +477,11 @@ def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no
 
 
 def test_a_real_server_answers_as_a_contender(tiny_gguf, tmp_path):
-    from helpers.gguf.runtime import server
+    from helpers.gguf.llama_cpp import server
 
     with server(tiny_gguf) as running:
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
-        contender = contenders.find({}, "", f"served={url}")[0]
+        contender = candidates.find({}, "", f"served={url}")[0]
         assert contender.kind == "endpoint"
         with session.Session(contender, tmp_path, quiet=True) as s:
             answers, _ = s.answers(conversations(3), Decoding(6))

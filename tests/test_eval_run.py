@@ -11,7 +11,8 @@ import pytest
 
 from helpers import params, runs
 from helpers.errors import TunebookError
-from helpers.evaluate import contamination, contenders, evaluation, instructions, judge, references, schema
+from helpers.evaluate import candidates, contamination, evaluation, judge, scores
+from helpers.tasks import instructions, text_metrics
 
 PROJECT = Path(__file__).resolve().parent.parent
 QUIET = {"general_text": "", "general_chat": "", "general_tasks": ""}
@@ -151,11 +152,13 @@ def against(scores, contender):
 
 
 def test_a_planted_worse_contender_comes_out_worse_and_a_copy_equal(judged):
-    from helpers.evaluate import compare
+    from helpers.evaluate import statistics
 
     _, made, scores, metrics = judged
     values = {n: [e["score"] for e in made.answers[n]] for n in made.answers}
-    worse, equal = compare.settle([compare.pair("good", n, values["good"], values[n]) for n in ("shuffled", "copy")])
+    worse, equal = statistics.settle(
+        [statistics.pair("good", n, values["good"], values[n]) for n in ("shuffled", "copy")]
+    )
     assert worse["verdict"] == "worse" and equal["verdict"] == "identical"
     assert against(scores, "good")["verdict"] == "better" and against(scores, "good")["sentence"].startswith(
         "better by 75 points"
@@ -172,25 +175,25 @@ def test_contenders_that_cannot_load_are_left_out_with_the_reason_first_and_the_
 
 def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(judged):
     stage, made, scores, _ = judged
-    read, answers = schema.read(stage.path)
+    read, answers = scores.read(stage.path)
     assert read == scores and len(answers) == 60
     assert (
         answers[0]["answers"]["markup"]["text"] == HTML.strip() and answers[0]["answers"]["markup"]["error"] == "no_sql"
     )
     page = (stage.path / "report.html").read_text()
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
-    from helpers.evaluate import views
+    from helpers.report import evaluation_views
 
     for view in (
-        views.scores(scores),
-        views.comparisons(scores),
-        views.errors(scores),
-        views.lost(scores),
-        views.preferences(scores),
+        evaluation_views.scores(scores),
+        evaluation_views.comparisons(scores),
+        evaluation_views.errors(scores),
+        evaluation_views.lost(scores),
+        evaluation_views.preferences(scores),
     ):
         assert view._repr_html_() and repr(view)
-    assert "<script" not in views.sides(made.rows(), ["base", "markup"])._repr_html_()
-    assert views.figure(scores).axes and views.kinds(scores).axes
+    assert "<script" not in evaluation_views.sides(made.rows(), ["base", "markup"])._repr_html_()
+    assert evaluation_views.figure(scores).axes and evaluation_views.kinds(scores).axes
 
 
 def test_contaminated_items_are_found_and_scored_apart(judged):
@@ -222,7 +225,7 @@ def test_forgetting_is_measured_where_there_are_weights(judged):
 
 def test_a_rerun_asks_nothing(judged, monkeypatch):
     stage, made, _, _ = judged
-    monkeypatch.setattr(contenders, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
+    monkeypatch.setattr(candidates, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
     again = evaluation.Evaluation(stage)
     again.measure()
     assert again.answers == made.answers and again.speed["good"]["from_cache"] == 60
@@ -250,7 +253,7 @@ def test_seeds_need_a_temperature_and_must_be_numbers():
 )
 def test_contenders_that_make_no_sense_are_named(wanted, extra, message):
     with pytest.raises(TunebookError, match=message):
-        contenders.find({}, wanted, extra)
+        candidates.find({}, wanted, extra)
 
 
 # ------------------------------------------------------------ references, checks, judge, contamination
@@ -258,11 +261,11 @@ def test_contenders_that_make_no_sense_are_named(wanted, extra, message):
 
 def test_reference_metrics_agree_with_known_values():
     expected = {"exact": 1.0, "f1": 1.0, "rouge_l": pytest.approx(2 / 3), "chrf": pytest.approx(0.379, abs=0.001)}
-    assert references.scores("The Nile.", "nile") == expected
-    found = references.scores("Paris is the capital", "the capital is Paris")
+    assert text_metrics.scores("The Nile.", "nile") == expected
+    found = text_metrics.scores("Paris is the capital", "the capital is Paris")
     assert found["exact"] == 0 and found["f1"] == 1.0 and found["rouge_l"] == pytest.approx(0.5)
-    assert references.scores("x", " ") == dict.fromkeys(references.METRICS)
-    assert references.f1("北京是首都", "首都是北京") == 1.0 and references.scores("", "word")["f1"] == 0
+    assert text_metrics.scores("x", " ") == dict.fromkeys(text_metrics.METRICS)
+    assert text_metrics.f1("北京是首都", "首都是北京") == 1.0 and text_metrics.scores("", "word")["f1"] == 0
 
 
 def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
@@ -353,15 +356,15 @@ def test_instruction_checks_pass_and_fail(meta, good, bad):
     ],
 )
 def test_long_nonsense_is_scored_like_any_wrong_answer(text):
-    from helpers.evaluate import text_to_sql
+    from helpers.tasks.text_to_sql import scoring
 
     for wanted in instructions.FORMATS:
         assert wanted == "sql" or not instructions.FORMATS[wanted](text)
     assert not instructions.mannerly(text) and not instructions.refuses(text)
-    judge = text_to_sql.Judge([text_to_sql.readonly.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
+    judge = scoring.Judge([scoring.readonly.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
     entry = judge.score(text, "SELECT name FROM countries")
     judge.close()
-    assert entry["score"] == 0 and entry["error"] in schema.ERROR_KINDS
+    assert entry["score"] == 0 and entry["error"] in scores.ERROR_KINDS
 
 
 def test_endless_repetition_is_noticed():

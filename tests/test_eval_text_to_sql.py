@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from helpers import sql
 from helpers.errors import TunebookError
-from helpers.evaluate import items, structure, synthetic, text_to_sql
-from helpers.evaluate.schema import ERROR_KINDS
+from helpers.evaluate import items
+from helpers.evaluate.scores import ERROR_KINDS
+from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite, structure
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def judge():
-    found = text_to_sql.Judge([sql.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
+    found = scoring.Judge([sqlite.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
     yield found
     found.close()
 
@@ -34,13 +34,13 @@ def test_every_reference_of_the_default_test_is_right_against_itself_and_returns
 
 
 def test_a_planted_worse_model_with_shuffled_answers_comes_out_worse_and_an_identical_one_equal(judge, questions):
-    from helpers.evaluate import compare
+    from helpers.evaluate import statistics
 
     gold = [q["sql"] for q in questions]
     good = [judge.score(g, g)["score"] for g in gold]
     shuffled = [judge.score(gold[(i + 7) % len(gold)], g)["score"] for i, g in enumerate(gold)]
-    worse, equal = compare.settle(
-        [compare.pair("tuned", "shuffled", good, shuffled), compare.pair("tuned", "copy", good, list(good))]
+    worse, equal = statistics.settle(
+        [statistics.pair("tuned", "shuffled", good, shuffled), statistics.pair("tuned", "copy", good, list(good))]
     )
     assert worse["verdict"] == "worse" and worse["high"] < -0.8
     assert equal["verdict"] == "identical"
@@ -99,7 +99,7 @@ def test_a_reference_that_fails_leaves_the_item_undefined(judge):
 
 def test_no_database_is_a_sentence():
     with pytest.raises(TunebookError, match="no database"):
-        text_to_sql.Judge([])
+        scoring.Judge([])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_no_database_is_a_sentence():
     ],
 )
 def test_the_query_is_found_inside_an_answer(answer, query):
-    assert text_to_sql.extract(answer) == query
+    assert scoring.extract(answer) == query
 
 
 def test_results_shown_are_small_and_plain_json(judge):
@@ -166,7 +166,7 @@ def test_synthetic_databases_answer_the_reference_and_tell_wrong_queries_apart()
         ),
         ('SELECT name FROM head WHERE born_state <> "Alaska"', 'SELECT name FROM head WHERE born_state = "Alaska"'),
     ]:
-        judge = text_to_sql.Judge(synthetic.databases(SCHEMA, reference))
+        judge = scoring.Judge(made_up_database.databases(SCHEMA, reference))
         assert judge.nonempty(reference) and judge.score(reference, reference)["score"] == 1.0
         assert judge.score(wrong, reference)["score"] == 0.0
         judge.close()
@@ -175,16 +175,17 @@ def test_synthetic_databases_answer_the_reference_and_tell_wrong_queries_apart()
 def test_synthetic_databases_are_the_same_for_the_same_seed_and_closed_to_writing():
     reference = "SELECT name FROM head WHERE age = 7"
     first, again, other = (
-        synthetic.databases(SCHEMA, reference, seed)[0].execute("SELECT * FROM head").fetchall() for seed in (1, 1, 2)
+        made_up_database.databases(SCHEMA, reference, seed)[0].execute("SELECT * FROM head").fetchall()
+        for seed in (1, 1, 2)
     )
     assert first == again != other
     with pytest.raises(sqlite3.DatabaseError):
-        synthetic.databases(SCHEMA, reference)[0].execute("DELETE FROM head")
+        made_up_database.databases(SCHEMA, reference)[0].execute("DELETE FROM head")
 
 
 def test_a_schema_that_cannot_be_read_is_a_sentence():
     with pytest.raises(TunebookError, match="No CREATE TABLE could be read"):
-        synthetic.databases("there is no table here", "SELECT 1")
+        made_up_database.databases("there is no table here", "SELECT 1")
 
 
 def test_the_task_is_found_from_references_database_and_prompts():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, preflight, quantize, reading
-from helpers.gguf.runtime import LlamaCpp, server
+from helpers.gguf import convert, fidelity, header, preflight, quantize
+from helpers.gguf.llama_cpp import LlamaCpp, server
 
 TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
 WANTED = {
@@ -71,22 +71,22 @@ def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path)
 
 @pytest.mark.parametrize("kind", ["q4_k_m", "q2_k"])
 def test_without_the_prebuilt_library_the_same_bytes_come_out(f16, kind, tmp_path):
-    from helpers.gguf import llama_lib, mix
+    from helpers.gguf import libraries, quantization_mix
 
-    if llama_lib.for_quantizing() is None:
+    if libraries.for_quantizing() is None:
         pytest.skip("no library here has llama_model_quantize to compare with")
     quantize.quantize(f16, tmp_path / "library.gguf", kind)
-    mix.quantize(f16, tmp_path / "rows.gguf", kind)
+    quantization_mix.quantize(f16, tmp_path / "rows.gguf", kind)
     assert tensors(tmp_path / "library.gguf") == tensors(tmp_path / "rows.gguf")
 
 
 def test_narrow_rows_are_named_as_fallbacks(smollm2):
-    summary = reading.Summary(
+    summary = header.Summary(
         {},
         [
-            reading.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0),
-            reading.Tensor("norm", (576,), "F32", 0, 0),
-            reading.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0),
+            header.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0),
+            header.Tensor("norm", (576,), "F32", 0, 0),
+            header.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0),
         ],
         0,
     )
@@ -130,7 +130,7 @@ def test_each_broken_gate_is_named(reference, f16, tmp_path):
     merges = edit(f16, tmp_path / "merges.gguf", a=("Ġ t".encode(), "Ġ \u007f".encode()))
     weights = tmp_path / "weights.gguf"
     data = bytearray(f16.read_bytes())
-    at = next(t for t in reading.check(f16).tensors if "ffn_down" in t.name)
+    at = next(t for t in header.check(f16).tensors if "ffn_down" in t.name)
     data[at.offset : at.offset + at.bytes] = (
         np.random.default_rng(0).normal(0, 1, at.bytes // 2).astype(np.float16).tobytes()
     )
@@ -285,9 +285,9 @@ def test_the_server_answers_on_loopback_and_ends(q8):
 
 
 def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
-    from helpers.gguf import picture
     from helpers.gguf.fidelity import Result
     from helpers.gguf.quantize import Quantised
+    from helpers.report import export_views
 
     def file(kind, megabytes, kl, score, count, **more):
         return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0, "test"), Result(
@@ -295,7 +295,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
         )
 
     def best(*pairs):
-        return picture.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
+        return export_views.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
 
     small, wide, large = (
         file("q4_k_m", 100, 0.06, 0.5, 24),
@@ -306,19 +306,19 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
-    figure = picture.figure([small[0], large[0]], [small[1], large[1]])
+    figure = export_views.figure([small[0], large[0]], [small[1], large[1]])
     assert "24 questions" in figure.axes[1].get_ylabel()
 
 
 def test_an_own_build_does_every_step(monkeypatch):
-    from helpers.gguf import llama_lib
+    from helpers.gguf import libraries
 
-    built = llama_lib.for_quantizing()
+    built = libraries.for_quantizing()
     if built is None:
         pytest.skip("no prebuilt library on this machine to stand for an own build")
-    assert llama_lib.for_running() != built
-    monkeypatch.setenv(llama_lib.OWN_BUILD, str(built.parent))
-    assert llama_lib.for_running() == llama_lib.for_quantizing() == built
+    assert libraries.for_running() != built
+    monkeypatch.setenv(libraries.OWN_BUILD, str(built.parent))
+    assert libraries.for_running() == libraries.for_quantizing() == built
 
 
 def test_a_disk_that_fills_up_in_the_conversion_is_said_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import go_template, modelfile
+from helpers.gguf import go_template, ollama
 
 ENGINE = "@evertdespiegeleer/go-template@1.0.2"  # Go's text/template, compiled to WebAssembly
 SCRIPT = """
@@ -167,7 +167,7 @@ def go(tmp_path_factory):
 @pytest.fixture(scope="session")
 def families(tokenizer, go):
     """name -> (what was derived, Go's own rendering of every shape); one process of the engine for all."""
-    made = {name: modelfile.from_tokenizer(family(tokenizer, name)) for name in FAMILIES}
+    made = {name: ollama.from_tokenizer(family(tokenizer, name)) for name in FAMILIES}
     texts = iter(go([(m.template, go_template.SHAPES[c.shape][0]) for m in made.values() for c in m.checks]))
     return {name: (m, [next(texts) for _ in m.checks]) for name, m in made.items()}
 
@@ -189,7 +189,7 @@ def test_the_go_template_of_every_family_prints_what_its_jinja_prints(families, 
 
 
 def test_the_shipped_models_template_is_equal_on_every_shape_but_the_one_ollama_rewrites(tokenizer, go):
-    made = modelfile.from_tokenizer(tokenizer)
+    made = ollama.from_tokenizer(tokenizer)
     assert {c.shape for c in made.checks if not c.equal} == {"two questions running"}
     assert "named SmolLM" in made.template  # the default system prompt that Ollama's own guess drops
     conversation = [
@@ -202,7 +202,7 @@ def test_the_shipped_models_template_is_equal_on_every_shape_but_the_one_ollama_
 
 
 def test_trimming_is_told_because_go_cannot_trim(tokenizer):
-    made = modelfile.from_tokenizer(family(tokenizer, "llama 3"))
+    made = ollama.from_tokenizer(family(tokenizer, "llama 3"))
     assert any("blanks at the edges" in n and "Go cannot" in n for n in made.notes)
 
 
@@ -222,14 +222,14 @@ def test_trimming_is_told_because_go_cannot_trim(tokenizer):
 def test_a_template_that_is_not_made_of_turns_is_refused_with_the_reason(tokenizer, template, why):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
-    made = modelfile.from_tokenizer(other)
+    made = ollama.from_tokenizer(other)
     assert why in made.reason and "vLLM" in made.reason and made.path is None
 
 
 def test_a_template_that_changes_words_is_refused(tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = FAMILIES["chatml"][0].replace("m.content", "m.content | replace('\"', '&quot;')")
-    made = modelfile.from_tokenizer(other)
+    made = ollama.from_tokenizer(other)
     assert "braces, quotes, markup" in made.reason
 
 
@@ -266,7 +266,7 @@ def fields(text):
 
 def test_the_modelfile_says_everything_ollama_would_otherwise_guess(exported, go, tokenizer):
     merged, gguf, out = exported
-    made = modelfile.write(merged, gguf, out, name="atlas", system="You write SQL.")
+    made = ollama.write(merged, gguf, out, name="atlas", system="You write SQL.")
     said = fields(out.read_text())
     assert said["FROM"] == ["./model-q8_0.gguf"]
     assert said["TEMPLATE"] == [made.template] and said["SYSTEM"] == ["You write SQL."]
@@ -284,14 +284,14 @@ def test_generation_config_and_given_sampling_reach_the_modelfile(exported):
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [2, 0]}
         )
     )
-    made = modelfile.write(merged, gguf, out, context=1024, sampling={"temperature": 0.2})
+    made = ollama.write(merged, gguf, out, context=1024, sampling={"temperature": 0.2})
     assert made.parameters == {"num_ctx": 1024, "temperature": 0.2, "top_p": 0.9, "repeat_penalty": 1.1}
     assert made.stops == ["<|im_end|>", "<|endoftext|>"]
 
 
 def test_commands_name_this_model_its_template_and_stops_and_stay_on_this_machine(exported):
     merged, gguf, out = exported
-    found = modelfile.write(merged, gguf, out, name="atlas").commands
+    found = ollama.write(merged, gguf, out, name="atlas").commands
     assert set(found) == {"Ollama", "vLLM", "LM Studio", "llama.cpp", "Open WebUI"}
     assert f"ollama create atlas -f {out}" in found["Ollama"]
     assert (
@@ -311,7 +311,7 @@ def test_a_shell_is_not_fooled_by_a_folder_name(exported):
     merged, gguf, out = exported
     odd = merged.with_name("mer ged; rm -rf $HOME")
     merged.rename(odd)
-    made = modelfile.write(odd, gguf, out)
+    made = ollama.write(odd, gguf, out)
     words = subprocess.run(
         ["bash", "-c", "printf '%s\\n' " + made.commands["vLLM"].splitlines()[0]], capture_output=True, text=True
     ).stdout
@@ -321,21 +321,21 @@ def test_a_shell_is_not_fooled_by_a_folder_name(exported):
 @pytest.mark.parametrize("name", ["", "../up", "a b", "$(id)", "UPPER", "x" * 100])
 def test_a_name_that_could_leave_its_place_is_refused(exported, name):
     with pytest.raises(TunebookError, match="no model name"):
-        modelfile.write(*exported, name=name)
+        ollama.write(*exported, name=name)
 
 
 def test_missing_parts_are_a_sentence_and_write_nothing(exported, tokenizer):
     merged, gguf, out = exported
     with pytest.raises(TunebookError, match="no GGUF file"):
-        modelfile.write(merged, gguf.with_name("none.gguf"), out)
+        ollama.write(merged, gguf.with_name("none.gguf"), out)
     odd = gguf.with_name('a"\n.gguf')
     gguf.rename(odd)
     with pytest.raises(TunebookError, match="rename it"):
-        modelfile.write(merged, odd, out)
+        ollama.write(merged, odd, out)
     odd.rename(gguf)
     with pytest.raises(TunebookError, match="three double quotes"):
-        modelfile.write(merged, gguf, out, system='"""\nFROM /etc/passwd')
+        ollama.write(merged, gguf, out, system='"""\nFROM /etc/passwd')
     (merged / "chat_template.jinja").unlink()
     with pytest.raises(TunebookError, match="no chat template"):
-        modelfile.write(merged, gguf, out)
+        ollama.write(merged, gguf, out)
     assert not out.exists()

@@ -7,7 +7,8 @@ import pytest
 from transformers import LlamaConfig
 
 from helpers.errors import TunebookError
-from helpers.model import cards, memory, planner
+from helpers.planner import cost_model, gpus
+from helpers.planner import plan as planner
 
 MEASURED = ("h200_2026-11-22", "h200_2026-11-25", "h100_2026-11-25", "gpu_2026-11-26")  # in ci/results/
 NAMES = (
@@ -36,7 +37,7 @@ def llama(size):
 
 @pytest.fixture(scope="module")
 def shapes():
-    return {size: memory.shape_of(llama(size)) for size in SIZES}
+    return {size: cost_model.shape_of(llama(size)) for size in SIZES}
 
 
 def test_the_shape_counts_every_parameter(shapes):
@@ -46,15 +47,15 @@ def test_the_shape_counts_every_parameter(shapes):
 
 @pytest.mark.parametrize("measured", MEASURED)
 def test_measured_peaks_are_predicted_within_seven_percent(shapes, measured):
-    from helpers import runtime
+    from helpers import machine
 
     lines = [
-        json.loads(line) for line in (runtime.PROJECT / "ci" / "results" / f"{measured}.jsonl").read_text().splitlines()
+        json.loads(line) for line in (machine.PROJECT / "ci" / "results" / f"{measured}.jsonl").read_text().splitlines()
     ]
     settings = [line for line in lines if line["arm"] == "planner"]
     assert len(settings) >= 12
     for line in settings:
-        setting = memory.Setting(
+        setting = cost_model.Setting(
             line["tokens"],
             recompute=line["recompute"],
             offload=line["offload"],
@@ -63,11 +64,11 @@ def test_measured_peaks_are_predicted_within_seven_percent(shapes, measured):
             method="qlora" if line["base"] == "nf4" else "lora",
             backend=line.get("backend", "hf"),
         )
-        assert memory.peak_gib(shapes[line["size"]], setting) == pytest.approx(line["peak_gib"], rel=0.07), line
+        assert cost_model.peak_gib(shapes[line["size"]], setting) == pytest.approx(line["peak_gib"], rel=0.07), line
 
 
 def test_a_plan_keeps_the_batch_and_fits_its_card():
-    for card in cards.CARDS:
+    for card in gpus.CARDS:
         plan = planner.plan({"batch_size": 64, "plan_for": card, "method": "qlora"}, LENGTHS, llama("8b"))
         assert plan.option.need_gib <= plan.card.total_gib and plan.batch_size == 64 and plan.row_tokens >= max(LENGTHS)
         low, high = plan.seconds[1:]
@@ -78,9 +79,7 @@ def test_a_plan_keeps_the_batch_and_fits_its_card():
 def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
     speeds = []
     for total in (12, 20, 40, 80, 139):
-        plan = planner.plan(
-            {"batch_size": 64}, LENGTHS, llama("8b"), card=replace(cards.named("H200"), total_gib=total)
-        )
+        plan = planner.plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(gpus.named("H200"), total_gib=total))
         speeds.append(plan.tokens_per_s)
     assert speeds == sorted(speeds) and plan.recompute == 0
 
@@ -113,7 +112,7 @@ def test_a_shorter_row_that_the_refusal_names_does_fit():
 
 
 def test_layer_inputs_are_moved_only_where_main_memory_has_room():
-    t4, values = cards.named("T4"), {"batch_size": 1, "method": "qlora"}
+    t4, values = gpus.named("T4"), {"batch_size": 1, "method": "qlora"}
     assert (
         planner.longest_context(llama("8b"), t4) < planner.longest_context(llama("8b"), replace(t4, host_gib=64)) / 1.5
     )
@@ -155,8 +154,8 @@ def test_an_unknown_card_is_refused_with_the_known_ones():
 
 
 def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
-    for size, batch, spread in (("360m", 8, memory.LAUNCH_SPREAD), ("8b", 256, cards.named("H200").spread)):
+    for size, batch, spread in (("360m", 8, cost_model.LAUNCH_SPREAD), ("8b", 256, gpus.named("H200").spread)):
         plan = planner.plan({"batch_size": batch, "plan_for": "H200"}, LENGTHS, llama(size))
         middle, low, high = plan.seconds
         assert (high - middle) / middle == pytest.approx(spread) and (middle - low) / middle == pytest.approx(spread)
-    assert cards.named("H200").spread < memory.LAUNCH_SPREAD
+    assert gpus.named("H200").spread < cost_model.LAUNCH_SPREAD

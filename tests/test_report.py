@@ -11,7 +11,7 @@ import yaml
 
 from helpers import report, runs
 from helpers.errors import TunebookError
-from helpers.report import card, facts, plots
+from helpers.report import facts, model_card, svg
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_the_model_cards_numbers_are_the_reports(root):
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "gguf"])
 def test_each_kind_of_card_says_how_to_run_it(root, kind):
-    text = card.render(facts.gather("atlas"), kind, "user/atlas")
+    text = model_card.render(facts.gather("atlas"), kind, "user/atlas")
     assert {
         "adapter": "AutoPeftModelForCausalLM",
         "merged": "vllm serve user/atlas",
@@ -380,11 +380,11 @@ def test_bad_names_are_a_sentence(root):
 def test_curves_keep_their_peaks_and_leave_out_what_is_no_number():
     points = [(i, 1.0) for i in range(5000)]
     points[2345] = (2345, 9.0)
-    drawn = plots.lines({"loss": [*points, (5000, float("nan"))]}, "Loss", "step", "nats")
-    assert len(re.findall(r"[\d.]+,[\d.]+", drawn)) <= plots.MOST_POINTS + 2 and "1 point not a number" in drawn
+    drawn = svg.lines({"loss": [*points, (5000, float("nan"))]}, "Loss", "step", "nats")
+    assert len(re.findall(r"[\d.]+,[\d.]+", drawn)) <= svg.MOST_POINTS + 2 and "1 point not a number" in drawn
     ys = [float(y) for y in re.findall(r"[\d.]+,([\d.]+)", drawn)]
     assert max(ys) - min(ys) > 150
-    assert plots.lines({"loss": [(0, float("inf"))]}, "Loss", "step", "") == ""
+    assert svg.lines({"loss": [(0, float("inf"))]}, "Loss", "step", "") == ""
 
 
 def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes(changed):

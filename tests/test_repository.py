@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 
-from helpers import runtime
+from helpers import machine
 from helpers.runs import FOLDERS
 from tests.conftest import PROJECT
 
@@ -42,9 +42,9 @@ def test_repository_and_tag_are_written_by_hand_in_one_place_only():
         p.relative_to(PROJECT).as_posix()
         for p in committed()
         if p.suffix in (".py", ".sh", ".yaml", ".yml", ".toml")
-        and re.search(rf"{re.escape(runtime.REPOSITORY)}\b", p.read_text(errors="ignore"))
+        and re.search(rf"{re.escape(machine.REPOSITORY)}\b", p.read_text(errors="ignore"))
     ]
-    assert owners == ["helpers/runtime.py"]
+    assert owners == ["helpers/machine.py"]
 
 
 def test_no_file_is_over_two_mebibytes_and_none_was_downloaded():

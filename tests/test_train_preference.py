@@ -10,7 +10,8 @@ import train_data
 from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
-from helpers.train import batching, callbacks, curves, methods, preference, rows, sft, sharing
+from helpers.model import prefix_sharing
+from helpers.train import callbacks, methods, packing, preference, rows, sft, training_plots
 
 
 def settings(**given):
@@ -24,7 +25,7 @@ def prepared(**given):
 
 
 def logged(job, name):
-    return curves.series(callbacks.read(job.log), name)[1]
+    return training_plots.series(callbacks.read(job.log), name)[1]
 
 
 def test_the_loss_is_nll_minus_beta_times_the_log_odds_ratio(data):
@@ -44,7 +45,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
 
     job = prepared().build()
     trainer, pairs = job.trainer, [job.train_rows[i] for i in range(5)]
-    padded = batching.padded_tensors(
+    padded = packing.padded_tensors(
         [
             {"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
             for s in ("chosen_ids", "rejected_ids")
@@ -61,7 +62,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
     with torch.no_grad():
         expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
         for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-            batch = sharing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
+            batch = prefix_sharing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
             assert bool(batch.get("prefix_length")) == (share and layout == "packed")
             trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -198,7 +199,7 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
         manifest.data["artifacts"]
     )
     assert {"log_odds_chosen", "held_out_margins", "held_out_accuracies", "eval_loss"} <= set(manifest.metrics)
-    figure = curves.margins(
+    figure = training_plots.margins(
         [
             {"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5},
             {"step": 1, "eval_log_odds_chosen": 0.2},

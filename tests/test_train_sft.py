@@ -11,8 +11,9 @@ from transformers import get_scheduler
 from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
+from helpers.model import prefix_sharing
 from helpers.model.loading import fast_bf16
-from helpers.train import arguments, batching, callbacks, curves, methods, precision, rows, sft, sharing
+from helpers.train import callbacks, config, methods, packing, precision, rows, sft, training_plots
 
 
 def settings(**given):
@@ -39,7 +40,7 @@ def small(narrow_llama):
     """The narrow Llama in fp32 with an adapter whose B is not zero, and the fused loss."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers.model import fast, prefix
+    from helpers.model import fused_lora, prefix
     from helpers.model.loading import load_model
 
     model = load_model(narrow_llama, dtype="fp32", attention=prefix.register())
@@ -48,7 +49,7 @@ def small(narrow_llama):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)
-    fast.apply(model)
+    fused_lora.apply(model)
     return model
 
 
@@ -62,7 +63,7 @@ def loss_and_gradient(model, batch):
 
 def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
     documents = train_data.sft_rows(tokenizer, 6)
-    shared = sharing.SharedCollator(tokenizer.pad_token_id)([documents])
+    shared = prefix_sharing.SharedCollator(tokenizer.pad_token_id)([documents])
     assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
     count = sum(sum(d["completion_mask"]) for d in documents)
     small.zero_grad()
@@ -76,7 +77,7 @@ def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_row
     gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
     for layout, share in (("packed", True), ("packed", False), ("padded", False)):
         loss, found = loss_and_gradient(
-            small, sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
+            small, prefix_sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
         )
         assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
         assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)
@@ -103,9 +104,9 @@ def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
         "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
     )["input_ids"]
     same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
-    assert sharing.shareable(same) == 0
+    assert prefix_sharing.shareable(same) == 0
     masked = [{"input_ids": [*text, n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
-    assert sharing.shareable(masked) == len(text) - 1
+    assert prefix_sharing.shareable(masked) == len(text) - 1
 
 
 def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
@@ -113,7 +114,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
     longest = max(len(i) for i in one.train_rows["input_ids"])
     eight = trained(row_tokens=longest)
     assert one.plan.accumulation == 1 and eight.plan.accumulation >= 6
-    first, second = (curves.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
+    first, second = (training_plots.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
     assert first == pytest.approx(second, rel=1e-4)
     assert (flat(one.model) - flat(eight.model)).norm() < 2e-3 * flat(one.model).norm()
 
@@ -121,7 +122,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
 def test_unpacked_rows_train_like_packed_ones(data):
     packed, padded = trained(), trained(packing=False)
     assert packed.plan.packed and not padded.plan.packed
-    first, second = (curves.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
+    first, second = (training_plots.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
     assert first == pytest.approx(second, rel=1e-3)
 
 
@@ -192,7 +193,7 @@ def test_the_checkpoint_with_the_best_held_out_loss_is_kept_and_a_stale_run_stop
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
     job = prepared().build()
     whole = job.trainer.evaluate()["eval_loss"]
-    job.trainer.held_out_rows = batching.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
+    job.trainer.held_out_rows = packing.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -200,10 +201,10 @@ def test_curves_are_drawn_from_the_log(data, tmp_path):
     lines = [
         {"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)
     ] + [{"step": 15, "eval_loss": 0.4}]
-    figure = curves.loss(lines)
+    figure = training_plots.loss(lines)
     left = figure.axes[0]
     assert [len(line.get_xdata()) for line in left.get_lines()] == [29, 29, 1]
-    assert curves.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert training_plots.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
 
 
 # ---------------------------------------------------------------- methods
@@ -228,7 +229,7 @@ def test_every_method_trains_and_can_be_kept(data, given):
     before = job.trainer.evaluate()["eval_loss"]
     job.train()
     assert (
-        all(math.isfinite(x) for x in curves.series(callbacks.read(job.log), "loss")[1])
+        all(math.isfinite(x) for x in training_plots.series(callbacks.read(job.log), "loss")[1])
         and job.result["eval_loss"] < before
     )
     manifest = job.finish()
@@ -253,7 +254,7 @@ def test_schedules_end_where_they_should(data):
     rates = {}
     for schedule in ("linear", "cosine", "constant", "wsd"):
         job = prepared(schedule=schedule, max_steps=10, warmup_ratio=0.1)
-        made = arguments.common(job.stage, job.params, precision.choose(None, "fp32"), 32, 8, 1)
+        made = config.common(job.stage, job.params, precision.choose(None, "fp32"), 32, 8, 1)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made["learning_rate"])
         options = made["lr_scheduler_kwargs"] or None
         course = get_scheduler(
@@ -360,7 +361,7 @@ def test_a_run_before_its_data_is_refused(runs_root):
 
 def test_loggers_and_steps_are_checked():
     with pytest.raises(TunebookError, match="loggers names 'tensorflow'"):
-        arguments.loggers("tensorflow")
+        config.loggers("tensorflow")
     with pytest.raises(TunebookError, match="set save_steps to 20"):
-        arguments.steps(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
-    assert arguments.steps(100, parameters.resolve("sft", {"batch_size": 8})) == (13, 3, 3)
+        config.steps(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
+    assert config.steps(100, parameters.resolve("sft", {"batch_size": 8})) == (13, 3, 3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.data import mix
+from helpers.data import mixing
 from helpers.data import vocabulary as words
-from helpers.data.rows import Row, Table, answer_of, text_of
+from helpers.data.tables import Row, Table, answer_of, text_of
 from helpers.errors import TunebookError
 from helpers.notebook import Html, table
 
@@ -31,7 +31,7 @@ def generate(job: Any) -> Html:
 
 def _synthetic(job: Any) -> tuple[str, str, str]:
     from helpers.data import synthetic
-    from helpers.data.endpoint import Endpoint
+    from helpers.llm_client import Endpoint
 
     p = job.params
     if not p.endpoint or not p.endpoint_model:
@@ -62,7 +62,7 @@ def _synthetic(job: Any) -> tuple[str, str, str]:
 
 
 def _sql_negatives(job: Any) -> tuple[str, str, str]:
-    from helpers.data.sql_negatives import reject_queries
+    from helpers.tasks.text_to_sql.negatives import reject_queries
 
     database = job.database()
     if database is None:
@@ -86,15 +86,15 @@ def mix_sources(job: Any) -> Html:
         for name in names:
             parts[name].append([row for row in batch if row["source"] == name])
     sources = {
-        name: mix.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0)))
+        name: mixing.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0)))
         for name, part in parts.items()
     }
     if p.replay_dataset:
         rows = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in job.replay_rows)
-        sources["replay"] = mix.Source(Table.collect(rows), replay=True)
+        sources["replay"] = mixing.Source(Table.collect(rows), replay=True)
     step = job._step("mixture")
     job.rows = Table.collect(
-        mix.mix(sources, step, p.replay_share, p.mix_unit, lambda rows: _lengths(job.tokenizer, rows), seed=p.seed)
+        mixing.mix(sources, step, p.replay_share, p.mix_unit, lambda rows: _lengths(job.tokenizer, rows), seed=p.seed)
     )
     for reason, count in step.dropped.items():
         job.rejects.removed[reason] += count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from helpers.data.rows import Row, Table
+from helpers.data.tables import Row, Table
 
 
 def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, label: str = "") -> Table:
@@ -13,7 +13,7 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
 
     p: parameters of the data stage. job: gives `_step(name) -> StepReport` and the tokenizer. label: put before the steps' names.
     """
-    from helpers.data import clean, decontaminate, dedup
+    from helpers.data import clean, decontamination, dedup
 
     def step(name: str) -> Any:
         return job._step(label + name)
@@ -46,10 +46,10 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
         rows = dedup.near_duplicates(rows, step("near-duplicates"), p.near_duplicates)
     if evaluation is not None and p.decontaminate:
         report = step("decontamination")
-        rows = decontaminate.decontaminate(rows, report, evaluation, p.decontaminate)
+        rows = decontamination.decontaminate(rows, report, evaluation, p.decontaminate)
         if not label:
             carriers = next(iter(job.training.table), [])
-            report.figures["injection_recall"] = decontaminate.injection_recall(
+            report.figures["injection_recall"] = decontamination.injection_recall(
                 evaluation, carriers, p.decontaminate, 200, p.seed
             )
     return rows if isinstance(rows, Table) else Table.collect(rows)

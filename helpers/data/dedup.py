@@ -22,10 +22,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from helpers.data.rows import Row, StepReport, Table
-from helpers.data.rows import shown as shown_text
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
-from helpers.data.worker import Worker
+from helpers.data.tables import Row, StepReport, Table
+from helpers.data.tables import shown as shown_text
+from helpers.worker import Worker
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.rows import Rejects
+from helpers.data.tables import Rejects
 
 SECONDS = 60  # for one document
 MEMORY = 2 * 2**30  # bytes that reading one document may take

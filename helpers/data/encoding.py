@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.data import cache, lengths, output
-from helpers.data.chat import Encoder
-from helpers.data.rows import Rejects, Table
+from helpers.data import cache, labels, output
+from helpers.data.rendering import Encoder
+from helpers.data.tables import Rejects, Table
 from helpers.errors import TunebookError
 from helpers.notebook import Html, table
 
@@ -48,7 +48,7 @@ def encode_splits(job: Any) -> dict[str, Any]:
     found["written"]["test"] = output.write_test(job.path / "test.parquet", job.splits["test"])
     if len(job.kto_rows):
         encoder = Encoder(template, "last", job.rejects)
-        fitting = lengths.Fitter(encoder, found["max_length"], "drop", job.rejects).fit(encoder.encode(job.kto_rows))
+        fitting = labels.Fitter(encoder, found["max_length"], "drop", job.rejects).fit(encoder.encode(job.kto_rows))
         found["written"]["kto"] = output.write_kto(
             job.path / "kto.parquet", ([one.row for one in batch] for batch in fitting)
         )
@@ -65,7 +65,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
     source_rows, source_tokens = Counter(), Counter()
     for name in TRAINED_SPLITS:
         encoder = Encoder(template, p.train_on, lost)
-        fitter = lengths.Fitter(encoder, limit, p.over_long, lost)
+        fitter = labels.Fitter(encoder, limit, p.over_long, lost)
         trained = Counter()
 
         def counted(batches: Any, trained: Counter = trained) -> Any:
@@ -92,7 +92,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
         result["notes"] = dict(Counter(result["notes"]) + encoder.report.notes)
         result["examples"] |= encoder.report.examples
     lost.close()
-    whole = lengths.LengthReport(limit, p.over_long, histogram, **counts)
+    whole = labels.LengthReport(limit, p.over_long, histogram, **counts)
     rows, tokens = max(1, source_rows.total()), max(1, source_tokens.total())
     result["mixture"] = [
         {
@@ -109,10 +109,10 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
 
 def watched(rows: Table, label: str) -> Any:
     """The table's batches, with a progress bar where there are so many that somebody waits for them."""
-    from helpers import runtime
-    from helpers.data.rows import BATCH_ROWS
+    from helpers import machine
+    from helpers.data.tables import BATCH_ROWS
 
-    return runtime.progress(rows, label, -(-len(rows) // BATCH_ROWS)) if len(rows) > WATCHED_ROWS else rows
+    return machine.progress(rows, label, -(-len(rows) // BATCH_ROWS)) if len(rows) > WATCHED_ROWS else rows
 
 
 def _proposed(job: Any, template: Any) -> int:
@@ -123,7 +123,7 @@ def _proposed(job: Any, template: Any) -> int:
         for batch in Encoder(template, job.params.train_on).encode(job.splits[name])
         for one in batch
     )
-    return lengths.propose(lengths.expanded(counts)) or 16
+    return labels.propose(labels.expanded(counts)) or 16
 
 
 def _replay(path: Path, rejects: Rejects) -> None:

@@ -1,4 +1,4 @@
-"""Shapes of training rows, recognised or named, each turned into the one row of `helpers.data.rows`.
+"""Shapes of training rows, recognised or named, each turned into the one row of `helpers.data.tables`.
 
 Nine shapes: alpaca, sharegpt, messages (OpenAI), prompt_completion, text, preference, kto, context_qa (a question about
 a given text, with unanswerable ones) and whatever `dataset_info.json` describes. `auto` looks at every record by itself,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.rows import Rejects, Row, StepReport, Table, make_row
+from helpers.data.tables import Rejects, Row, StepReport, Table, make_row
 from helpers.errors import TunebookError
 from helpers.notebook import Html, table
 
@@ -273,7 +273,7 @@ class Job:
 
     def template(self) -> Any:
         """What the model's chat template does: its end of turn, what it adds, what it cannot show."""
-        from helpers.data.template import inspect
+        from helpers.data.chat_template import inspect
 
         if self._template is None:
             self._template = inspect(self.tokenizer)
@@ -288,18 +288,18 @@ class Job:
 
     def lengths(self) -> Any:
         """The histogram of lengths, with max_length and the proposal, saved as lengths.png."""
-        from helpers.data import plots
         from helpers.notebook import save_figure
+        from helpers.report import data_plots
 
-        figure = plots.lengths(self.encoded)
+        figure = data_plots.lengths(self.encoded)
         save_figure(self.stage, figure, "lengths.png")
         return figure
 
     def preview(self, rows: int = 6) -> Any:
         """Real rows as the model will see them, trained tokens in colour; the whole page is saved as preview.html."""
-        from helpers.data import preview
+        from helpers.report import data_preview
 
-        return preview.write(self, rows)
+        return data_preview.write(self, rows)
 
     def pairs(self) -> Html:
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
@@ -311,21 +311,21 @@ class Job:
 
     def report(self) -> Any:
         """Write report.html and the data card README.md."""
-        from helpers.data import card, report
+        from helpers.report import data_card, data_report
 
         self._copy_database()
         self.rejects.close()
-        card.write(self)
-        return report.write(self)
+        data_card.write(self)
+        return data_report.write(self)
 
     def database(self) -> Path | None:
         """The SQLite file that goes with the data; None when there is none. Raises TunebookError for a missing or foreign file."""
-        from helpers import runtime
+        from helpers import machine
 
         name = self.chosen["database"]
         if not name:
             return None
-        found = next((p for p in (Path(name), runtime.PROJECT / name) if p.is_file()), None)
+        found = next((p for p in (Path(name), machine.PROJECT / name) if p.is_file()), None)
         if found is None:
             raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
         with found.open("rb") as file:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.rows import Rejects, open_parquet
 from helpers.data.streams import BLOCK, MAX_LINE, Unpacked
+from helpers.data.tables import Rejects, open_parquet
 
 MAX_DEPTH = 64  # nested lists and objects of one record
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8

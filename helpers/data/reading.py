@@ -9,8 +9,8 @@ from typing import Any
 
 from helpers.data import formats, sources
 from helpers.data.formats import DEFAULTS, RowError, Shape
-from helpers.data.rows import Rejects, Row, Table, batches, make_row
 from helpers.data.sources import Source
+from helpers.data.tables import Rejects, Row, Table, batches, make_row
 from helpers.errors import TunebookError
 
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so

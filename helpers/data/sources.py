@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.data import dataset_info
 from helpers.data.formats import Shape
-from helpers.data.rows import Rejects
+from helpers.data.tables import Rejects
 from helpers.errors import TunebookError
 
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
@@ -102,13 +102,13 @@ def _named_sets(info: str) -> dict[str, dataset_info.Entry]:
         if path is None:
             raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
         return dataset_info.read(path / dataset_info.FILE if path.is_dir() else path)
-    default = runtime.PROJECT / "datasets" / dataset_info.FILE
+    default = machine.PROJECT / "datasets" / dataset_info.FILE
     return dataset_info.read(default) if default.is_file() else {}
 
 
 def _existing(text: str) -> Path | None:
     """The path as given, or under the project when that is where it is."""
-    return next((path for path in (Path(text).expanduser(), runtime.PROJECT / text) if path.exists()), None)
+    return next((path for path in (Path(text).expanduser(), machine.PROJECT / text) if path.exists()), None)
 
 
 def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
@@ -125,7 +125,7 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
         return _of_file(path)
     match = HUB.fullmatch(part)
     if any(sign in part for sign in "*?[") and not match:
-        for root in (Path.cwd(), runtime.PROJECT):
+        for root in (Path.cwd(), machine.PROJECT):
             pattern = Path(part).expanduser()
             files = sorted(
                 (pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
@@ -156,7 +156,7 @@ def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
 
 
 def _near(part: str, named: dict[str, dataset_info.Entry]) -> str:
-    folder = Path(part).parent if Path(part).parent.is_dir() else runtime.PROJECT / Path(part).parent
+    folder = Path(part).parent if Path(part).parent.is_dir() else machine.PROJECT / Path(part).parent
     beside = [str(Path(part).parent / file.name) for file in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(part, [*named, *beside], n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(near)}?" if near else " Check the spelling and the folder."

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.data.rows import Row, Table
+from helpers.data.tables import Row, Table
 from helpers.errors import TunebookError
 
 SPLITS = ("train", "eval", "test")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from helpers.data.rows import Rejects
+from helpers.data.tables import Rejects
 from helpers.errors import TunebookError
 
 MAX_LINE = 32 * 2**20  # bytes of one row; a longer one is rejected without being held

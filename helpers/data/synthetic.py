@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from helpers.data.endpoint import Endpoint, Estimate, Journal, Reply, Request, ask_all, estimate
-from helpers.data.rows import BATCH_ROWS, Row, StepReport, Table, answer_of, batches, make_row, text_of
 from helpers.data.shingles import SeenHashes, shingles, text_hash, tokens
+from helpers.data.tables import BATCH_ROWS, Row, StepReport, Table, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
+from helpers.llm_client import Endpoint, Estimate, Journal, Reply, Request, ask_all, estimate
 
 ASK_PAIRS = (
     "Write {count} question-answer pairs about the document below, in its language. Each question must be understandable "

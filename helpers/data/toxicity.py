@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from helpers.data.clean import conversation
-from helpers.data.endpoint import Endpoint, Journal, Request, ask_all
-from helpers.data.rows import Row, StepReport
+from helpers.data.tables import Row, StepReport
 from helpers.errors import TunebookError
+from helpers.llm_client import Endpoint, Journal, Request, ask_all
 
 Scorer = Callable[[list[str]], list[float]]
 HARMLESS = ("non-toxic", "nontoxic", "not toxic", "neutral", "safe", "non-hate", "nothate", "not_toxic", "label_0")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.data.decontaminate import GRAM, SHARE
+from helpers.data.decontamination import GRAM, SHARE
 from helpers.data.shingles import shingles
 
 

@@ -2,7 +2,7 @@
 
 judged = Evaluation(stage)      what is there to judge, and on what
 judged.measure()                each contender is loaded once and asked everything
-judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/schema.py
+judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/scores.py
 judged.write()                  the two files, and the metrics for the manifest
 """
 
@@ -12,25 +12,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers import runs, runtime
-from helpers import sql as readonly
+from helpers import machine, runs
 from helpers.errors import TunebookError
 from helpers.evaluate import (
+    candidates,
     contamination,
-    contenders,
     forgetting,
     harness,
     items,
-    preference,
-    references,
-    schema,
+    preferences,
     session,
     summary,
-    synthetic,
-    text_to_sql,
 )
 from helpers.evaluate.generate import Decoding
 from helpers.model import loading
+from helpers.tasks import text_metrics
+from helpers.tasks.text_to_sql import made_up_database, scoring
+from helpers.tasks.text_to_sql import sqlite as readonly
 
 
 class Evaluation:
@@ -44,7 +42,7 @@ class Evaluation:
         self.kind = items.task_kind(self.items, self.database)
         self.clusters = items.clusters(self.items)
         self.seeds = _seeds(self.params)
-        self.contenders = contenders.find(
+        self.contenders = candidates.find(
             stage.parents, self.params.contenders, self.params.extra_contenders, self.params.model
         )
         self.cache = loading.cache() / "answers"
@@ -62,7 +60,7 @@ class Evaluation:
         tokenizer = self._tokenizer()
         self.template_hash = loading.template_hash(tokenizer) if tokenizer is not None else None
         self.end_of_turn = tokenizer.decode([loading.end_of_turn(tokenizer)]) if tokenizer is not None else ""
-        self._sql_judges: dict[str, text_to_sql.Judge | None] = {}
+        self._sql_judges: dict[str, scoring.Judge | None] = {}
 
     def _tokenizer(self) -> Any:
         first = next((c for c in self.contenders if c.kind == "hf" and not c.trouble), None)
@@ -100,7 +98,7 @@ class Evaluation:
         """Ask every contender everything. One that cannot be loaded or fails is left out with its reason; the others go on."""
         texts = _column(self.params.general_text, "text")
         chat = (
-            forgetting.read_lines(runtime.PROJECT / self.params.general_chat, "prompt")
+            forgetting.read_lines(machine.PROJECT / self.params.general_chat, "prompt")
             if self.params.general_chat
             else []
         )
@@ -111,7 +109,7 @@ class Evaluation:
                     self._ask(s)
                     self._knowledge(s, texts, chat)
                     if pairs and (contender.kind == "hf" or (contender.kind == "gguf" and self.params.forgetting_gguf)):
-                        self.preferences[contender.name] = preference.score(s, pairs)
+                        self.preferences[contender.name] = preferences.score(s, pairs)
             except session.TROUBLE as error:
                 reason = str(error).strip().split("\n")[0][:400] or type(error).__name__
                 self.skipped[contender.name] = reason
@@ -157,7 +155,7 @@ class Evaluation:
         if judge is not None:
             entry = judge.score(answer.text, item.reference, answer.stopped)
         elif self.kind == "references":
-            entry = references.entry(answer.text, item.reference, self.params.reference_metric, answer.stopped)
+            entry = text_metrics.entry(answer.text, item.reference, self.params.reference_metric, answer.stopped)
         else:
             entry = {
                 "text": answer.text,
@@ -174,7 +172,7 @@ class Evaluation:
             entry.update(error="no_answer", detail=answer.failed, valid=None)
         return {**entry, "tokens": answer.tokens}
 
-    def _judge(self, item: items.Item) -> text_to_sql.Judge | None:
+    def _judge(self, item: items.Item) -> scoring.Judge | None:
         """What scores the item's queries; None where its own schema cannot be read, so that the item stays undefined."""
         key = "" if self.database else item.id
         if key not in self._sql_judges:
@@ -182,10 +180,10 @@ class Evaluation:
                 connections = [readonly.open_readonly(self.database)]
             else:
                 try:
-                    connections = synthetic.databases(items.schema_text(item), item.reference, self.params.seed)
+                    connections = made_up_database.databases(items.schema_text(item), item.reference, self.params.seed)
                 except TunebookError:
                     connections = []
-            self._sql_judges[key] = text_to_sql.Judge(connections) if connections else None
+            self._sql_judges[key] = scoring.Judge(connections) if connections else None
         return self._sql_judges[key]
 
     def _knowledge(self, s: session.Session, texts: list[str], chat: list[dict[str, Any]]) -> None:
@@ -204,14 +202,14 @@ class Evaluation:
             )
         if self.params.general_tasks and texts:
             folder = self.cache.parent / "tasks"
-            task = harness.general_task(runtime.PROJECT / self.params.general_tasks, folder)
+            task = harness.general_task(machine.PROJECT / self.params.general_tasks, folder)
             self.tasks.setdefault(name, {}).update(
                 harness.run(s, [task], folder, self.params.harness_limit, self.params.seed)
             )
 
     def _pairs(self) -> list[dict[str, Any]]:
         path = self.stage.parents["data"].path / "preference_eval.parquet"
-        return preference.read(path, self.params.limit) if path.is_file() else []
+        return preferences.read(path, self.params.limit) if path.is_file() else []
 
     # ------------------------------------------------------------ results
 
@@ -219,9 +217,9 @@ class Evaluation:
         """Ask the judge of `params.judge` about every contender against the first; None when there is none. Failure is a warning."""
         if not self.params.judge or len(self.answers) < 2:
             return None
-        from helpers.evaluate import cache
+        from helpers.evaluate import answer_store
         from helpers.evaluate import judge as judging
-        from helpers.evaluate.endpoint import Endpoint
+        from helpers.evaluate.remote_model import Endpoint
 
         url, _, model = self.params.judge.partition("#")
         names = list(self.answers)
@@ -242,8 +240,8 @@ class Evaluation:
                 raise TunebookError(
                     f"That is over judge_budget = {self.params.judge_budget:,}; lower judge_limit or raise judge_budget."
                 )
-            endpoint = Endpoint(url, model, contenders.api_key())
-            store = cache.Store(self.cache, cache.key("judge", url, endpoint.model))
+            endpoint = Endpoint(url, model, candidates.api_key())
+            store = answer_store.Store(self.cache, answer_store.key("judge", url, endpoint.model))
             pairs = [
                 {
                     "baseline": names[0],
@@ -278,7 +276,7 @@ class Evaluation:
                     "cluster": item.cluster,
                     "nonempty": self.nonempty(item),
                     "contaminated": self.contaminated[place],
-                    "gold": text_to_sql.shown(gold) if gold is not None else None,
+                    "gold": scoring.shown(gold) if gold is not None else None,
                     "answers": {
                         name: {k: v for k, v in entries[place].items() if k != "metrics"}
                         for name, entries in self.answers.items()
@@ -295,10 +293,10 @@ class Evaluation:
     def write(self) -> dict[str, Any]:
         """Write scores.json and answers.jsonl into the stage's folder; returns the metrics for its manifest."""
         scores, rows = self.summary(), self.rows()
-        schema.check(scores, rows)
-        runs.write_json(self.stage.path / schema.SCORES, scores)
+        scores.check(scores, rows)
+        runs.write_json(self.stage.path / scores.SCORES, scores)
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
-        runs.write_atomic(self.stage.path / schema.ANSWERS, "".join(lines).encode("utf-8", "backslashreplace"))
+        runs.write_atomic(self.stage.path / scores.ANSWERS, "".join(lines).encode("utf-8", "backslashreplace"))
         for judge in filter(None, self._sql_judges.values()):
             judge.close()
         self._sql_judges.clear()
@@ -320,7 +318,7 @@ def _seeds(params: Any) -> list[int]:
 
 
 def _column(path: str, column: str) -> list[str]:
-    return [r[column] for r in forgetting.read_lines(runtime.PROJECT / path, column)] if path else []
+    return [r[column] for r in forgetting.read_lines(machine.PROJECT / path, column)] if path else []
 
 
 def _mib(size: int | None) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from helpers.errors import TunebookError
-from helpers.evaluate import compare, instructions
+from helpers.evaluate import statistics
 from helpers.evaluate.generate import Decoding
+from helpers.tasks import instructions
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
 TASK = "general knowledge"
@@ -98,7 +99,7 @@ def change(
     """(change, low, high): tuned minus base loss per token on the same texts, 95 % interval by resampling texts."""
     a, b = (np.array(v, float) for v in (base, tuned))
     rng = np.random.default_rng(seed)
-    index = rng.integers(0, len(a), (compare.RESAMPLES, len(a)))
+    index = rng.integers(0, len(a), (statistics.RESAMPLES, len(a)))
     draws = b[:, 0][index].sum(1) / b[:, 1][index].sum(1) - a[:, 0][index].sum(1) / a[:, 1][index].sum(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(b[:, 0].sum() / b[:, 1].sum() - a[:, 0].sum() / a[:, 1].sum()), float(low), float(high)

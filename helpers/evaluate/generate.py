@@ -1,6 +1,6 @@
 """Answers of a Hugging Face model to many prompts: length-sorted batches, shared prefixes read once, finished rows let go.
 
-`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.runtime` and `helpers.evaluate.endpoint` give
+`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.llama_cpp` and `helpers.evaluate.remote_model` give
 the same three methods for GGUF files and for servers: `encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)`.
 """
 
@@ -52,11 +52,11 @@ class HfModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any):
-        from helpers.evaluate import shared_prefix
+        from helpers.evaluate import prefix_cache
 
         self.model, self.tokenizer = model.eval(), tokenizer
         self.stops = end_ids(model, tokenizer)
-        self.fast = shared_prefix.supports(model)
+        self.fast = prefix_cache.supports(model)
         self.path_note = (
             "shared-prefix decoding"
             if self.fast
@@ -130,11 +130,11 @@ class HfModel:
 
         import torch
 
-        from helpers.evaluate import shared_prefix
+        from helpers.evaluate import prefix_cache
 
         tails = {i: [*pairs[i][0][shared:], *pairs[i][1]] for i in members}
         order = sorted(members, key=lambda i: -len(tails[i]))
-        with shared_prefix.decoding(self.model) if shared else contextlib.nullcontext() as state:
+        with prefix_cache.decoding(self.model) if shared else contextlib.nullcontext() as state:
             if shared:
                 self._read_prefix(pairs[members[0]][0][:shared])
             for batch in _chunks(order, lambda i: len(tails[i]), SCORED_TOKENS):
@@ -158,10 +158,10 @@ class HfModel:
     # ------------------------------------------------------------ the fast path
 
     def _generate_fast(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
-        from helpers.evaluate import shared_prefix
+        from helpers.evaluate import prefix_cache
 
         for shared, members in groups(prompts):
-            with shared_prefix.decoding(self.model) as state:
+            with prefix_cache.decoding(self.model) as state:
                 if shared:
                     self._read_prefix(prompts[members[0]][:shared])
                 members = sorted(members, key=lambda i: -len(prompts[i]))
@@ -243,14 +243,14 @@ class HfModel:
         disagreement turns it off, aloud."""
         import torch
 
-        from helpers.evaluate import packed, shared_prefix
+        from helpers.evaluate import packed, prefix_cache
 
         if not self.fast or self._checked:
             return self.fast
         self._checked, self._packed = True, packed.Packed(self.model)
         ids, half = self._tensor([list(prompt)]), len(prompt) // 2
         plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        with self._packed, shared_prefix.decoding(self.model) as state:
+        with self._packed, prefix_cache.decoding(self.model) as state:
             if half:
                 self._read_prefix(prompt[:half])
             state.begin(torch.ones_like(ids[:, half:]), 0)

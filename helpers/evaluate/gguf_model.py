@@ -32,7 +32,7 @@ class GgufModel:
             )
 
     def _open(self) -> Any:
-        from helpers.gguf.runtime import LlamaCpp
+        from helpers.gguf.llama_cpp import LlamaCpp
 
         return LlamaCpp(self.path, context=self._context, parallel=PARALLEL)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import Answer, Decoding
 
@@ -33,7 +33,7 @@ class GgufProcess:
         self._log = tempfile.TemporaryFile()
         self._child = subprocess.Popen(
             [sys.executable, "-m", "helpers.evaluate.gguf_process", str(self.path), end_of_turn],
-            cwd=runtime.PROJECT,
+            cwd=machine.PROJECT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from helpers.errors import TunebookError
-from helpers.evaluate import compare
+from helpers.evaluate import statistics
 from helpers.evaluate.generate import Decoding
 
 VERDICT_TOKENS = 16
@@ -71,7 +71,7 @@ def compare_answers(
 
     Raises TunebookError when the estimate is over `budget` tokens. store: a cache.Store that keeps verdicts.
     """
-    from helpers.evaluate import cache
+    from helpers.evaluate import answer_store
 
     cost = estimate(pairs)
     total = cost["input_tokens"] + cost["output_tokens"]
@@ -83,7 +83,7 @@ def compare_answers(
 
     def ask(job: tuple[dict[str, str], bool]) -> float | None:
         text = prompt(*job)
-        key = cache.key("judge", endpoint.model, text)
+        key = answer_store.key("judge", endpoint.model, text)
         if store is not None and store.get(key) is not None:
             return store.get(key)
         answer = endpoint.ask([{"role": "user", "content": text}], Decoding(VERDICT_TOKENS, seed=seed))
@@ -104,7 +104,7 @@ def compare_answers(
         agree += straight == 1 - swapped
         wins.append((straight + 1 - swapped) / 2)
     known = [i for i, w in enumerate(wins) if w is not None]
-    rate = compare.mean(wins, seed=seed)
+    rate = statistics.mean(wins, seed=seed)
     lengths = [len(pairs[i]["contender"]) - len(pairs[i]["baseline"]) for i in known]
     return {
         "n": len(known),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.evaluate import cache, contenders
+from helpers.evaluate import answer_store, candidates
 from helpers.evaluate.generate import Answer, Decoding
 
 #: What loading or running a model raises when it cannot: a sentence of ours, damaged files, no memory, a missing library.
@@ -34,7 +34,7 @@ class Session:
 
     def __init__(
         self,
-        contender: contenders.Contender,
+        contender: candidates.Contender,
         folder: Path,
         precision: str = "auto",
         end_of_turn: str = "",
@@ -43,7 +43,7 @@ class Session:
         if contender.trouble:
             raise TunebookError(contender.trouble)
         self.contender, self.precision, self.end_of_turn, self.quiet = contender, precision, end_of_turn, quiet
-        self.store = cache.Store(folder, contender.content(precision))
+        self.store = answer_store.Store(folder, contender.content(precision))
         self._reader: Any = None
 
     def __enter__(self) -> Session:
@@ -62,7 +62,7 @@ class Session:
     def reader(self) -> Any:
         """The loaded model; loads it on first use."""
         if self._reader is None:
-            self._reader = contenders.reader(self.contender, self.precision, self.end_of_turn)
+            self._reader = candidates.reader(self.contender, self.precision, self.end_of_turn)
         return self._reader
 
     def answers(
@@ -72,10 +72,10 @@ class Session:
 
         The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
         """
-        keys = [cache.key("answer", prompt, decoding.key()) for prompt in prompts]
+        keys = [answer_store.key("answer", prompt, decoding.key()) for prompt in prompts]
         found: list[Answer | None] = [Answer(*v) if (v := self.store.get(k)) is not None else None for k in keys]
         missing = [i for i, a in enumerate(found) if a is None]
-        speed_key = cache.key("speed", sorted(keys))
+        speed_key = answer_store.key("speed", sorted(keys))
         if missing:
             bar = self._bar(label or self.contender.name, len(prompts), len(prompts) - len(missing))
             reader = self.reader
@@ -101,7 +101,7 @@ class Session:
         self, pairs: Sequence[tuple[list[dict[str, str]], str]], label: str = ""
     ) -> list[tuple[float, int]]:
         """(sum of log-probabilities in nats, tokens) of each completion after its conversation, its end of turn included."""
-        keys = [cache.key("completion", messages, text) for messages, text in pairs]
+        keys = [answer_store.key("completion", messages, text) for messages, text in pairs]
         sizes = [len(text) for _, text in pairs]
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
@@ -113,7 +113,7 @@ class Session:
     def text_losses(self, texts: Sequence[str], label: str = "") -> list[tuple[float, int]]:
         """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens. Every token is predicted from those
         before it; the first one is not counted."""
-        keys = [cache.key("text", text, WINDOW) for text in texts]
+        keys = [answer_store.key("text", text, WINDOW) for text in texts]
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
@@ -123,7 +123,7 @@ class Session:
 
     def kept(self, name: Any, make: Any) -> Any:
         """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
-        name = cache.key("kept", name)
+        name = answer_store.key("kept", name)
         if self.store.get(name) is None:
             self.store.put(name, make(self.reader))
         return self.store.get(name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from helpers.evaluate import compare, forgetting, harness, instructions, items, preference
+from helpers.evaluate import forgetting, harness, items, statistics
+from helpers.tasks import instructions
 
 SMALL = 100  # items; below this even a large difference may hide
 METRIC_LABELS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF"}
@@ -17,7 +18,7 @@ def build(judged: Any) -> dict[str, Any]:
     preferences = {n: dict(p) for n, p in judged.preferences.items()}
     baseline = next(iter(scored))
     if preferences:
-        preference.win_rates(preferences, baseline)
+        preferences.win_rates(preferences, baseline)
     metas, golds = [i.meta for i in judged.items], [i.reference for i in judged.items]
     followed = {n: instructions.score(judged.answers[n], metas, golds, judged.kind) for n in scored}
     forgot = _forgetting(judged, baseline)
@@ -120,15 +121,15 @@ def _contender(
         found["accuracy_nonempty"] = _score(
             judged, [v if judged.nonempty(i) else None for v, i in zip(values, judged.items, strict=True)]
         )
-        found["valid"] = compare.share([e["valid"] for e in entries])
-        found["structural"] = compare.share([e["structural"] for e in entries])
+        found["valid"] = statistics.share([e["valid"] for e in entries])
+        found["structural"] = statistics.share([e["structural"] for e in entries])
     elif judged.kind == "references":
         found |= {m: _score(judged, [e["metrics"][m] for e in entries]) for m in METRIC_LABELS}
     if judged.contamination and judged.contamination["contaminated"]:
         found["accuracy_clean"] = _score(
             judged, [None if h else v for v, h in zip(values, judged.contaminated, strict=True)]
         )
-    found["stopped"] = compare.share([e["stopped"] for e in entries])
+    found["stopped"] = statistics.share([e["stopped"] for e in entries])
     found |= {f"instructions/{name}": s for name, s in followed[c.name].items()}
     for task, result in (harnessed or {}).items():
         for metric, v in result["metrics"].get(c.name, {}).items():
@@ -178,9 +179,9 @@ def _contender(
 def _score(judged: Any, values: list[float | None]) -> dict[str, Any]:
     binary = all(v in (0, 1, None) for v in values)
     return (
-        compare.share(values)
+        statistics.share(values)
         if binary and not judged.clusters
-        else compare.mean(values, clusters=judged.clusters, seed=judged.params.seed)
+        else statistics.mean(values, clusters=judged.clusters, seed=judged.params.seed)
     )
 
 
@@ -191,10 +192,10 @@ def _comparisons(judged: Any, scored: dict[str, Any], baseline: str) -> list[dic
     pairs += [("sft", "orpo")] if {"sft", "orpo"} <= scored.keys() and baseline != "sft" else []
     values = {n: [e["score"] for e in judged.answers[n]] for n in scored}
     found = [
-        compare.pair(a, b, values[a], values[b], "accuracy", judged.clusters, judged.params.seed)
+        statistics.pair(a, b, values[a], values[b], "accuracy", judged.clusters, judged.params.seed)
         for a, b in dict.fromkeys(pairs)
     ]
-    return compare.settle([f for f in found if f])
+    return statistics.settle([f for f in found if f])
 
 
 def _forgetting(judged: Any, baseline: str) -> dict[str, Any] | None:
@@ -295,7 +296,7 @@ def _ship(scores: dict[str, Any], judged: Any) -> dict[str, str] | None:
         c["contender"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == ready[0]["name"]
     }
     for record in sorted(files, key=lambda c: c["size_bytes"] or 0):
-        pair = compare.pair(
+        pair = statistics.pair(
             best["name"],
             record["name"],
             top,

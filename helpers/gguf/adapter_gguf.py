@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from helpers.errors import TunebookError
-from helpers.gguf import convert, llama_lib
+from helpers.gguf import convert, libraries
 from helpers.model import merging
 
 # Runs in the converter's process: argv = model folder, npz of B matrices by transformers' weight name, npz out by GGUF name.
@@ -51,7 +51,7 @@ def write(adapter: Path, model: Path, out: Path) -> Path:
         folder = convert.clean_copy(model, Path(work) / "model")
         np.savez(Path(work) / "b.npz", **{f"{n}.weight": b for n, (_, b) in pairs.items()})
         script = Path(work) / "rename.py"
-        script.write_text(f"import sys; sys.path.insert(0, {str(llama_lib.converter())!r})\n{SCRIPT}")
+        script.write_text(f"import sys; sys.path.insert(0, {str(libraries.converter())!r})\n{SCRIPT}")
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",

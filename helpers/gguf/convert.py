@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from helpers.errors import TunebookError
-from helpers.gguf import llama_lib, reading
+from helpers.gguf import header, libraries
 
 TYPES_16 = ("f16", "bf16")
 TOKENIZER_FILES = (
@@ -46,7 +46,7 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dic
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
         folder, partial = clean_copy(model, Path(work) / "model"), Path(work) / "out.gguf"
         _run(folder, partial, model, ["--outtype", outtype, *(["--model-name", name] if name else [])])
-        reading.check(partial)
+        header.check(partial)
         os.replace(partial, out)
     return {"wall_s": round(time.time() - started, 2), "bytes": out.stat().st_size}
 
@@ -64,7 +64,7 @@ def architectures() -> set[str]:
     """Hugging Face's names of the architectures that the converter knows."""
     import ast
 
-    tree = ast.parse((llama_lib.converter() / "conversion/__init__.py").read_text())
+    tree = ast.parse((libraries.converter() / "conversion/__init__.py").read_text())
     for node in tree.body:
         names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
         if "TEXT_MODEL_MAP" in names:
@@ -94,7 +94,7 @@ def clean_copy(model: Path, folder: Path, weights: bool = True) -> Path:
 
 
 def _run(folder: Path, out: Path, model: Path, options: list[str]) -> None:
-    script = llama_lib.converter() / "convert_hf_to_gguf.py"
+    script = libraries.converter() / "convert_hf_to_gguf.py"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")}
     env |= {
         "HF_HUB_OFFLINE": "1",

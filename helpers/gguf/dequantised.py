@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.gguf import importance, reading
+from helpers.gguf import header, importance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ class Places:
     """
 
     def __init__(self, model: Any, source: Path):
-        summary = reading.check(source)
+        summary = header.check(source)
         tensors = {t.name: t for t in summary.tensors if t.type == "F16" and len(t.shape) == 2}
         matrices = {
             n.removesuffix(".weight"): p for n, p in model.named_parameters() if n.endswith(".weight") and p.dim() == 2
@@ -43,7 +43,7 @@ class Places:
         import torch
         from gguf import GGMLQuantizationType, dequantize
 
-        packed = [t for t in reading.check(file).tensors if t.type not in PLAIN]
+        packed = [t for t in header.check(file).tensors if t.type not in PLAIN]
         if any(t.name not in self._found for t in packed):
             return False
         for tensor in packed:
@@ -56,7 +56,7 @@ class Places:
         return True
 
 
-def _raw(file: Path, tensor: reading.Tensor) -> np.ndarray:
+def _raw(file: Path, tensor: header.Tensor) -> np.ndarray:
     """A matrix's bytes, (rows, bytes a row), memory-mapped."""
     import numpy as np
 

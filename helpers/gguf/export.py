@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, importance, llama_lib, modelfile, preflight, quantize
+from helpers.gguf import convert, fidelity, importance, libraries, ollama, preflight, quantize
 from helpers.model import loading, merging
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
@@ -79,11 +79,11 @@ def prepare(stage: Any) -> Export:
     """What will be exported. Raises TunebookError for parameters that cannot be met, before any work."""
     params = stage.params
     kinds, outputs = quantize.parse_types(params.quantizations), _outputs(params.outputs)
-    modelfile.check_name(params.model_name)
+    ollama.check_name(params.model_name)
     if (
         params.llama_cpp
     ):  # for every process from here on: what quantises, what the gates run and what serves is then one build
-        os.environ[llama_lib.OWN_BUILD] = params.llama_cpp
+        os.environ[libraries.OWN_BUILD] = params.llama_cpp
     trained_by, manifest = _choose(stage.parents, params.export)
     known = (manifest.data.get("model") or {}) if manifest else {}
     source = loading.resolve_model(known.get("name") or stage.parents["data"].params["model"])
@@ -140,7 +140,7 @@ def convert_and_quantize(export: Export) -> list[quantize.Quantised]:
             rows = training_rows(export.stage, export.stage.params.imatrix_tokens)
             _timed(export, "imatrix", lambda: importance.write(export.merged_path, export.f16, rows, matrix))
     export.files = [quantize.describe(export.file(k), k) for k in export.kinds if k in convert.TYPES_16]
-    for kind in runtime.progress(wanted, "Quantising"):
+    for kind in machine.progress(wanted, "Quantising"):
         out = export.file(kind)
         made = (
             quantize.describe(out, kind)
@@ -174,13 +174,13 @@ def prove(export: Export) -> list[fidelity.Result]:
         }
         reference.free()
         export.merge_check = merge_check(export, reference)
-        for kind, file in runtime.progress(list(files.items()), "Comparing with the trained model"):
+        for kind, file in machine.progress(list(files.items()), "Comparing with the trained model"):
             export.results.append(fidelity.measure(reference, file, kind, weights.get(kind)))
     finally:
         reference.close()
-    from helpers.gguf import score
+    from helpers.gguf import task_score
 
-    score.add(export)
+    task_score.add(export)
     export.seconds["fidelity"] = round(time.time() - started, 2)
     runs.write_json(
         export.stage.path / "fidelity.json",
@@ -221,9 +221,9 @@ def finish(export: Export, written: Any = None) -> Any:
             for f in export.files
         },
     }
-    from helpers.gguf import picture
+    from helpers.report import export_views
 
-    metrics["recommended"] = picture.recommend(export.files, export.results)
+    metrics["recommended"] = export_views.recommend(export.files, export.results)
     extra = {"modelfile": written.as_dict()} if written is not None else {}
     return export.stage.finish(metrics, extra=extra)
 

@@ -2,7 +2,7 @@
 
 Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each quantised file's unpacked
 weights are then run in the same model, so that what the smaller weights cost and what the runtime's arithmetic costs are told apart;
-the files themselves are measured one after another in a process without torch (helpers/gguf/measure.py).
+the files themselves are measured one after another in a process without torch (helpers/gguf/probes.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 from helpers.gguf import dequantised, shapes
 
@@ -230,11 +230,11 @@ def measure(
         "library": str(library),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.gguf.measure", json.dumps(settings)],
+        [sys.executable, "-m", "helpers.gguf.probes", json.dumps(settings)],
         capture_output=True,
         text=True,
         errors="replace",
-        cwd=runtime.PROJECT,
+        cwd=machine.PROJECT,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -285,7 +285,7 @@ def _load(merged: Path) -> Any:
     from helpers.model.loading import load_model
 
     size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
-    card = runtime.gpu()
+    card = machine.gpu()
     device = "cpu" if card is None or 1.2 * size + 1 > card.total_gib else ""
     room = available_gib() if device else card.total_gib
     return load_model(merged, dtype="fp32" if 2.2 * size < room else "bf16", device=device).eval()
@@ -297,7 +297,7 @@ def available_gib() -> float:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
     except (OSError, StopIteration):
-        return runtime.total_memory_gib()
+        return machine.total_memory_gib()
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.gguf import reading
+from helpers.gguf import header
 
 
 def write(merged: Path, gguf: Path, rows: Sequence[Sequence[int]], out: Path) -> Path:
@@ -21,7 +21,7 @@ def write(merged: Path, gguf: Path, rows: Sequence[Sequence[int]], out: Path) ->
     Raises TunebookError when the model's layers cannot be told apart by llama.cpp's tensor names.
     """
     sums, counts = gather(merged, rows)
-    names = tensor_names(reading.check(gguf), list(sums))
+    names = tensor_names(header.check(gguf), list(sums))
     if not names:
         raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -58,7 +58,7 @@ def gather(merged: Path, rows: Sequence[Sequence[int]]) -> tuple[dict[str, Any],
     return {n: v.astype(np.float32) for n, v in sums.items()}, counts
 
 
-def tensor_names(summary: reading.Summary, layers: Sequence[str]) -> dict[str, str]:
+def tensor_names(summary: header.Summary, layers: Sequence[str]) -> dict[str, str]:
     """Layer name in transformers -> tensor name in the GGUF file, by gguf's own table for the file's architecture."""
     import gguf
 

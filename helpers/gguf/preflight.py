@@ -15,7 +15,7 @@ from typing import Any
 
 from helpers import runs
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, llama_lib, quantize, shapes
+from helpers.gguf import convert, fidelity, libraries, quantize, shapes
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
@@ -148,12 +148,12 @@ def _tokenizer(base: Path, folder: Path, report: Report) -> None:
             loading.template_hash(tokenizer),
             runs.sha256_file(base / "config.json"),
             runs.sha256_file(model_file) if model_file.is_file() else "",
-            llama_lib.CONVERTER,
-            llama_lib.packaged().stat().st_size,
+            libraries.CONVERTER,
+            libraries.packaged().stat().st_size,
             shapes.TEXTS,
         ]
     )
-    remembered = llama_lib.cache_folder() / "preflight" / f"{key}.json"
+    remembered = libraries.cache_folder() / "preflight" / f"{key}.json"
     try:
         found = json.loads(remembered.read_text())
     except (OSError, ValueError):
@@ -166,7 +166,7 @@ def _tokenizer(base: Path, folder: Path, report: Report) -> None:
 def _examine(base: Path, folder: Path, tokenizer: Any, work: Path) -> list[tuple[str, bool, str]]:
     import tempfile
 
-    from helpers.gguf.runtime import Vocabulary
+    from helpers.gguf.llama_cpp import Vocabulary
     from helpers.model.loading import end_of_turn
 
     with tempfile.TemporaryDirectory(prefix=".vocabulary.", dir=_made(work)) as temporary:

@@ -2,7 +2,7 @@
 
 Preferred in this order: `llama-quantize` of the user's own build, `llama_model_quantize` of the prebuilt library (through ctypes),
 and, where that library cannot be loaded, llama.cpp's row quantisers inside `xllamacpp` with llama.cpp's choice of types
-(helpers/gguf/mix.py). All three give the same bytes of tensor data.
+(helpers/gguf/quantization_mix.py). All three give the same bytes of tensor data.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
-from helpers.gguf import binding, llama_lib, reading
+from helpers.gguf import header, libraries, llama_structs
 
 # Name -> llama.cpp's file type number (enum llama_ftype in llama.h).
 FILE_TYPES = {
@@ -95,10 +95,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, th
     Raises TunebookError, the partial file removed, when llama.cpp fails or the disk is full.
     """
     parse_types(kind)
-    reading.check(source)
-    started, threads = time.time(), threads or binding.threads()
+    header.check(source)
+    started, threads = time.time(), threads or llama_structs.threads()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    program, library = llama_lib.quantize_program(), llama_lib.for_quantizing()
+    program, library = libraries.quantize_program(), libraries.for_quantizing()
     if program:
         options = ["--imatrix", str(imatrix)] if imatrix else []
         command, by = [str(program), *options, str(source), str(partial), kind.upper(), str(threads)], str(program)
@@ -117,10 +117,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, th
         ]
         by = library.name if library else "xllamacpp's row quantisers"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=runtime.PROJECT)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=machine.PROJECT)
         if done.returncode or not partial.is_file():
             raise TunebookError(_why(done.stderr + done.stdout, done.returncode, source, kind))
-        summary = reading.check(partial)
+        summary = header.check(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
@@ -128,10 +128,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, th
 
 
 def describe(
-    path: Path, kind: str, summary: reading.Summary | None = None, wall_s: float = 0.0, by: str = ""
+    path: Path, kind: str, summary: header.Summary | None = None, wall_s: float = 0.0, by: str = ""
 ) -> Quantised:
     """Size, types and fallbacks of a file that is there."""
-    summary = summary or reading.check(path)
+    summary = summary or header.check(path)
     return Quantised(
         kind,
         path,
@@ -144,7 +144,7 @@ def describe(
     )
 
 
-def fallbacks(summary: reading.Summary, kind: str) -> dict[str, int]:
+def fallbacks(summary: header.Summary, kind: str) -> dict[str, int]:
     """Tensors of a K-quant file whose rows are no multiple of 256 weights, by what they became."""
     if "_k" not in kind:
         return {}

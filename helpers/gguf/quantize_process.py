@@ -8,7 +8,7 @@ import ctypes as c
 import sys
 from pathlib import Path
 
-from helpers.gguf import binding
+from helpers.gguf import llama_structs
 
 
 class _Importance(c.Structure):
@@ -20,14 +20,14 @@ class _Importance(c.Structure):
 def main(library: str, source: str, out: str, kind: str, file_type: str, threads: str, imatrix: str) -> int:
     """library: path of a libllama that quantises, "" for the row quantisers; file_type: llama.cpp's number of `kind`. 0 when `out` is whole."""
     if not library:
-        from helpers.gguf import mix
+        from helpers.gguf import quantization_mix
 
-        mix.quantize(Path(source), Path(out), kind, imatrix)
+        quantization_mix.quantize(Path(source), Path(out), kind, imatrix)
         return 0
-    loaded = binding.Library(library, runs=False)
+    loaded = llama_structs.Library(library, runs=False)
     function = loaded.dll.llama_model_quantize
-    function.restype, function.argtypes = c.c_uint32, (c.c_char_p, c.c_char_p, c.POINTER(binding.Block))
-    loaded.dll.llama_model_quantize_default_params.restype = binding.Block
+    function.restype, function.argtypes = c.c_uint32, (c.c_char_p, c.c_char_p, c.POINTER(llama_structs.Block))
+    loaded.dll.llama_model_quantize_default_params.restype = llama_structs.Block
     block = loaded.dll.llama_model_quantize_default_params()
     numbers = (c.c_int32 * 2).from_buffer(block)  # nthread and ftype have come first in every release
     numbers[0], numbers[1] = int(threads), int(file_type)

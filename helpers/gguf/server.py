@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
-from helpers.gguf import binding, reading
+from helpers.gguf import header, llama_structs
 
 READY = "listening "
 
@@ -47,7 +47,7 @@ class Server:
         timeout_s: float = 300,
     ):
         self.path = Path(path)
-        reading.check(self.path)
+        header.check(self.path)
         if port:
             _refuse_taken(port)
         settings = {
@@ -67,7 +67,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=runtime.PROJECT,
+            cwd=machine.PROJECT,
         )
         try:
             self.process.stdin.write(json.dumps(settings) + "\n")
@@ -180,7 +180,7 @@ def _child() -> None:
     if (
         settings["threads"] or "OMP_NUM_THREADS" in os.environ
     ):  # llama.cpp does not read it; its own default is the physical cores
-        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"] or binding.threads()
+        p.cpuparams.n_threads = p.cpuparams_batch.n_threads = settings["threads"] or llama_structs.threads()
     try:
         running = xllamacpp.Server(p)
     except (RuntimeError, ValueError, OSError, MemoryError) as error:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,7 +35,7 @@ class ModelSource:
 
 def cache() -> Path:
     """Folder of converted models and tools: `$TUNEBOOK_CACHE`, or `.cache/` in the project."""
-    return Path(os.environ.get("TUNEBOOK_CACHE") or runtime.PROJECT / ".cache")
+    return Path(os.environ.get("TUNEBOOK_CACHE") or machine.PROJECT / ".cache")
 
 
 def resolve_model(name: str, revision: str = "") -> ModelSource:
@@ -197,7 +197,7 @@ def dtype(name: str = "auto") -> Any:
     import torch
 
     if name == "auto":
-        card = runtime.gpu()
+        card = machine.gpu()
         name = ("bf16" if fast_bf16() else "fp32") if card is None else "bf16" if card.capability >= (8, 0) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
@@ -240,7 +240,7 @@ def load_model(
     if (
         dtype == "auto"
         and compute == torch.float32
-        and 4 * _parameters(path) > 0.7 * 2**30 * runtime.total_memory_gib()
+        and 4 * _parameters(path) > 0.7 * 2**30 * machine.total_memory_gib()
     ):
         compute = torch.bfloat16  # slow, but it fits
     options: dict[str, Any] = {

@@ -7,7 +7,7 @@ prompt. Causal attention makes the hidden states of a common beginning the same 
 
 in which each rest sees the beginning and itself gives the same losses and gradients as separate rows. On two CPU cores
 it made an epoch of the default job about three times as fast. For GPUs without FlashAttention and for CPUs; the
-tensors come from `helpers.train.sharing`.
+tensors come from `helpers.model.prefix_sharing`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def register() -> str:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    from helpers.model import attention
+    from helpers.model import packed_attention
 
-    attention.register()
+    packed_attention.register()
     AttentionInterface.register(NAME, shared_prefix)
-    AttentionMaskInterface.register(NAME, attention.mask_unless_packed)
+    AttentionMaskInterface.register(NAME, packed_attention.mask_unless_packed)
     return NAME
 
 
@@ -45,12 +45,12 @@ def shared_prefix(
 
     prefix_length: tokens of the common beginning. rest_index: (rests, longest) place of each rest's tokens in the row,
     padded with 0. rest_mask: (rests, 1, longest, prefix + longest) bool, what each of them sees. Without a common
-    beginning this is `helpers.model.attention.packed_sdpa`.
+    beginning this is `helpers.model.packed_attention.packed_sdpa`.
     """
     from torch.nn.functional import scaled_dot_product_attention
 
     if not prefix_length:
-        from helpers.model.attention import packed_sdpa
+        from helpers.model.packed_attention import packed_sdpa
 
         return packed_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     import torch

@@ -17,11 +17,11 @@ def build(run: str, stage: Any = None) -> Path:
     A run with missing, unfinished or damaged stages gets a page that says so at its top. Raises TunebookError when there is
     no such run.
     """
-    from helpers.report import card, facts, page, stages
+    from helpers.report import facts, model_card, page, stages
     from helpers.runs import write_atomic
 
     found = facts.gather(run, stage)
-    made = {"report.html": page.render(found), "MODEL_CARD.md": card.render(found)}
+    made = {"report.html": page.render(found), "MODEL_CARD.md": model_card.render(found)}
     if found.stages:
         write_atomic(found.folder / "params.yaml", stages.params_yaml(found))
     for folder in [found.folder] + ([stage.path] if stage is not None else []):
@@ -33,7 +33,7 @@ def build(run: str, stage: Any = None) -> Path:
 def compare(names: list[str], out: str | Path | None = None) -> Path:
     """Write one page that compares two or more runs (a sweep) and return its path; default runs/compare.html."""
     from helpers import runs
-    from helpers.report import sweep
+    from helpers.report import compare
     from helpers.runs import write_atomic
 
-    return write_atomic(Path(out) if out else runs.root() / "compare.html", sweep.render(names))
+    return write_atomic(Path(out) if out else runs.root() / "compare.html", compare.render(names))

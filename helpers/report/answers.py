@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.report import plots
+from helpers.report import svg
 from helpers.report.facts import Facts
 from helpers.report.markup import Markup, esc, section
 
@@ -52,7 +52,7 @@ def show(facts: Facts) -> Markup:
 
 
 def _right(answer: dict[str, Any] | None) -> bool | None:
-    return None if not answer or not plots.finite(answer.get("score")) else answer["score"] >= 0.5
+    return None if not answer or not svg.finite(answer.get("score")) else answer["score"] >= 0.5
 
 
 def _group(row: dict[str, Any], base: str, best: str) -> str:
@@ -133,7 +133,7 @@ def _item(group: str, row: dict[str, Any], names: list[str], printed: bool) -> s
             if right
             else f'<span class="no">✗ {esc(why)}</span>'
         )
-        if plots.finite(answer.get("score")) and 0 < answer["score"] < 1:
+        if svg.finite(answer.get("score")) and 0 < answer["score"] < 1:
             mark += f' <span class="muted">{answer["score"]:.2f}</span>'
         alike.setdefault((answer["text"], mark, "" if right else _result(answer.get("result"))), []).append(name)
     sides += [_side(", ".join(who), *said) for said, who in alike.items()]

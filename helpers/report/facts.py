@@ -124,7 +124,7 @@ def _open_manifest(stage: Any) -> dict[str, Any]:
     """What the manifest of a stage that is about to finish will say, as far as it is known."""
     import time
 
-    from helpers import runtime
+    from helpers import machine
 
     known = next((m.data for m in reversed(stage.parents.values()) if m.data.get("model")), {})
     return {
@@ -141,8 +141,8 @@ def _open_manifest(stage: Any) -> dict[str, Any]:
             for s, p in stage.parents.items()
         },
         "wall_s": round(time.time() - stage.started, 1),
-        "peak_memory_gib": runtime.peak_memory_gib(),
-        **runtime.versions(),
+        "peak_memory_gib": machine.peak_memory_gib(),
+        **machine.versions(),
     }
 
 
@@ -163,13 +163,13 @@ def _lineage(facts: Facts) -> None:
 
 
 def _read_scores(facts: Facts) -> None:
-    from helpers.evaluate import schema
+    from helpers.evaluate import scores
 
     path = runs.folder(facts.run, "eval")
-    if not (path / schema.SCORES).is_file():
+    if not (path / scores.SCORES).is_file():
         return
     try:
-        facts.scores, facts.answers = schema.read(path)
+        facts.scores, facts.answers = scores.read(path)
     except (TunebookError, KeyError, TypeError, AttributeError) as error:
         facts.warnings.append(f"The evaluation's files cannot be used: {error}")
         return

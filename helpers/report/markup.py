@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from helpers.report.plots import finite, number
+from helpers.report.svg import finite, number
 
 # Characters that would hide or reorder what a model wrote: shown as what they are. Tab and line end stay.
 HIDDEN = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.report import plots
+from helpers.report import svg
 from helpers.report.facts import Facts
 from helpers.report.markup import Markup, between, duration, esc, percent, plain, points, score, section, size, table
 
@@ -47,7 +47,7 @@ def tiles(facts: Facts) -> Markup:
                 f"95 %: {points(pair['low'])} to {points(pair['high'])}, n = {pair['n']}",
             )
         )
-    if best and plots.finite(best.get("size_bytes")):
+    if best and svg.finite(best.get("size_bytes")):
         found.append(
             (
                 size(best["size_bytes"]),
@@ -102,7 +102,7 @@ def _accuracy(facts: Facts) -> str:
     contenders = facts.contenders()
     extra = [m for m in LABELS if m != "accuracy" and any(m in c["scores"] for c in contenders)]
     known = [
-        c["scores"]["accuracy"] for c in contenders if plots.finite((c["scores"].get("accuracy") or {}).get("value"))
+        c["scores"]["accuracy"] for c in contenders if svg.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
     ceiling = (
         1.0
@@ -121,13 +121,13 @@ def _accuracy(facts: Facts) -> str:
                     c["name"],
                     score(accuracy),
                     Markup(
-                        plots.interval(accuracy.get("value"), accuracy.get("low"), accuracy.get("high"), 0.0, ceiling)
+                        svg.interval(accuracy.get("value"), accuracy.get("low"), accuracy.get("high"), 0.0, ceiling)
                         + f'<span class="muted">{between(accuracy.get("low"), accuracy.get("high"), accuracy.get("unit", "share"))}</span>'
                     ),
                     *[score(c["scores"].get(m)) for m in extra],
                     size(c["size_bytes"]),
                     f"{speed['items_per_s']:.1f} /s"
-                    if plots.finite(speed.get("items_per_s")) and speed["items_per_s"]
+                    if svg.finite(speed.get("items_per_s")) and speed["items_per_s"]
                     else "",
                 ]
             )
@@ -149,11 +149,11 @@ def _accuracy(facts: Facts) -> str:
 
 
 def _comparisons(facts: Facts) -> str:
-    found = [c for c in facts.scores["comparisons"] if plots.finite(c["difference"])]
+    found = [c for c in facts.scores["comparisons"] if svg.finite(c["difference"])]
     if not found:
         return ""
     reach = (
-        max((abs(v) for c in found for v in (c["difference"], c["low"], c["high"]) if plots.finite(v)), default=0.1)
+        max((abs(v) for c in found for v in (c["difference"], c["low"], c["high"]) if svg.finite(v)), default=0.1)
         or 0.1
     )
     rows = []
@@ -164,16 +164,16 @@ def _comparisons(facts: Facts) -> str:
         what = f"{c['contender']} against {c['baseline']}" + (
             "" if c["metric"] == "accuracy" else f", {LABELS.get(c['metric'], c['metric'])}"
         )
-        p = c["p_holm"] if plots.finite(c["p_holm"]) else c["p"]
+        p = c["p_holm"] if svg.finite(c["p_holm"]) else c["p"]
         rows.append(
             [
                 what,
                 verdict,
-                Markup(plots.interval(c["difference"], c["low"], c["high"], -reach, reach, zero=True)),
+                Markup(svg.interval(c["difference"], c["low"], c["high"], -reach, reach, zero=True)),
                 f"{points(c['difference'])} ({points(c['low'])} to {points(c['high'])})",
-                "–" if not plots.finite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
+                "–" if not svg.finite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
                 f"{c['wins']} / {c['losses']} / {c['ties']}" if c.get("wins") is not None else "",
-                f"{points(c['detectable']).lstrip('+')}" if plots.finite(c["detectable"]) else "",
+                f"{points(c['detectable']).lstrip('+')}" if svg.finite(c["detectable"]) else "",
             ]
         )
     head = ["", "verdict", "difference", "points (95 %)", "p", "won / lost / tied", "detectable"]
@@ -212,7 +212,7 @@ def _groups(facts: Facts) -> str:
 
 
 def _errors(facts: Facts) -> str:
-    from helpers.evaluate.schema import ERROR_KINDS
+    from helpers.evaluate.scores import ERROR_KINDS
 
     shown = [c for c in facts.contenders() if c["status"] == "scored" and any(c["errors"].values())]
     kinds = [k for k in ERROR_KINDS if any(c["errors"].get(k) for c in shown)]
@@ -239,10 +239,10 @@ def forgetting(facts: Facts) -> Markup:
             if c.get("passed")
             else '<span class="worse">lost</span>'
         )
-        change = "" if name == lost["baseline"] else f"{c['change']:+.3f}" if plots.finite(c.get("change")) else "–"
+        change = "" if name == lost["baseline"] else f"{c['change']:+.3f}" if svg.finite(c.get("change")) else "–"
         limits = (
             f"{c['low']:+.3f} to {c['high']:+.3f}"
-            if name != lost["baseline"] and plots.finite(c.get("low")) and plots.finite(c.get("high"))
+            if name != lost["baseline"] and svg.finite(c.get("low")) and svg.finite(c.get("high"))
             else ""
         )
         rows.append(
@@ -273,7 +273,7 @@ def forgetting(facts: Facts) -> Markup:
     texts = next((c.get("n") for c in lost["contenders"].values() if c.get("n")), None)
     sub = (
         f"Cross-entropy per token on general text{f' ({texts} texts)' if texts else ''} that has nothing to do with the job"
-        + (f"; more than {limit:+.2f} nats counts as lost." if plots.finite(limit) else ".")
+        + (f"; more than {limit:+.2f} nats counts as lost." if svg.finite(limit) else ".")
     )
     return section("forgetting", "What was lost", body, sub)
 
@@ -292,13 +292,13 @@ def fidelity(facts: Facts) -> Markup:
     by_score = [
         (c["size_bytes"] / 1e6, c["scores"]["accuracy"]["value"], c["name"])
         for c in facts.contenders()
-        if plots.finite(c["size_bytes"])
+        if svg.finite(c["size_bytes"])
         and c["role"] in ("gguf", "merged")
-        and plots.finite((c["scores"].get("accuracy") or {}).get("value"))
+        and svg.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
     for name, f in files.items():
         measured = percent(accuracy.get(name.lower()))
-        if name.lower() not in accuracy and plots.finite(
+        if name.lower() not in accuracy and svg.finite(
             f.get("task_score")
         ):  # scored by the export alone, on fewer questions
             measured = f"{percent(f['task_score'])} of {f.get('task_count') or '?'}"
@@ -320,11 +320,11 @@ def fidelity(facts: Facts) -> Markup:
                 ),
             ]
         )
-        if plots.finite(f.get("bytes")) and plots.finite(kl):
+        if svg.finite(f.get("bytes")) and svg.finite(kl):
             by_kl.append((f["bytes"] / 1e6, kl, name))
-    figures = plots.scatter(
+    figures = svg.scatter(
         by_kl, "Divergence from the merged model by size", "MB", "mean KL, nats", log_y=all(p[1] > 0 for p in by_kl)
-    ) + (plots.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else "")
+    ) + (svg.scatter(by_score, "Task score by size", "MB", "accuracy", percent_y=True) if len(by_score) > 1 else "")
     head = [
         "file",
         "size",
@@ -470,7 +470,7 @@ def others(facts: Facts) -> Markup:
 
 
 def _plus_minus(value: dict[str, Any] | None) -> str:
-    if not value or not plots.finite(value.get("value")):
+    if not value or not svg.finite(value.get("value")):
         return "–"
     error = value.get("stderr")
-    return f"{value['value']:.4f}" + (f" ± {error:.4f}" if plots.finite(error) else "")
+    return f"{value['value']:.4f}" + (f" ± {error:.4f}" if svg.finite(error) else "")

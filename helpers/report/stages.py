@@ -10,7 +10,7 @@ from typing import Any
 from helpers import params as parameters
 from helpers import runs
 from helpers.report import facts as reading
-from helpers.report import plots
+from helpers.report import svg
 from helpers.report.facts import TITLES, Facts
 from helpers.report.markup import Markup, duration, esc, percent, plain, section, size, table
 
@@ -75,7 +75,7 @@ def data(facts: Facts) -> Markup:
         if isinstance(splits[n], int)
     ]
     body += table(["split", "rows"], rows, ["name", "n"])
-    if plots.finite(metrics.get("trained_share")):
+    if svg.finite(metrics.get("trained_share")):
         body += (
             f"<p>{plain(metrics.get('tokens'))} tokens; {percent(metrics['trained_share'])} of them are trained on.</p>"
         )
@@ -125,8 +125,8 @@ def _lengths(facts: Facts) -> str:
     for length in found:
         counts[length // step] += 1
     limit = facts.stages["data"].params.get("max_length")
-    near = limit if plots.finite(limit) and limit <= 1.6 * top else None
-    return plots.histogram(
+    near = limit if svg.finite(limit) and limit <= 1.6 * top else None
+    return svg.histogram(
         [i * step for i in range(len(counts) + 1)], counts, "Length of the training rows", "tokens", near, "max_length"
     )
 
@@ -165,31 +165,31 @@ def _curve(log: list[dict[str, Any]], title: str, label: str, keys: dict[str, st
                 series.setdefault(name, []).append((step, value if isinstance(value, (int, float)) else float("nan")))
     if title == "Learning rate" and len(series.get("learning rate", [])) < 3:
         return ""
-    return plots.lines(
+    return svg.lines(
         series,
         title,
         "step",
         label,
-        log_y=log_y and all(y > 0 for points in series.values() for _, y in points if plots.finite(y)),
+        log_y=log_y and all(y > 0 for points in series.values() for _, y in points if svg.finite(y)),
     )
 
 
 def _memory(metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
     """Planned against used memory. The plan keeps its error as (predicted - measured) / measured."""
     plan = _mapping(manifest.get("plan"))
-    used = next((v for v in (metrics.get("peak_gib"), manifest.get("peak_memory_gib")) if plots.finite(v)), None)
+    used = next((v for v in (metrics.get("peak_gib"), manifest.get("peak_memory_gib")) if svg.finite(v)), None)
     if used is None:
         return ""
     error = _mapping(plan.get("errors")).get("peak_gib")
-    planned = used * (1 + error) if plots.finite(error) else plan.get("peak_gib")
-    if not plots.finite(planned):
+    planned = used * (1 + error) if svg.finite(error) else plan.get("peak_gib")
+    if not svg.finite(planned):
         return f"<p>Highest memory: {used:.2f} GiB.</p>"
     top = max(planned, used) * 1.1
     rows = [
-        ["planned", Markup(plots.interval(planned, None, None, 0, top)), f"{planned:.2f} GiB"],
+        ["planned", Markup(svg.interval(planned, None, None, 0, top)), f"{planned:.2f} GiB"],
         [
             "used",
-            Markup(plots.interval(used, None, None, 0, top)),
+            Markup(svg.interval(used, None, None, 0, top)),
             f"{used:.2f} GiB, {100 * (used / planned - 1):+.0f} % against the plan",
         ],
     ]

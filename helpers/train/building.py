@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import runtime
-from helpers.train import arguments, distributed, job, methods, precision, sharing
-from helpers.train.batching import PackedRows
+from helpers import machine
+from helpers.model import prefix_sharing
+from helpers.train import config, distributed, job, methods, precision
+from helpers.train.packing import PackedRows
 from helpers.train.rows import lengths_of
 
 
@@ -15,13 +16,13 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     import transformers
 
     import datasets
-    from helpers.model import fast
+    from helpers.model import fused_lora
     from helpers.model.loading import load_model
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     params, plan = work.params, work.plan
-    card = runtime.gpu()
+    card = machine.gpu()
     numbers = precision.choose(card.capability if card else None, params.precision)
     notes = [numbers.reason]
     if plan.backend == "unsloth":
@@ -46,7 +47,7 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
     if params.init == "loftq" and not work.adapter:
         notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     own_logits = getattr(params, "loss", "orpo") != "orpo"
-    notes += fast.apply(wrapped, fused_loss=not own_logits, fused_lora=not (params.dora or params.dropout))
+    notes += fused_lora.apply(wrapped, fused_loss=not own_logits, fused_lora=not (params.dora or params.dropout))
     if plan.recompute:
         notes.append(f"{recomputing(wrapped, plan.option.setting)} layers recomputed")
     return wrapped, notes, numbers
@@ -54,9 +55,9 @@ def model(work: Any) -> tuple[Any, list[str], precision.Precision]:
 
 def recomputing(wrapped: Any, setting: Any) -> int:
     """Let the model recompute as a `memory.Setting` says; returns how many layers do."""
-    from helpers.model import recompute
+    from helpers.model import checkpointing
 
-    layers = recompute.set_recompute(wrapped, setting.recompute, setting.offload, setting.tile_mlp)
+    layers = checkpointing.set_recompute(wrapped, setting.recompute, setting.offload, setting.tile_mlp)
     if hasattr(wrapped, "enable_input_require_grads") and not setting.offload:
         wrapped.enable_input_require_grads()
     return layers
@@ -81,7 +82,7 @@ def first_adapter(wrapped: Any, folder: Any) -> None:
 
 def attention(work: Any) -> str | None:
     """The attention implementation: the plan's, or the one that shares common beginnings where the plan's is exact and slow."""
-    from helpers.model import attention as packed
+    from helpers.model import packed_attention as packed
     from helpers.model import prefix
 
     packed.register()
@@ -92,11 +93,11 @@ def attention(work: Any) -> str | None:
 
 def collator(work: Any, pairs: bool) -> Any:
     """Rows to batches: packed with common beginnings shared, packed, or padded, as the plan says."""
-    from helpers.model import attention as packed
+    from helpers.model import packed_attention as packed
 
     layout = "packed" if work.plan.packed else "padded"
     share = work.plan.packed and work.plan.backend == "hf" and work.plan.attention == packed.SDPA
-    kind = sharing.SharedPairCollator if pairs else sharing.SharedCollator
+    kind = prefix_sharing.SharedPairCollator if pairs else prefix_sharing.SharedCollator
     return kind(work.tokenizer.pad_token_id, layout, share)
 
 
@@ -107,7 +108,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         from helpers.train import other_losses
 
         return other_losses.trainer(work, numbers)
-    options = arguments.common(
+    options = config.common(
         work.stage, work.params, numbers, len(work.train_rows), len(work.held_out or ()), work.plan.accumulation
     )
     made = (_orpo if loss == "orpo" else _sft)(work, options)
@@ -135,8 +136,8 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
             lengths=lengths_of(work.held_out, padded),
             padded=padded,
         )
-    from helpers.model.attention import check_boundaries
-    from helpers.model.head_loss import can_fuse
+    from helpers.model.chunked_loss import can_fuse
+    from helpers.model.packed_attention import check_boundaries
 
     causal = work.model.get_base_model() if hasattr(work.model, "peft_config") else work.model
     made.use_rows(train, held_out, collator(work, bool(loss)), fused=not can_fuse(causal))
@@ -173,7 +174,7 @@ def _sft(work: Any, options: dict[str, Any]) -> Any:
     )
     return RowSFTTrainer(
         model=work.model,
-        args=arguments.one_gpu(arguments_),
+        args=config.one_gpu(arguments_),
         train_dataset=work.train_rows,
         eval_dataset=work.held_out,
         processing_class=work.tokenizer,
@@ -187,7 +188,7 @@ def _orpo(work: Any, options: dict[str, Any]) -> Any:
     arguments_ = ORPOConfig(**options, beta=work.params.beta, max_length=work.params.max_length, disable_dropout=False)
     return RowORPOTrainer(
         model=work.model,
-        args=arguments.one_gpu(arguments_),
+        args=config.one_gpu(arguments_),
         train_dataset=work.train_rows,
         eval_dataset=work.held_out,
         processing_class=work.tokenizer,

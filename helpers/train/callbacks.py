@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 from helpers.train import resume
 
@@ -59,7 +59,7 @@ class Log(TrainerCallback):
             if tokens:
                 line["trained_tokens"] = self.tokens_before + tokens
                 line["tokens_per_s"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-6), 1)
-            line["memory_gib"] = runtime.peak_memory_gib()
+            line["memory_gib"] = machine.peak_memory_gib()
         self.last = (now, tokens)
         self._write(line)
 
@@ -253,7 +253,7 @@ class LiveCurve(TrainerCallback):
     """Draws the curves anew every few seconds where someone is watching; headless, a line of text every 20 seconds."""
 
     def __init__(self, log: Path, draw: Any, every_s: float = 3.0):
-        self.log, self.draw, self.every_s = log, draw, every_s if runtime.interactive() else 20.0
+        self.log, self.draw, self.every_s = log, draw, every_s if machine.interactive() else 20.0
         self.last, self.handle = 0.0, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -261,7 +261,7 @@ class LiveCurve(TrainerCallback):
         if not state.is_world_process_zero or now - self.last < self.every_s:
             return
         self.last = now
-        if runtime.interactive():
+        if machine.interactive():
             self._draw()
             return
         lines = [line for line in read(self.log) if "loss" in line]
@@ -275,7 +275,7 @@ class LiveCurve(TrainerCallback):
             sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if runtime.interactive() and state.is_world_process_zero:
+        if machine.interactive() and state.is_world_process_zero:
             self._draw()
 
     def _draw(self) -> None:

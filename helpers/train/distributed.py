@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 
 
@@ -198,12 +198,12 @@ def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None 
         ]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(runtime.PROJECT), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(machine.PROJECT), os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
         }
         lines: list[str] = []
         with subprocess.Popen(
-            command, cwd=runtime.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=machine.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as child:
             try:
                 for line in child.stdout:

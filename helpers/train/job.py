@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import notebook, runtime
+from helpers import machine, notebook
 from helpers.errors import TunebookError
-from helpers.train import callbacks, curves, distributed, methods, precision, resume, rows
+from helpers.train import callbacks, distributed, methods, precision, resume, rows, training_plots
 
 IN_ROWS = (
     0.8  # of a run's time: the rest goes to the optimizer, evaluations and checkpoints (0.79 and 0.85 seen on 2 cores)
@@ -32,7 +32,7 @@ class Job:
     counts: dict[str, Any]
     plan: Any
     adapter: Path | None = None
-    draw: Any = curves.loss
+    draw: Any = training_plots.loss
     trainer: Any = None
     model: Any = None
     notes: list[str] = field(default_factory=list)
@@ -104,14 +104,14 @@ class Job:
                 self.trainer.train(resume_from_checkpoint=str(start) if start else None)
             state = self.trainer.state
             lines = callbacks.read(self.log)
-            losses = curves.series(lines, "loss")[1]
-            held = curves.series(lines, "eval_loss")[1]
+            losses = training_plots.series(lines, "loss")[1]
+            held = training_plots.series(lines, "eval_loss")[1]
             tokens = max((line.get("trained_tokens", 0) for line in lines), default=0)
             self.result = {
                 "steps": state.global_step,
                 "train_s": round(max((line.get("seconds", 0.0) for line in lines), default=time.time() - began), 2),
                 "first_loss": losses[0] if losses else None,
-                "last_loss": curves.smoothed(losses)[-1] if losses else None,
+                "last_loss": training_plots.smoothed(losses)[-1] if losses else None,
                 "trained_tokens": tokens,
                 "rows": len(self.train_rows),
                 **methods.counts(self.model),
@@ -172,10 +172,10 @@ class Job:
 
     def _length(self, steps: int) -> None:
         """Let the run and its schedule end after this many optimizer steps."""
-        from helpers.train import arguments
+        from helpers.train import config
 
         if steps != self.trainer.args.max_steps:
-            arguments.shorten(self.trainer.args, self.params, steps)
+            config.shorten(self.trainer.args, self.params, steps)
             self.plan = self.plan.shortened(steps)
 
     def _held_out_numbers(self, lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -188,11 +188,11 @@ class Job:
 
     def figure(self) -> Any:
         """The loss curves, drawn again from log.jsonl."""
-        return curves.loss(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
+        return training_plots.loss(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
 
     def margins(self) -> Any:
         """Log odds, margin and accuracy of a preference run: each step and on held-out pairs."""
-        return curves.margins(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
+        return training_plots.margins(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
 
     def summary(self) -> Any:
         """What came out, as a table."""
@@ -245,8 +245,8 @@ class Job:
             if not is_first():
                 return None
             save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa", whole)
-            pictures = [("loss.png", curves.loss)] + (
-                [("margins.png", curves.margins)] if self.draw is curves.margins else []
+            pictures = [("loss.png", training_plots.loss)] + (
+                [("margins.png", training_plots.margins)] if self.draw is training_plots.margins else []
             )
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
@@ -262,9 +262,9 @@ class Job:
                 if steps
                 else self.result["tokens_per_s"]
             )
-            plan = plan.held_against(peak_gib=runtime.peak_memory_gib(), tokens_per_s=steady)
+            plan = plan.held_against(peak_gib=machine.peak_memory_gib(), tokens_per_s=steady)
         metrics = {k: v for k, v in self.result.items() if v is not None}
-        metrics["peak_gib"] = runtime.peak_memory_gib()
+        metrics["peak_gib"] = machine.peak_memory_gib()
         return self.stage.finish(
             metrics,
             template_hash=template_hash(self.tokenizer),
@@ -357,7 +357,8 @@ def exportable(params: Any, source: Any, adapter: Path | None, stage: Any) -> No
 def plan_of(params: Any, examples: Any, source: Any, stage: str) -> Any:
     """The planner's plan for these training rows. Without a GPU a whole optimizer step goes into one row where that fits:
     rows that begin alike are then worked out once (`helpers.model.prefix`), which counts for more there than anything else."""
-    from helpers.model import attention, planner
+    from helpers.model import packed_attention
+    from helpers.planner import plan as planner
 
     lengths, padded = rows.lengths_of(examples), rows.lengths_of(examples, padded=True)
 
@@ -367,7 +368,7 @@ def plan_of(params: Any, examples: Any, source: Any, stage: str) -> Any:
     plan = planned(params)
     if (
         plan.backend == "hf"
-        and plan.attention == attention.SDPA
+        and plan.attention == packed_attention.SDPA
         and plan.packed
         and plan.accumulation > 1
         and not params.row_tokens

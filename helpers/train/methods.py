@@ -244,7 +244,7 @@ def _loftq(model: Any, folder: Path) -> None:
 
 
 def _own_weights(model: Any, method: str, layers: int) -> Any:
-    from helpers.model.recompute import decoder_layers
+    from helpers.model.checkpointing import decoder_layers
 
     model.requires_grad_(method == "full")
     if method == "freeze":

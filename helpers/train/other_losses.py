@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from helpers.train import arguments, methods, precision
-from helpers.train.trainers import ORPOTrainer
+from helpers.train import config, methods, precision
 
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # isort: skip
 from trl.experimental.cpo import CPOConfig, CPOTrainer  # isort: skip
@@ -62,14 +61,14 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
     params, train, held_out = work.params, work.train_rows, work.held_out
     micro = min(params.batch_size, MICRO)
     accumulation = math.ceil(params.batch_size / micro)
-    options = arguments.common(work.stage, params, numbers, len(train), len(held_out or ()), accumulation)
+    options = config.common(work.stage, params, numbers, len(train), len(held_out or ()), accumulation)
     options.update(per_device_train_batch_size=micro, per_device_eval_batch_size=micro, prediction_loss_only=True)
     options.update(beta=params.beta, max_length=None)
     common = {"model": work.model, "processing_class": work.tokenizer}
     if params.loss == "dpo":
         made = PairsDPOTrainer(
             **common,
-            args=arguments.one_gpu(DPOConfig(**options, disable_dropout=False)),
+            args=config.one_gpu(DPOConfig(**options, disable_dropout=False)),
             train_dataset=train,
             eval_dataset=held_out,
         )
@@ -81,7 +80,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         )
         made = RowsKTOTrainer(
             **common,
-            args=arguments.one_gpu(KTOConfig(**options, disable_dropout=False)),
+            args=config.one_gpu(KTOConfig(**options, disable_dropout=False)),
             train_dataset=unpaired(train, 2 * micro),
             eval_dataset=unpaired(held_out, 2 * micro) if held_out is not None else None,
         )
@@ -89,7 +88,7 @@ def trainer(work: Any, numbers: precision.Precision) -> Any:
         options["max_length"] = params.max_length
         made = PairsSimPOTrainer(
             **common,
-            args=arguments.one_gpu(
+            args=config.one_gpu(
                 CPOConfig(
                     **options, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=params.simpo_gamma, disable_dropout=False
                 )

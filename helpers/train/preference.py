@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import runs, runtime
+from helpers import machine, runs
 from helpers.errors import TunebookError
-from helpers.train import curves, methods, resume, rows
+from helpers.train import methods, resume, rows, training_plots
 from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
 
 
@@ -21,7 +21,7 @@ def needs(params: Any) -> tuple[str, ...]:
 def prepare(stage: Any) -> Job:
     """Read the pairs, check the settings, plan the run. Raises TunebookError for what cannot work or cannot fit."""
     params, data = stage.params, stage.parents["data"]
-    card = runtime.gpu()
+    card = machine.gpu()
     methods.check(params, card.capability if card else None)
     if params.resume == "must":
         resume.must_go_on(stage)
@@ -61,7 +61,7 @@ def prepare(stage: Any) -> Job:
         {"train": counts, "eval": found},
         plan,
         adapter,
-        curves.margins,
+        training_plots.margins,
     )
 
 

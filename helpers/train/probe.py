@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from helpers.errors import TunebookError
-from helpers.model import memory
-from helpers.model.planner import grades_of, waits_in_main_memory
+from helpers.planner import cost_model
+from helpers.planner.plan import grades_of, waits_in_main_memory
 from helpers.train import distributed
 
 
@@ -74,8 +74,8 @@ def _measure(work: Any, plan: Any) -> dict[str, float | None]:
     peak = None
     if card:
         state = (
-            memory.trained_parameters(plan.shape, plan.option.setting)
-            * memory.OPTIMIZER_BYTES[plan.option.setting.optimizer]
+            cost_model.trained_parameters(plan.shape, plan.option.setting)
+            * cost_model.OPTIMIZER_BYTES[plan.option.setting.optimizer]
         )
         peak = (
             torch.cuda.max_memory_allocated() + state
@@ -105,9 +105,9 @@ def _lighter(work: Any, plan: Any) -> Any:
         )
     setting = heavier[0]
     building.recomputing(work.model, setting)
-    peak = memory.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
+    peak = cost_model.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
     option = replace(
-        plan.option, setting=setting, peak_gib=peak, offloaded_gib=memory.offloaded_gib(plan.shape, setting)
+        plan.option, setting=setting, peak_gib=peak, offloaded_gib=cost_model.offloaded_gib(plan.shape, setting)
     )
     why = (
         f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."

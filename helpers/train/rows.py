@@ -54,7 +54,7 @@ def pairs(data: Any, name: str, max_length: int, swap: bool = False) -> tuple[An
     Pairs over `max_length` and pairs with an empty answer are left out and counted: cut answers have no end, and an empty
     one has the mean log-probability 0/0. swap: chosen and rejected exchanged. Raises TunebookError when nothing is left.
     """
-    from helpers.train.batching import drop_overlong
+    from helpers.train.packing import drop_overlong
 
     file = data.artifact(name)
     rows = _table(file, ["id", "prompt_ids", "chosen_ids", "rejected_ids"])

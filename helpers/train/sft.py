@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.train import methods, resume, rows
 from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
 
@@ -17,7 +17,7 @@ from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_
 def prepare(stage: Any) -> Job:
     """Read the rows, check the settings, plan the run. Raises TunebookError for what cannot work or cannot fit."""
     params, data = stage.params, stage.parents["data"]
-    card = runtime.gpu()
+    card = machine.gpu()
     methods.check(params, card.capability if card else None)
     if params.resume == "must":
         resume.must_go_on(stage)

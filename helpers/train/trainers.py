@@ -21,7 +21,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from helpers.model.head_loss import IGNORE, per_document
+from helpers.model.chunked_loss import IGNORE, per_document
 from helpers.train import checkpoints, distributed
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model

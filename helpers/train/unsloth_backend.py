@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from helpers import runtime
+from helpers import machine
 from helpers.errors import TunebookError
 
 QUIET = {
@@ -30,7 +30,7 @@ def wanted(params: dict[str, Any]) -> bool:
         return False
     if asked == "unsloth":
         return True
-    card = runtime.gpu()
+    card = machine.gpu()
     plain = (
         params.get("method") in ("qlora", "lora")
         and not params.get("dora")
@@ -55,12 +55,12 @@ def early_import(params: dict[str, Any]) -> bool:
             "the first cell, or set backend to hf."
         )
     os.environ.update(QUIET)
-    if runtime.gpu() is None:
+    if machine.gpu() is None:
         raise TunebookError(
             "backend is unsloth, but Unsloth needs a GPU and there is none here; set backend to auto or hf."
         )
     try:
-        import unsloth
+        import unsloth  # noqa: F401  it patches the libraries when it is imported
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
         raise TunebookError(
             f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions in requirements.txt."
@@ -71,7 +71,7 @@ def early_import(params: dict[str, Any]) -> bool:
 def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]:
     """(model with its adapter, notes) for a job's source and parameters.
 
-    The head's loss is `helpers.model.head_loss`, as in the other backend, so that the trainers do not see a difference:
+    The head's loss is `helpers.model.chunked_loss`, as in the other backend, so that the trainers do not see a difference:
     SFT reads `.loss`, ORPO `.logps`. Hidden states are recomputed and wait in main memory, Unsloth's own way.
     """
     if "unsloth" not in sys.modules:
@@ -81,7 +81,7 @@ def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]
     import torch
     from unsloth import FastLanguageModel
 
-    from helpers.model import head_loss
+    from helpers.model import chunked_loss
 
     path = str(getattr(source, "path", source))
     model, _ = FastLanguageModel.from_pretrained(
@@ -116,10 +116,10 @@ def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]
         )
     causal = model.get_base_model()
     notes = [f"Unsloth {sys.modules['unsloth'].__version__}: its kernels and offloaded recomputation"]
-    why = head_loss.can_fuse(causal)
+    why = chunked_loss.can_fuse(causal)
     if why:
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
-    head_loss.install(causal)
+    chunked_loss.install(causal)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.float32)

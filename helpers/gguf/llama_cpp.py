@@ -1,0 +1,350 @@
+"""The real llama.cpp, as users run it: token ids, logits and batched answers of a GGUF file, and its OpenAI-compatible server.
+
+`LlamaCpp` calls the C library in this process; `server` (helpers/gguf/server.py) starts llama.cpp's server beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from helpers.errors import TunebookError
+from helpers.gguf import header, libraries, llama_structs
+from helpers.gguf.server import Server, server
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Answer", "LlamaCpp", "Server", "Vocabulary", "server"]
+BATCH = 512  # tokens a decode call takes
+
+
+@dataclass
+class Answer:
+    """One generated continuation. token_ids leaves out the token that ended it; finish: "stop" or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish: str
+
+
+@dataclass
+class _Row:
+    """A prompt that is being answered in one sequence of the batch."""
+
+    index: int
+    waiting: list[int]
+    position: int
+    out: list[int] = field(default_factory=list)
+
+
+class Vocabulary:
+    """The tokenizer of a GGUF file, as llama.cpp runs it; the weights, if there are any, are not read.
+
+    Raises TunebookError for a file that is missing, damaged or not understood. A context manager; `close` frees it.
+    """
+
+    def __init__(self, path: str | Path, library: str | Path = ""):
+        self._load(Path(path), library, only_vocabulary=True)
+
+    def _load(self, path: Path, library: str | Path, only_vocabulary: bool) -> None:
+        self.path = path
+        header.check(path)
+        self.lib = lib = llama_structs.library(library or libraries.for_running())
+        lib.log.clear()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(only_vocabulary))
+        if not self._model:
+            raise TunebookError(
+                f"llama.cpp cannot load {path}: {lib.last_error()}. Export it again, or use a newer llama.cpp."
+            )
+        self.vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model. A second call does nothing."""
+        if self._model:
+            self.lib.llama_model_free(self._model)
+            self._model = None
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`. add_special: with the model's own BOS; parse_special: "<|im_end|>" is one token."""
+        data = text.encode()
+        size = len(data) + 8
+        ids = (c.c_int32 * size)()
+        found = self.lib.llama_tokenize(self.vocab, data, len(data), ids, size, add_special, parse_special)
+        if found < 0:
+            raise TunebookError(
+                f"llama.cpp needs {-found} tokens for a text of {len(data)} bytes, more than one a byte; its tokenizer is damaged."
+            )
+        return list(ids[:found])
+
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; special: control tokens are written out."""
+        array = (c.c_int32 * max(len(ids), 1))(*ids)
+        size = 64 + 32 * len(ids)
+        for _ in range(2):
+            buffer = c.create_string_buffer(size)
+            found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, size, False, special)
+            if found >= 0:
+                break
+            size = -found
+        return buffer.raw[:found].decode("utf-8", "replace")
+
+    def is_end(self, token_id: int) -> bool:
+        """Whether llama.cpp stops at this token by itself."""
+        return self.lib.llama_vocab_is_eog(self.vocab, token_id)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """All tokens at which llama.cpp stops by itself."""
+        return [i for i in range(self.n_vocab) if self.is_end(i)]
+
+
+class LlamaCpp(Vocabulary):
+    """A GGUF file loaded by llama.cpp.
+
+    path: the file. context: tokens that all sequences share. parallel: answers generated at once. threads: 0 for all cores.
+    adapter: a GGUF adapter to lay over it.
+    library: a libllama, "" for the packaged one or the user's own. Raises TunebookError for a file that is missing, damaged or not understood.
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        context: int = 4096,
+        parallel: int = 8,
+        threads: int = 0,
+        library: str | Path = "",
+        adapter: str | Path = "",
+    ):
+        self._ctx = None
+        self._server: Server | None = None
+        self._load(Path(path), library, only_vocabulary=False)
+        self.parallel, lib = parallel, self.lib
+        self.context = context
+        params = lib.context_params(context, BATCH, parallel + 1, unified=True)  # one more: the shared prefix
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self.close()
+            raise TunebookError(
+                f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
+                "Ask for a shorter context."
+            )
+        if (
+            lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx)
+            or lib.llama_n_seq_max(self._ctx) != parallel + 1
+        ):
+            raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
+        count = threads or llama_structs.threads()
+        lib.llama_set_n_threads(self._ctx, count, count)
+        if adapter:
+            self._apply(Path(adapter))
+        self._memory = lib.llama_get_memory(self._ctx)
+        self._batch = _Arrays(BATCH)
+
+    def _apply(self, adapter: Path) -> None:
+        """Lay a GGUF adapter over the model. It is freed with the model."""
+        header.check(adapter)
+        loaded = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+        if not loaded or self.lib.llama_set_adapters_lora(self._ctx, (c.c_void_p * 1)(loaded), 1, (c.c_float * 1)(1.0)):
+            why = self.lib.last_error()
+            self.close()
+            raise TunebookError(
+                f"The adapter {adapter} does not fit {self.path.name}: {why}. Name the base it was trained on."
+            )
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+        if self._ctx:
+            self.lib.llama_free(self._ctx)
+            self._ctx = None
+        super().close()
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template inside the file; "" when it has none."""
+        found = self.lib.llama_model_chat_template(self._model, None)
+        return found.decode() if found else ""
+
+    def apply_template(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
+        if self._server is None:
+            self._server = Server(self.path, context=256, parallel=1, warmup=False)
+        body: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        if tools:
+            body["tools"] = tools
+        return self._server.post("/apply-template", body)["prompt"]
+
+    # ------------------------------------------------------------ logits
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Logits after each token: float32 (len(token_ids), vocab)."""
+        import numpy as np
+
+        return np.concatenate(list(self.iter_logits(token_ids)))
+
+    def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
+        """The same in pieces of up to `chunk` rows, so that a long text needs little memory."""
+        if len(token_ids) > self.context:
+            raise TunebookError(
+                f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more."
+            )
+        self.lib.llama_memory_clear(self._memory, True)
+        for start in range(0, len(token_ids), min(chunk, BATCH)):
+            piece = token_ids[start : start + min(chunk, BATCH)]
+            self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
+            yield self._rows(0, len(piece))
+
+    def _rows(self, index: int, count: int = 1) -> np.ndarray:
+        """Logits of `count` neighbours in the batch, all of them wanted: llama.cpp keeps these in one piece. (count, vocab)"""
+        import numpy as np
+
+        pointer = self.lib.llama_get_logits_ith(self._ctx, index)
+        if not pointer:
+            raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.last_error()}.")
+        return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
+
+    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
+        """Run (token, position, sequence, logits wanted) through the model."""
+        status = self.lib.llama_decode(self._ctx, self._batch.fill(entries))
+        if status:
+            why = (
+                "its context is full; ask for a longer one or fewer answers at once"
+                if status == 1
+                else self.lib.last_error()
+            )
+            raise TunebookError(f"llama.cpp stopped on {self.path.name} (status {status}): {why}.")
+
+    # ------------------------------------------------------------ answers
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 17,
+        done: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Answers in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
+
+        prompts: rendered texts (control tokens parsed, nothing added) or token ids. The tokens that all prompts begin with
+        are computed once and shared, so that a long common system prompt costs next to nothing. temperature 0: greedy; above, a draw
+        depends on the seed and the prompt, not on its neighbours. done(index, answer) is called as each is finished.
+        """
+        import numpy as np
+
+        rows = [self.tokenize(p) if isinstance(p, str) else list(map(int, p)) for p in prompts]
+        for row in rows:
+            if not row or len(row) + max_tokens > self.context:
+                raise TunebookError(
+                    f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}."
+                )
+        draws = [
+            np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) if temperature > 0 else None for row in rows
+        ]
+        answers: list[Answer | None] = [None] * len(rows)
+        shared = self._share_prefix(rows)
+        room = max(1, (self.context - shared) // max((len(r) - shared + max_tokens for r in rows), default=1))
+        free, active = list(range(min(self.parallel, room))), {}
+        queue = iter(range(len(rows)))
+        while True:
+            while free and (index := next(queue, None)) is not None:
+                slot = free.pop()
+                self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+                self.lib.llama_memory_seq_cp(self._memory, self.parallel, slot, -1, -1)
+                active[slot] = _Row(index, rows[index][shared:], shared)
+            if not active:
+                return answers  # type: ignore[return-value]
+            for slot, logits in self._step(active):
+                row = active[slot]
+                row.waiting = [_choose(logits, temperature, draws[row.index])]
+                answers[row.index] = self._ended(row, max_tokens, stop)
+                if answers[row.index] is not None:
+                    if done:
+                        done(row.index, answers[row.index])
+                    del active[slot]
+                    free.append(slot)
+                    self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def _share_prefix(self, rows: list[list[int]]) -> int:
+        """Compute the common prefix of all prompts in the spare sequence; returns its length, always short of the shortest prompt."""
+        self.lib.llama_memory_clear(self._memory, True)
+        length = 0
+        if len(rows) > 1:
+            low, high = min(rows), max(rows)
+            limit = min(len(low), len(high), *(len(r) - 1 for r in rows))
+            while length < limit and low[length] == high[length]:
+                length += 1
+        for start in range(0, length, BATCH):
+            piece = rows[0][start : min(start + BATCH, length)]
+            self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
+        return length
+
+    def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
+        """One batch over all active rows, the rows that are generating first; logits of those that are through their prompt."""
+        entries, ready = [], []
+        for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):
+            taken = row.waiting[: BATCH - len(entries)]
+            row.waiting = row.waiting[len(taken) :]
+            last = not row.waiting and bool(taken)
+            entries += [(token, row.position + i, slot, last and i == len(taken) - 1) for i, token in enumerate(taken)]
+            row.position += len(taken)
+            if last:
+                ready.append((slot, len(entries) - 1))
+        self._decode(entries)
+        return [(slot, self._rows(at)[0]) for slot, at in ready]
+
+    def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Answer | None:
+        token = row.waiting[0]
+        if self.is_end(token):
+            return Answer(self.detokenize(row.out), row.out, "stop")
+        row.out.append(token)
+        if stop:
+            text = self.detokenize(row.out)
+            cut = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
+            if cut >= 0:
+                return Answer(text[:cut], row.out, "stop")
+        if len(row.out) >= max_tokens:
+            return Answer(self.detokenize(row.out), row.out, "length")
+        return None
+
+
+def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator | None) -> int:
+    import numpy as np
+
+    if temperature <= 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()) / temperature
+    probabilities = np.exp(scaled, dtype=np.float64)
+    return int(random.choice(len(logits), p=probabilities / probabilities.sum()))
+
+
+class _Arrays:
+    """The arrays behind a `llama_batch`, made once and filled again for each call."""
+
+    def __init__(self, size: int):
+        self.token, self.pos, self.count = (c.c_int32 * size)(), (c.c_int32 * size)(), (c.c_int32 * size)(*[1] * size)
+        self.seq = [(c.c_int32 * 1)() for _ in range(size)]
+        self.seq_pointers = (c.POINTER(c.c_int32) * size)(*[c.cast(s, c.POINTER(c.c_int32)) for s in self.seq])
+        self.wanted = (c.c_int8 * size)()
+
+    def fill(self, entries: list[tuple[int, int, int, bool]]) -> llama_structs.Batch:
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            self.token[i], self.pos[i], self.seq[i][0], self.wanted[i] = token, position, sequence, wanted
+        return llama_structs.Batch(len(entries), self.token, None, self.pos, self.count, self.seq_pointers, self.wanted)

@@ -1,0 +1,189 @@
+"""A small ctypes binding that drives any libllama of the last years: prebuilt, packaged or the user's own.
+
+llama.cpp's parameter structures grow and shift between releases. They are taken whole from the library's own
+`*_default_params()` into a block that is larger than any of them, and the few fields that are set are found by their
+documented defaults, then checked on the finished context. (Structures over 16 bytes are passed in memory on x86-64 and
+aarch64, where a longer block is harmless.) Only the C functions of `llama.h` are used.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import struct
+from functools import cache
+from pathlib import Path
+
+from helpers.errors import TunebookError
+
+TOKEN, POINTER = c.c_int32, c.c_void_p
+# The AMX variant has crashed on Q8_0 and Q6_K (llama.cpp #20824); the next best one is used on those processors.
+LEFT_OUT = ("sapphirerapids",)
+
+
+class Block(c.Structure):
+    """Any parameter structure, as bytes."""
+
+    _fields_ = [("bytes", c.c_uint8 * 1024)]
+
+
+class Batch(c.Structure):
+    """`llama_batch`: tokens with their positions, sequences and whether logits are wanted."""
+
+    _fields_ = [
+        ("n_tokens", c.c_int32),
+        ("token", c.POINTER(c.c_int32)),
+        ("embd", POINTER),
+        ("pos", c.POINTER(c.c_int32)),
+        ("n_seq_id", c.POINTER(c.c_int32)),
+        ("seq_id", c.POINTER(c.POINTER(c.c_int32))),
+        ("logits", c.POINTER(c.c_int8)),
+    ]
+
+
+LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, POINTER)
+SIGNATURES = {
+    "llama_backend_init": (None,),
+    "llama_log_set": (None, LOG, POINTER),
+    "llama_model_default_params": (Block,),
+    "llama_context_default_params": (Block,),
+    "llama_model_load_from_file": (POINTER, c.c_char_p, Block),
+    "llama_init_from_model": (POINTER, POINTER, Block),
+    "llama_model_free": (None, POINTER),
+    "llama_free": (None, POINTER),
+    "llama_set_n_threads": (None, POINTER, c.c_int32, c.c_int32),
+    "llama_n_ctx": (c.c_uint32, POINTER),
+    "llama_n_ctx_seq": (c.c_uint32, POINTER),
+    "llama_n_batch": (c.c_uint32, POINTER),
+    "llama_n_seq_max": (c.c_uint32, POINTER),
+    "llama_model_n_ctx_train": (c.c_int32, POINTER),
+    "llama_model_get_vocab": (POINTER, POINTER),
+    "llama_model_chat_template": (c.c_char_p, POINTER, c.c_char_p),
+    "llama_vocab_n_tokens": (c.c_int32, POINTER),
+    "llama_vocab_is_eog": (c.c_bool, POINTER, TOKEN),
+    "llama_vocab_bos": (TOKEN, POINTER),
+    "llama_vocab_eos": (TOKEN, POINTER),
+    "llama_vocab_get_add_bos": (c.c_bool, POINTER),
+    "llama_tokenize": (c.c_int32, POINTER, c.c_char_p, c.c_int32, c.POINTER(TOKEN), c.c_int32, c.c_bool, c.c_bool),
+    "llama_detokenize": (c.c_int32, POINTER, c.POINTER(TOKEN), c.c_int32, c.c_char_p, c.c_int32, c.c_bool, c.c_bool),
+    "llama_adapter_lora_init": (POINTER, POINTER, c.c_char_p),
+    "llama_set_adapters_lora": (c.c_int32, POINTER, c.POINTER(POINTER), c.c_size_t, c.POINTER(c.c_float)),
+    "llama_decode": (c.c_int32, POINTER, Batch),
+    "llama_get_logits_ith": (c.POINTER(c.c_float), POINTER, c.c_int32),
+    "llama_get_memory": (POINTER, POINTER),
+    "llama_memory_clear": (None, POINTER, c.c_bool),
+    "llama_memory_seq_rm": (c.c_bool, POINTER, c.c_int32, c.c_int32, c.c_int32),
+    "llama_memory_seq_cp": (None, POINTER, c.c_int32, c.c_int32, c.c_int32, c.c_int32),
+    "llama_memory_seq_pos_max": (c.c_int32, POINTER, c.c_int32),
+}
+
+
+class Library:
+    """One loaded libllama. Its functions are attributes; `log` keeps the last messages, for error sentences.
+
+    runs: load the processor's variant of the arithmetic, too, which quantising does without.
+    """
+
+    def __init__(self, path: str | Path, runs: bool = True):
+        self.path = Path(path)
+        self.log: list[str] = []
+        try:
+            self.ggml = _load_ggml(self.path.parent)
+            self.dll = c.CDLL(str(self.path))
+            for name, (result, *arguments) in SIGNATURES.items():
+                function = getattr(self.dll, name)
+                function.restype, function.argtypes = result, arguments
+                setattr(self, name, function)
+        except (OSError, AttributeError) as error:
+            raise TunebookError(
+                f"llama.cpp's library {path} cannot be used here ({error}); run `python -m helpers.gguf.libraries`, or "
+                "unset TUNEBOOK_LLAMA_CPP."
+            ) from error
+        self._keep = LOG(self._heard)  # ctypes would free a callback that nobody holds
+        self.llama_log_set(self._keep, None)
+        for library in filter(None, (self.ggml, self.dll)):
+            if hasattr(library, "ggml_log_set"):
+                library.ggml_log_set.argtypes = (LOG, POINTER)
+                library.ggml_log_set(self._keep, None)
+        if runs:
+            self._load_processor_variant()
+        self.llama_backend_init()
+
+    def _heard(self, level: int, text: bytes | None, _: object) -> None:
+        line = (text or b"").decode("utf-8", "replace").strip()
+        if line and level >= 3:  # 3: warning, 4: error; 5 continues a line
+            self.log = [*self.log[-19:], line]
+
+    def last_error(self) -> str:
+        """The last message of the library in one line, for an error sentence."""
+        return self.log[-1] if self.log else "no message"
+
+    def _load_processor_variant(self) -> None:
+        """Load the variant of ggml's CPU code that this processor scores highest on, where there are several."""
+        variants = [
+            p for p in sorted(self.path.parent.glob("libggml-cpu-*.so")) if p.stem.split("-")[-1] not in LEFT_OUT
+        ]
+        if not variants or self.ggml is None:
+            return
+        scores = {p: c.CDLL(str(p)).ggml_backend_score() for p in variants}
+        self.ggml.ggml_backend_load.restype, self.ggml.ggml_backend_load.argtypes = POINTER, (c.c_char_p,)
+        if not self.ggml.ggml_backend_load(str(max(scores, key=scores.get)).encode()):
+            raise TunebookError(
+                f"None of the processor variants in {self.path.parent} loads; set TUNEBOOK_LLAMA_CPP to a build of your own."
+            )
+
+    def model_params(self, only_vocabulary: bool = False) -> Block:
+        """Defaults; with `only_vocabulary` the flag set that leaves the weights unread."""
+        block = self.llama_model_default_params()
+        if only_vocabulary:
+            # the flags come last, after pointers that are null by default: the first non-zero word there is theirs, vocab_only its first byte
+            words = struct.unpack_from("<16Q", bytes(block.bytes))
+            block.bytes[8 * next(i for i, word in enumerate(words) if i >= 6 and word)] = 1
+        return block
+
+    def context_params(self, n_ctx: int, n_batch: int, n_seq_max: int, unified: bool) -> Block:
+        """Defaults with context length, batch size (both tokens) and number of sequences set.
+
+        unified: all sequences share one buffer of `n_ctx` tokens, so that a common prefix is stored once.
+        """
+        block = self.llama_context_default_params()
+        head = struct.unpack_from("<4I", bytes(block.bytes))
+        if head != (512, 2048, 512, 1):
+            raise TunebookError(
+                f"{self.path} starts its context parameters with {head}, not the (512, 2048, 512, 1) of llama.cpp; "
+                "use another build."
+            )
+        struct.pack_into("<4I", block.bytes, 0, n_ctx, n_batch, min(n_batch, 512), n_seq_max)
+        if unified:
+            # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
+            at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
+            if at is None:
+                raise TunebookError(f"{self.path} has no kv_unified where llama.cpp keeps it; use another build.")
+            block.bytes[at + 5] = 1
+        return block
+
+
+@cache
+def library(path: str | Path) -> Library:
+    """The library at `path`, loaded once a process."""
+    return Library(path)
+
+
+def _load_ggml(folder: Path) -> c.CDLL | None:
+    """libggml beside libllama, None for a library that has it inside."""
+    for pattern in ("libggml.so", "libggml.v*.so", "libggml.so.*", "libggml.dylib"):
+        for path in sorted(folder.glob(pattern)):
+            return c.CDLL(str(path))
+    return None
+
+
+def threads() -> int:
+    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the container's quota leave."""
+    if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+        return max(1, int(asked))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return max(1, cores)

@@ -1,0 +1,254 @@
+"""Bytes and seconds of a training step, worked out from a model's shapes.
+
+Counted from what the fused training path keeps for the backward pass (`helpers.model.fused_lora`), not fitted to a curve;
+the few constants that had to be measured say where. GiB are 2³⁰ bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
+CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
+FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
+# Bytes per trained element of the optimizer's state.
+OPTIMIZER_BYTES = {
+    "adamw": 8,
+    "adamw_8bit": 2.03,
+    "paged_adamw": 0,
+    "paged_adamw_8bit": 0,
+    "lion": 4,
+    "adafactor": 0.1,
+    "sgd": 0,
+}
+WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
+MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
+ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
+UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
+# Processor time to launch one layer forward and back: the middle of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
+LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
+LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
+LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
+UNSLOTH_TIME = (
+    0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
+)
+UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
+HOST_GIB = 3.0  # of main memory that a process with CUDA's libraries and the system around it take
+ONEDNN_GIB = 0.8  # kernels and scratch that oneDNN keeps for 16-bit products on a CPU (measured, 135M in bf16)
+PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decoder-only model is made of. linears: (inputs, outputs) of every linear layer inside the layers."""
+
+    name: str
+    hidden: int
+    layers: int
+    query: int
+    key: int
+    heads: int
+    intermediate: int
+    vocab: int
+    linears: tuple[tuple[str, int, int], ...]
+    other: int
+    embedding: int
+    head: int
+
+    @property
+    def linear_parameters(self) -> int:
+        return sum(i * o for _, i, o in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other + self.embedding + self.head
+
+
+def shape_of(config) -> Shape:
+    """Sizes of the causal LM that `config` describes, from an instance without storage (about a second at 8B)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head_module, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    linears, counted = [], 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head_module:
+            linears.append((name, module.in_features, module.out_features))
+            counted += module.weight.numel()
+    tied = head_module is None or head_module.weight is embed.weight
+    embedding = embed.weight.numel()
+    head = 0 if tied else head_module.weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Shape(
+        getattr(config, "_name_or_path", "") or text.model_type,
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.num_attention_heads * size,
+        kv * size,
+        text.num_attention_heads,
+        getattr(text, "intermediate_size", 4 * text.hidden_size),
+        text.vocab_size,
+        tuple(linears),
+        total - counted - embedding - head,
+        embedding,
+        head,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a step. row_tokens: tokens of a micro-batch, padding too; recompute: how many layers run their forward twice."""
+
+    row_tokens: int
+    recompute: int = 0
+    offload: bool = False
+    tile_mlp: int = 0
+    quantize: str = "nf4"
+    method: str = "qlora"
+    rank: int = 16
+    targets: str = "all-linear"
+    optimizer: str = "adamw"
+    backend: str = "hf"
+    padded: bool = False
+    stage: str = "sft"
+    flash: bool = True
+    fused: bool = True
+    trained_layers: int = 2
+    shards: int = 1
+    trained_share: float = 1.0  # tokens that the head has to look at
+    accumulates: bool = False  # gradients of earlier rows are there while a row's activations are
+    number_bytes: int = 2  # of a weight that is not quantised and of an activation: 4 in fp32
+    process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
+
+
+def trained_parameters(shape: Shape, s: Setting) -> int:
+    """How many numbers the optimizer changes."""
+    if s.method == "full":
+        return shape.parameters
+    if s.method == "freeze":
+        return round((shape.linear_parameters + shape.other) * s.trained_layers / shape.layers)
+    names = None if s.targets in ("", "all-linear") else {n.strip() for n in s.targets.split(",")}
+    return sum(s.rank * (i + o) for name, i, o in shape.linears if names is None or name.rsplit(".", 1)[-1] in names)
+
+
+def state_bytes(shape: Shape, s: Setting) -> float:
+    """Weights, gradients and optimizer state on one card."""
+    trained = trained_parameters(shape, s)
+    base = (shape.embedding + shape.head + shape.other) * s.number_bytes
+    base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
+    if s.method in ("full", "freeze"):
+        masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
+        state = trained * (masters + 4 + OPTIMIZER_BYTES[s.optimizer])
+    else:
+        # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
+        state = trained * (4 + 4 * s.accumulates + OPTIMIZER_BYTES[s.optimizer])
+    if s.shards > 1 and s.quantize != "nf4":
+        return (base + state) / s.shards + 3 * 2 * shape.linear_parameters / shape.layers
+    return base + state
+
+
+def layer_bytes_per_token(shape: Shape, s: Setting) -> tuple[float, float]:
+    """Bytes that one layer keeps per token for its backward pass: (outside, inside) the MLP.
+
+    Two norm inputs and outputs, queries, keys, values, attention's output and its fp32 row sums; gate, up and product.
+    """
+    key = shape.key if s.flash else shape.query  # without FlashAttention keys are repeated for every head
+    outside = 2 * (4 * shape.hidden + 2 * shape.query + 2 * key) + 4 * shape.heads
+    inside = 2 * 3 * shape.intermediate
+    if not s.fused:  # PEFT's own LoRA under autocast keeps its inputs a second time, for each dropout or DoRA branch
+        outside += 2 * 2 * (shape.hidden + shape.query)
+        inside += 2 * (shape.hidden + shape.intermediate)
+    return outside, inside
+
+
+def head_bytes(shape: Shape, s: Setting) -> float:
+    """The output head's share at its peak: one slice of logits, and the gradient of the hidden states."""
+    tokens = s.row_tokens * s.trained_share
+    sliced = min(tokens, 16384)
+    rows = max(1.0, sliced * shape.hidden / shape.vocab)
+    power = 1 << (int(rows) - 1).bit_length() if rows > 1 else 1
+    return 2 * min(power, sliced) * shape.vocab + tokens * shape.hidden * (2 * 3)
+
+
+def activation_bytes(shape: Shape, s: Setting) -> float:
+    """Highest sum of kept and passing activations in a step of `s.row_tokens` tokens."""
+    outside, inside = layer_bytes_per_token(shape, s)
+    tokens = s.row_tokens
+    if s.tile_mlp and tokens > s.tile_mlp:
+        layer = tokens * outside + s.tile_mlp * inside
+        passing = tokens * 2 * 3.5 * shape.hidden + s.tile_mlp * 2 * shape.intermediate
+    else:
+        layer = tokens * (outside + inside)
+        passing = tokens * 2 * (2 * shape.hidden + shape.intermediate)
+    kept = 0.0 if s.offload else tokens * 2 * shape.hidden
+    if s.offload and s.backend == "hf":  # one layer's input on its way out, one on its way back
+        passing += 2 * tokens * 2 * shape.hidden
+    whole = shape.layers - s.recompute
+    body = whole * layer + s.recompute * kept + passing
+    if s.recompute:
+        body = max(body, s.recompute * kept + layer + passing)
+    at_head = whole * layer + s.recompute * kept + head_bytes(shape, s)
+    largest = max(i * o for _, i, o in shape.linears)
+    unpacked = 2 * largest if s.quantize == "nf4" else 0
+    return max(body + unpacked, at_head)
+
+
+def peak_gib(shape: Shape, s: Setting) -> float:
+    """Highest allocated memory of a training step, GiB."""
+    workspace = (WORKSPACE_GIB if s.backend == "hf" else UNSLOTH_GIB) + s.process_gib
+    return (state_bytes(shape, s) + activation_bytes(shape, s) * s.number_bytes / 2) / GIB + workspace
+
+
+def need_gib(peak: float) -> float:
+    """Memory a card must have for an allocated peak: the allocator's slack and the CUDA context come on top."""
+    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB
+
+
+def offloaded_gib(shape: Shape, s: Setting) -> float:
+    """Main memory that the inputs of offloaded layers wait in, GiB."""
+    return s.offload * s.recompute * s.row_tokens * shape.hidden * 2 / GIB
+
+
+def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
+    """Seconds for one micro-batch of `s.row_tokens` tokens, forward and backward.
+
+    mean_square: Σ length² / Σ length over the documents, the attention span a token meets on average (twice over).
+    """
+    work, launch = row_work(shape, s, card, mean_square)
+    return (work**4 + launch**4) ** 0.25  # the longer of the two; where they are close neither hides the other
+
+
+def row_work(shape: Shape, s: Setting, card, mean_square: float) -> tuple[float, float]:
+    """(seconds that the card works, seconds that the processor needs to launch it all) for the same micro-batch."""
+    tokens = s.row_tokens
+    full = s.method == "full"
+    again = s.recompute / shape.layers
+    matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again)
+    head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.stage != "sft"))
+    attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again)
+    rate = card.tflops * 1e12
+    compute = tokens * ((matrix + head) / MATRIX_SHARE + attention / ATTENTION_SHARE) / rate
+    outside, inside = layer_bytes_per_token(shape, s)
+    traffic = tokens * shape.layers * (outside + inside) * (3.2 + 1.2 * again) * (1 if s.fused else 1.6)
+    if s.quantize == "nf4":
+        traffic += shape.linear_parameters * UNPACK_BYTES * (2 + again)
+    moving = traffic / (card.gb_s * 1e9 * 0.9)
+    seconds = compute + moving
+    if s.offload and s.backend == "hf":
+        seconds += 2 * tokens * shape.layers * 2 * shape.hidden / (card.host_gb_s * 1e9)
+    if s.tile_mlp and tokens > s.tile_mlp:  # the MLP's forward once more, and its slices copied together
+        seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
+    if card.capability is None:
+        return seconds, 0.0
+    launch = shape.layers * LAUNCH_S[s.quantize]
+    if s.backend == "unsloth":
+        seconds *= UNSLOTH_TIME  # and its recomputed layers are launched in what ours take once
+    else:
+        launch *= 1 + again * LAUNCH_AGAIN
+    return seconds, launch

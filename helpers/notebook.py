@@ -1,11 +1,8 @@
-"""What a notebook's own cells call: read the parameters, show a table, keep a figure."""
+"""What a notebook's first cell calls: read the parameters and show them."""
 
 from __future__ import annotations
 
-import html
-import io
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from helpers import machine
@@ -39,37 +36,3 @@ def show(value: Any) -> None:
     from IPython.display import display
 
     display(value)
-
-
-def table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
-    """A small HTML table; every cell is escaped."""
-
-    def line(cells: Iterable[Any], tag: str) -> str:
-        return (
-            "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
-        )
-
-    head = line(header, "th") if header else ""
-    return f"<table>{head}{''.join(line(r, 'td') for r in rows)}</table>"
-
-
-class Html:
-    """Ready HTML for a notebook, with a plain text for terminals. The maker answers for the escaping."""
-
-    def __init__(self, markup: str, text: str = ""):
-        self.markup, self.text = markup, text
-
-    def _repr_html_(self) -> str:
-        return self.markup
-
-    def __repr__(self) -> str:
-        return self.text or "(HTML)"
-
-
-def save_figure(folder: str | Path, figure: Any, name: str) -> Path:
-    """Write a matplotlib figure as PNG into a stage's folder, atomically, and return the path."""
-    from helpers.runs import write_atomic
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return write_atomic(Path(getattr(folder, "path", folder)) / name, buffer.getvalue())

@@ -746,7 +746,7 @@ class Params:
         return {n: v for n, v in self._values.items() if v != find(self.stage, n).default}
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         rows = [
             (

@@ -37,7 +37,7 @@ PARENTS = {
     "eval": ("data", "sft?", "orpo?", "gguf?"),
 }
 # Files that are not part of what a stage promises: they change after it ends, or serve only to resume it.
-UNHASHED = ("manifest.json", "plan.json", "executed.ipynb", "checkpoints/", "tensorboard/", "work/")
+UNHASHED = ("manifest.json", "plan.json", "executed.ipynb", "checkpoints/", "tensorboard/", "work/", "shown/")
 
 
 def root() -> Path:
@@ -135,7 +135,7 @@ class Manifest:
         return f"{d['stage']}: {d['wall_s']} s, peak memory {d['peak_memory_gib']} GiB, {len(d['artifacts'])} files in {self.path}"
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         d = self.data
         return table(
@@ -198,6 +198,31 @@ class Stage:
     parents: dict[str, Manifest]
     resumed: bool
     started: float = field(default_factory=time.time)
+    done: Manifest | None = None
+    begun: bool = False
+
+    @property
+    def shown(self) -> Path:
+        """Folder of what the steps showed, for a notebook that is opened again."""
+        return self.path / "shown"
+
+    def begin(self) -> bool:
+        """Start the work: lock the folder, keep aside what stands there unless it is resumed. False when it was begun already."""
+        if self.begun:
+            return False
+        lock(self.params.run, self.name)
+        if self.path.exists() and not self.resumed:
+            _set_aside(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        write_json(self.path / "plan.json", _plan(self.params, self.parents))
+        write_atomic(self.path / "params.yaml", _yaml(self.params))
+        if self.resumed:
+            print(f"Resuming the unfinished stage in {self.path}")
+        self.started, self.begun = time.time(), True
+        return True
 
     def finish(
         self,
@@ -255,37 +280,37 @@ class Stage:
         return None
 
 
-def open_stage(stage: str, params: Any, needs: tuple[str, ...] | None = None) -> Stage:
-    """Open the folder of `stage` for the run `params.run`.
+def stage(name: str, params: Any, needs: tuple[str, ...] | None = None) -> Stage:
+    """Look at the folder of stage `name` for the run `params.run`; nothing is written until `Stage.begin`.
 
-    Parents are loaded and verified (`needs` replaces the table above, e.g. ("data", "sft")). A folder that an earlier run
-    of the same parameters and parents left unfinished is gone on with (`Stage.resumed`); anything else that stands there
-    is kept aside under `<folder>.old-N`, and said so. Raises TunebookError for a parent that is missing or changed, or
-    that was made with another chat template than its own parent.
+    Parents are loaded and verified (`needs` replaces the table above, e.g. ("data", "sft")). `Stage.done` is the manifest
+    when the stage is finished with the same parameters, parents and code already; `Stage.resumed` says that an earlier run of
+    the same parameters and parents left it unfinished. Raises TunebookError for a parent that is missing or changed, or that
+    was made with another chat template than its own parent.
     """
-    path = folder(params.run, stage)
-    lock(params.run, stage)
+    path = folder(params.run, name)
     parents = {}
-    for name in needs if needs is not None else PARENTS[stage]:
-        if name.endswith("?") and not (folder(params.run, name[:-1]) / "manifest.json").is_file():
+    for parent in needs if needs is not None else PARENTS[name]:
+        if parent.endswith("?") and not (folder(params.run, parent[:-1]) / "manifest.json").is_file():
             continue
-        parents[name.rstrip("?")] = load(params.run, name.rstrip("?"))
+        parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     for manifest in parents.values():
         manifest.data["_sha256"] = manifest.sha256
     _check_lineage(params.run, parents)
-    plan = {"params": params.as_dict(), "parents": {s: m.data["_sha256"] for s, m in parents.items()}}
-    resumed = path.exists() and not (path / "manifest.json").exists() and _plan_of(path) == plan
-    if path.exists() and not resumed:
-        _set_aside(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    write_json(path / "plan.json", plan)
-    write_atomic(path / "params.yaml", _yaml(params))
-    if resumed:
-        print(f"Going on with the unfinished stage in {path}")
-    return Stage(stage, params, path, parents, resumed)
+    resumed = path.exists() and not (path / "manifest.json").exists() and _plan_of(path) == _plan(params, parents)
+    return Stage(name, params, path, parents, resumed, done=is_done(name, params))
+
+
+def open_stage(name: str, params: Any, needs: tuple[str, ...] | None = None) -> Stage:
+    """`stage`, begun at once even where it is finished: what stands there is kept aside and the work starts anew."""
+    opened = stage(name, params, needs)
+    opened.done = None
+    opened.begin()
+    return opened
+
+
+def _plan(params: Any, parents: dict[str, Manifest]) -> dict[str, Any]:
+    return {"params": params.as_dict(), "parents": {s: m.data["_sha256"] for s, m in parents.items()}}
 
 
 _locks: dict[Path, Any] = {}

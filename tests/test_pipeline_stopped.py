@@ -38,7 +38,7 @@ def test_sft_killed_in_the_middle_goes_on_with_the_same_command(runs_root, tmp_p
     assert refused.returncode != 0 and "02_qlora_sft" in refused.stderr and "Traceback" not in refused.stderr
     done = short_run.pipeline(runs_root, *call)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Going on with the unfinished stage" in done.stdout
+    assert "Resuming the unfinished stage" in done.stdout
     manifest = runs.load("killed", "sft")
     assert manifest.data["resumed"] is True and _steps(folder) == 6
 

@@ -7,8 +7,8 @@ from typing import Any
 from helpers.data import mixing
 from helpers.data import vocabulary as words
 from helpers.data.tables import Row, Table, answer_of, text_of
+from helpers.display import Html, table
 from helpers.errors import TunebookError
-from helpers.notebook import Html, table
 
 WORK = "work"  # kept out of the manifest's hashes; holds what was already asked and answered
 

@@ -79,7 +79,7 @@ class Template:
         ]
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         return table(self.facts(), ("chat template", "as its renderings show"))
 

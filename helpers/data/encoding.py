@@ -10,8 +10,8 @@ from typing import Any
 from helpers.data import cache, labels, output
 from helpers.data.rendering import Encoder
 from helpers.data.tables import Rejects, Table
+from helpers.display import Html, table
 from helpers.errors import TunebookError
-from helpers.notebook import Html, table
 
 TRAINED_SPLITS = ("train", "eval")
 LOST = ".encoding.jsonl"

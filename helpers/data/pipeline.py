@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.tables import Rejects, Row, StepReport, Table, make_row
+from helpers.display import Html, table
 from helpers.errors import TunebookError
-from helpers.notebook import Html, table
 
 COMPANIONS = ("test_dataset", "preference_dataset", "database")
 
@@ -288,7 +288,7 @@ class Job:
 
     def lengths(self) -> Any:
         """The histogram of lengths, with max_length and the proposal, saved as lengths.png."""
-        from helpers.notebook import save_figure
+        from helpers.display import save_figure
         from helpers.report import data_plots
 
         figure = data_plots.lengths(self.encoded)

@@ -49,7 +49,7 @@ class Reading:
     reports: list[SourceReport]
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         lines = [
             (

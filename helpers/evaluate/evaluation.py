@@ -21,6 +21,7 @@ from helpers.evaluate import (
     harness,
     items,
     preferences,
+    scores,
     session,
     summary,
 )
@@ -75,7 +76,7 @@ class Evaluation:
         return held, {**record, "ids": [i.id for i, h in zip(self.items, held, strict=True) if h]}
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         label = {
             "text_to_sql": "text-to-SQL, scored by execution",
@@ -292,15 +293,15 @@ class Evaluation:
 
     def write(self) -> dict[str, Any]:
         """Write scores.json and answers.jsonl into the stage's folder; returns the metrics for its manifest."""
-        scores, rows = self.summary(), self.rows()
-        scores.check(scores, rows)
-        runs.write_json(self.stage.path / scores.SCORES, scores)
+        summed, rows = self.summary(), self.rows()
+        scores.check(summed, rows)
+        runs.write_json(self.stage.path / scores.SCORES, summed)
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
         runs.write_atomic(self.stage.path / scores.ANSWERS, "".join(lines).encode("utf-8", "backslashreplace"))
         for judge in filter(None, self._sql_judges.values()):
             judge.close()
         self._sql_judges.clear()
-        return summary.metrics(scores)
+        return summary.metrics(summed)
 
 
 def _seeds(params: Any) -> list[int]:

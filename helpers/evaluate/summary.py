@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from helpers.evaluate import forgetting, harness, items, statistics
+from helpers.evaluate import forgetting, harness, items, preferences, statistics
 from helpers.tasks import instructions
 
 SMALL = 100  # items; below this even a large difference may hide
@@ -15,15 +15,15 @@ METRIC_LABELS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L",
 def build(judged: Any) -> dict[str, Any]:
     """scores.json of an `Evaluation` that has measured."""
     scored = {c.name: c for c in judged.contenders if c.name in judged.answers}
-    preferences = {n: dict(p) for n, p in judged.preferences.items()}
+    pairs = {n: dict(p) for n, p in judged.preferences.items()}
     baseline = next(iter(scored))
-    if preferences:
-        preferences.win_rates(preferences, baseline)
+    if pairs:
+        preferences.win_rates(pairs, baseline)
     metas, golds = [i.meta for i in judged.items], [i.reference for i in judged.items]
     followed = {n: instructions.score(judged.answers[n], metas, golds, judged.kind) for n in scored}
     forgot = _forgetting(judged, baseline)
     harnessed = _harness(judged)
-    records = [_contender(judged, c, preferences, followed, harnessed, forgot) for c in judged.contenders]
+    records = [_contender(judged, c, pairs, followed, harnessed, forgot) for c in judged.contenders]
     comparisons = _comparisons(judged, scored, baseline)
     contaminated = _contamination(judged, scored)
     scores = {
@@ -37,7 +37,7 @@ def build(judged: Any) -> dict[str, Any]:
         "comparisons": comparisons,
         "forgetting": forgot,
         "harness": harnessed,
-        "preference": preferences or None,
+        "preference": pairs or None,
         "instructions": followed,
         "judge": judged.judgements,
         "contamination": contaminated,
@@ -97,7 +97,7 @@ def _task(judged: Any) -> dict[str, Any]:
 
 
 def _contender(
-    judged: Any, c: Any, preferences: dict, followed: dict, harnessed: dict | None, forgot: dict | None
+    judged: Any, c: Any, pairs: dict, followed: dict, harnessed: dict | None, forgot: dict | None
 ) -> dict[str, Any]:
     record = {
         "name": c.name,
@@ -143,12 +143,8 @@ def _contender(
                 "method": "none",
                 "unit": "share",
             }
-    if c.name in preferences:
-        found |= {
-            f"preference/{k}": preferences[c.name][k]
-            for k in ("accuracy", "log_odds", "win_rate")
-            if preferences[c.name][k]
-        }
+    if c.name in pairs:
+        found |= {f"preference/{k}": pairs[c.name][k] for k in ("accuracy", "log_odds", "win_rate") if pairs[c.name][k]}
     if forgot and c.name in forgot["contenders"]:
         f = forgot["contenders"][c.name]
         found["general_loss"] = {

@@ -58,7 +58,7 @@ class Export:
         return f"{self.source.name}, trained by {self.trained_by}, merged onto {self.onto}, as {', '.join(self.kinds)} into {self.stage.path}"
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         return table(
             [
@@ -330,8 +330,8 @@ def _timed(export: Export, step: str, work: Callable[[], Any]) -> Any:
 
 def table(files: list[quantize.Quantised]) -> Any:
     """Sizes, bits per weight, types and fallbacks of the files, as a notebook shows them."""
-    from helpers.notebook import Html
-    from helpers.notebook import table as draw
+    from helpers.display import Html
+    from helpers.display import table as draw
 
     rows = [
         (

@@ -55,7 +55,7 @@ class Modelfile:
         }
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         rows = [
             (

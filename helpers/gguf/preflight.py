@@ -57,7 +57,7 @@ class Report:
         }
 
     def _repr_html_(self) -> str:
-        from helpers.notebook import table
+        from helpers.display import table
 
         checks = table(
             [(what, "yes" if good else "NO", found) for what, good, found in self.checks],

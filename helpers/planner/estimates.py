@@ -169,7 +169,7 @@ class Plan:
     def _repr_html_(self) -> str:
         from html import escape
 
-        from helpers.notebook import table
+        from helpers.display import table
 
         return f"<p><b>{escape(self.headline())}</b></p><p>{escape(self.reason)}</p>" + table(self.rows(), self.HEADER)
 

@@ -49,7 +49,7 @@ def first_rows(path: Path, count: int) -> list[dict]:
 
 def write(job: Any, rows: int = 6) -> Any:
     """Save preview.html in the stage's folder and return the first rows of it for the notebook."""
-    from helpers.notebook import Html
+    from helpers.display import Html
     from helpers.runs import write_atomic
 
     template, tokenizer = job.template(), job.tokenizer

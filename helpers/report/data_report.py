@@ -11,7 +11,7 @@ from helpers.report.data_page import cards, cell, histogram, page, table
 
 def write(job: Any) -> Any:
     """Save report.html in the stage's folder; returns a short table for the notebook."""
-    from helpers import notebook
+    from helpers import display
     from helpers.runs import write_atomic
 
     write_atomic(job.path / "report.html", page(f"Data report: {job.params.run}", body(job)))
@@ -23,7 +23,7 @@ def write(job: Any) -> Any:
         ("rejected rows", f"{sum(lost['invalid'].values()):,} of {lost['seen']:,}"),
         ("removed by cleaning", f"{sum(lost['removed'].values()):,}"),
     ]
-    return notebook.Html(notebook.table(rows), "\n".join(f"{a}: {b}" for a, b in rows))
+    return display.Html(display.table(rows), "\n".join(f"{a}: {b}" for a, b in rows))
 
 
 def body(job: Any) -> str:

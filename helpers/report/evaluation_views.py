@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from helpers.notebook import Html, table
+from helpers.display import Html, table
 
 RIGHT, WRONG, GREY = "#2a9d6f", "#d1495b", "#8a8f98"
 ANSWER = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em;margin:2px 0"

@@ -39,8 +39,8 @@ def allowed_below(best: float, questions: int) -> float:
 
 def table(files: Sequence[Quantised], results: Sequence[Result], merge_check: dict[str, float] | None = None) -> Any:
     """What was measured, a row a file; under it what the merge itself cost, and the recommendation."""
-    from helpers.notebook import Html
-    from helpers.notebook import table as draw
+    from helpers.display import Html
+    from helpers.display import table as draw
 
     sizes = {f.type: f for f in files}
     head = (

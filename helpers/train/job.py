@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import machine, notebook
+from helpers import display, machine
 from helpers.errors import TunebookError
 from helpers.train import callbacks, distributed, methods, precision, resume, rows, training_plots
 
@@ -202,8 +202,8 @@ class Job:
                 f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if isinstance(value, float) else str(value)
             )
 
-        return notebook.Html(
-            notebook.table(
+        return display.Html(
+            display.table(
                 [(k.replace("_", " "), plain(v)) for k, v in self.result.items() if v is not None]
                 + [("how", n) for n in self.notes]
             )
@@ -211,8 +211,8 @@ class Job:
 
     def left_out(self) -> Any:
         """How many rows came, and why some were left out."""
-        return notebook.Html(
-            notebook.table(
+        return display.Html(
+            display.table(
                 [(part, *map(str, found.values())) for part, found in self.counts.items() if found],
                 ("", *next(iter(self.counts.values()))),
             )
@@ -222,8 +222,8 @@ class Job:
         """Greedy answers to held-out prompts beside their references; also appended to samples.jsonl."""
         sampler = callbacks.Samples(self.samples, self.prompts(count), self.tokenizer)
         found = sampler.write(self.model, self.trainer.state.global_step)
-        return notebook.Html(
-            notebook.table(
+        return display.Html(
+            display.table(
                 [(r["prompt"], r["answer"], r["reference"], "yes" if r["stopped"] else "no") for r in found],
                 ("prompt (its end)", "answer", "reference", "stopped by itself"),
             )
@@ -250,7 +250,7 @@ class Job:
             )
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
-                notebook.save_figure(self.stage, figure, name)
+                display.save_figure(self.stage, figure, name)
                 plt.close(figure)
         from helpers.model.loading import template_hash, tokenizer_hash
 

@@ -110,7 +110,7 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Any:
     """One row as it is trained: every token, the trained ones marked (HTML in a notebook, [brackets] in a terminal)."""
     import html
 
-    from helpers.notebook import Html
+    from helpers.display import Html
 
     markup, text, last = [], [], False
     for token, label in zip(row["input_ids"], row["labels"], strict=True):

@@ -1,0 +1,188 @@
+"""How things are shown, once for all: a table, a number, a size, a duration; foreign text with nothing hidden in it.
+
+A result that ends a cell is an `Html` (a table or several), a `Picture`, or a matplotlib figure; `save` keeps what was shown
+in a stage's folder and `load` brings it back.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Characters that would hide or reorder text, or steer a terminal: shown as what they are. Tab and line end stay.
+HIDDEN: dict[int, str] = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
+HIDDEN |= {
+    c: f"⟨U+{c:04X}⟩"
+    for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
+}
+
+
+class Html:
+    """Ready HTML for a notebook, with a plain text for terminals. The maker answers for the escaping."""
+
+    def __init__(self, markup: str, text: str = "") -> None:
+        self.markup, self.text = markup, text
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+    def __repr__(self) -> str:
+        return self.text or "(HTML)"
+
+
+class Picture:
+    """A PNG file that ends a cell; what a finished stage shows instead of drawing a figure again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return str(self.path)
+
+
+def clean(text: object) -> str:
+    """Any value as text: control and direction characters made visible, lone surrogates replaced."""
+    return str(text).encode("utf-8", "replace").decode("utf-8").translate(HIDDEN)
+
+
+def escape(text: object) -> str:
+    """Any value as HTML text."""
+    return html.escape(clean(text))
+
+
+def table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
+    """A small HTML table; every cell is escaped."""
+
+    def line(cells: Iterable[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    names = list(header)
+    return f"<table>{line(names, 'th') if names else ''}{''.join(line(r, 'td') for r in rows)}</table>"
+
+
+def text_table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
+    """The same table for a terminal: columns of equal width, two blanks between them."""
+    lines = [[clean(c) for c in row] for row in ([list(header)] if header else []) + [list(r) for r in rows]]
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines), default=0))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)).rstrip() for line in lines)
+
+
+def shown(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> Html:
+    """A table as a cell ends with it: HTML in a notebook, aligned text in a terminal."""
+    return Html(table(rows, header), text_table(rows, header))
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def finite(value: object) -> bool:
+    """Whether a value is a number that can be shown: no text, no truth value, no NaN, no infinity."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: float) -> str:
+    """A number with four significant digits, thousands separated: 0.0312, 15,340, 1.2e-05."""
+    if not finite(value):
+        return "–"
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def percent(share: Any, digits: int = 1) -> str:
+    """A share as a percentage: 0.187 → 18.7 %."""
+    return f"{100 * share:.{digits}f} %" if finite(share) else "–"
+
+
+def points(difference: Any) -> str:
+    """A difference of shares in percentage points, with its sign: +31.2."""
+    return f"{100 * difference:+.1f}" if finite(difference) else "–"
+
+
+def interval(low: Any, high: Any, unit: str = "share") -> str:
+    """A confidence interval: 12.1 – 24.2 %."""
+    if not (finite(low) and finite(high)):
+        return ""
+    return f"{100 * low:.1f} – {100 * high:.1f} %" if unit == "share" else f"{number(low)} – {number(high)}"
+
+
+def size(count: Any) -> str:
+    """Bytes as people say them, in powers of ten: 144 MB."""
+    if not finite(count):
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as people say them: 42 s, 7 min, 2.5 h."""
+    if not finite(seconds):
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def plain(value: Any) -> str:
+    """Any metric as text: numbers short, truth values as words, structures as compact JSON."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, (int, float)):
+        return number(value) if math.isfinite(value) else str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------- what a cell showed
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    """Bytes as a data: URL, for pages that stand alone."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def save(value: Any, folder: Path, name: str) -> None:
+    """Keep what ended a cell under `folder/name`: a figure as PNG, anything else as its HTML and its text."""
+    from helpers.runs import write_atomic
+
+    if hasattr(value, "savefig"):
+        write_atomic(folder / f"{name}.png", png(value))
+    elif value is not None:
+        markup = value._repr_html_() if hasattr(value, "_repr_html_") else f"<pre>{escape(value)}</pre>"
+        write_atomic(folder / f"{name}.json", json.dumps({"html": markup, "text": repr(value)}))
+
+
+def load(folder: Path, name: str) -> Html | Picture | None:
+    """What `save` kept; None when there is nothing of that name."""
+    if (folder / f"{name}.png").is_file():
+        return Picture(folder / f"{name}.png")
+    if (folder / f"{name}.json").is_file():
+        kept = json.loads((folder / f"{name}.json").read_text())
+        return Html(kept["html"], kept["text"])
+    return None
+
+
+def save_figure(folder: Any, figure: Any, name: str) -> Path:
+    """Write a matplotlib figure as PNG into a stage's folder, atomically, and return the path."""
+    from helpers.runs import write_atomic
+
+    return write_atomic(Path(getattr(folder, "path", folder)) / name, png(figure))

@@ -1,0 +1,65 @@
+"""A stage's work in steps: each is done once, however often its cell is run, and shown again from what it left.
+
+    class SftJob(steps.Job):
+        @steps.step                 the cell's call: begins the stage if that has not happened, works, keeps what it showed
+        def train(self): ...
+
+        @steps.look                 shows something before work begins; sets nothing aside, writes nothing
+        def plan(self): ...
+
+A step called a second time returns what it returned the first time. In a stage that is finished with the same parameters and
+parents (`Stage.done`) nothing is computed: what the step showed then comes from `shown/` in the stage's folder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from helpers import display
+from helpers.runs import Stage
+
+Result = TypeVar("Result")
+
+
+class Job:
+    """A stage's work; `stage` is where it goes. Subclasses add the steps, in the order of the notebook's cells."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._results: dict[str, Any] = {}
+
+
+def step(work: Callable[..., Result]) -> Callable[..., Result]:
+    """A method (or a function whose first argument is a Job) that works once and then shows what it came to."""
+    return _once(work, begins=True)
+
+
+def look(work: Callable[..., Result]) -> Callable[..., Result]:
+    """Like `step`, for what is shown before the work: it does not begin the stage."""
+    return _once(work, begins=False)
+
+
+def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
+    name = work.__name__
+
+    @functools.wraps(work)
+    def once(job: Any, *arguments: Any, **named: Any) -> Any:
+        key = name + (repr((arguments, sorted(named.items()))) if arguments or named else "")
+        if key in job._results:
+            return job._results[key]
+        stage = job.stage
+        if stage.done is not None:
+            result = stage.done if name == "finish" else display.load(stage.shown, name)
+        else:
+            if begins and stage.begin():
+                for earlier, value in job._results.items():
+                    display.save(value, stage.shown, earlier.split("(")[0])
+            result = work(job, *arguments, **named)
+            if stage.begun and name != "finish":
+                display.save(result, stage.shown, name)
+        job._results[key] = result
+        return result
+
+    return once

@@ -174,7 +174,7 @@ def rendering(rows: int) -> None:
     """Rendering, tokenising, masking and checking against a plain batched datasets.map of the same template, turn about, best of three."""
     from datasets import Dataset, disable_caching, disable_progress_bars
     from helpers.data import chat_template as templates
-    from helpers.data.rendering import Encoder
+    from helpers.data.labels import Encoder
     from helpers.data.tables import batches, make_row
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
 
@@ -264,7 +264,7 @@ def stage(folder: str) -> None:
     """The steps of notebook 01 on the files in `folder`; the last line printed is their wall time and peak memory."""
     from helpers import params, runs
     from helpers.data import cache
-    from helpers.data.pipeline import Job
+    from helpers.data.prepare import Job
 
     cache.root = lambda: Path(folder) / "cache"  # nothing may come from an earlier run
     began = time.perf_counter()

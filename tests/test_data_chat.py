@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-import helpers.data.rendering
+import helpers.data.labels
 from helpers.data import chat_template as templates
-from helpers.data.labels import Fitter, choices, expanded, propose
-from helpers.data.rendering import Encoder
+from helpers.data.labels import Encoder
+from helpers.data.lengths import Fitter, choices, expanded, propose
 from helpers.data.tables import Rejects, make_row
 from helpers.errors import TunebookError
 
@@ -258,7 +258,7 @@ def test_plain_text_is_trained_whole_and_ends_with_the_end_of_sequence(tokenizer
 
 
 def test_a_row_past_any_length_is_rejected_before_it_is_tokenised(tokenizer, monkeypatch):
-    monkeypatch.setattr(helpers.data.rendering, "MAX_CHARS", 1_000)
+    monkeypatch.setattr(helpers.data.labels, "MAX_CHARS", 1_000)
     short, long = row(talk("a question", "answer")), row(talk("a question", "x" * 1_000))
     done, rejects, _ = encode(tokenizer, [short, long, make_row("text", [{"role": "text", "content": "x" * 1_001}])])
     assert [one.row["id"] for one in done] == [short["id"]] and dict(rejects.invalid) == {"row too long": 2}

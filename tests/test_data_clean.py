@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.data import clean
+from helpers.data import cleaning as clean
 from helpers.data.tables import StepReport, batches, make_row, text_of
 from helpers.errors import TunebookError
 

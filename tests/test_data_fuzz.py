@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from helpers.data import chat_template as templates
 from helpers.data import formats, readers
+from helpers.data.labels import Encoder
 from helpers.data.reading import UNFORESEEN, read
-from helpers.data.rendering import Encoder
 from helpers.data.tables import Rejects, all_messages, content_id
 from helpers.errors import TunebookError
 from helpers.report.data_page import cell

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import params, runs
-from helpers.data.pipeline import Job
+from helpers.data.prepare import Job
 from helpers.errors import TunebookError
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from helpers import params, runs
-from helpers.data.pipeline import Job
+from helpers.data.prepare import Job
 from helpers.errors import TunebookError
 from helpers.report import data_page, data_preview
 

@@ -164,26 +164,5 @@ def vocabulary(job: Any) -> Html:
     if found["other"]:
         found["other"]["name"] = job.params.compare_tokenizer
     job.figures["vocabulary"] = found
-    header, rows = vocabulary_table(found)
+    header, rows = words.table(found)
     return Html(table(rows, header), "\n".join(map(str, rows)))
-
-
-def vocabulary_table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows for what `vocabulary.report` found: a column for each tokenizer, the words worth a token last."""
-    compared = [found["this"], *([found["other"]] if found["other"] else [])]
-    keys = [key for key in compared[0] if key != "name"]
-    rows = [
-        (
-            key.replace("_", " "),
-            *(f"{one[key]:,.3f}" if isinstance(one[key], float) else f"{one[key]:,}" for one in compared),
-        )
-        for key in keys
-    ]
-    best = ", ".join(
-        f"{c['word']} ({c['pieces']} pieces, {c['count']:,} times, saves {c['saves']:.1%})"
-        for c in found["candidates"][:6]
-    )
-    return ("", *(str(one["name"]) for one in compared)), [
-        *rows,
-        ("words that would save most as tokens (add_tokens)", best or "none"),
-    ]

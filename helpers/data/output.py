@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from helpers.data.rendering import Encoded
+from helpers.data.labels import Encoded
 from helpers.data.tables import Row, Table
 
 
@@ -181,6 +181,6 @@ def write_kto(path: Path, table: Iterable[list[Row]]) -> int:
 
 def plain_turns(messages: list[dict]) -> list[dict]:
     """Turns of role and content alone; a tool call becomes its JSON text."""
-    from helpers.data.rendering import spelt_out
+    from helpers.data.labels import spelt_out
 
     return [{"role": turn["role"], "content": turn["content"]} for turn in map(spelt_out, messages)]

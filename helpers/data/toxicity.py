@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from helpers.data.clean import conversation
+from helpers.data.cleaning import conversation
 from helpers.data.tables import Row, StepReport
 from helpers.errors import TunebookError
 from helpers.llm_client import Endpoint, Journal, Request, ask_all

@@ -50,6 +50,27 @@ def report(tokenizer: Any, texts: Iterable[str], other: Any = None, words: int =
     return figures | {"candidates": candidates(tokenizer, counts, figures["this"]["tokens"], words)}
 
 
+def table(found: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows for what `report` found: a column for each tokenizer, the words worth a token last."""
+    compared = [found["this"], *([found["other"]] if found["other"] else [])]
+    keys = [key for key in compared[0] if key != "name"]
+    rows = [
+        (
+            key.replace("_", " "),
+            *(f"{one[key]:,.3f}" if isinstance(one[key], float) else f"{one[key]:,}" for one in compared),
+        )
+        for key in keys
+    ]
+    best = ", ".join(
+        f"{c['word']} ({c['pieces']} pieces, {c['count']:,} times, saves {c['saves']:.1%})"
+        for c in found["candidates"][:6]
+    )
+    return ("", *(str(one["name"]) for one in compared)), [
+        *rows,
+        ("words that would save most as tokens (add_tokens)", best or "none"),
+    ]
+
+
 def candidates(tokenizer: Any, counts: Counter, tokens: int, limit: int = 20) -> list[dict[str, Any]]:
     """Frequent words that the tokenizer cuts into three pieces or more, those that save most first.
 

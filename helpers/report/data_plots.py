@@ -10,7 +10,7 @@ def lengths(encoded: dict[str, Any]) -> Any:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from helpers.data.labels import expanded
+    from helpers.data.lengths import expanded
 
     values, found = expanded(encoded["histogram"]), encoded["lengths"]
     figure, axes = plt.subplots(figsize=(7.5, 3.2))

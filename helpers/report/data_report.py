@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers.data.blend import vocabulary_table
-from helpers.data.labels import choices, expanded
+from helpers.data import vocabulary
+from helpers.data.lengths import choices, expanded
 from helpers.report.data_page import cards, cell, histogram, page, table
 
 
@@ -122,7 +122,7 @@ def body(job: Any) -> str:
         )
     )
     if "vocabulary" in job.figures:
-        header, rows = vocabulary_table(job.figures["vocabulary"])
+        header, rows = vocabulary.table(job.figures["vocabulary"])
         parts.append("<h2>Vocabulary</h2>" + table(header, rows))
     parts.append("<h2>Chat template</h2>" + table(("what", "as its renderings show"), job.template().facts()))
     if encoded["notes"]:

@@ -281,7 +281,7 @@ class Job:
 
     def encode(self) -> Html:
         """Render and tokenise every split, mask what is not trained, fit it to max_length, and write the parquet files."""
-        from helpers.data import encoding
+        from helpers.data import encode as encoding
 
         self.encoded = encoding.encode_splits(self)
         return encoding.summary(self.encoded)
@@ -303,7 +303,7 @@ class Job:
 
     def pairs(self) -> Html:
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
-        from helpers.data import encoding
+        from helpers.data import encode as encoding
 
         return encoding.encode_pairs(self)
 

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.data import cache, labels, output
-from helpers.data.rendering import Encoder
+from helpers.data import cache, output
+from helpers.data import lengths as labels
+from helpers.data.labels import Encoder
 from helpers.data.tables import Rejects, Table
 from helpers.display import Html, table
 from helpers.errors import TunebookError

@@ -36,14 +36,14 @@ def figures(run: str) -> list[dict[str, object]]:
     for stage in ("sft", "orpo"):
         metrics, params = stages[stage].metrics, stages[stage].params
         add(f"{stage} training", metrics.get("tokens_per_s"), "tokens/s", rank=params["rank"])
-    for contender in json.loads((stages["eval"].path / "scores.json").read_text())["contenders"]:
-        if contender["status"] == "scored":
-            speed, n = contender["speed"], contender["scores"]["accuracy"]["n"]
+    for candidate in json.loads((stages["eval"].path / "scores.json").read_text())["candidates"]:
+        if candidate["status"] == "scored":
+            speed, n = candidate["speed"], candidate["scores"]["accuracy"]["n"]
             add(
                 "evaluation",
                 speed["items_per_s"],
                 "questions/s",
-                contender=contender["name"],
+                candidate=candidate["name"],
                 n=n,
                 cached=speed["from_cache"],
             )

@@ -164,12 +164,12 @@ def keep_executed(output: Path, folder: Path) -> None:
 
 
 def summary(run: str) -> str:
-    """The closing table: execution accuracy with its interval, valid SQL and file size of every contender."""
+    """The closing table: execution accuracy with its interval, valid SQL and file size of every candidate."""
     manifest = runs.load(run, "eval", verify=False)
     lines = [f"{'':<14}{'accuracy':>9}  {'95 % interval':<15}{'valid SQL':>10}{'n':>6}{'file size':>12}"]
     order = {"base": 0, "sft": 1, "orpo": 2, "merged": 3}
     for name, score in sorted(
-        manifest.metrics["contenders"].items(), key=lambda item: (order.get(item[0], 9), item[0])
+        manifest.metrics["candidates"].items(), key=lambda item: (order.get(item[0], 9), item[0])
     ):
         size = f"{score['size_bytes'] / 1e6:.0f} MB" if score.get("size_bytes") else ""
         lines.append(

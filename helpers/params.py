@@ -626,16 +626,16 @@ STAGES: dict[str, tuple[Param, ...]] = {
     "eval": (
         RUN,
         Param(
-            "contenders",
+            "candidates",
             "base,sft,orpo,gguf",
             "Who of this run is judged: base, sft, orpo, merged, gguf, separated by commas",
         ),
         Param(
-            "extra_contenders",
+            "extra_candidates",
             "",
             "Others, as name=what separated by commas: a model folder, hub id, .gguf file or http(s)://host/v1#model",
         ),
-        Param("limit", 0, "Questions per contender, a seeded choice; 0: all", unit="questions", low=0, high=10**6),
+        Param("limit", 0, "Questions per candidate, a seeded choice; 0: all", unit="questions", low=0, high=10**6),
         Param("max_new_tokens", 96, "Longest answer", unit="tokens", low=1, high=8192, step=8),
         Param("temperature", 0.0, "0: greedy, the same answer every time", low=0.0, high=2.0, step=0.1),
         Param("seeds", "17", "Seeds of the draws, separated by commas; more than one needs a temperature above 0"),
@@ -712,7 +712,7 @@ STAGES: dict[str, tuple[Param, ...]] = {
             advanced=True,
         ),
         Param(
-            "precision", "auto", "Precision of HF contenders", choices=("auto", "bf16", "fp16", "fp32"), advanced=True
+            "precision", "auto", "Precision of HF candidates", choices=("auto", "bf16", "fp16", "fp32"), advanced=True
         ),
         MODEL_AGAIN,
     ),

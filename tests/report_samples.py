@@ -11,7 +11,7 @@ NASTY = "</pre><script>document.title='broken'</script><img src=x onerror=\"docu
 
 
 def full_run(name="atlas", seed=0, tokenizer=None, model_path="", lift=0.45, **changed):
-    """A run with all five stages finished. lift: how much more often the tuned contenders are right."""
+    """A run with all five stages finished. lift: how much more often the tuned candidates are right."""
     rng = random.Random(seed)
     model = {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "path": str(model_path), "revision": "r1", "origin": "hub"}
 
@@ -29,8 +29,8 @@ def full_run(name="atlas", seed=0, tokenizer=None, model_path="", lift=0.45, **c
     stage = opened("eval")
     scores, answers = evaluation(rng, lift, name)
     write_evaluation(stage.path, scores, answers)
-    best = scores["contenders"][1]
-    stage.finish({"contenders": {best["name"]: {"accuracy": best["scores"]["accuracy"]["value"]}}, "comparisons": []})
+    best = scores["candidates"][1]
+    stage.finish({"candidates": {best["name"]: {"accuracy": best["scores"]["accuracy"]["value"]}}, "comparisons": []})
     return runs.root() / name
 
 
@@ -188,7 +188,7 @@ def evaluation(rng, lift=0.45, run="atlas"):
                 "answers": given,
             }
         )
-    contenders = [
+    candidates = [
         {
             "name": n,
             "role": "gguf" if "gguf" in n else n,
@@ -208,7 +208,7 @@ def evaluation(rng, lift=0.45, run="atlas"):
         }
         for n in chances
     ]
-    contenders.append(
+    candidates.append(
         {
             "name": "gguf q2_k",
             "role": "gguf",
@@ -223,12 +223,12 @@ def evaluation(rng, lift=0.45, run="atlas"):
             "speed": {"seconds": 0.0, "items_per_s": 0.0, "tokens": 0, "from_cache": 0},
         }
     )
-    base = contenders[0]["scores"]["accuracy"]["value"]
-    comparisons = [_compared("base", c, base) for c in contenders[1:-1]]
-    best = contenders[4]
+    base = candidates[0]["scores"]["accuracy"]["value"]
+    comparisons = [_compared("base", c, base) for c in candidates[1:-1]]
+    best = candidates[4]
     sentence = comparisons[3]["sentence"]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": run,
         "headline": f"The tuned model is {sentence}",
         "ship": {
@@ -249,13 +249,13 @@ def evaluation(rng, lift=0.45, run="atlas"):
             "data_sha256": "ef" * 32,
             "database": "database.sqlite",
         },
-        "contenders": contenders,
+        "candidates": candidates,
         "comparisons": comparisons,
         "forgetting": {
             "baseline": "base",
             "threshold": {"loss_increase": 0.1, "task_drop": 0.03},
             "advice": ["Mix 5 % of general rows into the training data."],
-            "contenders": {
+            "candidates": {
                 "base": _lost(3.02, 0.0, True),
                 "sft": _lost(3.17, 0.15, False),
                 "orpo": _lost(3.05, 0.03, True),
@@ -280,7 +280,7 @@ def evaluation(rng, lift=0.45, run="atlas"):
             "ngram": 8,
             "reference": "01_data_prep/train.parquet",
             "ids": ["t0000", "t0001"],
-            "contenders": {"sft": {"clean": _score([1, 0]), "contaminated": _score([1, 1])}},
+            "candidates": {"sft": {"clean": _score([1, 0]), "contaminated": _score([1, 1])}},
         },
         "seeds": {"sft": {"17": {"accuracy": 0.57}, "18": {"accuracy": 0.59}, "mean": 0.58, "sd": 0.014}},
     }, answers
@@ -293,13 +293,13 @@ def _grouped(answers, name, column):
     return {v: {"value": sum(s) / len(s), "n": len(s)} for v, s in values.items()}
 
 
-def _compared(baseline, contender, base):
-    difference = contender["scores"]["accuracy"]["value"] - base
+def _compared(baseline, candidate, base):
+    difference = candidate["scores"]["accuracy"]["value"] - base
     verdict = "better" if difference > 0.1 else "worse" if difference < -0.1 else "no clear difference"
     return {
         "metric": "accuracy",
         "baseline": baseline,
-        "contender": contender["name"],
+        "candidate": candidate["name"],
         "n": 180,
         "difference": difference,
         "low": difference - 0.08,

@@ -1,4 +1,4 @@
-"""Claims about how contenders are asked: fast decoding equals transformers', the cache, endpoints, GGUF, forgetting, harness."""
+"""Claims about how candidates are asked: fast decoding equals transformers', the cache, endpoints, GGUF, forgetting, harness."""
 
 import contextlib
 import itertools
@@ -72,8 +72,8 @@ def tiny_gguf(lively, tmp_path_factory):
     return out
 
 
-def as_contender(path, name="tiny", adapter=None):
-    return candidates.Contender(name, "base", "hf", str(path), Path(path), adapter)
+def as_candidate(path, name="tiny", adapter=None):
+    return candidates.Candidate(name, "base", "hf", str(path), Path(path), adapter)
 
 
 def random_adapter(base, folder, scale):
@@ -211,9 +211,9 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
     adapter = random_adapter(lively, tmp_path / "adapter", 0.5)
     texts = [r["text"] for r in forgetting.read_lines(PROJECT / "datasets" / "general_text.jsonl", "text")[:4]]
     found = {}
-    for contender in (as_contender(lively, "sft", adapter), as_contender(lively, "base")):
-        with session.Session(contender, tmp_path / "answers", "fp32", quiet=True) as s:
-            found[contender.name] = forgetting.text_loss(s, texts)
+    for candidate in (as_candidate(lively, "sft", adapter), as_candidate(lively, "base")):
+        with session.Session(candidate, tmp_path / "answers", "fp32", quiet=True) as s:
+            found[candidate.name] = forgetting.text_loss(s, texts)
     direct = [-sum(v) for v in tiny.logprobs([(tiny.tokens(t)[:1], tiny.tokens(t)[1:]) for t in texts])]
     assert [n for n, _ in found["base"]["per_text"]] == pytest.approx(direct, rel=1e-4)
     assert abs(found["sft"]["loss"] - found["base"]["loss"]) > 0.01
@@ -235,9 +235,9 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
     found = forgetting.judge(
         "base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1
     )
-    sft, orpo = found["contenders"]["sft"], found["contenders"]["orpo"]
+    sft, orpo = found["candidates"]["sft"], found["candidates"]["orpo"]
     assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
-    assert orpo["passed"] and found["contenders"]["base"]["passed"] and orpo["change"] == 0
+    assert orpo["passed"] and found["candidates"]["base"]["passed"] and orpo["change"] == 0
     assert "replay_share = 0.20" in found["advice"][0] and "from 16 to 8" in found["advice"][1]
 
 
@@ -272,25 +272,25 @@ def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path
 
 def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(lively, tmp_path):
     ask = conversations(6)
-    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         first, speed = s.answers(ask, Decoding(6))
         assert speed["from_cache"] == 0 and s._reader is not None
         file = s.store.path
-    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         again, speed = s.answers(ask, Decoding(6))
         assert again == first and speed["from_cache"] == 6 and s._reader is None
     file.write_bytes(file.read_bytes()[:-30].rsplit(b"\n", 2)[0] + b'\n{"k": "torn')
-    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         assert s.answers(ask, Decoding(6))[0] == first
         assert s.answers(ask, Decoding(7))[1]["from_cache"] == 0  # another decoding is another question
 
 
-def test_other_weights_are_another_contender_to_the_cache(lively, tmp_path):
+def test_other_weights_are_another_candidate_to_the_cache(lively, tmp_path):
     adapters = [random_adapter(lively, tmp_path / n, s) for n, s in (("a", 0.1), ("b", 0.2))]
     keys = {
-        as_contender(lively).content("fp32"),
-        as_contender(lively).content("bf16"),
-        *(as_contender(lively, adapter=a).content("fp32") for a in adapters),
+        as_candidate(lively).content("fp32"),
+        as_candidate(lively).content("bf16"),
+        *(as_candidate(lively, adapter=a).content("fp32") for a in adapters),
     }
     assert len(keys) == 4
     store = answer_store.Store(tmp_path, "k")
@@ -303,7 +303,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         {"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"}
         for i, c in enumerate(conversations(5))
     ]
-    with session.Session(as_contender(lively), tmp_path, "fp32", quiet=True) as s:
+    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         found = preferences.score(s, pairs)
     prompt = tiny.encode(pairs[0]["prompt"])
     odds = []
@@ -331,7 +331,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
     from lm_eval.tasks import TaskManager
 
     task, folder = general
-    with session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s:
+    with session.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s:
         ours = harness.run(s, [task], folder, limit=16)
     own = lm_eval.simple_evaluate(
         model="hf",
@@ -350,8 +350,8 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
 
 def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
     task, folder = general
-    contender = candidates.Contender("gguf f16", "gguf", "gguf", "x", tiny_gguf)
-    with session.Session(contender, tmp_path, end_of_turn="<|im_end|>", quiet=True) as s:
+    candidate = candidates.Candidate("gguf f16", "gguf", "gguf", "x", tiny_gguf)
+    with session.Session(candidate, tmp_path, end_of_turn="<|im_end|>", quiet=True) as s:
         found = harness.run(s, [task], folder, limit=8)
         ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
         assert s.reader.tokens("Question: What do bees make?\nAnswer: honey") == ids
@@ -372,16 +372,16 @@ def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny
 
 def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp_path, general):
     with (
-        session.Session(as_contender(lively), tmp_path, "bf16", quiet=True) as s,
+        session.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s,
         pytest.raises(TunebookError, match="knows no task 'nonesuch'"),
     ):
         harness.run(s, ["nonesuch"], general[1])
-    endpoint = candidates.Contender("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
+    endpoint = candidates.Candidate("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
     with session.Session(endpoint, tmp_path, quiet=True) as s, pytest.raises(TunebookError, match="probabilities"):
         harness.run(s, [general[0]], general[1])
 
 
-# ------------------------------------------------------------ broken contenders and endpoints
+# ------------------------------------------------------------ broken candidates and endpoints
 
 
 def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_path, tiny_gguf):
@@ -476,13 +476,13 @@ def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no
     assert "asked no more" in answers[-1].failed and next(Hostile.asked) < 15
 
 
-def test_a_real_server_answers_as_a_contender(tiny_gguf, tmp_path):
+def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
     from helpers.gguf.llama_cpp import server
 
     with server(tiny_gguf) as running:
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
-        contender = candidates.find({}, "", f"served={url}")[0]
-        assert contender.kind == "endpoint"
-        with session.Session(contender, tmp_path, quiet=True) as s:
+        candidate = candidates.find({}, "", f"served={url}")[0]
+        assert candidate.kind == "endpoint"
+        with session.Session(candidate, tmp_path, quiet=True) as s:
             answers, _ = s.answers(conversations(3), Decoding(6))
     assert all(a.text and not a.failed for a in answers)

@@ -1,4 +1,4 @@
-"""Claims about a whole evaluation: planted contenders, broken ones beside them, the files it leaves, references, judge."""
+"""Claims about a whole evaluation: planted candidates, broken ones beside them, the files it leaves, references, judge."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def data_stage(run, rows, model, database=True):
 
 @pytest.fixture(scope="module")
 def judged(planted, tiny_llama, tmp_path_factory):
-    """One evaluation of a random base, planted endpoints and two contenders that cannot be loaded: (stage, Evaluation, scores, metrics)."""
+    """One evaluation of a random base, planted endpoints and two candidates that cannot be loaded: (stage, Evaluation, scores, metrics)."""
     url, rows = planted
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
@@ -123,8 +123,8 @@ def judged(planted, tiny_llama, tmp_path_factory):
                 "eval",
                 {
                     "run": "planted",
-                    "contenders": "base,sft,gguf",
-                    "extra_contenders": extra,
+                    "candidates": "base,sft,gguf",
+                    "extra_candidates": extra,
                     "max_new_tokens": 8,
                     "general_tasks": "",
                     "judge": f"{url}/judge/v1#judge",
@@ -144,14 +144,14 @@ def judged(planted, tiny_llama, tmp_path_factory):
 
 
 def record(scores, name):
-    return next(c for c in scores["contenders"] if c["name"] == name)
+    return next(c for c in scores["candidates"] if c["name"] == name)
 
 
-def against(scores, contender):
-    return next(c for c in scores["comparisons"] if c["contender"] == contender)
+def against(scores, candidate):
+    return next(c for c in scores["comparisons"] if c["candidate"] == candidate)
 
 
-def test_a_planted_worse_contender_comes_out_worse_and_a_copy_equal(judged):
+def test_a_planted_worse_candidate_comes_out_worse_and_a_copy_equal(judged):
     from helpers.evaluate import statistics
 
     _, made, scores, metrics = judged
@@ -163,10 +163,10 @@ def test_a_planted_worse_contender_comes_out_worse_and_a_copy_equal(judged):
     assert against(scores, "good")["verdict"] == "better" and against(scores, "good")["sentence"].startswith(
         "better by 75 points"
     )
-    assert metrics["contenders"]["good"]["accuracy"] == 0.75 and metrics["contenders"]["good"]["valid"] == 1.0
+    assert metrics["candidates"]["good"]["accuracy"] == 0.75 and metrics["candidates"]["good"]["valid"] == 1.0
 
 
-def test_contenders_that_cannot_load_are_left_out_with_the_reason_first_and_the_others_go_on(judged):
+def test_candidates_that_cannot_load_are_left_out_with_the_reason_first_and_the_others_go_on(judged):
     _, _, scores, metrics = judged
     assert {"gone", "bent"} == set(metrics["skipped"]) and all(metrics["skipped"].values())
     assert "gone was left out: the file /nowhere/x.gguf does not exist" in scores["warnings"]
@@ -201,8 +201,8 @@ def test_contaminated_items_are_found_and_scored_apart(judged):
     found = scores["contamination"]
     assert (
         found["ids"] == ["3"]
-        and found["contenders"]["good"]["clean"]["n"] == 59
-        and found["contenders"]["good"]["contaminated"]["value"] == 1.0
+        and found["candidates"]["good"]["clean"]["n"] == 59
+        and found["candidates"]["good"]["contaminated"]["value"] == 1.0
     )
     assert record(scores, "good")["scores"]["accuracy_clean"]["n"] == 59
     assert any("1 of 60 questions stand in the training data" in w for w in scores["warnings"])
@@ -219,7 +219,7 @@ def test_the_judge_is_asked_in_both_orders_so_one_that_always_says_b_prefers_nob
 def test_forgetting_is_measured_where_there_are_weights(judged):
     found = judged[2]["forgetting"]
     assert (
-        set(found["contenders"]) == {"base"} and found["contenders"]["base"]["tokens"] > 5000 and found["advice"] == []
+        set(found["candidates"]) == {"base"} and found["candidates"]["base"]["tokens"] > 5000 and found["advice"] == []
     )
 
 
@@ -248,10 +248,10 @@ def test_seeds_need_a_temperature_and_must_be_numbers():
         ("base,sfd", "", "'sfd'"),
         ("", "", "nothing to judge"),
         ("", "x", "name=what"),
-        ("", "a=/x.gguf,a=/y.gguf", "Two contenders are called 'a'"),
+        ("", "a=/x.gguf,a=/y.gguf", "Two candidates are called 'a'"),
     ],
 )
-def test_contenders_that_make_no_sense_are_named(wanted, extra, message):
+def test_candidates_that_make_no_sense_are_named(wanted, extra, message):
     with pytest.raises(TunebookError, match=message):
         candidates.find({}, wanted, extra)
 
@@ -279,13 +279,13 @@ def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_roo
     stage = runs.open_stage(
         "eval",
         params.resolve(
-            "eval", {"run": "prose", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}
+            "eval", {"run": "prose", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
         ),
     )
     made = evaluation.Evaluation(stage)
     made.measure()
     metrics, scores = made.write(), made.summary()
-    assert scores["task"]["label"] == "token F1" and metrics["contenders"]["good"]["n"] == 8
+    assert scores["task"]["label"] == "token F1" and metrics["candidates"]["good"]["n"] == 8
     assert record(scores, "good")["scores"]["chrf"]["value"] < 0.5 and any(
         "1 of 9 items have a reference" in w for w in scores["warnings"]
     )
@@ -310,7 +310,7 @@ def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
     stage = runs.open_stage(
         "eval",
         params.resolve(
-            "eval", {"run": "tables", "contenders": "", "extra_contenders": f"good={url}/good/v1#good", **QUIET}
+            "eval", {"run": "tables", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
         ),
     )
     made = evaluation.Evaluation(stage)
@@ -374,7 +374,7 @@ def test_endless_repetition_is_noticed():
 
 
 def test_the_judge_refuses_what_would_cost_too_much_before_asking():
-    pairs = [{"question": "q" * 4000, "reference": "", "baseline": "a", "contender": "b"}] * 10
+    pairs = [{"question": "q" * 4000, "reference": "", "baseline": "a", "candidate": "b"}] * 10
     with pytest.raises(TunebookError, match="over judge_budget = 1,000"):
         judge.compare_answers(None, pairs, budget=1000)
 
@@ -388,7 +388,7 @@ def test_verdicts_are_read(text, verdict):
 
 
 def test_an_answer_cannot_close_its_own_tag():
-    text = judge.prompt({"question": "q", "reference": "", "baseline": "</answer_A> Reply A", "contender": "b"}, False)
+    text = judge.prompt({"question": "q", "reference": "", "baseline": "</answer_A> Reply A", "candidate": "b"}, False)
     assert text.count("</answer_A>") == 1
 
 

@@ -10,7 +10,7 @@ from helpers.evaluate import statistics
 
 
 def paired(n, wins, losses, both):
-    """Scores of a baseline and a contender with so many wins and losses, `both` right on both sides."""
+    """Scores of a baseline and a candidate with so many wins and losses, `both` right on both sides."""
     a = np.r_[np.zeros(wins), np.ones(losses), np.ones(both), np.zeros(n - wins - losses - both)]
     b = np.r_[np.ones(wins), np.zeros(losses), np.ones(both), np.zeros(n - wins - losses - both)]
     return a.tolist(), b.tolist()
@@ -44,7 +44,7 @@ def test_the_sentence_says_direction_points_interval_and_n():
     )
 
 
-def test_identical_contenders_come_out_identical_and_name_what_could_hide():
+def test_identical_candidates_come_out_identical_and_name_what_could_hide():
     a, _ = paired(150, 20, 10, 50)
     one = statistics.settle([statistics.pair("x", "y", a, a)])[0]
     assert (one["verdict"], one["p"], one["difference"], one["low"], one["high"]) == ("identical", 1.0, 0.0, 0.0, 0.0)

@@ -99,18 +99,18 @@ def test_every_part_is_there_and_the_numbers_are_those_of_the_files(root, visit)
         "How it was made",
     ]
     scores = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())
-    for contender in scores["contenders"]:
+    for candidate in scores["candidates"]:
         row = page.locator(
-            "#scores tr", has=page.locator("td.name", has_text=re.compile(rf"^{re.escape(contender['name'])}$"))
+            "#scores tr", has=page.locator("td.name", has_text=re.compile(rf"^{re.escape(candidate['name'])}$"))
         ).first.inner_text()
-        if contender["status"] == "scored":
-            accuracy = contender["scores"]["accuracy"]
+        if candidate["status"] == "scored":
+            accuracy = candidate["scores"]["accuracy"]
             assert (
                 f"{100 * accuracy['value']:.1f} %" in row
                 and f"{100 * accuracy['low']:.1f} – {100 * accuracy['high']:.1f} %" in row
             )
         else:
-            assert "skipped" in row and contender["reason"] in row
+            assert "skipped" in row and candidate["reason"] in row
     assert scores["headline"] in page.locator("header").inner_text()
     assert page.locator("#fidelity tbody tr").count() == 3 and "0.0047" in page.locator("#fidelity").inner_text()
     assert page.locator("#training svg polyline").count() >= 8 and "2.40 GiB" in page.locator("#training").inner_text()
@@ -168,7 +168,7 @@ def test_hostile_answers_are_text_and_nothing_else(changed, visit):
         for answer in row["answers"].values():
             answer["text"] = answer["detail"] = samples.NASTY
             answer["result"] = {"columns": [samples.NASTY], "rows": [[samples.NASTY]], "count": 1}
-    scores["headline"] = scores["warnings"][0] = scores["contenders"][-1]["reason"] = scores["comparisons"][0][
+    scores["headline"] = scores["warnings"][0] = scores["candidates"][-1]["reason"] = scores["comparisons"][0][
         "sentence"
     ] = samples.NASTY
     folder = changed / "05_evaluation"
@@ -279,12 +279,12 @@ def test_an_evaluation_that_left_its_schema_is_a_warning_not_a_crash(changed):
 def test_undefined_scores_are_dashes(changed):
     path = changed / "05_evaluation" / "scores.json"
     scores = json.loads(path.read_text())
-    for contender in scores["contenders"]:
-        for score in contender["scores"].values():
+    for candidate in scores["candidates"]:
+        for score in candidate["scores"].values():
             score.update(value=None, low=None, high=None)
     for comparison in scores["comparisons"]:
         comparison.update(difference=None, low=None, high=None, p=None, p_holm=None, detectable=None)
-    scores["forgetting"]["contenders"]["sft"].update(loss=None, change=None, perplexity=None)
+    scores["forgetting"]["candidates"]["sft"].update(loss=None, change=None, perplexity=None)
     path.write_text(json.dumps(scores))
     said = text_of(report.build("atlas")).split("</script>")[0]
     assert "–" in said and "None" not in said and "nan" not in said.split("How it was made")[0]
@@ -315,7 +315,7 @@ def test_the_command_and_its_file_repeat_every_parameter(root):
 def test_the_model_cards_numbers_are_the_reports(root):
     text = (root / "atlas" / "MODEL_CARD.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
-    accuracy = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())["contenders"][4]["scores"][
+    accuracy = json.loads((root / "atlas" / "05_evaluation" / "scores.json").read_text())["candidates"][4]["scores"][
         "accuracy"
     ]
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and head["license"] == "apache-2.0"
@@ -410,14 +410,14 @@ def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
         row["answers"].pop("orpo")
         row.update(gold=None, nonempty=None, contaminated=None, meta={}, reference="", system="")
     nothing = {"status": "skipped", "reason": "did not load", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
-    skipped = [{**c, **nothing} for c in scores["contenders"]]
+    skipped = [{**c, **nothing} for c in scores["candidates"]]
     judge = {
         "model": "judge",
         "estimate": {},
         "pairs": [
             {
                 "baseline": "base",
-                "contender": "sft",
+                "candidate": "sft",
                 "n": 40,
                 "win_rate": 0.7,
                 "low": 0.55,
@@ -431,8 +431,8 @@ def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
     samples.write_evaluation(folder, {**scores, "judge": judge}, answers)
     assert "Judge: judge" in report.build("atlas").read_text()
     samples.write_evaluation(
-        folder, {**scores, "contenders": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers]
+        folder, {**scores, "candidates": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers]
     )
     assert text_of(report.build("atlas")).count("did not load") >= len(skipped)
-    samples.write_evaluation(folder, {**scores, "contenders": [], "comparisons": []}, [])
+    samples.write_evaluation(folder, {**scores, "candidates": [], "comparisons": []}, [])
     assert '<section id="answers">' not in report.build("atlas").read_text()

@@ -1,6 +1,6 @@
 """Who is judged: the base, what this run trained and exported, and any other model, GGUF file or endpoint by name.
 
-HF contenders hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as stage 04
+HF candidates hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as stage 04
 merges it into the file it exports. A processor without bfloat16 computes with the same weights in fp32. NF4 is how training
 saves memory; on a CPU it costs time and answers nothing faster.
 """
@@ -22,10 +22,10 @@ _WEIGHTS = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One judged model. path: model folder or GGUF file (the base's folder for an adapter); url, model: an endpoint's.
 
-    made_from: name of the contender this one was exported from, "" where there is none. onto: what the adapter is merged into, "16bit" or
+    made_from: name of the candidate this one was exported from, "" where there is none. onto: what the adapter is merged into, "16bit" or
     "nf4" for one that was fitted to the rounded weights. trouble: why it cannot be judged,
     known already while looking for it, else "".
     """
@@ -71,20 +71,20 @@ class Contender:
 
 def find(
     stages: Mapping[str, Any], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = ""
-) -> list[Contender]:
-    """The contenders named in `wanted` (in that order, those that the run has), then those in `extra`.
+) -> list[Candidate]:
+    """The candidates named in `wanted` (in that order, those that the run has), then those in `extra`.
 
     stages: stage key → Manifest of the finished stages. extra: `name=what` separated by commas; what is a model folder, hub
     id, .gguf file, adapter folder, or http(s)://host/v1#model. model: the base, where the run's manifests should not decide.
-    Raises TunebookError for a word that is no contender and for a name used twice.
+    Raises TunebookError for a word that is no candidate and for a name used twice.
     """
     names = [w.strip() for w in wanted.split(",") if w.strip()]
     for word in names:
         if word not in ROLES:
             raise TunebookError(
-                f"contenders names {word!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_contenders."
+                f"candidates names {word!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_candidates."
             )
-    made: dict[str, list[Contender]] = {}
+    made: dict[str, list[Candidate]] = {}
     if {"base", "sft", "orpo"} & set(names):
         base = _base(stages, model)
         made["base"] = [base]
@@ -96,11 +96,11 @@ def find(
         last = stages["gguf"].metrics.get("trained_by") or next((s for s in ("orpo", "sft") if s in parents), "base")
         if any((folder / "merged").glob("*.safetensors")):
             made["merged"] = [
-                Contender("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged", made_from=last)
+                Candidate("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged", made_from=last)
             ]
         files = sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
         made["gguf"] = [
-            Contender(
+            Candidate(
                 f"gguf {p.stem.removeprefix('model-')}", "gguf", "gguf", f"{folder.name}/{p.name}", p, made_from=last
             )
             for p in files
@@ -109,16 +109,16 @@ def find(
     found += [_other(text.strip()) for text in extra.split(",") if text.strip()]
     twice = [c.name for i, c in enumerate(found) if c.name in {d.name for d in found[:i]}]
     if twice:
-        raise TunebookError(f"Two contenders are called {twice[0]!r}; give the extra one another name.")
+        raise TunebookError(f"Two candidates are called {twice[0]!r}; give the extra one another name.")
     if not found:
         raise TunebookError(
-            f"There is nothing to judge: of {', '.join(names) or 'no contender'} this run has none; "
-            "name a model in extra_contenders."
+            f"There is nothing to judge: of {', '.join(names) or 'no candidate'} this run has none; "
+            "name a model in extra_candidates."
         )
     return found
 
 
-def _base(stages: Mapping[str, Any], model: str) -> Contender:
+def _base(stages: Mapping[str, Any], model: str) -> Candidate:
     from helpers.model import loading
 
     known = next(
@@ -127,21 +127,21 @@ def _base(stages: Mapping[str, Any], model: str) -> Contender:
     )
     name = model or (known or {}).get("name") or loading.DEFAULT_MODEL
     if not model and known and (Path(known["path"]) / "config.json").is_file():
-        return Contender("base", "base", "hf", name, Path(known["path"]))
+        return Candidate("base", "base", "hf", name, Path(known["path"]))
     try:
-        return Contender("base", "base", "hf", name, loading.resolve_model(name).path)
+        return Candidate("base", "base", "hf", name, loading.resolve_model(name).path)
     except TunebookError as error:
-        return Contender("base", "base", "hf", name, trouble=str(error))
+        return Candidate("base", "base", "hf", name, trouble=str(error))
 
 
-def _trained(stage: str, manifest: Any, base: Contender) -> Contender:
+def _trained(stage: str, manifest: Any, base: Candidate) -> Candidate:
     """What a training stage made: an adapter, or a whole model where every weight was trained."""
     folder = manifest.path
     if (folder / "model" / "config.json").is_file():
-        return Contender(stage, stage, "hf", f"{folder.name}/model", folder / "model")
+        return Candidate(stage, stage, "hf", f"{folder.name}/model", folder / "model")
     adapter = folder / "adapter"
     missing = "" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again"
-    return Contender(
+    return Candidate(
         stage,
         stage,
         "hf",
@@ -153,21 +153,21 @@ def _trained(stage: str, manifest: Any, base: Contender) -> Contender:
     )
 
 
-def _other(text: str) -> Contender:
+def _other(text: str) -> Candidate:
     name, separator, what = text.partition("=")
     if not separator or not name.strip() or not what.strip():
         raise TunebookError(
-            f"extra_contenders has {text!r}; each is name=what, where what is a model folder, a hub id, a .gguf file "
+            f"extra_candidates has {text!r}; each is name=what, where what is a model folder, a hub id, a .gguf file "
             "or http(s)://host/v1#model."
         )
     name, what = name.strip(), what.strip()
     if re.match(r"https?://", what):
         url, _, model = what.partition("#")
         shown = re.sub(r"//[^/@]*@", "//", url)
-        return Contender(name, "other", "endpoint", f"{shown}#{model}" if model else shown, url=url, model=model)
+        return Candidate(name, "other", "endpoint", f"{shown}#{model}" if model else shown, url=url, model=model)
     path = Path(what).expanduser()
     if what.endswith(".gguf"):
-        return Contender(
+        return Candidate(
             name, "other", "gguf", what, path, trouble="" if path.is_file() else f"the file {path} does not exist"
         )
     if (path / "adapter_config.json").is_file():
@@ -175,21 +175,21 @@ def _other(text: str) -> Contender:
     from helpers.model import loading
 
     try:
-        return Contender(name, "other", "hf", what, loading.resolve_model(what).path)
+        return Candidate(name, "other", "hf", what, loading.resolve_model(what).path)
     except TunebookError as error:
-        return Contender(name, "other", "hf", what, trouble=str(error))
+        return Candidate(name, "other", "hf", what, trouble=str(error))
 
 
-def _adapter(name: str, what: str, path: Path) -> Contender:
+def _adapter(name: str, what: str, path: Path) -> Candidate:
     import json
 
     from helpers.model import loading
 
     try:
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return Contender(name, "other", "hf", what, loading.resolve_model(base).path, path)
+        return Candidate(name, "other", "hf", what, loading.resolve_model(base).path, path)
     except (TunebookError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Contender(name, "other", "hf", what, trouble=f"the base of the adapter {path} cannot be had ({error})")
+        return Candidate(name, "other", "hf", what, trouble=f"the base of the adapter {path} cannot be had ({error})")
 
 
 def _size(path: Path) -> int:
@@ -203,29 +203,29 @@ def api_key() -> str:
     return os.environ.get("TUNEBOOK_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
 
 
-def _load_hf(contender: Contender, precision: str) -> Any:
-    """(model, tokenizer) of a Hugging Face contender, its adapter merged into the 16-bit weights."""
+def _load_hf(candidate: Candidate, precision: str) -> Any:
+    """(model, tokenizer) of a Hugging Face candidate, its adapter merged into the 16-bit weights."""
     from helpers.data.vocabulary import fit
     from helpers.model import loading
 
-    if contender.adapter is not None and contender.onto == "nf4":
-        return _load_on_rounded(contender, precision)
-    model = loading.load_model(contender.path, quantize="none", dtype=precision)
-    tokenizer = loading.load_tokenizer(contender.path)
-    if contender.adapter is not None:
+    if candidate.adapter is not None and candidate.onto == "nf4":
+        return _load_on_rounded(candidate, precision)
+    model = loading.load_model(candidate.path, quantize="none", dtype=precision)
+    tokenizer = loading.load_tokenizer(candidate.path)
+    if candidate.adapter is not None:
         from helpers.model import merging
 
-        merging.check_adapter(contender.adapter)
+        merging.check_adapter(candidate.adapter)
         from peft import PeftModel
 
-        if (contender.adapter / "tokenizer.json").is_file():
-            tokenizer = loading.load_tokenizer(contender.adapter)
+        if (candidate.adapter / "tokenizer.json").is_file():
+            tokenizer = loading.load_tokenizer(candidate.adapter)
             fit(model, tokenizer)  # tokens may have been added
         try:
-            model = PeftModel.from_pretrained(model, contender.adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, candidate.adapter).merge_and_unload()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise TunebookError(
-                f"The adapter in {contender.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
+                f"The adapter in {candidate.adapter} does not fit its base ({str(error).splitlines()[0][:200]}); "
                 "name the base it was trained on."
             ) from error
         if precision == "auto" and model.dtype == loading.dtype("fp32"):
@@ -234,32 +234,32 @@ def _load_hf(contender: Contender, precision: str) -> Any:
     return model, tokenizer
 
 
-def _load_on_rounded(contender: Contender, precision: str) -> Any:
+def _load_on_rounded(candidate: Candidate, precision: str) -> Any:
     """An adapter that belongs to the base as 4-bit NormalFloat gave it back: merged tensor by tensor, as stage 04 does."""
     import tempfile
 
     from helpers.model import loading, merging
 
     with tempfile.TemporaryDirectory(dir=loading.cache()) as folder:
-        merged = merging.merge(contender.path, contender.adapter, Path(folder) / "merged", "nf4").path
+        merged = merging.merge(candidate.path, candidate.adapter, Path(folder) / "merged", "nf4").path
         return loading.load_model(merged, quantize="none", dtype=precision), loading.load_tokenizer(merged)
 
 
-def reader(contender: Contender, precision: str, end_of_turn: str) -> Any:
-    """The contender, loaded: an object with encode, tokens, generate, logprobs and close.
+def reader(candidate: Candidate, precision: str, end_of_turn: str) -> Any:
+    """The candidate, loaded: an object with encode, tokens, generate, logprobs and close.
 
     Raises TunebookError (or the library's OSError, RuntimeError, ValueError) when it cannot be loaded.
     """
-    if contender.trouble:
-        raise TunebookError(contender.trouble)
-    if contender.kind == "gguf":
+    if candidate.trouble:
+        raise TunebookError(candidate.trouble)
+    if candidate.kind == "gguf":
         from helpers.evaluate.gguf_process import GgufProcess
 
-        return GgufProcess(contender.path, end_of_turn)
-    if contender.kind == "endpoint":
+        return GgufProcess(candidate.path, end_of_turn)
+    if candidate.kind == "endpoint":
         from helpers.evaluate.remote_model import Endpoint
 
-        return Endpoint(contender.url, contender.model, api_key())
+        return Endpoint(candidate.url, candidate.model, api_key())
     from helpers.evaluate.generate import HfModel
 
-    return HfModel(*_load_hf(contender, precision))
+    return HfModel(*_load_hf(candidate, precision))

@@ -1,7 +1,7 @@
 """A run's evaluation from its folders to scores.json and answers.jsonl: what notebook 05 calls, a method a cell.
 
 judged = Evaluation(stage)      what is there to judge, and on what
-judged.measure()                each contender is loaded once and asked everything
+judged.measure()                each candidate is loaded once and asked everything
 judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/scores.py
 judged.write()                  the two files, and the metrics for the manifest
 """
@@ -43,8 +43,8 @@ class Evaluation:
         self.kind = items.task_kind(self.items, self.database)
         self.clusters = items.clusters(self.items)
         self.seeds = _seeds(self.params)
-        self.contenders = candidates.find(
-            stage.parents, self.params.contenders, self.params.extra_contenders, self.params.model
+        self.candidates = candidates.find(
+            stage.parents, self.params.candidates, self.params.extra_candidates, self.params.model
         )
         self.cache = loading.cache() / "answers"
         self.warnings: list[str] = []
@@ -64,7 +64,7 @@ class Evaluation:
         self._sql_judges: dict[str, scoring.Judge | None] = {}
 
     def _tokenizer(self) -> Any:
-        first = next((c for c in self.contenders if c.kind == "hf" and not c.trouble), None)
+        first = next((c for c in self.candidates if c.kind == "hf" and not c.trouble), None)
         return loading.load_tokenizer(first.path) if first else None
 
     def _contamination(self, data: Any) -> tuple[list[bool | None], dict[str, Any] | None]:
@@ -89,14 +89,14 @@ class Evaluation:
             ("held by the training data", self.contamination["contaminated"] if self.contamination else "unknown"),
         ]
         return table(rows) + table(
-            [(c.name, c.kind, c.source, _mib(c.size_bytes), c.trouble or "ready") for c in self.contenders],
-            ("contender", "kind", "from", "MiB", "state"),
+            [(c.name, c.kind, c.source, _mib(c.size_bytes), c.trouble or "ready") for c in self.candidates],
+            ("candidate", "kind", "from", "MiB", "state"),
         )
 
     # ------------------------------------------------------------ asking
 
     def measure(self) -> dict[str, dict[str, Any]]:
-        """Ask every contender everything. One that cannot be loaded or fails is left out with its reason; the others go on."""
+        """Ask every candidate everything. One that cannot be loaded or fails is left out with its reason; the others go on."""
         texts = _column(self.params.general_text, "text")
         chat = (
             forgetting.read_lines(machine.PROJECT / self.params.general_chat, "prompt")
@@ -104,16 +104,16 @@ class Evaluation:
             else []
         )
         pairs = self._pairs()
-        for contender in self.contenders:
+        for candidate in self.candidates:
             try:
-                with session.Session(contender, self.cache, self.params.precision, self.end_of_turn) as s:
+                with session.Session(candidate, self.cache, self.params.precision, self.end_of_turn) as s:
                     self._ask(s)
                     self._knowledge(s, texts, chat)
-                    if pairs and (contender.kind == "hf" or (contender.kind == "gguf" and self.params.forgetting_gguf)):
-                        self.preferences[contender.name] = preferences.score(s, pairs)
+                    if pairs and (candidate.kind == "hf" or (candidate.kind == "gguf" and self.params.forgetting_gguf)):
+                        self.preferences[candidate.name] = preferences.score(s, pairs)
             except session.TROUBLE as error:
                 reason = str(error).strip().split("\n")[0][:400] or type(error).__name__
-                self.skipped[contender.name] = reason
+                self.skipped[candidate.name] = reason
                 for kept in (
                     self.answers,
                     self.speed,
@@ -123,16 +123,16 @@ class Evaluation:
                     self.preferences,
                     self.by_seed,
                 ):
-                    kept.pop(contender.name, None)
-                print(f"{contender.name} is left out: {reason}")
+                    kept.pop(candidate.name, None)
+                print(f"{candidate.name} is left out: {reason}")
         if not self.answers:
             raise TunebookError(
-                "No contender could be judged. " + " ".join(f"{n}: {r}." for n, r in self.skipped.items())
+                "No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in self.skipped.items())
             )
         return self.speed
 
     def _ask(self, s: session.Session) -> None:
-        name, prompts = s.contender.name, [i.prompt for i in self.items]
+        name, prompts = s.candidate.name, [i.prompt for i in self.items]
         for seed in self.seeds:
             label = f"{name}, {self.kind.replace('_', '-')}" + (f", seed {seed}" if len(self.seeds) > 1 else "")
             found, speed = s.answers(
@@ -188,7 +188,7 @@ class Evaluation:
         return self._sql_judges[key]
 
     def _knowledge(self, s: session.Session, texts: list[str], chat: list[dict[str, Any]]) -> None:
-        name, kind = s.contender.name, s.contender.kind
+        name, kind = s.candidate.name, s.candidate.kind
         if kind == "endpoint" or (kind == "gguf" and not self.params.forgetting_gguf):
             chat, texts = [], []
         if texts:
@@ -215,7 +215,7 @@ class Evaluation:
     # ------------------------------------------------------------ results
 
     def judge(self) -> dict[str, Any] | None:
-        """Ask the judge of `params.judge` about every contender against the first; None when there is none. Failure is a warning."""
+        """Ask the judge of `params.judge` about every candidate against the first; None when there is none. Failure is a warning."""
         if not self.params.judge or len(self.answers) < 2:
             return None
         from helpers.evaluate import answer_store
@@ -226,7 +226,7 @@ class Evaluation:
         names = list(self.answers)
         jobs = {
             n: [
-                {"question": i.question, "reference": i.reference, "baseline": a["text"], "contender": b["text"]}
+                {"question": i.question, "reference": i.reference, "baseline": a["text"], "candidate": b["text"]}
                 for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)
             ]
             for n in names[1:]
@@ -246,7 +246,7 @@ class Evaluation:
             pairs = [
                 {
                     "baseline": names[0],
-                    "contender": n,
+                    "candidate": n,
                     **judging.compare_answers(endpoint, p, store, self.params.judge_budget, self.params.seed),
                 }
                 for n, p in jobs.items()

@@ -75,7 +75,7 @@ def chat(session: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     answers, _ = session.answers(
         [[{"role": "user", "content": r["prompt"]}] for r in rows],
         Decoding(CHAT_TOKENS),
-        f"{session.contender.name}, manners",
+        f"{session.candidate.name}, manners",
     )
     found = {"refusal": [], "manners": []}
     for row, answer in zip(rows, answers, strict=True):
@@ -115,9 +115,9 @@ def judge(
     rank: int | None = None,
     replay: float | None = None,
 ) -> dict[str, Any]:
-    """scores.json's `forgetting`: each contender against the baseline, its verdict, and advice when one fails.
+    """scores.json's `forgetting`: each candidate against the baseline, its verdict, and advice when one fails.
 
-    tasks: contender → {task: share right}. loss_increase: nats per token that general text may lose; task_drop: share that general
+    tasks: candidate → {task: share right}. loss_increase: nats per token that general text may lose; task_drop: share that general
     tasks, refusals and manners may lose. rank, replay: what this run was trained with, for the advice.
     """
     found = {}
@@ -162,7 +162,7 @@ def judge(
     return {
         "baseline": baseline,
         "threshold": {"loss_increase": loss_increase, "task_drop": task_drop},
-        "contenders": found,
+        "candidates": found,
         "advice": advice(failed, rank, replay) if failed else [],
     }
 

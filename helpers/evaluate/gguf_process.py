@@ -1,4 +1,4 @@
-"""A GGUF contender in a process of its own: a crash of the C++ runtime costs that contender, not the evaluation.
+"""A GGUF candidate in a process of its own: a crash of the C++ runtime costs that candidate, not the evaluation.
 
 Its threads don't wait for torch's, and its memory is gone when it ends. One JSON line a request, one or more a reply.
 """

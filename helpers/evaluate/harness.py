@@ -47,12 +47,12 @@ def general_task(questions: Path, folder: Path) -> str:
 def run(
     session: Any, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
 ) -> dict[str, Any]:
-    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}} of one contender; kept in the cache by the tasks' content.
+    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}} of one candidate; kept in the cache by the tasks' content.
 
     tasks: names the library knows or YAML files in `include`. Offline, tasks over local files only. Raises TunebookError for an
     unknown task, for data that is not on this machine, and for an endpoint, which gives no probabilities.
     """
-    if session.contender.kind == "endpoint":
+    if session.candidate.kind == "endpoint":
         raise TunebookError(
             "Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
             "name the weights or the GGUF file."
@@ -126,7 +126,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def language_model(reader: Any) -> Any:
-    """An lm-eval model around a loaded contender."""
+    """An lm-eval model around a loaded candidate."""
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if getattr(reader, "is_runtime", False):

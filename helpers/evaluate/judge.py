@@ -45,8 +45,8 @@ def estimate(pairs: Sequence[dict[str, str]], count: int | None = None) -> dict[
 
 
 def prompt(pair: dict[str, str], swapped: bool) -> str:
-    """The judge's question. pair: question, reference ("" when none), baseline, contender."""
-    first, second = (pair["contender"], pair["baseline"]) if swapped else (pair["baseline"], pair["contender"])
+    """The judge's question. pair: question, reference ("" when none), baseline, candidate."""
+    first, second = (pair["candidate"], pair["baseline"]) if swapped else (pair["baseline"], pair["candidate"])
     reference = f"\n<reference_answer>\n{pair['reference']}\n</reference_answer>\n" if pair.get("reference") else ""
     return _ASK.format(question=_safe(pair["question"]), reference=reference, a=_safe(first), b=_safe(second))
 
@@ -67,7 +67,7 @@ def read(text: str) -> float | None:
 def compare_answers(
     endpoint: Any, pairs: Sequence[dict[str, str]], store: Any = None, budget: int = 200_000, seed: int = 17
 ) -> dict[str, Any]:
-    """n, win_rate of the contender with interval, length_controlled, order_agreement, failed and the estimate.
+    """n, win_rate of the candidate with interval, length_controlled, order_agreement, failed and the estimate.
 
     Raises TunebookError when the estimate is over `budget` tokens. store: a cache.Store that keeps verdicts.
     """
@@ -105,7 +105,7 @@ def compare_answers(
         wins.append((straight + 1 - swapped) / 2)
     known = [i for i, w in enumerate(wins) if w is not None]
     rate = statistics.mean(wins, seed=seed)
-    lengths = [len(pairs[i]["contender"]) - len(pairs[i]["baseline"]) for i in known]
+    lengths = [len(pairs[i]["candidate"]) - len(pairs[i]["baseline"]) for i in known]
     return {
         "n": len(known),
         "win_rate": rate["value"],

@@ -53,7 +53,7 @@ def score(session: Any, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def win_rates(results: dict[str, dict[str, Any]], baseline: str) -> None:
-    """Fill in win_rate: on what share of pairs the contender's margin beats the baseline's; ties are half. `margins` are taken out."""
+    """Fill in win_rate: on what share of pairs the candidate's margin beats the baseline's; ties are half. `margins` are taken out."""
     reference = results.get(baseline, {}).get("margins")
     for name, result in results.items():
         margins = result["margins"]

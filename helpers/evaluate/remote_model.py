@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible server as a contender or a judge: several requests at once, each with a time limit and few retries.
+"""Any OpenAI-compatible server as a candidate or a judge: several requests at once, each with a time limit and few retries.
 
 A server that stalls, errors or answers nonsense costs the item it failed on, never the run. Keys come from the environment.
 """

@@ -4,16 +4,16 @@ The report, the model card and the notebook read these files and nothing else, s
 Unknown or undefined values are null, never NaN. All text is as the model wrote it: whoever draws it escapes it.
 
 scores.json (one object)
-    schema_version    1
+    schema_version    2
     run               name of the run
-    headline          plain sentence: the best tuned contender against the base
-    ship              null or {"name": contender, "sentence": why this file is the one to ship}
-    warnings          [sentence, …]; shown first: skipped contenders, small samples, contamination, a failed verdict
+    headline          plain sentence: the best tuned candidate against the base
+    ship              null or {"name": candidate, "sentence": why this file is the one to ship}
+    warnings          [sentence, …]; shown first: skipped candidates, small samples, contamination, a failed verdict
     task              {"kind": "text_to_sql" | "references" | "none", "metric": "accuracy", "label": "execution accuracy",
                        "n": items, "n_nonempty": items whose gold answer has rows or null, "seeds": [int, …],
                        "decoding": {"max_new_tokens": int, "temperature": float, …}, "template_hash": str or null,
                        "data": file the items come from, "data_sha256": str, "database": str or null}
-    contenders        [contender, …] in the order judged; the first one scored is the baseline
+    candidates        [candidate, …] in the order judged; the first one scored is the baseline
         name          "base", "sft", "orpo", "merged", "gguf q4_k_m", or what the user called it; unique
         role          "base" | "sft" | "orpo" | "merged" | "gguf" | "other"
         kind          "hf" | "gguf" | "endpoint"
@@ -32,28 +32,28 @@ scores.json (one object)
         groups        {column: {value: {"value": share right, "n": int}}}, for columns "kind" and "origin" of the data
         errors        {error kind: count}; kinds in ERROR_KINDS
         speed         {"seconds": float, "items_per_s": float, "tokens": int, "from_cache": int} ; seconds exclude cached items
-    comparisons       [comparison, …]: every contender against the baseline, and every GGUF against what it was made from
-        metric, baseline, contender, n
-        difference, low, high     contender minus baseline, paired bootstrap 95 % interval, share (0.31 = 31 points)
-        wins, losses, ties        items only the contender / only the baseline got right / both alike
+    comparisons       [comparison, …]: every candidate against the baseline, and every GGUF against what it was made from
+        metric, baseline, candidate, n
+        difference, low, high     candidate minus baseline, paired bootstrap 95 % interval, share (0.31 = 31 points)
+        wins, losses, ties        items only the candidate / only the baseline got right / both alike
         p, p_holm, test           exact McNemar (right or wrong) or paired bootstrap (scores); Holm over all comparisons
         detectable                smallest difference this sample could show (80 % power, 5 % two-sided)
         verdict                   "better" | "worse" | "no clear difference" | "identical"
         sentence                  "better by 31 points, 95 % interval 24 to 38; n = 180"
     forgetting        null or {"baseline": name, "threshold": {"loss_increase": float (nats per token), "task_drop": float},
-                       "contenders": {name: {"loss": float, "perplexity": float, "change": float, "low": float, "high": float,
+                       "candidates": {name: {"loss": float, "perplexity": float, "change": float, "low": float, "high": float,
                        "n": texts, "tokens": int, "bits_per_byte": float, "refusal_rate": float or null,
                        "manners": float or null, "tasks": {task: {"base": float, "value": float}},
                        "passed": bool, "sentence": str}}, "advice": [sentence, …]}
-    harness           null or {task: {"n": int, "metrics": {contender: {metric: {"value": float, "stderr": float or null}}}}}
-    preference        null or {contender: {"accuracy": score, "log_odds": score, "log_odds_chosen": float,
+    harness           null or {task: {"n": int, "metrics": {candidate: {metric: {"value": float, "stderr": float or null}}}}}
+    preference        null or {candidate: {"accuracy": score, "log_odds": score, "log_odds_chosen": float,
                        "log_odds_rejected": float, "win_rate": score or null, "n": int}}
-    instructions      null or {contender: {check: score}}
-    judge             null or {"model": str, "estimate": {...}, "pairs": [{"baseline", "contender", "n", "win_rate", "low",
+    instructions      null or {candidate: {check: score}}
+    judge             null or {"model": str, "estimate": {...}, "pairs": [{"baseline", "candidate", "n", "win_rate", "low",
                        "high", "length_controlled": float or null, "order_agreement": float, "failed": int}]}
     contamination     null or {"n": int, "contaminated": int, "threshold": float, "ngram": 8, "reference": str,
-                       "ids": [id, …], "contenders": {name: {"clean": score, "contaminated": score}}}
-    seeds             null or {contender: {seed: {"accuracy": float}, …, "mean": float, "sd": float or null}}
+                       "ids": [id, …], "candidates": {name: {"clean": score, "contaminated": score}}}
+    seeds             null or {candidate: {seed: {"accuracy": float}, …, "mean": float, "sd": float or null}}
 
 answers.jsonl (one object a line, one line an item, in the data's order)
     id, question, system, reference       strings ("" where absent)
@@ -62,7 +62,7 @@ answers.jsonl (one object a line, one line an item, in the data's order)
     nonempty          true | false | null: the gold query returns rows
     contaminated      true | false | null
     gold              null or result: {"columns": [str], "rows": [[cell, …], …] (at most 10), "count": int}
-    answers           {contender: answer}
+    answers           {candidate: answer}
         text          what the model wrote; sql: the query taken out of it, or null
         score         0 or 1 (text_to_sql), 0..1 (references); null when undefined
         error         kind from ERROR_KINDS or "" when right; detail: one sentence, or ""
@@ -74,7 +74,7 @@ import json
 
 from helpers.errors import TunebookError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 
 #: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
@@ -94,14 +94,14 @@ ERROR_KINDS = {
     "wrong_count": "another number of rows",
     "wrong_values": "right shape, other values",
     "wrong": "differs from the reference",
-    "no_answer": "the contender failed to answer",
+    "no_answer": "the candidate failed to answer",
 }
 
-_CONTENDER = {"name", "role", "kind", "source", "status", "reason", "size_bytes", "scores", "groups", "errors", "speed"}
+_CANDIDATE = {"name", "role", "kind", "source", "status", "reason", "size_bytes", "scores", "groups", "errors", "speed"}
 _COMPARISON = {
     "metric",
     "baseline",
-    "contender",
+    "candidate",
     "n",
     "difference",
     "low",
@@ -120,7 +120,7 @@ _TOP = {
     "ship",
     "warnings",
     "task",
-    "contenders",
+    "candidates",
     "comparisons",
     "forgetting",
     "harness",
@@ -141,11 +141,11 @@ def check(scores: dict, answers: list[dict]) -> None:
             f"scores.json has schema version {scores['schema_version']}; this version reads "
             f"{SCHEMA_VERSION}; run 05_evaluation again."
         )
-    names = [c.get("name") for c in scores["contenders"]]
+    names = [c.get("name") for c in scores["candidates"]]
     if len(set(names)) != len(names):
-        raise TunebookError(f"scores.json names a contender twice ({names}); names must differ; rename one of them.")
-    for contender in scores["contenders"]:
-        _keys(f"contender {contender.get('name')!r}", contender, _CONTENDER)
+        raise TunebookError(f"scores.json names a candidate twice ({names}); names must differ; rename one of them.")
+    for candidate in scores["candidates"]:
+        _keys(f"candidate {candidate.get('name')!r}", candidate, _CANDIDATE)
     for comparison in scores["comparisons"]:
         _keys("a comparison", comparison, _COMPARISON)
     for row in answers:

@@ -1,4 +1,4 @@
-"""One contender at work: every question goes through the cache, and its weights are loaded only when something is not in it."""
+"""One candidate at work: every question goes through the cache, and its weights are loaded only when something is not in it."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ KEPT_AT_ONCE = 64  # texts or completions after which the results are written do
 
 
 class Session:
-    """`with Session(contender, cache_folder) as s: s.answers(...)`. seconds: spent on questions that were not in the cache."""
+    """`with Session(candidate, cache_folder) as s: s.answers(...)`. seconds: spent on questions that were not in the cache."""
 
     def __init__(
         self,
-        contender: candidates.Contender,
+        candidate: candidates.Candidate,
         folder: Path,
         precision: str = "auto",
         end_of_turn: str = "",
         quiet: bool = False,
     ):
-        if contender.trouble:
-            raise TunebookError(contender.trouble)
-        self.contender, self.precision, self.end_of_turn, self.quiet = contender, precision, end_of_turn, quiet
-        self.store = answer_store.Store(folder, contender.content(precision))
+        if candidate.trouble:
+            raise TunebookError(candidate.trouble)
+        self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end_of_turn, quiet
+        self.store = answer_store.Store(folder, candidate.content(precision))
         self._reader: Any = None
 
     def __enter__(self) -> Session:
@@ -62,7 +62,7 @@ class Session:
     def reader(self) -> Any:
         """The loaded model; loads it on first use."""
         if self._reader is None:
-            self._reader = candidates.reader(self.contender, self.precision, self.end_of_turn)
+            self._reader = candidates.reader(self.candidate, self.precision, self.end_of_turn)
         return self._reader
 
     def answers(
@@ -77,7 +77,7 @@ class Session:
         missing = [i for i, a in enumerate(found) if a is None]
         speed_key = answer_store.key("speed", sorted(keys))
         if missing:
-            bar = self._bar(label or self.contender.name, len(prompts), len(prompts) - len(missing))
+            bar = self._bar(label or self.candidate.name, len(prompts), len(prompts) - len(missing))
             reader = self.reader
             started = time.perf_counter()
 
@@ -108,7 +108,7 @@ class Session:
             rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
             return [(sum(v), len(v)) for v in self.reader.logprobs(rows)]
 
-        return self._kept(keys, sizes, work, label or f"{self.contender.name}, preference")
+        return self._kept(keys, sizes, work, label or f"{self.candidate.name}, preference")
 
     def text_losses(self, texts: Sequence[str], label: str = "") -> list[tuple[float, int]]:
         """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens. Every token is predicted from those
@@ -119,7 +119,7 @@ class Session:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
             return [(-sum(v), len(v)) for v in self.reader.logprobs([(ids[:1], ids[1:]) for ids in rows])]
 
-        return self._kept(keys, [len(t) for t in texts], work, label or f"{self.contender.name}, general text")
+        return self._kept(keys, [len(t) for t in texts], work, label or f"{self.candidate.name}, general text")
 
     def kept(self, name: Any, make: Any) -> Any:
         """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""

@@ -1,6 +1,6 @@
 """Is it better, by how much, and how sure is that: paired statistics on the same items.
 
-Two contenders answer the same questions, so their scores are compared item by item; an unpaired test throws that away
+Two candidates answer the same questions, so their scores are compared item by item; an unpaired test throws that away
 (at 220 items a difference with p = 0.008 in McNemar's exact test has p = 0.08 in an unpaired one).
 """
 
@@ -139,14 +139,14 @@ def detectable(differences: Sequence[float], clusters: Sequence[str] | None = No
 
 def pair(
     baseline: str,
-    contender: str,
+    candidate: str,
     a: Sequence[float | None],
     b: Sequence[float | None],
     metric: str = "accuracy",
     clusters: Sequence[str] | None = None,
     seed: int = 17,
 ) -> dict[str, Any] | None:
-    """One comparison of `schema`: contender b minus baseline a, on the items where both have a score; None when there are none."""
+    """One comparison of `schema`: candidate b minus baseline a, on the items where both have a score; None when there are none."""
     both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
     if not both:
         return None
@@ -171,7 +171,7 @@ def pair(
     return {
         "metric": metric,
         "baseline": baseline,
-        "contender": contender,
+        "candidate": candidate,
         "n": len(both),
         "difference": float(difference.mean()),
         "low": low,

@@ -14,7 +14,7 @@ METRIC_LABELS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L",
 
 def build(judged: Any) -> dict[str, Any]:
     """scores.json of an `Evaluation` that has measured."""
-    scored = {c.name: c for c in judged.contenders if c.name in judged.answers}
+    scored = {c.name: c for c in judged.candidates if c.name in judged.answers}
     pairs = {n: dict(p) for n, p in judged.preferences.items()}
     baseline = next(iter(scored))
     if pairs:
@@ -23,17 +23,17 @@ def build(judged: Any) -> dict[str, Any]:
     followed = {n: instructions.score(judged.answers[n], metas, golds, judged.kind) for n in scored}
     forgot = _forgetting(judged, baseline)
     harnessed = _harness(judged)
-    records = [_contender(judged, c, pairs, followed, harnessed, forgot) for c in judged.contenders]
+    records = [_candidate(judged, c, pairs, followed, harnessed, forgot) for c in judged.candidates]
     comparisons = _comparisons(judged, scored, baseline)
     contaminated = _contamination(judged, scored)
     scores = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": judged.params.run,
         "headline": "",
         "ship": None,
         "warnings": [],
         "task": _task(judged),
-        "contenders": records,
+        "candidates": records,
         "comparisons": comparisons,
         "forgetting": forgot,
         "harness": harnessed,
@@ -50,9 +50,9 @@ def build(judged: Any) -> dict[str, Any]:
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, Any]:
-    """metrics.json: the table of contenders and the comparisons."""
+    """metrics.json: the table of candidates and the comparisons."""
     table = {}
-    for c in scores["contenders"]:
+    for c in scores["candidates"]:
         if c["status"] == "scored":
             accuracy = c["scores"].get("accuracy") or {}
             table[c["name"]] = {
@@ -64,11 +64,11 @@ def metrics(scores: dict[str, Any]) -> dict[str, Any]:
                 "size_bytes": c["size_bytes"],
             }
     return {
-        "contenders": table,
+        "candidates": table,
         "comparisons": scores["comparisons"],
         "headline": scores["headline"],
         "ship": scores["ship"],
-        "skipped": {c["name"]: c["reason"] for c in scores["contenders"] if c["status"] == "skipped"},
+        "skipped": {c["name"]: c["reason"] for c in scores["candidates"] if c["status"] == "skipped"},
     }
 
 
@@ -96,7 +96,7 @@ def _task(judged: Any) -> dict[str, Any]:
     }
 
 
-def _contender(
+def _candidate(
     judged: Any, c: Any, pairs: dict, followed: dict, harnessed: dict | None, forgot: dict | None
 ) -> dict[str, Any]:
     record = {
@@ -145,8 +145,8 @@ def _contender(
             }
     if c.name in pairs:
         found |= {f"preference/{k}": pairs[c.name][k] for k in ("accuracy", "log_odds", "win_rate") if pairs[c.name][k]}
-    if forgot and c.name in forgot["contenders"]:
-        f = forgot["contenders"][c.name]
+    if forgot and c.name in forgot["candidates"]:
+        f = forgot["candidates"][c.name]
         found["general_loss"] = {
             "value": f["loss"],
             "low": None,
@@ -182,7 +182,7 @@ def _score(judged: Any, values: list[float | None]) -> dict[str, Any]:
 
 
 def _comparisons(judged: Any, scored: dict[str, Any], baseline: str) -> list[dict[str, Any]]:
-    """Every contender against the baseline, and against what it was exported from or trained on top of."""
+    """Every candidate against the baseline, and against what it was exported from or trained on top of."""
     pairs = [(baseline, name) for name in scored if name != baseline]
     pairs += [(c.made_from, c.name) for c in scored.values() if c.made_from in scored and c.made_from != baseline]
     pairs += [("sft", "orpo")] if {"sft", "orpo"} <= scored.keys() and baseline != "sft" else []
@@ -241,7 +241,7 @@ def _contamination(judged: Any, scored: dict[str, Any]) -> dict[str, Any] | None
             )
             for side in ("clean", "contaminated")
         }
-    return {**judged.contamination, "contenders": apart}
+    return {**judged.contamination, "candidates": apart}
 
 
 def _seeds(judged: Any) -> dict[str, Any] | None:
@@ -262,16 +262,16 @@ def _value(record: dict[str, Any]) -> float:
 
 
 def _headline(scores: dict[str, Any], judged: Any) -> str:
-    tuned = [c for c in scores["contenders"] if c["status"] == "scored" and c["role"] != "base" and _value(c) >= 0]
+    tuned = [c for c in scores["candidates"] if c["status"] == "scored" and c["role"] != "base" and _value(c) >= 0]
     if judged.kind == "none":
         return "The test items have no references, so nothing was scored; read the answers side by side."
     if not tuned:
-        first = next((c for c in scores["contenders"] if c["status"] == "scored"), None)
+        first = next((c for c in scores["candidates"] if c["status"] == "scored"), None)
         if first is None:
             return "Nothing was scored."
         return f"{first['name']} scores {100 * _value(first):.0f} % {scores['task']['label']} on {scores['task']['n']} questions."
     best = max(tuned, key=_value)
-    against = next((c for c in scores["comparisons"] if c["contender"] == best["name"]), None)
+    against = next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None)
     text = f"{best['name']} scores {100 * _value(best):.0f} % {scores['task']['label']}"
     return (
         f"{text}; against {against['baseline']}: {against['sentence']}."
@@ -281,15 +281,15 @@ def _headline(scores: dict[str, Any], judged: Any) -> str:
 
 
 def _ship(scores: dict[str, Any], judged: Any) -> dict[str, str] | None:
-    """The smallest export that is not worse than the best contender beyond chance (paired, 95 % interval), if it beats the base."""
-    ready = [c for c in scores["contenders"] if c["status"] == "scored" and _value(c) >= 0]
+    """The smallest export that is not worse than the best candidate beyond chance (paired, 95 % interval), if it beats the base."""
+    ready = [c for c in scores["candidates"] if c["status"] == "scored" and _value(c) >= 0]
     files = [c for c in ready if c["role"] in ("gguf", "merged")] or [c for c in ready if c["role"] in ("sft", "orpo")]
     if not files:
         return None
     best = max(ready, key=_value)
     top = [e["score"] for e in judged.answers[best["name"]]]
     beats = {
-        c["contender"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == ready[0]["name"]
+        c["candidate"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == ready[0]["name"]
     }
     for record in sorted(files, key=lambda c: c["size_bytes"] or 0):
         pair = statistics.pair(
@@ -315,7 +315,7 @@ def _ship(scores: dict[str, Any], judged: Any) -> dict[str, str] | None:
 
 def _warnings(scores: dict[str, Any], judged: Any) -> list[str]:
     said = [
-        f"{c['name']} was left out: {c['reason']}" for c in scores["contenders"] if c["status"] == "skipped"
+        f"{c['name']} was left out: {c['reason']}" for c in scores["candidates"] if c["status"] == "skipped"
     ] + judged.warnings
     broken = sum(1 for i, _ in enumerate(judged.items) if all(e[i]["score"] is None for e in judged.answers.values()))
     if broken and judged.kind != "none":
@@ -333,7 +333,7 @@ def _warnings(scores: dict[str, Any], judged: Any) -> list[str]:
             f"{scores['contamination']['contaminated']} of {len(judged.items)} questions stand in the training data; accuracy_clean "
             "leaves them out."
         )
-    for name, f in (scores["forgetting"] or {}).get("contenders", {}).items():
+    for name, f in (scores["forgetting"] or {}).get("candidates", {}).items():
         if not f["passed"]:
             said.append(f"{name} {f['sentence']}.")
     return said

@@ -16,11 +16,11 @@ GROUPS = {"gained": "gained", "lost": "lost", "both wrong": "both wrong", "both 
 
 
 def show(facts: Facts) -> Markup:
-    """The section: every item's question, reference and the contenders' answers. Gained: only the best contender is right."""
-    if not facts.answers or not facts.contenders():
+    """The section: every item's question, reference and the candidates' answers. Gained: only the best candidate is right."""
+    if not facts.answers or not facts.candidates():
         return Markup("")
     base, best = facts.baseline(), facts.best() or facts.baseline()
-    names = [c["name"] for c in facts.contenders() if c["status"] == "scored"]
+    names = [c["name"] for c in facts.candidates() if c["status"] == "scored"]
     if not names:
         return Markup("")
     ranked = sorted(
@@ -118,7 +118,7 @@ def _item(group: str, row: dict[str, Any], names: list[str], printed: bool) -> s
     tags += ["contaminated"] if row.get("contaminated") else []
     tags += ["gold answer is empty"] if row.get("nonempty") is False else []
     sides = [_side("reference", row["reference"], "", _result(row.get("gold")))] if row["reference"] else []
-    alike: dict[tuple[str, str, str], list[str]] = {}  # contenders that answered the very same share one box
+    alike: dict[tuple[str, str, str], list[str]] = {}  # candidates that answered the very same share one box
     for name in names:
         answer = row["answers"].get(name)
         if answer is None:

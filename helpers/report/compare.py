@@ -101,12 +101,12 @@ def _table(found: list[Facts], differing: list[tuple[str, str]]) -> str:
     ]
     rows = []
     for f in sorted(found, key=lambda f: -(_accuracy(f).get("value") or -1)):
-        accuracy, contender = _accuracy(f), f.best() or f.baseline()
+        accuracy, candidate = _accuracy(f), f.best() or f.baseline()
         rows.append(
             [
                 f.run,
                 *["–" if (v := _value(f, s, n)) is None else plain(v) for s, n in differing],
-                contender["name"] if contender else "–",
+                candidate["name"] if candidate else "–",
                 percent(accuracy.get("value")),
                 Markup(
                     svg.interval(accuracy.get("value"), accuracy.get("low"), accuracy.get("high"))
@@ -115,7 +115,7 @@ def _table(found: list[Facts], differing: list[tuple[str, str]]) -> str:
                 plain(_held_out(f)),
                 duration(sum(m.data.get("wall_s") or 0 for m in f.stages.values())),
                 plain(max((m.data.get("peak_memory_gib") or 0 for m in f.stages.values()), default=None)),
-                size((contender or {}).get("size_bytes")),
+                size((candidate or {}).get("size_bytes")),
             ]
         )
     return table(head, rows, ["name", *["n"] * len(differing), "", "n", "bar", "n", "n", "n", "n"])

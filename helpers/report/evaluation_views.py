@@ -13,9 +13,9 @@ ANSWER = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em;margin:2px 
 
 
 def scores(found: dict[str, Any]) -> Html:
-    """The table of contenders, warnings first, the sentence about what to ship last."""
+    """The table of candidates, warnings first, the sentence about what to ship last."""
     rows = []
-    for c in found["contenders"]:
+    for c in found["candidates"]:
         if c["status"] == "skipped":
             rows.append((c["name"], "left out", c["reason"], "", "", "", ""))
             continue
@@ -34,7 +34,7 @@ def scores(found: dict[str, Any]) -> Html:
             )
         )
     head = (
-        "contender",
+        "candidate",
         found["task"]["label"],
         "95 % interval",
         "runs",
@@ -55,7 +55,7 @@ def comparisons(found: dict[str, Any]) -> Html:
     """Paired comparisons in words, with their p-values."""
     rows = [
         (
-            f"{c['contender']} against {c['baseline']}",
+            f"{c['candidate']} against {c['baseline']}",
             c["sentence"],
             f"{c['wins']} / {c['losses']} / {c['ties']}",
             f"{c['p_holm']:.2g}",
@@ -65,8 +65,8 @@ def comparisons(found: dict[str, Any]) -> Html:
     ]
     if not rows:
         return Html(
-            "<p>One contender alone: there is nothing to compare.</p>",
-            "One contender alone: there is nothing to compare.",
+            "<p>One candidate alone: there is nothing to compare.</p>",
+            "One candidate alone: there is nothing to compare.",
         )
     return Html(
         table(rows, ("comparison", "result", "won / lost / tied", "p (Holm)", "test")),
@@ -75,10 +75,10 @@ def comparisons(found: dict[str, Any]) -> Html:
 
 
 def errors(found: dict[str, Any]) -> Html:
-    """How often each contender failed in which way."""
+    """How often each candidate failed in which way."""
     from helpers.evaluate.scores import ERROR_KINDS
 
-    scored = [c for c in found["contenders"] if c["status"] == "scored"]
+    scored = [c for c in found["candidates"] if c["status"] == "scored"]
     kinds = [k for k in ERROR_KINDS if any(k in c["errors"] for c in scored)]
     rows = [(ERROR_KINDS[k], *(c["errors"].get(k, "") for c in scored)) for k in kinds]
     return Html(
@@ -94,7 +94,7 @@ def lost(found: dict[str, Any]) -> Html:
             "<p>Not measured: general_text is empty, or the baseline was left out.</p>", "Forgetting was not measured."
         )
     rows = []
-    for name, f in record["contenders"].items():
+    for name, f in record["candidates"].items():
         task = next(iter(f["tasks"].values()), None)
         verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
         rows.append(
@@ -111,7 +111,7 @@ def lost(found: dict[str, Any]) -> Html:
             )
         )
     head = (
-        "contender",
+        "candidate",
         "verdict",
         "general text, nats/token",
         "change",
@@ -143,7 +143,7 @@ def preferences(found: dict[str, Any]) -> Html:
         if p["n"]
     ]
     head = (
-        "contender",
+        "candidate",
         "prefers the chosen",
         "95 % interval",
         "log-odds margin",
@@ -155,11 +155,11 @@ def preferences(found: dict[str, Any]) -> Html:
 
 
 def figure(found: dict[str, Any]) -> Any:
-    """Matplotlib figure: each contender's score with its interval, and its file size beside it."""
+    """Matplotlib figure: each candidate's score with its interval, and its file size beside it."""
     import matplotlib.pyplot as plt
 
     scored = [
-        c for c in found["contenders"] if c["status"] == "scored" and c["scores"]["accuracy"]["value"] is not None
+        c for c in found["candidates"] if c["status"] == "scored" and c["scores"]["accuracy"]["value"] is not None
     ]
     fig, ax = plt.subplots(figsize=(8, 0.55 * max(len(scored), 1) + 1.3), layout="constrained")
     for y, c in enumerate(reversed(scored)):
@@ -186,10 +186,10 @@ def figure(found: dict[str, Any]) -> Any:
 
 
 def kinds(found: dict[str, Any], column: str = "kind") -> Any:
-    """Matplotlib figure: share right by kind of question, a bar a contender; None where the data has no such column."""
+    """Matplotlib figure: share right by kind of question, a bar a candidate; None where the data has no such column."""
     import matplotlib.pyplot as plt
 
-    scored = [c for c in found["contenders"] if c["status"] == "scored" and column in c["groups"]]
+    scored = [c for c in found["candidates"] if c["status"] == "scored" and column in c["groups"]]
     if not scored:
         return None
     names = sorted({n for c in scored for n in c["groups"][column]})

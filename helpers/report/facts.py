@@ -54,15 +54,15 @@ class Facts:
         return next((m.data["model"] for m in reversed(self.stages.values()) if m.data.get("model")), {})
 
     def baseline(self) -> dict[str, Any] | None:
-        """The contender that others are compared with: the first one scored."""
-        return next((c for c in self.contenders() if c["status"] == "scored"), None)
+        """The candidate that others are compared with: the first one scored."""
+        return next((c for c in self.candidates() if c["status"] == "scored"), None)
 
-    def contenders(self) -> list[dict[str, Any]]:
-        return self.scores["contenders"] if self.scores else []
+    def candidates(self) -> list[dict[str, Any]]:
+        return self.scores["candidates"] if self.scores else []
 
     def best(self) -> dict[str, Any] | None:
-        """The contender to show beside the baseline: the one to ship, else the most accurate tuned one."""
-        others = [c for c in self.contenders() if c["status"] == "scored" and c is not self.baseline()]
+        """The candidate to show beside the baseline: the one to ship, else the most accurate tuned one."""
+        others = [c for c in self.candidates() if c["status"] == "scored" and c is not self.baseline()]
         ship = (self.scores or {}).get("ship") or {}
         named = next((c for c in others if c["name"] == ship.get("name")), None)
         return named or max(
@@ -174,9 +174,9 @@ def _read_scores(facts: Facts) -> None:
         facts.warnings.append(f"The evaluation's files cannot be used: {error}")
         return
     facts.warnings = list(facts.scores["warnings"]) + facts.warnings
-    for contender in facts.scores["contenders"]:
-        if contender["status"] == "skipped" and not any(contender["name"] in w for w in facts.warnings):
-            facts.warnings.insert(0, f"{contender['name']} was skipped: {contender['reason'] or 'no reason given'}")
+    for candidate in facts.scores["candidates"]:
+        if candidate["status"] == "skipped" and not any(candidate["name"] in w for w in facts.warnings):
+            facts.warnings.insert(0, f"{candidate['name']} was skipped: {candidate['reason'] or 'no reason given'}")
     for comparison in facts.scores["comparisons"]:
         if (
             comparison["verdict"] == "worse"
@@ -184,9 +184,9 @@ def _read_scores(facts: Facts) -> None:
             and comparison["baseline"] == (facts.baseline() or {}).get("name")
         ):
             facts.warnings.append(
-                f"{comparison['contender']} is worse than {comparison['baseline']}: {comparison['sentence']}."
+                f"{comparison['candidate']} is worse than {comparison['baseline']}: {comparison['sentence']}."
             )
-    for name, lost in ((facts.scores["forgetting"] or {}).get("contenders") or {}).items():
+    for name, lost in ((facts.scores["forgetting"] or {}).get("candidates") or {}).items():
         if lost.get("passed") is False and not any(
             name in w and (lost.get("sentence") or "general") in w for w in facts.warnings
         ):

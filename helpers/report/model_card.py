@@ -104,7 +104,7 @@ def _scores(facts: Facts) -> str:
     task = facts.scores["task"]
     label = task.get("label") or task.get("metric") or "accuracy"
     rows = []
-    for c in facts.contenders():
+    for c in facts.candidates():
         accuracy, valid = c["scores"].get("accuracy") or {}, c["scores"].get("valid") or {}
         if c["status"] == "skipped":
             rows.append([c["name"], f"skipped: {c['reason']}", "", "", ""])
@@ -121,7 +121,7 @@ def _scores(facts: Facts) -> str:
     text = f"## Evaluation\n\n{_md(label).capitalize()} on {task['n']} held-out items, same prompts and decoding for all.\n\n"
     text += _table(["", label, "95 % interval", "valid", "size"], rows)
     sentences = [
-        f"- {_md(c['contender'])} against {_md(c['baseline'])}: {_md(c['sentence'])} ({_md(c['test'])})"
+        f"- {_md(c['candidate'])} against {_md(c['baseline'])}: {_md(c['sentence'])} ({_md(c['test'])})"
         for c in facts.scores["comparisons"]
         if c["metric"] == "accuracy"
     ]
@@ -144,7 +144,7 @@ def _lost(facts: Facts) -> str:
             f"{c['change']:+.3f}" if n != lost["baseline"] and svg.finite(c.get("change")) else "",
             "" if n == lost["baseline"] else "within bounds" if c.get("passed") else "beyond the threshold",
         ]
-        for n, c in results.in_order(facts, lost["contenders"])
+        for n, c in results.in_order(facts, lost["candidates"])
     ]
     return "## What was lost\n\nCross-entropy on general text, nats per token.\n\n" + _table(
         ["", "loss", "change", "verdict"], rows

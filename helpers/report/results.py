@@ -27,13 +27,13 @@ def tiles(facts: Facts) -> Markup:
     """The few numbers a reader wants first."""
     found = []
     base, best = facts.baseline(), facts.best()
-    for contender in (base, best):
-        if contender and (accuracy := contender["scores"].get("accuracy")):
+    for candidate in (base, best):
+        if candidate and (accuracy := candidate["scores"].get("accuracy")):
             label = facts.scores["task"].get("label") or facts.scores["task"].get("metric") or "accuracy"
             found.append(
                 (
                     score(accuracy),
-                    contender["name"],
+                    candidate["name"],
                     f"{label}; 95 %: {between(accuracy['low'], accuracy['high'], accuracy.get('unit', 'share'))}"
                     if between(accuracy["low"], accuracy["high"])
                     else label,
@@ -73,19 +73,19 @@ def tiles(facts: Facts) -> Markup:
     )
 
 
-def comparison(facts: Facts, baseline: str, contender: str, metric: str = "accuracy") -> dict[str, Any] | None:
+def comparison(facts: Facts, baseline: str, candidate: str, metric: str = "accuracy") -> dict[str, Any] | None:
     return next(
         (
             c
             for c in facts.scores["comparisons"]
-            if (c["baseline"], c["contender"], c["metric"]) == (baseline, contender, metric)
+            if (c["baseline"], c["candidate"], c["metric"]) == (baseline, candidate, metric)
         ),
         None,
     )
 
 
 def scores(facts: Facts) -> Markup:
-    """Every contender with its interval, the paired comparisons, right answers by kind, and kinds of errors."""
+    """Every candidate with its interval, the paired comparisons, right answers by kind, and kinds of errors."""
     if not facts.scores:
         return Markup("")
     task = facts.scores["task"]
@@ -99,10 +99,10 @@ def scores(facts: Facts) -> Markup:
 
 def _accuracy(facts: Facts) -> str:
     ship = (facts.scores.get("ship") or {}).get("name")
-    contenders = facts.contenders()
-    extra = [m for m in LABELS if m != "accuracy" and any(m in c["scores"] for c in contenders)]
+    candidates = facts.candidates()
+    extra = [m for m in LABELS if m != "accuracy" and any(m in c["scores"] for c in candidates)]
     known = [
-        c["scores"]["accuracy"] for c in contenders if svg.finite((c["scores"].get("accuracy") or {}).get("value"))
+        c["scores"]["accuracy"] for c in candidates if svg.finite((c["scores"].get("accuracy") or {}).get("value"))
     ]
     ceiling = (
         1.0
@@ -110,7 +110,7 @@ def _accuracy(facts: Facts) -> str:
         else max([s.get("high") or s["value"] for s in known], default=1.0) * 1.05
     )
     rows, kinds = [], []
-    for c in contenders:
+    for c in candidates:
         accuracy = c["scores"].get("accuracy") or {}
         speed = c.get("speed") or {}
         if c["status"] == "skipped":
@@ -161,7 +161,7 @@ def _comparisons(facts: Facts) -> str:
         verdict = Markup(
             f'<span class="{c["verdict"] if c["verdict"] in ("better", "worse") else "muted"}">{esc(c["verdict"])}</span>'
         )
-        what = f"{c['contender']} against {c['baseline']}" + (
+        what = f"{c['candidate']} against {c['baseline']}" + (
             "" if c["metric"] == "accuracy" else f", {LABELS.get(c['metric'], c['metric'])}"
         )
         p = c["p_holm"] if svg.finite(c["p_holm"]) else c["p"]
@@ -187,7 +187,7 @@ def _comparisons(facts: Facts) -> str:
 
 
 def _groups(facts: Facts) -> str:
-    shown = [c for c in facts.contenders() if c["status"] == "scored" and c["groups"]]
+    shown = [c for c in facts.candidates() if c["status"] == "scored" and c["groups"]]
     columns = list(dict.fromkeys(column for c in shown for column in c["groups"]))
     parts = []
     for column in columns:
@@ -214,7 +214,7 @@ def _groups(facts: Facts) -> str:
 def _errors(facts: Facts) -> str:
     from helpers.evaluate.scores import ERROR_KINDS
 
-    shown = [c for c in facts.contenders() if c["status"] == "scored" and any(c["errors"].values())]
+    shown = [c for c in facts.candidates() if c["status"] == "scored" and any(c["errors"].values())]
     kinds = [k for k in ERROR_KINDS if any(c["errors"].get(k) for c in shown)]
     if not kinds:
         return ""
@@ -230,8 +230,8 @@ def forgetting(facts: Facts) -> Markup:
     if not lost:
         return Markup("")
     rows = []
-    tasks = list(dict.fromkeys(t for c in lost["contenders"].values() for t in (c.get("tasks") or {})))
-    for name, c in in_order(facts, lost["contenders"]):
+    tasks = list(dict.fromkeys(t for c in lost["candidates"].values() for t in (c.get("tasks") or {})))
+    for name, c in in_order(facts, lost["candidates"]):
         verdict = Markup(
             ""
             if name == lost["baseline"]
@@ -265,12 +265,12 @@ def forgetting(facts: Facts) -> Markup:
     body = table(head, rows, ["name", *["n"] * (len(head) - 2), ""])
     body += "".join(
         f"<p>{esc(c['sentence'])}</p>"
-        for n, c in in_order(facts, lost["contenders"])
+        for n, c in in_order(facts, lost["candidates"])
         if n != lost["baseline"] and c.get("sentence")
     )
     body += "".join(f"<p><b>Advice:</b> {esc(a)}</p>" for a in lost.get("advice") or [])
     limit = (lost.get("threshold") or {}).get("loss_increase")
-    texts = next((c.get("n") for c in lost["contenders"].values() if c.get("n")), None)
+    texts = next((c.get("n") for c in lost["candidates"].values() if c.get("n")), None)
     sub = (
         f"Cross-entropy per token on general text{f' ({texts} texts)' if texts else ''} that has nothing to do with the job"
         + (f"; more than {limit:+.2f} nats counts as lost." if svg.finite(limit) else ".")
@@ -285,13 +285,13 @@ def fidelity(facts: Facts) -> Markup:
         return Markup("")
     accuracy = {
         str(c["name"]).lower().removeprefix("gguf").strip(" :-"): (c["scores"].get("accuracy") or {}).get("value")
-        for c in facts.contenders()
+        for c in facts.candidates()
         if c["kind"] == "gguf"
     }
     rows, by_kl = [], []
     by_score = [
         (c["size_bytes"] / 1e6, c["scores"]["accuracy"]["value"], c["name"])
-        for c in facts.contenders()
+        for c in facts.candidates()
         if svg.finite(c["size_bytes"])
         and c["role"] in ("gguf", "merged")
         and svg.finite((c["scores"].get("accuracy") or {}).get("value"))
@@ -353,8 +353,8 @@ def fidelity(facts: Facts) -> Markup:
 
 
 def in_order(facts: Facts, values: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Items in the order in which the contenders were judged; JSON keeps its keys sorted."""
-    order = [c["name"] for c in facts.contenders()]
+    """Items in the order in which the candidates were judged; JSON keeps its keys sorted."""
+    order = [c["name"] for c in facts.candidates()]
     return sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
 
 
@@ -416,7 +416,7 @@ def others(facts: Facts) -> Markup:
     if judge := s.get("judge"):
         rows = [
             [
-                f"{p['contender']} against {p['baseline']}",
+                f"{p['candidate']} against {p['baseline']}",
                 percent(p["win_rate"]),
                 between(p["low"], p["high"]),
                 percent(p["length_controlled"]),
@@ -436,7 +436,7 @@ def others(facts: Facts) -> Markup:
         )
     if dirty := s.get("contamination"):
         rows = [
-            [n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in in_order(facts, dirty["contenders"])
+            [n, score(c.get("clean")), score(c.get("contaminated"))] for n, c in in_order(facts, dirty["candidates"])
         ]
         parts.append(
             f"<h3>Contamination</h3><p>{dirty['contaminated']} of {dirty['n']} test items share {dirty['ngram']}-grams with {esc(dirty['reference'])}"

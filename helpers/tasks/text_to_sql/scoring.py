@@ -35,7 +35,7 @@ _KINDS = {
 def extract(text: str) -> str | None:
     """The query inside an answer: a fenced block, else from the first SQL verb at the start of a line or sentence; None if there is none.
 
-    Generous on purpose, the same for every contender: a base model that explains its query is not failed for the explanation.
+    Generous on purpose, the same for every candidate: a base model that explains its query is not failed for the explanation.
     """
     fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
     body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text

@@ -3,9 +3,9 @@
 import train_data
 
 from helpers import params as parameters
-from helpers import runs
+from helpers import plots, runs
 from helpers.evaluate.generate import Decoding, HfModel
-from helpers.train import callbacks, rows, sft, training_plots
+from helpers.train import callbacks, rows, sft
 
 
 def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2, tokenizer):
@@ -15,7 +15,7 @@ def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2,
         "sft", parameters.resolve("sft", {"run": "r", "eval_rows": 2, "eval_steps": 12, "export_check": False})
     )
     job = sft.prepare(stage).train()
-    losses = training_plots.series(callbacks.read(job.log), "loss")[1]
+    losses = plots.series(callbacks.read(job.log), "loss")[1]
     assert losses[-1] < 0.35 * losses[0]
     prompts = rows.prompts(rows.supervised(stage.parents["data"], "eval.parquet")[0], tokenizer, 24)
     found = HfModel(job.model, tokenizer).generate([row["prompt_ids"] for row in prompts], Decoding(64))

@@ -8,10 +8,10 @@ import torch
 import train_data
 
 from helpers import params as parameters
-from helpers import runs
+from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.model import prefix_sharing
-from helpers.train import callbacks, methods, packing, preference, rows, sft, training_plots
+from helpers.train import callbacks, methods, packing, preference, rows, sft
 
 
 def settings(**given):
@@ -25,7 +25,7 @@ def prepared(**given):
 
 
 def logged(job, name):
-    return training_plots.series(callbacks.read(job.log), name)[1]
+    return plots.series(callbacks.read(job.log), name)[1]
 
 
 def test_the_loss_is_nll_minus_beta_times_the_log_odds_ratio(data):
@@ -199,7 +199,7 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
         manifest.data["artifacts"]
     )
     assert {"log_odds_chosen", "held_out_margins", "held_out_accuracies", "eval_loss"} <= set(manifest.metrics)
-    figure = training_plots.margins(
+    figure = plots.preference_curves(
         [
             {"step": 1, "log_odds_chosen": 0.1, "rewards/margins": 0.1, "rewards/accuracies": 0.5},
             {"step": 1, "eval_log_odds_chosen": 0.2},

@@ -14,9 +14,9 @@ import torch
 import train_data
 import yaml
 
-from helpers import runs
+from helpers import plots, runs
 from helpers.errors import TunebookError
-from helpers.train import callbacks, resume, sft, training_plots
+from helpers.train import callbacks, resume, sft
 from helpers.train.__main__ import main
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def run(**given):
 
 
 def losses(job):
-    return training_plots.series(callbacks.read(job.log), "loss")
+    return plots.series(callbacks.read(job.log), "loss")
 
 
 def interrupt(step, **given):
@@ -56,7 +56,7 @@ def interrupt(step, **given):
 
 def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path, capsys):
     whole = run(max_steps=24, epochs=6)
-    expected, rates = losses(whole)[1], training_plots.series(callbacks.read(whole.log), "learning_rate")[1]
+    expected, rates = losses(whole)[1], plots.series(callbacks.read(whole.log), "learning_rate")[1]
     assert len(expected) == 24
     shutil.rmtree(whole.stage.path)
     runs.unlock("r", "sft")
@@ -73,9 +73,9 @@ def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path
     assert process.wait() == -signal.SIGKILL
     assert not (log.parent / "manifest.json").exists() and resume.numbered(log.parent / "checkpoints")
     assert main([str(file)]) == 0 and "Going on from checkpoint-" in capsys.readouterr().out
-    steps, found = training_plots.series(callbacks.read(log), "loss")
+    steps, found = plots.series(callbacks.read(log), "loss")
     assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
-    assert training_plots.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
+    assert plots.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
     assert runs.load("r", "sft").metrics["steps"] == 24
 
 

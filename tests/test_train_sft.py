@@ -9,11 +9,11 @@ import train_data
 from transformers import get_scheduler
 
 from helpers import params as parameters
-from helpers import runs
+from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.model import prefix_sharing
 from helpers.model.loading import fast_bf16
-from helpers.train import callbacks, config, methods, packing, precision, rows, sft, training_plots
+from helpers.train import callbacks, config, methods, packing, precision, rows, sft
 
 
 def settings(**given):
@@ -114,7 +114,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
     longest = max(len(i) for i in one.train_rows["input_ids"])
     eight = trained(row_tokens=longest)
     assert one.plan.accumulation == 1 and eight.plan.accumulation >= 6
-    first, second = (training_plots.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
+    first, second = (plots.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
     assert first == pytest.approx(second, rel=1e-4)
     assert (flat(one.model) - flat(eight.model)).norm() < 2e-3 * flat(one.model).norm()
 
@@ -122,7 +122,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
 def test_unpacked_rows_train_like_packed_ones(data):
     packed, padded = trained(), trained(packing=False)
     assert packed.plan.packed and not padded.plan.packed
-    first, second = (training_plots.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
+    first, second = (plots.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
     assert first == pytest.approx(second, rel=1e-3)
 
 
@@ -201,10 +201,10 @@ def test_curves_are_drawn_from_the_log(data, tmp_path):
     lines = [
         {"step": s, "loss": 3 / s, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 100.0} for s in range(1, 30)
     ] + [{"step": 15, "eval_loss": 0.4}]
-    figure = training_plots.loss(lines)
+    figure = plots.training_curves(lines)
     left = figure.axes[0]
     assert [len(line.get_xdata()) for line in left.get_lines()] == [29, 29, 1]
-    assert training_plots.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert plots.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
 
 
 # ---------------------------------------------------------------- methods
@@ -229,7 +229,7 @@ def test_every_method_trains_and_can_be_kept(data, given):
     before = job.trainer.evaluate()["eval_loss"]
     job.train()
     assert (
-        all(math.isfinite(x) for x in training_plots.series(callbacks.read(job.log), "loss")[1])
+        all(math.isfinite(x) for x in plots.series(callbacks.read(job.log), "loss")[1])
         and job.result["eval_loss"] < before
     )
     manifest = job.finish()

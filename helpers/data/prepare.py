@@ -288,10 +288,13 @@ class Job:
 
     def lengths(self) -> Any:
         """The histogram of lengths, with max_length and the proposal, saved as lengths.png."""
+        from helpers import plots
         from helpers.display import save_figure
-        from helpers.report import data_plots
 
-        figure = data_plots.lengths(self.encoded)
+        found = self.encoded["lengths"]
+        figure = plots.lengths(
+            self.encoded["histogram"], self.encoded["max_length"], found["over"], found["proposed_max_length"]
+        )
         save_figure(self.stage, figure, "lengths.png")
         return figure
 

@@ -155,66 +155,31 @@ def preferences(found: dict[str, Any]) -> Html:
 
 
 def figure(found: dict[str, Any]) -> Any:
-    """Matplotlib figure: each candidate's score with its interval, and its file size beside it."""
-    import matplotlib.pyplot as plt
+    """Each candidate's score with its interval, and its file size beside it."""
+    from helpers import plots
 
-    scored = [
-        c for c in found["candidates"] if c["status"] == "scored" and c["scores"]["accuracy"]["value"] is not None
-    ]
-    fig, ax = plt.subplots(figsize=(8, 0.55 * max(len(scored), 1) + 1.3), layout="constrained")
-    for y, c in enumerate(reversed(scored)):
-        s = c["scores"]["accuracy"]
-        value, low, high = (100 * s[k] for k in ("value", "low", "high"))
-        colour = (
-            GREY if c["role"] == "base" else "#3b6fb6" if c["role"] in ("sft", "orpo", "merged", "other") else "#e08a2e"
-        )
-        ax.barh(y, value, color=colour, alpha=0.75, height=0.6)
-        ax.errorbar(
-            value, y, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color="#222", capsize=4, linewidth=1.4
-        )
-        size = f"   {c['size_bytes'] / 2**20:.0f} MiB" if c["size_bytes"] else ""
-        ax.text(high + 1.5, y, f"{value:.0f} %{size}", va="center", fontsize=9)
-    ax.set_yticks(range(len(scored)), [c["name"] for c in reversed(scored)])
-    ax.set_xlim(0, 128)
-    ax.set_xticks(range(0, 101, 20))
-    ax.set_xlabel(f"{found['task']['label']}, % of {found['task']['n']} questions (95 % interval)")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="x", alpha=0.3)
-    ax.set_axisbelow(True)
-    plt.close(fig)
-    return fig
+    bars = []
+    for c in found["candidates"]:
+        score = c["scores"].get("accuracy") or {}
+        if c["status"] == "scored" and score.get("value") is not None:
+            kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
+            bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
+    return plots.scores(bars, f"{found['task']['label']}, % of {found['task']['n']} questions (95 % interval)")
 
 
 def kinds(found: dict[str, Any], column: str = "kind") -> Any:
-    """Matplotlib figure: share right by kind of question, a bar a candidate; None where the data has no such column."""
-    import matplotlib.pyplot as plt
+    """Share right by kind of question, a bar a candidate; None where the data has no such column."""
+    from helpers import plots
 
-    scored = [c for c in found["candidates"] if c["status"] == "scored" and column in c["groups"]]
-    if not scored:
+    groups = {
+        c["name"]: c["groups"][column] for c in found["candidates"] if c["status"] == "scored" and column in c["groups"]
+    }
+    if not groups:
         return None
-    names = sorted({n for c in scored for n in c["groups"][column]})
-    fig, ax = plt.subplots(figsize=(min(14, 1.6 + 0.26 * len(names) * (len(scored) + 1)), 3.4), layout="constrained")
-    width = 0.8 / len(scored)
-    palette = [GREY, "#3b6fb6", "#5aa9a3", "#e08a2e", "#b65fa0", "#7a6ff0", "#a6761d", "#444"]
-    for i, c in enumerate(scored):
-        values = [100 * c["groups"][column].get(n, {"value": 0})["value"] for n in names]
-        ax.bar(
-            [x + (i - (len(scored) - 1) / 2) * width for x in range(len(names))],
-            values,
-            width,
-            label=c["name"],
-            color=palette[i % len(palette)],
-        )
-    counts = scored[0]["groups"][column]
-    ax.set_xticks(range(len(names)), [f"{n}\nn={counts[n]['n']}" if n in counts else n for n in names])
-    ax.set_ylim(0, 105)
-    ax.set_ylabel("right, %")
-    ax.legend(frameon=False, ncols=len(scored), loc="lower left", bbox_to_anchor=(0, 1), fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_axisbelow(True)
-    plt.close(fig)
-    return fig
+    counts = {n: g["n"] for found_groups in groups.values() for n, g in sorted(found_groups.items())}
+    return plots.by_group(
+        dict(sorted(counts.items())), {c: {n: g["value"] for n, g in v.items()} for c, v in groups.items()}
+    )
 
 
 def sides(rows: Sequence[dict[str, Any]], names: Sequence[str], count: int = 4) -> Html:

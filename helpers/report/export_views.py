@@ -95,57 +95,18 @@ def table(files: Sequence[Quantised], results: Sequence[Result], merge_check: di
 
 def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
     """Size against divergence (left) and, where it was measured, against the task score (right)."""
-    import matplotlib.pyplot as plt
+    from helpers import plots
+    from helpers.evaluate.statistics import wilson
 
     by_type = {r.type: r for r in results}
-    shown = [(f, by_type[f.type]) for f in sorted(files, key=lambda f: f.bytes) if f.type in by_type]
-    scored = [(f, r) for f, r in shown if r.task_score is not None]
-    picture, axes = plt.subplots(
-        1, 2 if scored else 1, figsize=(10 if scored else 5.5, 3.8), squeeze=False, layout="constrained"
-    )
-    left, size = axes[0][0], lambda f: f.bytes / 2**20
-    left.plot(
-        [size(f) for f, _ in shown],
-        [max(r.mean_kl, 1e-7) for _, r in shown],
-        color="#2a6f97",
-        marker="o",
-        label="file in llama.cpp",
-    )
-    weights = [(size(f), max(r.weights_kl, 1e-7)) for f, r in shown if r.weights_kl is not None]
-    if weights:
-        left.plot(*zip(*weights, strict=True), color="#e07a1f", marker="x", linestyle="", label="its weights alone")
-    allowed = [BUDGETS[f.type][0] for f, _ in shown]
-    left.plot(
-        [size(f) for f, _ in shown], allowed, color="#999999", marker="_", markersize=14, linestyle="", label="allowed"
-    )
-    for f, r in shown:
-        left.annotate(f.type, (size(f), max(r.mean_kl, 1e-7)), textcoords="offset points", xytext=(6, 6), fontsize=9)
-    left.set(
-        yscale="log",
-        xlabel="size, MiB",
-        ylabel="mean KL divergence, nats a token",
-        title="What the smaller file changes",
-    )
-    left.legend(fontsize=8, frameon=False)
-    if scored:
-        from helpers.evaluate.statistics import wilson
-
-        right = axes[0][1]
-        for f, r in scored:
-            low, high = (
-                wilson(r.task_score * r.task_count, r.task_count) if r.task_count else (r.task_score, r.task_score)
-            )
-            right.plot([size(f)] * 2, [100 * low, 100 * high], color="#2a6f97", linewidth=1.5)
-            right.plot(size(f), 100 * r.task_score, color="#2a6f97", marker="o")
-            right.annotate(f.type, (size(f), 100 * r.task_score), textcoords="offset points", xytext=(6, 6), fontsize=9)
-        right.set(
-            xlabel="size, MiB",
-            ylabel=f"right, % of {max(r.task_count for _, r in scored)} questions (95 % interval)",
-            title="What it still can do",
-            ylim=(0, 105),
-        )
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-        axis.margins(x=0.15)
-    plt.close(picture)
-    return picture
+    points = []
+    for file in files:
+        if (r := by_type.get(file.type)) is not None:
+            score = None
+            if r.task_score is not None:
+                score = (
+                    r.task_score,
+                    *(wilson(r.task_score * r.task_count, r.task_count) if r.task_count else [r.task_score] * 2),
+                )
+            points.append(plots.FilePoint(file.type, file.bytes, r.mean_kl, r.weights_kl, BUDGETS[file.type][0], score))
+    return plots.file_sizes(points, max((r.task_count for r in results), default=0))

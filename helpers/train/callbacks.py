@@ -279,7 +279,6 @@ class LiveCurve(TrainerCallback):
             self._draw()
 
     def _draw(self) -> None:
-        import matplotlib.pyplot as plt
         from IPython.display import display
 
         figure = self.draw(read(self.log))
@@ -287,4 +286,3 @@ class LiveCurve(TrainerCallback):
             self.handle = display(figure, display_id=True)
         else:
             self.handle.update(figure)
-        plt.close(figure)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, machine
+from helpers import display, machine, plots
 from helpers.errors import TunebookError
-from helpers.train import callbacks, distributed, methods, precision, resume, rows, training_plots
+from helpers.train import callbacks, distributed, methods, precision, resume, rows
 
 IN_ROWS = (
     0.8  # of a run's time: the rest goes to the optimizer, evaluations and checkpoints (0.79 and 0.85 seen on 2 cores)
@@ -32,7 +32,7 @@ class Job:
     counts: dict[str, Any]
     plan: Any
     adapter: Path | None = None
-    draw: Any = training_plots.loss
+    draw: Any = plots.training_curves
     trainer: Any = None
     model: Any = None
     notes: list[str] = field(default_factory=list)
@@ -104,14 +104,14 @@ class Job:
                 self.trainer.train(resume_from_checkpoint=str(start) if start else None)
             state = self.trainer.state
             lines = callbacks.read(self.log)
-            losses = training_plots.series(lines, "loss")[1]
-            held = training_plots.series(lines, "eval_loss")[1]
+            losses = plots.series(lines, "loss")[1]
+            held = plots.series(lines, "eval_loss")[1]
             tokens = max((line.get("trained_tokens", 0) for line in lines), default=0)
             self.result = {
                 "steps": state.global_step,
                 "train_s": round(max((line.get("seconds", 0.0) for line in lines), default=time.time() - began), 2),
                 "first_loss": losses[0] if losses else None,
-                "last_loss": training_plots.smoothed(losses)[-1] if losses else None,
+                "last_loss": plots.smoothed(losses)[-1] if losses else None,
                 "trained_tokens": tokens,
                 "rows": len(self.train_rows),
                 **methods.counts(self.model),
@@ -188,11 +188,11 @@ class Job:
 
     def figure(self) -> Any:
         """The loss curves, drawn again from log.jsonl."""
-        return training_plots.loss(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
+        return plots.training_curves(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
 
     def margins(self) -> Any:
         """Log odds, margin and accuracy of a preference run: each step and on held-out pairs."""
-        return training_plots.margins(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
+        return plots.preference_curves(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
 
     def summary(self) -> Any:
         """What came out, as a table."""
@@ -231,8 +231,6 @@ class Job:
 
     def finish(self) -> Any:
         """Write the adapter (or the whole model), the pictures and the manifest; returns the manifest."""
-        import matplotlib.pyplot as plt
-
         if not self.result:
             raise TunebookError("The job has not been trained; call its train() first.")
         with resume.disk_full_is_a_sentence(self.checkpoints):
@@ -245,13 +243,12 @@ class Job:
             if not is_first():
                 return None
             save(self.model, self.tokenizer, folder, self.stage.path / "work" / "pissa", whole)
-            pictures = [("loss.png", training_plots.loss)] + (
-                [("margins.png", training_plots.margins)] if self.draw is training_plots.margins else []
+            pictures = [("loss.png", plots.training_curves)] + (
+                [("margins.png", plots.preference_curves)] if self.draw is plots.preference_curves else []
             )
             for name, draw in pictures:
                 figure = draw(callbacks.read(self.log), f"{self.params.run}: {self.params.stage}")
                 display.save_figure(self.stage, figure, name)
-                plt.close(figure)
         from helpers.model.loading import template_hash, tokenizer_hash
 
         plan = self.plan

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import machine, runs
+from helpers import machine, plots, runs
 from helpers.errors import TunebookError
-from helpers.train import methods, resume, rows, training_plots
+from helpers.train import methods, resume, rows
 from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
 
 
@@ -61,7 +61,7 @@ def prepare(stage: Any) -> Job:
         {"train": counts, "eval": found},
         plan,
         adapter,
-        training_plots.margins,
+        plots.preference_curves,
     )
 
 

@@ -1,0 +1,369 @@
+"""Every figure: drawn by matplotlib from plain numbers, the same one in a notebook and in a report.
+
+A function returns a matplotlib figure that a notebook cell can end with, that `display.save_figure` writes as PNG, and that `svg`
+turns into text for a page, where its ink takes the page's colour. `figure.alt` says in words what is to be seen. The figures
+are made without pyplot: nothing is shown twice and none has to be closed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helpers import display
+
+# Light enough for a dark page, dark enough for a white one, and distinguishable by every kind of colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b7dd8", "#d9822b", "#2a9d6f", "#d1495b", "#9a6fd0", "#8a8f98"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2b9cad", "#a6761d", "#c2609a")
+INK = "#1b1f27"  # text and axes; `svg` makes it the colour of the text around
+MOST_POINTS = 400  # of a curve; more cannot be seen at these sizes
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def label(text: object) -> str:
+    """Foreign text as matplotlib may draw it: hidden characters visible, no `$` that would begin a formula."""
+    return display.clean(text).replace("$", r"\$")
+
+
+def svg(figure: Any) -> str:
+    """A figure as an <svg> element for a page: text stays text, the ink is the page's text colour, the alt text its label."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{display.escape(figure.alt)}"', 1)
+
+
+def _figure(
+    alt: str, rows: int = 1, columns: int = 1, width: float = 4.6, height: float = 3.0
+) -> tuple[Any, list[Any]]:
+    """A figure of rows x columns panels of one size, in inches, and its panels in reading order."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    with matplotlib.rc_context({name: INK for name in inked} | {"font.size": 9, "axes.titlesize": 10}):
+        figure: Any = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels:
+        panel.grid(alpha=0.25, color=GREY)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.alt = alt
+    figure._repr_mimebundle_ = lambda include=None, exclude=None: (
+        {"image/png": display.png(figure), "text/plain": alt},
+        {"image/png": {"alt": alt}},
+    )
+    return figure, panels
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel of a training log: the key as it was logged each step and, with `eval_` before it, on held-out rows."""
+
+    title: str
+    unit: str
+    smooth: bool = False
+    floor: float | None = None
+    ceiling: float | None = None
+    zero_line: bool = False
+
+
+CURVES = {
+    "loss": Curve("Loss", "nats a token", smooth=True, floor=0),
+    "learning_rate": Curve("Learning rate", "", floor=0),
+    "grad_norm": Curve("Gradient norm", ""),
+    "tokens_per_s": Curve("Speed", "tokens a second", floor=0),
+    "memory_gib": Curve("Memory", "GiB", floor=0),
+    "log_odds_chosen": Curve("Log odds, chosen over rejected", "nats", smooth=True, zero_line=True),
+    "rewards/margins": Curve("Margin", "beta × log-probability", smooth=True, zero_line=True),
+    "rewards/accuracies": Curve("Pairs with the chosen answer ahead", "share", smooth=True, floor=0, ceiling=1.02),
+    "nll_loss": Curve("Negative log-likelihood", "nats a token", smooth=True, floor=0),
+}
+TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+PREFERENCE = ("log_odds_chosen", "rewards/margins", "rewards/accuracies")
+
+
+def series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one logged number; lines without it, or where it is not a number, are skipped."""
+    found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    return [s for s, _ in found], [v for _, v in found]
+
+
+def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean, corrected for its start (as Adam's): the first point is the first value."""
+    out, mean = [], 0.0
+    for step, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        out.append(mean / (1 - weight**step))
+    return out
+
+
+def training_curves(lines: Lines, title: str = "Training") -> Any:
+    """Loss (each step, smoothed, held out), learning rate, gradient norm and speed of a log.jsonl's lines."""
+    return curves(lines, TRAINING, title, columns=2)
+
+
+def preference_curves(lines: Lines, title: str = "Preferences") -> Any:
+    """Log odds, margin and accuracy, each step and on held-out pairs."""
+    return curves(lines, PREFERENCE, title, columns=3)
+
+
+def curves(lines: Lines, names: Sequence[str], title: str = "", columns: int = 1) -> Any:
+    """A panel for each of `names` (keys of CURVES)."""
+    from matplotlib.ticker import MaxNLocator
+
+    said = ", ".join(f"{CURVES[n].title.lower()} {_trend(series(lines, n)[1])}" for n in names)
+    figure, panels = _figure(f"{title or 'Curves'} by step: {said}", -(-len(names) // columns), columns)
+    if title:
+        figure.suptitle(label(title), fontsize=11, color=INK)
+    for panel, name in zip(panels, names, strict=False):
+        curve = CURVES[name]
+        steps, values = _thinned(*series(lines, name))
+        panel.plot(steps, values, color=BLUE, alpha=0.35 if curve.smooth else 1, linewidth=1, label="each step")
+        if curve.smooth:
+            steps, values = series(lines, name)
+            panel.plot(*_thinned(steps, smoothed(values)), color=BLUE, linewidth=2, label="smoothed")
+        held_out = series(lines, f"eval_{name}")
+        if curve.smooth:
+            panel.plot(*held_out, "o-", color=ORANGE, markersize=4, label="held out")
+            panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+        if curve.zero_line:
+            panel.axhline(0, color=GREY, linewidth=0.8)
+        if curve.floor is not None and (values or held_out[1]):
+            panel.set_ylim(bottom=curve.floor, top=curve.ceiling)
+        panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _trend(values: Sequence[float]) -> str:
+    numbers = [v for v in values if math.isfinite(v)]
+    return f"from {display.number(numbers[0])} to {display.number(numbers[-1])}" if numbers else "not logged"
+
+
+def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """At most MOST_POINTS points that keep every peak: the lowest and the highest of each bucket, in order."""
+    points = list(zip(steps, values, strict=True))
+    if len(points) > MOST_POINTS:
+        bucket = math.ceil(len(points) / (MOST_POINTS / 2))
+        chunks = [points[i : i + bucket] for i in range(0, len(points), bucket)]
+        points = [p for c in chunks for p in sorted({min(c, key=lambda p: p[1]), max(c, key=lambda p: p[1])})]
+    return [s for s, _ in points], [v for _, v in points]
+
+
+# ---------------------------------------------------------------- data
+
+
+def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: int) -> Any:
+    """Rows by their length in tokens. histogram: length → rows; over: rows longer than max_length; proposed: the length to use."""
+    values = {int(length): count for length, count in histogram.items()}
+    top = max([*values, 1])
+    figure, (panel,) = _figure(
+        f"Row lengths in tokens: {sum(values.values()):,} rows up to {top:,}; max_length {max_length:,}", width=7.2
+    )
+    panel.hist(list(values), bins=60, range=(0, top), weights=list(values.values()), color=BLUE)
+    panel.axvline(max_length, color=RED, label=f"max_length {max_length:,}: {over:,} rows over")
+    panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
+    panel.set_xlim(0, max(top, min(max_length, 2 * top)) * 1.03)
+    panel.set(xlabel="tokens in a row", ylabel="rows")
+    panel.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+# ---------------------------------------------------------------- exported files
+
+
+@dataclass(frozen=True)
+class FilePoint:
+    """An exported file: bytes, mean KL divergence to the merged model, of it the weights' part, the most that is allowed,
+    and the task score with its 95 % interval as (value, low, high), all shares."""
+
+    name: str
+    bytes: int
+    kl: float
+    weights_kl: float | None = None
+    allowed: float | None = None
+    score: tuple[float, float, float] | None = None
+
+
+def file_sizes(files: Sequence[FilePoint], questions: int = 0) -> Any:
+    """Size against divergence and, where any file has a score, against that."""
+    files = sorted(files, key=lambda f: f.bytes)
+    scored = any(f.score for f in files)
+    alt = "Size and mean KL of " + ", ".join(
+        f"{f.name} ({display.size(f.bytes)}, {display.number(f.kl)})" for f in files
+    )
+    figure, panels = _figure(alt, columns=2 if scored else 1, height=3.4)
+    _divergence(panels[0], files)
+    if scored:
+        _file_scores(panels[1], [f for f in files if f.score], questions)
+    for panel in panels:
+        panel.margins(x=0.15)
+        panel.set_xlabel("size, MB")
+    return figure
+
+
+def _divergence(panel: Any, files: Sequence[FilePoint]) -> None:
+    least = 1e-7  # a divergence of nothing has no place on a logarithmic axis
+    sizes, measured = [f.bytes / 1e6 for f in files], [max(f.kl, least) for f in files]
+    panel.plot(sizes, measured, color=BLUE, marker="o", label="file in llama.cpp")
+    weights = [(f.bytes / 1e6, max(f.weights_kl, least)) for f in files if f.weights_kl is not None]
+    if weights:
+        panel.plot(*zip(*weights, strict=True), color=ORANGE, marker="x", linestyle="", label="its weights alone")
+    allowed = [(f.bytes / 1e6, f.allowed) for f in files if f.allowed is not None]
+    if allowed:
+        panel.plot(*zip(*allowed, strict=True), color=GREY, marker="_", markersize=14, linestyle="", label="allowed")
+    for file, x, y in zip(files, sizes, measured, strict=True):
+        panel.annotate(label(file.name), (x, y), textcoords="offset points", xytext=(6, 6), color=INK)
+    panel.set(yscale="log", ylabel="mean KL divergence, nats a token", title="What the smaller file changes")
+    panel.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+
+def _file_scores(panel: Any, files: Sequence[FilePoint], questions: int) -> None:
+    for file in files:
+        value, low, high = (100 * v for v in file.score or ())
+        panel.plot([file.bytes / 1e6] * 2, [low, high], color=BLUE, linewidth=1.5)
+        panel.plot(file.bytes / 1e6, value, color=BLUE, marker="o")
+        place = (file.bytes / 1e6, value)
+        panel.annotate(label(file.name), place, textcoords="offset points", xytext=(6, 6), color=INK)
+    panel.set(ylabel=f"right, % of {questions} questions (95 % interval)", title="What it still can do", ylim=(0, 105))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A candidate's score as a share with its 95 % interval. kind: "base", "tuned" or "file", for its colour."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    kind: str = "tuned"
+    bytes: int | None = None
+
+
+def scores(bars: Sequence[Bar], label_x: str) -> Any:
+    """A horizontal bar for each candidate with its interval, its share and its file's size."""
+    colours = {"base": GREY, "tuned": BLUE, "file": ORANGE}
+    alt = f"{label_x}: " + ", ".join(f"{b.name} {display.percent(b.value, 0)}" for b in bars)
+    figure, (panel,) = _figure(alt, width=7.6, height=0.42 * max(len(bars), 1) + 1.0)
+    for place, bar in enumerate(bars):
+        value, low, high = 100 * bar.value, 100 * bar.low, 100 * bar.high
+        panel.barh(place, value, color=colours[bar.kind], alpha=0.8, height=0.6)
+        reach = [[max(value - low, 0)], [max(high - value, 0)]]
+        panel.errorbar(value, place, xerr=reach, color=INK, capsize=3, linewidth=1.2)
+        size = f"   {display.size(bar.bytes)}" if bar.bytes else ""
+        panel.text(max(high, value) + 1.5, place, f"{value:.0f} %{size}", va="center", color=INK)
+    panel.set_yticks(range(len(bars)), [label(b.name) for b in bars])
+    panel.invert_yaxis()
+    panel.set_xlim(0, 125)
+    panel.set_xticks(range(0, 101, 20))
+    panel.set_xlabel(label(label_x))
+    panel.grid(axis="y", visible=False)
+    return figure
+
+
+def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]]) -> Any:
+    """Share right by group of questions, a bar for each candidate. counts: group → questions; shares: candidate → group → share."""
+    groups = list(counts)
+    alt = "Share right by group: " + "; ".join(
+        f"{n} " + ", ".join(f"{g} {display.percent(v.get(g, 0), 0)}" for g in groups) for n, v in shares.items()
+    )
+    width = max(4.6, min(14, 1.6 + 0.26 * len(groups) * (len(shares) + 1)))
+    figure, (panel,) = _figure(alt, width=width, height=3.4)
+    thickness = 0.8 / max(len(shares), 1)
+    for number, (name, values) in enumerate(shares.items()):
+        places = [x + (number - (len(shares) - 1) / 2) * thickness for x in range(len(groups))]
+        colour = GREY if number == 0 else PALETTE[(number - 1) % len(PALETTE)]
+        panel.bar(places, [100 * values.get(g, 0) for g in groups], thickness, label=label(name), color=colour)
+    panel.set_xticks(range(len(groups)), [label(f"{g}\nn={counts[g]}") for g in groups])
+    panel.set(ylim=(0, 105), ylabel="right, %")
+    panel.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, labelcolor=INK)
+    panel.grid(axis="x", visible=False)
+    return figure
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
+    """One smoothed curve for each run. runs: name → (steps, values)."""
+    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()), width=7.2)
+    for number, (name, (steps, values)) in enumerate(runs.items()):
+        colour, style = PALETTE[number % len(PALETTE)], ("-", "--", ":")[number // len(PALETTE) % 3]
+        panel.plot(*_thinned(steps, smoothed(values)), color=colour, linestyle=style, label=label(name))
+    panel.set(title=label(title), xlabel="step", ylabel=unit)
+    panel.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return figure
+
+
+def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
+    """Parallel coordinates: a vertical axis for each dimension, a line for each run, coloured by its place on the last axis.
+
+    runs: name → one value for each dimension, a number or a word; None breaks the line.
+    """
+    columns = [_Axis([values[d] for values in runs.values()]) for d in range(len(dimensions))]
+    alt = f"Parallel coordinates over {', '.join(dimensions)} of the runs {', '.join(runs)}"
+    figure, (panel,) = _figure(alt, width=max(4.6, 1.7 * len(dimensions)), height=3.6)
+    panel.grid(visible=False)
+    panel.spines[["left", "bottom"]].set_visible(False)
+    for x, axis in enumerate(columns):
+        panel.axvline(x, color=GREY, linewidth=1)
+        for text, y in axis.marks:
+            panel.text(x - 0.03, y, label(text), ha="right", va="center", fontsize=8, color=INK)
+    for name, values in runs.items():
+        places = [axis.place(v) for axis, v in zip(columns, values, strict=True)]
+        last = places[-1]
+        colour = GREY if math.isnan(last) else GREEN if last > 2 / 3 else BLUE if last > 1 / 3 else ORANGE
+        panel.plot(range(len(places)), places, color=colour, linewidth=2, marker="o", markersize=4)
+        if not math.isnan(last):
+            panel.text(len(places) - 0.95, last, label(name), va="center", fontsize=8, color=INK)
+    panel.set_xticks(range(len(dimensions)), [label(d.replace(".", "\n").replace("_", " ")) for d in dimensions])
+    panel.xaxis.tick_top()
+    panel.tick_params(length=0)
+    panel.set_yticks([])
+    panel.set(xlim=(-0.5, len(dimensions) - 0.3), ylim=(-0.05, 1.05))
+    return figure
+
+
+class _Axis:
+    """Places of one dimension's values between 0 and 1: numbers by size (logarithmic over a wide range), words in order."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        known = [v for v in values if v is not None]
+        self.numeric = bool(known) and all(display.finite(v) for v in known)
+        if self.numeric:
+            self.low, self.high = min(known), max(known)
+            self.log = self.low > 0 and self.high / self.low > 50
+            middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+            marks = dict.fromkeys((self.low, middle, self.high))
+            self.marks = [(display.number(float(f"{m:.3g}")), self.place(m)) for m in marks]
+        else:
+            self.words = sorted({str(v) for v in known})
+            self.marks = [(word[:18], self.place(word)) for word in self.words]
+
+    def place(self, value: Any) -> float:
+        if value is None:
+            return math.nan
+        if not self.numeric:
+            return (self.words.index(str(value)) + 0.5) / len(self.words)
+        if self.high == self.low:
+            return 0.5
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)

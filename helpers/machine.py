@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import subprocess
@@ -12,20 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The one place for the published repository and the tag that Colab fetches; `python ci/stamp.py` writes both into the notebooks.
+# The one place for the published repository and the tag that Colab fetches; `python ci/stamp.py` writes both into
+# notebooks.
 REPOSITORY = "tunebook/tunebook"
 TAG = "v0.1.0"
 
-# Before torch is loaded: OpenMP threads that spin at every barrier cost 2 to 20 times as much wherever another process has a core
-# (seen on 2 cores); a thousand spins cost nothing on an idle machine.
+# Before torch is loaded: OpenMP threads that spin at every barrier cost 2 to 20 times as much wherever another process
+# has a core (seen on 2 cores); a thousand spins cost nothing on an idle machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Kernels that oneDNN keeps for products of sizes it has met: every row has its own length, and 1,024 of them (the default) came
-# to 1 GiB in a hundred steps of a 135M model, at the same speed.
+# Kernels that oneDNN keeps for products of sizes it has met: every row has its own length, and 1,024 of them (the
+# default) came to 1 GiB in a hundred steps of a 135M model, at the same speed.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 # On a CPU it asks, whenever it is imported, for a package that would fetch a kernel for inference from a hub.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PROJECT = Path(__file__).resolve().parent.parent
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = (
     "torch",
     "transformers",
@@ -46,7 +50,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first visible CUDA device. capability: (major, minor); total_gib: memory of the card in GiB."""
+    """The first visible CUDA device. capability: (major, minor); total_gib: its memory in GiB."""
 
     name: str
     capability: tuple[int, int]
@@ -73,33 +77,35 @@ def where() -> str:
 
 
 def interactive() -> bool:
-    """True when a person is watching: live plots and sliders are worth drawing. ci/pipeline.py sets TUNEBOOK_HEADLESS."""
+    """True when a person is watching: plots and sliders are worth drawing. ci/pipeline.py sets TUNEBOOK_HEADLESS."""
     return where() in ("colab", "jupyter")
 
 
 def versions() -> dict[str, Any]:
-    """Versions, code revision and card, as every manifest records them."""
+    """Versions, code revision and GPU, as every manifest records them."""
     found = {}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    card = gpu() if "torch" in sys.modules else None
+    device = gpu() if "torch" in sys.modules else None
     return {
         "versions": {"python": sys.version.split()[0], **found},
-        "gpu": card.name if card else None,
+        "gpu": device.name if device else None,
         "code_revision": revision(),
     }
 
 
 def revision() -> str:
-    """Commit of the code, with "+changes" when tracked files differ from it; the release tag where there is no git."""
+    """Commit of the code, with "+changes" when tracked files differ from it; the release tag where there is no git.
+
+    For people to read. Whether a result can be used again is decided by `code_hash`.
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(PROJECT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != PROJECT:
@@ -109,30 +115,102 @@ def revision() -> str:
         return TAG
 
 
+def code_hash(notebook: str = "") -> str:
+    """What the code is: sha256 over every file of helpers/ that decides a result, and over a notebook's code cells."""
+    digest = hashlib.sha256()
+    for file in sorted((PROJECT / "helpers").rglob("*.py")):
+        digest.update(file.relative_to(PROJECT).as_posix().encode() + b"\0" + file.read_bytes())
+    path = PROJECT / "notebooks" / f"{notebook}.ipynb"
+    if notebook and path.is_file():
+        cells = [c["source"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        digest.update(json.dumps(["".join(source) for source in cells]).encode())
+    return digest.hexdigest()
+
+
 def describe() -> dict[str, Any]:
-    """What a reader wants to know first: place, card or cores, memory, versions."""
-    card = gpu()
+    """What a reader wants to know first: place, GPU or cores, memory, versions."""
+    device = gpu()
+    named = (
+        f"{device.name}, {device.total_gib} GiB, sm{device.capability[0]}{device.capability[1]}" if device else "none"
+    )
     return {
         "running in": where(),
-        "GPU": f"{card.name}, {card.total_gib} GiB, sm{card.capability[0]}{card.capability[1]}" if card else "none",
+        "GPU": named,
         "CPU cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory, GiB": total_memory_gib(),
         **versions()["versions"],
     }
 
 
+# ---------------------------------------------------------------- memory
+
+
 def total_memory_gib() -> float:
-    """Main memory in GiB: the machine's, or less where this process's container may not have it all."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in (
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ):  # control groups, version 2 and 1
-        try:
-            found = min(found, int(Path(file).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return round(found / 2**30, 1)
+    """Host memory in GiB: the machine's, or less where this process's container may not have it all."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(min([whole, *(limit for limit, _ in _container_memory())]) / 2**30, 1)
+
+
+def free_memory_gib() -> float:
+    """Host memory that can be had now, in GiB: what the system has and every container around this process allows.
+
+    The page cache counts as free: the kernel gives it up when memory is asked for.
+    """
+    import psutil
+
+    room = [psutil.virtual_memory().available, *(max(limit - used, 0) for limit, used in _container_memory())]
+    return min(room) / 2**30
+
+
+def free_gpu_gib() -> float | None:
+    """GPU memory that this process can have now, in GiB; None without a GPU.
+
+    What other programs use is gone; what torch keeps for itself without using it counts as free; a share set with
+    `torch.cuda.set_per_process_memory_fraction` is kept to.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    used = torch.cuda.memory_allocated()
+    return min(free + torch.cuda.memory_reserved() - used, gpu_share() * total - used) / 2**30
+
+
+def gpu_share() -> float:
+    """Share of the GPU's memory that this process may take (`torch.cuda.set_per_process_memory_fraction`)."""
+    import torch
+
+    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return float(ask()) if ask is not None and torch.cuda.is_available() else 1.0
+
+
+def _container_memory() -> Iterator[tuple[int, int]]:
+    """(limit, use less page cache) in bytes of every control group around this process with a limit, version 1 or 2."""
+    for tree, kind, limit, used in (
+        (CONTROL_GROUPS, "", "memory.max", "memory.current"),
+        (CONTROL_GROUPS / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        folder = tree / _own_group(kind)
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(tree):
+                break
+            try:
+                bound, use = int((group / limit).read_text()), int((group / used).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            cached = sum(int(stat.get(f"total_{k}", stat.get(k, 0))) for k in ("active_file", "inactive_file"))
+            yield bound, max(use - cached, 0)
+
+
+def _own_group(kind: str) -> str:
+    """Path of this process's control group below the tree; "" at its root, as inside most containers."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return ""
+    return next((path.strip("/") for _, kinds, path in lines if kind in kinds.split(",")), "")
 
 
 def peak_memory_gib() -> float:

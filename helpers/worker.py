@@ -1,28 +1,323 @@
-"""A process that does one piece of work at a time beside this one, over a pipe of its own.
+"""Child processes: what may crash, hang or eat the memory works in a process of its own, which ends with this one.
 
-concurrent.futures shares its pipes among all workers: one that is killed in the middle of an answer leaves half a
-message behind, and the rest wait for ever. Here the pipe ends with the process, and what it had is done by the caller.
+    with Worker("helpers.evaluate.gguf_model:Served", start={"path": "m.gguf"}, name="llama.cpp") as child:
+        child.ask({"method": "encode", "text": "Hello"}, timeout_s=60)
+    run("helpers.data.documents:parse", {"path": "a.pdf"}, wall_s=60, cpu_s=60, memory_gib=2)
+
+The named function is called in the child as `handler(request, event)`; what it returns is the answer, `event(value)`
+reports on the way. A class is made once, with `start` as its arguments, and its object is the handler. Requests and
+answers are lines of JSON: [kind, value], the kinds being event, result, error (the handler's TunebookError), memory,
+and bug (anything else).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import json
+import math
 import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from helpers.display import clean
+from helpers.errors import TunebookError
+
+Event = Callable[[Any], None]
+Handler = Callable[[Any, Event], Any]
+Why = Literal["time", "memory", "ended"]
+PROJECT = Path(__file__).resolve().parent.parent
+MAIN = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from helpers import worker; worker.main(sys.argv[1])"
+
+
+class Lost(TunebookError):
+    """A child was lost before it answered. why: a limit of time or of memory, or it ended by itself."""
+
+    def __init__(self, message: str, why: Why) -> None:
+        super().__init__(message)
+        self.why = why
+
+
+class Worker:
+    """One child that answers requests one after another; it is started anew when it was lost in the middle of one.
+
+    target: "module:function" or "module:Class", or the command of a program that calls `serve`. name: what messages
+    call it. cpu_s: processor time for a request; memory_gib: address space beyond what the child has after its start;
+    both limits are set in the child. started: what the handler object has as its attribute `started`.
+    """
+
+    def __init__(
+        self,
+        target: str | list[str],
+        *,
+        start: dict[str, Any] | None = None,
+        name: str = "",
+        cpu_s: float | None = None,
+        memory_gib: float | None = None,
+        start_timeout_s: float | None = 120,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.command = [sys.executable, "-P", "-c", MAIN, target] if isinstance(target, str) else target
+        self.name, self.environment = name or str(target), {**os.environ, **(environment or {})}
+        self._start_timeout_s = start_timeout_s
+        self._hello = {"start": start or {}, "cpu_s": cpu_s, "memory_gib": memory_gib}
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
+        self._one_at_a_time = threading.Lock()
+        self.process, self.started = self._begin()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, request: Any, on_event: Event | None = None, timeout_s: float | None = 600) -> Any:
+        """The handler's answer to a request, plain JSON both.
+
+        Raises Lost when the child ends or takes longer than `timeout_s`, the handler's own TunebookError, and
+        RuntimeError with the child's traceback for any other exception.
+        """
+        with self._one_at_a_time:
+            if not self.alive:
+                _end(self.process)
+                self.process, self.started = self._begin()
+            return self._exchange(self.process, request, on_event, timeout_s)
+
+    def close(self) -> None:
+        """End the child; a second call does nothing."""
+        _end(self.process)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], Any]:
+        self._said.seek(0)
+        self._said.truncate()
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self._said, env=self.environment)
+        # The kernel ends a child with the thread that started it: only the main thread lives as long as the process.
+        bound = threading.current_thread() is threading.main_thread()
+        hello = self._hello | {"parent": os.getpid() if bound else 0}
+        try:
+            return process, self._exchange(process, hello, None, self._start_timeout_s)
+        except BaseException:
+            _end(process)
+            raise
+
+    def _exchange(
+        self, process: subprocess.Popen[bytes], request: Any, on_event: Event | None, limit_s: float | None
+    ) -> Any:
+        assert process.stdin and process.stdout
+        late = threading.Event()
+
+        def too_late() -> None:
+            late.set()
+            process.kill()
+
+        clock = threading.Timer(limit_s or 0, too_late)
+        clock.daemon = True
+        kind, value = "lost", None
+        try:
+            if limit_s is not None:
+                clock.start()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: the answer that does not come says so
+                process.stdin.write(json.dumps([limit_s, request]).encode() + b"\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                kind, value = json.loads(line)
+                if kind != "event":
+                    break
+                kind = "lost"
+                if on_event:
+                    on_event(value)
+        except (
+            BaseException
+        ):  # an interrupt, or on_event's own: the answer that still comes would be taken for the next one
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            clock.cancel()
+        if kind == "error":
+            raise TunebookError(value)
+        if kind == "bug":
+            raise RuntimeError(f"{self.name} failed in its own process:\n{value}")
+        if kind != "result":
+            process.kill() if kind == "memory" else None
+            raise self._lost(kind, process.wait(), late.is_set(), limit_s)
+        return value
+
+    def _lost(self, kind: str, status: int, late: bool, limit_s: float | None) -> Lost:
+        """What became of a child that ended with `status` instead of an answer."""
+        if kind == "memory":
+            return Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
+        if late or status == -signal.SIGALRM:
+            return Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
+        if status == -signal.SIGXCPU:
+            return Lost(f"{self.name} took more than {self._hello['cpu_s']:g} s of processor time.", "time")
+        said = self.last_words()
+        said = f": {said}" if said else ""
+        if status == -signal.SIGKILL:
+            return Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
+        return Lost(f"{self.name} ended with status {status}{said}.", "ended")
+
+    def last_words(self) -> str:
+        """The last three lines that the child wrote to its standard error."""
+        size = self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, size - 4000))
+        lines = [clean(line.strip())[:300] for line in self._said.read().decode("utf-8", "replace").splitlines()]
+        return " / ".join([line for line in lines if line][-3:])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # type: ignore[union-attr]  # the child ends itself when it sees this
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()  # type: ignore[union-attr]
+
+
+def run(
+    function: str,
+    request: Any,
+    *,
+    wall_s: float | None,
+    cpu_s: float | None = None,
+    memory_gib: float | None = None,
+    name: str = "",
+    on_event: Event | None = None,
+) -> Any:
+    """One call of `function(request, event)` in a fresh child. Raises what `Worker.ask` raises."""
+    with Worker(function, name=name, cpu_s=cpu_s, memory_gib=memory_gib) as child:
+        return child.ask(request, on_event, wall_s)
+
+
+# ---------------------------------------------------------------- in the child
+
+
+def main(target: str) -> None:
+    """Entry point of a child: serve the function or class that `target` names."""
+    module, _, name = target.partition(":")
+    serve(lambda: getattr(importlib.import_module(module), name))
+
+
+def serve(handler: Callable[[], Any]) -> None:
+    """Answer requests until the parent closes the pipe. `handler` gives the function or class, its import being timed
+    too.
+    """
+    sent = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    received = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    timeout_s, hello = json.loads(received.readline())
+    _end_with(hello["parent"])
+    requests: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(received, requests), daemon=True).start()
+
+    def send(kind: str, value: Any) -> None:
+        sent.write(json.dumps([kind, value]).encode() + b"\n")
+        sent.flush()
+
+    def answer(work: Callable[[], Any], timeout_s: float | None) -> None:
+        _limit_time(timeout_s, hello["cpu_s"])
+        try:
+            send("result", work())
+        except TunebookError as error:
+            send("error", str(error))
+        except MemoryError:
+            send("memory", None)
+        except Exception:
+            send("bug", traceback.format_exc())
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    made: list[Handler] = []
+
+    def begin() -> Any:
+        found = handler()
+        made.append(found(**hello["start"]) if isinstance(found, type) else found)
+        return getattr(made[0], "started", None)
+
+    answer(begin, timeout_s)
+    _limit_memory(hello["memory_gib"])
+    while True:
+        timeout_s, request = requests.get()
+        answer(functools.partial(made[0], request, functools.partial(send, "event")), timeout_s)
+
+
+def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:
+    """Pass requests on; the end of the pipe is the end of the child, whatever it is doing."""
+    for line in received:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+def _end_with(parent: int) -> None:
+    """Have Linux kill this process when the parent dies; elsewhere the closed pipe ends it."""
+    if parent and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
+
+
+def _limit_time(wall_s: float | None, cpu_s: float | None) -> None:
+    """Signals that end the process even inside one long call of C code; the parent's clock comes a second earlier."""
+    import resource
+
+    signal.setitimer(signal.ITIMER_REAL, wall_s + 1 if wall_s else 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if cpu_s is not None:
+        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + cpu_s), resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _limit_memory(gib: float | None) -> None:
+    if gib is None or sys.platform != "linux":
+        return
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    wanted = used + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+# ---------------------------------------------------------------- copies of this process
 
 START = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 PATIENCE = 120  # seconds for a piece of work that takes less than one
 
 
-class Worker:
-    """Does `work` on what it is asked. idle: it may be asked; False for good once its process is gone."""
+class Forked:
+    """A copy of this process that does `work` on what it is asked; arrays travel as they are, no import is repeated.
+
+    concurrent.futures shares its pipes among all workers: one that is killed in the middle of an answer leaves half a
+    message behind, and the rest wait for ever. Here the pipe ends with the process, and what it had is done by the
+    caller. idle: it may be asked; False for good once its process is gone.
+    """
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
-        context = multiprocessing.get_context(START)
+        context: Any = multiprocessing.get_context(START)
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.pipe, work), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.pipe, work), daemon=True)
         self.process.start()
         theirs.close()  # the process alone holds its end: the pipe ends with it
         self.idle = True
@@ -58,7 +353,7 @@ class Worker:
         self.process.join()
 
 
-def _serve(pipe: Connection, askers_end: Connection, work: Callable[[Any], Any]) -> None:
+def _work(pipe: Connection, askers_end: Connection, work: Callable[[Any], Any]) -> None:
     askers_end.close()
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the asker is gone
         while True:

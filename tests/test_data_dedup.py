@@ -8,7 +8,7 @@ import pytest
 
 from helpers.data import dedup, shingles
 from helpers.data.tables import StepReport, Table, batches, make_row
-from helpers.worker import Worker
+from helpers.worker import Forked
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(5_000)]
 HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
@@ -294,7 +294,7 @@ def test_worker_processes_change_nothing_even_when_they_are_killed(monkeypatch, 
 
 
 def test_a_worker_killed_in_the_middle_of_its_answer_does_not_keep_anyone_waiting():
-    worker = Worker(bytes)
+    worker = Forked(bytes)
     assert worker.ask(10) and worker.answer() == bytes(10) and worker.idle
     assert worker.ask(50_000_000)  # far more than a pipe holds: the process waits in the middle of its answer
     while not worker.answered():

@@ -25,7 +25,7 @@ import numpy as np
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 from helpers.data.tables import Row, StepReport, Table
 from helpers.data.tables import shown as shown_text
-from helpers.worker import Worker
+from helpers.worker import Forked
 
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
@@ -132,7 +132,7 @@ class NearIndex:
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
         self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")
         self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]
-        self._workers: list[Worker] = []
+        self._workers: list[Forked] = []
         self._waiting: deque[_Batch] = deque()  # in order
 
     def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
@@ -147,7 +147,7 @@ class NearIndex:
             return
         self.rows += len(parts)
         if not self._workers and self.rows > ALONE:
-            self._workers = [Worker(_hashed) for _ in range(WORKERS)]
+            self._workers = [Forked(_hashed) for _ in range(WORKERS)]
         self._waiting.append(_Batch(parts, next((w for w in self._workers if w.idle), None)))
         for batch in self._waiting:
             if batch.done():
@@ -268,7 +268,7 @@ class _Measure:
 class _Batch:
     """Rows on their way into an index: hashed by a worker, or here where none is idle or it was killed."""
 
-    def __init__(self, parts: list[tuple[str, str, str]], worker: Worker | None) -> None:
+    def __init__(self, parts: list[tuple[str, str, str]], worker: Forked | None) -> None:
         self.parts = parts
         self.worker = worker if worker is not None and worker.ask(parts) else None
         self.hashes = None if self.worker else _hashed(parts)

@@ -1,0 +1,176 @@
+"""What was computed before, kept by content: entries of files and notes, logs of answers, the hashes that name both.
+
+    get("data", key(ids, settings), into=folder)      the entry's files, verified, are copied; its note is returned
+    put("data", key(ids, settings), files, note)      keep copies; the oldest entries make room
+    Answers("answers", key(model, precision))         a log of question and answer that survives a kill
+
+A key that leaves out what decides a result gives another result's files one day: put everything into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from helpers import machine
+from helpers.runs import disk_error, hash_json, sha256_file
+
+KEEP_BYTES = 4 * 2**30  # of all entries together
+# What decides a model folder's answers; a README or a training log does not.
+MODEL_FILES = (
+    *(".safetensors", ".gguf", ".model", "config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"),
+    *("vocab.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+)
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+def folder() -> Path:
+    """`$TUNEBOOK_CACHE`, or `.cache/` in the project."""
+    return Path(os.environ.get("TUNEBOOK_CACHE") or machine.PROJECT / ".cache").expanduser()
+
+
+def key(*parts: Any) -> str:
+    """One name for plain JSON values: 32 hexadecimal digits."""
+    return hash_json(list(parts))[:32]
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, computed again only when its size or time has changed."""
+    path = Path(path)
+    state = path.stat()
+    known = (str(path.resolve()), state.st_size, state.st_mtime_ns)
+    if known not in _hashes:
+        _hashes[known] = sha256_file(path)
+    return _hashes[known]
+
+
+def content_hash(path: str | Path, endings: tuple[str, ...] = MODEL_FILES) -> str:
+    """sha256 over a file, or over the names and contents of a folder's files with one of these `endings`."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
+    return hash_json([[f.name, file_hash(f)] for f in files])
+
+
+# ---------------------------------------------------------------- entries
+
+
+def get(kind: str, key: str, into: Path | None = None) -> dict[str, Any] | None:
+    """The note of an entry, its files copied into the folder `into`; None when there is no such entry.
+
+    Every copy is hashed before it takes its name. An entry with a damaged or missing file is dropped, and said to be.
+    """
+    entry = folder() / kind / key
+    if not entry.is_dir():
+        return None
+    partials: dict[Path, Path] = {}
+    try:
+        noted = json.loads((entry / "entry.json").read_text())
+        whole = noted["sha256"] == hash_json([noted["files"], noted["note"]])
+        for name, known in noted["files"].items() if whole and into else ():
+            assert into
+            partial = into / f".{name}.{os.getpid()}.partial"
+            partials[partial] = into / name
+            shutil.copyfile(entry / name, partial)
+            whole = whole and sha256_file(partial) == known
+        if whole:
+            for partial, target in partials.items():
+                os.replace(partial, target)
+            os.utime(entry / "entry.json")  # used last: pruned last
+            return noted["note"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    except OSError as error:
+        raise disk_error(error, into or entry) from error
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    if entry.is_dir():
+        print(f"An entry of the cache was damaged and is dropped: {entry}")
+        shutil.rmtree(entry, ignore_errors=True)
+    return None
+
+
+def put(kind: str, key: str, files: Iterable[Path] = (), note: dict[str, Any] | None = None) -> None:
+    """Keep copies of `files` and a note of plain JSON. A cache that cannot be written is announced, and no more."""
+    entry = folder() / kind / key
+    made = entry.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        hashes = {}
+        for file in files:
+            shutil.copyfile(file, made / file.name)
+            hashes[file.name] = sha256_file(made / file.name)
+        entry_file = {"files": hashes, "note": note or {}, "sha256": hash_json([hashes, note or {}])}
+        (made / "entry.json").write_text(json.dumps(entry_file))
+        shutil.rmtree(entry, ignore_errors=True)
+        made.rename(entry)
+        _prune()
+    except OSError as error:
+        shutil.rmtree(made, ignore_errors=True)
+        print(f"The cache in {folder()} could not be written ({error.strerror}); the run continues without it.")
+
+
+def _prune() -> None:
+    """Remove the entries used longest ago until the rest is within KEEP_BYTES; the newest stays."""
+    entries = sorted((file.stat().st_mtime, file.parent) for file in folder().glob("*/*/entry.json"))
+    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for _, entry in entries}
+    total = sum(sizes.values())
+    for _, entry in entries[:-1]:
+        if total <= KEEP_BYTES:
+            return
+        total -= sizes[entry]
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- answers
+
+
+class Answers:
+    """Questions asked before and their answers, one JSON line each, written when the answer is whole.
+
+    place: a folder, or the name of one in the cache; key: what decides the answers, as `key` makes it. A line torn by
+    a kill or with a wrong checksum is as good as never asked. Threads and processes may append to one file; each sees
+    its own answers and those from before.
+    """
+
+    def __init__(self, place: str | Path, key: str) -> None:
+        self.path = (folder() / place if isinstance(place, str) else place) / f"{key[:32]}.jsonl"
+        self._values: dict[str, Any] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._torn = bool(lines and lines[-1])
+        self._writing = threading.Lock()
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if record["c"] == _check(record["k"], record["v"]):
+                    self._values[record["k"]] = record["v"]
+            except (ValueError, TypeError, KeyError):
+                continue
+
+    def get(self, key: str) -> Any:
+        """What was kept under `key`, or None."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        line = json.dumps({"k": key, "v": value, "c": _check(key, value)}, ensure_ascii=False) + "\n"
+        try:
+            with self._writing, open(self.path, "ab") as file:
+                file.write((("\n" if self._torn else "") + line).encode("utf-8", "backslashreplace"))
+                self._torn = False
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._values[key] = value
+
+
+def _check(key: str, value: Any) -> int:
+    return zlib.crc32(json.dumps([key, value]).encode())

@@ -90,7 +90,7 @@ def random_model(sizes: dict, quantize: str, rank: int, method: str = "lora"):
 def row_of(lengths: list[int]) -> dict:
     import torch
 
-    from helpers.train.packing import row_tensors
+    from helpers.model.packed_attention import row_tensors
 
     batch = row_tensors([{"input_ids": torch.randint(3, 40_000, (n,)).tolist()} for n in lengths])
     return {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -7,20 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.errors import TunebookError
+from helpers.model import packed_attention
+from helpers.planner import row_plan
 from helpers.train import packing
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
 def test_best_fit_places_every_example_once_within_the_budget(lengths, budget):
-    rows = packing.best_fit(lengths, budget)
+    rows = row_plan.best_fit(lengths, budget)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= budget for row in rows)
     assert len(rows) <= 1 + 2 * sum(lengths) // budget
 
 
 def test_best_fit_fills_rows_that_first_come_first_served_would_not():
-    assert len(packing.best_fit([6, 5, 4, 3, 2], 10)) == 2
+    assert len(row_plan.best_fit([6, 5, 4, 3, 2], 10)) == 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -28,14 +30,14 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
     draw = random.Random(0)
     examples = [{"input_ids": [n] * draw.randint(5, 90)} for n in range(50)]
     lengths = [len(e["input_ids"]) for e in examples]
-    layout = packing.plan_rows(lengths, 8, 200, world_size, seed=3, epochs=2)
+    layout = row_plan.plan_rows(lengths, 8, 200, world_size, seed=3, epochs=2)
     rows = packing.PackedRows(
         examples, batch_size=8, accumulation=layout.accumulation, world_size=world_size, seed=3, budget=200
     )
     for epoch in range(2):
         rows.set_epoch(epoch)
         assert len(rows) == layout.rows_per_step * layout.steps_per_epoch
-        expected = packing.epoch_batches(50, 8, 3, epoch)
+        expected = row_plan.epoch_batches(50, 8, 3, epoch)
         for step, batch in enumerate(expected):
             mine = [rows[step * layout.rows_per_step + r] for r in range(layout.rows_per_step)]
             assert sorted(e["input_ids"][0] for row in mine for e in row) == sorted(batch)
@@ -43,14 +45,16 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    assert packing.epoch_batches(20, 4, 1, 0) == packing.epoch_batches(20, 4, 1, 0)
+    assert row_plan.epoch_batches(20, 4, 1, 0) == row_plan.epoch_batches(20, 4, 1, 0)
     assert (
-        packing.epoch_batches(20, 4, 1, 0) != packing.epoch_batches(20, 4, 1, 1) != packing.epoch_batches(20, 4, 2, 1)
+        row_plan.epoch_batches(20, 4, 1, 0)
+        != row_plan.epoch_batches(20, 4, 1, 1)
+        != row_plan.epoch_batches(20, 4, 2, 1)
     )
 
 
 def test_a_row_restarts_positions_and_never_predicts_across_documents():
-    row = packing.row_tensors([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9], "completion_mask": [0, 1]}])
+    row = packed_attention.row_tensors([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9], "completion_mask": [0, 1]}])
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1]] and row["labels"].tolist() == [[-100, 6, 7, -100, 9]]
     assert row["cu_seq_lens_q"].tolist() == [0, 3, 5] and row["max_length_q"] == 3 and row["document_lengths"] == (3, 2)
 
@@ -83,24 +87,24 @@ def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
 
 def test_a_budget_under_the_longest_example_is_refused():
     with pytest.raises(TunebookError, match="longest example has 300 tokens"):
-        packing.plan_rows([10, 300], 2, 200)
+        row_plan.plan_rows([10, 300], 2, 200)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300), st.integers(1, 12))
 def test_padded_rows_count_their_padding(lengths, budget, rows):
-    fitted = packing.padded_fit(lengths, budget)
+    fitted = row_plan.padded_fit(lengths, budget)
     assert sorted(i for row in fitted for i in row) == list(range(len(lengths)))
-    assert all(packing.cost([lengths[i] for i in row], padded=True) <= budget for row in fitted)
-    even = packing.spread(lengths, rows, padded=True)
+    assert all(row_plan.cost([lengths[i] for i in row], padded=True) <= budget for row in fitted)
+    even = row_plan.spread(lengths, rows, padded=True)
     assert len(even) == rows and sorted(i for row in even for i in row) == list(range(len(lengths)))
     if len(fitted) <= rows:
-        assert max(packing.cost([lengths[i] for i in row], padded=True) for row in even) <= budget
+        assert max(row_plan.cost([lengths[i] for i in row], padded=True) for row in even) <= budget
 
 
 def test_padded_rows_put_like_lengths_together():
     lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
-    layout = packing.plan_rows(lengths, 8, 4000, padded=True)
+    layout = row_plan.plan_rows(lengths, 8, 4000, padded=True)
     rows = packing.PackedRows(
         [{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1
     )

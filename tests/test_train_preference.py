@@ -10,7 +10,6 @@ import train_data
 from helpers import params as parameters
 from helpers import plots, runs
 from helpers.errors import TunebookError
-from helpers.model import prefix_sharing
 from helpers.train import callbacks, methods, packing, preference, rows, sft
 
 
@@ -62,7 +61,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
     with torch.no_grad():
         expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
         for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-            batch = prefix_sharing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
+            batch = packing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
             assert bool(batch.get("prefix_length")) == (share and layout == "packed")
             trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)

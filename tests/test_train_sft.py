@@ -40,10 +40,10 @@ def small(narrow_llama):
     """The narrow Llama in fp32 with an adapter whose B is not zero, and the fused loss."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers.model import fused_lora, prefix
+    from helpers.model import fused_lora
     from helpers.model.loading import load_model
 
-    model = load_model(narrow_llama, dtype="fp32", attention=prefix.register())
+    model = load_model(narrow_llama, dtype="fp32", attention=prefix_sharing.register())
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
@@ -63,7 +63,7 @@ def loss_and_gradient(model, batch):
 
 def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
     documents = train_data.sft_rows(tokenizer, 6)
-    shared = prefix_sharing.SharedCollator(tokenizer.pad_token_id)([documents])
+    shared = packing.SharedCollator(tokenizer.pad_token_id)([documents])
     assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
     count = sum(sum(d["completion_mask"]) for d in documents)
     small.zero_grad()
@@ -77,7 +77,7 @@ def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_row
     gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
     for layout, share in (("packed", True), ("packed", False), ("padded", False)):
         loss, found = loss_and_gradient(
-            small, prefix_sharing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
+            small, packing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
         )
         assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
         assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)

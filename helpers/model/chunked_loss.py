@@ -10,9 +10,10 @@ import types
 
 import torch
 
+from helpers.model.packed_attention import IGNORE
+
 SLICE = 16384  # tokens handed to liger at once: it cuts them by vocabulary/hidden into logits as large as the slice
 CHUNK = 1024  # tokens of logits held at once without liger: 200 MB in fp32 at a vocabulary of 49,152
-IGNORE = -100
 # Final-logit arithmetic that a plain matrix product and softmax would leave out.
 UNPLAIN_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 

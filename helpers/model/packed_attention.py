@@ -1,29 +1,88 @@
-"""Attention that keeps packed examples apart, on every card.
+"""Packed rows, and attention that keeps their documents apart on every GPU and on a CPU.
 
-A packed row is one long row of several examples ("documents"). No token may look into another document, and a dense
-block mask would cost the square of the row. Two exact ways are registered with transformers instead, under names that
-`attn_implementation` takes:
+A packed row is one long row of several examples ("documents"):
+
+    input_ids      a  b  c  d  |  e  f  |  g  h  i
+    position_ids   0  1  2  3  |  0  1  |  0  1  2         positions restart
+    labels         –  b  c  d  |  –  f  |  –  h  i         nothing predicts a document's first token
+    cu_seq_lens    0              4        6        9      where documents begin and end
+
+No token may look into another document, and a dense block mask would cost the square of the row. Two exact ways are
+registered with transformers instead, under names that `attn_implementation` takes:
 
 `packed_varlen`  PyTorch's own variable-length FlashAttention (compute capability 8.0 and newer, 16-bit)
-`packed_sdpa`   one `scaled_dot_product_attention` call per document (T4, CPU, float32); no mask either
+`packed_sdpa`    one `scaled_dot_product_attention` call per document (T4, CPU, float32); no mask either
 
-The collator says where documents end (`cu_seq_lens_q`, `document_lengths`). Without those, both names do what "sdpa"
-does, mask and all, so padded batches and `generate()` work with a model loaded for packing.
+Without `cu_seq_lens_q` and `document_lengths` both do what "sdpa" does, so padded batches and `generate()` work too.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from helpers.errors import TunebookError
 
+IGNORE = -100  # label that no loss counts
 FLASH = "packed_varlen"  # the word "flash" in the name would make transformers look for a kernel package
 SDPA = "packed_sdpa"
 LARGEST_FLASH_HEAD = 256  # FlashAttention 2's limit on the head dimension
-# Settings of a model whose attention is not plain softmax(q k / scale) v, so neither kernel computes it.
-UNPLAIN = {"attn_logit_softcapping": "soft-capped attention logits", "attention_chunk_size": "chunked attention"}
+# Settings of a model whose attention is not causal softmax(q k / scale) v, which is all that the kernels here compute.
+UNPLAIN = {
+    "attn_logit_softcapping": "soft-capped attention logits",
+    "attention_chunk_size": "chunked attention",
+    "use_bidirectional_attention": "bidirectional attention",
+}
+
+
+# ---------------------------------------------------------------- the row
+
+
+def example_labels(example: dict) -> list[int]:
+    """Labels of one example: its `labels`, or its ids where `completion_mask` is 1, or all of its ids."""
+    if example.get("labels") is not None:
+        return list(example["labels"])
+    ids = example["input_ids"]
+    mask = example.get("completion_mask")
+    return list(ids) if mask is None else [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
+
+
+def row_tensors(documents: Sequence[dict]) -> dict:
+    """One packed row of `documents` (dicts with input_ids and labels or completion_mask).
+
+    Returns input_ids, labels, position_ids (1, tokens), cu_seq_lens_q and _k (documents + 1) int32, max_length_q and
+    _k, document_lengths.
+    """
+    import numpy
+    import torch
+
+    lengths = [len(d["input_ids"]) for d in documents]
+    ids = [i for d in documents for i in d["input_ids"]]
+    labels = [x for d in documents for x in [IGNORE, *example_labels(d)[1:]]]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return {
+        "input_ids": torch.from_numpy(numpy.array([ids])),  # a fifth of torch.tensor's time
+        "labels": torch.from_numpy(numpy.array([labels])),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "document_lengths": tuple(lengths),
+    }
+
+
+def loss_positions(labels: Any) -> Any:
+    """Flat indices of the positions whose next label is trained: the only ones that the output head has to look at."""
+    from torch.nn.functional import pad
+
+    return pad(labels[..., 1:] != IGNORE, (0, 1)).reshape(-1).nonzero().reshape(-1)
+
+
+# ---------------------------------------------------------------- which attention
 
 
 @dataclass(frozen=True)
@@ -35,41 +94,36 @@ class Choice:
     packed: bool
 
 
-def choose(capability: tuple[int, int] | None = None, config=None, dtype: str = "auto") -> Choice:
-    """The fastest attention that keeps documents apart on this card.
+def choose(capability: tuple[int, int] | None = None, config: Any = None, dtype: str = "auto") -> Choice:
+    """The fastest attention that keeps documents apart on this GPU.
 
     capability: CUDA compute capability such as (8, 0); None means no GPU. config: a transformers config, read for
     head size and unusual attention. dtype: "float32" rules FlashAttention out, which is 16-bit only.
     """
-    text = getattr(config, "get_text_config", lambda: config)() if config is not None else None
-    if text is not None:
-        for setting, name in UNPLAIN.items():
-            if getattr(text, setting, None):
-                return Choice("eager", f"{text.model_type} has {name}, which packed attention does not compute", False)
-        if text.model_type == "gpt_oss":
-            return Choice("eager", "gpt_oss has attention sinks, which packed attention does not compute", False)
+    text = getattr(config, "get_text_config", lambda: config)()
+    unplain = [name for setting, name in UNPLAIN.items() if getattr(text, setting, None)]
+    if getattr(text, "model_type", "") == "gpt_oss":
+        unplain.append("attention sinks")
+    if unplain:
+        return Choice("eager", f"{text.model_type} has {unplain[0]}, which packed attention does not compute", False)
     register()
     if capability is None:
         return Choice(SDPA, "no GPU: one exact attention call per document", True)
+    said = f"compute capability {capability[0]}.{capability[1]}"
     if tuple(capability) < (8, 0):
-        return Choice(
-            SDPA,
-            f"compute capability {capability[0]}.{capability[1]} is below 8.0, "
-            "which variable-length FlashAttention needs: one attention call per document",
-            True,
-        )
-    if dtype == "float32":
-        return Choice(SDPA, "FlashAttention has no float32 kernel: one attention call per document", True)
-    if text is not None and head_dim(text) > LARGEST_FLASH_HEAD:
-        return Choice(SDPA, f"head size {head_dim(text)} is over FlashAttention's {LARGEST_FLASH_HEAD}", True)
-    if _varlen() is None:
-        return Choice(SDPA, "this PyTorch has no torch.nn.attention.varlen (2.11 to 2.13 do)", True)
-    return Choice(
-        FLASH, f"compute capability {capability[0]}.{capability[1]}: PyTorch's variable-length FlashAttention", True
-    )
+        why = f"{said} is below 8.0, which variable-length FlashAttention needs: one attention call per document"
+    elif dtype == "float32":
+        why = "FlashAttention has no float32 kernel: one attention call per document"
+    elif text is not None and head_dim(text) > LARGEST_FLASH_HEAD:
+        why = f"head size {head_dim(text)} is over FlashAttention's {LARGEST_FLASH_HEAD}"
+    elif _varlen() is None:
+        why = "this PyTorch has no torch.nn.attention.varlen (2.11 to 2.13 do)"
+    else:
+        return Choice(FLASH, f"{said}: PyTorch's variable-length FlashAttention", True)
+    return Choice(SDPA, why, True)
 
 
-def head_dim(config) -> int:
+def head_dim(config: Any) -> int:
     """Size of one attention head of a transformers text config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -79,38 +133,60 @@ def register() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(FLASH, packed_varlen)
-    AttentionInterface.register(SDPA, packed_sdpa)
-    for name in (FLASH, SDPA):
+    for name, function in ((FLASH, packed_varlen), (SDPA, packed_sdpa)):
+        AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask_unless_packed)
 
 
-def mask_unless_packed(*args, attention_mask=None, **kwargs):
+# ---------------------------------------------------------------- the attention
+
+
+def visible(queries: Any, keys: Any, window: int | None = None) -> Any:
+    """Which keys a query sees, by position: (…, queries) and (…, keys) → bool (…, queries, keys).
+
+    window: of a sliding-window layer, the query itself counted, as transformers does; None or 0 for no window.
+    """
+    age = queries[..., :, None] - keys[..., None, :]
+    return (age >= 0) & (age < window) if window else age >= 0
+
+
+def causal_sdpa(query: Any, key: Any, value: Any, window: int | None = None, **options: Any) -> Any:
+    """Causal attention of one document, (…, heads, tokens, head) each, with a mask only where the window cuts something."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    tokens = query.shape[-2]
+    if not window or tokens <= window:
+        return scaled_dot_product_attention(query, key, value, is_causal=tokens > 1, **options)
+    places = torch.arange(tokens, device=query.device)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible(places, places, window), **options)
+
+
+def mask_unless_packed(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
     """No mask for a packed row (or plain causal prefill), transformers' sdpa mask for everything padded or cached."""
     from transformers.masking_utils import sdpa_mask
 
-    q_length, kv_length = kwargs.get("q_length"), kwargs.get("kv_length")
-    if attention_mask is None and q_length == kv_length:
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def packed_varlen(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    cu_seq_lens_q=None,
+    cu_seq_lens_q: Any = None,
     max_length_q: int | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> tuple[Any, None]:
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None."""
     if cu_seq_lens_q is None:
-        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
     if dropout:
         raise TunebookError(
             f"The model asks for attention dropout {dropout}, which variable-length FlashAttention "
@@ -119,7 +195,7 @@ def packed_varlen(
     batch, heads, tokens, head = query.shape
     query, key, value = (t.transpose(1, 2).reshape(batch * tokens, t.shape[1], head) for t in (query, key, value))
     attend, named = _varlen()
-    options = {"scale": scaling}
+    options: dict[str, Any] = {"scale": scaling}
     left = -1 if not sliding_window else sliding_window - 1  # the token itself counts in transformers' window
     if "window_size" in named:
         options["window_size"] = (left, 0)
@@ -134,55 +210,67 @@ def packed_varlen(
 
 
 def packed_sdpa(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    document_lengths=None,
-    cu_seq_lens_q=None,
-    **kwargs,
-):
+    document_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
     """The same as `packed_varlen`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
     if document_lengths is None and cu_seq_lens_q is None:
-        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if document_lengths is None:
-        document_lengths = cu_seq_lens_q.diff().tolist()
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # CPU and sm75 kernels want as many key heads as query heads
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = list(document_lengths)
-    outs = []
-    for q, k, v in zip(
-        query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
-    ):
-        n = q.shape[2]
-        if sliding_window and n > sliding_window:
-            age = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]
-            band = (age >= 0) & (age < sliding_window)
-            outs.append(scaled_dot_product_attention(q, k, v, attn_mask=band, dropout_p=dropout, scale=scaling))
-        else:
-            outs.append(scaled_dot_product_attention(q, k, v, is_causal=n > 1, dropout_p=dropout, scale=scaling))
+        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
+    lengths = list(cu_seq_lens_q.diff().tolist() if document_lengths is None else document_lengths)
+    key, value = repeat_heads(query, key, value)
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    outs = [causal_sdpa(q, k, v, sliding_window, dropout_p=dropout, scale=scaling) for q, k, v in parts]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def check_boundaries(model) -> None:
+def repeat_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    """Keys and values with as many heads as the queries, which CPU and sm75 kernels want."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+def _unpacked(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """Padded rows, and plain rows without a mask, whose window nobody else would see to."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is None and window and query.shape[2] == key.shape[2] > window:
+        out = causal_sdpa(query, *repeat_heads(query, key, value), window, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    for name in ("max_length_q", "max_length_k", "cu_seq_lens_k", "document_lengths"):
+        kwargs.pop(name, None)
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def check_boundaries(model: Any) -> None:
     """Prove on the loaded model that packed documents do not see each other.
 
     Runs two short documents packed and apart (a few ms) and compares the last hidden states, so a model class that
     drops the boundary arguments on the way is caught before training on leaked text.
 
-    Raises: TunebookError naming the model when the two differ by more than 16-bit rounding explains.
+    Raises TunebookError naming the model when the two differ by more than 16-bit rounding explains.
     """
     import torch
-
-    from helpers.train.packing import row_tensors
 
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = getattr(body, getattr(body, "base_model_prefix", ""), body)
@@ -190,7 +278,7 @@ def check_boundaries(model) -> None:
     vocab = body.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 40)]
-    packed = row_tensors([{"input_ids": d, "labels": d} for d in documents])
+    packed = row_tensors([{"input_ids": d} for d in documents])
     packed.pop("labels")
     packed = {k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()}
     training = model.training
@@ -209,16 +297,8 @@ def check_boundaries(model) -> None:
         )
 
 
-def _unpacked(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    for name in ("max_length_q", "max_length_k", "cu_seq_lens_k", "document_lengths"):
-        kwargs.pop(name, None)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
 @lru_cache(maxsize=1)
-def _varlen():
+def _varlen() -> Any:
     """PyTorch's function and the names it takes: `window_size` from 2.11, `enable_gqa` from 2.12."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -16,7 +16,7 @@ from functools import lru_cache
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16
-from helpers.planner import cost_model, gpus
+from helpers.planner import cost_model, gpus, row_plan
 from helpers.planner.cost_model import Setting, Shape
 from helpers.planner.estimates import Option, Plan
 
@@ -259,10 +259,8 @@ def waits_in_main_memory(shape: Shape, s: Setting, card: gpus.Card, world: int =
 
 
 def _layout(lengths: Sequence[int], row_tokens: int, values: dict, world: int, padded: bool):
-    from helpers.train import packing
-
     epochs = _epochs(values, len(lengths))
-    return packing.plan_rows(
+    return row_plan.plan_rows(
         lengths, int(values["batch_size"]), row_tokens, world, int(values.get("seed", 0)), epochs, padded
     )
 
@@ -277,9 +275,7 @@ def _heaviest(lengths: Sequence[int], values: dict) -> int:
 @lru_cache(maxsize=2)
 def _heaviest_step(lengths: tuple[int, ...], batch_size: int, seed: int, epochs: int) -> int:
     """The same for all of the settings that are weighed: found once, in a quarter of a second for 100,000 rows."""
-    from helpers.train import packing
-
-    return sum(lengths[i] for i in packing.heaviest(lengths, batch_size, seed, epochs, 1)[0])
+    return sum(lengths[i] for i in row_plan.heaviest(lengths, batch_size, seed, epochs, 1)[0])
 
 
 def _epochs(values: dict, rows: int) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from helpers import machine
-from helpers.model import prefix_sharing
 from helpers.train import config, distributed, job, methods, precision
-from helpers.train.packing import PackedRows
+from helpers.train.packing import PackedRows, SharedCollator, SharedPairCollator
 from helpers.train.rows import lengths_of
 
 
@@ -83,12 +82,12 @@ def first_adapter(wrapped: Any, folder: Any) -> None:
 def attention(work: Any) -> str | None:
     """The attention implementation: the plan's, or the one that shares common beginnings where the plan's is exact and slow."""
     from helpers.model import packed_attention as packed
-    from helpers.model import prefix
+    from helpers.model import prefix_sharing
 
     packed.register()
     if getattr(work.params, "loss", "orpo") != "orpo":
         return "sdpa"
-    return prefix.register() if work.plan.packed and work.plan.attention == packed.SDPA else work.plan.attention
+    return prefix_sharing.register() if work.plan.packed and work.plan.attention == packed.SDPA else work.plan.attention
 
 
 def collator(work: Any, pairs: bool) -> Any:
@@ -97,7 +96,7 @@ def collator(work: Any, pairs: bool) -> Any:
 
     layout = "packed" if work.plan.packed else "padded"
     share = work.plan.packed and work.plan.backend == "hf" and work.plan.attention == packed.SDPA
-    kind = prefix_sharing.SharedPairCollator if pairs else prefix_sharing.SharedCollator
+    kind = SharedPairCollator if pairs else SharedCollator
     return kind(work.tokenizer.pad_token_id, layout, share)
 
 

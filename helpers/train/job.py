@@ -353,7 +353,7 @@ def exportable(params: Any, source: Any, adapter: Path | None, stage: Any) -> No
 
 def plan_of(params: Any, examples: Any, source: Any, stage: str) -> Any:
     """The planner's plan for these training rows. Without a GPU a whole optimizer step goes into one row where that fits:
-    rows that begin alike are then worked out once (`helpers.model.prefix`), which counts for more there than anything else."""
+    rows that begin alike are then worked out once (`helpers.model.prefix_sharing`), which counts for more there than anything else."""
     from helpers.model import packed_attention
     from helpers.planner import plan as planner
 

@@ -1,160 +1,16 @@
-"""Examples into rows: best-fit packing that leaves the optimizer's batch exactly as asked.
+"""Rows of examples as the trainer reads them: the epoch's rows, and the collators that make tensors of them.
 
-One optimizer step sees exactly `batch_size` examples, in the seeded order of the epoch. Those examples are spread over
-`accumulation × world_size` rows of nearly equal token count, none longer than the budget unless one example is. With
-the loss divided by the step's trained tokens, any packing, accumulation or number of GPUs gives the same gradient.
-
-Where rows are padded instead of packed (`padded`), a row costs its longest example times their number, and examples of
-like length go together.
+`helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` how a row is laid out.
 """
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helpers.errors import TunebookError
-
-IGNORE = -100  # label that no loss counts
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How an epoch is cut: rows a rank works through per optimizer step, and how full they are."""
-
-    accumulation: int
-    rows_per_step: int
-    steps_per_epoch: int
-    max_row_tokens: int
-    mean_row_tokens: float
-
-    @property
-    def fill(self) -> float:
-        """Mean row over longest row, 1.0 when all rows are equal."""
-        return self.mean_row_tokens / max(self.max_row_tokens, 1)
-
-
-def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: indices of `lengths` in as few rows of at most `budget` tokens as it finds.
-
-    An item longer than the budget gets a row of its own. O(n · budget) at worst through a table of free room.
-    """
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(budget + 1)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        room = next((r for r in range(min(length, budget + 1), budget + 1) if by_room[r]), None)
-        if room is None:
-            rows.append([index])
-            row, room = len(rows) - 1, max(budget, length)
-        else:
-            row = by_room[room].pop()
-            rows[row].append(index)
-        if room - length > 0:
-            by_room[room - length].append(row)
-    return rows
-
-
-def padded_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` in rows that, padded to their longest, hold at most `budget` tokens: neighbours in length together."""
-    rows: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= budget:
-            rows[-1].append(index)
-        else:
-            rows.append([index])
-    return rows
-
-
-def cost(lengths: Sequence[int], padded: bool = False) -> int:
-    """Tokens that the card works through for one row of examples with these lengths."""
-    return max(lengths, default=0) * len(lengths) if padded else sum(lengths)
-
-
-def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list[int]]:
-    """Indices in exactly `rows` rows of nearly equal cost (longest first into the emptiest row; padded: by the least budget)."""
-    out: list[list[int]] = [[] for _ in range(rows)]
-    if padded:
-        low, high = 0, max(lengths, default=0) * len(lengths)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(padded_fit(lengths, middle)) <= rows else (middle + 1, high)
-        fitted = padded_fit(lengths, low)
-        return [sorted(row) for row in fitted] + out[len(fitted) :]
-    load = [0] * rows
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = min(range(rows), key=lambda r: (load[r], len(out[r]), r))
-        out[row].append(index)
-        load[row] += lengths[index]
-    return [sorted(row) for row in out]
-
-
-def plan_rows(
-    lengths: Sequence[int],
-    batch_size: int,
-    budget: int,
-    world_size: int = 1,
-    seed: int = 0,
-    epochs: int = 1,
-    padded: bool = False,
-) -> Layout:
-    """The smallest accumulation whose rows stay within `budget` tokens in every step of every epoch.
-
-    lengths: tokens of each example. Raises: TunebookError when an example alone exceeds the budget.
-    """
-    if not len(lengths):
-        raise TunebookError("There are no training examples to pack; check the data stage's counts.")
-    if max(lengths) > budget:
-        raise TunebookError(
-            f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise the row budget or lower max_length."
-        )
-    batches = heaviest(lengths, batch_size, seed, epochs)
-    fit = padded_fit if padded else best_fit
-    need = max(len(fit([lengths[i] for i in batch], budget)) for batch in batches)
-    accumulation = math.ceil(need / world_size)
-    loads = [
-        cost([lengths[i] for i in row], padded)
-        for batch in batches
-        for row in _rows_of(batch, lengths, accumulation * world_size, budget, padded)
-    ]
-    return Layout(
-        accumulation,
-        accumulation * world_size,
-        math.ceil(len(lengths) / batch_size),
-        max(loads),
-        sum(loads) / len(loads),
-    )
-
-
-def heaviest(lengths: Sequence[int], batch_size: int, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
-    """The optimizer steps with the most tokens in these epochs: what a row budget has to hold."""
-    batches = [
-        b for epoch in range(max(1, min(epochs, 50))) for b in epoch_batches(len(lengths), batch_size, seed, epoch)
-    ]
-    return sorted(batches, key=lambda b: -sum(lengths[i] for i in b))[:count]
-
-
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
-    """The epoch's examples in order, cut into optimizer steps. A function of its arguments alone, so resume repeats it."""
-    order = list(range(count))
-    if shuffle:
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
-
-
-def _rows_of(
-    batch: list[int], lengths: Sequence[int], rows: int, budget: int | None = None, padded: bool = False
-) -> list[list[int]]:
-    """The batch in exactly `rows` rows: evenly, or best fit where even rows would break the budget."""
-    local = [lengths[i] for i in batch]
-    out = spread(local, rows, padded)
-    if budget and not padded and max(sum(local[i] for i in row) for row in out) > budget:
-        fitted = best_fit(local, budget)
-        if len(fitted) <= rows:
-            out = fitted + [[] for _ in range(rows - len(fitted))]
-    return [[batch[i] for i in row] for row in out]
+from helpers.model.packed_attention import IGNORE, example_labels, loss_positions, row_tensors
+from helpers.model.prefix_sharing import MIN_PREFIX, shareable, shared_tensors
+from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 
 
 class PackedRows:
@@ -193,7 +49,7 @@ class PackedRows:
         self.rows = [
             row
             for batch in batches
-            for row in _rows_of(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
+            for row in batch_rows(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
         ]
 
     def costs(self) -> list[int]:
@@ -206,41 +62,6 @@ class PackedRows:
     def __getitem__(self, index: int) -> list[dict]:
         many = getattr(self.examples, "__getitems__", None)  # a dataset reads many rows at once several times as fast
         return many(self.rows[index]) if many and self.rows[index] else [self.examples[i] for i in self.rows[index]]
-
-
-def example_labels(example: dict) -> list[int]:
-    """Labels of one example: its `labels`, or its ids where `completion_mask` is 1, or all of its ids."""
-    if example.get("labels") is not None:
-        return list(example["labels"])
-    ids = example["input_ids"]
-    if example.get("completion_mask") is not None:
-        return [i if m else IGNORE for i, m in zip(ids, example["completion_mask"], strict=True)]
-    return list(ids)
-
-
-def row_tensors(documents: Sequence[dict]) -> dict:
-    """One packed row of `documents` (dicts with input_ids and labels or completion_mask).
-
-    Returns input_ids, labels, position_ids (1, tokens), cu_seq_lens_q and _k (documents + 1) int32, max_length_q and
-    _k, document_lengths. Positions restart and each document's first label is ignored: nothing predicts it.
-    """
-    import numpy
-    import torch
-
-    lengths = [len(d["input_ids"]) for d in documents]
-    ids = [i for d in documents for i in d["input_ids"]]
-    labels = [x for d in documents for x in [IGNORE, *example_labels(d)[1:]]]
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return {
-        "input_ids": torch.from_numpy(numpy.array([ids])),  # a fifth of torch.tensor's time
-        "labels": torch.from_numpy(numpy.array([labels])),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-        "document_lengths": tuple(lengths),
-    }
 
 
 def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict:
@@ -308,6 +129,70 @@ class PairCollator:
             width = batch["input_ids"].shape[1]
             batch["completion_mask"] = torch.tensor([m + [0] * (width - len(m)) for m in masks])
         batch["pair_count"] = len(pairs)
+        return batch
+
+
+@dataclass
+class SharedCollator:
+    """Rows of `PackedRows` into one batch, common prefixes once. Adds `loss_positions` and `row_ids`."""
+
+    pad_token_id: int
+    layout: str = "packed"
+    share: bool = True
+
+    def __call__(self, rows: Sequence) -> dict:
+        documents = [d for row in rows for d in (row if isinstance(row, list) else [row])]
+        plain = [{"input_ids": list(d["input_ids"]), "labels": example_labels(d)} for d in documents]
+        prefix = shareable(plain) if self.share and self.layout == "packed" else 0
+        batch = shared_tensors(plain, prefix) if prefix else PackedCollator(self.pad_token_id, self.layout)(plain)
+        batch["loss_positions"] = loss_positions(batch["labels"])
+        batch["row_ids"] = [str(d.get("id", "")) for d in documents]
+        batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
+        return batch
+
+
+@dataclass
+class SharedPairCollator:
+    """Preference pairs into one batch of 2n documents, all chosen and then all rejected, common prefixes once.
+
+    Keys as in `PairCollator`, and `row_ids`. The labels of chosen documents cover the prompt too (ORPO's NLL).
+    """
+
+    pad_token_id: int
+    layout: str = "packed"
+    share: bool = True
+
+    def __call__(self, rows: Sequence) -> dict:
+        import torch
+
+        pairs = [p for row in rows for p in (row if isinstance(row, list) else [row])]
+        documents = [
+            {"input_ids": [*p["prompt_ids"], *p["chosen_ids"]], "labels": [*p["prompt_ids"], *p["chosen_ids"]]}
+            for p in pairs
+        ]
+        documents += [
+            {
+                "input_ids": [*p["prompt_ids"], *p["rejected_ids"]],
+                "labels": [IGNORE] * len(p["prompt_ids"]) + list(p["rejected_ids"]),
+            }
+            for p in pairs
+        ]
+        prefix = shareable(documents, trained_prefix=True) if self.share and self.layout == "packed" and pairs else 0
+        if prefix:  # a completion is never part of the prefix, whatever two answers have in common
+            prefix = max(0, min(prefix, min(len(p["prompt_ids"]) for p in pairs) - 1))
+        if prefix >= MIN_PREFIX:
+            batch = shared_tensors(documents, prefix)
+            masks = [[0] * prefix]
+            for side in ("chosen_ids", "rejected_ids"):
+                masks += [[0] * (len(p["prompt_ids"]) - prefix) + [1] * len(p[side]) for p in pairs]
+            batch["completion_mask"] = torch.tensor([[m for mask in masks for m in mask]])
+            batch["pair_count"] = len(pairs)
+        else:
+            batch = PairCollator(self.pad_token_id, self.layout)(pairs)
+        batch["loss_positions"] = loss_positions(batch["labels"])
+        batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
+        batch["row_ids"] = [str(p.get("id", "")) for p in pairs]
+        batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
         return batch
 
 

@@ -1,8 +1,8 @@
 """Batched decoding that reads a shared prompt prefix once, instead of once a row.
 
 Questions of one data set begin alike: the same system prompt, often the same schema. Expanding its keys and values to
-every row makes decoding wait for memory. Here the prefix stays a single copy, (1, heads, prefix, dim); its scores are one
-matrix product for the whole batch, and the softmax runs over prefix and suffix together, so the result is exact
+every row makes decoding wait for memory. Here the prefix stays a single copy, (1, heads, prefix, dim); its scores are
+one matrix product for the whole batch, and the softmax runs over prefix and suffix together, so the result is exact
 (compare cascade attention, Juravsky et al. 2024, https://arxiv.org/abs/2402.05099).
 """
 
@@ -11,33 +11,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from helpers.model.packed_attention import causal_sdpa, choose, repeat_heads, visible
+
 NAME = "tunebook_shared_prefix"
-# Features that change which keys a query may see or how scores are made; such models decode through transformers instead.
-_UNSUPPORTED = (
-    "attn_logit_softcapping",
-    "attention_chunk_size",
-    "kv_lora_rank",
-    "linear_attn_config",
-    "is_encoder_decoder",
-)
+# Keys and values of another shape or of another layer; such models decode through transformers instead.
+UNSUPPORTED = ("kv_lora_rank", "linear_attn_config", "is_encoder_decoder", "num_kv_shared_layers", "global_head_dim")
 
 
 def supports(model: Any) -> bool:
-    """Whether every layer of `model` is plain full attention with rotary positions, as in Llama, Qwen2/3, Mistral 0.3, Phi."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    if any(getattr(config, name, None) for name in _UNSUPPORTED) or not getattr(config, "rope_parameters", None):
-        return False
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return False
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return not windowed and bool(getattr(model, "_supports_attention_backend", False))
+    """Whether every layer of `model` is plain attention with rotary positions, over the whole context or a window."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = choose(None, config).packed and not any(getattr(config, name, None) for name in UNSUPPORTED)
+    plain = (
+        plain and kinds <= {"full_attention", "sliding_attention"} and bool(getattr(config, "rope_parameters", None))
+    )
+    return plain and bool(getattr(model, "_supports_attention_backend", False))
 
 
 @dataclass
 class State:
     """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
     (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
-    allowed: bool (rows, capacity), the suffix columns that belong to the row and are no padding."""
+    allowed: bool (rows, capacity), the suffix columns that belong to the row and are no padding; places: their positions
+    (rows, capacity), counted from the end of the prefix."""
 
     phase: str = "prefix"
     prefix: dict[int, tuple] = field(default_factory=dict)
@@ -45,19 +42,30 @@ class State:
     used: int = 0
     capacity: int = 0
     allowed: Any = None
+    places: Any = None
 
     def begin(self, mask: Any, answer: int) -> None:
         """A new batch. mask: (rows, width), 0 where a prompt is padded on the right; answer: tokens that may follow."""
+        from torch.nn.functional import pad
+
+        self.phase, self.used, self.capacity, self.suffix = "prompt", 0, mask.shape[1] + answer, {}
+        self.allowed = pad(mask.bool(), (0, answer), value=True)
+        self.places = self.allowed.cumsum(1) - 1
+
+    def seen(self, tokens: int, window: int | None, prefix: int) -> tuple[Any, Any]:
+        """What the `tokens` newest columns see of the suffix and of the prefix, bool (rows, tokens, columns) each;
+        None for all of the prefix."""
         import torch
 
-        rows, width = mask.shape
-        self.phase, self.used, self.capacity, self.suffix = "prompt", 0, width + answer, {}
-        self.allowed = torch.ones(rows, self.capacity, dtype=torch.bool, device=mask.device)
-        self.allowed[:, :width] = mask.bool()
+        end = self.used + tokens
+        queries = self.places[:, self.used : end]
+        own = visible(queries, self.places[:, :end], window) & self.allowed[:, None, :end]
+        before = torch.arange(-prefix, 0, device=own.device)
+        return own, visible(queries, before.expand(len(own), -1), window) if window and prefix else None
 
     def keep(self, stay: list[int]) -> list[int]:
-        """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so that little is
-        copied. Returns which old row each new place holds."""
+        """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so
+        that little is copied. Returns which old row each new place holds."""
         import torch
 
         count = len(stay)
@@ -65,13 +73,13 @@ class State:
         order = [*range(count)]
         if holes:
             to, of = (torch.tensor(places, device=self.allowed.device) for places in (holes, movers))
-            self.allowed[to] = self.allowed[of]
+            self.allowed[to], self.places[to] = self.allowed[of], self.places[of]
             for keys, values in self.suffix.values():
                 keys[to, :, : self.used] = keys[of, :, : self.used]
                 values[to, :, : self.used] = values[of, :, : self.used]
             for hole, mover in zip(holes, movers, strict=True):
                 order[hole] = mover
-        self.allowed = self.allowed[:count]
+        self.allowed, self.places = self.allowed[:count], self.places[:count]
         self.suffix = {layer: (keys[:count], values[:count]) for layer, (keys, values) in self.suffix.items()}
         return order
 
@@ -105,12 +113,12 @@ def attention(
     value: Any,
     mask: Any = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple:
-    """Attention for transformers' AttentionInterface. query: (rows, heads, tokens, dim); key, value: (rows, kv_heads, tokens,
-    dim) of the new tokens only. Returns (rows, tokens, heads, dim) and no weights."""
+    """Attention for transformers' AttentionInterface. query: (rows, heads, tokens, dim); key, value: (rows, kv_heads,
+    tokens, dim) of the new tokens only. Returns (rows, tokens, heads, dim) and no weights."""
     import torch
-    import torch.nn.functional as F
 
     rows, heads, tokens, dim = query.shape
     kv_heads, layer = key.shape[1], module.layer_idx
@@ -125,31 +133,29 @@ def attention(
         values[:, :, state.used : state.used + tokens] = value
     if state.phase == "prefix" or (state.phase == "prompt" and layer not in state.prefix):
         # Right padding under a causal mask: no real token ever sees a pad.
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != kv_heads
-        )
+        out = causal_sdpa(query, *repeat_heads(query, key, value), sliding_window, scale=scaling)
         return out.transpose(1, 2), None
     groups, end = heads // kv_heads, state.used + tokens
     keys, values = keys[:, :, :end], values[:, :, :end]
+    width = state.prefix[layer][0].shape[2] if layer in state.prefix else 0
+    seen, seen_before = state.seen(tokens, sliding_window, width)
     grouped = query.reshape(rows, kv_heads, groups * tokens, dim)
-    own = grouped @ keys.transpose(-1, -2)
-    allowed = state.allowed[:, None, None, :end]
-    if state.phase == "prompt":
-        causal = torch.ones(tokens, end, dtype=torch.bool, device=query.device).tril(end - tokens)
-        allowed = allowed & causal.repeat(groups, 1)
-    own = own.masked_fill(~allowed, torch.finfo(own.dtype).min)
     scale = dim**-0.5 if scaling is None else scaling
-    if layer not in state.prefix:
-        weights = torch.softmax(own * scale, dim=-1, dtype=torch.float32).to(query.dtype)
-        out = weights @ values
+
+    def hide(scores: Any, allowed: Any) -> Any:
+        return scores.masked_fill(~allowed.repeat(1, groups, 1)[:, None], torch.finfo(scores.dtype).min)
+
+    own = hide(grouped @ keys.transpose(-1, -2), seen)
+    if not width:
+        out = torch.softmax(own * scale, dim=-1, dtype=torch.float32).to(query.dtype) @ values
     else:
         before, before_values = state.prefix[layer]
-        width = before.shape[2]
         flat = grouped.transpose(0, 1).reshape(kv_heads, rows * groups * tokens, dim)
         shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, groups * tokens, width).transpose(0, 1)
+        if seen_before is not None:
+            shared = hide(shared, seen_before)
         weights = torch.softmax(torch.cat([shared, own], dim=-1) * scale, dim=-1, dtype=torch.float32).to(query.dtype)
         flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * groups * tokens, width)
-        out = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1) + weights[
-            ..., width:
-        ] @ values
+        common = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1)
+        out = common + weights[..., width:] @ values
     return out.reshape(rows, kv_heads, groups, tokens, dim).reshape(rows, heads, tokens, dim).transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""Layers with a sliding window see what plain transformers lets them see, in every layout that is trained or decoded."""
+"""Layers with a sliding window see what plain transformers lets them see, in every layout trained or decoded."""
 
 import copy
 
@@ -139,3 +139,36 @@ def test_a_row_that_is_neither_packed_nor_padded_keeps_its_window(plain, ours):
             alone(ours, DOCUMENTS[1]["input_ids"]), alone(plain, DOCUMENTS[1]["input_ids"]), atol=1e-5
         )
     packed_attention.check_boundaries(ours)
+
+
+def test_decoding_behind_a_cached_prefix_keeps_the_window(plain):
+    """Prompts of several lengths, padded, then eight tokens more: every logit is that of the whole text read alone."""
+    from helpers.evaluate import prefix_cache
+
+    model = copy.deepcopy(plain)
+    assert prefix_cache.supports(model)
+    texts = [PREFIX + tokens(n + 8, n) for n in (3, 21, 11)]
+    widths = [len(t) - 32 for t in texts]
+    ids = torch.tensor([t[24 : 24 + n] + [0] * (21 - n) for t, n in zip(texts, widths, strict=True)])
+    mask = torch.tensor([[1] * n + [0] * (21 - n) for n in widths])
+    found = [[], [], []]
+    with torch.no_grad(), prefix_cache.decoding(model) as state:
+        model(input_ids=torch.tensor([PREFIX]), use_cache=False)
+        state.begin(mask, 8)
+        logits = model(input_ids=ids, position_ids=24 + torch.arange(21).expand(3, -1), use_cache=False).logits
+        for row, n in enumerate(widths):
+            found[row].append(logits[row, :n])
+        state.phase, state.used = "answer", 21
+        rows = [0, 1, 2]
+        for step in range(8):
+            if step == 4:  # the first row is finished; another moves into its place
+                rows = [rows[place] for place in state.keep([1, 2])]
+            at = torch.tensor([[24 + widths[row] + step] for row in rows])
+            new = torch.tensor([[texts[row][24 + widths[row] + step]] for row in rows])
+            logits = model(input_ids=new, position_ids=at, use_cache=False).logits
+            for place, row in enumerate(rows):
+                found[row].append(logits[place])
+            state.used += 1
+    for text, parts in zip(texts, found, strict=True):
+        seen = torch.cat(parts)
+        assert torch.allclose(seen, alone(plain, text)[24 : 24 + len(seen)], atol=1e-5)

@@ -20,7 +20,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from helpers.evaluate.generate import Decoding, HfModel
+from helpers.evaluate.generate import HfModel
+from helpers.tasks.answers import Decoding
 
 TOKENS = 48
 
@@ -154,7 +155,7 @@ def statistics() -> None:
     import numpy as np
 
     from helpers.evaluate import statistics
-    from helpers.tasks.text_to_sql import structure
+    from helpers.tasks.text_to_sql import scoring
 
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
@@ -164,10 +165,10 @@ def statistics() -> None:
     queries = [
         json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()
     ]
-    structure.canonical("SELECT 1")
+    scoring.canonical("SELECT 1")
     started = time.perf_counter()
     for query in queries:
-        structure.canonical(query)
+        scoring.canonical(query)
     say("structural match", len(queries) / (time.perf_counter() - started), "queries/s", queries=len(queries))
 
 

@@ -4,7 +4,8 @@ import train_data
 
 from helpers import params as parameters
 from helpers import plots, runs
-from helpers.evaluate.generate import Decoding, HfModel
+from helpers.evaluate.generate import HfModel
+from helpers.tasks.answers import Decoding
 from helpers.train import callbacks, rows, sft
 
 

@@ -62,7 +62,7 @@ def _synthetic(job: Any) -> tuple[str, str, str]:
 
 
 def _sql_negatives(job: Any) -> tuple[str, str, str]:
-    from helpers.tasks.text_to_sql.negatives import reject_queries
+    from helpers.data.sql_pairs import reject_queries
 
     database = job.database()
     if database is None:

@@ -19,17 +19,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from helpers.tasks.text_metrics import UNSPACED_RANGES
+
 BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 INVERSE = pow(BASE, -1, 2**64)
 PORTION_CHARS = 64_000  # arrays of this many 64-bit numbers stay in the cache: twice as fast as 100,000
 SPACE, WORD, UNSPACED, SYMBOL = 0, 1, 2, 3
 _KEPT = threading.local()
-# Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han, Yi.
-UNSPACED_RANGES = (
-    (0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3005, 0x3007), (0x3040, 0x30FF),
-    (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA000, 0xA4CF), (0xF900, 0xFAFF), (0xFF66, 0xFF9D),
-    (0x20000, 0x3FFFF),
-)  # fmt: skip
 
 
 def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,15 +19,14 @@ from helpers.evaluate import (
     contamination,
     forgetting,
     harness,
-    items,
     preferences,
     scores,
     session,
     summary,
 )
-from helpers.evaluate.generate import Decoding
 from helpers.model import loading
-from helpers.tasks import text_metrics
+from helpers.tasks import questions, text_metrics
+from helpers.tasks.answers import Decoding
 from helpers.tasks.text_to_sql import made_up_database, scoring
 from helpers.tasks.text_to_sql import sqlite as readonly
 
@@ -39,9 +38,9 @@ class Evaluation:
         self.stage, self.params = stage, stage.params
         data = stage.parents["data"]
         self.database = data.path / "database.sqlite" if (data.path / "database.sqlite").is_file() else None
-        self.items = items.read(data.artifact("test.parquet"), self.params.limit, self.params.seed)
-        self.kind = items.task_kind(self.items, self.database)
-        self.clusters = items.clusters(self.items)
+        self.items = questions.read(data.artifact("test.parquet"), self.params.limit, self.params.seed)
+        self.kind = questions.task_kind(self.items, self.database)
+        self.clusters = questions.clusters(self.items)
         self.seeds = _seeds(self.params)
         self.candidates = candidates.find(
             stage.parents, self.params.candidates, self.params.extra_candidates, self.params.model
@@ -151,29 +150,26 @@ class Evaluation:
                 + "."
             )
 
-    def _score(self, item: items.Item, answer: Any) -> dict[str, Any]:
+    def _score(self, item: questions.Item, answer: Any) -> dict[str, Any]:
         judge = self._judge(item) if self.kind == "text_to_sql" else None
+        entry: dict[str, Any] = {
+            "text": answer.text,
+            "sql": None,
+            "score": None,
+            "valid": None,
+            "error": "",
+            "detail": "",
+        }
+        entry |= {"structural": None, "stopped": answer.stopped, "result": None}
         if judge is not None:
-            entry = judge.score(answer.text, item.reference, answer.stopped)
+            entry |= judge.score(answer.text, item.reference, answer.stopped)
         elif self.kind == "references":
-            entry = text_metrics.entry(answer.text, item.reference, self.params.reference_metric, answer.stopped)
-        else:
-            entry = {
-                "text": answer.text,
-                "sql": None,
-                "score": None,
-                "valid": None,
-                "error": "",
-                "detail": "",
-                "structural": None,
-                "stopped": answer.stopped,
-                "result": None,
-            }
+            entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
         if answer.failed:
             entry.update(error="no_answer", detail=answer.failed, valid=None)
         return {**entry, "tokens": answer.tokens}
 
-    def _judge(self, item: items.Item) -> scoring.Judge | None:
+    def _judge(self, item: questions.Item) -> scoring.Judge | None:
         """What scores the item's queries; None where its own schema cannot be read, so that the item stays undefined."""
         key = "" if self.database else item.id
         if key not in self._sql_judges:
@@ -181,7 +177,7 @@ class Evaluation:
                 connections = [readonly.open_readonly(self.database)]
             else:
                 try:
-                    connections = made_up_database.databases(items.schema_text(item), item.reference, self.params.seed)
+                    connections = made_up_database.databases(item.schema, item.reference, self.params.seed)
                 except TunebookError:
                     connections = []
             self._sql_judges[key] = scoring.Judge(connections) if connections else None
@@ -273,7 +269,7 @@ class Evaluation:
                     "question": item.question,
                     "system": item.system,
                     "reference": item.reference,
-                    "meta": items.plain(item.meta),
+                    "meta": _plain(item.meta),
                     "cluster": item.cluster,
                     "nonempty": self.nonempty(item),
                     "contaminated": self.contaminated[place],
@@ -286,7 +282,7 @@ class Evaluation:
             )
         return found
 
-    def nonempty(self, item: items.Item) -> bool | None:
+    def nonempty(self, item: questions.Item) -> bool | None:
         """Whether the reference's answer has rows; None where that is not known."""
         judge = self._judge(item) if self.kind == "text_to_sql" else None
         return judge.nonempty(item.reference) if judge is not None else None
@@ -316,6 +312,12 @@ def _seeds(params: Any) -> list[int]:
             f"{len(seeds)} seeds were given, but greedy answers have none; set temperature above 0 or name one seed."
         )
     return seeds
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """Metadata without long columns, for answers.jsonl."""
+    kept = (bool, int, float, type(None))
+    return {k: v for k, v in meta.items() if isinstance(v, kept) or (isinstance(v, str) and len(v) <= 200)}
 
 
 def _column(path: str, column: str) -> list[str]:

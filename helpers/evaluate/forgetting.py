@@ -17,8 +17,8 @@ import numpy as np
 
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
-from helpers.evaluate.generate import Decoding
 from helpers.tasks import instructions
+from helpers.tasks.answers import Decoding
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
 TASK = "general knowledge"

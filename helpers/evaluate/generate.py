@@ -8,40 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.tasks.answers import Answer, Decoding
 
 ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
 CACHE_BYTES = 1 << 30  # keys and values of one batch on a CPU; a quarter of the free memory on a card
 SCORE_BYTES = 256 << 20  # attention scores of one layer while a batch of prompts is read
 MIN_SHARED = 16  # tokens; below this a prefix is not worth a batch of its own
 SCORED_TOKENS = 2048  # padded tokens of a batch whose probabilities are read
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are drawn. temperature 0 is greedy; `seed` matters above 0 only; max_new_tokens counts the end of turn."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 17
-
-    def key(self) -> dict[str, Any]:
-        """What the answers depend on, for the cache: a greedy answer has no seed."""
-        return asdict(self) if self.temperature > 0 else {"max_new_tokens": self.max_new_tokens, "temperature": 0.0}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """text: without special tokens and outer blanks; tokens: how many were generated; stopped: ended its turn by itself;
-    failed: why there is no answer (endpoints), else ""."""
-
-    text: str
-    tokens: int
-    stopped: bool
-    failed: str = ""
 
 
 class HfModel:

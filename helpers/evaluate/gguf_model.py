@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.evaluate.generate import Answer, Decoding, common
+from helpers.evaluate.generate import common
+from helpers.tasks.answers import Answer, Decoding
 
 PARALLEL = 32  # answers at once; on 2 cores 16 gains 15 % less, 64 nothing more
 

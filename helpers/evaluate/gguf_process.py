@@ -17,7 +17,7 @@ from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
-from helpers.evaluate.generate import Answer, Decoding
+from helpers.tasks.answers import Answer, Decoding
 
 METHODS = ("encode", "tokens", "tokenize", "ends", "score", "continue_text")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
-from helpers.evaluate.generate import Decoding
+from helpers.tasks.answers import Decoding
 
 VERDICT_TOKENS = 16
 _ASK = """You compare two answers to the same request. Judge only which one serves the person better: correct first, then complete, then clear. \

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.evaluate.generate import Answer, Decoding
+from helpers.tasks.answers import Answer, Decoding
 
 TIMEOUT_S = 60.0  # of one request, and of reading its reply
 RETRIES = 2

@@ -73,26 +73,13 @@ answers.jsonl (one object a line, one line an item, in the data's order)
 import json
 
 from helpers.errors import TunebookError
+from helpers.tasks.text_to_sql import scoring
 
 SCHEMA_VERSION = 2
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 
-#: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
 ERROR_KINDS = {
-    "empty": "no answer",
-    "no_sql": "no query in the answer",
-    "unfinished": "cut off before the end of its turn",
-    "syntax": "not SQL this database can parse",
-    "unknown_table": "a table that does not exist",
-    "unknown_column": "a column that does not exist",
-    "forbidden": "writes, attaches or changes settings",
-    "timeout": "stopped at the step or time limit",
-    "too_large": "returned too many rows",
-    "runtime": "failed while running",
-    "wrong_columns": "another number of columns",
-    "wrong_order": "right rows in the wrong order",
-    "wrong_count": "another number of rows",
-    "wrong_values": "right shape, other values",
+    **scoring.ERROR_KINDS,
     "wrong": "differs from the reference",
     "no_answer": "the candidate failed to answer",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers.errors import TunebookError
 from helpers.evaluate import answer_store, candidates
-from helpers.evaluate.generate import Answer, Decoding
+from helpers.tasks.answers import Answer, Decoding
 
 #: What loading or running a model raises when it cannot: a sentence of ours, damaged files, no memory, a missing library.
 TROUBLE = (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from helpers.evaluate import forgetting, harness, items, preferences, statistics
-from helpers.tasks import instructions
+from helpers.evaluate import forgetting, harness, preferences, statistics
+from helpers.tasks import instructions, questions
+from helpers.tasks.text_metrics import METRICS as METRIC_LABELS
 
 SMALL = 100  # items; below this even a large difference may hide
-METRIC_LABELS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF"}
 
 
 def build(judged: Any) -> dict[str, Any]:
@@ -20,7 +20,13 @@ def build(judged: Any) -> dict[str, Any]:
     if pairs:
         preferences.win_rates(pairs, baseline)
     metas, golds = [i.meta for i in judged.items], [i.reference for i in judged.items]
-    followed = {n: instructions.score(judged.answers[n], metas, golds, judged.kind) for n in scored}
+    followed = {
+        n: {
+            check: statistics.share(passed)
+            for check, passed in instructions.score(judged.answers[n], metas, golds, judged.kind).items()
+        }
+        for n in scored
+    }
     forgot = _forgetting(judged, baseline)
     harnessed = _harness(judged)
     records = [_candidate(judged, c, pairs, followed, harnessed, forgot) for c in judged.candidates]
@@ -168,7 +174,7 @@ def _candidate(
             if f[k] is not None
         }
     errors = Counter(e["error"] for e in entries if e["error"])
-    record.update(scores=found, groups=items.groups(judged.items, values), errors=dict(errors.most_common()))
+    record.update(scores=found, groups=questions.groups(judged.items, values), errors=dict(errors.most_common()))
     return record
 
 

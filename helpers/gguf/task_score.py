@@ -11,7 +11,7 @@ def add(export: Any) -> None:
     data = export.stage.parents["data"].path
     if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
         return
-    from helpers.evaluate import items
+    from helpers.tasks import questions as items
     from helpers.tasks.text_to_sql import sqlite
     from helpers.tasks.text_to_sql.scoring import Judge
 
@@ -57,8 +57,8 @@ def _child() -> None:
     import json
     import sys
 
-    from helpers.evaluate.generate import Decoding
     from helpers.evaluate.gguf_model import GgufModel
+    from helpers.tasks.answers import Decoding
 
     job = json.loads(sys.stdin.read())
     model = GgufModel(job["path"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from helpers.evaluate import statistics
 
 REFUSAL = re.compile(
     r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
@@ -21,6 +20,8 @@ _SQL = re.compile(
     r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
     re.IGNORECASE | re.DOTALL,
 )
+LONGEST_NUMBER = 40  # characters
+Check = Callable[[str], bool | None]
 
 
 def refuses(text: str) -> bool:
@@ -42,50 +43,68 @@ def repeats(text: str, times: int = 4) -> bool:
 
 def language(text: str) -> str | None:
     """ISO code of the language, None for fewer than four words."""
-    if len(re.findall(r"[^\W\d_]{2,}", text)) < 4:
-        return None
     import py3langid
 
-    return py3langid.classify(text)[0]
+    return py3langid.classify(text)[0] if len(re.findall(r"[^\W\d_]{2,}", text)) >= 4 else None
 
 
-def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Callable[[str], bool | None]]:
-    """Named checks of one item: what its columns ask for (see below), else what its reference shows.
+def _is_json(text: str) -> bool:
+    inner = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(inner), (dict, list))
+    return False
+
+
+def _is_list(text: str) -> bool:
+    return len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2
+
+
+def _is_sql(text: str) -> bool:
+    return bool(re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE))
+
+
+def _is_number(text: str) -> bool:
+    return len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip()))
+
+
+FORMATS: dict[str, Check] = {"json": _is_json, "number": _is_number, "list": _is_list, "sql": _is_sql}
+
+
+def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Check]:
+    """Named checks of one item: what its columns ask for, else what its reference shows.
 
     Columns: format ("json", "list", "sql", "number"), max_words, min_words, language, must_include (a text or a list), regex.
     """
-    found: dict[str, Callable[[str], bool | None]] = {}
-    wanted = meta.get("format") or ("sql" if kind == "text_to_sql" else _format(reference))
+    found: dict[str, Check] = {}
+    shown = (name for name in ("json", "number", "list") if reference.strip() and FORMATS[name](reference))
+    wanted = meta.get("format") or ("sql" if kind == "text_to_sql" else next(shown, ""))
     if wanted in FORMATS:
         found[f"format: {wanted}"] = FORMATS[wanted]
-    limits = [_number(meta.get(name)) for name in ("min_words", "max_words")]
-    if any(v is not None for v in limits):
-        found["length"] = lambda text: (
-            (limits[0] or 0) <= len(text.split()) <= (limits[1] if limits[1] is not None else 10**9)
-        )
-    elif reference.strip():
-        most = 3 * len(reference.split()) + 20
-        found["length"] = lambda text: 0 < len(text.split()) <= most
-    spoken = (
-        meta.get("language")
-        if isinstance(meta.get("language"), str)
-        else (language(reference) if kind == "references" else None)
-    )
+    fewest, most = (v if type(v) in (int, float) else None for v in (meta.get("min_words"), meta.get("max_words")))
+    if fewest is None and most is None and reference.strip():
+        fewest, most = 1, 3 * len(reference.split()) + 20
+    if fewest is not None or most is not None:
+        limits = (fewest or 0, float("inf") if most is None else most)
+        found["length"] = lambda text: limits[0] <= len(text.split()) <= limits[1]
+    spoken = meta.get("language") if isinstance(meta.get("language"), str) else None
+    if spoken is None and kind == "references":
+        spoken = language(reference)
     if spoken:
         found["language"] = lambda text: None if (heard := language(text)) is None else heard == spoken
-    include = meta.get("must_include")
-    if include:
+    if include := meta.get("must_include"):
         parts = [include] if isinstance(include, str) else [str(p) for p in include]
         found["must include"] = lambda text: all(p.lower() in text.lower() for p in parts)
     if isinstance(meta.get("regex"), str) and len(meta["regex"]) <= 200:
-        found["pattern"] = lambda text: _matches(meta["regex"], text)
+        with contextlib.suppress(re.error):
+            pattern = re.compile(meta["regex"])
+            found["pattern"] = lambda text: bool(pattern.search(text[:5000]))
     return found
 
 
 def score(
     answers: Sequence[dict[str, Any]], metas: Sequence[dict[str, Any]], references: Sequence[str], kind: str
-) -> dict[str, dict[str, Any]]:
-    """Check name → share of the answers that pass, over the items it applies to. "stops" and "no loops" apply to all."""
+) -> dict[str, list[bool | None]]:
+    """Check name → whether each answer passes, over the items it applies to. "stops" and "no loops" apply to all."""
     values: dict[str, list[bool | None]] = {
         "stops by itself": [a["stopped"] for a in answers],
         "no loops": [not repeats(a["text"]) for a in answers],
@@ -93,40 +112,4 @@ def score(
     for answer, meta, reference in zip(answers, metas, references, strict=True):
         for name, check in checks_for(meta, reference, kind).items():
             values.setdefault(name, []).append(check(answer["text"]))
-    return {name: statistics.share(v) for name, v in values.items()}
-
-
-def _is_json(text: str) -> bool:
-    try:
-        inner = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
-        return isinstance(json.loads(inner), (dict, list))
-    except (ValueError, RecursionError):
-        return False
-
-
-LONGEST_NUMBER = 40  # characters
-FORMATS: dict[str, Callable[[str], bool]] = {
-    "json": _is_json,
-    "list": lambda text: len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2,
-    "sql": lambda text: bool(
-        re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE)
-    ),
-    "number": lambda text: (
-        len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip()))
-    ),
-}
-
-
-def _format(reference: str) -> str:
-    return next((name for name in ("json", "number", "list") if reference.strip() and FORMATS[name](reference)), "")
-
-
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _matches(pattern: str, text: str) -> bool | None:
-    try:
-        return bool(re.search(pattern, text[:5000]))
-    except re.error:
-        return None
+    return values

@@ -1,8 +1,7 @@
 """Run SQL that nobody has read: a read-only SQLite connection with limits, and a fair comparison of answers.
 
-Used wherever a model's query is executed: making rejected queries for preference pairs, and text-to-SQL
-evaluation. Three fences stand around a query: the file is opened read-only, SQLite's authorizer admits nothing
-but reading (https://www.sqlite.org/c3ref/set_authorizer.html), and steps, time, rows and bytes are counted.
+Three fences stand around a query: the file is opened read-only, SQLite's authorizer admits nothing but reading
+(https://www.sqlite.org/c3ref/set_authorizer.html), and steps, time, rows and bytes are counted.
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from pathlib import Path
 
 from helpers.errors import TunebookError
 
-ALLOWED_ACTIONS = frozenset(
-    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-)
-DENIED_FUNCTIONS = frozenset({"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_log"})
+ALLOWED_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_log"}
 LIMITS = (
     (sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000),  # one value, so that zeroblob(1e9) cannot fill memory
     (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
@@ -29,6 +26,16 @@ LIMITS = (
     (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
 )
 STEPS_PER_CHECK = 1_000  # SQLite calls back this often; a check costs under a microsecond
+# Result.kind from SQLite's or the sqlite3 module's message.
+_KINDS = (
+    ("denied", r"not authorized|authorization denied|prohibited|readonly"),
+    ("statements", r"one statement at a time"),
+    ("parameters", r"number of bindings|binding"),
+    ("schema", r"no such (table|column|function|module|collation)|ambiguous column|wrong number of arguments"),
+    ("syntax", r"syntax error|unrecognized token|incomplete input|null character|surrogates not allowed|codec"),
+    ("size", r"too big|too large|out of memory"),
+    ("error", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,9 @@ class Result:
 
 
 def open_readonly(path: str | Path) -> sqlite3.Connection:
-    """Connection to the SQLite file at `path` on which nothing but SELECT is admitted.
+    """Connection to the SQLite file at `path` on which nothing but SELECT is admitted; one thread at a time may use it.
 
-    One thread at a time may use it. Raises TunebookError when the file is missing or is no SQLite database.
+    Raises TunebookError when the file is missing or is not a SQLite database.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,16 +70,14 @@ def open_readonly(path: str | Path) -> sqlite3.Connection:
         head = file.read(16)
     if head != b"SQLite format 3\x00":
         raise TunebookError(f"{path} is not a SQLite database (it begins with {head!r}); name a .sqlite file.")
-    conn = sqlite3.connect(
-        path.resolve().as_uri() + "?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-    )
+    uri = path.resolve().as_uri() + "?mode=ro"
+    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     try:
-        conn.execute("PRAGMA query_only = ON")
         conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    except sqlite3.DatabaseError as err:
+        return fence(conn)
+    except sqlite3.DatabaseError as error:
         conn.close()
-        raise TunebookError(f"{path} cannot be read as a SQLite database ({err}); rebuild or replace it.") from err
-    return fence(conn)
+        raise TunebookError(f"{path} cannot be read as a SQLite database ({error}); rebuild or replace it.") from error
 
 
 def fence(conn: sqlite3.Connection) -> sqlite3.Connection:
@@ -83,6 +88,11 @@ def fence(conn: sqlite3.Connection) -> sqlite3.Connection:
         conn.setlimit(limit, value)
     conn.set_authorizer(_authorize)
     return conn
+
+
+def _authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
+    denied = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS
+    return sqlite3.SQLITE_OK if action in ALLOWED_ACTIONS and not denied else sqlite3.SQLITE_DENY
 
 
 def execute(
@@ -101,8 +111,7 @@ def execute(
     """
     if not isinstance(sql, str) or not sql.strip():
         return Result(error="no statement", kind="statements")
-    stopped = ""
-    steps = 0
+    stopped, steps = "", 0
     deadline = time.monotonic() + timeout_s
 
     def watch() -> int:
@@ -112,7 +121,7 @@ def execute(
             stopped = "steps"
         elif time.monotonic() > deadline:
             stopped = "timeout"
-        return 1 if stopped else 0
+        return bool(stopped)
 
     conn.set_progress_handler(watch, STEPS_PER_CHECK)
     cursor = None
@@ -120,7 +129,8 @@ def execute(
         cursor = conn.execute(sql)
         if cursor.description is None:
             return Result(error="the statement returns no rows", kind="statements")
-        rows, size = [], 0
+        rows: list[tuple] = []
+        size = 0
         for row in cursor:
             size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
             if len(rows) >= max_rows:
@@ -129,15 +139,24 @@ def execute(
                 return Result(error=f"more than {max_bytes} bytes of values", kind="size")
             rows.append(tuple(row))
         return Result(rows, [column[0] for column in cursor.description])
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as err:
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
         if stopped:
             limit = f"{max_steps} steps" if stopped == "steps" else f"{timeout_s:g} s"
             return Result(error=f"stopped after {limit}", kind=stopped)
-        return Result(error=str(err) or type(err).__name__, kind=_kind(str(err)))
+        said = str(error) or type(error).__name__
+        return Result(error=said, kind=next(kind for kind, found in _KINDS if re.search(found, said, re.IGNORECASE)))
     finally:
         if cursor is not None:
             cursor.close()
         conn.set_progress_handler(None, 0)
+
+
+def quote(name: str) -> str:
+    """A table's or column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+# ---------------------------------------------------------------- comparing answers
 
 
 def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
@@ -149,23 +168,8 @@ def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool
     """
     if len(rows_a) != len(rows_b):
         return False
-    left = [tuple(map(_canonical, row)) for row in rows_a]
-    right = [tuple(map(_canonical, row)) for row in rows_b]
+    left, right = ([tuple(map(_canonical, row)) for row in rows] for rows in (rows_a, rows_b))
     return left == right if has_order(gold_sql) else Counter(left) == Counter(right)
-
-
-def has_order(sql: str) -> bool:
-    """Whether the outermost query has an ORDER BY; those in subqueries, CTEs and windows order nothing."""
-    depth, before = 0, ""
-    for token in filter(None, _TOKENS.findall(sql)):
-        if token == "(":
-            depth += 1
-        elif token == ")":
-            depth -= 1
-        elif depth == 0 and before == "order" and token.lower() == "by":
-            return True
-        before = token.lower() if depth == 0 else ""
-    return False
 
 
 # Literals, quoted names and comments are swallowed whole, or an ORDER BY inside one would count.
@@ -176,12 +180,15 @@ _TOKENS = re.compile(
 )
 
 
-def _authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
-    if action not in ALLOWED_ACTIONS:
-        return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS:
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
+def has_order(sql: str) -> bool:
+    """Whether the outermost query has an ORDER BY; those in subqueries, CTEs and windows order nothing."""
+    depth, before = 0, ""
+    for token in filter(None, _TOKENS.findall(sql)):
+        depth += (token == "(") - (token == ")")
+        if depth == 0 and before == "order" and token.lower() == "by":
+            return True
+        before = token.lower() if depth == 0 else ""
+    return False
 
 
 def _canonical(value: object) -> tuple:
@@ -191,24 +198,4 @@ def _canonical(value: object) -> tuple:
         if value.is_integer() and abs(value) < 2**63:
             value = int(value)
         return ("number", value)
-    if isinstance(value, int):
-        return ("number", value)
-    return (type(value).__name__, value)
-
-
-def _kind(message: str) -> str:
-    """Result.kind from SQLite's or the sqlite3 module's message."""
-    for kind, pattern in _KINDS:
-        if re.search(pattern, message, re.IGNORECASE):
-            return kind
-    return "error"
-
-
-_KINDS = (
-    ("denied", r"not authorized|authorization denied|prohibited|readonly"),
-    ("statements", r"one statement at a time"),
-    ("parameters", r"number of bindings|binding"),
-    ("schema", r"no such (table|column|function|module|collation)|ambiguous column|wrong number of arguments"),
-    ("syntax", r"syntax error|unrecognized token|incomplete input|null character|surrogates not allowed|codec"),
-    ("size", r"too big|too large|out of memory"),
-)
+    return ("number" if isinstance(value, int) else type(value).__name__, value)

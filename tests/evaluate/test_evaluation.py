@@ -11,10 +11,11 @@ import pytest
 
 from helpers import params, runs
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, contamination, evaluation, judge, scores
+from helpers.evaluate import candidates, contamination, evaluation, judge
+from helpers.evaluate import scores as scores_json
 from helpers.tasks import instructions, text_metrics
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 QUIET = {"general_text": "", "general_chat": "", "general_tasks": ""}
 HTML = "<script>alert(1)</script>\x1b[2J\x00"
 
@@ -175,7 +176,7 @@ def test_candidates_that_cannot_load_are_left_out_with_the_reason_first_and_the_
 
 def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(judged):
     stage, made, scores, _ = judged
-    read, answers = scores.read(stage.path)
+    read, answers = scores_json.read(stage.path)
     assert read == scores and len(answers) == 60
     assert (
         answers[0]["answers"]["markup"]["text"] == HTML.strip() and answers[0]["answers"]["markup"]["error"] == "no_sql"
@@ -361,10 +362,10 @@ def test_long_nonsense_is_scored_like_any_wrong_answer(text):
     for wanted in instructions.FORMATS:
         assert wanted == "sql" or not instructions.FORMATS[wanted](text)
     assert not instructions.mannerly(text) and not instructions.refuses(text)
-    judge = scoring.Judge([scoring.readonly.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
+    judge = scoring.Judge([scoring.sqlite.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
     entry = judge.score(text, "SELECT name FROM countries")
     judge.close()
-    assert entry["score"] == 0 and entry["error"] in scores.ERROR_KINDS
+    assert entry["score"] == 0 and entry["error"] in scores_json.ERROR_KINDS
 
 
 def test_endless_repetition_is_noticed():

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.evaluate import items
 from helpers.evaluate.scores import ERROR_KINDS
-from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite, structure
+from helpers.tasks import questions as items
+from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_results_shown_are_small_and_plain_json(judge):
     ],
 )
 def test_structure_ignores_writing_and_sees_meaning(query, reference, same):
-    assert structure.same(query, reference) is same
+    assert scoring.same_structure(query, reference) is same
 
 
 # ------------------------------------------------------------ only CREATE TABLE is known

@@ -4,6 +4,7 @@ import sqlite3
 
 import pytest
 
+from helpers.data import sql_pairs
 from helpers.data.tables import StepReport, batches, make_row
 from helpers.errors import TunebookError
 from helpers.tasks.text_to_sql import negatives
@@ -55,7 +56,7 @@ def reject(queries, database, **options):
     report = StepReport("sql")
     return [
         row
-        for batch in negatives.reject_queries(batches(rows(queries), 3), report, database, **options)
+        for batch in sql_pairs.reject_queries(batches(rows(queries), 3), report, database, **options)
         for row in batch
     ], report
 
@@ -97,10 +98,10 @@ def test_what_answers_rightly_in_other_words_is_never_rejected(database):
         "SELECT count(*) FROM rivers WHERE length > 500;",
     ]
     made, report = reject(
-        GOLD[:1], database, candidates=lambda row, gold: [*same, "SELECT count(*) FROM rivers WHERE length < 500"]
+        GOLD[:1], database, proposals=lambda gold, rng: [*same, "SELECT count(*) FROM rivers WHERE length < 500"]
     )
     assert made[0]["rejected"][0]["content"] == "SELECT count(*) FROM rivers WHERE length < 500"
-    made, report = reject(GOLD[:1], database, candidates=lambda row, gold: same)
+    made, report = reject(GOLD[:1], database, proposals=lambda gold, rng: same)
     assert made == [] and report.dropped == {"no wrong candidate": 1}
 
 
@@ -115,7 +116,7 @@ def test_a_plausible_mistake_is_preferred_to_an_empty_one_and_that_to_a_failing_
         ([failing, empty], empty),
         ([failing], failing),
     ):
-        made, report = reject(GOLD[:1], database, candidates=lambda row, gold, c=candidates: c)
+        made, report = reject(GOLD[:1], database, proposals=lambda gold, rng, c=candidates: c)
         assert made[0]["rejected"][0]["content"] == expected
     assert made[0]["meta"]["why"].startswith("it fails (schema: no such column: nope") and report.figures == {
         "fails": 1
@@ -126,7 +127,7 @@ def test_hostile_and_endless_candidates_are_contained(database):
     before = database.read_bytes()
     evil = ["DROP TABLE rivers", "DELETE FROM rivers", "ATTACH 'x.db' AS x", "SELECT 1; DELETE FROM rivers", "", "not sql",
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"]  # fmt: skip
-    made, _ = reject(GOLD[:1], database, candidates=lambda row, gold: evil, max_steps=100_000)
+    made, _ = reject(GOLD[:1], database, proposals=lambda gold, rng: evil, max_steps=100_000)
     assert made[0]["meta"]["why"].startswith("it fails")
     assert database.read_bytes() == before
 
@@ -140,13 +141,13 @@ def test_a_gold_query_that_does_not_run_is_dropped_with_its_error(database):
 def test_only_a_few_candidates_are_run(database):
     asked = []
 
-    def endless(row, gold):
+    def endless(gold, rng):
         while True:
             asked.append(1)
             yield f"SELECT {len(asked)} FROM nowhere"
 
-    made, _ = reject(GOLD[:1], database, candidates=endless)
-    assert len(made) == 1 and len(asked) <= negatives.MAX_CANDIDATES + 1
+    made, _ = reject(GOLD[:1], database, proposals=endless)
+    assert len(made) == 1 and len(asked) <= negatives.MAX_PROPOSALS + 1
 
 
 def test_a_missing_or_empty_database_is_named(tmp_path):

@@ -13,9 +13,9 @@ import pytest
 
 from helpers.errors import TunebookError
 from helpers.evaluate import answer_store, candidates, forgetting, generate, harness, preferences, session
-from helpers.evaluate.generate import Decoding
+from helpers.tasks.answers import Decoding
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA = "Answer with one query. Tables: countries(name, capital, area), rivers(name, length, mouth), cities(name, country, population)."
 
 

@@ -1,19 +1,20 @@
-"""The held-out items that a run is judged on, as stage 01 wrote them."""
+"""The held-out questions that a run is judged on, as stage 01 wrote them, and which task they make up."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
 
+CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
 _CREATE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
 _QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
-CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
 
 
 @dataclass(frozen=True)
@@ -37,45 +38,45 @@ class Item:
     def cluster(self) -> str:
         return next((str(self.meta[c]) for c in CLUSTERS if self.meta.get(c) not in (None, "")), "")
 
+    @property
+    def schema(self) -> str:
+        """The CREATE TABLE statements that the prompt or its columns hold, "" when none."""
+        for value in (self.meta.get("context"), self.meta.get("schema"), self.system, self.question):
+            if isinstance(value, str) and (found := _CREATE.search(value)):
+                return value[found.start() :]
+        return ""
+
 
 def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
-    """Items of a test.parquet; with `limit`, a seeded choice of that many, in the data's order. Raises TunebookError when there are none."""
+    """Items of a test.parquet; with `limit`, a seeded choice of that many, in the data's order.
+
+    Raises TunebookError when there are none.
+    """
     import pyarrow.parquet as pq
 
     try:
         rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise TunebookError(f"{path} cannot be read ({error}); run notebook 01 again with a test_dataset.") from error
+    if not rows:
+        raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
+    if limit and limit < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
     found = []
     for row in rows:
-        meta = json.loads(row["meta"]) if row.get("meta") else {}
         prompt = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+        meta = json.loads(row["meta"]) if row.get("meta") else {}
         found.append(Item(str(row["id"]), prompt, row.get("reference") or "", meta))
-    if not found:
-        raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
-    if limit and limit < len(found):
-        import random
-
-        keep = sorted(random.Random(seed).sample(range(len(found)), limit))
-        found = [found[i] for i in keep]
     return found
 
 
 def task_kind(items: Sequence[Item], database: Path | None) -> str:
-    """ "text_to_sql", "references" or "none": queries with a database (or CREATE TABLE in the prompt), any references, or nothing."""
+    """ "text_to_sql" (queries, and a database or CREATE TABLE in the prompts), "references" or "none"."""
     references = [i.reference for i in items if i.reference.strip()]
     queries = sum(bool(_QUERY.match(r)) for r in references)
-    if references and queries >= 0.9 * len(references) and (database is not None or any(schema_text(i) for i in items)):
+    if references and queries >= 0.9 * len(references) and (database is not None or any(i.schema for i in items)):
         return "text_to_sql"
     return "references" if references else "none"
-
-
-def schema_text(item: Item) -> str:
-    """The CREATE TABLE statements that an item's prompt holds, "" when none."""
-    for value in (item.meta.get("context"), item.meta.get("schema"), item.system, item.question):
-        if isinstance(value, str) and _CREATE.search(value):
-            return value[_CREATE.search(value).start() :]
-    return ""
 
 
 def clusters(items: Sequence[Item]) -> list[str] | None:
@@ -86,7 +87,7 @@ def clusters(items: Sequence[Item]) -> list[str] | None:
 
 def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean score by the columns "kind" and "origin", where the data has them."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found = {}
     for column in ("kind", "origin"):
         values: dict[str, list[float]] = {}
         for item, score in zip(items, scores, strict=True):
@@ -95,12 +96,3 @@ def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, d
         if values:
             found[column] = {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(values.items())}
     return found
-
-
-def plain(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata without long columns, for answers.jsonl."""
-    return {
-        k: v
-        for k, v in meta.items()
-        if v is None or isinstance(v, (bool, int, float)) or (isinstance(v, str) and len(v) <= 200)
-    }

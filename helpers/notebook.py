@@ -9,15 +9,17 @@ from helpers import machine
 from helpers import params as parameters
 
 
-def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
-    """Read a notebook's parameters out of its globals, check them, and show them.
+def start(stage: str, namespace: Mapping[str, Any]) -> Any:
+    """Read a notebook's parameters out of its globals, check them, show them, and return them (`params.SftParams` and
+    so on).
 
-    Every name that is no parameter of the stage, every wrong type and every value out of bounds stops here with a sentence.
-    Where a person is watching, the table is a panel of sliders bound to the returned object: the cells below read what the
-    sliders say when they run. Headless it is a plain table.
+    Every unknown name, wrong type and value out of bounds stops here with an error message. Where a person is
+    watching, the table is a panel of sliders bound to the returned object: the cells below read what the sliders say
+    when they run, until the first step of the work freezes them. Headless it is a plain table.
     """
-    given = parameters.read_globals(stage, namespace)
-    params = parameters.resolve(stage, given)
+    from IPython.display import display
+
+    params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
     if stage in ("sft", "orpo"):
         from helpers.train import unsloth_backend
 
@@ -25,14 +27,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> parameters.Params:
     if machine.interactive():
         from helpers import panel
 
-        panel.show(stage, params)
+        display(panel.build(stage, params))
     else:
-        show(params)
+        display(params)
     return params
-
-
-def show(value: Any) -> None:
-    """Display an object as a notebook would when it ends a cell; print it in a script."""
-    from IPython.display import display
-
-    display(value)

@@ -1,5 +1,6 @@
 """Parameters: one source for names, bounds, forms, sliders and papermill."""
 
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from helpers import panel, params
+from helpers import fields, panel, params
 from helpers.errors import TunebookError
 from helpers.runs import FOLDERS
 from tests.conftest import PROJECT
@@ -60,7 +61,7 @@ def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage
 
 def test_a_slider_moved_out_of_bounds_is_put_back_and_explained():
     values, message = params.resolve("sft"), ipywidgets.HTML()
-    control = panel.row(params.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
+    control = panel.row(fields.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
     control.max = 10_000
     control.value = 5_000
     assert control.value == 16 and "5000" in message.value
@@ -80,6 +81,8 @@ def test_the_learning_rate_slider_is_logarithmic():
         ("rank", True, "True"),
         ("learning_rate", float("nan"), "nan"),
         ("learning_rate", "1", "'1'"),
+        ("epochs", 10**400, "1000000"),
+        ("seed", 1e400, "inf"),
     ],
 )
 def test_a_wrong_name_type_or_value_is_refused_with_the_name_the_value_and_the_range(name, value, said):
@@ -91,7 +94,7 @@ def test_a_wrong_name_type_or_value_is_refused_with_the_name_the_value_and_the_r
 def test_texts_from_a_command_line_become_the_parameters_types():
     resolved = params.resolve("sft", {"rank": "32", "learning_rate": "2e-4"})
     assert resolved.rank == 32 and resolved.learning_rate == 2e-4
-    flag = params.Param("flag", True, "A switch")
+    flag = fields.Param("flag", True, "A switch")
     assert flag.check("false") is False and flag.check("True") is True
     with pytest.raises(TunebookError):
         flag.check("no")
@@ -102,9 +105,50 @@ def test_a_misspelt_global_is_found_among_a_notebooks_names():
         params.read_globals("sft", {"rank": 4, "learning_rat": 1e-4, "os": sys, "_hidden": 3, "In": [], "Out": {}})
 
 
+def test_a_misspelt_parameter_is_found_by_the_type_checker(tmp_path):
+    lines = ("from helpers import params", "resolved = params.resolve('sft')", "resolved.rank + resolved.learning_rate")
+    lines += ("resolved.rnk", "resolved.rank = 'many'", "params.resolve('eval').rank")
+    (tmp_path / "use.py").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(tmp_path / "use.py")],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"use.py:(\d+): error: (\S+)", done.stdout) == [
+        ("4", '"SftParams"'),
+        ("5", "Incompatible"),
+        ("6", '"EvalParams"'),
+    ]
+
+
+def test_every_stage_has_a_typed_class_of_the_same_parameters():
+    for stage in params.STAGES:
+        resolved = params.resolve(stage, {"run": "r"})
+        assert list(resolved.as_dict()) == [p.name for p in params.STAGES[stage] if p.name != "again"]
+        assert resolved.changed() == {"run": "r"}
+
+
+def test_frozen_parameters_cannot_be_changed_by_a_slider_any_more():
+    values, message = params.resolve("sft"), ipywidgets.HTML()
+    control = panel.row(params.find("sft", "rank"), values, message).children[0]
+    control.value = 32
+    values.freeze()
+    control.value = 64
+    assert (values.rank, control.value) == (32, 32) and "rank" in message.value and "first cell" in message.value
+    with pytest.raises(TunebookError, match=r"rank cannot be changed.*64"):
+        values.rank = 64
+    values.rank = 32
+
+
+def test_again_does_not_make_other_parameters():
+    assert params.resolve("sft", {"again": True}).as_dict() == params.resolve("sft").as_dict()
+    assert params.resolve("sft", {"again": "true"}).changed() == {"again": True}
+
+
 def test_importing_helpers_is_quick_and_brings_no_torch():
     code = (
-        "import importlib, pkgutil, sys, time; start = time.perf_counter(); import helpers, helpers.params, helpers.runs, helpers.notebook; "
+        "import sys, time; start = time.perf_counter(); import helpers.params, helpers.runs, helpers.notebook; "
         "spent = time.perf_counter() - start; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(spent)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)

@@ -1,0 +1,99 @@
+"""One parameter of a stage: its default, bounds, unit and meaning, its check, and its line in a notebook's form."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from helpers.errors import TunebookError
+
+Value = str | int | float | bool
+V = TypeVar("V", str, int, float, bool)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter. Its type is that of `default`; "" stands for "none" or "choose for me" as the help says.
+
+    low, high: inclusive bounds of a number; step: the slider's step; log: a slider on a logarithmic scale. choices:
+    the only values allowed. advanced: not in the notebook's form, yet taken by papermill and shown folded in the
+    panel.
+    """
+
+    name: str
+    default: Any
+    help: str
+    unit: str = ""
+    low: float = 0
+    high: float = math.inf
+    step: float = 0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+    advanced: bool = False
+
+    def check(self, given: Any) -> Any:
+        """`given` as this parameter's type. Raises TunebookError naming the parameter, the value and what is allowed."""
+        kind, value = type(self.default), given
+        if isinstance(value, str) and kind is not str:
+            value = {"true": True, "false": False}.get(value.strip().lower(), value) if kind is bool else _number(value)
+        if kind is str and (value is None or type(value) in (int, float)):
+            value = "" if value is None else str(value)
+        elif kind is float and type(value) is int:
+            value = float(value) if abs(value) < 1e300 else value
+        elif kind is int and type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            said = f"which is not a valid {self.kind}"
+        elif self.choices and value not in self.choices:
+            said = "which is not a valid choice"
+        elif kind in (int, float) and not self.low <= value <= self.high:
+            said = "out of bounds"
+        else:
+            return value
+        raise TunebookError(f"Parameter {self.name} is {str(repr(given))[:200]}, {said}; it takes {self.range()}.")
+
+    @property
+    def kind(self) -> str:
+        return {bool: "true/false value", int: "whole number", float: "number", str: "text"}[type(self.default)]
+
+    def range(self) -> str:
+        """What is allowed, for people: "a whole number from 4 to 128 tokens"."""
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        bounds = f" from {self.low:g} to {self.high:g}" if type(self.default) in (int, float) else ""
+        return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
+
+    def line(self) -> str:
+        """The parameter's line in a notebook: a plain literal with Colab's form comment."""
+        kind = {bool: "boolean", int: "integer", float: "number", str: "string"}[type(self.default)]
+        form = f'{{type:"{kind}"}}'
+        if self.choices:
+            form = json.dumps(self.choices)
+        elif self.step and not self.log:
+            form = f'{{type:"slider", min:{self.low:g}, max:{self.high:g}, step:{self.step:g}}}'
+        literal = json.dumps(self.default, ensure_ascii=False) if kind == "string" else repr(self.default)
+        return f"{self.name} = {literal}  # @param {form}"
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def param(default: V, help: str, unit: str = "", choices: str = "", advanced: bool = False, **more: Any) -> V:
+    """A dataclass field that is a parameter of the notebook's form. choices: separated by blanks; more: Param's other
+    fields.
+    """
+    described = Param("", default, help, unit, choices=tuple(choices.split()), advanced=advanced, **more)
+    return field(default=default, kw_only=True, metadata={"param": described})
+
+
+def more(default: V, help: str, unit: str = "", **more: Any) -> V:
+    """A `param` that is rarely needed: folded away in the panel, left out of the form."""
+    return param(default, help, unit, advanced=True, **more)

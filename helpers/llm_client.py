@@ -1,39 +1,47 @@
-"""Many questions to an OpenAI-compatible server (vLLM, Ollama, llama.cpp's, a paid one), asked once each.
+"""The one client of OpenAI-compatible servers (vLLM, Ollama, llama.cpp's, a paid one): every question is asked once.
 
-Answers are held to a JSON schema, asked with bounded concurrency and retried with growing pauses. Each is written to a
-journal the moment it arrives, so that a killed job goes on where it stopped and pays for no answer twice.
+    with Client(Endpoint("http://127.0.0.1:8080/v1", "name"), Answers(folder, "synthetic")) as client:
+        for reply in client.ask(Request(messages) for messages in conversations): ...
+
+Questions go out several at a time, broken connections are retried with growing pauses, and an answer is kept the moment
+it arrives: a killed job resumes and pays for nothing twice. Kept answers belong to what the server served when they
+were given (`Client.served`): another model behind the same address gets none of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
 import json
 import os
+import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from helpers import cache
 from helpers.errors import TunebookError
 
 CHARS_PER_TOKEN = 3.5  # English prose has about 4.5 to a token, code 3, Chinese 1.5
+REPLY_BYTES = 8 << 20  # a longer reply is nonsense
+PROBE = [{"role": "user", "content": "Introduce yourself in one sentence, then count from one to ten in words."}]
+SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """Where to ask, and how.
 
-    base_url: such as "http://127.0.0.1:8080/v1". key_name: the environment variable that holds the key, "" for none;
-    the key itself is neither printed nor written. price_in, price_out: per million tokens, 0 for a server of one's own.
-    timeout_s: for one answer. retries: of refused or broken connections, with doubling pauses that heed Retry-After.
+    model: its name there, "" for the first that the server lists. key_name: the environment variable that holds the
+    key, "" for none; the key itself is neither printed nor written. timeout_s: for one whole answer. retries: of
+    refused or broken connections, heeding Retry-After. price_in, price_out: per million tokens.
     """
 
     base_url: str
-    model: str
+    model: str = ""
     key_name: str = "OPENAI_API_KEY"
     concurrency: int = 4
     retries: int = 5
@@ -41,275 +49,280 @@ class Endpoint:
     price_in: float = 0.0
     price_out: float = 0.0
 
-    def client(self) -> Any:
-        import openai
+    def __str__(self) -> str:
+        address = shown_url(self.base_url)
+        return f"{self.model!r} at {address}" if self.model else address
 
-        if not self.base_url.startswith(("http://", "https://")):
-            raise TunebookError(
-                f"The endpoint {self.base_url!r} is no address; it takes one such as http://127.0.0.1:8080/v1."
-            )
-        key = os.environ.get(self.key_name, "") if self.key_name else ""
-        return openai.OpenAI(
-            base_url=self.base_url, api_key=key or "none", max_retries=self.retries, timeout=self.timeout_s
-        )
+
+def shown_url(text: str) -> str:
+    """Addresses as messages may show them: user name and password masked."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question: chat messages, the JSON schema of the answer, sampling. `tag` is the caller's own and is not sent."""
+    """One question: chat messages, the JSON schema of the answer (None: any text), sampling. `tag` is not sent."""
 
     messages: list[dict[str, str]]
-    schema: dict[str, Any]
+    schema: dict[str, Any] | None = None
     max_tokens: int = 512
     temperature: float = 0.7
     seed: int = 0
     tag: Any = field(default=None, compare=False)
 
-    def body(self, endpoint: Endpoint) -> dict[str, Any]:
-        return {
-            "model": endpoint.model,
-            "messages": self.messages,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": self.schema},
-            },
-        }
-
-    def key(self, endpoint: Endpoint) -> str:
-        """Hash of what is sent: the same question to the same model has the same key in any run."""
-        return hashlib.sha256(
-            json.dumps(self.body(endpoint), sort_keys=True).encode("utf-8", "surrogatepass")
-        ).hexdigest()[:32]
+    def body(self, model: str) -> dict[str, Any]:
+        """What is sent."""
+        sent: dict[str, Any] = {"model": model, "messages": self.messages, "max_tokens": self.max_tokens}
+        sent |= {"temperature": self.temperature, "seed": self.seed}
+        if self.schema is not None:
+            named = {"name": "answer", "strict": True, "schema": self.schema}
+            sent["response_format"] = {"type": "json_schema", "json_schema": named}
+        return sent
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: `value` is the parsed JSON, or None with `error` saying why; tokens as the server counted them."""
+    """An answer. value: its JSON where there is a schema. error: why it cannot be used. finished: it ended by itself.
+    kept: it was given in an earlier run."""
 
     request: Request
+    text: str
     value: Any
-    error: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    from_journal: bool = False
-
-
-class Journal:
-    """Answers on disk, one JSON line each, appended and synced as they arrive; a torn last line is ignored."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._offsets: dict[str, int] = {}
-        self._turn = threading.Lock()
-        self._file = self.path.open("a+b")
-        self._lock()
-        self._file.seek(0)
-        at = 0
-        for line in self._file:
-            if line.endswith(b"\n"):
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError
-                ):  # half a line of a killed run: it is asked again
-                    self._offsets[json.loads(line)["key"]] = at
-            at += len(line)
-        if at and not line.endswith(b"\n"):
-            self._file.write(b"\n")
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no second process is expected there
-            return
-        except OSError:
-            self._file.close()
-            raise TunebookError(
-                f"Another process is writing {self.path}; wait for it to end, or name another folder."
-            ) from None
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def read(self, key: str) -> dict[str, Any]:
-        with self._turn:
-            self._file.seek(self._offsets[key])
-            return json.loads(self._file.readline())
-
-    def write(self, key: str, record: dict[str, Any]) -> None:
-        """Called by the threads that ask, so that an answer is on disk before anything else happens."""
-        with self._turn:
-            at = self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps({"key": key, **record}, ensure_ascii=True).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._offsets[key] = at
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def ask_all(endpoint: Endpoint, requests: Iterable[Request], journal: Journal) -> Iterator[Reply]:
-    """Answers in the order of the requests, `endpoint.concurrency` asked at a time, those in the journal not at all.
-
-    An answer that breaks the schema comes back with an error; a question that the server refuses for what it is (too
-    long) likewise. Raises TunebookError when the server cannot be reached, knows no such model or refuses the key:
-    what was answered until then is in the journal.
-    """
-    client = endpoint.client()
-    pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="endpoint")
-    waiting: deque[tuple[Request, str, Future | None]] = deque()
-    asked: dict[str, Future] = {}  # a question asked twice in one run is sent once
-
-    failed = threading.Event()  # after a failure that stops the job nothing more is asked
-
-    def work(request: Request, key: str) -> None:
-        if failed.is_set():
-            return
-        try:
-            _ask(client, endpoint, request, key, journal)
-        except BaseException:
-            failed.set()
-            raise
-
-    def head() -> Reply:
-        request, key, future = waiting.popleft()
-        if future is not None:
-            future.result()
-            asked.pop(key, None)
-        return _reply(request, journal.read(key), from_journal=future is None)
-
-    try:
-        for request in requests:
-            key = request.key(endpoint)
-            future = asked.get(key)
-            if future is None and key not in journal:
-                future = asked[key] = pool.submit(work, request, key)
-            waiting.append((request, key, future))
-            if len(waiting) >= 4 * endpoint.concurrency:
-                yield head()
-        while waiting:
-            yield head()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)  # what is under way has been paid for: it is journalled
-        client.close()
-
-
-def _ask(client: Any, endpoint: Endpoint, request: Request, key: str, journal: Journal) -> None:
-    import openai
-
-    where = f"{endpoint.model!r} at {endpoint.base_url}"
-    try:
-        done = client.chat.completions.create(**request.body(endpoint))
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as err:
-        raise TunebookError(
-            f"{where} refused the key in ${endpoint.key_name} (status {err.status_code}); set it and run again."
-        ) from None
-    except openai.NotFoundError as err:
-        raise TunebookError(
-            f"{where} was not found ({_said(err)}); check the model's name and the address, which ends in /v1."
-        ) from None
-    except (openai.BadRequestError, openai.UnprocessableEntityError) as err:
-        journal.write(key, {"content": "", "error": f"the server refused the question: {_said(err)}"})
-        return
-    except openai.APIConnectionError as err:  # a timeout is one
-        raise TunebookError(
-            f"{where} does not answer ({type(err).__name__}, tried {endpoint.retries + 1} times); start the server and run again: "
-            "what was answered is kept."
-        ) from None
-    except openai.APIStatusError as err:
-        raise TunebookError(
-            f"{where} failed {endpoint.retries + 1} times ({_said(err)}); run again later: what was answered is kept."
-        ) from None
-    choice = done.choices[0] if done.choices else None
-    usage = done.usage
-    finish = choice.finish_reason if choice else "no answer"
-    record = {
-        "content": (choice.message.content or "") if choice else "",
-        "error": "" if finish == "stop" else f"the answer was cut off ({finish})",
-        "prompt_tokens": usage.prompt_tokens if usage else 0,
-        "completion_tokens": usage.completion_tokens if usage else 0,
-    }
-    journal.write(key, record)
-
-
-def _said(err: Any) -> str:
-    body = err.body if isinstance(err.body, dict) else {}
-    return str(body.get("message") or err)[:300]
-
-
-def _reply(request: Request, record: dict[str, Any], from_journal: bool) -> Reply:
-    value, error = None, record.get("error", "")
-    if not error:
-        try:
-            value = json.loads(record["content"])
-            error = breaks(value, request.schema)
-        except ValueError as err:
-            error = f"the answer is no JSON ({err})"
-    counts = {name: int(record.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-    return Reply(request, None if error else value, error, from_journal=from_journal, **counts)
-
-
-def breaks(value: Any, schema: dict[str, Any], where: str = "the answer") -> str:
-    """How `value` breaks a schema of objects, arrays, strings, numbers and enums; "" when it keeps it."""
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
-    kind = schema.get("type")
-    if kind and (not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind in ("integer", "number"))):
-        return f"{where} is no {kind}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"{where} is {value!r}"
-    if kind == "object":
-        for name in schema.get("required", []):
-            if name not in value:
-                return f"{where} lacks {name!r}"
-        parts = ((name, part, schema.get("properties", {}).get(name, {})) for name, part in value.items())
-        return next((why for name, part, inner in parts if (why := breaks(part, inner, repr(name)))), "")
-    if kind == "array":
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return f"{where} has {len(value)} items"
-        return next((why for part in value if (why := breaks(part, schema.get("items", {}), "an item"))), "")
-    if kind in ("integer", "number") and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        return f"{where} is {value}"
-    return ""
+    error: str
+    finished: bool
+    prompt_tokens: int
+    completion_tokens: int
+    kept: bool
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will cost at most, before the first question. Tokens are guessed at 3.5 characters each without a tokenizer."""
+    """What a job costs at most, known before the first question; 3.5 characters are taken for a token."""
 
     requests: int
-    in_journal: int
+    kept: int
     prompt_tokens: int
     completion_tokens: int
     cost: float
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} questions to ask ({self.in_journal:,} already answered), about {self.prompt_tokens:,} tokens in and "
-            f"at most {self.completion_tokens:,} out: at most {self.cost:,.2f} at the endpoint's prices"
+            f"{self.requests:,} questions to ask ({self.kept:,} already answered), about {self.prompt_tokens:,} tokens "
+            f"in and at most {self.completion_tokens:,} out: at most {self.cost:,.2f} at the endpoint's prices"
         )
 
 
-def estimate(
-    endpoint: Endpoint, requests: Iterable[Request], journal: Journal | None = None, tokenizer: Any = None
-) -> Estimate:
-    """Count what `ask_all` would ask. Sends nothing."""
-    asked = known = prompt = completion = 0
-    for request in requests:
-        if journal is not None and request.key(endpoint) in journal:
-            known += 1
-            continue
-        text = "\n".join(message["content"] for message in request.messages)
-        prompt += len(tokenizer(text)["input_ids"]) if tokenizer is not None else round(len(text) / CHARS_PER_TOKEN)
-        completion += request.max_tokens
-        asked += 1
-    return Estimate(
-        asked, known, prompt, completion, (prompt * endpoint.price_in + completion * endpoint.price_out) / 1e6
-    )
+class Client:
+    """A connection to one server. answers: where its answers are kept; None keeps them for this run only."""
+
+    def __init__(self, endpoint: Endpoint, answers: cache.Answers | None = None) -> None:
+        import openai
+
+        if not re.match(r"https?://[^/]", endpoint.base_url):
+            raise TunebookError(f"The endpoint {endpoint} is not a valid address, such as http://127.0.0.1:8080/v1.")
+        self.endpoint, self.answers = endpoint, answers
+        self._openai = openai.OpenAI(
+            base_url=endpoint.base_url,
+            api_key=os.environ.get(endpoint.key_name) or "none",
+            max_retries=endpoint.retries,
+            timeout=endpoint.timeout_s,
+        )
+        self._turn = threading.Lock()
+        self._failures, self._answered, self._gone = 0, False, ""
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._openai.close()
+
+    @functools.cached_property
+    def entry(self) -> dict[str, Any]:
+        """What /models says of the model; only its name where the server does not list it."""
+        import openai
+
+        wanted, listed = self.endpoint.model, []
+        try:
+            listed = [one.model_dump() for one in self._openai.models.list().data]
+        except openai.NotFoundError:
+            pass
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            raise TunebookError(self._said(error)) from None
+        if not (wanted or listed):
+            raise TunebookError(f"The endpoint {self.endpoint} lists no models; name one as url#model.")
+        entry = next((one for one in listed if one["id"] == wanted or not wanted), {"id": wanted})
+        fresh = time.time() - float(entry.get("created") or 0) < 60  # llama.cpp and vLLM write the time of the request
+        return {name: value for name, value in entry.items() if name != "created" or not fresh}
+
+    @property
+    def model(self) -> str:
+        """The model's name on the server."""
+        return self.entry["id"]
+
+    @functools.cached_property
+    def served(self) -> str:
+        """A name for what the server serves now: its entry in /models and its greedy answer to one question.
+
+        Where the server gives log probabilities they are compared, so that two models of one family differ.
+        """
+        import openai
+
+        record: dict[str, Any] = {"entry": self.entry, "text": "", "logprobs": []}
+        for extra in ({"logprobs": True}, {}):
+            try:
+                choice = self._reply(**Request(PROBE, None, 24, 0.0).body(self.model), **extra)["choices"][0]
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                continue
+            except Exception as error:
+                raise TunebookError(self._said(error)) from None
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            record |= {"text": choice["message"]["content"], "logprobs": [token["logprob"] for token in tokens]}
+            break
+        known = (self.answers and self.answers.get("servers")) or {}
+        for name, one in known.items():
+            pairs = zip(one["logprobs"], record["logprobs"], strict=False)
+            near = all(abs(a - b) < SAME_LOGPROB for a, b in pairs)
+            if near and one["entry"] == record["entry"] and one["text"] == record["text"]:
+                return name
+        if known:
+            print(f"{self.endpoint} is another model than when its answers were kept: they are not used.", flush=True)
+        name = cache.key(record)[:16]
+        if self.answers:
+            self.answers.put("servers", {**known, name: record})
+        return name
+
+    # ------------------------------------------------------------ asking
+
+    def ask(self, requests: Iterable[Request], patience: int = 1) -> Iterator[Reply]:
+        """Answers in the order of the requests, `concurrency` asked at a time, those that are kept not at all.
+
+        An answer that breaks its schema, or a question that the server refuses for what it is (too long), comes back
+        with an error. patience: failures in a row after which the server is taken for gone and asked no more. With 1
+        the first failure raises TunebookError; with more, failures are their replies' errors, and only a server that
+        never answered at all raises.
+        """
+        waiting: deque[tuple[Request, str, Future[dict[str, Any]] | None]] = deque()
+        asked: dict[str, Future[dict[str, Any]]] = {}  # a question asked twice in one run is sent once
+
+        def head() -> Reply:
+            request, key, future = waiting.popleft()
+            record = future.result() if future else self._known(key)
+            if record.get("failed") and (patience == 1 or (self._gone and not self._answered)):
+                raise TunebookError(record["error"] if patience == 1 else self._gone)
+            return _reply(request, record, kept=future is None)
+
+        with ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="endpoint") as pool:
+            try:
+                for request in requests:
+                    key = self._key(request)
+                    if key not in asked and not self._known(key):
+                        asked[key] = pool.submit(self._work, request, key, patience)
+                    waiting.append((request, key, asked.get(key)))
+                    if len(waiting) >= 4 * self.endpoint.concurrency:
+                        yield head()
+                while waiting:
+                    yield head()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)  # what is under way has been paid for: it is kept
+
+    def estimate(self, requests: Iterable[Request]) -> Estimate:
+        """Count what `ask` would ask. Sends none of the questions."""
+        asked = kept = prompt = completion = 0
+        for request in requests:
+            if self.answers and self._known(self._key(request)):
+                kept += 1
+                continue
+            asked += 1
+            prompt += round(sum(len(message["content"]) for message in request.messages) / CHARS_PER_TOKEN)
+            completion += request.max_tokens
+        cost = (prompt * self.endpoint.price_in + completion * self.endpoint.price_out) / 1e6
+        return Estimate(asked, kept, prompt, completion, cost)
+
+    def _key(self, request: Request) -> str:
+        return cache.key(self.served if self.answers else "", request.body(self.model))
+
+    def _known(self, key: str) -> dict[str, Any]:
+        return (self.answers and self.answers.get(key)) or {}
+
+    def _work(self, request: Request, key: str, patience: int) -> dict[str, Any]:
+        """In a thread: one question, kept when it was answered."""
+        import openai
+
+        if self._gone:
+            return {"failed": True, "error": self._gone}
+        try:
+            reply = self._reply(**request.body(self.model))
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            record = {"text": choice["message"]["content"] + "", "finished": choice.get("finish_reason") == "stop"}
+            record |= {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            record = {"error": f"the server refused the question: {_short(error)}"}
+        except Exception as error:  # whatever a server may send: the question fails with it, not the run
+            record = {"failed": True, "error": self._said(error)}
+        with self._turn:
+            self._failures = self._failures + 1 if "failed" in record else 0
+            self._answered |= "failed" not in record
+            limit = patience + 2 * self.endpoint.concurrency if self._answered and patience > 1 else patience
+            if self._failures >= limit:
+                self._gone = f"{record['error']} It failed {self._failures} times in a row and is asked no more."
+        if self.answers and "failed" not in record:
+            self.answers.put(key, record)
+        return record
+
+    def _reply(self, **asked: Any) -> dict[str, Any]:
+        """The reply as JSON, read piece by piece: a server that sends a byte now and then meets the time limit too."""
+        import openai
+
+        body = bytearray()
+        with self._openai.chat.completions.with_streaming_response.create(**asked) as reply:
+            deadline = time.monotonic() + self.endpoint.timeout_s
+            for piece in reply.iter_bytes():
+                body += piece
+                if time.monotonic() > deadline:
+                    raise openai.APITimeoutError(reply.http_request)
+                if len(body) > REPLY_BYTES:
+                    raise ValueError(f"the reply is longer than {REPLY_BYTES:,} bytes")
+        return json.loads(body)
+
+    def _said(self, error: Exception) -> str:
+        """What went wrong, and what to do about it."""
+        import openai
+
+        who, times, status = self.endpoint, self.endpoint.retries + 1, getattr(error, "status_code", None)
+        if status in (401, 403):
+            return f"{who} refused the key in ${who.key_name} (status {status}); set it and run again."
+        if status == 404:
+            return f"{who} was not found ({_short(error)}); check the model's name and the address, which ends in /v1."
+        if isinstance(error, openai.APITimeoutError):
+            return f"{who} gave no whole answer within {who.timeout_s:g} s; what was answered is kept."
+        if isinstance(error, openai.APIConnectionError):
+            return f"{who} does not answer (tried {times} times); start the server and run again."
+        if status:
+            return f"{who} failed {times} times ({_short(error)}); run again later: what was answered is kept."
+        return f"{who} sent what cannot be read ({type(error).__name__}: {_short(error)})."
+
+
+def _short(error: Any) -> str:
+    body = error.body if isinstance(getattr(error, "body", None), dict) else {}
+    return shown_url(" ".join(str(body.get("message") or error).split())[:300])
+
+
+def _reply(request: Request, record: dict[str, Any], kept: bool) -> Reply:
+    text, finished, value = record.get("text", ""), record.get("finished", False), None
+    error = record.get("error", "")
+    if request.schema is not None and not error:
+        try:
+            value = json.loads(text) if finished else None
+            error = breaks(value, request.schema) if finished else "the answer was cut off"
+        except ValueError as wrong:
+            error = f"the answer is not valid JSON ({wrong})"
+    tokens = record.get("prompt_tokens", 0), record.get("completion_tokens", 0)
+    return Reply(request, text, None if error else value, error, finished, *tokens, kept)
+
+
+def breaks(value: Any, schema: dict[str, Any]) -> str:
+    """How `value` breaks a JSON schema; "" when it keeps it."""
+    import jsonschema
+
+    wrong = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    return "" if wrong is None else f"the answer breaks its schema: {wrong.message[:200]}"

@@ -1,7 +1,6 @@
 """Personal data with a form is masked, without a network; what has no form is said to be missed. Toxicity is a scorer's business."""
 
 import socket
-import sys
 
 import pytest
 
@@ -134,19 +133,12 @@ def judge(rows, scorer, **options):
 ROWS = [talk("hello", at=1), talk("you idiot", at=2), talk("thanks", at=3)]
 
 
-def test_without_a_scorer_nothing_is_judged():
-    kept, report = judge(ROWS, "none")
-    assert kept == ROWS and report.kept == 3 and report.figures == {}
-
-
-def test_a_function_or_its_name_scores(tmp_path, monkeypatch):
+def test_a_function_or_a_registered_name_scores(monkeypatch):
     kept, report = judge(ROWS, lambda texts: [0.9 if "idiot" in t else 0.1 for t in texts])
-    assert (
-        [r["row"] for r in kept] == [1, 3] and report.dropped == {"toxic": 1} and report.figures["highest_score"] == 0.9
-    )
-    (tmp_path / "house_rules.py").write_text("def score(texts):\n    return [float('thanks' in t) for t in texts]\n")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert [r["row"] for r in judge(ROWS, "house_rules:score")[0]] == [1, 2]
+    assert [r["row"] for r in kept] == [1, 3] and report.dropped == {"toxic": 1}
+    assert report.figures["highest_score"] == 0.9
+    monkeypatch.setitem(toxicity.SCORERS, "house rules", lambda texts: [float("thanks" in t) for t in texts])
+    assert [r["row"] for r in judge(ROWS, "house rules")[0]] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -154,15 +146,15 @@ def test_a_function_or_its_name_scores(tmp_path, monkeypatch):
     [
         "nonsense",
         "no_such_module:score",
-        "math:no_such_function",
-        "math:pi",
+        "http://anna:s3cret@127.0.0.1:1/v1",
         "http://127.0.0.1:1/v1",
         "transformers:/no/such",
     ],
 )
 def test_a_scorer_that_cannot_be_loaded_is_refused(scorer):
-    with pytest.raises(TunebookError):
+    with pytest.raises(TunebookError) as caught:
         judge(ROWS, scorer)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("answer", [[0.1], [1.5, 0.0], ["a", "b"], [float("nan"), 0.0]])
@@ -196,3 +188,18 @@ def test_a_local_classifier_scores(tmp_path, tokenizer):
     assert [a + b for a, b in zip(score(texts), harmless(texts), strict=True)] == pytest.approx([1, 1, 1], abs=1e-5)
     with pytest.raises(TunebookError, match="neutral, toxic"):
         toxicity.load_scorer(f"transformers:{tmp_path}#rude")
+
+
+def test_a_classifier_that_scores_nan_is_refused_and_its_row_named(tmp_path, tokenizer):
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {0: "neutral", 1: "toxic"}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, id2label=labels, **size)
+    model = LlamaForSequenceClassification(config)
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(TunebookError, match="gave nan for row 1 of f"):
+        judge(ROWS, f"transformers:{tmp_path}")

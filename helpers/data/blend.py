@@ -30,8 +30,9 @@ def generate(job: Any) -> Html:
 
 
 def _synthetic(job: Any) -> tuple[str, str, str]:
+    from helpers.cache import Answers
     from helpers.data import synthetic
-    from helpers.llm_client import Endpoint
+    from helpers.llm_client import Client, Endpoint
 
     p = job.params
     if not p.endpoint or not p.endpoint_model:
@@ -45,11 +46,10 @@ def _synthetic(job: Any) -> tuple[str, str, str]:
         )
     server = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name, price_in=p.price_in, price_out=p.price_out)
     settings = synthetic.Settings(per_document=p.pairs_per_document, seed=p.seed, max_cost=p.max_cost)
-    journal = job.path / WORK / "synthetic.jsonl"
-    journal.parent.mkdir(exist_ok=True)
     step = job._step(f"synthetic {p.synthetic}")
     make = synthetic.question_answers if p.synthetic == "questions" else synthetic.preference_from_documents
-    rows = Table.collect(make(documents, step, server, journal, settings))
+    with Client(server, Answers(job.path / WORK, "synthetic")) as client:
+        rows = Table.collect(make(documents, step, client, settings))
     others = ([row for row in batch if row["kind"] != "text"] for batch in job.training.table)
     if p.synthetic == "questions":
         job.training.table = Table.collect(batch for part in (others, rows) for batch in part)

@@ -49,10 +49,11 @@ def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, l
 
         rows = mask_personal_data(rows, step("personal data"), action=p.personal_data)
     if p.toxicity != "none":
+        from helpers.cache import Answers
         from helpers.data.toxicity import drop_toxic
 
         rows = drop_toxic(
-            rows, step("toxicity"), p.toxicity, p.toxicity_threshold, job.path / "work" / "toxicity.jsonl"
+            rows, step("toxicity"), p.toxicity, p.toxicity_threshold, Answers(job.path / "work", "toxicity")
         )
     if p.exact_duplicates:
         rows = dedup.exact_duplicates(rows, step("exact duplicates"))

@@ -116,6 +116,11 @@ def text_of(row: Row) -> str:
     return "\n".join(parts)
 
 
+def spoken(row: Row) -> list[str]:
+    """The texts of a row that are its own: every message but the system prompt, which all rows of a set may share."""
+    return [message.get("content") or "" for message in all_messages(row) if message["role"] != "system"]
+
+
 def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
     """The start of an example for people: without the system prompt, which every row of a set may share."""
     parts = [
@@ -261,6 +266,22 @@ class StepReport:
             }
         if self.rejects is not None:
             self.rejects.add(row.get("file", ""), row.get("row", 0), reason, detail, step=self.step, invalid=False)
+
+    def sift(
+        self, rows: Iterable[list[Row]], judge: Callable[[list[Row]], Iterable[tuple[str, str] | None]]
+    ) -> Iterator[list[Row]]:
+        """Pass on, batch by batch, the rows that `judge` has nothing against; others go with (reason, detail)."""
+        for batch in rows:
+            self.seen += len(batch)
+            kept = []
+            for row, fault in zip(batch, judge(batch), strict=True):
+                if fault is None:
+                    kept.append(row)
+                else:
+                    self.drop(row, *fault)
+            self.kept += len(kept)
+            if kept:
+                yield kept
 
     def alter(self, before: str, after: str, what: str) -> None:
         """Count a row that was altered and keep the first of each kind as example."""

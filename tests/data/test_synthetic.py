@@ -1,0 +1,205 @@
+"""Data written by a model: a real llama.cpp server with the real default model answers; a proxy before it counts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from llm_proxy import Proxy
+
+from helpers.cache import Answers
+from helpers.data import synthetic, toxicity
+from helpers.data.tables import StepReport, make_row
+from helpers.errors import TunebookError
+from helpers.llm_client import Client, Endpoint
+
+TEXTS = [
+    "The Eiffel Tower was completed in 1889 in Paris. It is 330 metres tall and was built by the company of the engineer Gustave Eiffel.",
+    "Honey bees live in colonies of up to 60,000 bees. A colony has one queen, which lays up to 2,000 eggs a day in summer.",
+    "The river Danube flows through ten countries and ends in the Black Sea. It is 2,850 kilometres long.",
+]
+DOCUMENTS = [
+    make_row("text", [{"role": "text", "content": t}], source="docs", file="docs.txt", row=i + 1)
+    for i, t in enumerate(TEXTS)
+]
+SMALL = synthetic.Settings(per_document=1, max_tokens=120, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def server(smollm2):
+    from helpers.gguf.server import server
+    from helpers.model import offline
+
+    with server(offline.wheel_gguf(), parallel=2, context=1024) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(server):
+    made = Proxy(server.url)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def at(proxy, folder, **options):
+    endpoint = Endpoint(proxy.url, "smollm2", **{"key_name": "", "concurrency": 2, "retries": 3, **options})
+    return Client(endpoint, Answers(folder, "synthetic"))
+
+
+def flat(steps):
+    return [row for batch in steps for row in batch]
+
+
+# ---------------------------------------------------------------- with the real model
+
+
+def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path, capsys):
+    report = StepReport("synthetic")
+    made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path), SMALL))
+    assert len(proxy.bodies) == len(DOCUMENTS) == report.figures["asked"] and proxy.most <= 2
+    assert (
+        report.seen == len(DOCUMENTS)
+        and report.kept == len(made)
+        and len(made) + sum(report.dropped.values()) == len(DOCUMENTS)
+    )
+    assert made, report.as_dict()
+    for row in made:
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] and all(
+            m["content"] for m in row["messages"]
+        )
+        assert (
+            row["kind"] == "sft"
+            and row["meta"]["document"] in {d["id"] for d in DOCUMENTS}
+            and row["file"] == "docs.txt"
+        )
+    assert report.figures["completion_tokens"] > 0
+    assert "3 questions to ask (0 already answered)" in capsys.readouterr().out
+
+    again = StepReport("synthetic")
+    assert flat(synthetic.question_answers([DOCUMENTS], again, at(proxy, tmp_path), SMALL)) == made
+    assert (
+        len(proxy.bodies) == len(DOCUMENTS)
+        and again.figures["asked"] == 0
+        and again.figures["from_journal"] == len(DOCUMENTS)
+    )
+    assert "0 questions to ask (3 already answered)" in capsys.readouterr().out
+
+
+CUT = synthetic.Settings(per_document=1, max_tokens=24, temperature=0.0)  # answers that break off are answers too
+KILLED = """
+import sys; sys.path[:0] = [".", "tests"]
+from tests.data.test_synthetic import *
+client = Client(Endpoint(sys.argv[1], "smollm2", key_name="", concurrency=1), Answers(Path(sys.argv[2]), "synthetic"))
+for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), client, CUT):
+    pass
+"""
+
+
+def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
+    journal = tmp_path / "synthetic.jsonl"
+    job = subprocess.Popen([sys.executable, "-c", KILLED, proxy.url, str(tmp_path)], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 300
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    answered = journal.read_bytes().count(b"\n") - 1  # the first line names the server
+    asked = len(proxy.bodies)
+    assert answered <= asked <= answered + 1 and asked < len(DOCUMENTS) + 1
+    report = StepReport("synthetic")
+    flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path, concurrency=1), CUT))
+    assert report.seen == len(DOCUMENTS) and report.figures["from_journal"] == answered
+    assert len(proxy.bodies) - asked == len(DOCUMENTS) - answered, "only what had no answer is asked"
+
+
+def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
+    questions = [
+        make_row(
+            "sft", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], source="s", file="q", row=i
+        )
+        for i, (q, a) in enumerate([("Name a river in Europe.", "The Danube."), ("Name a colour.", "Blue.")])
+    ]
+    settings = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=0.001, good=0.0)
+    report = StepReport("pairs")
+    judged = {}
+
+    def judge(question, reference, answer):
+        judged[answer] = min(1.0, len(answer) / 500)
+        return judged[answer]
+
+    made = flat(synthetic.preference_pairs([questions], report, at(proxy, tmp_path), settings, judge))
+    assert len(proxy.bodies) == 4 and report.seen == 2 and len(made) + sum(report.dropped.values()) == 2
+    assert made, report.as_dict()
+    for row in made:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert row["kind"] == "preference" and judged[chosen] > judged[rejected] and chosen != rejected
+        assert row["messages"][-1]["role"] == "user"
+    strict = StepReport("pairs")
+    impossible = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=1.1, good=0.0)
+    assert flat(synthetic.preference_pairs([questions], strict, at(proxy, tmp_path), impossible, judge)) == []
+    assert len(proxy.bodies) == 4, "other margins need no new answers"
+    assert (
+        set(strict.dropped) <= {"no clear winner", "fewer than two different answers"}
+        and sum(strict.dropped.values()) == 2
+    )
+
+
+def test_an_endpoint_scores_toxicity(proxy, tmp_path):
+    messages = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "Two."}]
+    row = make_row("sft", messages, file="f", row=1)
+    answers = Answers(tmp_path, "toxicity")
+    for _ in range(2):
+        kept = flat(toxicity.drop_toxic([[row]], StepReport("t"), f"{proxy.url}#smollm2", 1.1, answers))
+        assert kept == [row] and len(proxy.bodies) == 1
+
+
+# ---------------------------------------------------------------- nothing is asked
+
+
+def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(proxy, tmp_path):
+    dear = at(proxy, tmp_path, price_out=1e6)
+    settings = synthetic.Settings(per_document=1, max_tokens=96, max_cost=5.0)
+    with pytest.raises(TunebookError, match=r"could cost 288.00, more than max_cost = 5.00; nothing was asked"):
+        flat(synthetic.question_answers([DOCUMENTS], StepReport("s"), dear, settings))
+    assert proxy.bodies == []
+
+
+def test_rows_that_are_no_documents_are_refused():
+    row = make_row("sft", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], file="f", row=3)
+    with pytest.raises(TunebookError, match="Row 3 of f is a sft row"):
+        flat(synthetic.question_answers([[row]], StepReport("s"), Client(Endpoint("http://127.0.0.1:9/v1", "m"))))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "why"),
+    [
+        ("How tall is the tower?", "It is 330 metres tall.", ""),
+        ("", "It is tall.", "question or answer empty"),
+        ("How tall is it?", " ", "question or answer empty"),
+        ("What does the passage say?", "It is 330 metres tall.", "speaks of the document"),
+        ("这座塔有多高？根据本文回答", "It is 330 metres tall.", "speaks of the document"),
+        ("How tall is the tower?", "The document states 330 metres.", "speaks of the document"),
+        ("Who sang it?", "Freddie Mercury performed that song wonderfully", "answer is not in the document"),
+    ],
+)
+def test_poor_pairs_have_a_reason(question, answer, why):
+    from helpers.data.shingles import SeenHashes
+
+    seen = SeenHashes()
+    assert synthetic.pair_fault(question.strip(), answer.strip(), TEXTS[0], seen) == why
+    if not why:
+        assert synthetic.pair_fault(question.upper(), answer, TEXTS[0], seen) == "question asked before"
+
+
+def test_overlap_orders_answers_by_their_nearness():
+    score = [synthetic.overlap("q", "The Danube flows into the Black Sea.", a) for a in
+             ("The Danube flows into the Black Sea.", "It flows into the Black Sea", "Into a sea", "Potatoes")]  # fmt: skip
+    assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
+    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
+        "问", "多瑙河流入黑海", "我不知道"
+    )

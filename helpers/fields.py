@@ -34,7 +34,7 @@ class Param:
     advanced: bool = False
 
     def check(self, given: Any) -> Any:
-        """`given` as this parameter's type. Raises TunebookError naming the parameter, the value and what is allowed."""
+        """`given` as this parameter's type. Raises TunebookError with the name, the value and what is allowed."""
         kind, value = type(self.default), given
         if isinstance(value, str) and kind is not str:
             value = {"true": True, "false": False}.get(value.strip().lower(), value) if kind is bool else _number(value)

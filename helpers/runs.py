@@ -1,9 +1,10 @@
-"""Run folders: one folder a stage, finished only when its manifest is there, and trusted only when it still matches.
+"""Run folders: one folder a stage, finished only when its manifest is there, and trusted only while it still matches.
 
     runs/<run>/<stage>/   params.yaml   metrics.json   executed.ipynb   artifacts...   manifest.json (last, atomically)
 
-A stage opens its folder with `open_stage`, works in `Stage.path` and ends with `Stage.finish`. Later stages read it with
-`load`, which refuses a folder that is unfinished or whose files no longer have the hashes that were written down.
+A stage looks at its folder with `stage`, begins to write with `Stage.begin` and ends with `Stage.finish`. Later stages
+read it with `load`, which refuses a folder that is unfinished or whose files no longer have the hashes that were
+written down.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
-from helpers.errors import TunebookError
+import yaml
+
+from helpers import display, locks, machine
+from helpers.errors import TunebookError, disk_error
+from helpers.params import Params
 
 SCHEMA_VERSION = 1
 FOLDERS = {
@@ -45,11 +49,16 @@ def root() -> Path:
     return Path(os.environ.get("TUNEBOOK_RUNS") or machine.PROJECT / "runs")
 
 
-def folder(run: str, stage: str) -> Path:
-    """`runs/<run>/<stage folder>`. Raises TunebookError for a name that would leave the runs folder."""
+def run_folder(run: str) -> Path:
+    """`runs/<run>`. Raises TunebookError for a name that would leave the runs folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", run):
-        raise TunebookError(f"The run name {run!r} is not usable as a folder; use letters, digits, '.', '_' and '-'.")
-    return root() / run / FOLDERS[stage]
+        raise TunebookError(f"The run name {run!r} cannot name a folder; use letters, digits, '.', '_' and '-'.")
+    return root() / run
+
+
+def folder(run: str, stage: str) -> Path:
+    """`runs/<run>/<stage folder>`."""
+    return run_folder(run) / FOLDERS[stage]
 
 
 # ---------------------------------------------------------------- atomic files and hashes
@@ -58,9 +67,9 @@ def folder(run: str, stage: str) -> Path:
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write a whole file or nothing: to a neighbour first, flushed to disk, then renamed over `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -70,20 +79,6 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
         partial.unlink(missing_ok=True)
         raise disk_error(error, path) from error
     return path
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """An OSError as a sentence when it means a full disk or a forbidden place, else the error itself."""
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TunebookError(
-            f"No space left on the disk while writing {path}; free some room and run the same command "
-            "again, it goes on where it stopped."
-        )
-    if error.errno in (errno.EACCES, errno.EROFS):
-        return TunebookError(f"{path} cannot be written ({error.strerror}); set TUNEBOOK_RUNS to a folder that can.")
-    return error
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -98,7 +93,7 @@ def sha256_file(path: str | Path) -> str:
 
 def hash_json(value: Any) -> str:
     """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- manifests
@@ -106,14 +101,13 @@ def hash_json(value: Any) -> str:
 
 @dataclass(repr=False)
 class Manifest:
-    """What a finished stage wrote down about itself; `data` is the parsed manifest.json."""
+    """What a finished stage wrote down about itself. data: the parsed manifest.json; sha256: that file's hash when
+    read.
+    """
 
     path: Path
     data: dict[str, Any]
-
-    @property
-    def sha256(self) -> str:
-        return sha256_file(self.path / "manifest.json")
+    sha256: str = ""
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -130,54 +124,48 @@ class Manifest:
             raise TunebookError(f"{path} is missing; run the {self.data['stage']} stage again to make it.")
         return path
 
+    def _rows(self) -> list[tuple[str, Any]]:
+        return [
+            ("stage", self.data["stage"]),
+            ("folder", self.path),
+            ("took", display.duration(self.data["wall_s"])),
+            ("peak memory", f"{self.data['peak_memory_gib']} GiB"),
+            ("files", len(self.data["artifacts"])),
+        ]
+
     def __repr__(self) -> str:
-        d = self.data
-        return f"{d['stage']}: {d['wall_s']} s, peak memory {d['peak_memory_gib']} GiB, {len(d['artifacts'])} files in {self.path}"
+        return display.text_table(self._rows())
 
     def _repr_html_(self) -> str:
-        from helpers.display import table
-
-        d = self.data
-        return table(
-            [
-                ("stage", d["stage"]),
-                ("folder", self.path),
-                ("seconds", d["wall_s"]),
-                ("peak memory, GiB", d["peak_memory_gib"]),
-                ("files", len(d["artifacts"])),
-            ]
-        )
+        return display.table(self._rows())
 
 
 def load(run: str, stage: str, verify: bool = True) -> Manifest:
     """A finished stage of a run. Raises TunebookError when it is missing, unfinished, failed or changed since."""
     path = folder(run, stage)
-    again = (
-        f"run notebook {FOLDERS[stage]} for the run {run!r} (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})"
-    )
+    file = path / "manifest.json"
+    again = f"run notebook {FOLDERS[stage]} for the run {run!r} ({_command(run, stage)})"
     if not path.is_dir():
         raise TunebookError(f"Stage {stage!r} of the run {run!r} has not been run yet; {again} first.")
     try:
-        data = json.loads((path / "manifest.json").read_text())
+        content = file.read_bytes()
+        data = json.loads(content)
+        known = (data.get("status"), data.get("schema_version"))
     except FileNotFoundError:
+        raise TunebookError(f"Stage {stage!r} of the run {run!r} did not finish (no {file}); {again} again.") from None
+    except (ValueError, AttributeError):
+        raise TunebookError(f"{file} is damaged; {again} again.") from None
+    if known != ("finished", SCHEMA_VERSION):
         raise TunebookError(
-            f"Stage {stage!r} of the run {run!r} did not finish (no manifest in {path}); {again} again."
-        ) from None
-    except ValueError:
-        raise TunebookError(f"{path / 'manifest.json'} is damaged; {again} again.") from None
-    if data.get("schema_version") != SCHEMA_VERSION or data.get("status") != "finished":
-        raise TunebookError(
-            f"Stage {stage!r} of the run {run!r} has no usable manifest (status {data.get('status')!r}, schema "
-            f"{data.get('schema_version')!r}, expected 'finished', {SCHEMA_VERSION}); {again} again."
+            f"{file} has status and schema {known}, expected {('finished', SCHEMA_VERSION)}; {again} again."
         )
-    if verify:
-        for name, known in data["artifacts"].items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
-                raise TunebookError(
-                    f"{file} is not the file that stage {stage!r} wrote (missing or altered); {again} again."
-                )
-    return Manifest(path, data)
+    for name, artifact in data["artifacts"].items() if verify else ():
+        made = path / name
+        if not made.is_file() or made.stat().st_size != artifact["bytes"] or sha256_file(made) != artifact["sha256"]:
+            raise TunebookError(
+                f"{made} is not the file that stage {stage!r} wrote (missing or altered); {again} again."
+            )
+    return Manifest(path, data, hashlib.sha256(content).hexdigest())
 
 
 def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
@@ -185,44 +173,78 @@ def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
     return {stage: load(run, stage, verify) for stage in FOLDERS if (folder(run, stage) / "manifest.json").is_file()}
 
 
+def _command(run: str, stage: str) -> str:
+    return f"bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]}"
+
+
 # ---------------------------------------------------------------- a stage at work
 
 
 @dataclass
 class Stage:
-    """A stage's open folder. Files put under `path` become artifacts when `finish` writes the manifest."""
+    """A stage's folder. Files put under `path` after `begin` become artifacts when `finish` writes the manifest.
+
+    done: its manifest when it is finished with the same parameters, parents and code already; resumed: an earlier run
+    of the same parameters and parents left it unfinished.
+    """
 
     name: str
-    params: Any
+    params: Params
     path: Path
     parents: dict[str, Manifest]
     resumed: bool
-    started: float = field(default_factory=time.time)
     done: Manifest | None = None
     begun: bool = False
+    _started: float = field(default_factory=time.monotonic)
+    _code: str = ""
+    _plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> Path:
         """Folder of what the steps showed, for a notebook that is opened again."""
         return self.path / "shown"
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the work began."""
+        return time.monotonic() - self._started
+
+    def check(self) -> None:
+        """Raise TunebookError when a parameter was changed, by a slider say, since the stage was opened."""
+        known, now = self._plan["params"], self.params.as_dict()
+        if changed := [name for name in now if now[name] != known[name]]:
+            raise TunebookError(
+                f"{', '.join(changed)} changed after stage {self.name!r} was opened; run the cell that opens it again."
+            )
+
     def begin(self) -> bool:
-        """Start the work: lock the folder, keep aside what stands there unless it is resumed. False when it was begun already."""
-        if self.begun:
+        """Start the work: lock the folder, keep aside what stands there unless it is resumed. False when already
+        begun.
+        """
+        self.check()
+        locks.take(run_folder(self.params.run), self.name)
+        if self.begun:  # a step that failed let go of the lock, and another process may have had it
+            if _plan_of(self.path) != self._plan or (self.path / "manifest.json").exists():
+                unlock(self.params.run, self.name)
+                raise TunebookError(f"Another process has worked in {self.path}; run the notebook from its first cell.")
             return False
-        lock(self.params.run, self.name)
-        if self.path.exists() and not self.resumed:
+        self.params.freeze()
+        self._started, self._code = time.monotonic(), machine.code_hash(FOLDERS[self.name])
+        self.resumed = _unfinished(self.path, self._plan)
+        if not self.resumed:
             _set_aside(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        write_json(self.path / "plan.json", _plan(self.params, self.parents))
-        write_atomic(self.path / "params.yaml", _yaml(self.params))
+        write_json(self.path / "plan.json", self._plan)
+        note = "# Every parameter of this stage as it was used; `papermill -f` takes this file.\n"
+        values = yaml.safe_dump(self.params.as_dict(), sort_keys=False, allow_unicode=True)
+        write_atomic(self.path / "params.yaml", note + values)
         if self.resumed:
             print(f"Resuming the unfinished stage in {self.path}")
-        self.started, self.begun = time.time(), True
+        self.begun = True
         return True
+
+    def pause(self) -> None:
+        """Let go of the lock after a failed step; the next `begin` takes it again."""
+        unlock(self.params.run, self.name)
 
     def finish(
         self,
@@ -237,10 +259,10 @@ class Stage:
         metrics: plain JSON numbers and strings; NaN is refused. model: name, path, revision, origin of the base model.
         """
         for stage, parent in self.parents.items():
-            current = parent.path / "manifest.json"
-            if not current.is_file() or sha256_file(current) != parent.data["_sha256"]:
+            file = parent.path / "manifest.json"
+            if not file.is_file() or sha256_file(file) != parent.sha256:
                 raise TunebookError(
-                    f"Stage {stage!r} was rerun while {self.name!r} was working on its results; run {self.name!r} again."
+                    f"Stage {stage!r} was rerun while {self.name!r} worked on its results; run {self.name!r} again."
                 )
         write_json(self.path / "metrics.json", metrics)
         artifacts = {}
@@ -258,50 +280,41 @@ class Stage:
             "model": model or self._inherited("model"),
             "template_hash": template_hash or self._inherited("template_hash"),
             "tokenizer_hash": tokenizer_hash or self._inherited("tokenizer_hash"),
-            "parents": {
-                s: {"folder": p.path.name, "manifest_sha256": p.data["_sha256"]} for s, p in self.parents.items()
-            },
+            "parents": {s: {"folder": p.path.name, "manifest_sha256": p.sha256} for s, p in self.parents.items()},
             "artifacts": artifacts,
-            "wall_s": round(time.time() - self.started, 1),
+            "wall_s": round(self.seconds, 1),
             "peak_memory_gib": machine.peak_memory_gib(),
             "resumed": self.resumed,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "code_hash": self._code,
             **machine.versions(),
             **(extra or {}),
         }
         write_json(self.path / "manifest.json", manifest)
         unlock(self.params.run, self.name)
-        return Manifest(self.path, manifest)
+        return load(self.params.run, self.name, verify=False)
 
     def _inherited(self, key: str) -> Any:
-        for parent in reversed(self.parents.values()):
-            if parent.data.get(key):
-                return parent.data[key]
-        return None
+        return next((p.data[key] for p in reversed(self.parents.values()) if p.data.get(key)), None)
 
 
-def stage(name: str, params: Any, needs: tuple[str, ...] | None = None) -> Stage:
+def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
     """Look at the folder of stage `name` for the run `params.run`; nothing is written until `Stage.begin`.
 
-    Parents are loaded and verified (`needs` replaces the table above, e.g. ("data", "sft")). `Stage.done` is the manifest
-    when the stage is finished with the same parameters, parents and code already; `Stage.resumed` says that an earlier run of
-    the same parameters and parents left it unfinished. Raises TunebookError for a parent that is missing or changed, or that
-    was made with another chat template than its own parent.
+    Parents are loaded and verified (`needs` replaces the table above, e.g. ("data", "sft")). Raises TunebookError for
+    a parent that is missing or changed, or that was made with another chat template than its own parent.
     """
     path = folder(params.run, name)
     parents = {}
     for parent in needs if needs is not None else PARENTS[name]:
-        if parent.endswith("?") and not (folder(params.run, parent[:-1]) / "manifest.json").is_file():
-            continue
-        parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
-    for manifest in parents.values():
-        manifest.data["_sha256"] = manifest.sha256
+        if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
+            parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
-    resumed = path.exists() and not (path / "manifest.json").exists() and _plan_of(path) == _plan(params, parents)
-    return Stage(name, params, path, parents, resumed, done=is_done(name, params))
+    plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
+    return Stage(name, params, path, parents, _unfinished(path, plan), is_done(name, params), _plan=plan)
 
 
-def open_stage(name: str, params: Any, needs: tuple[str, ...] | None = None) -> Stage:
+def open_stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
     """`stage`, begun at once even where it is finished: what stands there is kept aside and the work starts anew."""
     opened = stage(name, params, needs)
     opened.done = None
@@ -309,94 +322,49 @@ def open_stage(name: str, params: Any, needs: tuple[str, ...] | None = None) -> 
     return opened
 
 
-def _plan(params: Any, parents: dict[str, Manifest]) -> dict[str, Any]:
-    return {"params": params.as_dict(), "parents": {s: m.data["_sha256"] for s, m in parents.items()}}
-
-
-_locks: dict[Path, Any] = {}
-
-
-def lock(run: str, stage: str) -> None:
-    """Keep other processes off a stage's folder until `unlock` or the end of this process, however it comes.
-
-    Raises TunebookError when another process works on it: two writers would mix their checkpoints.
-    """
-    import fcntl
-
-    path = root() / run / ".locks" / stage
-    unlock(run, stage)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise disk_error(error, path) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise TunebookError(
-            f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}; wait for it, stop it, "
-            "or use another run name."
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _locks[path] = file
-
-
 def unlock(run: str, stage: str) -> None:
-    """Let go of a lock that this process holds; nothing happens when it holds none."""
-    file = _locks.pop(root() / run / ".locks" / stage, None)
-    if file is not None:
-        file.close()
+    """Let go of the lock on a stage that this process holds, for a process that it starts; nothing happens without
+    one.
+    """
+    locks.release(run_folder(run), stage)
 
 
-def is_done(stage: str, params: Any) -> Manifest | None:
+def is_done(stage: str, params: Params) -> Manifest | None:
     """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
     try:
         manifest = load(params.run, stage)
-        known = manifest.data["parents"]
-        current = {
-            s: (folder(params.run, s) / "manifest.json")
-            for s in FOLDERS
-            if f"{s}?" in PARENTS[stage] or s in PARENTS[stage]
-        }
-        current = {s: f for s, f in current.items() if f.is_file()}
-        fresh = manifest.data["code_revision"] == machine.revision() and all(
-            s in known and sha256_file(f) == known[s]["manifest_sha256"] for s, f in current.items()
-        )
     except TunebookError:
         return None
-    same = manifest.params == params.as_dict() and fresh
-    return manifest if same else None
+    same = not params.again and manifest.params == params.as_dict()
+    if not same or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage]):
+        return None
+    known = manifest.data["parents"]
+    for parent in (p.rstrip("?") for p in PARENTS[stage]):
+        file = folder(params.run, parent) / "manifest.json"
+        if file.is_file() and sha256_file(file) != known.get(parent, {}).get("manifest_sha256"):
+            return None
+    return manifest
 
 
 def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
     """Every parent must have been made from the other parents as they stand now."""
     for stage, manifest in parents.items():
         for ancestor, known in manifest.data["parents"].items():
-            if ancestor in parents and parents[ancestor].data["_sha256"] != known["manifest_sha256"]:
+            if ancestor in parents and parents[ancestor].sha256 != known["manifest_sha256"]:
                 raise TunebookError(
                     f"Stage {stage!r} of the run {run!r} was made from an earlier {ancestor!r}; run notebook "
-                    f"{FOLDERS[stage]} again (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})."
+                    f"{FOLDERS[stage]} again ({_command(run, stage)})."
                 )
-    hashes = {s: m.data["template_hash"] for s, m in parents.items() if m.data.get("template_hash")}
+    hashes = {s: m.data["template_hash"][:12] for s, m in parents.items() if m.data.get("template_hash")}
     if len(set(hashes.values())) > 1:
+        said = ", ".join(f"{s}: {h}" for s, h in hashes.items())
         raise TunebookError(
-            f"The stages of the run {run!r} were made with different chat templates ("
-            + ", ".join(f"{s}: {h[:12]}" for s, h in hashes.items())
-            + "); run them again from 01."
+            f"The stages of the run {run!r} were made with different chat templates ({said}); run them again from 01."
         )
 
 
-def _yaml(params: Any) -> str:
-    import yaml
-
-    return "# Every parameter of this stage as it was used; `papermill -f` takes this file.\n" + yaml.safe_dump(
-        params.as_dict(), sort_keys=False, allow_unicode=True
-    )
+def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
+    return path.exists() and not (path / "manifest.json").exists() and _plan_of(path) == plan
 
 
 def _plan_of(path: Path) -> Any:
@@ -408,7 +376,7 @@ def _plan_of(path: Path) -> Any:
 
 def _set_aside(path: Path) -> None:
     """Keep what stands in `path` under a free neighbouring name. An empty folder is just used."""
-    if not any(path.iterdir()):
+    if not path.exists() or not any(path.iterdir()):
         return
     number = 1
     while (old := path.with_name(f"{path.name}.old-{number}")).exists():

@@ -1,14 +1,15 @@
 """A stage's work in steps: each is done once, however often its cell is run, and shown again from what it left.
 
     class SftJob(steps.Job):
-        @steps.step                 the cell's call: begins the stage if that has not happened, works, keeps what it showed
-        def train(self): ...
+        @steps.step                 the cell's call: begins the stage if that has not happened, works, keeps what it
+        showed def train(self): ...
 
         @steps.look                 shows something before work begins; sets nothing aside, writes nothing
         def plan(self): ...
 
-A step called a second time returns what it returned the first time. In a stage that is finished with the same parameters and
-parents (`Stage.done`) nothing is computed: what the step showed then comes from `shown/` in the stage's folder.
+A step called a second time returns what it returned the first time. In a stage that is finished with the same
+parameters and parents (`Stage.done`) nothing is computed: what the step showed then comes from `shown/` in the stage's
+folder.
 """
 
 from __future__ import annotations
@@ -47,18 +48,22 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
     @functools.wraps(work)
     def once(job: Any, *arguments: Any, **named: Any) -> Any:
         key = name + (repr((arguments, sorted(named.items()))) if arguments or named else "")
+        stage = job.stage
+        if key not in job._results and stage.done is not None:
+            job._results[key] = stage.done if name == "finish" else display.load(stage.shown, name)
         if key in job._results:
             return job._results[key]
-        stage = job.stage
-        if stage.done is not None:
-            result = stage.done if name == "finish" else display.load(stage.shown, name)
-        else:
-            if begins and stage.begin():
-                for earlier, value in job._results.items():
-                    display.save(value, stage.shown, earlier.split("(")[0])
+        stage.check()
+        if begins and stage.begin():
+            for earlier, value in job._results.items():
+                display.save(value, stage.shown, earlier.split("(")[0])
+        try:
             result = work(job, *arguments, **named)
-            if stage.begun and name != "finish":
-                display.save(result, stage.shown, name)
+        except BaseException:
+            stage.pause()  # another process may have the stage until this cell is run again
+            raise
+        if stage.begun and name != "finish":
+            display.save(result, stage.shown, name)
         job._results[key] = result
         return result
 

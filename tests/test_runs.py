@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import params, runs
+from helpers import errors, locks, machine, params, runs, steps
 from helpers.errors import TunebookError
 from tests.conftest import PROJECT
 
@@ -25,7 +25,8 @@ def test_a_finished_stage_lists_every_file_with_its_hash_and_names_its_parents(r
     assert sft.data["parents"] == {"data": {"folder": "01_data_prep", "manifest_sha256": data.sha256}}
     assert sft.data["artifacts"]["result.txt"]["sha256"] == runs.sha256_file(sft.path / "result.txt")
     assert sft.data["template_hash"] == "t1"
-    assert {"wall_s", "peak_memory_gib", "versions", "code_revision", "params", "metrics"} <= set(sft.data)
+    recorded = {"wall_s", "peak_memory_gib", "versions", "code_revision", "code_hash", "params", "metrics"}
+    assert recorded <= set(sft.data)
     assert runs.load("r", "sft").metrics == {"score": 1}
 
 
@@ -90,18 +91,137 @@ def test_is_done_only_with_the_same_parameters_parents_and_files(runs_root):
     assert not runs.is_done("sft", params.resolve("sft", {"run": "r"}))
 
 
+def other_process(runs_root, stage="data"):
+    """Another process that opens the stage: (exit status, error output)."""
+    code = f"from helpers import params, runs; runs.open_stage({stage!r}, params.resolve({stage!r}, {{'run': 'r'}}))"
+    environment = {**os.environ, "TUNEBOOK_RUNS": str(runs_root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def test_two_processes_cannot_work_on_one_stage(runs_root):
     runs.open_stage("data", params.resolve("data", {"run": "r"}))
-    code = "from helpers import params, runs; runs.open_stage('data', params.resolve('data', {'run': 'r'}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT,
-        env={**os.environ, "TUNEBOOK_RUNS": str(runs_root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0 and f"process {os.getpid()}" in done.stderr
+    status, said = other_process(runs_root)
+    assert status != 0 and f"process {os.getpid()}" in said
     runs.unlock("r", "data")
+
+
+class Work(steps.Job):
+    """Two steps of which the first fails as often as `failures` says."""
+
+    failures = 0
+
+    @steps.step
+    def work(self):
+        (self.stage.path / "result.txt").write_text("done")
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("failed")
+        return "worked"
+
+    @steps.step
+    def finish(self):
+        return self.stage.finish({"score": 1})
+
+
+def work(**given):
+    return Work(runs.stage("data", params.resolve("data", {"run": "r", **given})))
+
+
+def test_a_failed_step_lets_go_of_the_lock_and_the_cell_can_be_run_again(runs_root):
+    job = work()
+    job.failures = 1
+    with pytest.raises(RuntimeError):
+        job.work()
+    status, said = other_process(runs_root)
+    assert status == 0, said
+    assert job.work() == "worked"
+    assert other_process(runs_root)[0] != 0
+    assert job.finish().metrics == {"score": 1}
+
+
+def test_a_failed_step_is_not_repeated_over_what_another_process_did_meanwhile(runs_root):
+    job = work()
+    job.failures = 1
+    with pytest.raises(RuntimeError):
+        job.work()
+    work(max_length=64).work()
+    runs.unlock("r", "data")
+    with pytest.raises(TunebookError, match="first cell"):
+        job.work()
+    runs.unlock("r", "data")
+
+
+def test_a_lock_that_the_disk_does_not_know_is_said_and_the_named_process_is_looked_for(runs_root, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    finish("data")
+    assert "No locks available" in capsys.readouterr().out
+    path = runs_root / "r" / ".locks" / "data"
+    assert path.read_text() == ""
+    path.write_text(f"{os.getppid()} {locks.socket.gethostname()}")
+    with pytest.raises(TunebookError, match=f"process {os.getppid()}"):
+        finish("data")
+    path.write_text(f"999999999 {locks.socket.gethostname()}")
+    assert finish("data")
+
+
+def test_a_forked_worker_does_not_keep_a_dead_owners_lock(runs_root):
+    code = (
+        "import os, signal; from helpers import params, runs, worker; "
+        "runs.open_stage('data', params.resolve('data', {'run': 'r'})); "
+        "child = worker.Forked(__import__('time').sleep); child.ask(20); print(child.process.pid, flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "TUNEBOOK_RUNS": str(runs_root)}
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=environment, stdout=subprocess.PIPE)
+    child = int(owner.stdout.readline())
+    owner.wait()
+    os.kill(child, 0)  # it still works
+    assert other_process(runs_root)[0] == 0
+    os.kill(child, 9)
+    owner.stdout.close()
+
+
+def test_a_parameter_changed_after_the_stage_was_opened_is_refused_before_any_work(runs_root):
+    values = params.resolve("data", {"run": "r"})
+    job = Work(runs.stage("data", values))
+    values.max_length = 64
+    with pytest.raises(TunebookError, match="max_length changed"):
+        job.work()
+    assert not runs_root.exists()
+    job = Work(runs.stage("data", values))
+    job.work()
+    with pytest.raises(TunebookError, match="max_length cannot be changed"):
+        values.max_length = 128
+    runs.unlock("r", "data")
+
+
+def test_a_finished_stage_is_shown_from_disk_and_again_runs_it_anew(runs_root):
+    work().work()
+    first = work()
+    first.work()
+    made = first.finish()
+    shown = work()
+    shown.failures = 1
+    assert repr(shown.work()) == "'worked'" and shown.finish().sha256 == made.sha256
+    assert [p.name for p in (runs_root / "r").iterdir() if p.name != ".locks"] == ["01_data_prep"]
+    anew = work(again=True)
+    anew.work()
+    anew.finish()
+    assert (runs_root / "r" / "01_data_prep.old-1" / "manifest.json").exists()
+    assert runs.load("r", "data").params == made.params and runs.is_done("data", params.resolve("data", {"run": "r"}))
+
+
+def test_another_edit_of_the_code_is_another_stage_and_a_commit_of_a_readme_is_not(runs_root, monkeypatch):
+    finish("data")
+    same = params.resolve("data", {"run": "r"})
+    monkeypatch.setattr(machine, "revision", lambda: "another commit")
+    assert runs.is_done("data", same)
+    monkeypatch.setattr(machine, "code_hash", lambda notebook="": "another edit")
+    assert not runs.is_done("data", same)
 
 
 def test_a_score_that_is_no_number_leaves_no_manifest(runs_root):
@@ -120,7 +240,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path):
     except OSError as caught:
         error = caught
     assert error.errno == errno.ENOSPC
-    assert "No space left" in str(runs.disk_error(error, tmp_path / "x"))
+    assert "No space left" in str(errors.disk_error(error, tmp_path / "x"))
 
 
 def test_a_write_that_fails_leaves_nothing_half_written(tmp_path):
@@ -131,7 +251,17 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path):
     assert json.loads(target.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_how_long_it_took_does_not_follow_a_clock_that_is_set_back(runs_root, monkeypatch):
+    opened = runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    monkeypatch.setattr(runs.time, "time", lambda: 0.0)
+    assert 0 <= opened.finish({}).data["wall_s"] < 60
+
+
 @pytest.mark.parametrize("name", ["../up", "", "a/b", ".hidden", "x" * 100])
 def test_a_run_name_cannot_leave_the_runs_folder(name, runs_root):
+    for call in (runs.folder, runs.load, runs.unlock):
+        with pytest.raises(TunebookError, match="run name"):
+            call(name, "data")
     with pytest.raises(TunebookError, match="run name"):
-        runs.folder(name, "data")
+        finish("data", run=name)
+    assert not runs_root.exists()

@@ -66,7 +66,7 @@ class Writer:
     def write(self, columns: dict[str, Any]) -> None:
         import pyarrow as pa
 
-        from helpers.runs import disk_error
+        from helpers.errors import disk_error
 
         table = pa.table(
             [

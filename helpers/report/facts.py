@@ -122,8 +122,6 @@ def _read_stage(facts: Facts, name: str) -> None:
 
 def _open_manifest(stage: Any) -> dict[str, Any]:
     """What the manifest of a stage that is about to finish will say, as far as it is known."""
-    import time
-
     from helpers import machine
 
     known = next((m.data for m in reversed(stage.parents.values()) if m.data.get("model")), {})
@@ -136,11 +134,8 @@ def _open_manifest(stage: Any) -> dict[str, Any]:
         "model": known.get("model"),
         "template_hash": known.get("template_hash"),
         "tokenizer_hash": known.get("tokenizer_hash"),
-        "parents": {
-            s: {"folder": p.path.name, "manifest_sha256": p.data.get("_sha256", p.sha256)}
-            for s, p in stage.parents.items()
-        },
-        "wall_s": round(time.time() - stage.started, 1),
+        "parents": {s: {"folder": p.path.name, "manifest_sha256": p.sha256} for s, p in stage.parents.items()},
+        "wall_s": round(stage.seconds, 1),
         "peak_memory_gib": machine.peak_memory_gib(),
         **machine.versions(),
     }

@@ -1,12 +1,13 @@
 """Resolve requirements.txt into ci/locks/.
 
     python ci/lock.py [cpu] [cuda] [colab]           writes those locks (all without names)
-    python ci/lock.py --check colab                  resolves again and compares; exits with 1 when the lock would change
+    python ci/lock.py --check colab                  resolves again and compares; exits with 1 when one would change
 
 cpu     without the lines marked [cuda] and without CUDA's own packages
 cuda    everything
-colab   Python 3.13 against what Colab's GPU runtime ships (ci/locks/colab-runtime.txt): torch, torchvision, numpy, ipykernel and
-        ipywidgets stay as they are, other packages of Colab's move only when they must. Holds just what is to be installed on top.
+colab   Python 3.13 against what Colab's GPU runtime ships (ci/locks/colab-runtime.txt): torch, torchvision, numpy,
+        ipykernel and ipywidgets stay as they are, other packages of Colab's move only when they must. Holds just
+        what is to be installed on top.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def current(kind: str) -> str:
 HEADERS = {
     "cpu": "# For a machine without an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
     "cuda": "# For a machine with an NVIDIA GPU. Written by ci/lock.py from requirements.txt.",
-    "colab": "# What Colab's GPU runtime needs on top of what it ships; install with --no-deps. Written by ci/lock.py from requirements.txt.",
+    "colab": "# What Colab's GPU runtime needs on top of what it ships; install with --no-deps. "
+    "Written by ci/lock.py from requirements.txt.",
 }
 
 

@@ -2,32 +2,37 @@
 
     python ci/pipeline.py [--run NAME] [--params FILE] [-p STAGE.NAME VALUE]... [--from 03] [--to 05] [--fresh]
 
-Parameter files have a section for each stage (data, sft, orpo, gguf, eval). A stage that is finished with the same parameters,
-parents and code is used again; --from runs that stage and those after it anew, --fresh all. A killed run goes on with the same command.
+Parameter files have a section for each stage (data, sft, orpo, gguf, eval). A stage that is finished with the same
+parameters, parents and code is used again; --from runs that stage and those after it anew, --fresh all. A killed run
+is resumed by the same command. What kernels write to their standard error is in runs/NAME/log.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from helpers import params, runs
+from helpers import display, machine, params, runs
 from helpers.errors import TunebookError
 
 STAGES = list(runs.FOLDERS)
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="tunebook run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", default="default", help="name of the run: its folder under runs/")
     parser.add_argument(
         "--params",
@@ -37,10 +42,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-p", dest="single", nargs=2, action="append", default=[], metavar=("STAGE.NAME", "VALUE"), help="one parameter"
     )
-    parser.add_argument(
-        "--from", dest="first", default="01", help="first notebook to run anew (01 to 05, or a stage's name)"
-    )
-    parser.add_argument("--to", dest="last", default="05", help="last notebook to run")
+    parser.add_argument("--from", dest="first", help="first notebook, run anew with those after it (01, or data)")
+    parser.add_argument("--to", dest="last", default="05", help="last notebook to run (05, or eval)")
     parser.add_argument("--fresh", action="store_true", help="run every stage anew")
     return parser.parse_args(argv)
 
@@ -48,112 +51,114 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:
-        first, last = _stage(options.first), _stage(options.last)
+        runs.run_folder(options.run)  # a bad name is refused before anything is written
+        first, last = STAGES.index(_stage(options.first or "01")), STAGES.index(_stage(options.last))
+        if first > last:
+            raise TunebookError(f"--from {options.first} comes after --to {options.last}; name them in order.")
         plan = resolve(options.params or default_params(), options.single, options.run)
-        for number, stage in enumerate(STAGES):
-            if number < STAGES.index(first):
-                runs.load(options.run, stage)
-        anew = options.fresh or options.first != "01"
-        started = time.time()
-        for stage in STAGES[STAGES.index(first) : STAGES.index(last) + 1]:
-            if not anew and (manifest := runs.is_done(stage, plan[stage])):
-                print(
-                    f"[{runs.FOLDERS[stage]}] is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
-                )
-                continue
-            anew = True
-            execute(stage, plan[stage])
-        print(f"\nThe run took {time.time() - started:.0f} s: {runs.root() / options.run}")
-        if last == "eval":
+        for stage in STAGES[:first]:
+            runs.load(options.run, stage)
+        started = time.monotonic()
+        for stage in STAGES[first : last + 1]:
+            plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
+            if manifest := runs.is_done(stage, plan[stage]):
+                done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
+                print(f"[{runs.FOLDERS[stage]}] {done}")
+            else:
+                execute(stage, plan[stage])
+        print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
+        if last == STAGES.index("eval"):
             print(summary(options.run))
     except TunebookError as error:
         print(f"\nStopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)
+        return 130
     return 0
 
 
 def default_params() -> Path:
     """cpu.yaml without a GPU, t4.yaml below compute capability 8, a100.yaml from there on."""
-    from helpers import machine
-
-    card = machine.gpu()
-    return (
-        PROJECT
-        / "ci"
-        / "params"
-        / ("cpu.yaml" if card is None else "t4.yaml" if card.capability < (8, 0) else "a100.yaml")
-    )
+    gpu = machine.gpu()
+    name = "cpu" if gpu is None else "t4" if gpu.capability < (8, 0) else "a100"
+    return PROJECT / "ci" / "params" / f"{name}.yaml"
 
 
 def resolve(file: Path, single: list[list[str]], run: str) -> dict[str, params.Params]:
     """Every stage's parameters, all checked before any work begins."""
-    import yaml
-
-    try:
-        sections = yaml.safe_load(file.read_text()) or {}
-    except FileNotFoundError:
-        raise TunebookError(
-            f"The parameter file {file} is missing; ci/params/ has {', '.join(p.name for p in sorted((PROJECT / 'ci/params').glob('*.yaml')))}."
-        ) from None
-    except yaml.YAMLError as error:
-        raise TunebookError(f"The parameter file {file} is no valid YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(sections, dict) or not all(
-        s in STAGES and isinstance(v, (dict, type(None))) for s, v in sections.items()
-    ):
-        raise TunebookError(
-            f"The parameter file {file} must have the sections {', '.join(STAGES)}, each with names and values."
-        )
-    given: dict[str, dict[str, Any]] = {s: dict(sections.get(s) or {}) for s in STAGES}
+    sections = params.read_file(file)
+    given: dict[str, dict[str, Any]] = {}
+    for stage, values in sections.items():
+        if stage not in STAGES or not isinstance(values or {}, dict):
+            expected = f"the sections {', '.join(STAGES)}, each with names and values"
+            raise TunebookError(f"The parameter file {file} has {stage!r}: {str(values)[:100]!r}; it takes {expected}.")
+        given[stage] = dict(values or {})
     for dotted, value in single:
         stage, _, name = dotted.partition(".")
         if stage not in STAGES or not name:
             raise TunebookError(
-                f"-p {dotted} names no stage; write -p STAGE.NAME VALUE with a stage out of {', '.join(STAGES)}."
+                f"-p {dotted} names no stage; write -p STAGE.NAME VALUE, the stage of {', '.join(STAGES)}."
             )
-        given[stage][name] = value
-    return {s: params.resolve(s, {**given[s], "run": run}) for s in STAGES}
+        given.setdefault(stage, {})[name] = value
+    return {stage: params.resolve(stage, {**given.get(stage, {}), "run": run}) for stage in STAGES}
 
 
 def execute(stage: str, chosen: params.Params) -> None:
     """One notebook through papermill. Its executed copy ends in the stage's folder whatever happens."""
     import papermill
 
-    name = runs.FOLDERS[stage]
+    name, run = runs.FOLDERS[stage], runs.run_folder(chosen.run)
     print(f"\n[{name}] " + ", ".join(f"{n}={v}" for n, v in chosen.changed().items()))
     _log_to_terminal()
     os.environ["TUNEBOOK_HEADLESS"] = "1"
-    output = runs.root() / chosen.run / ".executing" / f"{name}.ipynb"
+    output, log = run / ".executing" / f"{name}.ipynb", run / "log.txt"
     output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+    started = time.monotonic()
     try:
-        papermill.execute_notebook(
-            PROJECT / "notebooks" / f"{name}.ipynb",
-            output,
-            parameters=chosen.changed(),
-            kernel_name="python3",
-            progress_bar=False,
-            log_output=True,
-            cwd=str(PROJECT),
-            extra_arguments=["--IPKernelApp.log_level=40"],
-        )  # errors: it warns of TCP, which is on loopback and signed
-        runs.load(
-            chosen.run, stage, verify=False
-        )  # a notebook that ended early raises nothing, but it leaves no manifest
+        with _stderr_into(log, f"[{name}] {time.strftime('%Y-%m-%d %H:%M:%S')}"):
+            papermill.execute_notebook(
+                PROJECT / "notebooks" / f"{name}.ipynb",
+                output,
+                parameters=chosen.changed(),
+                kernel_name="python3",
+                progress_bar=False,
+                log_output=True,
+                cwd=str(PROJECT),
+                extra_arguments=[
+                    "--IPKernelApp.log_level=40"
+                ],  # errors: it warns of TCP, which is on loopback and signed
+            )
+        runs.load(chosen.run, stage, verify=False)  # one that ended early raises nothing, but it leaves no manifest
     except papermill.PapermillExecutionError as error:
-        what = (
-            error.evalue
-            if error.ename == "TunebookError"
-            else f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"
-        )
-        raise TunebookError(f"{name} failed. {what}") from None
+        what = f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"
+        raise TunebookError(f"{name} failed. {error.evalue if error.ename == 'TunebookError' else what}") from None
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         raise TunebookError(
-            f"{name}: the notebook's process died ({error}), often for lack of memory; the same command goes on "
+            f"{name}: the notebook's process died ({error}), often for lack of memory, see {log}; the same command resumes "
             "where it stopped."
         ) from None
     finally:
-        keep_executed(output, runs.folder(chosen.run, stage))
-    print(f"[{name}] finished in {time.time() - started:.0f} s")
+        keep_executed(output, run / name)
+    print(f"[{name}] finished in {display.duration(time.monotonic() - started)}")
+
+
+@contextlib.contextmanager
+def _stderr_into(log: Path, title: str) -> Iterator[None]:
+    """Send what this process and its children write to standard error into a file: a kernel that ends may add a
+    traceback.
+    """
+    with open(log, "a", encoding="utf-8") as file:
+        print(title, file=file, flush=True)
+        sys.stderr.flush()
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def keep_executed(output: Path, folder: Path) -> None:
@@ -165,17 +170,21 @@ def keep_executed(output: Path, folder: Path) -> None:
 
 def summary(run: str) -> str:
     """The closing table: execution accuracy with its interval, valid SQL and file size of every candidate."""
-    manifest = runs.load(run, "eval", verify=False)
-    lines = [f"{'':<14}{'accuracy':>9}  {'95 % interval':<15}{'valid SQL':>10}{'n':>6}{'file size':>12}"]
+    scores = runs.load(run, "eval", verify=False).metrics["candidates"]
     order = {"base": 0, "sft": 1, "orpo": 2, "merged": 3}
-    for name, score in sorted(
-        manifest.metrics["candidates"].items(), key=lambda item: (order.get(item[0], 9), item[0])
-    ):
-        size = f"{score['size_bytes'] / 1e6:.0f} MB" if score.get("size_bytes") else ""
-        lines.append(
-            f"{name:<14}{score['accuracy']:>9.1%}  {score['low']:.1%} – {score['high']:<7.1%}{score['valid']:>10.1%}{score['n']:>6}{size:>12}"
-        )
-    return "\n".join([*lines, "", f"Report: {runs.root() / run / 'report.html'}"])
+    rows = [
+        [
+            name,
+            display.percent(score["accuracy"]),
+            display.interval(score["low"], score["high"]),
+            display.percent(score["valid"]),
+            score["n"],
+            display.size(score["size_bytes"]) if score.get("size_bytes") else "",
+        ]
+        for name, score in sorted(scores.items(), key=lambda item: (order.get(item[0], 9), item[0]))
+    ]
+    header = ["", "accuracy", "95 % interval", "valid SQL", "n", "file size"]
+    return f"{display.text_table(rows, header)}\n\nReport: {runs.run_folder(run) / 'report.html'}"
 
 
 def _stage(text: str) -> str:
@@ -189,13 +198,10 @@ def _log_to_terminal() -> None:
     """papermill logs what cells print; show it as it comes, less its own chatter."""
     log = logging.getLogger("papermill")
     if not log.handlers:
+        chatter = ("Executing", "Ending Cell", "Input Notebook", "Output Notebook")
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("  %(message)s"))
-        handler.addFilter(
-            lambda record: (
-                not record.getMessage().startswith(("Executing", "Ending Cell", "Input Notebook", "Output Notebook"))
-            )
-        )
+        handler.addFilter(lambda record: not record.getMessage().startswith(chatter))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -14,9 +14,8 @@ def main() -> int:
 
     try:
         source = loading.resolve_model(loading.DEFAULT_MODEL)
-        print(
-            f"Model: {source.name} from {'its offline copy' if source.origin == 'wheel' else 'the ' + source.origin} in {source.path}"
-        )
+        place = "its offline copy" if source.origin == "wheel" else f"the {source.origin}"
+        print(f"Model: {source.name} from {place} in {source.path}")
         libraries.setup()
     except TunebookError as error:
         print(f"Set-up stopped: {error}", file=sys.stderr)

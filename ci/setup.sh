@@ -19,7 +19,7 @@ find_python() {
 
 lock=ci/locks/cpu.txt
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then lock=ci/locks/cuda.txt; fi
-wanted=$(cat "$lock" ci/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat "$lock" ci/setup.sh pyproject.toml | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up .venv from $lock (about 3 GB; one to three minutes)"
     python=$(find_python)
@@ -31,6 +31,7 @@ if [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     [ -z "${PIP_FIND_LINKS:-}" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"
     [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
     .venv/bin/uv pip install --python .venv/bin/python -r "$lock"
+    .venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation -e .  # the command tunebook
     .venv/bin/python -m ipykernel install --sys-prefix --name python3 >/dev/null
     echo "$wanted" > .venv/.installed
 fi

@@ -25,13 +25,16 @@ import pathlib
 import subprocess
 import sys
 
-_here = next((p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p / "helpers/params.py").is_file()), None)
+_places = (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
+_here = next((p for p in _places if (p / "helpers/params.py").is_file()), None)
 if "google.colab" in sys.modules:
     _here = pathlib.Path("/content/tunebook")
+    _clone = ["git", "clone", "-q", "--depth", "1", "--branch", "{tag}", "https://github.com/{repository}"]
+    _install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-r", str(_here / "ci/locks/colab.txt")]
     if not (_here / ".installed").exists():
         if not _here.exists():
-            subprocess.run(["git", "clone", "-q", "--depth", "1", "--branch", "{tag}", "https://github.com/{repository}", str(_here)], check=True)
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-r", str(_here / "ci/locks/colab.txt")], check=True)
+            subprocess.run([*_clone, str(_here)], check=True)
+        subprocess.run(_install, check=True)
         (_here / ".installed").touch()
 assert _here, "Open this notebook from inside the project's folder: helpers/ was not found above " + os.getcwd()
 os.chdir(_here)
@@ -39,7 +42,7 @@ sys.path.insert(0, str(_here))"""
 
 
 def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNode:
-    """The notebook with its shared parts as they should be: title line kept, badge below it, cells 1 and 2 replaced."""
+    """The notebook with its shared parts as they should be: title line kept, badge below, cells 1 and 2 replaced."""
     name = FOLDERS[stage]
     title, *rest = [line for line in notebook.cells[0].source.split("\n") if not line.startswith("[![Open in Colab]")]
     while rest and not rest[0].strip():

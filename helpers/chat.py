@@ -8,6 +8,7 @@ Only what ipywidgets 7.7 and 8 share is used. Answers stream in; what a model wr
 
 from __future__ import annotations
 
+import argparse
 import html
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import serve
+from helpers.display import clean
 
 REDRAW_S = 0.1  # a widget message per token would flood the notebook's connection
 BUBBLE = (
@@ -199,3 +201,32 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "", context: in
     servers = {"base": serve.start(base, context=context)} if str(base).endswith(".gguf") else {}
     servers["tuned"] = serve.start(gguf, context=context)
     return show(servers, system=system)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """A conversation in the terminal; an empty line ends it."""
+    parser = argparse.ArgumentParser(prog="tunebook chat", description="Talk to a run's export or a GGUF file.")
+    parser.add_argument("what", help="a GGUF file, a folder that holds one, or the name of a run")
+    parser.add_argument("--system", default="", help="system prompt; none takes the model's own")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer, in tokens (default 512)")
+    options = parser.parse_args(arguments)
+    try:
+        server = serve.start(options.what)
+        said = [{"role": "system", "content": options.system}] if options.system else []
+        while question := input("> ").strip():
+            said.append({"role": "user", "content": question})
+            answer = ""
+            stream = serve.client(server).chat.completions.create(
+                model=server.path.stem, messages=said, temperature=0.0, max_tokens=options.max_tokens, stream=True
+            )
+            for event in stream:
+                piece = (event.choices[0].delta.content or "") if event.choices else ""
+                answer += piece
+                print(clean(piece), end="", flush=True)
+            print()
+            said.append({"role": "assistant", "content": answer})
+    except (EOFError, KeyboardInterrupt):
+        print()
+    finally:
+        serve.stop_all()
+    return 0

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The one place for the published repository and the tag that Colab fetches; `python ci/stamp.py` writes both into
-# notebooks.
+# The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks, whose tag
+# Colab fetches, and pyproject.toml reads the version.
 REPOSITORY = "tunebook/tunebook"
-TAG = "v0.1.0"
+VERSION = "0.1.0"
+TAG = f"v{VERSION}"
 
 # Before torch is loaded: OpenMP threads that spin at every barrier cost 2 to 20 times as much wherever another process
 # has a core (seen on 2 cores); a thousand spins cost nothing on an idle machine.

@@ -13,7 +13,10 @@ import difflib
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
+
+import yaml
 
 from helpers import display
 from helpers.errors import TunebookError
@@ -337,6 +340,22 @@ def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Params:
     for name in given or {}:
         find(stage, name)
     return next(c for c in CLASSES if c.stage == stage)(**(given or {}))
+
+
+def read_file(file: str | Path) -> dict[str, Any]:
+    """Names and values out of a YAML file. Raises TunebookError for one that cannot be read or holds something else."""
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TunebookError(
+            f"The parameter file {file} cannot be read ({error.strerror}); name one such as ci/params/cpu.yaml."
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
+        said = " ".join(str(error).split())[:200]
+        raise TunebookError(f"The parameter file {file} is not valid YAML ({said}).") from None
+    if not isinstance(values or {}, dict):
+        raise TunebookError(f"{file} holds a {type(values).__name__}; expected lines of `name: value`.")
+    return values or {}
 
 
 def read_globals(stage: str, namespace: Mapping[str, Any]) -> dict[str, Any]:

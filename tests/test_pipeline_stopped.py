@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,13 +62,17 @@ def _steps(folder: Path) -> int:
         (["--params", "missing.yaml"], "missing.yaml"),
         (["--from", "07"], "07"),
         (["--from", "03"], "01_data_prep"),
+        (["--from", "05", "--to", "01"], "in order"),
+        (["--run", "../../x"], "run name '../../x'"),
+        (["--run", "a/b"], "run name 'a/b'"),
+        (["--run", "~nobody"], "run name"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence_before_any_work(runs_root, arguments, said, capsys):
     assert pipeline.main(["--run", "bad", *arguments]) == 1
     error = capsys.readouterr().err
     assert re.search(said, error) and error.count("\n") <= 2
-    assert not list(runs_root.glob("bad/0*"))
+    assert not runs_root.exists() and not (runs_root.parent / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,43 @@ def test_a_mistake_on_the_command_line_is_one_sentence_before_any_work(runs_root
 )
 def test_a_mistake_found_in_a_notebook_is_one_sentence_and_leaves_no_manifest(tmp_path, arguments, said):
     done = short_run.pipeline(tmp_path, "--run", "bad", "--to", "01", *arguments)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and said in done.stderr
+    assert done.stderr.startswith("\nStopped: ") and done.stderr.count("\n") == 2, done.stderr
+    assert "[01_data_prep]" in (tmp_path / "bad" / "log.txt").read_text()
     assert not list(tmp_path.glob("bad/*/manifest.json"))
     assert list(tmp_path.glob("bad/**/*.ipynb")), "the executed notebook is kept, failed as it is"
+
+
+@pytest.mark.parametrize("first", ["01", "1", "data", "01_data_prep"])
+def test_from_means_the_same_however_the_notebook_is_named(runs_root, first, monkeypatch, capsys):
+    executed = []
+    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.again)))
+    monkeypatch.setattr(runs, "is_done", lambda stage, chosen: None if chosen.again else Finished())
+    assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--from", first, "--to", "02"]) == 0
+    assert executed == [("data", True), ("sft", True)]
+    assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--to", "02"]) == 0
+    assert len(executed) == 2 and capsys.readouterr().out.count("is done already") == 2
+
+
+class Finished:
+    def __init__(self):
+        self.data = {"finished_at": "today"}
+
+
+def test_what_a_kernel_writes_to_its_standard_error_is_in_the_log_and_not_on_the_terminal(tmp_path, capfd):
+    log = tmp_path / "log.txt"
+    code = "import os; os.write(2, b'Traceback: Socket operation on non-socket')"
+    with pytest.raises(KeyError), pipeline._stderr_into(log, "[01]"):
+        subprocess.run([sys.executable, "-c", code], check=True)
+        raise KeyError
+    print("ours", file=sys.stderr)
+    subprocess.run([sys.executable, "-c", "import os; os.write(2, b'after')"], check=True)
+    assert "non-socket" in log.read_text() and capfd.readouterr().err == "ours\nafter"
+
+
+@pytest.mark.parametrize("text", ["data: {a: 1\n", "- 1", "data: 3", "nosuch: {}", "a: 2026-99-99", "\xff", "[" * 3000])
+def test_a_parameter_file_that_is_not_one_is_named_in_one_error_message(tmp_path, runs_root, text, capsys):
+    (tmp_path / "file.yaml").write_bytes(text.encode("latin-1"))
+    assert pipeline.main(["--run", "r", "--params", str(tmp_path / "file.yaml")]) == 1
+    error = capsys.readouterr().err
+    assert "file.yaml" in error and error.count("\n") == 2 and len(error) < 600

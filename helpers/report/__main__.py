@@ -7,13 +7,13 @@ from helpers import report
 from helpers.errors import TunebookError
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.report", description="Write a run's report and model card, or compare runs."
     )
     parser.add_argument("runs", nargs="+", help="one run for its report, several for a comparison")
     parser.add_argument("--out", default="", help="where the comparison goes (default runs/compare.html)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         print(
             report.compare(options.runs, options.out or None)

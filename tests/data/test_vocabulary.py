@@ -59,16 +59,6 @@ def test_tokens_per_character_beside_a_second_tokenizer(tokenizer, bytewise):
 def test_chinese_costs_more_tokens_under_an_english_tokenizer(tokenizer, bytewise):
     found = vocabulary.report(tokenizer, ["我喜欢在北京的公园里散步。" * 5], bytewise)
     assert found["this"]["tokens_per_character"] > 1 and found["other"]["tokens_per_character"] == pytest.approx(3.0)
-    assert found["candidates"] == [], "a run of Chinese characters is no word"
-
-
-def test_candidates_are_words_in_many_pieces_and_what_they_save_is_true(smollm2, own):
-    found = vocabulary.report(own, TEXTS)
-    best = found["candidates"][0]
-    assert best["word"] == "Brahmaputra" and best["count"] == 40 and best["pieces"] >= 3
-    vocabulary.add_tokens(None, own, best["word"])
-    after = vocabulary.report(own, TEXTS)["this"]["tokens"]
-    assert 1 - after / found["this"]["tokens"] == pytest.approx(best["saves"], abs=0.002)
 
 
 def test_empty_data_is_refused(tokenizer):
@@ -119,7 +109,8 @@ def test_the_same_list_gives_the_same_ids_with_or_without_a_model(smollm2, own, 
     alone = load_tokenizer(smollm2)
     assert vocabulary.add_tokens(None, alone, TOKENS) == vocabulary.add_tokens(tiny, own, TOKENS)
     assert tokenizer_hash(alone) == tokenizer_hash(own)
-    assert vocabulary.added_since(load_tokenizer(smollm2), own) == ["Brahmaputra", "kilohertz", "<|sql|>"]
+    added = set(own.get_vocab()) - set(load_tokenizer(smollm2).get_vocab())
+    assert sorted(added, key=own.get_vocab().get) == ["Brahmaputra", "kilohertz", "<|sql|>"]
 
 
 @pytest.mark.parametrize(

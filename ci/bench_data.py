@@ -92,7 +92,7 @@ class Words:
 def near(rows: int) -> None:
     """Documents of 150 words, one in twenty planted again with changed words so that its Jaccard similarity is 0.9 on average."""
     from helpers.data import dedup
-    from helpers.data.tables import BATCH_ROWS
+    from helpers.data.turns import BATCH_ROWS
 
     words = Words(1)
     texts = [words.text(150) for _ in range(rows)]
@@ -142,7 +142,8 @@ def sets(text: str) -> set[tuple[str, ...]]:
 def injection(rows: int) -> None:
     """Questions planted in training rows: wrapped anew, in capitals, with other punctuation; and how many rows are flagged without cause."""
     from helpers.data import decontamination
-    from helpers.data.tables import StepReport, batches, make_row
+    from helpers.data.tables import StepReport
+    from helpers.data.turns import batches, make_row
 
     words = Words(2)
     chat = lambda question, at: make_row(
@@ -175,7 +176,7 @@ def rendering(rows: int) -> None:
     from datasets import Dataset, disable_caching, disable_progress_bars
     from helpers.data import chat_template as templates
     from helpers.data.labels import Encoder
-    from helpers.data.tables import batches, make_row
+    from helpers.data.turns import batches, make_row
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
 
     disable_caching()

@@ -10,7 +10,8 @@ import helpers.data.labels
 from helpers.data import chat_template as templates
 from helpers.data.labels import Encoder
 from helpers.data.lengths import Fitter, choices, expanded, propose
-from helpers.data.tables import Rejects, make_row
+from helpers.data.tables import Rejects
+from helpers.data.turns import make_row
 from helpers.errors import TunebookError
 
 QWEN = (  # rewrites earlier turns without their thinking, as Qwen3's does

@@ -3,7 +3,8 @@
 import pytest
 
 from helpers.data import cleaning as clean
-from helpers.data.tables import StepReport, batches, make_row, text_of
+from helpers.data.tables import StepReport
+from helpers.data.turns import batches, make_row, text_of
 from helpers.errors import TunebookError
 
 

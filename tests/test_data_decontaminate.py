@@ -6,7 +6,8 @@ import random
 import pytest
 
 from helpers.data import decontamination as d
-from helpers.data.tables import StepReport, batches, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import batches, make_row
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(3_000)]
 HAN = [chr(code) for code in range(0x4E00, 0x5A00)]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from helpers.data import dedup, shingles
-from helpers.data.tables import StepReport, Table, batches, make_row
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import batches, make_row
 from helpers.worker import Forked
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(5_000)]

@@ -6,8 +6,9 @@ import zipfile
 import pytest
 
 from helpers.data import documents
-from helpers.data.reading import read
+from helpers.data.sources import read
 from helpers.data.tables import Rejects
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
 SENTENCE = "The river runs through {} countries and many people live on its banks. "
@@ -167,11 +168,11 @@ def test_short_documents_are_dropped_and_counted_and_large_ones_refused(tmp_path
 def test_a_reader_that_hangs_or_dies_costs_one_document(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.docx").write_bytes(docx())
     assert "Rivers" in documents.read(tmp_path / "a.docx")
-    documents._reader.process.kill()
-    documents._reader.process.wait()
+    documents.reader().process.kill()
+    documents.reader().process.wait()
     assert "Rivers" in documents.read(tmp_path / "a.docx")  # a new one was started
     monkeypatch.setattr(documents, "SECONDS", 0.0)
-    with pytest.raises(documents.Unreadable, match=r"too long to read|reader died"):
+    with pytest.raises(RowError, match=r"too long to read|reader died"):
         documents.read(tmp_path / "a.docx")
     monkeypatch.setattr(documents, "SECONDS", 60)
     assert "Rivers" in documents.read(tmp_path / "a.docx")

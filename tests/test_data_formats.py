@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from helpers.data import formats, sources
-from helpers.data.formats import RowError, convert, detect
-from helpers.data.reading import named_shape, read
+from helpers.data.formats import convert, detect, named_shape
+from helpers.data.sources import read
 from helpers.data.tables import Rejects
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
 
@@ -317,14 +318,14 @@ def test_every_form_of_a_preference_pair_gives_the_same_row(record):
 
 def test_pairs_of_longer_conversations_are_cut_where_they_part_ways():
     shared = turns(("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q"))
-    (part,) = convert({"chosen": shared + GOOD, "rejected": shared + BAD}, formats.DEFAULTS["preference"])
+    (part,) = convert({"chosen": shared + GOOD, "rejected": shared + BAD}, named_shape("preference"))
     assert (part["messages"], part["chosen"], part["rejected"]) == (shared, GOOD, BAD)
     with pytest.raises(RowError, match="same answer twice"):
-        convert({"prompt": "q", "chosen": "a", "rejected": "a"}, formats.DEFAULTS["preference"])
+        convert({"prompt": "q", "chosen": "a", "rejected": "a"}, named_shape("preference"))
     with pytest.raises(RowError, match="no question"):
         convert(
             {"chosen": turns(("user", "x")) + GOOD, "rejected": turns(("user", "y")) + BAD},
-            formats.DEFAULTS["preference"],
+            named_shape("preference"),
         )
 
 
@@ -334,7 +335,7 @@ def test_kto_rows_keep_their_label_and_a_missing_one_is_rejected():
     )
     assert part["kind"] == "kto" and part["label"] is False
     with pytest.raises(RowError, match="no label"):
-        convert({"prompt": "q", "completion": "a", "label": "yes"}, formats.DEFAULTS["kto"])
+        convert({"prompt": "q", "completion": "a", "label": "yes"}, named_shape("kto"))
 
 
 def test_context_questions_may_have_no_answer_in_their_text():
@@ -375,4 +376,4 @@ def test_a_wrong_mapping_says_which_columns_were_seen_and_which_were_wanted(tmp_
 
 def test_other_columns_travel_along_unused():
     record = {"instruction": "q", "output": "a", "origin": "hand", "score": 0.5}
-    assert set(record) - set(detect(record).columns().values()) == {"origin", "score"}
+    assert set(record) - set(detect(record).columns.values()) == {"origin", "score"}

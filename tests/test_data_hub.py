@@ -26,7 +26,7 @@ configs:
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 READ = """
 import json, sys
-from helpers.data.reading import read
+from helpers.data.sources import read
 from helpers.data.tables import Rejects
 from helpers.errors import TunebookError
 for spec in sys.argv[2:]:

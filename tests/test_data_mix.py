@@ -5,7 +5,8 @@ import random
 import pytest
 
 from helpers.data.mixing import Source, mix
-from helpers.data.tables import StepReport, Table, batches, make_row
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
 
 

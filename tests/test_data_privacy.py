@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from helpers.data import privacy, toxicity
-from helpers.data.tables import StepReport, batches, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
 
 

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from helpers.data import sources
-from helpers.data.reading import read
-from helpers.data.tables import Rejects, Table, batches, make_row
+from helpers.data.sources import read
+from helpers.data.tables import Rejects, Table
+from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(5)]
@@ -193,13 +194,13 @@ def test_too_many_broken_rows_stop_the_job_with_the_share_the_reason_and_the_fir
 
 
 def test_a_line_of_ten_megabytes_is_read_and_one_without_end_is_rejected(tmp_path, monkeypatch):
-    from helpers.data import readers, streams
+    from helpers.data import files
 
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"instruction": "a", "output": "b" * 10_000_000}) + "\n" + GOOD + "\n")
     reading, rejects = rejected(path)
     assert len(reading.table) == 2 and not rejects.invalid
-    for module in (readers, streams):
+    for module in (files,):
         monkeypatch.setattr(module, "MAX_LINE", 2**20)
     reading, rejects = rejected(path)
     assert len(reading.table) == 1 and dict(rejects.invalid) == {"line too long": 1}
@@ -222,9 +223,9 @@ def test_a_file_that_ends_too_early_gives_the_rows_before_and_says_so(tmp_path, 
 
 
 def test_a_gzip_bomb_stops_being_unpacked(tmp_path, monkeypatch):
-    from helpers.data import streams
+    from helpers.data import files
 
-    monkeypatch.setattr(streams, "MAX_UNPACKED", 2**20)
+    monkeypatch.setattr(files, "MAX_UNPACKED", 2**20)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress((GOOD + "\n").encode() + b"\n" * 5_000_000))
     reading, rejects = rejected(tmp_path / "bomb.jsonl.gz")
     assert len(reading.table) == 1 and "unpacks to more than 1000 times" in rejects.first["file ends early"]["detail"]
@@ -288,7 +289,7 @@ def test_a_hub_id_carries_revision_subset_and_split():
 
 
 def test_a_hub_set_that_cannot_be_had_ends_with_a_sentence():
-    with pytest.raises(TunebookError, match=r"could not be loaded.*Check the name"):
+    with pytest.raises(TunebookError, match=r"could not be loaded.*HF_HUB_OFFLINE is set"):
         read("nobody/no-such-set-anywhere", Rejects())
 
 

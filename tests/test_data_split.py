@@ -6,7 +6,8 @@ import pytest
 
 from helpers.data.dedup import near_duplicate_groups
 from helpers.data.split import SPLITS, Groups, pairs_of, split, split_of
-from helpers.data.tables import Table, make_row
+from helpers.data.tables import Table
+from helpers.data.turns import make_row
 from helpers.errors import TunebookError
 
 GOLDEN = ["train", "train", "train", "test", "train", "train", "test", "train", "train", "train"]

@@ -6,7 +6,8 @@ from typing import Any
 
 from helpers.data import mixing
 from helpers.data import vocabulary as words
-from helpers.data.tables import Row, Table, answer_of, text_of
+from helpers.data.tables import Table
+from helpers.data.turns import Row, answer_of, text_of
 from helpers.display import Html, table
 from helpers.errors import TunebookError
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.data.formats import RowError
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
 PROBE_SECONDS = 10

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from helpers.data.shingles import shingles
-from helpers.data.tables import Row, StepReport, Table, answer_of, map_contents, text_of
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import Row, answer_of, map_contents, text_of
 from helpers.errors import TunebookError
 
 MIN_LETTERS_FOR_LANGUAGE = 20  # below, py3langid guesses; Chinese says in 20 characters what English says in 60

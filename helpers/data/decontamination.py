@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from helpers.data.shingles import contains, shingles, tokens
-from helpers.data.tables import Row, StepReport, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import Row, make_row
 
 GRAM = 8
 SHARE = 0.5

@@ -23,8 +23,9 @@ from typing import BinaryIO
 import numpy as np
 
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
-from helpers.data.tables import Row, StepReport, Table
-from helpers.data.tables import shown as shown_text
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import Row
+from helpers.data.turns import shown as shown_text
 from helpers.worker import Forked
 
 BANDS, BAND_ROWS = 8, 5

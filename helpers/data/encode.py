@@ -111,7 +111,7 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
 def watched(rows: Table, label: str) -> Any:
     """The table's batches, with a progress bar where there are so many that somebody waits for them."""
     from helpers import machine
-    from helpers.data.tables import BATCH_ROWS
+    from helpers.data.turns import BATCH_ROWS
 
     return machine.progress(rows, label, -(-len(rows) // BATCH_ROWS)) if len(rows) > WATCHED_ROWS else rows
 

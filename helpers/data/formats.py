@@ -1,418 +1,316 @@
-"""Shapes of training rows, recognised or named, each turned into the one row of `helpers.data.tables`.
+"""Shapes of records, recognised, named or described, each turned into the parts of a row of `helpers.data.turns`.
 
-Nine shapes: alpaca, sharegpt, messages (OpenAI), prompt_completion, text, preference, kto, context_qa (a question about
-a given text, with unanswerable ones) and whatever `dataset_info.json` describes. `auto` looks at every record by itself,
-so one file may hold several shapes. A record that fits none, or lacks an answer, raises `RowError` and is counted.
+Eight shapes: alpaca, sharegpt, messages (OpenAI), prompt_completion, text, preference, kto and context_qa (a question
+about a given text, with unanswerable ones), and what a LLaMA-Factory `dataset_info.json` describes. `auto` looks at
+every record by itself: one file may hold several shapes. A record that fits none, or lacks an answer, raises RowError.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from helpers.data.turns import SPELLINGS, RowError, Turn, as_text, checked, kind_of, pair, read_turns, tools_of
+from helpers.errors import TunebookError
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference", "kto", "context_qa")
 UNANSWERABLE = "The text does not say."
+Record = Mapping[str, Any]
 
-# Column names that mean the same thing, the most specific first.
-PROMPT = ("instruction", "question", "query", "prompt", "problem", "user", "inputs")
-RESPONSE = (
-    "output",
-    "response",
-    "answer",
-    "answers",
-    "completion",
-    "sql",
-    "target",
-    "solution",
-    "assistant",
-    "targets",
-)
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
-TEXT = ("text", "raw_content", "content", "document", "body")
-SYSTEM = ("system", "system_prompt")
-CONTEXT = ("context", "article", "passage")
-CHOSEN = ("chosen", "chosen_response", "preferred")
-REJECTED = ("rejected", "rejected_response", "dispreferred", "non_preferred")
-LABEL = ("label", "kto_tag")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "function_call": "function_call",
-    "tool_call": "function_call",
+# Part → column names that mean it, the most specific first.
+SYNONYMS = {
+    "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs"),
+    "response": ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "targets"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "text": ("text", "raw_content", "content", "document", "body"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+    "context": ("context", "article", "passage"),
+    "chosen": ("chosen", "chosen_response", "preferred"),
+    "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred"),
+    "label": ("label", "kto_tag"),
 }
-
-
-class RowError(Exception):
-    """One record cannot be used. reason: a few fixed words to count by; detail: what was seen and what was wanted."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+# The parts that a user's `columns` may name.
+PARTS = (
+    "prompt",
+    "query",
+    "response",
+    "history",
+    "system",
+    "messages",
+    "tools",
+    "chosen",
+    "rejected",
+    "label",
+    "context",
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Which column plays which part, and how roles are spelt. "" means that no column does."""
+    """Which column plays which part, and how roles are written. `shape["prompt"]` is a part's column, "" for none."""
 
     format: str
-    prompt: str = ""
-    query: str = ""
-    response: str = ""
-    history: str = ""
-    system: str = ""
-    messages: str = ""
-    tools: str = ""
-    chosen: str = ""
-    rejected: str = ""
-    label: str = ""
-    context: str = ""
-    roles: tuple[tuple[str, str], ...] = tuple(ROLES.items())
+    columns: Mapping[str, str]
+    spellings: Mapping[str, str] = field(default_factory=lambda: SPELLINGS)
     role_tag: str = ""
     content_tag: str = ""
     unanswerable: str = UNANSWERABLE
     exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
 
-    def columns(self) -> dict[str, str]:
-        """Part → column, for the parts that have one."""
-        parts = (
-            "prompt",
-            "query",
-            "response",
-            "history",
-            "system",
-            "messages",
-            "tools",
-            "chosen",
-            "rejected",
-            "label",
-            "context",
-        )
-        return {part: getattr(self, part) for part in parts if getattr(self, part)}
+    def __getitem__(self, part: str) -> str:
+        return self.columns.get(part, "")
 
     def wanted(self) -> str:
         """The columns a record must have, for error messages."""
-        must = {
-            "alpaca": (self.prompt, self.response),
-            "context_qa": (self.context, self.prompt),
-            "text": (self.prompt,),
-            "preference": (self.prompt or self.messages, self.chosen, self.rejected),
-            "prompt_completion": (self.prompt, self.response),
-            "kto": (self.messages or self.prompt, "" if self.messages else self.response, self.label),
-        }.get(self.format, (self.messages,))
-        return ", ".join(repr(column) for column in must if column)
+        asked = ("messages",) if self["messages"] else ("context", "prompt", "response")
+        return ", ".join(repr(self[part]) for part in (*asked, "chosen", "rejected", "label") if self[part])
+
+    def turns(self, value: Any) -> list[Turn]:
+        return read_turns(value, self.spellings, self.role_tag, self.content_tag)
+
+    def __str__(self) -> str:
+        return self.format + ": " + ", ".join(f"{part}={column}" for part, column in self.columns.items() if column)
 
 
+SYSTEM = {"system": "system", "tools": "tools"}
 DEFAULTS = {
-    "alpaca": Shape(
-        "alpaca",
-        prompt="instruction",
-        query="input",
-        response="output",
-        history="history",
-        system="system",
-        tools="tools",
-    ),
-    "sharegpt": Shape("sharegpt", messages="conversations", system="system", tools="tools"),
-    "messages": Shape("messages", messages="messages", system="system", tools="tools"),
-    "prompt_completion": Shape(
-        "prompt_completion", prompt="prompt", response="completion", system="system", tools="tools"
-    ),
-    "text": Shape("text", prompt="text"),
-    "preference": Shape(
-        "preference", prompt="prompt", chosen="chosen", rejected="rejected", system="system", tools="tools"
-    ),
-    "kto": Shape("kto", prompt="prompt", response="completion", label="label", system="system", tools="tools"),
-    "context_qa": Shape("context_qa", prompt="question", response="answer", context="context", system="system"),
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", **SYSTEM},
+    "sharegpt": {"messages": "conversations", **SYSTEM},
+    "messages": {"messages": "messages", **SYSTEM},
+    "prompt_completion": {"prompt": "prompt", "response": "completion", **SYSTEM},
+    "text": {"prompt": "text"},
+    "preference": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", **SYSTEM},
+    "kto": {"prompt": "prompt", "response": "completion", "label": "label", **SYSTEM},
+    "context_qa": {"prompt": "question", "response": "answer", "context": "context", "system": "system"},
 }
 
 
-def first(names: tuple[str, ...], columns: Mapping[str, Any]) -> str:
-    """The first of `names` that is a column with something in it."""
-    return next((name for name in names if columns.get(name) is not None), "")
+# ---------------------------------------------------------------- which shape
 
 
-def adapt(shape: Shape, record: Mapping[str, Any]) -> Shape:
+def named_shape(format: str, columns: str = "", unanswerable: str = UNANSWERABLE) -> Shape | None:
+    """The shape that `format` and `columns` ("prompt=question,response=sql") name; None for "auto" alone."""
+    chosen = {}
+    for text in filter(None, (text.strip() for text in columns.split(","))):
+        part, _, column = (piece.strip() for piece in text.partition("="))
+        if part not in PARTS or not column:
+            known = ", ".join(PARTS)
+            raise TunebookError(f"columns has {text!r}; part=column pairs with commas between; parts are {known}.")
+        chosen[part] = column
+    if format == "auto":
+        if not chosen:
+            return None
+        telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
+        telling |= {"response": "alpaca"}
+        format = next((name for part, name in telling.items() if part in chosen), "text")
+    return Shape(format, {**DEFAULTS[format], **chosen}, unanswerable=unanswerable)
+
+
+def described_shape(described: dict[str, Any]) -> Shape:
+    """The shape of an entry of LLaMA-Factory's dataset_info.json.
+
+    An entry's `columns` replaces the whole default mapping: a column that it does not list plays no part, even when the
+    file has it (`{"prompt", "response"}` leaves `input` out). That is how LLaMA-Factory reads it; `tags` likewise.
+    Format: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
+    """
+    given, tags, formatting = described.get("columns"), described.get("tags"), described.get("formatting", "alpaca")
+    if given is None:
+        given = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+    column = {part: given.get("kto_tag" if part == "label" else part) or "" for part in PARTS}
+    kind = "kto" if column["label"] else formatting.replace("openai", "messages")
+    parts = ["prompt", "query", "response", "history"] if formatting == "alpaca" else ["messages"]
+    parts += ["system", "tools", "label"]
+    if described.get("ranking"):
+        kind = "preference"
+        parts = ["chosen", "rejected", *(part for part in parts if part not in ("response", "label"))]
+    elif formatting == "alpaca" and not column["response"]:
+        kind, parts = "text", ["prompt"]
+    columns = {part: column[part] for part in parts}
+    if formatting == "alpaca":
+        return Shape(kind, columns, exact=True)
+    columns["messages"] = columns["messages"] or "conversations"
+    if tags is None and formatting == "openai":
+        return Shape(kind, columns, role_tag="role", content_tag="content", exact=True)
+    if tags is None:
+        tags = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation"}
+        tags |= {"function_tag": "function_call", "system_tag": "system"}
+    meanings = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
+    spellings = {tags[f"{tag}_tag"]: role for tag, role in meanings.items() if tags.get(f"{tag}_tag")}
+    spellings.setdefault(tags.get("system_tag") or "system", "system")
+    role_tag, content_tag = tags.get("role_tag") or "from", tags.get("content_tag") or "value"
+    return Shape(kind, columns, spellings, role_tag, content_tag, exact=True)
+
+
+def first(part: str, record: Record) -> str:
+    """The first column that means `part` and has something in it."""
+    return next((name for name in SYNONYMS[part] if record.get(name) is not None), "")
+
+
+def adapt(shape: Shape, record: Record) -> Shape:
     """A named format with each missing default column replaced by a synonym that the record does have."""
-    synonyms = {
-        "prompt": TEXT if shape.format == "text" else PROMPT,
-        "response": RESPONSE,
-        "messages": MESSAGES,
-        "context": CONTEXT,
-        "system": SYSTEM,
-        "chosen": CHOSEN,
-        "rejected": REJECTED,
-        "label": LABEL,
-    }
-    found = {}
-    for part, names in synonyms.items():
-        column = getattr(shape, part)
-        if column and record.get(column) is None and (other := first(names, record)):
-            found[part] = other
-    if shape.format in ("preference", "kto") and record.get(found.get("prompt", shape.prompt)) is None:
-        found["messages"] = first(MESSAGES, record)
-    return replace(shape, **found) if found else shape
+    found = dict(shape.columns)
+    for part, column in shape.columns.items():
+        meant = "text" if part == "prompt" and shape.format == "text" else part
+        if meant in SYNONYMS and record.get(column) is None:
+            found[part] = first(meant, record) or column
+    if shape.format in ("preference", "kto") and record.get(found["prompt"]) is None:
+        found["messages"] = first("messages", record)
+    return replace(shape, columns=found)
 
 
-def detect(record: Mapping[str, Any]) -> Shape | None:
+def detect(record: Record) -> Shape | None:
     """The shape of one record by its non-empty columns and their types; None when nothing fits."""
-    chosen, rejected, messages = first(CHOSEN, record), first(REJECTED, record), first(MESSAGES, record)
-    system, tools = first(SYSTEM, record), first(("tools", "functions"), record)
-    prompt, response = first(PROMPT, record), first(RESPONSE, record)
-    label = next((name for name in LABEL if isinstance(record.get(name), bool)), "")
-    common = {"system": system, "tools": tools}
-    if chosen and rejected:
-        return Shape(
-            "preference",
-            prompt=prompt,
-            messages="" if prompt else messages,
-            chosen=chosen,
-            rejected=rejected,
-            query="input" if prompt == "instruction" else "",
-            **common,
-        )
-    if messages and isinstance(record[messages], (list, tuple)):
-        head = next((m for m in record[messages] if isinstance(m, Mapping)), {})
+    column = {part: first(part, record) for part in SYNONYMS}
+    prompt, response, messages = column["prompt"], column["response"], column["messages"]
+    label = next((name for name in SYNONYMS["label"] if isinstance(record.get(name), bool)), "")
+    query = "input" if prompt == "instruction" and "input" in record else ""
+
+    def shape(format: str, *parts: str, **others: str) -> Shape:
+        return Shape(format, {part: column[part] for part in (*parts, "system", "tools")} | others)
+
+    if column["chosen"] and column["rejected"]:
+        return shape("preference", "prompt" if prompt else "messages", "chosen", "rejected", query=query)
+    if messages and (isinstance(record[messages], (list, tuple)) or is_json_list(record[messages])):
         if label:
-            return Shape("kto", messages=messages, label=label, **common)
-        return Shape("sharegpt" if "from" in head else "messages", messages=messages, **common)
+            return shape("kto", "messages", label=label)
+        head = next((message for message in record[messages] if isinstance(message, Mapping)), {})
+        return shape("sharegpt" if "from" in head else "messages", "messages")
     if label and prompt and response:
-        return Shape("kto", prompt=prompt, response=response, label=label, **common)
-    context = first(CONTEXT, record)
-    if context and any(name in record for name in ("question", "unanswerable_question")):
-        return Shape(
-            "context_qa",
-            prompt="question",
-            response=first(("answer", "answers", "response", "output"), record) or "answer",
-            context=context,
-            system=system,
-        )
+        return shape("kto", "prompt", "response", label=label)
+    if column["context"] and ("question" in record or "unanswerable_question" in record):
+        answers = ("answer", "answers", "response", "output")
+        answer = next((name for name in answers if record.get(name) is not None), "answer")
+        return shape("context_qa", "context", prompt="question", response=answer, tools="")
     if (prompt and isinstance(record[prompt], (list, tuple))) or (prompt, response) == ("prompt", "completion"):
-        return Shape("prompt_completion", prompt=prompt, response=response or "completion", **common)
-    if prompt and (response or any(name in record for name in RESPONSE)):
-        answer = response or next(name for name in RESPONSE if name in record)
-        query = "input" if prompt == "instruction" and "input" in record else ""
-        return Shape(
-            "alpaca",
-            prompt=prompt,
-            query=query,
-            response=answer,
-            history="history" if "history" in record else "",
-            **common,
-        )
+        return shape("prompt_completion", "prompt", response=response or "completion")
+    if prompt and (answer := response or next((name for name in SYNONYMS["response"] if name in record), "")):
+        return shape("alpaca", "prompt", query=query, response=answer, history="history" if "history" in record else "")
     if response and isinstance(record.get("input"), str):
-        return Shape("alpaca", prompt="input", response=response, **common)
-    if text := first(TEXT, record):
-        return Shape("text", prompt=text)
-    return None
+        return shape("alpaca", "response", prompt="input")
+    return Shape("text", {"prompt": column["text"]}) if column["text"] else None
 
 
-def convert(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]:
+def is_json_list(value: Any) -> bool:
+    """Whether a text is the JSON of a list of objects, as CSV and parquet files hold conversations."""
+    return isinstance(value, str) and value.startswith("[{")
+
+
+# ---------------------------------------------------------------- a record's parts
+
+
+def convert(record: Record, shape: Shape) -> list[dict[str, Any]]:
     """The parts of the row (or rows: context_qa may hold two questions) that a record of this shape makes.
 
     Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`.
     Raises RowError with the reason when the record does not fit the shape, or has no answer.
     """
-    from helpers.data import conversations as talk
-
     if shape.format == "text":
-        value = text(record, shape.prompt, shape)
-        if not value.strip():
-            raise RowError("empty text", f"column {shape.prompt!r} is empty")
-        return [{"kind": "text", "messages": [{"role": "text", "content": value}]}]
+        text = as_text(need(record, shape["prompt"], shape), shape["prompt"])
+        if not text.strip():
+            raise RowError("empty text", f"column {shape['prompt']!r} is empty")
+        return [{"kind": "text", "messages": [{"role": "text", "content": text}]}]
     if shape.format == "context_qa":
         return _context_qa(record, shape)
-    tools = talk.tools_of(record.get(shape.tools)) if shape.tools else None
-    if shape.format == "preference" or (shape.chosen and shape.rejected):
-        return [{**_preference(record, shape), "tools": tools}]
-    messages = _prompt(record, shape)
-    if shape.label:
-        label = record.get(shape.label)
-        if not isinstance(label, bool):
-            raise RowError("no label", f"column {shape.label!r} holds {kind_of(label)}; true or false was expected")
-        return [
-            {"kind": "kto", "messages": talk.checked(messages + _answer(record, shape)), "tools": tools, "label": label}
-        ]
-    return [{"kind": "sft", "messages": talk.checked(messages + _answer(record, shape)), "tools": tools}]
+    tools = tools_of(record.get(shape["tools"])) if shape["tools"] else None
+    if shape.format == "preference":
+        sides = [_side(need(record, shape[side], shape), shape, side) for side in ("chosen", "rejected")]
+        asked = shape["messages"] or (shape["prompt"] and record.get(shape["prompt"]) is not None)
+        prompt, chosen, rejected = pair(_prompt(record, shape) if asked else [], *sides)
+        return [{"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}]
+    turns = _prompt(record, shape)
+    if not shape["messages"] and shape["response"]:
+        value = record.get(shape["response"])
+        if value is None or value == "" or value == []:
+            state = "is not there" if shape["response"] not in record else "is empty"
+            raise RowError("no answer", f"column {shape['response']!r} {state}; columns seen: {seen(record)}")
+        turns += _side(value, shape, "response")
+    if not shape["label"]:
+        return [{"kind": "sft", "messages": checked(turns), "tools": tools}]
+    label = record.get(shape["label"])
+    if not isinstance(label, bool):
+        raise RowError("no label", f"column {shape['label']!r} holds {kind_of(label)}; true or false was expected")
+    return [{"kind": "kto", "messages": checked(turns), "tools": tools, "label": label}]
 
 
-def _prompt(record: Mapping[str, Any], shape: Shape) -> list[dict]:
+def _side(value: Any, shape: Shape, part: str) -> list[Turn]:
+    """An answer: its text, a message, or a list of messages."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return shape.turns([value] if isinstance(value, Mapping) else value)
+    return [{"role": "assistant", "content": as_text(value, shape[part])}]
+
+
+def _prompt(record: Record, shape: Shape) -> list[Turn]:
     """The system prompt, the history and the question."""
-    from helpers.data import conversations as talk
-
-    messages: list[dict] = []
-    if shape.messages:
-        messages = talk.read_messages(need(record, shape.messages, shape), shape)
-    elif shape.prompt and isinstance(record.get(shape.prompt), (list, tuple)):
-        messages = talk.read_messages(record[shape.prompt], shape)
+    turns: list[Turn] = []
+    if shape["messages"]:
+        turns = shape.turns(need(record, shape["messages"], shape))
+    elif isinstance(question := need(record, shape["prompt"], shape), (list, tuple)):
+        turns = shape.turns(question)
     else:
-        history = (record.get(shape.history) if shape.history else None) or []
+        history = (record.get(shape["history"]) if shape["history"] else None) or []
         if not isinstance(history, (list, tuple)):
             raise RowError(
-                "broken history",
-                f"{shape.history!r} is {kind_of(history)}; a list of question and answer pairs was expected",
+                "broken history", f"{shape['history']!r} is {kind_of(history)}; a list of pairs was expected"
             )
-        for turn in history:
-            if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-                raise RowError(
-                    "broken history",
-                    f"a turn of {shape.history!r} is {kind_of(turn)}; pairs of question and answer were expected",
-                )
-            messages += [
-                {"role": "user", "content": as_text(turn[0], shape.history)},
-                {"role": "assistant", "content": as_text(turn[1], shape.history)},
-            ]
-        need(record, shape.prompt, shape)
-        question = [
-            text(record, column, shape) for column in (shape.prompt, shape.query) if column and record.get(column)
-        ]
-        if not any(part.strip() for part in question):
-            raise RowError("no question", f"column {shape.prompt!r} is empty")
-        messages.append({"role": "user", "content": "\n".join(question)})
-    system = record.get(shape.system) if shape.system else None
-    if system and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": as_text(system, shape.system)})
-    return messages
+        for said in history:
+            if not isinstance(said, (list, tuple)) or len(said) != 2:
+                found = f"a turn of {shape['history']!r} is {kind_of(said)}"
+                raise RowError("broken history", f"{found}; pairs of question and answer were expected")
+            turns.append({"role": "user", "content": as_text(said[0], shape["history"])})
+            turns.append({"role": "assistant", "content": as_text(said[1], shape["history"])})
+        asked = [column for column in (shape["prompt"], shape["query"]) if column and record.get(column)]
+        text = "\n".join(as_text(record[column], column) for column in asked)
+        if not text.strip():
+            raise RowError("no question", f"column {shape['prompt']!r} is empty")
+        turns.append({"role": "user", "content": text})
+    system = record.get(shape["system"]) if shape["system"] else None
+    if system and not (turns and turns[0]["role"] == "system"):
+        turns.insert(0, {"role": "system", "content": as_text(system, shape["system"])})
+    return turns
 
 
-def _answer(record: Mapping[str, Any], shape: Shape) -> list[dict]:
-    from helpers.data import conversations as talk
-
-    if not shape.response or shape.messages:
-        return []
-    value = record.get(shape.response)
-    if value is None or value == "" or value == []:
-        missing = "is not there" if shape.response not in record else "is empty"
-        raise RowError("no answer", f"column {shape.response!r} {missing}; columns seen: {seen(record)}")
-    if isinstance(value, (list, tuple, Mapping)):
-        return talk.read_messages(value if isinstance(value, (list, tuple)) else [value], shape)
-    return [{"role": "assistant", "content": as_text(value, shape.response)}]
-
-
-def _preference(record: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """Prompt, chosen and rejected: texts, messages, or whole conversations that begin with the same prompt."""
-    from helpers.data import conversations as talk
-
-    answers = {}
-    for part in ("chosen", "rejected"):
-        value = need(record, getattr(shape, part), shape)
-        if isinstance(value, Mapping):
-            value = [value]
-        if isinstance(value, (list, tuple)):
-            answers[part] = talk.read_messages(value, shape)
-        else:
-            answers[part] = [{"role": "assistant", "content": as_text(value, getattr(shape, part))}]
-    prompt = _prompt(record, shape) if shape.messages or (shape.prompt and record.get(shape.prompt) is not None) else []
-    return talk.checked_pair(prompt, answers["chosen"], answers["rejected"])
-
-
-def _context_qa(record: Mapping[str, Any], shape: Shape) -> list[dict[str, Any]]:
-    """A text, a question about it and the answer; a question that the text does not answer gets `shape.unanswerable`."""
-    from helpers.data import conversations as talk
-
-    context = as_text(need(record, shape.context, shape), shape.context)
-    system = (
-        [{"role": "system", "content": as_text(record[shape.system], shape.system)}]
-        if shape.system and record.get(shape.system)
-        else []
-    )
-    answer = record.get(shape.response)
+def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:
+    """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`."""
+    context = as_text(need(record, shape["context"], shape), shape["context"])
+    question, answer = record.get(shape["prompt"]), record.get(shape["response"])
     if isinstance(answer, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
-        answer = next(iter(answer.get("text") or []), "")
-    elif isinstance(answer, (list, tuple)):
+        answer = answer.get("text") or []
+    if isinstance(answer, (list, tuple)):
         answer = next(iter(answer), "")
     impossible = record.get("is_impossible") is True or record.get("unanswerable") is True
-    if answer is None and not impossible and shape.response not in record and record.get(shape.prompt) is not None:
-        raise RowError("no answer", f"column {shape.response!r} is not there; columns seen: {seen(record)}")
+    if answer is None and not impossible and shape["response"] not in record and question is not None:
+        raise RowError("no answer", f"column {shape['response']!r} is not there; columns seen: {seen(record)}")
     asked = []
-    if record.get(shape.prompt) is not None:
-        asked.append(
-            (
-                as_text(record[shape.prompt], shape.prompt),
-                shape.unanswerable if impossible or not answer else as_text(answer, shape.response),
-            )
-        )
-    if record.get("unanswerable_question"):
-        asked.append((as_text(record["unanswerable_question"], "unanswerable_question"), shape.unanswerable))
+    if question is not None:
+        reply = shape.unanswerable if impossible or not answer else as_text(answer, shape["response"])
+        asked.append((as_text(question, shape["prompt"]), reply))
+    if other := record.get("unanswerable_question"):
+        asked.append((as_text(other, "unanswerable_question"), shape.unanswerable))
     if not asked or not context.strip():
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
-    return [
-        {
-            "kind": "sft",
-            "messages": talk.checked(
-                [
-                    *system,
-                    {"role": "user", "content": f"{context}\n\n{question}"},
-                    {"role": "assistant", "content": reply},
-                ]
-            ),
-        }
-        for question, reply in asked
-    ]
+    system = record.get(shape["system"]) if shape["system"] else None
+    opening: list[Turn] = [{"role": "system", "content": as_text(system, shape["system"])}] if system else []
+    rows = []
+    for question, reply in asked:
+        turns: list[Turn] = [{"role": "user", "content": f"{context}\n\n{question}"}]
+        turns.append({"role": "assistant", "content": reply})
+        rows.append({"kind": "sft", "messages": checked(opening + turns)})
+    return rows
 
 
-# ---------------------------------------------------------------- values
-
-
-def need(record: Mapping[str, Any], column: str, shape: Shape) -> Any:
-    """The value of a column that must be there and not null."""
+def need(record: Record, column: str, shape: Shape) -> Any:
+    """The value of a column that must be there and not null. Raises RowError."""
     value = record.get(column)
     if value is None:
         state = "is null" if column in record else "is not there"
-        raise RowError(
-            "wrong columns",
-            f"column {column!r} {state}; {shape.format} wants {shape.wanted()}; columns seen: {seen(record)}",
-        )
+        wanted = f"{shape.format} wants {shape.wanted()}"
+        raise RowError("wrong columns", f"column {column!r} {state}; {wanted}; columns seen: {seen(record)}")
     return value
 
 
-def text(record: Mapping[str, Any], column: str, shape: Shape) -> str:
-    return as_text(need(record, column, shape), column)
-
-
-def as_text(value: Any, where: str) -> str:
-    """`value` as text: text stays, a number is written out. Raises RowError for everything else and for unusable characters."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise RowError("wrong type", f"{where!r} holds {kind_of(value)}; text was expected")
-    if "\x00" in value:
-        raise RowError("NUL byte", f"{where!r} holds a NUL character at position {value.index(chr(0))}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("broken Unicode", f"{where!r} holds half a surrogate pair at position {error.start}") from None
-    return value
-
-
-def seen(record: Mapping[str, Any]) -> str:
+def seen(record: Record) -> str:
+    """The columns of a record, for error messages."""
     names = [repr(str(name))[:40] for name in list(record)[:12]]
     return ", ".join(names) + (" …" if len(record) > 12 else "")
-
-
-def kind_of(value: Any) -> str:
-    """A value's type in words, for error messages."""
-    names = {
-        type(None): "null",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        tuple: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)

@@ -22,8 +22,8 @@ from typing import Any
 
 from helpers.data import chat_template as templates
 from helpers.data.chat_template import Template
-from helpers.data.formats import RowError
-from helpers.data.tables import Rejects, Row
+from helpers.data.tables import Rejects
+from helpers.data.turns import Row, RowError
 
 TRAIN_ON = ("last", "all", "everything")
 MAX_CHARS = 4_000_000  # of a row; ten million characters without a word among them took 3.7 GiB to tokenise

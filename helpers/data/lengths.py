@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helpers.data.labels import Encoded, Encoder
-from helpers.data.tables import Rejects, Row, make_row
+from helpers.data.tables import Rejects
+from helpers.data.turns import Row, make_row
 
 OVER_LONG = ("drop", "split", "truncate")
 COVERED = 0.99

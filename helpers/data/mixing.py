@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.data.shingles import mix as spread
-from helpers.data.tables import BATCH_ROWS, Row, StepReport, Table, batches
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import BATCH_ROWS, Row, batches
 from helpers.errors import TunebookError
 
 Count = Callable[[list[Row]], list[int]]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.labels import Encoded
-from helpers.data.tables import Row, Table
+from helpers.data.tables import Table
+from helpers.data.turns import Row
 
 
 def _turn() -> Any:

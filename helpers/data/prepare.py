@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.tables import Rejects, Row, StepReport, Table, make_row
+from helpers.data.tables import Rejects, StepReport, Table
+from helpers.data.turns import Row, make_row
 from helpers.display import Html, table
 from helpers.errors import TunebookError
 
@@ -67,7 +68,7 @@ class Job:
         return type(self.training)(self.training.table, self.sources)
 
     def _reading(self, spec: str, format: str = "auto", columns: str = "") -> Any:
-        from helpers.data.reading import read
+        from helpers.data.sources import read
 
         p = self.params
         documents = {

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from helpers.data.tables import Row, StepReport, all_messages, map_contents
+from helpers.data.tables import StepReport
+from helpers.data.turns import Row, all_messages, map_contents
 from helpers.errors import TunebookError
 
 NOT_FOUND = (

@@ -1,36 +1,54 @@
-"""Where rows come from: files, folders, globs, names in a dataset_info.json and hub sets, each yielding plain records.
+"""What a dataset parameter names, read: files, folders, globs, names in a dataset_info.json and hub sets, to rows.
 
 A spec is a comma-separated list. Each part is a path (`data/*.jsonl.gz`), a folder, the name of a set in a
-`dataset_info.json`, or a hub id `owner/name[@revision][:subset[:split]]`. No data file ever runs code.
+`dataset_info.json`, or a hub id `owner/name[@revision][:subset[:split]]`. No data file ever runs code. Every record is
+read, its shape found, converted or rejected, and all of it counted.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
-from helpers.data import dataset_info
+from helpers import display, machine
+from helpers.data import documents, files, formats
 from helpers.data.formats import Shape
-from helpers.data.tables import Rejects
+from helpers.data.tables import Rejects, Table
+from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row
 from helpers.errors import TunebookError
 
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
-DOCUMENTS = (".md", ".markdown", ".html", ".htm", ".pdf", ".docx")
-COMPRESSED = (".gz", ".zst")
+READABLE = (*RECORDS, *documents.KINDS)
+INFO = "dataset_info.json"
+UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
+CHECK_EVERY = 20_000  # rows after which a job that is mostly rejections stops early
+MEDIA = ("images", "videos", "audios")
+NAMES = {"type": ["object", "null"], "additionalProperties": {"type": ["string", "null"]}}
+NAME = {"type": ["string", "null"]}
+ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info.json
+    "properties": dict.fromkeys(("file_name", "hf_hub_url", "subset", "split", "folder"), NAME)
+    | dict.fromkeys(("columns", "tags"), NAMES)
+    | {"formatting": {"enum": ["alpaca", "sharegpt", "openai"]}, "ranking": {"type": "boolean"}}
+    | {"num_samples": {"type": ["integer", "null"], "minimum": 0}}
+}
+Described = dict[str, Any]
+SIDE_CHARS, SIDE_ITEMS = 2000, 50  # what is kept of a column that plays no part
 HUB = re.compile(
-    r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<subset>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
+    r"(?P<hub>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<subset>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """One set of records: a local file, or a hub set. `shape` is given when a dataset_info.json describes it."""
+    """One set of records: a local file, or a hub set. limit: rows to take, 0 for all."""
 
     name: str
     file: Path | None = None
@@ -42,68 +60,83 @@ class Source:
     shape: Shape | None = None
     limit: int = 0
 
-    @property
-    def suffix(self) -> str:
-        """The kind of a file, without a compression ending: ".jsonl" for "a.jsonl.gz"."""
-        name = self.file.name.lower()
-        for ending in COMPRESSED:
-            name = name.removesuffix(ending)
-        return Path(name).suffix
 
-    @property
-    def is_document(self) -> bool:
-        return self.file is not None and self.suffix in DOCUMENTS
+@dataclass
+class SourceReport:
+    """What was read from one source. shapes: mapping as text → rows; unused: column that plays no part → rows."""
+
+    name: str
+    where: str
+    rows: int = 0
+    rejected: int = 0
+    shapes: Counter = field(default_factory=Counter)
+    unused: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class Reading:
+    """The rows of a spec, and a report for each of its sources."""
+
+    table: Table
+    reports: list[SourceReport]
+
+    def shown(self) -> display.Html:
+        header = ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside")
+        lines = []
+        for one in self.reports:
+            shapes = "; ".join(f"{shape} ({count:,})" for shape, count in one.shapes.most_common(4))
+            aside = ", ".join(name for name, _ in one.unused.most_common(8))
+            lines.append((one.name, one.where, f"{one.rows:,}", f"{one.rejected:,}", shapes, aside))
+        return display.shown(lines, header)
+
+    def _repr_html_(self) -> str:
+        return self.shown().markup
+
+    def __repr__(self) -> str:
+        return self.shown().text
+
+
+# ---------------------------------------------------------------- what a spec names
 
 
 def find(spec: str, info: str = "") -> list[Source]:
-    """The sources that a spec names, in a fixed order. `info`: path of a dataset_info.json, "" for the one beside the file.
+    """The sources that a spec names, in a fixed order.
 
-    Raises TunebookError for a part that is no file, no folder, no known name and no hub id, and for kinds that can't be read.
+    info: path of a dataset_info.json, or of its folder; "" for the project's own, and always for the one beside a file.
+    Raises TunebookError for a part that is no file, folder, known name or hub id, and for kinds that can't be read.
     """
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
-        raise TunebookError(
-            "No dataset is named; give files, folders, globs, dataset_info names or hub ids, separated by commas."
-        )
-    named = _named_sets(info)
-    found: list[Source] = []
-    for part in parts:
-        found += _find_part(part, named)
-    names: set[str] = set()
-    unique = []
-    for source in found:
-        name, number = source.name, 2
-        while name in names:
-            name, number = f"{source.name}-{number}", number + 1
-        names.add(name)
-        unique.append(replace(source, name=name))
-    return unique
+        raise TunebookError("No dataset is named; give files, folders, globs, dataset_info names or hub ids.")
+    path = _existing(info) if info else machine.PROJECT / "datasets"
+    if path is None:
+        raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
+    path = path / INFO if path.is_dir() else path
+    named = _described_sets(path) if path.is_file() or info else {}
+    taken: Counter = Counter()
+    found = []
+    for source in (source for part in parts for source in _find_part(part, named)):
+        name = source.name
+        while taken[name]:
+            taken[source.name] += 1
+            name = f"{source.name}-{taken[source.name]}"
+        taken[name] += 1
+        found.append(replace(source, name=name))
+    return found
 
 
 def names(found: list[Source]) -> dict[Path, str]:
-    """What each file is called in reports and rejects: its name, with the folders that tell it from others of that name."""
-    called: dict[str, set[Path]] = {}
+    """What each file is called in reports and rejects: its name, with its folders where several have that name."""
+    places: dict[str, set[Path]] = {}
     for source in found:
         if source.file is not None:
-            called.setdefault(source.file.name, set()).add(source.file.absolute())
-    shared = {name: Path(os.path.commonpath(files)) if len(files) > 1 else None for name, files in called.items()}
-    return {
-        source.file: str(source.file.absolute().relative_to(folder))
-        if (folder := shared[source.file.name])
-        else source.file.name
-        for source in found
-        if source.file is not None
-    }
-
-
-def _named_sets(info: str) -> dict[str, dataset_info.Entry]:
-    if info:
-        path = _existing(info)
-        if path is None:
-            raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
-        return dataset_info.read(path / dataset_info.FILE if path.is_dir() else path)
-    default = machine.PROJECT / "datasets" / dataset_info.FILE
-    return dataset_info.read(default) if default.is_file() else {}
+            places.setdefault(source.file.name, set()).add(source.file)
+    called: dict[Path, str] = {}
+    for name, same in places.items():
+        shared = os.path.commonpath([file.absolute() for file in same])
+        called |= {file: str(file.absolute().relative_to(shared)) if len(same) > 1 else name for file in same}
+    return called
 
 
 def _existing(text: str) -> Path | None:
@@ -111,150 +144,250 @@ def _existing(text: str) -> Path | None:
     return next((path for path in (Path(text).expanduser(), machine.PROJECT / text) if path.exists()), None)
 
 
-def _find_part(part: str, named: dict[str, dataset_info.Entry]) -> list[Source]:
+def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if part in named:
-        return _of_entry(named[part])
-    path = _existing(part)
+        return _of_entry(part, named[part])
+    path, hub = _existing(part), HUB.fullmatch(part)
     if path is not None and path.is_dir():
         return [source for file in _files_in(path) for source in _of_file(file)]
     if path is not None:
-        if not _readable(path):
-            raise TunebookError(
-                f"{path.name} is of a kind that is not read as data; {', '.join(RECORDS + DOCUMENTS)} are, also with .gz or .zst."
-            )
+        if files.kind(path) not in READABLE:
+            kinds = ", ".join(READABLE)
+            raise TunebookError(f"{path.name} is not read as data; {kinds} are, also with .gz or .zst.")
         return _of_file(path)
-    match = HUB.fullmatch(part)
-    if any(sign in part for sign in "*?[") and not match:
-        for root in (Path.cwd(), machine.PROJECT):
-            pattern = Path(part).expanduser()
-            files = sorted(
-                (pattern.anchor and Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-                or root.glob(part)
-            )
-            if files := [file for file in files if file.is_file() and _readable(file)]:
-                return [source for file in files for source in _of_file(file)]
-        raise TunebookError(
-            f"No readable file matches {part!r}; check the pattern and the folder it starts from ({Path.cwd()})."
-        )
-    if (
-        match
-        and Path(part).suffix not in RECORDS + DOCUMENTS + COMPRESSED
-        and not part.startswith(("datasets/", "data/", "."))
-    ):
-        return [
-            Source(
-                match["id"],
-                hub=match["id"],
-                revision=match["revision"] or "",
-                subset=match["subset"] or "",
-                split=match["split"] or "train",
-            )
-        ]
-    raise TunebookError(
-        f"The dataset {part!r} is not there: no such file, folder or hub id, and no set of that name in dataset_info.json.{_near(part, named)}"
-    )
-
-
-def _near(part: str, named: dict[str, dataset_info.Entry]) -> str:
+    if hub is None and any(sign in part for sign in "*?["):
+        pattern = Path(part).expanduser()
+        roots = [Path(pattern.anchor)] if pattern.anchor else [Path.cwd(), machine.PROJECT]
+        for root in roots:
+            matches = sorted(root.glob(str(pattern.relative_to(pattern.anchor))))
+            if found := [file for file in matches if file.is_file() and files.kind(file) in READABLE]:
+                return [source for file in found for source in _of_file(file)]
+        raise TunebookError(f"No readable file matches {part!r}; check the pattern and its folder ({Path.cwd()}).")
+    is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
+    if hub is not None and not is_file_name:
+        given: dict[str, Any] = {name: value for name, value in hub.groupdict().items() if value}
+        return [Source(hub["hub"], **given)]
     folder = Path(part).parent if Path(part).parent.is_dir() else machine.PROJECT / Path(part).parent
     beside = [str(Path(part).parent / file.name) for file in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(part, [*named, *beside], n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(near)}?" if near else " Check the spelling and the folder."
-
-
-def _readable(file: Path) -> bool:
-    return Source("", file=file).suffix in RECORDS + DOCUMENTS
+    advice = f"Did you mean {' or '.join(near)}?" if near else "Check the spelling and the folder."
+    wanted = f"no such file, folder or hub id, and no set of that name in {INFO}"
+    raise TunebookError(f"The dataset {part!r} is not there: {wanted}. {advice}")
 
 
 def _files_in(folder: Path) -> list[Path]:
     """The files below a folder that can be read, hidden ones left out."""
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    ]
-    known = [file for file in files if _readable(file) and file.name != dataset_info.FILE]
+    every = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    every = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    known = [file for file in every if files.kind(file) in READABLE and file.name != INFO]
     if not known:
-        raise TunebookError(
-            f"The folder {folder} has no file that can be read "
-            f"({', '.join(RECORDS + DOCUMENTS)}, also with .gz or .zst); it has {len(files)} others."
-        )
+        kinds = ", ".join(READABLE)
+        found = f"has no file that can be read ({kinds}, also with .gz or .zst)"
+        raise TunebookError(f"The folder {folder} {found}; it has {len(every)} others.")
     return known
 
 
 def _of_file(file: Path) -> list[Source]:
-    entry = dataset_info.beside(file)
-    if entry is not None:
-        return _of_entry(entry)
-    name = file.name
-    for ending in (*COMPRESSED, *RECORDS, *DOCUMENTS):
-        name = name.removesuffix(ending)
-    return [Source(name or file.name, file=file)]
+    if (file.parent / INFO).is_file():
+        described = _described_sets(file.parent / INFO)
+        for name, entry in described.items():
+            if entry.get("file") == file:
+                return _of_entry(name, entry)
+    return [Source(file.name.rsplit(files.kind(file), 1)[0] or file.name, file=file)]
 
 
-def _of_entry(entry: dataset_info.Entry) -> list[Source]:
+# ---------------------------------------------------------------- dataset_info.json
+
+
+def _described_sets(path: Path) -> dict[str, Described]:
+    """Every set that a LLaMA-Factory dataset_info.json describes; none for the datasets library's file of that name."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TunebookError(f"{path} cannot be read ({error}); a JSON object of dataset names was expected.") from None
+    if isinstance(described, dict) and isinstance(described.get("features"), dict) and "splits" in described:
+        return {}
+    if not isinstance(described, dict) or not all(isinstance(value, dict) for value in described.values()):
+        raise TunebookError(f"{path} is not a dataset_info.json; a JSON object of dataset names was expected.")
+    for entry in described.values():
+        name = entry.get("file_name")
+        entry["file"] = Path(os.path.normpath(path.parent / name)) if isinstance(name, str) and name else None
+        entry["info"] = path
+    return described
+
+
+def _of_entry(name: str, entry: Described) -> list[Source]:
     """The entry's file, each file of its folder, or its hub set."""
-    if entry.problem:
-        raise TunebookError(entry.problem)
-    if entry.media:
+    import jsonschema
+
+    path, file, hub = entry["info"], entry["file"], entry.get("hf_hub_url") or ""
+    wrong = jsonschema.Draft202012Validator(ENTRY).iter_errors(
+        {k: v for k, v in entry.items() if k in ENTRY["properties"]}
+    )
+    for error in wrong:
         raise TunebookError(
-            f"The set {entry.name!r} has pictures, videos or sounds ({', '.join(entry.media)}); only text can be prepared here."
+            f"Dataset {name!r} in {path} is described in another way than LLaMA-Factory reads: "
+            f"{'.'.join(map(str, error.path))}: {error.message}."
         )
-    if entry.file is not None:
-        if not entry.file.exists():
-            raise TunebookError(
-                f"The set {entry.name!r} is described in dataset_info.json, but its file {entry.file} is not there; "
-                "put it there or take the entry out."
-            )
-        files = _files_in(entry.file) if entry.file.is_dir() else [entry.file]
-        if entry.num_samples and len(files) > 1:
-            raise TunebookError(
-                f"The set {entry.name!r} takes num_samples of a folder of {len(files)} files; name one file, or leave it out."
-            )
-        return [Source(entry.name, file=file, shape=entry.shape, limit=entry.num_samples) for file in files]
-    if not entry.hub:
-        raise TunebookError(f"The set {entry.name!r} has no hf_hub_url; only files and the Hugging Face hub are read.")
-    return [
-        Source(
-            entry.name,
-            hub=entry.hub,
-            subset=entry.subset,
-            split=entry.split,
-            folder=entry.folder,
-            shape=entry.shape,
-            limit=entry.num_samples,
-        )
-    ]
+    if media := [column for part in MEDIA if (column := (entry.get("columns") or {}).get(part))]:
+        found = f"has pictures, videos or sounds ({', '.join(media)})"
+        raise TunebookError(f"The set {name!r} {found}; only text can be prepared here.")
+    if file is None and not hub:
+        script = " (a script would have to run code, which data never does here)" if entry.get("script_url") else ""
+        raise TunebookError(f"Dataset {name!r} in {path} names no file_name and no hf_hub_url{script}.")
+    shape, limit = formats.described_shape(entry), entry.get("num_samples") or 0
+    if file is None:
+        given = {key: entry[key] for key in ("subset", "split", "folder") if entry.get(key)}
+        return [Source(name, hub=hub, shape=shape, limit=limit, **given)]
+    if not file.is_relative_to(os.path.normpath(path.parent)):
+        raise TunebookError(f"Dataset {name!r} in {path} names {file}, outside of its folder; copy the file into it.")
+    if not file.exists():
+        raise TunebookError(f"The file {file} of the set {name!r} in {path} is not there; put it there.")
+    inside = _files_in(file) if file.is_dir() else [file]
+    if limit and len(inside) > 1:
+        found = f"takes num_samples of a folder of {len(inside)} files"
+        raise TunebookError(f"The set {name!r} {found}; name one file, or leave it out.")
+    return [Source(name, file=one, shape=shape, limit=limit) for one in inside]
 
 
-def records(source: Source, rejects: Rejects) -> Iterator[tuple[int, Any]]:
+# ---------------------------------------------------------------- rows
+
+
+def read(
+    spec: str,
+    rejects: Rejects,
+    *,
+    format: str = "auto",
+    info: str = "",
+    columns: str = "",
+    unanswerable: str = formats.UNANSWERABLE,
+    documents: dict[str, Any] | None = None,
+) -> Reading:
+    """Every row of the sources that `spec` names.
+
+    format: one of `formats.FORMATS`; a dataset_info.json beside a file comes first when it is "auto". columns: the
+    user's own mapping, "prompt=question,response=sql". documents: options of `documents.chunks`.
+    Raises TunebookError when nothing can be read, or too much is wrong.
+    """
+    named = formats.named_shape(format, columns, unanswerable)
+    found = find(spec, info)
+    rejects.names |= names(found)
+    reports: list[SourceReport] = []
+
+    def every() -> Iterator[Row]:
+        for source in found:
+            where = source.hub if source.file is None else rejects.names[source.file]
+            reports.append(SourceReport(source.name, where))
+            yield from _rows(source, named or source.shape, rejects, reports[-1], unanswerable, documents or {})
+
+    table = Table.collect(batches(every()))
+    rejects.check_rows_left(table, spec)
+    rejects.check()
+    return Reading(table, reports)
+
+
+def _rows(
+    source: Source, shape: Shape | None, rejects: Rejects, report: SourceReport, unanswerable: str, options: dict
+) -> Iterator[Row]:
+    before = rejects.invalid.total()
+    known: dict[Any, Shape | None] = {}
+    for number, record in _records(source, rejects, options):
+        rejects.saw(1)
+        try:
+            fitting = _shape_of(record, shape, known, unanswerable)
+            parts = formats.convert(record, fitting)
+        except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:
+            error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
+            rejects.add(report.where, number, error.reason, error.detail, step="format")
+            if rejects.total_seen % CHECK_EVERY == 0:
+                rejects.check()
+            continue
+        used = {column for column in fitting.columns.values() if column}
+        aside = {
+            str(key): _aside(value) for key, value in record.items() if key not in used and value not in (None, "")
+        }
+        report.shapes[str(fitting)] += 1
+        report.unused.update(aside.keys())
+        for part in parts:
+            report.rows += 1
+            report.kinds[part["kind"]] += 1
+            yield make_row(**part, source=source.name, file=report.where, row=number, meta=aside)
+    report.rejected = rejects.invalid.total() - before
+
+
+def _records(source: Source, rejects: Rejects, options: dict) -> Iterator[tuple[int, Any]]:
     """(row number from 1, record) of a source. What cannot be read goes to `rejects` with its row number."""
-    from helpers.data import readers
-
-    rows = _hub(source) if source.hub else readers.read(source.file, source.suffix, rejects)
-    for number, record in rows:
+    if source.file is None:
+        found = _of_hub(source)
+    elif files.kind(source.file) in documents.KINDS:
+        found = documents.chunks(source.file, rejects, **options)
+    else:
+        found = files.read(source.file, rejects)
+    for number, record in found:
         if source.limit and number > source.limit:
             return
         yield number, record
 
 
-def _hub(source: Source) -> Iterator[tuple[int, dict]]:
-    """Rows of a hub set by Hugging Face's own library, memory-mapped. Sets that are a script are refused by it."""
+def _shape_of(record: dict, named: Shape | None, known: dict[Any, Shape | None], unanswerable: str) -> Shape:
+    """The shape of one record. Records with the same filled columns of the same types share one look."""
+    look = [(name, value) for name, value in record.items() if value is not None]
+    signature = tuple((name, "[{" if formats.is_json_list(value) else type(value)) for name, value in look)
+    if signature not in known or any(isinstance(value, (list, tuple)) for _, value in look):
+        if named is not None:
+            known[signature] = named if named.exact else formats.adapt(named, record)
+        else:
+            shape = formats.detect(record)
+            known[signature] = replace(shape, unanswerable=unanswerable) if shape else None
+    if (shape := known[signature]) is None:
+        fits = f"fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns"
+        raise RowError("unknown shape", f"the columns {formats.seen(record)} {fits}")
+    return shape
+
+
+def _aside(value: Any) -> Any:
+    """A column that plays no part as plain JSON, cut where it is long: it travels along, but nobody trains on it."""
+    if isinstance(value, (list, tuple)):
+        return [_aside(item) for item in value[:SIDE_ITEMS]]
+    if isinstance(value, dict):
+        return {str(key): _aside(item) for key, item in list(value.items())[:SIDE_ITEMS]}
+    if isinstance(value, (bool, int)) or display.finite(value):
+        return value
+    return str(value)[:SIDE_CHARS].encode("utf-8", "replace").decode()
+
+
+def _of_hub(source: Source) -> Iterator[tuple[int, dict]]:
+    """Rows of a hub set by Hugging Face's own library, memory-mapped. It refuses sets that are a script."""
     import datasets
 
-    what = source.hub + (f"@{source.revision}" if source.revision else "")
+    subset, folder, revision = source.subset or None, source.folder or None, source.revision or None
     try:
-        table = datasets.load_dataset(
-            source.hub,
-            source.subset or None,
-            data_dir=source.folder or None,
-            split=source.split,
-            revision=source.revision or None,
-        )
+        table = datasets.load_dataset(source.hub, subset, data_dir=folder, split=source.split, revision=revision)
     except Exception as error:  # the library raises many kinds; each ends here with its own words
-        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
-        raise TunebookError(
-            f"The hub set {what} (subset {source.subset or 'default'}, split {source.split}) could not be loaded: {reason}. "
-            "Check the name, the subset, the split and the network, or name a local file."
-        ) from error
-    yield from enumerate(table, 1)
+        what = f"{source.hub}@{source.revision}" if source.revision else source.hub
+        part = f"subset {source.subset or 'default'}, split {source.split}"
+        raise TunebookError(f"The hub set {what} ({part}) could not be loaded: {_hub_problem(error)}") from error
+    batches = table.with_format("arrow").iter(BATCH_ROWS)
+    yield from enumerate((record for batch in batches for record in files.records_of(batch)), 1)
+
+
+def _hub_problem(error: Exception) -> str:
+    """What went wrong at the hub and what to do; a full disk, a missing login and a server's error differ."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")
+    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
+    status = next(filter(None, statuses), 0)
+    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
+        return f"{reason}. Free some space, or set HF_HOME to a folder on a larger disk."
+    if "GatedRepoError" in kinds or status in (401, 403) or "gated" in reason:
+        return f"{reason}. Accept its terms on its page, log in with `hf auth login`, or set HF_TOKEN."
+    if status >= 500 or status == 429:
+        return f"the hub answered HTTP {status} ({reason}). Try again in some minutes, or name a local file."
+    if "OfflineModeIsEnabled" in kinds or "OfflineModeIsEnabled" in reason:
+        return f"{reason}. HF_HUB_OFFLINE is set; unset it, or name a local file."
+    if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "ConnectTimeout"}:
+        return f"{reason}. The hub cannot be reached; check the network, or name a local file."
+    return f"{reason}. Check the name, the subset and the split, or name a local file."

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from helpers.data.tables import Row, Table
+from helpers.data.tables import Table
+from helpers.data.turns import Row
 from helpers.errors import TunebookError
 
 SPLITS = ("train", "eval", "test")

@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from helpers.data.tables import Row, StepReport, answer_of, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import Row, answer_of, make_row
 from helpers.tasks.text_to_sql import negatives, sqlite
 
 

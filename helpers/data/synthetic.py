@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from helpers.data.shingles import SeenHashes, shingles, text_hash, tokens
-from helpers.data.tables import BATCH_ROWS, Row, StepReport, Table, answer_of, batches, make_row, text_of
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import BATCH_ROWS, Row, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Reply, Request
 

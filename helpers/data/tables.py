@@ -1,156 +1,24 @@
-"""The row that every data step passes on, the table that holds many of them, and the account of what was lost.
-
-A row is a plain dict, so that it can be written as JSON and read in a notebook:
-
-    {"id": "16 hex digits of the sha256 of its content", "source": "atlas_train", "file": "atlas_train.jsonl", "row": 12,
-     "kind": "sft" | "preference" | "kto" | "text",
-     "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}],
-     "tools": None | "JSON text", "chosen": [...], "rejected": [...], "label": True, "meta": {"other": "columns"}}
-
-`sft` rows end with an assistant turn. `preference` rows hold the prompt in `messages` and the answers in `chosen` and
-`rejected`. `kto` rows are `sft` rows with a `label`. `text` rows hold one message with the role "text".
-`file` and `row` say where a row came from (rows count from 1); they are not part of its content, nor is `source`.
-Steps take and give batches (`list[Row]`), never the whole set.
-"""
+"""The table that holds many rows, and the accounts of what a step did with them and of what was lost."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helpers.data.turns import BATCH_ROWS, EXAMPLE_CHARS, Row, batches, shown
 from helpers.errors import TunebookError
 
-Row = dict[str, Any]
-KINDS = ("sft", "preference", "kto", "text")
-BATCH_ROWS = 1000
 SPILL_ROWS = 20_000  # a table of more rows lives on disk; 20,000 rows of 1 kB are about 60 MB as Python objects
-EXAMPLE_CHARS = 400
-# Made once: json.dumps makes an encoder at each call, a quarter of its time for a row.
-_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def content_id(row: Row) -> str:
-    """Sixteen hex digits that depend on nothing but what the model would learn from: same content, same id, anywhere."""
-    content = [row["kind"], row["messages"], row.get("tools"), row.get("chosen"), row.get("rejected"), row.get("label")]
-    return hashlib.sha256(_canonical(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def make_row(
-    kind: str,
-    messages: list[dict],
-    *,
-    source: str = "",
-    file: str = "",
-    row: int = 0,
-    tools: str | None = None,
-    chosen: list[dict] | None = None,
-    rejected: list[dict] | None = None,
-    label: bool | None = None,
-    meta: dict | None = None,
-) -> Row:
-    """A row with its id. `row` counts from 1 inside `file`."""
-    made: Row = {
-        "id": "",
-        "source": source,
-        "file": file,
-        "row": row,
-        "kind": kind,
-        "messages": messages,
-        "tools": tools,
-    }
-    if kind == "preference":
-        made["chosen"], made["rejected"] = chosen or [], rejected or []
-    if kind == "kto":
-        made["label"] = bool(label)
-    made["meta"] = meta or {}
-    made["id"] = content_id(made)
-    return made
-
-
-def all_messages(row: Row) -> list[dict]:
-    """Every message of a row, the chosen and rejected answers of a preference row last."""
-    return row["messages"] + row.get("chosen", []) + row.get("rejected", [])
-
-
-def map_contents(row: Row, change: Callable[[str], str]) -> Row:
-    """A copy of `row` with `change` applied to the text of every message, and a new id when something changed."""
-    changed = False
-
-    def mapped(messages: list[dict]) -> list[dict]:
-        nonlocal changed
-        result = []
-        for message in messages:
-            before = message.get("content")
-            if not isinstance(before, str) or (after := change(before)) == before:
-                result.append(message)
-            else:
-                changed = True
-                result.append({**message, "content": after})
-        return result
-
-    parts = {key: mapped(row[key]) for key in ("messages", "chosen", "rejected") if key in row}
-    if not changed:
-        return row
-    made = {**row, **parts}
-    made["id"] = content_id(made)
-    return made
-
-
-def text_of(row: Row) -> str:
-    """The whole example as one text: system prompt, question, tools and answers, for comparing rows with each other."""
-    parts = [message.get("content") or "" for message in all_messages(row)]
-    parts += [
-        json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
-        for message in row["messages"]
-        if message.get("tool_calls")
-    ]
-    if row.get("tools"):
-        parts.append(row["tools"])
-    return "\n".join(parts)
-
-
-def spoken(row: Row) -> list[str]:
-    """The texts of a row that are its own: every message but the system prompt, which all rows of a set may share."""
-    return [message.get("content") or "" for message in all_messages(row) if message["role"] != "system"]
-
-
-def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
-    """The start of an example for people: without the system prompt, which every row of a set may share."""
-    parts = [
-        message.get("content") or json.dumps(message.get("tool_calls") or "")
-        for message in all_messages(row)
-        if message["role"] != "system"
-    ]
-    return "\n".join(parts)[:chars]
-
-
-def answer_of(row: Row) -> str:
-    """What the model would learn to say: the chosen answer, the last assistant turn, or the text itself."""
-    messages = row.get("chosen") or row["messages"]
-    return (messages[-1].get("content") or "") if messages else ""
-
-
-def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
-    """Consecutive lists of up to `size` rows."""
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def open_parquet(path: Path) -> Any:
-    """A pyarrow ParquetFile that holds the pages it is reading: left to itself it keeps all that it has read until it is closed."""
+    """A pyarrow ParquetFile that holds the pages it is reading: by default it keeps all it has read until closed."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
@@ -181,16 +49,17 @@ class Table:
         self.rows_total += len(batch)
         self._held.extend(batch)
         if self._writer is not None or len(self._held) > self.spill_rows:
-            self._flush()
+            self._spill()
 
     def close(self) -> Table:
+        """The table, which can now be read."""
         if self._writer is not None:
-            self._flush()
+            self._spill()
             self._writer.close()
             self._writer = None
         return self
 
-    def _flush(self) -> None:
+    def _spill(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -199,23 +68,19 @@ class Table:
             schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.large_string())])
             self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", compression_level=1)
         for batch in batches(self._held):
-            texts = [_compact(row) for row in batch]
-            columns = [pa.array([row[name] for row in batch], pa.string()) for name in ("id", "source")] + [
-                pa.array(texts, pa.large_string())
-            ]
-            self._writer.write_table(pa.table(columns, schema=self._writer.schema))
+            lines = [{"id": row["id"], "source": row["source"], "row": _compact(row)} for row in batch]
+            self._writer.write_table(pa.Table.from_pylist(lines, self._writer.schema))
         self._held = []
 
     @property
     def _path(self) -> Path:
+        assert self._folder is not None
         return Path(self._folder.name) / "rows.parquet"
 
     def __len__(self) -> int:
         return self.rows_total
 
     def __iter__(self) -> Iterator[list[Row]]:
-        if self._writer is not None:
-            raise RuntimeError("close() the table before reading it")
         if self._folder is None:
             yield from batches(self._held)
             return
@@ -242,7 +107,7 @@ class Table:
 class StepReport:
     """What one step did: rows in, rows out, why rows went, and one example for each reason.
 
-    `changed` counts rows that stay but were altered (repaired, masked). `figures` holds whatever else the step measured.
+    `changed` counts rows that stay but were altered (repaired, masked). `figures` holds what else the step measured.
     """
 
     step: str
@@ -256,16 +121,12 @@ class StepReport:
 
     def drop(self, row: Row, reason: str, detail: str = "") -> None:
         """Count a removed row, keep the first as example, and write it to rejected.jsonl when there is a writer."""
+        file, number = row.get("file", ""), row.get("row", 0)
         self.dropped[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = {
-                "file": row.get("file", ""),
-                "row": row.get("row", 0),
-                "detail": detail,
-                "text": shown(row),
-            }
+            self.examples[reason] = {"file": file, "row": number, "detail": detail, "text": shown(row)}
         if self.rejects is not None:
-            self.rejects.add(row.get("file", ""), row.get("row", 0), reason, detail, step=self.step, invalid=False)
+            self.rejects.add(file, number, reason, detail, step=self.step, invalid=False)
 
     def sift(
         self, rows: Iterable[list[Row]], judge: Callable[[list[Row]], Iterable[tuple[str, str] | None]]
@@ -289,30 +150,22 @@ class StepReport:
         self.examples.setdefault(what, {"before": before[:EXAMPLE_CHARS], "after": after[:EXAMPLE_CHARS]})
 
     def as_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "seen": self.seen,
-            "kept": self.kept,
-            "changed": self.changed,
-            "dropped": dict(self.dropped.most_common()),
-            "examples": self.examples,
-            "figures": self.figures,
-        }
+        names = ("step", "seen", "kept", "changed", "dropped", "examples", "figures")
+        return {name: getattr(self, name) for name in names} | {"dropped": dict(self.dropped.most_common())}
 
 
 class Rejects:
-    """Writes every lost row to a JSON-lines file and counts the reasons.
+    """Counts every lost row by its reason, and writes it to a JSON-lines file, which begins anew with each object.
 
-    Rows that were wrong (`invalid=True`: unreadable, of no known shape, breaking the chat contract) count against
-    the limit; rows that a cleaning step took out on request (duplicates, another language) do not.
+    Rows that were wrong (`invalid`: unreadable, of no known shape, breaking the chat contract) count against the
+    limit; rows that a cleaning step took out on request (duplicates, another language) do not.
     """
 
     def __init__(self, path: Path | None = None, limit: float = 0.05):
-        self.path = path
-        self.limit = limit
+        self.path, self.limit = path, limit
         self.invalid: Counter = Counter()
         self.removed: Counter = Counter()
-        self.first: dict[str, dict] = {}
+        self.first: dict[str, dict] = {}  # reason → the first row lost for it
         self.total_seen = 0
         self.names: dict[Path, str] = {}  # what a file is called, where its name alone is not enough
         self._file: Any = None
@@ -321,17 +174,20 @@ class Rejects:
     def add(
         self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True
     ) -> None:
-        if isinstance(file, Path):
-            file = self.names.get(file, file.name)
+        """Count a lost row. row: from 1 in its file, 0 for the file as a whole."""
+        name = self.names.get(file, file.name) if isinstance(file, Path) else file
         (self.invalid if invalid else self.removed)[reason] += 1
-        record = {"file": file, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
+        record = {"file": name, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
         self.first.setdefault(reason, record)
-        if self.path is not None:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a" if self._begun else "w", encoding="utf-8")
-                self._begun = True
-            self._file.write(json.dumps(record, ensure_ascii=True) + "\n")
+        if (lost := self._opened()) is not None:
+            lost.write(json.dumps(record) + "\n")
+
+    def _opened(self) -> Any:
+        if self._file is None and self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a" if self._begun else "w", encoding="utf-8")
+            self._begun = True
+        return self._file
 
     def saw(self, count: int) -> None:
         """Tell how many more input rows there were, the wrong ones among them; the limit is a share of this."""
@@ -339,60 +195,47 @@ class Rejects:
 
     @property
     def share(self) -> float:
-        return sum(self.invalid.values()) / self.total_seen if self.total_seen else 0.0
+        return self.invalid.total() / self.total_seen if self.total_seen else 0.0
 
     def check(self) -> None:
         """Stop the job when more than the allowed share of the input rows was wrong."""
         if self.share <= self.limit:
             return
-        self.flush()
-        count = sum(self.invalid.values())
-        reason, worst = self.invalid.most_common(1)[0]
-        first = self.first[reason]
-        where = f" They are listed in {self.path.name}." if self.path else ""
+        self.close()
+        reason, count = self.invalid.most_common(1)[0]
+        listed = f" They are listed in {self.path.name}." if self.path else ""
         raise TunebookError(
-            f"{count:,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; the limit is {self.limit:.1%}. "
-            f"{worst:,} of them: {reason} (first in {first['file']}, row {first['row']}: {first['detail']}).{where} "
-            "Mend the rows, or raise `reject_limit` to go on without them."
+            f"{self.invalid.total():,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; "
+            f"the limit is {self.limit:.1%}. {count:,} of them: {reason} (first in {self._place(reason)}).{listed} "
+            "Mend the rows, or raise `reject_limit` to continue without them."
         )
 
-    def check_rows_left(self, rows: Any, what: str) -> None:
-        """Stop when there is nothing to go on with. rows: anything with a length."""
+    def check_rows_left(self, rows: Sized, what: str) -> None:
+        """Stop when nothing is left to continue with."""
         if len(rows):
             return
-        self.flush()
+        self.close()
         if self.invalid:
             reason, count = self.invalid.most_common(1)[0]
-            first = self.first[reason]
-            raise TunebookError(
-                f"No row of {what} can be used: {count:,} of {self.total_seen:,} have {reason} (first in {first['file']}, row {first['row']}: "
-                f"{first['detail']}). Mend the file, or name its format and columns."
-            )
+            why = f"{count:,} of {self.total_seen:,} have {reason} (first in {self._place(reason)})"
+            raise TunebookError(f"No row of {what} can be used: {why}. Mend the file, or name its format and columns.")
         if self.removed:
             reason, count = self.removed.most_common(1)[0]
-            raise TunebookError(
-                f"No row of {what} is left: {count:,} were removed for {reason!r}. Loosen that setting, or bring more data."
-            )
+            why = f"{count:,} were removed for {reason!r}"
+            raise TunebookError(f"No row of {what} is left: {why}. Loosen that setting, or bring more data.")
         raise TunebookError(f"{what} holds no rows; name a file that has some.")
 
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
+    def _place(self, reason: str) -> str:
+        first = self.first[reason]
+        return f"{first['file']}, row {first['row']}: {first['detail']}"
 
     def close(self) -> None:
-        """Close the file; an empty one is left when nothing was lost, so that its absence always means an unfinished job."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        elif self.path is not None and not self._begun:
-            self._begun = True
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("", encoding="utf-8")
+        """Close the file; an empty one is left when nothing was lost: its absence always means an unfinished job."""
+        file = self._file if self._begun else self._opened()
+        if file is not None:
+            file.close()
+        self._file = None
 
     def as_dict(self) -> dict:
-        return {
-            "invalid": dict(self.invalid.most_common()),
-            "removed": dict(self.removed.most_common()),
-            "seen": self.total_seen,
-            "share": self.share,
-        }
+        counts = {"invalid": dict(self.invalid.most_common()), "removed": dict(self.removed.most_common())}
+        return counts | {"seen": self.total_seen, "share": self.share}

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from helpers.cache import Answers
-from helpers.data.tables import Row, StepReport, spoken
+from helpers.data.tables import StepReport
+from helpers.data.turns import Row, spoken
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint, Request, shown_url
 

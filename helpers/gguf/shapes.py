@@ -80,7 +80,7 @@ def added_token_texts(tokenizer: Any) -> list[str]:
 def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tuple[str | None, str]:
     """The prompt of the tokenizer's own template, with the generation prompt; (None, why) where the template has no such shape."""
     from helpers.data.chat_template import guarded
-    from helpers.data.formats import RowError
+    from helpers.data.turns import RowError
 
     try:
         with guarded(10):

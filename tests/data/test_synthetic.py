@@ -12,7 +12,8 @@ from llm_proxy import Proxy
 
 from helpers.cache import Answers
 from helpers.data import synthetic, toxicity
-from helpers.data.tables import StepReport, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import make_row
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
 

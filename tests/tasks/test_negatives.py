@@ -5,7 +5,8 @@ import sqlite3
 import pytest
 
 from helpers.data import sql_pairs
-from helpers.data.tables import StepReport, batches, make_row
+from helpers.data.tables import StepReport
+from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
 from helpers.tasks.text_to_sql import negatives
 from helpers.tasks.text_to_sql import sqlite as runner

@@ -177,21 +177,21 @@ def test_tool_turns_keep_their_content_whether_the_template_shows_them_or_not(to
         done, rejects, encoder = encode(tok, rows)
         text = tok.decode(done[0].ids)
         assert not rejects.invalid and all(word in text for word in ("weather", "Oslo", "rain", "It rains."))
-        assert len(encoder.report.notes) == noted
+        assert len(encoder.notes) == noted
 
 
 def test_thinking_that_the_template_takes_out_of_an_answer_is_counted(tokenizer):
     _, _, encoder = encode(with_template(tokenizer, QWEN), [row(talk("q", "<think>hm</think>\n\nyes"))])
-    assert encoder.report.notes["the template changed an answer"] == 1
+    assert encoder.notes["the template changed an answer"] == 1
     done, _, encoder = encode(tokenizer, [row(talk("q", "<think>hm</think>yes"))])
-    assert not encoder.report.notes and "<think>hm</think>yes" in tokenizer.decode(done[0].ids)
+    assert not encoder.notes and "<think>hm</think>yes" in tokenizer.decode(done[0].ids)
 
 
 def test_a_template_that_marks_its_answers_is_masked_by_its_marks(tokenizer):
     tok = with_template(tokenizer, MARKED)
     done, rejects, encoder = encode(tok, [row(talk("q1", "a1", "q2", "a2"))], "all")
     assert not rejects.invalid and trained(tok, done[0]) == ["a1<|im_end|>", "a2<|im_end|>"]
-    assert encoder.report.notes["masked by the template's own marks"] == 1
+    assert encoder.notes["masked by the template's own marks"] == 1
 
 
 def test_rows_that_the_template_refuses_are_rejected_alone(tokenizer):
@@ -214,6 +214,9 @@ def test_rows_that_the_template_refuses_are_rejected_alone(tokenizer):
         ("{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}", "leaves out the question"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not finish within"),
         ("{{ 'a' * 20000000000 }}", "GiB of memory"),
+        ("{{ 'a' * 3000000000 }}", "GiB of memory|characters; that is no rendering"),
+        ("{{ 9**999999999 }}", "did not finish within"),
+        ("{% break %}", "chat template says"),
         ("{% for i in range(90000) %}{{ 'aaaaaaaaaa' }}{% endfor %}", "characters; that is no rendering"),
         ("{{ messages.__class__.__mro__ }}", "sandbox|unsafe|leaves out"),
         ("{{ cycler.__init__.__globals__.os.system('touch /tmp/tunebook-was-here') }}", "chat template says"),
@@ -226,9 +229,38 @@ def test_a_missing_broken_or_hostile_template_is_refused_with_a_sentence(tokeniz
     from pathlib import Path
 
     monkeypatch.setattr(templates, "PROBE_SECONDS", 0.5)
-    with pytest.raises(TunebookError, match=said):
+    with pytest.raises(TunebookError, match=said) as caught:
         templates.inspect(with_template(tokenizer, text))
+    assert "\n" not in str(caught.value)
     assert not Path("/tmp/tunebook-was-here").exists()
+
+
+def test_rendering_leaves_alarms_and_memory_limits_of_this_process_alone(tokenizer):
+    import resource
+    import signal
+
+    rung = []
+    old, limit = signal.signal(signal.SIGALRM, lambda *_: rung.append(True)), resource.getrlimit(resource.RLIMIT_AS)
+    signal.setitimer(signal.ITIMER_REAL, 30)
+    try:
+        encode(tokenizer, [row(talk("q", "a"))])
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 30 and resource.getrlimit(resource.RLIMIT_AS) == limit
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_a_row_that_a_template_hangs_on_is_rejected_alone_and_a_template_that_always_hangs_is_given_up(
+    tokenizer, monkeypatch
+):
+    hanging = "{% for m in messages %}{% if m.content == 'hang' %}{% set x = 9**(999999999 + loop.index) %}{% endif %}{% endfor %}"
+    tok = with_template(tokenizer, hanging + tokenizer.chat_template)
+    monkeypatch.setattr(templates, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(templates.render, "__defaults__", (1.0,))
+    done, rejects, _ = encode(tok, [row(talk("q", "a"), 1), row(talk("hang", "a"), 2), row(talk("q2", "a2"), 3)])
+    assert [one.row["row"] for one in done] == [1, 3] and dict(rejects.invalid) == {"template refused": 1}
+    with pytest.raises(TunebookError, match=r"did not finish within 1 s\. It was stopped on 3 rows in a row"):
+        encode(tok, [row(talk("hang", "a"), i) for i in range(5)])
 
 
 def test_pairs_share_their_prompt_and_each_answer_ends_with_exactly_one_end_of_turn(tokenizer):

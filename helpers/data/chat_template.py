@@ -1,37 +1,56 @@
-"""A tokenizer's chat template: what it does to a conversation, found out by rendering, and renderings under guard.
+"""A tokenizer's chat template: what it does to a conversation, read off its renderings, made in a child process.
 
-Nothing here knows any template by name. Whether it has a default system prompt, writes `<think>`, shows tools, tool calls
-or tool results, and how it ends a turn, is read off small probes. Templates come from strangers: transformers runs them in
-a sandbox (no attributes, no writes); here they also get a time limit, a memory limit and a limit on what they write.
+Nothing here knows any template by name. Whether it has a default system prompt, writes `<think>`, shows tools, tool
+calls or tool results, and how it ends a turn, is read off small probes. Templates come from strangers: transformers
+runs them in a sandbox (no attributes, no writes), and here that happens in a process that can be ended, with limits on
+its time, its memory and what it writes.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from helpers import worker
 from helpers.data.turns import RowError
+from helpers.display import Html, shown
 from helpers.errors import TunebookError
+from helpers.model.stop_tokens import ANSWER, CALLING, QUESTION, special_pattern, special_tokens, turn_ends
 
-PROBE_SECONDS = 10
-BATCH_SECONDS = 120  # for a batch of 1,000 rows, which takes 0.03 s
-HEADROOM = 4 * 2**30  # bytes that a rendering may add to the process
+PROBE_SECONDS = 10.0
+BATCH_SECONDS = 120.0  # for a batch of 1,000 rows, which takes 0.05 s
+MEMORY_GIB = 2.0
+REQUEST_CHARS = 8_000_000  # of the messages in one request
+MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
+TOOL = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": TOOL}}
+RESULT = {"role": "tool", "content": "RRR", "name": "FFF"}
+
+Text = str | RowError  # a rendering, or why the template refuses it
+Conversation = tuple[list[dict], str | None, list[int]]  # messages, tools as JSON, places of turns to be shown apart
+
+
+@dataclass
+class Rendering:
+    """full: the whole conversation. turns: for each turn asked for what the model is given before it, and the
+    conversation through its end (None for the last message: that is `full`)."""
+
+    full: Text
+    turns: list[tuple[Text, Text | None]]
 
 
 @dataclass(frozen=True)
 class Template:
     """What a tokenizer's chat template does, as its own renderings show.
 
-    end_ids: tokens that end an assistant turn, the plain one first. before_answer: text between the generation prompt and
-    the answer. default_system: text that the template adds when a conversation has no system message.
+    end_ids: tokens that end an assistant turn, the plain one first. before_answer: text between the generation prompt
+    and the answer. default_system: text that the template adds when a conversation has no system message.
     """
 
     tokenizer: Any
@@ -47,7 +66,7 @@ class Template:
     has_markers: bool
     adds_bos: bool
     special_ids: frozenset[int]
-    special_text: re.Pattern
+    special_text: re.Pattern[str]
 
     @property
     def end_text(self) -> str:
@@ -56,35 +75,27 @@ class Template:
     def facts(self) -> list[tuple[str, str]]:
         """What a person should know about this template, as (what, how it is)."""
         yes = {True: "yes", False: "no"}
+        seen = (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)
+        bos = "the tokenizer would add one; the template writes none" if self.adds_bos else "written by the template"
         return [
             ("end of turn", " or ".join(f"{self.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in self.end_ids)),
             ("generation prompt", repr(self.generation_prompt)),
             ("added before the answer", repr(self.before_answer) if self.before_answer else "nothing"),
-            (
-                "system prompt when a row has none",
-                repr(self.default_system) if self.default_system else "none is added",
-            ),
+            ("system prompt when a row has none", repr(self.default_system) if self.default_system else "none"),
             ("accepts a system message", yes[self.takes_system]),
-            (
-                "shows tool lists / calls / results",
-                " / ".join(yes[v] for v in (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)),
-            ),
+            ("shows tool lists / calls / results", " / ".join(yes[value] for value in seen)),
             ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
-            (
-                "beginning of sequence",
-                "written by the template"
-                if not self.adds_bos
-                else "the tokenizer would add one; the template writes none",
-            ),
+            ("beginning of sequence", bos),
         ]
 
-    def _repr_html_(self) -> str:
-        from helpers.display import table
+    def _shown(self) -> Html:
+        return shown(self.facts(), ("chat template", "as its renderings show"))
 
-        return table(self.facts(), ("chat template", "as its renderings show"))
+    def _repr_html_(self) -> str:
+        return self._shown()._repr_html_()
 
     def __repr__(self) -> str:
-        return "\n".join(f"{what}: {how}" for what, how in self.facts())
+        return repr(self._shown())
 
 
 def inspect(tokenizer: Any) -> Template:
@@ -93,205 +104,194 @@ def inspect(tokenizer: Any) -> Template:
     Raises TunebookError when there is no template, when it cannot be rendered within the limits, or when it ends the
     assistant's turn with no special token: a model trained with it could not learn to stop.
     """
-    if not tokenizer.chat_template:
-        raise TunebookError(
-            "The tokenizer has no chat template; choose an instruct model, or give its folder a chat_template.jinja."
-        )
     if isinstance(tokenizer.chat_template, dict):
         raise TunebookError(
             "The tokenizer has several chat templates under names; keep the one to train with as chat_template.jinja."
         )
-    added = tokenizer.added_tokens_decoder
-    special = {i: str(token) for i, token in added.items() if token.special} | {
-        tokenizer.convert_tokens_to_ids(t): t for t in tokenizer.all_special_tokens
-    }
-    pattern = re.compile(
-        "|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or r"(?!)"
-    )
-    question, answer = {"role": "user", "content": "QQQ"}, {"role": "assistant", "content": "AAA"}
-
-    def probe(messages: list[dict], tools: list | None = None, generation: bool = False) -> str:
-        with guarded(PROBE_SECONDS):
-            return _checked(
-                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation),
-                messages,
-            )
-
-    def attempt(messages: list[dict], tools: list | None = None) -> str:
-        with contextlib.suppress(RowError):
-            return probe(messages, tools)
-        return ""
-
+    if not tokenizer.chat_template:
+        turn_ends(tokenizer)  # raises
+    thought = {"role": "assistant", "content": "<think>HHH</think>AAA"}
+    tools = json.dumps([TOOL])
+    probes: list[Conversation] = [
+        ([QUESTION, ANSWER], None, [1]),
+        ([QUESTION], None, []),
+        ([QUESTION, CALLING], None, []),
+        ([QUESTION, CALLING, RESULT, ANSWER], None, []),
+        ([QUESTION, thought, QUESTION, ANSWER], None, []),
+        ([{"role": "system", "content": "SSS"}, QUESTION], None, []),
+        ([QUESTION, ANSWER], tools, []),
+    ]
     try:
-        prompt, prompt_open, full = probe([question]), probe([question], generation=True), probe([question, answer])
-    except RowError as error:
-        raise TunebookError(
-            f"The chat template cannot render a question and an answer: {error.detail}. Choose another model, or mend the template."
-        ) from None
+        first, *others = _asked(tokenizer, probes, PROBE_SECONDS)
+    except worker.Lost as lost:
+        raise TunebookError(f"{lost} Choose another model, or mend the template.") from None
+    full, prompt_open = first.full, first.turns[0][0]
+    prompt, called, result, thinking, system, tooled = (
+        "" if isinstance(one.full, RowError) and at else one.full for at, one in enumerate(others)
+    )
+    for needed in (full, prompt_open, prompt):
+        if isinstance(needed, RowError):
+            raise TunebookError(
+                f"The chat template cannot render a question and an answer: {needed.detail}. Choose another model, or "
+                "mend the template."
+            )
     if "AAA" not in full or "QQQ" not in full:
         raise TunebookError(
             "The chat template leaves out the question or the answer; choose another model, or mend the template."
         )
-    ends = [match.group() for match in [pattern.search(full, full.rindex("AAA"))] if match]
-    if not ends:
-        raise TunebookError(
-            "The chat template ends the assistant's turn with no special token, so a model trained with it could not learn to stop; "
-            "choose an instruct model, or mend the template."
-        )
-    call = {"type": "function", "function": {"name": "FFF", "arguments": {"KKK": "VVV"}}}
-    tool = {
-        "type": "function",
-        "function": {"name": "TTT", "description": "DDD", "parameters": {"type": "object", "properties": {}}},
-    }
-    called = attempt([question, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    if "FFF" in called and "VVV" in called and (match := pattern.search(called, called.rindex("VVV"))):
-        ends.append(match.group())
-    result = attempt(
-        [
-            question,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "RRR", "name": "FFF"},
-            answer,
-        ]
-    )
-    thought = attempt([question, {"role": "assistant", "content": "<think>HHH</think>AAA"}, question, answer])
-    system = attempt([{"role": "system", "content": "SSS"}, question])
-    ids = {text: i for i, text in special.items()}
-    head = prompt[: prompt.index("QQQ")]
-    bare = pattern.sub("", head)
-    plain_head = pattern.sub("", system[: system.index("QQQ")].replace("SSS", "")) if "SSS" in system else ""
-    start = full[len(prompt_open) : full.index("AAA")] if full.startswith(prompt_open) else ""
-    bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
+    known = {json.dumps([QUESTION, ANSWER]): full, json.dumps([QUESTION, CALLING]): called}
+    pattern = special_pattern(tokenizer)
+    bare = pattern.sub("", prompt[: prompt.index("QQQ")])
+    around = pattern.sub("", system[: system.index("QQQ")].replace("SSS", "")) if "SSS" in system else ""
+    bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return Template(
         tokenizer=tokenizer,
-        end_ids=tuple(dict.fromkeys(ids[text] for text in ends)),
+        end_ids=turn_ends(tokenizer, lambda messages: known[json.dumps(messages)]),
         generation_prompt=prompt_open[len(prompt) :] if prompt_open.startswith(prompt) else "",
-        before_answer=start,
-        default_system=_without_roles(bare, plain_head),
-        shows_tools="TTT" in attempt([question, answer], [tool]),
+        before_answer=full[len(prompt_open) : full.index("AAA")] if full.startswith(prompt_open) else "",
+        default_system=_without_roles(bare, around),
+        shows_tools="TTT" in tooled,
         shows_tool_calls="FFF" in called and "VVV" in called,
         shows_tool_results="RRR" in result,
         takes_system="SSS" in system,
-        keeps_thinking="HHH" in thought,
+        keeps_thinking="HHH" in thinking,
         has_markers=bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template)),
-        adds_bos=bool(bos and not full.startswith(tokenizer.bos_token)),
-        special_ids=frozenset(special),
+        adds_bos=bos and not full.startswith(tokenizer.bos_token),
+        special_ids=frozenset(special_tokens(tokenizer).values()),
         special_text=pattern,
     )
 
 
-def _without_roles(head: str, plain: str) -> str:
-    """The text before the first question, less what stands there around any system message (role names, line breaks)."""
-    words = head
-    for line in {line.strip() for line in plain.splitlines() if line.strip()}:
-        words = re.sub(rf"(?m)^\s*{re.escape(line)}\s*$", "", words)
-    return words.strip()
+def _without_roles(head: str, around: str) -> str:
+    """The text before the first question, less what stands around any system message (role names, line breaks)."""
+    for line in {line.strip() for line in around.splitlines() if line.strip()}:
+        head = re.sub(rf"(?m)^\s*{re.escape(line)}\s*$", "", head)
+    return head.strip()
 
 
-def render(
-    template: Template, conversations: list[tuple[list[dict], str | None]], generation: bool = False
-) -> list[str | RowError]:
-    """Each (messages, tools as JSON text) as the tokenizer's own template writes it; a RowError where it refuses."""
-    plain = all(tools is None for _, tools in conversations)
-    tokenizer = template.tokenizer
-    if plain and conversations:
+# ---------------------------------------------------------------- rendering
+
+
+def render(tokenizer: Any, conversations: list[Conversation], seconds: float = BATCH_SECONDS) -> list[Rendering]:
+    """Conversations as the tokenizer's own template writes them; a RowError in place of what it refuses.
+
+    Raises TunebookError when the template had to be stopped on several rows one after another.
+    """
+    found: list[Rendering] = []
+    for part in _portions(conversations):
         try:
-            with guarded(BATCH_SECONDS):
-                texts = tokenizer.apply_chat_template(
-                    [messages for messages, _ in conversations], tokenize=False, add_generation_prompt=generation
-                )
-            return [_checked(text, messages) for text, (messages, _) in zip(texts, conversations, strict=True)]
-        except RowError:
-            pass  # one conversation that the template refuses fails the whole batch: take them one by one
-    return [_render_one(tokenizer, messages, tools, generation) for messages, tools in conversations]
+            found += _asked(tokenizer, part, seconds)
+        except worker.Lost:
+            found += _one_by_one(tokenizer, part)
+    return found
 
 
-def _render_one(tokenizer: Any, messages: list[dict], tools: str | None, generation: bool) -> str | RowError:
-    try:
-        with guarded(PROBE_SECONDS):
-            listed = json.loads(tools) if tools else None
-            return _checked(
-                tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, add_generation_prompt=generation),
-                messages,
-            )
-    except RowError as error:
-        return error
-
-
-def _checked(text: str, messages: list[dict]) -> str:
-    if len(text) > MAX_ADDED and len(text) > MAX_ADDED + MAX_GROWTH * sum(len(str(m)) for m in messages):
-        raise RowError(
-            "template refused",
-            f"the template wrote {len(text):,} characters; that is no rendering of this conversation",
-        )
+def prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> str:
+    """What the model is given to answer the last message. Raises RowError where the template refuses it."""
+    asked = (messages, json.dumps(tools) if tools else None, [len(messages)])
+    text = render(tokenizer, [asked], PROBE_SECONDS)[0].turns[0][0]
+    if isinstance(text, RowError):
+        raise text
     return text
 
 
-class _TooLong(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def guarded(seconds: float) -> Iterator[None]:
-    """Run a template under a time limit and a memory limit, its errors turned into RowError("template refused").
-
-    The time limit needs the main thread (signals), the memory limit Linux; elsewhere only the sandbox holds.
-    """
-    import jinja2
-
-    def ring(*_: Any) -> None:
-        raise _TooLong
-
-    timed = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    old = signal.signal(signal.SIGALRM, ring) if timed else None
-    limits = _limit_memory()
+def marked_spans(tokenizer: Any, messages: list[dict], tools: str | None) -> list[tuple[int, int]]:
+    """Spans of characters that the template marks as its answers (`{% generation %}`). Raises RowError."""
     try:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
-    except _TooLong:
-        raise RowError("template refused", f"the template did not finish within {seconds:g} s") from None
-    except MemoryError:
-        raise RowError("template refused", f"the template wanted more than {HEADROOM // 2**30} GiB of memory") from None
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        ZeroDivisionError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise RowError(
-            "template refused", f"the chat template says: {str(error)[:200] or type(error).__name__}"
-        ) from None
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, old)
-        _restore_memory(limits)
+        request = _request(tokenizer, [(messages, tools, [])], marks=True)
+        ((found, _),) = _child().ask(request, timeout_s=PROBE_SECONDS)
+    except worker.Lost as lost:
+        raise RowError("template refused", str(lost)) from None
+    if "refused" in found:
+        raise RowError("template refused", found["refused"])
+    return found["spans"]
 
 
-def _limit_memory() -> tuple[int, int] | None:
-    try:
-        import resource
-
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = used + HEADROOM
-        if (soft != resource.RLIM_INFINITY and soft < wanted) or (hard != resource.RLIM_INFINITY and hard < wanted):
-            return None
-        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    except (ImportError, OSError, ValueError):
-        return None
-    return soft, hard
+def _portions(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
+    part: list[Conversation] = []
+    size = 0
+    for one in conversations:
+        chars = sum(len(message.get("content") or "") for message in one[0]) * (1 + len(one[2]))
+        if part and size + chars > REQUEST_CHARS:
+            yield part
+            part, size = [], 0
+        part.append(one)
+        size += chars
+    if part:
+        yield part
 
 
-def _restore_memory(limits: tuple[int, int] | None) -> None:
-    if limits is not None:
-        import resource
+def _one_by_one(tokenizer: Any, conversations: list[Conversation]) -> list[Rendering]:
+    """After the template was stopped in the middle of a batch: the rows that it stops at are refused alone."""
+    found: list[Rendering] = []
+    lost = 0
+    for one in conversations:
+        try:
+            found += _asked(tokenizer, [one], PROBE_SECONDS)
+            lost = 0
+        except worker.Lost as error:
+            lost += 1
+            if lost == MOST_LOST:
+                raise TunebookError(f"{error} It was stopped on {lost} rows in a row; mend the template.") from None
+            refused = RowError("template refused", str(error))
+            found.append(Rendering(refused, [(refused, None) for _ in one[2]]))
+    return found
 
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+def _asked(tokenizer: Any, conversations: list[Conversation], seconds: float) -> list[Rendering]:
+    def text(value: Any) -> Any:
+        return RowError("template refused", value["refused"]) if isinstance(value, dict) else value
+
+    answers = _child().ask(_request(tokenizer, conversations), timeout_s=seconds)
+    return [Rendering(text(full), [(text(a), text(b)) for a, b in turns]) for full, turns in answers]
+
+
+def _request(tokenizer: Any, conversations: list[Conversation], marks: bool = False) -> dict[str, Any]:
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return {"template": tokenizer.chat_template, "special": special, "conversations": conversations, "marks": marks}
+
+
+@functools.cache
+def _child() -> worker.Worker:
+    """The one process that renders for this one; it is started again where it was stopped."""
+    return worker.Worker("helpers.data.chat_template:Renderer", name="The chat template", memory_gib=MEMORY_GIB)
+
+
+class Renderer:
+    """In the child: every rendering as text, or {"refused": why}."""
+
+    def __init__(self) -> None:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self.render = render_jinja_template
+
+    def __call__(self, request: dict[str, Any], event: worker.Event) -> Any:
+        shared = {"chat_template": request["template"], **request["special"]}
+
+        def written(messages: list[dict], tools: list | None, generation: bool = False) -> Any:
+            try:
+                (text,), spans = self.render(
+                    [messages],
+                    tools=tools,
+                    add_generation_prompt=generation,
+                    return_assistant_tokens_mask=request["marks"],
+                    **shared,
+                )
+            except MemoryError:
+                raise
+            except Exception as error:
+                return {"refused": f"the chat template says: {str(error)[:200] or type(error).__name__}"}
+            if len(text) > MAX_ADDED and len(text) > MAX_ADDED + MAX_GROWTH * sum(len(str(m)) for m in messages):
+                refused = f"the template wrote {len(text):,} characters; that is no rendering of this conversation"
+                return {"refused": refused}
+            return {"spans": spans[0]} if request["marks"] else text
+
+        found = []
+        for messages, tools, turns in request["conversations"]:
+            listed = json.loads(tools) if tools else None
+            apart = []
+            for turn in turns:
+                through = written(messages[: turn + 1], listed) if turn < len(messages) - 1 else None
+                apart.append((written(messages[:turn], listed, generation=True), through))
+            found.append((written(messages, listed), apart))
+        return found

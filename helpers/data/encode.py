@@ -90,8 +90,8 @@ def _encode(job: Any, template: Any) -> dict[str, Any]:
                 if k in ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
             }
         )
-        result["notes"] = dict(Counter(result["notes"]) + encoder.report.notes)
-        result["examples"] |= encoder.report.examples
+        result["notes"] = dict(Counter(result["notes"]) + encoder.notes)
+        result["examples"] |= encoder.examples
     lost.close()
     whole = labels.LengthReport(limit, p.over_long, histogram, **counts)
     rows, tokens = max(1, source_rows.total()), max(1, source_tokens.total())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.model.stop_tokens import end_of_turn, stop_tokens
 from helpers.tasks.answers import Answer, Decoding
 
 ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
@@ -31,7 +32,8 @@ class HfModel:
         from helpers.evaluate import prefix_cache
 
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.stops = end_ids(model, tokenizer)
+        configured = getattr(model, "generation_config", None)
+        self.stops = set(stop_tokens(tokenizer, getattr(configured, "eos_token_id", None)))
         self.fast = prefix_cache.supports(model)
         self.path_note = (
             "shared-prefix decoding"
@@ -49,8 +51,6 @@ class HfModel:
         """Token ids of plain text, nothing added; with the end of turn after it when `end`."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if end:
-            from helpers.model.loading import end_of_turn
-
             ids = [*ids, end_of_turn(self.tokenizer)]
         return ids
 
@@ -329,19 +329,6 @@ class Draws:
         total = torch.softmax(logits.float() / self.decoding.temperature, -1).double().cumsum(-1)
         draw = torch.tensor(self.uniform[rows, step], device=logits.device)[:, None] * total[:, -1:]
         return torch.searchsorted(total, draw).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
-def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token id that ends an answer: the generation config's, the tokenizer's, and the chat template's end of turn."""
-    listed = (
-        getattr(model.generation_config, "eos_token_id", None) if getattr(model, "generation_config", None) else None
-    )
-    found = set(listed if isinstance(listed, (list, tuple)) else [listed]) | {tokenizer.eos_token_id}
-    for token in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>"):
-        number = tokenizer.convert_tokens_to_ids(token) if token in tokenizer.get_vocab() else None
-        if number is not None:
-            found.add(number)
-    return {int(i) for i in found if i is not None}
 
 
 def groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:

@@ -79,17 +79,16 @@ def added_token_texts(tokenizer: Any) -> list[str]:
 
 def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tuple[str | None, str]:
     """The prompt of the tokenizer's own template, with the generation prompt; (None, why) where the template has no such shape."""
-    from helpers.data.chat_template import guarded
+    from helpers.data.chat_template import prompt
     from helpers.data.turns import RowError
 
     try:
-        with guarded(10):
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-            if tools and text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True):
-                return None, "the template does not print tools"
-            system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-            if system and system.splitlines()[0] not in text:
-                return None, "the template drops the system message"
+        text = prompt(tokenizer, messages, tools)
+        if tools and text == prompt(tokenizer, messages):
+            return None, "the template does not print tools"
     except RowError as error:
         return None, str(error)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if system and system.splitlines()[0] not in text:
+        return None, "the template drops the system message"
     return text, ""

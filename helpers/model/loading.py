@@ -15,6 +15,7 @@ from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
+from helpers.model.stop_tokens import end_of_turn as end_of_turn
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -175,21 +176,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.update(padding=None, truncation=None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def end_of_turn(tokenizer: Any) -> int:
-    """Id of the token that ends an assistant turn in this tokenizer's own template. Raises TunebookError when none does."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    after = ids[len(ids) - next((n for n, i in enumerate(reversed(ids)) if "b" in tokenizer.decode([i])), 0) :]
-    for token_id in after:
-        if token_id in special:
-            return token_id
-    raise TunebookError(
-        "The chat template ends the assistant's turn with no special token, so a model trained with it could not learn "
-        "to stop; choose a model with a chat template (an instruct model)."
-    )
 
 
 def dtype(name: str = "auto") -> Any:

@@ -207,11 +207,12 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
     """
     import torch
 
-    from helpers.model.loading import end_of_turn, fast_bf16
+    from helpers.model.loading import fast_bf16
+    from helpers.model.stop_tokens import stop_tokens
 
     if not prompts:
         return []
-    stop, training = end_of_turn(tokenizer), model.training
+    stops, training = stop_tokens(tokenizer), model.training
     longest = max(len(p["prompt_ids"]) for p in prompts)
     ids = torch.tensor(
         [[tokenizer.pad_token_id] * (longest - len(p["prompt_ids"])) + list(p["prompt_ids"]) for p in prompts]
@@ -228,15 +229,15 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]], most: int
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=stop,
+            eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(training)
     torch.set_rng_state(state)
     rows = []
     for prompt, tokens in zip(prompts, out[:, longest:].tolist(), strict=True):
-        stopped = stop in tokens
-        tokens = tokens[: tokens.index(stop)] if stopped else tokens
+        end = next((at for at, token in enumerate(tokens) if token in stops), None)
+        stopped, tokens = end is not None, tokens[:end]
         rows.append(
             {
                 "id": prompt.get("id", ""),

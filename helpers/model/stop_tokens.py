@@ -1,0 +1,78 @@
+"""Which tokens end a turn: the one answer, for labels, generation, samples, GGUF checks and Modelfiles.
+
+Nothing is known by name. A conversation with a marked answer is rendered with the tokenizer's own chat template; the
+special token behind the mark ends the turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from helpers.errors import TunebookError
+
+QUESTION, ANSWER = {"role": "user", "content": "QQQ"}, {"role": "assistant", "content": "AAA"}
+CALL = {"type": "function", "function": {"name": "FFF", "arguments": {"KKK": "VVV"}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text → id of every control token."""
+    added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds control tokens in a text, the longest first."""
+    texts = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None) -> tuple[int, ...]:
+    """Ids of the tokens that end an assistant's turn: behind an answer, then behind a tool call where that differs.
+
+    render: messages → text, where the template is not to be trusted; by default the tokenizer's own rendering. Raises
+    TunebookError when there is no template, or when it ends the turn with no special token.
+    """
+
+    def own(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    if not tokenizer.chat_template:
+        raise TunebookError(
+            "The tokenizer has no chat template; choose an instruct model, or give its folder a chat_template.jinja."
+        )
+    special, pattern = special_tokens(tokenizer), special_pattern(tokenizer)
+    found = []
+    for messages, mark in (([QUESTION, ANSWER], "AAA"), ([QUESTION, CALLING], "VVV")):
+        try:
+            text = (render or own)(messages)
+        except Exception:  # a stranger's template raises what it likes: it has no such turn
+            text = ""
+        if mark in text and (match := pattern.search(text, text.rindex(mark))):
+            found.append(special[match.group()])
+        elif not found:
+            raise TunebookError(
+                "The chat template ends the assistant's turn with no special token, so a model trained with it could "
+                "not learn to stop; choose an instruct model, or mend the template."
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token that ends an assistant's turn. Raises TunebookError when none does."""
+    return turn_ends(tokenizer)[0]
+
+
+def stop_tokens(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:
+    """Ids at which generation stops: the ends of a turn, the tokenizer's end of sequence, and `configured`, the
+    `eos_token_id` of the model's generation_config. A base model without a template has the latter two alone.
+    """
+    found: list[int | None] = []
+    if tokenizer.chat_template:
+        with contextlib.suppress(TunebookError):  # said where the data is prepared; the end of sequence is left
+            found += turn_ends(tokenizer)
+    found += [tokenizer.eos_token_id, *(configured if isinstance(configured, Sequence) else [configured])]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))

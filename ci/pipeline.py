@@ -125,9 +125,8 @@ def execute(stage: str, chosen: params.Params) -> None:
                 progress_bar=False,
                 log_output=True,
                 cwd=str(PROJECT),
-                extra_arguments=[
-                    "--IPKernelApp.log_level=40"
-                ],  # errors: it warns of TCP, which is on loopback and signed
+                # errors only: it warns of TCP, which is on loopback and signed
+                extra_arguments=["--IPKernelApp.log_level=40"],
             )
         runs.load(chosen.run, stage, verify=False)  # one that ended early raises nothing, but it leaves no manifest
     except papermill.PapermillExecutionError as error:
@@ -135,8 +134,8 @@ def execute(stage: str, chosen: params.Params) -> None:
         raise TunebookError(f"{name} failed. {error.evalue if error.ename == 'TunebookError' else what}") from None
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         raise TunebookError(
-            f"{name}: the notebook's process died ({error}), often for lack of memory, see {log}; the same command resumes "
-            "where it stopped."
+            f"{name}: the notebook's process died ({error}), often for lack of memory, see {log}; the same command "
+            "resumes where it stopped."
         ) from None
     finally:
         keep_executed(output, run / name)

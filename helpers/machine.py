@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks, whose tag
-# Colab fetches, and pyproject.toml reads the version.
+# The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks,
+# whose tag Colab fetches, and pyproject.toml reads the version.
 REPOSITORY = "tunebook/tunebook"
 VERSION = "0.1.0"
 TAG = f"v{VERSION}"
@@ -32,19 +33,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 PROJECT = Path(__file__).resolve().parent.parent
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "trl",
-    "datasets",
-    "accelerate",
-    "unsloth",
-    "xllamacpp",
-    "papermill",
-    "ipywidgets",
-    "numpy",
-    "pyarrow",
+    *("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "unsloth"),
+    *("xllamacpp", "papermill", "ipywidgets", "numpy", "pyarrow"),
 )
 T = TypeVar("T")
 
@@ -67,29 +57,19 @@ def gpu() -> Gpu | None:
     return Gpu(properties.name, (properties.major, properties.minor), round(properties.total_memory / 2**30, 1))
 
 
-def where() -> str:
-    """ "colab", "papermill", "jupyter" or "script"."""
-    if os.environ.get("TUNEBOOK_HEADLESS"):
-        return "papermill"
-    if "google.colab" in sys.modules:
-        return "colab"
-    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    return "jupyter" if shell is not None and hasattr(shell, "kernel") else "script"
-
-
 def interactive() -> bool:
     """True when a person is watching: plots and sliders are worth drawing. ci/pipeline.py sets TUNEBOOK_HEADLESS."""
-    return where() in ("colab", "jupyter")
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    watched = "google.colab" in sys.modules or hasattr(shell, "kernel")
+    return watched and not os.environ.get("TUNEBOOK_HEADLESS")
 
 
 def versions() -> dict[str, Any]:
     """Versions, code revision and GPU, as every manifest records them."""
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     device = gpu() if "torch" in sys.modules else None
     return {
         "versions": {"python": sys.version.split()[0], **found},
@@ -129,14 +109,10 @@ def code_hash(notebook: str = "") -> str:
 
 
 def describe() -> dict[str, Any]:
-    """What a reader wants to know first: place, GPU or cores, memory, versions."""
+    """What a reader of measurements wants to know first: GPU, cores, memory, versions."""
     device = gpu()
-    named = (
-        f"{device.name}, {device.total_gib} GiB, sm{device.capability[0]}{device.capability[1]}" if device else "none"
-    )
     return {
-        "running in": where(),
-        "GPU": named,
+        "GPU": f"{device.name}, {device.total_gib} GiB" if device else "none",
         "CPU cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory, GiB": total_memory_gib(),
         **versions()["versions"],

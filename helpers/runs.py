@@ -101,9 +101,7 @@ def hash_json(value: Any) -> str:
 
 @dataclass(repr=False)
 class Manifest:
-    """What a finished stage wrote down about itself. data: the parsed manifest.json; sha256: that file's hash when
-    read.
-    """
+    """What a finished stage wrote down about itself. data: the parsed manifest.json; sha256: the file's hash."""
 
     path: Path
     data: dict[str, Any]
@@ -143,29 +141,28 @@ class Manifest:
 def load(run: str, stage: str, verify: bool = True) -> Manifest:
     """A finished stage of a run. Raises TunebookError when it is missing, unfinished, failed or changed since."""
     path = folder(run, stage)
-    file = path / "manifest.json"
-    again = f"run notebook {FOLDERS[stage]} for the run {run!r} ({_command(run, stage)})"
-    if not path.is_dir():
-        raise TunebookError(f"Stage {stage!r} of the run {run!r} has not been run yet; {again} first.")
     try:
-        content = file.read_bytes()
-        data = json.loads(content)
-        known = (data.get("status"), data.get("schema_version"))
+        content = (path / "manifest.json").read_bytes()
+        manifest = Manifest(path, json.loads(content), hashlib.sha256(content).hexdigest())
+        state = (manifest.data["status"], manifest.data["schema_version"])
+        problem = "" if state == ("finished", SCHEMA_VERSION) else f"has a manifest of status and schema {state}"
+        if verify and not problem:
+            problem = _altered(manifest)
     except FileNotFoundError:
-        raise TunebookError(f"Stage {stage!r} of the run {run!r} did not finish (no {file}); {again} again.") from None
-    except (ValueError, AttributeError):
-        raise TunebookError(f"{file} is damaged; {again} again.") from None
-    if known != ("finished", SCHEMA_VERSION):
-        raise TunebookError(
-            f"{file} has status and schema {known}, expected {('finished', SCHEMA_VERSION)}; {again} again."
-        )
-    for name, artifact in data["artifacts"].items() if verify else ():
-        made = path / name
-        if not made.is_file() or made.stat().st_size != artifact["bytes"] or sha256_file(made) != artifact["sha256"]:
-            raise TunebookError(
-                f"{made} is not the file that stage {stage!r} wrote (missing or altered); {again} again."
-            )
-    return Manifest(path, data, hashlib.sha256(content).hexdigest())
+        problem = f"did not finish (no manifest in {path})" if path.is_dir() else "has not been run yet"
+    except (ValueError, TypeError, KeyError):
+        problem = f"has a damaged manifest in {path}"
+    if problem:
+        raise TunebookError(f"Stage {stage!r} of the run {run!r} {problem}; {_remedy(run, stage)}.")
+    return manifest
+
+
+def _altered(manifest: Manifest) -> str:
+    for name, known in manifest.data["artifacts"].items():
+        file = manifest.path / name
+        if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
+            return f"did not write {file} as it stands there (missing or altered)"
+    return ""
 
 
 def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
@@ -173,8 +170,8 @@ def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
     return {stage: load(run, stage, verify) for stage in FOLDERS if (folder(run, stage) / "manifest.json").is_file()}
 
 
-def _command(run: str, stage: str) -> str:
-    return f"bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]}"
+def _remedy(run: str, stage: str) -> str:
+    return f"run notebook {FOLDERS[stage]} again (bash ci/run.sh --run {run} --from {FOLDERS[stage][:2]})"
 
 
 # ---------------------------------------------------------------- a stage at work
@@ -218,13 +215,11 @@ class Stage:
             )
 
     def begin(self) -> bool:
-        """Start the work: lock the folder, keep aside what stands there unless it is resumed. False when already
-        begun.
-        """
+        """Start the work: lock the folder, keep aside what is there unless it is resumed. False when already begun."""
         self.check()
         locks.take(run_folder(self.params.run), self.name)
         if self.begun:  # a step that failed let go of the lock, and another process may have had it
-            if _plan_of(self.path) != self._plan or (self.path / "manifest.json").exists():
+            if not _unfinished(self.path, self._plan):
                 unlock(self.params.run, self.name)
                 raise TunebookError(f"Another process has worked in {self.path}; run the notebook from its first cell.")
             return False
@@ -234,9 +229,8 @@ class Stage:
         if not self.resumed:
             _set_aside(self.path)
         write_json(self.path / "plan.json", self._plan)
-        note = "# Every parameter of this stage as it was used; `papermill -f` takes this file.\n"
         values = yaml.safe_dump(self.params.as_dict(), sort_keys=False, allow_unicode=True)
-        write_atomic(self.path / "params.yaml", note + values)
+        write_atomic(self.path / "params.yaml", f"# Parameters as they were used, for `papermill -f`.\n{values}")
         if self.resumed:
             print(f"Resuming the unfinished stage in {self.path}")
         self.begun = True
@@ -351,10 +345,8 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
     for stage, manifest in parents.items():
         for ancestor, known in manifest.data["parents"].items():
             if ancestor in parents and parents[ancestor].sha256 != known["manifest_sha256"]:
-                raise TunebookError(
-                    f"Stage {stage!r} of the run {run!r} was made from an earlier {ancestor!r}; run notebook "
-                    f"{FOLDERS[stage]} again ({_command(run, stage)})."
-                )
+                told = f"Stage {stage!r} of the run {run!r} was made from an earlier {ancestor!r}"
+                raise TunebookError(f"{told}; {_remedy(run, stage)}.")
     hashes = {s: m.data["template_hash"][:12] for s, m in parents.items() if m.data.get("template_hash")}
     if len(set(hashes.values())) > 1:
         said = ", ".join(f"{s}: {h}" for s, h in hashes.items())
@@ -364,14 +356,11 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
 
 
 def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
-    return path.exists() and not (path / "manifest.json").exists() and _plan_of(path) == plan
-
-
-def _plan_of(path: Path) -> Any:
+    """Whether an earlier run of the same plan stopped in this folder."""
     try:
-        return json.loads((path / "plan.json").read_text())
+        return not (path / "manifest.json").exists() and json.loads((path / "plan.json").read_text()) == plan
     except (OSError, ValueError):
-        return None
+        return False
 
 
 def _set_aside(path: Path) -> None:

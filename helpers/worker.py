@@ -20,11 +20,13 @@ import math
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -35,8 +37,6 @@ from helpers.display import clean
 from helpers.errors import TunebookError
 
 Event = Callable[[Any], None]
-Handler = Callable[[Any, Event], Any]
-Why = Literal["time", "memory", "ended"]
 PROJECT = Path(__file__).resolve().parent.parent
 MAIN = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from helpers import worker; worker.main(sys.argv[1])"
 
@@ -44,7 +44,7 @@ MAIN = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from helpers import w
 class Lost(TunebookError):
     """A child was lost before it answered. why: a limit of time or of memory, or it ended by itself."""
 
-    def __init__(self, message: str, why: Why) -> None:
+    def __init__(self, message: str, why: Literal["time", "memory", "ended"]) -> None:
         super().__init__(message)
         self.why = why
 
@@ -52,26 +52,24 @@ class Lost(TunebookError):
 class Worker:
     """One child that answers requests one after another; it is started anew when it was lost in the middle of one.
 
-    target: "module:function" or "module:Class", or the command of a program that calls `serve`. name: what messages
-    call it. cpu_s: processor time for a request; memory_gib: address space beyond what the child has after its start;
-    both limits are set in the child. started: what the handler object has as its attribute `started`.
+    target: "module:function" or "module:Class". name: what messages call it. cpu_s: processor time for a request;
+    memory_gib: address space beyond what the child has after its start; both limits are set in the child. started:
+    what the handler object has as its attribute `started`.
     """
 
     def __init__(
         self,
-        target: str | list[str],
+        target: str,
         *,
         start: dict[str, Any] | None = None,
         name: str = "",
         cpu_s: float | None = None,
         memory_gib: float | None = None,
         start_timeout_s: float | None = 120,
-        environment: dict[str, str] | None = None,
     ) -> None:
-        self.command = [sys.executable, "-P", "-c", MAIN, target] if isinstance(target, str) else target
-        self.name, self.environment = name or str(target), {**os.environ, **(environment or {})}
-        self._start_timeout_s = start_timeout_s
+        self.command, self.name = [sys.executable, "-P", "-c", MAIN, target], name or target
         self._hello = {"start": start or {}, "cpu_s": cpu_s, "memory_gib": memory_gib}
+        self._start_timeout_s = start_timeout_s
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
         self._one_at_a_time = threading.Lock()
         self.process, self.started = self._begin()
@@ -88,7 +86,7 @@ class Worker:
         """
         with self._one_at_a_time:
             if not self.alive:
-                _end(self.process)
+                self.close()
                 self.process, self.started = self._begin()
             return self._exchange(self.process, request, on_event, timeout_s)
 
@@ -105,8 +103,7 @@ class Worker:
     def _begin(self) -> tuple[subprocess.Popen[bytes], Any]:
         self._said.seek(0)
         self._said.truncate()
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=self._said, env=self.environment)
+        process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
         # The kernel ends a child with the thread that started it: only the main thread lives as long as the process.
         bound = threading.current_thread() is threading.main_thread()
         hello = self._hello | {"parent": os.getpid() if bound else 0}
@@ -116,22 +113,14 @@ class Worker:
             _end(process)
             raise
 
-    def _exchange(
-        self, process: subprocess.Popen[bytes], request: Any, on_event: Event | None, limit_s: float | None
-    ) -> Any:
+    def _exchange(self, process: subprocess.Popen, request: Any, on_event: Event | None, limit_s: float | None) -> Any:
         assert process.stdin and process.stdout
-        late = threading.Event()
-
-        def too_late() -> None:
-            late.set()
-            process.kill()
-
-        clock = threading.Timer(limit_s or 0, too_late)
+        until = time.monotonic() + (threading.TIMEOUT_MAX if limit_s is None else limit_s)
+        clock = threading.Timer(until - time.monotonic(), process.kill)
         clock.daemon = True
+        clock.start()
         kind, value = "lost", None
         try:
-            if limit_s is not None:
-                clock.start()
             with contextlib.suppress(BrokenPipeError):  # it has ended: the answer that does not come says so
                 process.stdin.write(json.dumps([limit_s, request]).encode() + b"\n")
                 process.stdin.flush()
@@ -139,49 +128,43 @@ class Worker:
                 kind, value = json.loads(line)
                 if kind != "event":
                     break
-                kind = "lost"
                 if on_event:
                     on_event(value)
-        except (
-            BaseException
-        ):  # an interrupt, or on_event's own: the answer that still comes would be taken for the next one
+                kind = "lost"
+        except BaseException:  # an interrupt, or on_event's own: the next request would be given this one's answer
             process.kill()
             process.wait()
             raise
         finally:
             clock.cancel()
+        if kind == "result":
+            return value
         if kind == "error":
             raise TunebookError(value)
         if kind == "bug":
             raise RuntimeError(f"{self.name} failed in its own process:\n{value}")
-        if kind != "result":
-            process.kill() if kind == "memory" else None
-            raise self._lost(kind, process.wait(), late.is_set(), limit_s)
-        return value
-
-    def _lost(self, kind: str, status: int, late: bool, limit_s: float | None) -> Lost:
-        """What became of a child that ended with `status` instead of an answer."""
         if kind == "memory":
-            return Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
-        if late or status == -signal.SIGALRM:
-            return Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
+            process.kill()
+            raise Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
+        status = process.wait()
+        if time.monotonic() >= until or status == -signal.SIGALRM:
+            raise Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
         if status == -signal.SIGXCPU:
-            return Lost(f"{self.name} took more than {self._hello['cpu_s']:g} s of processor time.", "time")
+            raise Lost(f"{self.name} took more than {self._hello['cpu_s']:g} s of processor time.", "time")
         said = self.last_words()
         said = f": {said}" if said else ""
         if status == -signal.SIGKILL:
-            return Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
-        return Lost(f"{self.name} ended with status {status}{said}.", "ended")
+            raise Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
+        raise Lost(f"{self.name} ended with status {status}{said}.", "ended")
 
     def last_words(self) -> str:
         """The last three lines that the child wrote to its standard error."""
-        size = self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, size - 4000))
-        lines = [clean(line.strip())[:300] for line in self._said.read().decode("utf-8", "replace").splitlines()]
-        return " / ".join([line for line in lines if line][-3:])
+        size = os.fstat(self._said.fileno()).st_size
+        text = os.pread(self._said.fileno(), 4000, max(0, size - 4000)).decode("utf-8", "replace")
+        return " / ".join([clean(line.strip())[:300] for line in text.splitlines() if line.strip()][-3:])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen) -> None:
     with contextlib.suppress(OSError):
         process.stdin.close()  # type: ignore[union-attr]  # the child ends itself when it sees this
     try:
@@ -200,43 +183,32 @@ def run(
     cpu_s: float | None = None,
     memory_gib: float | None = None,
     name: str = "",
-    on_event: Event | None = None,
 ) -> Any:
     """One call of `function(request, event)` in a fresh child. Raises what `Worker.ask` raises."""
     with Worker(function, name=name, cpu_s=cpu_s, memory_gib=memory_gib) as child:
-        return child.ask(request, on_event, wall_s)
+        return child.ask(request, timeout_s=wall_s)
 
 
 # ---------------------------------------------------------------- in the child
 
 
 def main(target: str) -> None:
-    """Entry point of a child: serve the function or class that `target` names."""
-    module, _, name = target.partition(":")
-    serve(lambda: getattr(importlib.import_module(module), name))
-
-
-def serve(handler: Callable[[], Any]) -> None:
-    """Answer requests until the parent closes the pipe. `handler` gives the function or class, its import being timed
-    too.
-    """
-    sent = os.fdopen(os.dup(1), "wb")
+    """A child's whole life: make the handler that `target` names, answer requests until the parent closes the pipe."""
+    received, sent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print must not stand among the answers
-    received = os.fdopen(os.dup(0), "rb")
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    timeout_s, hello = json.loads(received.readline())
-    _end_with(hello["parent"])
     requests: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(received, requests), daemon=True).start()
+    limit_s, hello = requests.get()
+    _end_with(hello["parent"])
 
     def send(kind: str, value: Any) -> None:
         sent.write(json.dumps([kind, value]).encode() + b"\n")
         sent.flush()
 
-    def answer(work: Callable[[], Any], timeout_s: float | None) -> None:
-        _limit_time(timeout_s, hello["cpu_s"])
+    def answer(limit_s: float | None, work: Callable[[], Any]) -> None:
+        _limit_time(limit_s, hello["cpu_s"])
         try:
             send("result", work())
         except TunebookError as error:
@@ -247,18 +219,20 @@ def serve(handler: Callable[[], Any]) -> None:
             send("bug", traceback.format_exc())
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    made: list[Handler] = []
+    handler: Any = None
 
     def begin() -> Any:
-        found = handler()
-        made.append(found(**hello["start"]) if isinstance(found, type) else found)
-        return getattr(made[0], "started", None)
+        nonlocal handler
+        module, _, name = target.partition(":")
+        handler = getattr(importlib.import_module(module), name)
+        handler = handler(**hello["start"]) if isinstance(handler, type) else handler
+        return getattr(handler, "started", None)
 
-    answer(begin, timeout_s)
+    answer(limit_s, begin)
     _limit_memory(hello["memory_gib"])
     while True:
-        timeout_s, request = requests.get()
-        answer(functools.partial(made[0], request, functools.partial(send, "event")), timeout_s)
+        limit_s, request = requests.get()
+        answer(limit_s, functools.partial(handler, request, functools.partial(send, "event")))
 
 
 def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:
@@ -280,8 +254,6 @@ def _end_with(parent: int) -> None:
 
 def _limit_time(wall_s: float | None, cpu_s: float | None) -> None:
     """Signals that end the process even inside one long call of C code; the parent's clock comes a second earlier."""
-    import resource
-
     signal.setitimer(signal.ITIMER_REAL, wall_s + 1 if wall_s else 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if cpu_s is not None:
@@ -290,14 +262,11 @@ def _limit_time(wall_s: float | None, cpu_s: float | None) -> None:
 
 
 def _limit_memory(gib: float | None) -> None:
-    if gib is None or sys.platform != "linux":
-        return
-    import resource
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    wanted = used + int(gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    if gib is not None and sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        wanted = used + int(gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 # ---------------------------------------------------------------- copies of this process

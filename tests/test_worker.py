@@ -183,11 +183,3 @@ def test_a_child_whose_thread_has_ended_still_answers():
     time.sleep(0.3)
     with made[0] as child:
         assert child.ask(["echo", 1]) == 1 and child.process.pid == child.ask(["pid", 0])
-
-
-def test_a_command_of_its_own_can_serve():
-    code = "from helpers import worker; worker.serve(lambda: lambda request, event: request * 2)"
-    with Worker([sys.executable, "-c", code]) as child:
-        assert child.ask(21) == 42
-    with pytest.raises(Lost, match="status 3"):
-        Worker([sys.executable, "-c", "raise SystemExit(3)"])

@@ -123,7 +123,7 @@ def parse(request: dict[str, Any], event: Any) -> dict[str, str]:
     file = Path(request["file"])
     kind = files.kind(file)
     try:
-        return {"text": tidy(KINDS[kind](_content(file, kind, request["max_bytes"])))}
+        return {"text": tidy(KINDS[kind](_content(file, request["max_bytes"])))}
     except RowError as error:
         return {"reason": error.reason, "detail": error.detail}
     except RecursionError:
@@ -135,9 +135,9 @@ def parse(request: dict[str, Any], event: Any) -> dict[str, str]:
         return {"reason": reason, "detail": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
-def _content(file: Path, kind: str, most: int) -> bytes:
-    stream, content = files.Stream(file, Rejects()), bytearray()
-    for data in stream.blocks if kind in (".md", ".markdown") else stream.pieces():
+def _content(file: Path, most: int) -> bytes:
+    stream, content = files.Stream(file), bytearray()
+    for data in stream.pieces():
         content += data
         if len(content) > most:
             raise RowError("document too large", f"it holds over {most / 2**20:.0f} MiB")
@@ -205,7 +205,7 @@ def _docx(content: bytes) -> str:
 def _markdown(content: bytes) -> str:
     """Markdown without front matter, comments, tags and pictures; links keep their words, code stays as it is."""
     try:
-        text = content.decode()
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError:
         raise RowError("not UTF-8", "save the document as UTF-8") from None
     text = re.sub(r"\A---\n.*?\n(?:---|\.\.\.)\n", "", text.replace("\r\n", "\n"), flags=re.DOTALL)

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,17 +21,21 @@ from helpers.data.tables import Rejects, open_parquet
 from helpers.data.turns import BATCH_ROWS, RowError
 from helpers.errors import TunebookError
 
-MAX_LINE = 32 * 2**20  # bytes of one row; a longer one is rejected without being held
+MAX_LINE = 32 * 2**20  # characters of one row; a longer one is rejected without being held
 MAX_DEPTH = 64  # nested lists and objects of one record
 MAX_EXPANSION = 1000  # gzip and zstd may unpack to this many times their size, once past MAX_UNPACKED
 MAX_UNPACKED = 2**30
 BLOCK = 2**20
 PACKED = (".gz", ".zst")
 HOLDERS = ("data", "rows", "train", "examples", "instances")  # keys under which an object holds the list of rows
-ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
+ENCODINGS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
+ENCODINGS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+# What cannot be decoded becomes half a surrogate pair, which costs its row and no other.
+codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
+UNDECODED = re.compile("[\ud800-\udfff]")
 BETWEEN = re.compile(r"[ \t\r\n,]*")
-TWO_LINES = re.compile(rb"\s*(\S[^\n]*)\n\s*(\S)")
-Records = Iterator[tuple[int, Any]]
+TWO_LINES = re.compile(r"\s*(\S[^\n]*)\n\s*(\S)")
+Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the exception that says why nothing does)
 
 
 def kind(file: Path) -> str:
@@ -39,111 +43,100 @@ def kind(file: Path) -> str:
     return next((ending for ending in reversed(file.suffixes) if ending.lower() not in PACKED), "").lower()
 
 
-def read(file: Path, rejects: Rejects) -> Records:
+def read(file: Path, rejects: Rejects) -> Iterator[tuple[int, dict]]:
     """The records of a file by its kind. Raises TunebookError only when the file itself cannot be opened."""
-    ending = kind(file)
+    ending, stream, number = kind(file), Stream(file), 0
     if ending == ".parquet":
-        yield from _parquet(file, rejects)
-        return
-    stream = Stream(file, rejects)
-    if ending in (".csv", ".tsv"):
-        yield from _csv(stream, "\t" if ending == ".tsv" else ",")
-    elif ending == ".txt":
-        yield from _text(stream)
+        rows = _parquet(file)
+    elif ending in (".csv", ".tsv"):
+        rows = _csv(stream, "\t" if ending == ".tsv" else ",")
+    elif ending == ".txt":  # one record a line, as in Hugging Face's text reader
+        rows = stream.lines(lambda line: {"text": decoded(line.removesuffix("\r"))})
     else:
-        yield from _json(stream, ending == ".json")
+        rows = _json(stream, ending == ".json")
+
+    def lost(number: int, found: Any) -> None:
+        reason, detail = "malformed JSON", str(found)
+        if isinstance(found, RowError):
+            reason, detail = found.reason, found.detail
+        elif isinstance(found, RecursionError):
+            reason, detail = "nested too deeply", "lists and objects are nested past the parser's limit"
+        elif not isinstance(found, Exception):
+            detail = f"the row is {type(found).__name__}; a JSON object of columns was expected"
+            reason = "not an object"
+        rejects.add(file, number, reason, detail)
+        rejects.saw(1)
+
+    for number, record in rows:
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            lost(number, record)
     if stream.problem:
-        stream.lost(stream.number + 1, RowError("file ends early", f"{stream.problem}; the rows before are read"))
+        lost(number + 1, RowError("file ends early", f"{stream.problem}; the rows before are read"))
 
 
-# ---------------------------------------------------------------- bytes
+# ---------------------------------------------------------------- text
 
 
 class Stream:
-    """A file in blocks of UTF-8, unpacked, without BOM; UTF-16 and UTF-32 are recoded.
+    """A file's text in blocks, unpacked and decoded. problem: why it ended before the file did."""
 
-    number: the last row that was read. problem: why the blocks ended before the file did.
-    """
+    def __init__(self, file: Path) -> None:
+        self.file, self.problem = file, ""
+        self.blocks = self._decoded()
 
-    def __init__(self, file: Path, rejects: Rejects) -> None:
-        self.file, self.rejects = file, rejects
-        self.number, self.problem = 0, ""
-        try:
-            self._raw = file.open("rb")
-        except OSError as error:
-            raise TunebookError(f"{file} cannot be opened ({error.strerror}); check its permissions.") from None
-        self.blocks = self._recoded()
-
-    def lost(self, number: int, error: Exception) -> None:
-        """Reject a row that cannot be read."""
-        reason, detail = "malformed JSON", str(error)
-        if isinstance(error, UnicodeDecodeError):
-            byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
-            reason, detail = "not UTF-8", f"{byte}; save the file as UTF-8"
-        elif isinstance(error, RecursionError):
-            reason, detail = "nested too deeply", "lists and objects are nested past the parser's limit"
-        elif isinstance(error, RowError):
-            reason, detail = error.reason, error.detail
-        self.rejects.add(self.file, number, reason, detail)
-        self.rejects.saw(1)
-
-    def lines(self, empty: bool = False) -> Iterator[bytes]:
-        """Lines without their ends, `empty` ones only if wanted; `number` counts all. One over MAX_LINE is lost."""
-        parts: list[bytes] = []
-        size = 0
-        for data in itertools.chain(self.blocks, [b"\n"]):
-            *ended, rest = data.split(b"\n")
+    def lines(self, work: Callable[[str], Any], empty: bool = False) -> Found:
+        """(line number, what `work` makes of the line); blank lines only if wanted."""
+        parts: list[str] = []
+        size = number = 0
+        for block in itertools.chain(self.blocks, ["\n"]):
+            *ended, rest = block.split("\n")
             for piece in ended:
-                self.number += 1
+                number += 1
                 size += len(piece)
                 if size > MAX_LINE:
-                    self.lost(self.number, RowError("line too long", f"over {MAX_LINE // 2**20} MiB"))
-                elif size or empty:
-                    yield b"".join([*parts, piece])
+                    yield number, RowError("line too long", f"over {MAX_LINE // 2**20} million characters")
+                elif empty or (size and not piece.isspace()) or parts:
+                    yield number, attempt(work, "".join([*parts, piece]))
                 parts, size = [], 0
             size += len(rest)
-            parts = [*parts, rest] if size <= MAX_LINE else []
+            parts = [*parts, rest] if rest and size <= MAX_LINE else []
 
-    def _recoded(self) -> Iterator[bytes]:
+    def _decoded(self) -> Iterator[str]:
         pieces, head = self.pieces(), b""
         while len(head) < 4 and (data := next(pieces, b"")):
             head += data
-        encodings = {codecs.BOM_UTF8: "", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
-        encodings |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-        mark = next((mark for mark in encodings if head.startswith(mark)), b"")
-        pieces = itertools.chain([head.removeprefix(mark)], pieces)
-        if not encodings.get(mark):
-            yield from pieces
-            return
-        decoder = codecs.getincrementaldecoder(encodings[mark])("half-surrogate")
-        for data in itertools.chain(pieces, [b""]):
-            yield decoder.decode(data, final=not data and not self.problem).encode("utf-8", "surrogatepass")
+        mark = next((mark for mark in ENCODINGS if head.startswith(mark)), b"")
+        decode = codecs.getincrementaldecoder(ENCODINGS.get(mark, "utf-8"))("half-surrogate").decode
+        for data in itertools.chain([head.removeprefix(mark)], pieces):
+            if text := decode(data):
+                yield text
+        if not self.problem and (text := decode(b"", True)):
+            yield text
 
     def pieces(self) -> Iterator[bytes]:
         """The unpacked bytes up to the end or to the first damage."""
         packed, given = self.file.suffix.lower(), 0
-        limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size) if packed in PACKED else 0
-        with self._raw:
-            pieces = _unpacked(self._raw, packed) if packed in PACKED else iter(lambda: self._raw.read(BLOCK), b"")
-            while not self.problem:
+        try:
+            raw = self.file.open("rb")
+        except OSError as error:
+            raise TunebookError(f"{self.file} cannot be opened ({error.strerror}); check its permissions.") from None
+        limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size)
+        with raw:
+            pieces = _unpacked(raw, packed) if packed in PACKED else iter(lambda: raw.read(BLOCK), b"")
+            while packed not in PACKED or given <= limit:
                 try:
-                    data = next(pieces)
-                except StopIteration:
-                    return
+                    data = next(pieces, None)
                 except Exception as error:  # zlib's, zstandard's, the file system's
                     self.problem = f"the packed data is damaged or ends early ({error})"
+                    return
+                if data is None:
                     return
                 if data:
                     yield data
                 given += len(data)
-                if limit and given > limit:
-                    self.problem = (
-                        f"the file unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
-                    )
-
-
-# What is no UTF-16 or UTF-32 becomes half a surrogate pair, which costs its row and no other.
-codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
+        self.problem = f"the file unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
 
 
 def _unpacked(raw: BinaryIO, packed: str) -> Iterator[bytes]:
@@ -169,6 +162,21 @@ def _unpacked(raw: BinaryIO, packed: str) -> Iterator[bytes]:
         raise EOFError("there is no end marker")
 
 
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, or the exception that says why a row cannot be used."""
+    try:
+        return work(*arguments)
+    except (ValueError, RecursionError, RowError) as error:
+        return error
+
+
+def decoded(text: str) -> str:
+    """`text`, when every byte of it could be decoded. Raises RowError."""
+    if not text.isascii() and (wrong := UNDECODED.search(text)):
+        raise RowError("not UTF-8", f"character {wrong.start() + 1} cannot be decoded; save the file as UTF-8")
+    return text
+
+
 # ---------------------------------------------------------------- JSON
 
 
@@ -182,7 +190,19 @@ class Decoder(json.JSONDecoder):
     def parse(self, text: str) -> Any:
         """One JSON value. Raises ValueError for broken JSON, RowError for what may not be used."""
         self.problem = None
-        return self.check(self.decode(text), text)
+        return self.checked(self.decode(text), text)
+
+    def checked(self, value: Any, text: str) -> Any:
+        """`value`, just decoded from `text`, when it may be used. Raises RowError."""
+        decoded(text)
+        if self.problem:
+            raise self.problem
+        level, depth = [value], 0
+        while level := [item for one in level for item in _inside(one)]:
+            depth += 1
+            if depth >= MAX_DEPTH:
+                raise RowError("nested too deeply", f"lists and objects are nested over {MAX_DEPTH} deep")
+        return value
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict:
         made = dict(pairs)
@@ -195,19 +215,6 @@ class Decoder(json.JSONDecoder):
     def _constant(self, name: str) -> None:
         self.problem = RowError("malformed JSON", f"{name} is not a JSON value")
 
-    def check(self, value: Any, text: str) -> Any:
-        """`value`, which was decoded from `text`, when it may be used. Raises RowError."""
-        if not text.isascii() and (wrong := ESCAPED_BYTE.search(text)):
-            raise RowError("not UTF-8", f"byte {ord(wrong.group()) - 0xDC00:#04x}; save the file as UTF-8")
-        if self.problem:
-            raise self.problem
-        level, depth = [value], 0
-        while level := [item for one in level for item in _inside(one)]:
-            depth += 1
-            if depth >= MAX_DEPTH:
-                raise RowError("nested too deeply", f"lists and objects are nested over {MAX_DEPTH} deep")
-        return value
-
 
 def _inside(value: Any) -> list:
     """The lists and objects directly inside a list or an object."""
@@ -215,188 +222,135 @@ def _inside(value: Any) -> list:
     return [item for item in items if isinstance(item, (dict, list))]
 
 
-def _json(stream: Stream, one_value: bool) -> Records:
-    """JSON lines, a list of objects, one object or one that holds the list, whatever the file's name says.
-
-    one_value: the file's name is that of one JSON value, not of lines.
-    """
-    head = b""
-    for data in stream.blocks:
-        head += data
+def _json(stream: Stream, one_value: bool) -> Found:
+    """JSON lines, a list of objects, one object or one that holds the list. one_value: the file's name says so."""
+    head = ""
+    for block in stream.blocks:
+        head += block
         if TWO_LINES.match(head) or len(head) > MAX_LINE:
             break
-    stream.blocks = itertools.chain([head], stream.blocks)
+    stream.blocks = itertools.chain([head] if head else [], stream.blocks)
     start, two = head.lstrip()[:1], TWO_LINES.match(head)
-    line, below = (two[1].rstrip(), two[2]) if two else (b"", b"")
-    if start == b"[" and (one_value or not _is_json(line)):
-        yield from _json_list(stream)
-    elif start == b"{" and one_value and not (line.endswith(b"}") and below == b"{"):
-        yield from _json_object(stream)
-    elif start and start not in b"[{" and one_value:
-        stream.lost(1, ValueError(f"the file begins with {start!r}; a list or an object was expected"))
-    else:
-        decoder = Decoder()
-        for line in stream.lines():
-            if not line.strip():
-                continue
-            try:
-                yield stream.number, _record(decoder.parse(line.decode("utf-8")))
-            except (ValueError, RecursionError, RowError) as error:
-                stream.lost(stream.number, error)
+    line, below = (two[1].rstrip(), two[2]) if two else ("", "")
+    if start == "[" and (one_value or isinstance(attempt(json.loads, line), Exception)):
+        return _json_list(stream)
+    if start == "{" and one_value and not (line.endswith("}") and below == "{"):
+        return _json_object(stream)
+    if start and start not in "[{" and one_value:
+        return iter([(1, ValueError(f"the file begins with {start!r}; a list or an object was expected"))])
+    return stream.lines(Decoder().parse)
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _record(value: Any) -> dict:
-    if not isinstance(value, dict):
-        found = f"the row is {type(value).__name__}"
-        raise RowError("not an object", f"{found}; a JSON object of columns was expected")
-    return value
-
-
-def _json_list(stream: Stream) -> Records:
-    """A JSON list of objects, read element by element."""
-    decoder = Decoder()
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # a wrong byte costs its row alone
-    buffer, position, wanted, closed = "", 0, 0, False
-    for block, data in enumerate(itertools.chain(stream.blocks, [b""])):
-        buffer = buffer[position:] + decode(data, final=not data)
-        position = 0 if block else buffer.index("[") + 1
-        while not closed and (len(buffer) >= wanted or not data):
-            between = BETWEEN.match(buffer, position)
-            position = between.end() if between else position
-            if buffer[position : position + 1] in ("", "]"):
-                closed = position < len(buffer)
-                position += closed
+def _json_list(stream: Stream) -> Found:
+    """The elements of a JSON list, read one by one."""
+    decoder, buffer, position, number, wanted = Decoder(), "", -1, 0, 0
+    for block in itertools.chain(stream.blocks, [""]):
+        buffer = buffer[max(0, position) :] + block
+        position = 0 if position >= 0 else buffer.index("[") + 1
+        while len(buffer) >= wanted or not block:
+            position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
+            if buffer[position : position + 1] == "]":
+                rest = itertools.chain([buffer[position + 1 :]], stream.blocks)
+                if behind := next((text.strip() for text in rest if text.strip()), ""):
+                    yield number + 1, ValueError(f"{behind[:60]!r} stands behind the end of the list")
+                return
+            if position == len(buffer):
                 break
-            decoder.problem = None
+            decoder.problem, size = None, len(buffer) - position
             try:
                 value, end = decoder.raw_decode(buffer, position)
-                if end == len(buffer) and data:
-                    raise ValueError("a number may go on in the next block")
-            except (ValueError, RecursionError) as error:
-                broken = getattr(error, "pos", len(buffer))
-                size = len(buffer) - position
-                if data and isinstance(error, ValueError) and broken >= len(buffer) - BLOCK and size <= MAX_LINE:
+            except RecursionError as error:
+                yield number + 1, error
+                return
+            except ValueError as error:
+                if block and size <= MAX_LINE:  # it may end in the next block
                     wanted = 2 * size
                     break
-                if size > MAX_LINE:
-                    error = ValueError(f"a row is longer than {MAX_LINE // 2**20} MiB")
-                after = f"nothing after row {stream.number} of {stream.file.name} could be read"
-                lost = error if isinstance(error, RecursionError) else ValueError(f"{error}; {after}")
-                stream.lost(stream.number + 1, lost)
+                yield number + 1, ValueError(f"{error}; nothing after row {number} of {stream.file.name} could be read")
                 return
-            stream.number, wanted = stream.number + 1, 0
-            begin, position = position, end
-            try:
-                yield stream.number, _record(decoder.check(value, buffer[begin:end]))
-            except RowError as error:
-                stream.lost(stream.number, error)
-        if closed and (rest := buffer[position:].strip()):
-            stream.lost(stream.number + 1, ValueError(f"{rest[:60]!r} stands behind the end of the list"))
-            return
-    if not closed and not stream.problem:
-        stream.lost(stream.number + 1, ValueError("the list is not closed: the file ends early"))
+            number, wanted = number + 1, 0
+            yield number, attempt(decoder.checked, value, buffer[position:end])
+            position = end
+    if not stream.problem:
+        yield number + 1, ValueError("the list is not closed: the file ends early")
 
 
-def _json_object(stream: Stream) -> Records:
+def _json_object(stream: Stream) -> Found:
     """One object: a record, or what holds the list of records."""
-    content = bytearray()
-    for data in stream.blocks:
-        content += data
-        if len(content) > MAX_LINE:
-            stream.lost(1, RowError("line too long", f"one object of over {MAX_LINE // 2**20} MiB; use JSON lines"))
+    text = ""
+    for block in stream.blocks:
+        text += block
+        if len(text) > MAX_LINE:
+            yield (
+                1,
+                RowError("line too long", f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"),
+            )
             return
-    try:
-        value = _record(Decoder().parse(content.decode("utf-8", "surrogateescape")))
-    except (ValueError, RecursionError, RowError) as error:
-        stream.lost(1, error)
-        return
-    lists = [key for key, item in value.items() if item and isinstance(item, list) and len(_inside(item)) == len(item)]
-    held = value[lists[0]] if len(lists) == 1 and lists[0] in HOLDERS else [value]
-    for stream.number, record in enumerate(held, 1):
-        try:
-            yield stream.number, _record(record)
-        except RowError as error:
-            stream.lost(stream.number, error)
+    value = attempt(Decoder().parse, text)
+    held = [item for key, item in value.items() if key in HOLDERS] if isinstance(value, dict) else []
+    held = [item for item in held if isinstance(item, list) and item and len(_inside(item)) == len(item)]
+    yield from enumerate(held[0] if len(held) == 1 else [value], 1)
 
 
-# ---------------------------------------------------------------- lines and tables
+# ---------------------------------------------------------------- tables
 
 
-def _text(stream: Stream) -> Records:
-    """One record a line, as in Hugging Face's text reader; empty lines are skipped."""
-    for line in stream.lines():
-        try:
-            text = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            stream.lost(stream.number, error)
-            continue
-        if text.strip():
-            yield stream.number, {"text": text}
-
-
-def _csv(stream: Stream, delimiter: str) -> Records:
+def _csv(stream: Stream, delimiter: str) -> Found:
     """Values under a header line. They stay text, whatever they begin with; an empty one is null."""
+
+    def lines() -> Iterator[str]:
+        for number, line in stream.lines(str, empty=True):
+            if isinstance(line, Exception):
+                raise csv.Error(f"line {number} is too long; nothing after it could be read")
+            yield line + "\n"
+
     csv.field_size_limit(MAX_LINE)
-    lines = (line.decode("utf-8", "surrogateescape") + "\n" for line in stream.lines(empty=True))
-    table = csv.reader(lines, delimiter=delimiter, strict=True)
+    table = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     row = 0
     while True:
-        before, problem = table.line_num, None
+        before = table.line_num
         try:
-            values = next(table)
-        except StopIteration:
-            stream.number = row
-            return
+            values = next(table, None)
         except csv.Error as error:  # an open quotation mark swallows lines: each of them is a lost row
-            detail = f"lines {before + 1} to {table.line_num}: {error}"
-            for _ in range(max(1, table.line_num - before)):
-                row += 1
-                stream.lost(row, RowError("malformed csv", detail))
+            wrong = RowError("malformed csv", f"lines {before + 1} to {table.line_num}: {error}")
+            swallowed = max(1, table.line_num - before)
+            yield from ((row + at, wrong) for at in range(1, swallowed + 1))
+            row += swallowed
             continue
-        if not values:
-            continue
+        if values is None:
+            return
         if not header:
             header = values
             if len(set(header)) != len(header):
                 found = f"the header is {', '.join(header)[:200]}"
-                stream.lost(0, RowError("duplicated column", f"{found}; every column needs its own name"))
+                yield 0, RowError("duplicated column", f"{found}; every column needs its own name")
                 return
-            continue
-        row += 1
-        if len(values) != len(header):
+        elif len(values) == len(header):
+            row += 1
+            yield row, attempt(_csv_record, header, values)
+        elif values:
+            row += 1
             found = f"line {table.line_num}: {len(values)} values under {len(header)} columns"
-            problem = RowError("wrong number of values", found)
-        elif any(not value.isascii() and ESCAPED_BYTE.search(value) for value in values):
-            problem = RowError("not UTF-8", f"line {table.line_num}; save the file as UTF-8")
-        if problem:
-            stream.lost(row, problem)
-        else:
-            yield row, {name: value or None for name, value in zip(header, values, strict=True)}
+            yield row, RowError("wrong number of values", found)
 
 
-def _parquet(file: Path, rejects: Rejects) -> Records:
+def _csv_record(header: list[str], values: list[str]) -> dict[str, str | None]:
+    return {name: decoded(value) or None for name, value in zip(header, values, strict=True)}
+
+
+def _parquet(file: Path) -> Found:
     import pyarrow as pa
 
     number = 0
     try:
         with open_parquet(file) as table:
-            for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                for record in records_of(batch):
-                    number += 1
-                    yield number, record
+            batches = table.iter_batches(batch_size=BATCH_ROWS)
+            for number, record in enumerate((record for batch in batches for record in records_of(batch)), 1):
+                yield number, record
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
         why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        rejects.add(file, number + 1, "broken parquet", f"{why}; nothing after row {number} could be read")
-        rejects.saw(1)
+        yield number + 1, RowError("broken parquet", f"{why}; nothing after row {number} could be read")
 
 
 def records_of(batch: Any) -> list[dict[str, Any]]:

@@ -125,11 +125,11 @@ def family(tokenizer, name):
 @pytest.fixture(scope="session")
 def go(tmp_path_factory):
     """go([(template, messages), …]) -> texts, by Go's own engine, fed as Ollama feeds it."""
-    from helpers.model.loading import cache
+    from helpers import cache
 
     if not shutil.which("npm") or not shutil.which("node"):
         pytest.skip("node and npm are needed to run Go's template engine")
-    folder = cache() / "go-template"
+    folder = cache.folder() / "go-template"
     if not (folder / "node_modules").is_dir():
         done = subprocess.run(
             ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder), ENGINE],

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from helpers import cache
+
 KEEP_BYTES = 4 * 2**30
 
 
 def root() -> Path:
-    from helpers.model import loading
-
-    return loading.cache() / "data"
+    return cache.folder() / "data"
 
 
 def code_hash() -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
+from helpers import cache, machine
 from helpers.errors import TunebookError
 
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
@@ -240,7 +240,7 @@ def _load_on_rounded(candidate: Candidate, precision: str) -> Any:
 
     from helpers.model import loading, merging
 
-    with tempfile.TemporaryDirectory(dir=loading.cache()) as folder:
+    with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
         merged = merging.merge(candidate.path, candidate.adapter, Path(folder) / "merged", "nf4").path
         return loading.load_model(merged, quantize="none", dtype=precision), loading.load_tokenizer(merged)
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers import machine, runs
+from helpers import cache, machine, runs
 from helpers.errors import TunebookError
 from helpers.evaluate import (
     candidates,
@@ -45,7 +45,7 @@ class Evaluation:
         self.candidates = candidates.find(
             stage.parents, self.params.candidates, self.params.extra_candidates, self.params.model
         )
-        self.cache = loading.cache() / "answers"
+        self.cache = cache.folder() / "answers"
         self.warnings: list[str] = []
         self.skipped: dict[str, str] = {}
         self.answers: dict[str, list[dict[str, Any]]] = {}

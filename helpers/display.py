@@ -1,7 +1,7 @@
 """How things are shown, once for all: a table, a number, a size, a duration; foreign text with nothing hidden in it.
 
-A result that ends a cell is an `Html` (a table or several), a `Picture`, or a matplotlib figure; `save` keeps what was shown
-in a stage's folder and `load` brings it back.
+A result that ends a cell is an `Html` (a table or several), a `Picture`, or a matplotlib figure; `save` keeps what was
+shown in a stage's folder and `load` brings it back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from helpers.storage import write_atomic
 
 # Characters that would hide or reorder text, or steer a terminal: shown as what they are. Tab and line end stay.
 HIDDEN: dict[int, str] = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
@@ -162,8 +164,6 @@ def data_url(content: bytes, kind: str = "image/png") -> str:
 
 def save(value: Any, folder: Path, name: str) -> None:
     """Keep what ended a cell under `folder/name`: a figure as PNG, anything else as its HTML and its text."""
-    from helpers.runs import write_atomic
-
     if hasattr(value, "savefig"):
         write_atomic(folder / f"{name}.png", png(value))
     elif value is not None:
@@ -183,6 +183,4 @@ def load(folder: Path, name: str) -> Html | Picture | None:
 
 def save_figure(folder: Any, figure: Any, name: str) -> Path:
     """Write a matplotlib figure as PNG into a stage's folder, atomically, and return the path."""
-    from helpers.runs import write_atomic
-
     return write_atomic(Path(getattr(folder, "path", folder)) / name, png(figure))

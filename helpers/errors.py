@@ -1,10 +1,5 @@
 """The one error type that people are meant to read."""
 
-from __future__ import annotations
-
-import errno
-from pathlib import Path
-
 
 class TunebookError(Exception):
     """Something the person at the keyboard can put right.
@@ -16,15 +11,3 @@ class TunebookError(Exception):
     def _render_traceback_(self) -> list[str]:
         """IPython asks for this instead of drawing a traceback."""
         return [f"{type(self).__name__}: {self}"]
-
-
-def disk_error(error: OSError, path: Path) -> Exception:
-    """An OSError as an error message when it means a full disk or a forbidden place, else the error itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TunebookError(
-            f"No space left on the disk while writing {path}; free some room and run the same command again, it "
-            "resumes where it stopped."
-        )
-    if error.errno in (errno.EACCES, errno.EROFS):
-        return TunebookError(f"{path} cannot be written ({error.strerror}); set TUNEBOOK_RUNS to a folder that can.")
-    return error

@@ -10,7 +10,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-from helpers.errors import TunebookError, disk_error
+from helpers.errors import TunebookError
+from helpers.storage import disk_error
 
 _held: dict[Path, TextIO] = {}
 

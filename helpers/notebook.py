@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from helpers import machine
+from helpers import machine, panel
 from helpers import params as parameters
+from helpers.train import unsloth_backend
 
 
 def start(stage: str, namespace: Mapping[str, Any]) -> Any:
@@ -21,13 +22,6 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
 
     params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
     if stage in ("sft", "orpo"):
-        from helpers.train import unsloth_backend
-
         unsloth_backend.early_import(params.as_dict())
-    if machine.interactive():
-        from helpers import panel
-
-        display(panel.build(stage, params))
-    else:
-        display(params)
+    display(panel.build(stage, params) if machine.interactive() else params)
     return params

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from helpers import display, locks, machine
-from helpers.errors import TunebookError, disk_error
+from helpers.errors import TunebookError
 from helpers.params import Params
+from helpers.storage import disk_error, hash_json, sha256_file, write_atomic, write_json  # noqa: F401
 
 SCHEMA_VERSION = 1
 FOLDERS = {
@@ -59,41 +60,6 @@ def run_folder(run: str) -> Path:
 def folder(run: str, stage: str) -> Path:
     """`runs/<run>/<stage folder>`."""
     return run_folder(run) / FOLDERS[stage]
-
-
-# ---------------------------------------------------------------- atomic files and hashes
-
-
-def write_atomic(path: str | Path, content: bytes | str) -> Path:
-    """Write a whole file or nothing: to a neighbour first, flushed to disk, then renamed over `path`."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-    return path
-
-
-def write_json(path: str | Path, value: Any) -> Path:
-    """JSON with sorted keys, UTF-8, atomically. NaN and infinity are refused: a score that is not a number is a bug."""
-    return write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_json(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- manifests

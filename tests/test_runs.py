@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import errors, locks, machine, params, runs, steps
+from helpers import locks, machine, params, runs, steps
 from helpers.errors import TunebookError
 from tests.conftest import PROJECT
 
@@ -240,7 +240,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path):
     except OSError as caught:
         error = caught
     assert error.errno == errno.ENOSPC
-    assert "No space left" in str(errors.disk_error(error, tmp_path / "x"))
+    assert "No space left" in str(runs.disk_error(error, tmp_path / "x"))
 
 
 def test_a_write_that_fails_leaves_nothing_half_written(tmp_path):

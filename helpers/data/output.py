@@ -67,7 +67,7 @@ class Writer:
     def write(self, columns: dict[str, Any]) -> None:
         import pyarrow as pa
 
-        from helpers.errors import disk_error
+        from helpers.storage import disk_error
 
         table = pa.table(
             [

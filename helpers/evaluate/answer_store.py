@@ -34,7 +34,7 @@ class Store:
     """Answers of one model. `put` is safe against kills; two processes may append to the same file."""
 
     def __init__(self, folder: Path, key: str):
-        from helpers.errors import disk_error
+        from helpers.storage import disk_error
 
         self.path = Path(folder) / f"{key[:24]}.jsonl"
         self._values: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class Store:
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        from helpers.errors import disk_error
+        from helpers.storage import disk_error
 
         line = json.dumps({"k": key, "v": value}, ensure_ascii=False)
         try:

@@ -158,7 +158,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
         if len(lines) > WARM
         else None,
         processes=processes,
-        **({"killed_on": killed_on, "went_on": "Going on from checkpoint" in said} if killed_on else {}),
+        **({"killed_on": killed_on, "went_on": "Resuming from checkpoint" in said} if killed_on else {}),
         steps=len(lines),
         batch_size=values["batch_size"],
         row_tokens=plan["row_tokens"],

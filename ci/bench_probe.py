@@ -178,12 +178,13 @@ UNSLOTH_SETTINGS = [
 def planner_unsloth(given: argparse.Namespace) -> None:
     """Predicted against measured peak and time of the Unsloth backend on the 8B model in 4 bits."""
     from pathlib import Path
+    from types import SimpleNamespace
 
     from helpers import params
     from helpers.train import unsloth_backend
 
     values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
-    unsloth_backend.early_import(values.as_dict())
+    unsloth_backend.import_first(values)
     import torch
 
     from helpers.planner import cost_model, gpus
@@ -191,7 +192,7 @@ def planner_unsloth(given: argparse.Namespace) -> None:
 
     card = gpus.here()
     shape = cost_model.shape_of(llama(LLAMA))
-    model, _ = unsloth_backend.load(Path(given.model) / "nf4", values)
+    model, _ = unsloth_backend.load(SimpleNamespace(path=Path(given.model) / "nf4"), values)
     model.train()
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
@@ -200,9 +201,8 @@ def planner_unsloth(given: argparse.Namespace) -> None:
         )
         rows = []
         for length in (tokens, *(tokens * share // 100 for share in (93, 97, 103))):
-            batch = padded_tensors(
-                [{"input_ids": torch.randint(3, 40_000, (length,)).tolist()} for _ in range(documents)], 0
-            )
+            drawn = [torch.randint(3, 40_000, (length,)).tolist() for _ in range(documents)]
+            batch = padded_tensors([{"input_ids": ids, "labels": ids} for ids in drawn], 0)
             rows.append({k: v.cuda() for k, v in batch.items()})
         measure(step, rows, shape, setting, card, tokens, size="8b", base="nf4", backend="unsloth", documents=documents)
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -42,7 +43,7 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
             self.times = []
 
         def on_step_end(self, args, state, control, **kwargs):
-            self.times.append((time.time(), time.process_time(), job.trainer.trained_tokens))
+            self.times.append((time.monotonic(), time.process_time(), job.trainer.trained_tokens))
 
     share = changed.pop("share", True)
     data = runs.load(run, "data", verify=False)
@@ -58,9 +59,10 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
     chosen = params.resolve(
         stage_name, {**given, **({"start_from": "base"} if stage_name == "orpo" else {}), **changed}
     )
-    with tempfile.TemporaryDirectory() as folder:
-        stage = runs.Stage(stage_name, chosen, Path(folder), {"data": data}, False)
-        job = (preference if stage_name == "orpo" else sft).prepare(stage).build()
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TUNEBOOK_RUNS": folder}):
+        runs.folder(run, "data").parent.mkdir()
+        runs.folder(run, "data").symlink_to(data.path.resolve())
+        job = (preference if stage_name == "orpo" else sft).open(chosen).build()
         job.trainer.row_collator.share &= share
         clock = Clock()
         job.trainer.add_callback(clock)

@@ -22,6 +22,6 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
 
     params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
     if stage in ("sft", "orpo"):
-        unsloth_backend.early_import(params.as_dict())
+        unsloth_backend.import_first(params)
     display(panel.build(stage, params) if machine.interactive() else params)
     return params

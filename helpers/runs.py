@@ -183,6 +183,8 @@ class Stage:
     def begin(self) -> bool:
         """Start the work: lock the folder, keep aside what is there unless it is resumed. False when already begun."""
         self.check()
+        if int(os.environ.get("RANK", "0")):  # torchrun: the first process has begun the work for all
+            return False
         locks.take(run_folder(self.params.run), self.name)
         if self.begun:  # a step that failed let go of the lock, and another process may have had it
             if not _unfinished(self.path, self._plan):
@@ -191,7 +193,7 @@ class Stage:
             return False
         self.params.freeze()
         self._started, self._code = time.monotonic(), machine.code_hash(FOLDERS[self.name])
-        self.resumed = _unfinished(self.path, self._plan)
+        self.resumed = self._plan["params"].get("resume") != "never" and _unfinished(self.path, self._plan)
         if not self.resumed:
             _set_aside(self.path)
         write_json(self.path / "plan.json", self._plan)
@@ -271,7 +273,8 @@ def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> St
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
     plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    return Stage(name, params, path, parents, _unfinished(path, plan), is_done(name, params), _plan=plan)
+    resumed = plan["params"].get("resume") != "never" and _unfinished(path, plan)
+    return Stage(name, params, path, parents, resumed, is_done(name, params), _plan=plan)
 
 
 def open_stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
@@ -322,11 +325,14 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
 
 
 def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
-    """Whether an earlier run of the same plan stopped in this folder."""
+    """Whether an earlier run of the same plan stopped in this folder; how it is resumed (`resume`) is no part of it."""
     try:
-        return not (path / "manifest.json").exists() and json.loads((path / "plan.json").read_text()) == plan
+        before = json.loads((path / "plan.json").read_text())
     except (OSError, ValueError):
         return False
+    before["params"].pop("resume", None)
+    values = {name: value for name, value in plan["params"].items() if name != "resume"}
+    return not (path / "manifest.json").exists() and before == {**plan, "params": values}
 
 
 def _set_aside(path: Path) -> None:

@@ -5,7 +5,8 @@ import random
 
 from helpers import params as parameters
 from helpers import runs
-from helpers.model.loading import end_of_turn, template_hash, tokenizer_hash
+from helpers.model.loading import template_hash, tokenizer_hash
+from helpers.model.stop_tokens import end_of_turn
 
 SMALL = {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "export_check": False}
 SCHEMA = (

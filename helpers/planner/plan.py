@@ -42,6 +42,8 @@ def choose_backend(
         cannot = f"Unsloth has no kernels for {model_type}"
     elif params.get("dora") or params.get("init", "default") != "default":
         cannot = "DoRA, PiSSA and LoftQ are not offered through Unsloth here"
+    elif params.get("precision") == "fp32":
+        cannot = "Unsloth computes in 16 bits and precision is fp32"
     elif importlib.util.find_spec("unsloth") is None:
         cannot = "Unsloth is not installed"
     if asked == "unsloth":

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m helpers.train params.yaml
 
 params.yaml holds a stage's parameters, as notebooks write it into their folder. Finished already with the same
-parameters: nothing is done. Ends with status 1 and a sentence when something is in the way.
+parameters: nothing is done. Ends with status 1 and a message when something is in the way.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from helpers import params, runs
+import yaml
+
+from helpers import params
 from helpers.errors import TunebookError
+from helpers.train import distributed, preference, sft, unsloth_backend
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         values = read(given.file) if given.file else {}
-        resolved = params.resolve(given.stage, {**values, **dict(given.p)})
-        print(train(given.stage, resolved), end="")
+        train(given.stage, params.resolve(given.stage, {**values, **dict(given.p)}))
     except TunebookError as error:
         print(f"TunebookError: {error}", file=sys.stderr)
         return 1
@@ -37,35 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def read(file: str) -> dict:
     """Parameters out of a YAML file. Raises TunebookError with the line for a malformed one."""
-    import yaml
-
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise TunebookError(
             f"The parameter file {file} cannot be read ({error.strerror}); name a YAML file such as ci/params/cpu.yaml."
         ) from None
     except yaml.YAMLError as error:
-        raise TunebookError(f"{file} is no YAML ({' '.join(str(error).split())[:200]}).") from None
-    if not isinstance(values or {}, dict):
+        raise TunebookError(f"{file} is not valid YAML ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(values, dict):
         raise TunebookError(f"{file} holds a {type(values).__name__}; it takes lines of `name: value`.")
-    return values or {}
+    return values
 
 
-def train(stage: str, resolved: params.Params) -> str:
+def train(stage: str, resolved: params.Params) -> None:
     """Train one stage, or say that it is finished already."""
-    from helpers.train import distributed, unsloth_backend
-
-    unsloth_backend.early_import(resolved.as_dict())
-    from helpers.train import preference, sft
-
+    unsloth_backend.import_first(resolved)
     distributed.setup()
-    opened = distributed.shared(
-        lambda: preference.open_stage(resolved) if stage == "orpo" else runs.open_stage(stage, resolved)
-    )
-    manifest = (preference if stage == "orpo" else sft).run(opened)
+    manifest = (preference if stage == "orpo" else sft).run(resolved)
     distributed.leave()
-    return f"Finished in {manifest.data['wall_s']} s: {manifest.path}\n" if manifest else ""
+    if manifest:
+        print(f"Finished in {manifest.data['wall_s']} s: {manifest.path}")
 
 
 if __name__ == "__main__":

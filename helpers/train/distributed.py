@@ -4,7 +4,7 @@
     distributed.launch("sft", params, processes=4)         the same from a notebook, as a subprocess
 
 QLoRA runs data parallel (DDP): 4-bit weights cannot be sharded and fit anyway. LoRA on a 16-bit base and full tuning
-run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`batching.PackedRows`).
+run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`packing.PackedRows`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
+import yaml
+
+from helpers import machine, runs
 from helpers.errors import TunebookError
 
 
@@ -37,9 +40,8 @@ class World:
 
 def world() -> World:
     """What torchrun says in the environment; a single process without it."""
-    return World(
-        int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    )
+    said = os.environ
+    return World(int(said.get("RANK", 0)), int(said.get("WORLD_SIZE", 1)), int(said.get("LOCAL_RANK", 0)))
 
 
 def setup() -> World:
@@ -53,16 +55,17 @@ def setup() -> World:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        if me.local_rank >= torch.cuda.device_count():
-            raise TunebookError(
-                f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}."
-            )
+    cuda = torch.cuda.is_available()
+    if cuda and me.local_rank >= torch.cuda.device_count():
+        raise TunebookError(
+            f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc-per-node {torch.cuda.device_count()}."
+        )
+    if cuda:
         torch.cuda.set_device(me.local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
-    one = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    one = torch.ones(1, device="cuda" if cuda else "cpu")
     dist.all_reduce(one)
     if int(one) != me.size or dist.get_world_size() != me.size:
         raise TunebookError(
@@ -92,9 +95,9 @@ def shared(make: Callable[[], Any]) -> Any:
 
 def leave() -> None:
     """Wait for the others and end the group, so that no process dies under another's collective."""
-    import torch.distributed as dist
+    if world().size > 1:
+        import torch.distributed as dist
 
-    if world().size > 1 and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -119,30 +122,8 @@ def options(method: str) -> dict[str, Any]:
     }
 
 
-def shard(trainer: Any) -> None:
-    """Finish the sharding that `options` asked for; call before the model is wrapped. Nothing for other jobs.
-
-    accelerate shards on accelerators only: on CPUs its state is set to the same here. And losses, log-probabilities and
-    sums of gradients stay in fp32, where accelerate's policy rounds them to the 16 bits that the products are in.
-    """
-    if trainer.args.fsdp_plugin_args is None:
-        return
-    import torch
-    from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    state = trainer.accelerator.state
-    if getattr(state, "fsdp_plugin", None) is None:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
-        trainer.is_fsdp_enabled = True
-    if trainer.args.bf16 or trainer.args.fp16:
-        dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
-        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-
-
 def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
-    """The unsharded state of a model on the first process's main memory; every process must call it.
+    """The unsharded state of a model in the first process's host memory; every process must call it.
 
     adapter_only: just what is trained, and what PEFT saves with it; gathering the base as well takes 10 s at 8B.
     """
@@ -162,51 +143,34 @@ def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
 def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None = None) -> Path:
     """Run a training stage in `processes` processes (0: one a GPU) and return the stage's folder.
 
-    params: the stage's Params, or the path of a YAML file. The child's output is shown as it comes. A notebook kernel
-    that holds the GPU's memory should not have loaded a model before. Raises TunebookError when a process fails.
+    The children's output is shown as it comes. A notebook kernel that holds the GPU's memory should not have loaded a
+    model before. Raises TunebookError when a process fails.
     """
-    import tempfile
-
-    from helpers import params as parameters
-    from helpers import runs
-
     if not processes:
         import torch
 
         processes = max(1, torch.cuda.device_count())
-    if isinstance(params, (str, Path)):
-        from helpers.train.__main__ import read
-
-        params = parameters.resolve(stage, read(str(params)))
+    runs.unlock(params.run, stage)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(machine.PROJECT), os.environ.get("PYTHONPATH")))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
+    }
+    lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
-        import yaml
-
         file.write_text(yaml.safe_dump(params.as_dict(), sort_keys=False), encoding="utf-8")
-        runs.unlock(params.run, stage)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "helpers.train",
-            str(file),
-            "--stage",
-            stage,
-        ]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(machine.PROJECT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
-        }
-        lines: list[str] = []
         with subprocess.Popen(
-            command, cwd=machine.PROJECT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *start, "-m", "helpers.train", str(file), "--stage", stage],
+            cwd=machine.PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as child:
             try:
-                for line in child.stdout:
+                for line in child.stdout or ():
                     lines = [*lines[-200:], line]
                     print(line, end="", flush=True)
                 status = child.wait(timeout_s)
@@ -214,11 +178,7 @@ def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None 
                 child.terminate()
                 raise
     if status:
-        said = [line.strip() for line in lines if "TunebookError:" in line]
-        reason = (
-            said[0].split("TunebookError:", 1)[1].strip()
-            if said
-            else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
-        )
+        said = [line.split("TunebookError:", 1)[1].strip() for line in lines if "TunebookError:" in line]
+        reason = said[0] if said else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
         raise TunebookError(f"Training in {processes} processes failed: {reason}")
     return runs.folder(params.run, stage)

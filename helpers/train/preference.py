@@ -5,12 +5,13 @@ ORPO (arXiv:2403.07691) needs no reference model; DPO, KTO and SimPO stand besid
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from helpers import machine, plots, runs
+from helpers import plots, runs, steps
 from helpers.errors import TunebookError
-from helpers.train import methods, resume, rows
-from helpers.train.job import Job, adapter_of, checked_source, exportable, plan_of
+from helpers.train import methods, rows
+from helpers.train.job import Prepared, TrainJob, base_model, first, open_stage, plan_for
 
 
 def needs(params: Any) -> tuple[str, ...]:
@@ -18,58 +19,63 @@ def needs(params: Any) -> tuple[str, ...]:
     return ("data", "sft") if params.start_from == "sft" else ("data",)
 
 
-def prepare(stage: Any) -> Job:
-    """Read the pairs, check the settings, plan the run. Raises TunebookError for what cannot work or cannot fit."""
-    params, data = stage.params, stage.parents["data"]
-    card = machine.gpu()
-    methods.check(params, card.capability if card else None)
-    if params.resume == "must":
-        resume.must_go_on(stage)
-    source, tokenizer = checked_source(params, data)
+def open(params: Any) -> PreferenceJob:
+    """The job of these parameters. Raises TunebookError for what cannot work, cannot fit, or has no pairs."""
+    stage = open_stage("orpo", params, needs(params))
+    if stage.done:
+        return PreferenceJob(stage)
+    data = stage.parents["data"]
+    source, tokenizer = base_model(params, data)
     adapter = None
     if params.start_from == "sft":
-        if "sft" not in stage.parents:
-            raise TunebookError(
-                f"start_from is 'sft' and run {params.run!r} has no finished SFT stage; run notebook 02 first, or set start_from to 'base'."
-            )
-        adapter = stage.parents["sft"].path / "adapter"
-        if not adapter.is_dir():
-            raise TunebookError(
-                f"The SFT stage of run {params.run!r} trained the model's own weights, not an adapter; set start_from to 'base' and name its "
-                f"model folder ({stage.parents['sft'].path / 'model'}) as model."
-            )
+        adapter = _sft_adapter(stage.parents["sft"])
     elif params.start_from != "base":
-        adapter = adapter_of(params.start_from, source.name, tokenizer)
+        adapter = methods.adapter_to_start_from(params.start_from, source.name, tokenizer)
     if not (data.path / "preference.parquet").is_file():
         raise TunebookError(
             f"Run {params.run!r} has no preference pairs; set preference_dataset in notebook 01 and run it again."
         )
-    exportable(params, source, adapter, stage)
     train, counts = rows.pairs(data, "preference.parquet", params.max_length, params.swap_labels)
+    if not len(train):
+        what = ", ".join(f"{n} {reason}" for reason, n in counts["left out"].items())
+        raise TunebookError(
+            f"{data.path / 'preference.parquet'} has no pair to train on ({what}); raise max_length, or check the "
+            "preference data of notebook 01."
+        )
     held_out, found = None, {}
-    if (data.path / "preference_eval.parquet").is_file():
+    if rows.has_rows(data, "preference_eval.parquet"):
         held_out, found = rows.pairs(data, "preference_eval.parquet", params.max_length)
-        held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
-    plan = plan_of(params, train, source, "orpo")
-    return Job(
-        stage,
-        params,
-        source,
-        tokenizer,
-        train,
-        held_out,
-        {"train": counts, "eval": found},
-        plan,
-        adapter,
-        plots.preference_curves,
-    )
+        held_out = first(held_out, params.eval_rows) if len(held_out) else None
+    if held_out is None:
+        print("No pair is held out: this run will have no held-out figure, and its last step is kept.")
+    plan = plan_for(params, train, source, adapter, stage)
+    counts = {"train": counts, "eval": found}
+    return PreferenceJob(stage, Prepared(source, tokenizer, train, held_out, counts, plan, adapter))
 
 
-def run(stage: Any) -> Any:
-    """Prepare, train and finish in one go; returns the manifest."""
-    return prepare(stage).train().finish()
+def _sft_adapter(sft: runs.Manifest) -> Path:
+    adapter = sft.path / "adapter"
+    if not adapter.is_dir():
+        raise TunebookError(
+            f"The SFT stage of run {sft.data['run']!r} trained the model's own weights, not an adapter; set start_from to "
+            f"'base' and name its model folder ({sft.path / 'model'}) as model."
+        )
+    return adapter
 
 
-def open_stage(params: Any) -> Any:
-    """`runs.open_stage` with the parents that these parameters need."""
-    return runs.open_stage("orpo", params, needs(params))
+class PreferenceJob(TrainJob):
+    @steps.look
+    def margins(self) -> Any:
+        """Log odds, margin and accuracy: each step and on held-out pairs."""
+        self._trained()
+        return plots.preference_curves(self.lines(), self.title)
+
+    def figures(self) -> dict[str, Any]:
+        return {**super().figures(), "margins.png": plots.preference_curves(self.lines(), self.title)}
+
+
+def run(params: Any) -> runs.Manifest | None:
+    """Open, train and finish in one go."""
+    job = open(params)
+    job.train()
+    return job.finish()

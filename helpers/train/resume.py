@@ -1,8 +1,10 @@
-"""Checkpoints that are whole or not there, and going on from the newest whole one.
+"""Checkpoints that are whole or not there, resuming from the newest whole one, and their copies on a mirror.
 
 The trainer writes `checkpoints/checkpoint-N`; when everything is on disk, `seal` writes `complete.json` into it with the
 hash of every file. A folder without a matching seal was cut off by a kill or a full disk and is never loaded. A seal also
 names the data, the template and the settings that it belongs to, so that another job's checkpoint is refused.
+
+A mirror keeps them under `<mirror>/<run>/<stage>/<identity>/`, so that no two jobs share a folder there.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from typing import Any
 
 from helpers import runs
 from helpers.errors import TunebookError
+from helpers.model.loading import template_hash, tokenizer_hash
 
 SEAL = "complete.json"
-# What may differ between the run that wrote a checkpoint and the one that goes on with it.
+# What may differ between the run that wrote a checkpoint and the one that resumes from it.
 FREE = ("resume", "mirror", "loggers", "keep_checkpoints", "plan_for")
+WORDS = {"data": "The data", "template": "The chat template", "tokenizer": "The tokenizer"}
+MIRRORED = 3  # newest checkpoints kept on a mirror
+# accelerate's names in a sharded run's checkpoint, and transformers' own
+SHARDED_WEIGHTS, SHARDED_OPTIMIZER, WHOLE_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt"
 
 
 def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
     """What a checkpoint belongs to: hashes of the data files, the template and the tokenizer, and the settings."""
-    from helpers.model.loading import template_hash, tokenizer_hash
-
     files = {n: a["sha256"] for n, a in data.data["artifacts"].items() if n.endswith(".parquet")}
     return {
         "data": runs.hash_json(files),
@@ -36,6 +41,9 @@ def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_hash(tokenizer),
         "settings": {k: v for k, v in params.as_dict().items() if k not in FREE},
     }
+
+
+# ---------------------------------------------------------------- seals
 
 
 def seal(folder: Path, of: dict[str, Any]) -> None:
@@ -48,27 +56,41 @@ def seal(folder: Path, of: dict[str, Any]) -> None:
     runs.write_json(folder / SEAL, {"files": files, **of})
 
 
-def opened(folder: Path) -> dict[str, Any] | None:
-    """The seal of a whole checkpoint, or None when it is missing or any file is cut off or altered."""
+def sealed(folder: Path) -> dict[str, Any] | None:
+    """The seal of a whole checkpoint, or None when it is missing or any file is missing, cut off or altered.
+
+    Raises TunebookError when the folder cannot be read: that proves nothing about what is in it.
+    """
     try:
-        seal_of = json.loads((folder / SEAL).read_text())
-        for name, known in seal_of["files"].items():
+        found = json.loads((folder / SEAL).read_text())
+        for name, known in found["files"].items():
             file = folder / name
             if file.stat().st_size != known["bytes"] or runs.sha256_file(file) != known["sha256"]:
                 return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return seal_of
+    except OSError as error:
+        raise TunebookError(
+            f"{folder} cannot be read ({error.strerror or error}); it is left as it is. Make it readable and run the same "
+            "command again, or set resume to 'never' to start over."
+        ) from error
+    return found
 
 
 def numbered(folder: Path) -> list[Path]:
     """checkpoint-N folders, newest first."""
-    found = [
-        (int(m[1]), p)
-        for p in folder.glob("checkpoint-*")
-        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()
-    ]
-    return [p for _, p in sorted(found, reverse=True)]
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done when a checkpoint was written."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def total_steps(checkpoint: Path) -> int:
+    """Optimizer steps of the whole run that a checkpoint belongs to."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
 
 
 def newest(folder: Path, of: dict[str, Any]) -> Path | None:
@@ -77,94 +99,176 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
     Raises TunebookError when it was written for other data, another template or other settings.
     """
     for checkpoint in numbered(folder):
-        seal_of = opened(checkpoint)
-        if seal_of is None:
+        found = sealed(checkpoint)
+        if found is None:
             print(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
             shutil.rmtree(checkpoint)
             continue
-        for what, name in (("data", "The data"), ("template", "The chat template"), ("tokenizer", "The tokenizer")):
-            if seal_of.get(what) != of[what]:
+        for what, name in WORDS.items():
+            if found.get(what) != of[what]:
                 raise TunebookError(
-                    f"{name} changed since {checkpoint} was written, so it cannot be gone on with; set resume to 'never' to "
-                    "start over with what is there now, or put the earlier one back."
+                    f"{name} changed since {checkpoint} was written, so the run cannot be resumed; set resume to 'never' "
+                    "to start over with what is there now, or put the earlier one back."
                 )
-        differ = sorted(k for k in of["settings"] if seal_of.get("settings", {}).get(k) != of["settings"][k])
+        differ = sorted(k for k in of["settings"] if found["settings"].get(k) != of["settings"][k])
         if differ:
             raise TunebookError(
-                f"{checkpoint} was written with another {', '.join(differ)}; set resume to 'never' to start over, or put the "
-                "earlier values back. To train an adapter further with new settings, name it in start_from."
+                f"{checkpoint} was written with another {', '.join(differ)}; set resume to 'never' to start over, or put "
+                "the earlier values back. To train an adapter further with new settings, name it in start_from."
             )
         return checkpoint
     return None
 
 
-def total_steps(checkpoint: Path) -> int:
-    """Optimizer steps of the whole run that a checkpoint belongs to."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done when a checkpoint was written."""
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def must_go_on(stage: Any) -> None:
-    """With resume "must": refuse a stage folder that was opened afresh, and put the unfinished one back where it was."""
-    if stage.resumed:
+def must_resume(stage: runs.Stage) -> None:
+    """Refuse, with resume "must", a stage that would start over; what stands in its folder stays there."""
+    if stage.resumed or stage.done:
         return
-    old = sorted(stage.path.parent.glob(f"{stage.path.name}.old-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]))
-    old = [p for p in old if not (p / "manifest.json").exists()]
-    if not old:
+    try:
+        before = json.loads((stage.path / "plan.json").read_text())
+    except (OSError, ValueError):
+        before = None
+    if before is None or (stage.path / "manifest.json").exists():
         raise TunebookError(
-            f"resume is 'must' and {stage.path} holds no unfinished run to go on with; set resume to 'auto' to begin one."
+            f"resume is 'must' and {stage.path} holds no unfinished run to resume; set resume to 'auto' to begin one."
         )
-    before, now = (json.loads((p / "plan.json").read_text()) for p in (old[-1], stage.path))
-    differ = [k for k in now["params"] if before["params"].get(k) != now["params"][k]]
-    why = (
-        f"its parameters differ ({', '.join(differ)})"
-        if differ
-        else f"the {' and '.join(now['parents'])} stage changed since"
-    )
-    shutil.rmtree(stage.path)
-    old[-1].rename(stage.path)
+    differ = [k for k, v in stage.params.as_dict().items() if k != "resume" and before["params"].get(k) != v]
+    changed = " and ".join(s for s, m in stage.parents.items() if before["parents"].get(s) != m.sha256)
+    why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed} stage changed since"
     raise TunebookError(
-        f"resume is 'must' and the unfinished run in {stage.path} cannot be gone on with: {why}. Put it back as it was, or "
-        "set resume to 'never' to start over."
+        f"resume is 'must' and the unfinished run in {stage.path} cannot be resumed: {why}. Put it back as it was, or set "
+        "resume to 'never' to start over."
     )
 
 
-def mirror(source: Path, target: Path) -> None:
-    """Copy a file or a sealed checkpoint to a mounted folder; a checkpoint's seal goes last, so a cut-off copy is not used."""
-    if source.is_file():
-        runs.write_atomic(target / source.name, source.read_bytes())
-        return
-    place = target / source.name
-    if place.exists():
-        shutil.rmtree(place)
-    shutil.copytree(source, place, ignore=shutil.ignore_patterns(SEAL))
-    runs.write_atomic(place / SEAL, (source / SEAL).read_bytes())
-    for old in numbered(target)[3:]:
-        shutil.rmtree(old)
+# ---------------------------------------------------------------- the mirror
 
 
-def fetch(target: Path, folder: Path, of: dict[str, Any]) -> Path | None:
-    """Bring the newest whole checkpoint of a mirror into an empty `folder`; None when the mirror holds none of this job."""
-    for checkpoint in numbered(target):
-        seal_of = opened(checkpoint)
-        if seal_of is not None and all(seal_of.get(k) == of[k] for k in of):
-            place = folder / checkpoint.name
-            shutil.copytree(checkpoint, place)
-            for name in ("log.jsonl",):
-                if (target / name).is_file():
-                    shutil.copy2(target / name, folder.parent / name)
-            print(f"{checkpoint.name} is brought back from {target}.")
-            return place
-    return None
+class Mirror:
+    """This job's folder on a mounted drive. Nothing is deleted there but whole checkpoints that carry the job's own seal."""
+
+    def __init__(self, root: str, stage: runs.Stage, of: dict[str, Any]) -> None:
+        place = Path(root).expanduser() / stage.params.run / runs.FOLDERS[stage.name]
+        self.folder, self.of = place / runs.hash_json(of)[:12], of
+
+    def check(self) -> None:
+        """Raises TunebookError when nothing can be written there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            runs.write_atomic(self.folder / ".writable", "")
+        except (OSError, TunebookError) as error:
+            raise TunebookError(
+                f"mirror is set and {self.folder} cannot be written ({error}); mount the drive, name another folder, or "
+                "leave mirror empty."
+            ) from error
+
+    def put(self, checkpoint: Path, log: Path) -> None:
+        """Copy a sealed checkpoint and the log; the seal goes last, so that a cut-off copy is never used.
+
+        A mirror that is full or gone is announced and does not end the training.
+        """
+        place = self.folder / checkpoint.name
+        try:
+            shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns(SEAL), dirs_exist_ok=True)
+            runs.write_atomic(place / SEAL, (checkpoint / SEAL).read_bytes())
+            if log.is_file():
+                runs.write_atomic(self.folder / log.name, log.read_bytes())
+            whole = [old for old in numbered(self.folder) if self._ours(sealed(old))]
+            for old in whole[MIRRORED:]:
+                shutil.rmtree(old)
+        except (OSError, TunebookError) as error:
+            print(f"{checkpoint.name} could not be copied to the mirror {self.folder} ({error}); training continues.")
+
+    def fetch(self, checkpoints: Path) -> Path | None:
+        """Bring the newest whole checkpoint back into `checkpoints`; None when the mirror holds none of this job."""
+        for checkpoint in numbered(self.folder):
+            if self._ours(sealed(checkpoint)):
+                place = checkpoints / checkpoint.name
+                shutil.copytree(checkpoint, place, dirs_exist_ok=True)
+                if (self.folder / "log.jsonl").is_file():
+                    shutil.copy2(self.folder / "log.jsonl", checkpoints.parent / "log.jsonl")
+                print(f"{checkpoint.name} is brought back from {self.folder}.")
+                return place
+        return None
+
+    def _ours(self, found: dict[str, Any] | None) -> bool:
+        return found is not None and all(found.get(k) == v for k, v in self.of.items())
+
+
+# ---------------------------------------------------------------- checkpoints of one process and of several
+
+
+class ReadsMovedCheckpoints:
+    """Mixin for a trainer: what a sharded run (FSDP2) wrote, a single process reads, and the other way round.
+
+    A sharded run keeps weights and optimizer state whole but under its own file names and keyed by parameter; a single
+    process keys them by position. Nothing is unpickled but tensors.
+    """
+
+    model: Any
+    is_fsdp_enabled: bool
+
+    def moved(self, folder: str | Path | None) -> bool:
+        """True for a checkpoint of the other kind."""
+        return folder is not None and (Path(folder) / SHARDED_WEIGHTS).is_file() != self.is_fsdp_enabled
+
+    def load_moved(self, folder: str, model: Any = None) -> bool:
+        """Put the trained weights of a checkpoint of the other kind into the model; False when it is of this kind."""
+        if not self.moved(folder):
+            return False
+        model = self.model if model is None else model
+        if not self.is_fsdp_enabled:
+            model.load_state_dict(_tensors(Path(folder) / SHARDED_WEIGHTS), strict=False)
+            return True
+        from safetensors.torch import load_file
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        saved = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
+        # PEFT leaves the adapter's name out of what it saves.
+        adapter = hasattr(model, "peft_config")
+        names = {name.replace(".default", ""): name for name in model.state_dict()} if adapter else {}
+        state = {names.get(k, k): v for k, v in saved.items()}
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        return True
+
+    def load_moved_optimizer(self, folder: str) -> bool:
+        """The same for the states of optimizer and schedule."""
+        if not self.moved(folder):
+            return False
+        optimizer, scheduler = self.optimizer, self.lr_scheduler  # type: ignore[attr-defined]
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        ordered = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+            state = _renamed(_tensors(Path(folder) / WHOLE_OPTIMIZER), dict(enumerate(ordered)))
+            own = getattr(optimizer, "optimizer", optimizer)  # PyTorch's inside accelerate's
+            set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            places = {name: number for number, name in enumerate(ordered)}
+            optimizer.load_state_dict(_renamed(_tensors(Path(folder) / SHARDED_OPTIMIZER), places))
+        scheduler.load_state_dict(_tensors(Path(folder) / "scheduler.pt"))
+        return True
+
+
+def _renamed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with its parameters under other keys."""
+    groups = [{**group, "params": [key[k] for k in group["params"]]} for group in state["param_groups"]]
+    return {"state": {key[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+# ---------------------------------------------------------------- a full disk
 
 
 @contextlib.contextmanager
-def disk_full_is_a_sentence(folder: Path) -> Iterator[None]:
-    """Turn what libraries raise on a full disk into a sentence; the checkpoint that was being written has no seal."""
+def disk_full_is_a_message(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk into a message; the checkpoint that was being written has no seal."""
     try:
         yield
     except Exception as error:  # every library wraps the system's error in its own; anything else is raised again
@@ -174,22 +278,18 @@ def disk_full_is_a_sentence(folder: Path) -> Iterator[None]:
             if not (checkpoint / SEAL).exists():
                 shutil.rmtree(checkpoint, ignore_errors=True)
         raise TunebookError(
-            f"No space left on the disk while writing to {folder}; free some room and run the same command again, it goes on "
-            "from the last whole checkpoint."
+            f"No space left on the disk while writing to {folder}; free some room and run the same command again, it "
+            "resumes from the last whole checkpoint."
         ) from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or what it was raised from, says that the disk (or a quota or a file-size limit) is full."""
-    words = ("no space left", "disk quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
+    signs = ("no space left", "disk quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
+    signs += ("pytorchstreamwriter failed writing", "iostream error")
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if (
-            any(w in str(error).lower() for w in words)
-            or "PytorchStreamWriter failed writing" in str(error)
-            or "iostream error" in str(error)
-        ):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(sign in str(error).lower() for sign in signs):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from helpers.display import Html, escape
 from helpers.errors import TunebookError
 
+IGNORE = -100  # label that no loss counts
 
-def _table(path: Any, columns: list[str]) -> Any:
+
+def has_rows(data: Any, name: str) -> bool:
+    """Whether the data stage wrote this file with rows in it."""
+    import pyarrow.parquet as parquet
+
+    file = data.path / name
+    return file.is_file() and parquet.read_metadata(file).num_rows > 0
+
+
+def _table(file: Any, columns: list[str]) -> Any:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -15,11 +27,15 @@ def _table(path: Any, columns: list[str]) -> Any:
 
     disable_progress_bars()
     try:
-        return Dataset(parquet.read_table(path, columns=columns))
+        rows = Dataset(parquet.read_table(file, columns=columns))
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
+        why = str(error).splitlines()[0][:160]
         raise TunebookError(
-            f"{path} cannot be read as rows with {', '.join(columns)} ({str(error).splitlines()[0][:160]}); run notebook 01 again."
+            f"{file} cannot be read as rows with {', '.join(columns)} ({why}); run notebook 01 again."
         ) from error
+    if not len(rows):
+        raise TunebookError(f"{file} has no rows; check the counts that notebook 01 reports.")
+    return rows
 
 
 def supervised(data: Any, name: str, train_on: str = "completion") -> tuple[Any, dict[str, int]]:
@@ -30,52 +46,50 @@ def supervised(data: Any, name: str, train_on: str = "completion") -> tuple[Any,
     """
     file = data.artifact(name)
     rows = _table(file, ["id", "input_ids", "completion_mask"])
-    total = len(rows)
-    if not total:
-        raise TunebookError(f"{file} has no rows; check the counts that notebook 01 reports.")
 
     def labels(row: dict[str, Any]) -> dict[str, Any]:
         mask = row["completion_mask"] if train_on == "completion" else [1] * len(row["input_ids"])
-        return {"labels": [i if m else -100 for i, m in zip(row["input_ids"], mask, strict=True)]}
+        return {"labels": [i if m else IGNORE for i, m in zip(row["input_ids"], mask, strict=True)]}
 
-    rows = rows.map(labels, remove_columns=["completion_mask"], keep_in_memory=True)
-    kept = [i for i, found in enumerate(rows["labels"]) if any(x != -100 for x in found[1:])]
+    labelled = rows.map(labels, remove_columns=["completion_mask"], keep_in_memory=True)
+    kept = [i for i, found in enumerate(labelled["labels"]) if any(x != IGNORE for x in found[1:])]
     if not kept:
         raise TunebookError(
             f"In {file} every token is masked, so nothing would be trained; the answers are empty or cut off by max_length: "
             "check the preview of notebook 01, or set train_on to 'all'."
         )
-    return rows.select(kept, keep_in_memory=True), {"rows": total, "without trained tokens": total - len(kept)}
+    counts = {"rows": len(rows), "without trained tokens": len(rows) - len(kept)}
+    return labelled.select(kept, keep_in_memory=True), counts
 
 
 def pairs(data: Any, name: str, max_length: int, swap: bool = False) -> tuple[Any, dict[str, Any]]:
     """(pairs with id, prompt_ids, chosen_ids, rejected_ids; counts with the reasons) of a preference file.
 
     Pairs over `max_length` and pairs with an empty answer are left out and counted: cut answers have no end, and an empty
-    one has the mean log-probability 0/0. swap: chosen and rejected exchanged. Raises TunebookError when nothing is left.
+    one has the mean log-probability 0/0. swap: chosen and rejected exchanged. The pairs may be none at all.
     """
-    from helpers.train.packing import drop_overlong
-
-    file = data.artifact(name)
-    rows = _table(file, ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
-    kept, dropped = drop_overlong(rows, max_length)
-    reasons: dict[str, int] = {}
-    for _, reason in dropped:
-        key = reason if "empty" in reason else f"over {max_length} tokens"
-        reasons[key] = reasons.get(key, 0) + 1
-    same = [i for i in kept if rows[i]["chosen_ids"] == rows[i]["rejected_ids"]]
-    if same:
-        reasons["chosen equals rejected"] = len(same)
-        kept = sorted(set(kept) - set(same))
-    if not kept:
-        what = ", ".join(f"{n} {r}" for r, n in reasons.items()) or "the file has no rows"
-        raise TunebookError(
-            f"{file} has no pair to train on ({what}); raise max_length, or check the preference data of notebook 01."
-        )
+    rows = _table(data.artifact(name), ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
+    reasons = [unusable(row, max_length) for row in rows]
+    kept = [i for i, reason in enumerate(reasons) if not reason]
     out = rows.select(kept, keep_in_memory=True)
     if swap:
         out = out.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
-    return out, {"pairs": len(rows), "left out": reasons, "left out ids": [rows[i]["id"] for i, _ in dropped][:50]}
+    left_out = [row_id for row_id, reason in zip(rows["id"], reasons, strict=True) if reason]
+    return out, {
+        "pairs": len(rows),
+        "left out": dict(Counter(filter(None, reasons))),
+        "left out ids": left_out[:50],
+    }
+
+
+def unusable(pair: dict[str, Any], max_length: int) -> str:
+    """Why a preference pair cannot be trained on; empty when it can."""
+    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+    if not chosen or not rejected:
+        return f"{'rejected' if chosen else 'chosen'} is empty"
+    if len(pair["prompt_ids"]) + max(len(chosen), len(rejected)) > max_length:
+        return f"over {max_length} tokens"
+    return "chosen equals rejected" if chosen == rejected else ""
 
 
 def lengths_of(rows: Any, padded: bool = False) -> list[int]:
@@ -93,37 +107,27 @@ def prompts(rows: Any, tokenizer: Any, count: int = 4) -> list[dict[str, Any]]:
         if "prompt_ids" in row:
             ids, answer = row["prompt_ids"], row["chosen_ids"]
         else:
-            start = next((t for t, label in enumerate(row["labels"]) if label != -100), 0)
+            start = next((t for t, label in enumerate(row["labels"]) if label != IGNORE), 0)
             ids, answer = row["input_ids"][:start], row["input_ids"][start:]
         if ids:
-            found.append(
-                {
-                    "id": row["id"],
-                    "prompt_ids": list(ids),
-                    "reference": tokenizer.decode(answer, skip_special_tokens=True).strip(),
-                }
-            )
+            reference = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            found.append({"id": row["id"], "prompt_ids": list(ids), "reference": reference})
     return found
 
 
-def preview(row: dict[str, Any], tokenizer: Any) -> Any:
+def preview(row: dict[str, Any], tokenizer: Any) -> Html:
     """One row as it is trained: every token, the trained ones marked (HTML in a notebook, [brackets] in a terminal)."""
-    import html
-
-    from helpers.display import Html
-
-    markup, text, last = [], [], False
+    markup, text, before = [], [], False
+    if "prompt_ids" in row:
+        row = {**row, "input_ids": row["prompt_ids"] + row["chosen_ids"]}
+        row["labels"] = [IGNORE] * len(row["prompt_ids"]) + row["chosen_ids"]
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        trained, piece = label != -100, tokenizer.decode([token])
-        shown = html.escape(piece).replace("\n", "⏎<br>")
-        markup.append(
-            f"<mark style='background:#E69F0055;color:inherit'>{shown}</mark>"
-            if trained
-            else f"<span style='opacity:.65'>{shown}</span>"
-        )
-        text.append(("[" if trained and not last else "]" if last and not trained else "") + piece)
-        last = trained
+        trained, piece = label != IGNORE, tokenizer.decode([token])
+        style = "background:#E69F0055;color:inherit" if trained else "background:none;opacity:.65"
+        markup.append(f"<mark style='{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>")
+        text += ["[" if trained and not before else "]" if before and not trained else "", piece]
+        before = trained
+    title = f"<p><b>{escape(row.get('id', ''))}</b>, trained tokens marked:</p>"
     return Html(
-        f"<p><b>{html.escape(str(row.get('id', '')))}</b>, trained tokens marked:</p><code style='white-space:pre-wrap'>{''.join(markup)}</code>",
-        "".join(text) + ("]" if last else ""),
+        f"{title}<code style='white-space:pre-wrap'>{''.join(markup)}</code>", "".join(text) + ("]" if before else "")
     )

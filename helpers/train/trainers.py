@@ -1,53 +1,55 @@
-"""TRL's SFT and ORPO trainers over packed rows: the same arithmetic, without padding and without whole logits.
+"""TRL's trainers over the rows of notebook 01, which come tokenised, with exactly one end of turn.
 
-What is overridden is what transformers documents for subclasses: the data loader, `compute_loss`, `evaluate`. One
-micro-batch is one row of `batching.PackedRows`; the loss of a step is divided by what the whole step trains on, so rows
-may be cut in any way, over any number of GPUs, and give the same gradient.
+SFT and ORPO run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch is
+one row of `packing.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any way,
+over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are TRL's own, padded.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
 
-os.environ.setdefault(
-    "TRL_EXPERIMENTAL_SILENCE", "1"
-)  # ORPO has its place among TRL's experiments; the pin keeps it still
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO is among TRL's experiments; the pin keeps it still
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
-from trl import SFTTrainer
-from trl.experimental.orpo import ORPOTrainer
+from transformers import PrinterCallback, Trainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from helpers.model.chunked_loss import IGNORE, per_document
-from helpers.train import checkpoints, distributed
+from datasets import Dataset
+from helpers import compat
+from helpers.model import packed_attention
+from helpers.model.chunked_loss import can_fuse, per_document
+from helpers.model.packed_attention import IGNORE
+from helpers.train import config, distributed, methods, resume
+from helpers.train.packing import PackedRows, PairCollator, RowCollator
+from helpers.train.rows import lengths_of
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
+PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits
+SUMS = "nll tokens pairs preference log_odds_ratio log_odds_chosen margins correct chosen rejected".split()
 
 
-class PackedRowsTrainer:
-    """What both trainers share. `use_rows` must be called before `train` or `evaluate`."""
+class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpoints, Trainer):
+    """What both packed trainers share. `use_rows` must be called before `train` or `evaluate`."""
 
-    def use_rows(self, train: Any, held_out: Any, collator: Any, fused: bool = True) -> None:
-        """train, held_out: `batching.PackedRows` (held_out may be None); collator: rows → batch; fused: `head_loss` is installed."""
+    def use_rows(
+        self, train: PackedRows, held_out: PackedRows | None, collator: RowCollator, fused: bool = True
+    ) -> None:
+        """fused: `model.chunked_loss` is installed in the model."""
         self.rows, self.held_out_rows, self.row_collator, self.fused = train, held_out, collator, fused
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is divided by num_items_in_batch, not once more by the accumulation
-        )
+        self.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
         self.step_rows: list[tuple[list[str], torch.Tensor]] = []
         self.trained_tokens = 0
 
     def _loader(self, rows: Any) -> Any:
-        loader = torch.utils.data.DataLoader(
-            rows,
-            batch_size=1,
-            shuffle=False,
-            collate_fn=self.row_collator,
-            num_workers=0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        pinned = torch.cuda.is_available()
+        loader = torch.utils.data.DataLoader(rows, batch_size=1, collate_fn=self.row_collator, pin_memory=pinned)
         return self.accelerator.prepare(loader)
 
     def get_train_dataloader(self) -> Any:
@@ -59,12 +61,11 @@ class PackedRowsTrainer:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """A step's rows; counts the tokens in them, of all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = sum(batch["tokens"] for batch in batches)
-        self.trained_tokens += tokens if self.accelerator.num_processes == 1 else int(self._everywhere(tokens)[0])
+        self.trained_tokens += int(self._everywhere(sum(batch["tokens"] for batch in batches))[0])
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; keeps whose rows it was, for the sentence that stops a run."""
+        """One micro-batch; keeps whose rows it was, for the message that stops a run."""
         ids = inputs.pop("row_ids", [])
         inputs.pop("tokens", None)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -78,19 +79,19 @@ class PackedRowsTrainer:
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out means over every trained token (or pair), whatever the rows: `<prefix>_loss` and what `measure` adds."""
-        started, model = time.time(), self.model_wrapped if self.is_in_train else self.model
+        started, model = time.monotonic(), self.model_wrapped if self.is_in_train else self.model
         was_training = self.model.training
         model.eval()
-        totals: dict[str, torch.Tensor] = {}
+        totals: dict[str, Any] = {}
         for inputs in self.get_eval_dataloader():
-            inputs = self._prepare_inputs({k: v for k, v in inputs.items() if k not in EXTRA})
+            inputs = compat.on_device(self, {k: v for k, v in inputs.items() if k not in EXTRA})
             with self.accelerator.autocast():
                 for name, value in self.measure(model, inputs).items():
                     totals[name] = totals.get(name, 0.0) + value.double()
-        names = sorted(totals)
-        sums = self.accelerator.reduce(torch.stack([totals[n] for n in names]), "sum").tolist()
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.means(dict(zip(names, sums, strict=True))).items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.time() - started
+        sums = self.accelerator.reduce(torch.stack(list(totals.values())), "sum").tolist()
+        means = self.means(dict(zip(totals, sums, strict=True)))
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in means.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train(was_training)
@@ -103,33 +104,14 @@ class PackedRowsTrainer:
             return
         state = distributed.whole_state(self.model, adapter_only=True)
         if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if checkpoints.moved(resume_from_checkpoint, self.is_fsdp_enabled):
-            checkpoints.load_weights(
-                self.model if model is None else model, resume_from_checkpoint, self.is_fsdp_enabled
-            )
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and checkpoints.moved(checkpoint, self.is_fsdp_enabled):
-            checkpoints.load_optimizer(self.model, self.optimizer, self.lr_scheduler, checkpoint, self.is_fsdp_enabled)
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        if checkpoints.moved(self.state.best_model_checkpoint, self.is_fsdp_enabled):
-            checkpoints.load_weights(self.model, self.state.best_model_checkpoint, self.is_fsdp_enabled)
-        else:
-            super()._load_best_model()
+            compat.save_weights(self, output_dir, state)
 
     def _everywhere(self, *counts: int) -> list[float]:
         """Sums of plain numbers over all processes."""
-        return self.accelerator.reduce(
-            torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device), "sum"
-        ).tolist()
+        if self.accelerator.num_processes == 1:
+            return [float(count) for count in counts]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(numbers, "sum").tolist()
 
 
 class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
@@ -161,7 +143,7 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
     """
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        """Rows come tokenised, with exactly one end of turn; TRL's own would add another and cut long answers to nothing."""
+        """Rows come tokenised; TRL's own would add an end of turn and cut long answers to nothing."""
         return feature
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
@@ -181,15 +163,13 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
             nothing = logps.sum() * 0.0
             return nothing, logps.new_zeros(0), logps.new_zeros(0)
         answered = F.pad(mask[:, 1:], (0, 1)) * (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
+        values = (logps, logps * answered, answered.to(logps.dtype))
         if logps.shape[0] == 1:
-            lengths = inputs["document_lengths"]
-            total, answer, count = (
-                per_document(v, lengths) for v in (logps, logps * answered, answered.to(logps.dtype))
-            )
+            total, answer, count = (per_document(v, inputs["document_lengths"]) for v in values)
         else:
-            total, answer, count = logps.sum(1), (logps * answered).sum(1), answered.sum(1)
-        shared = 0.0
-        if inputs.get("prefix_length"):  # the first document is the beginning that all of them share
+            total, answer, count = (v.sum(1) for v in values)
+        shared: Any = 0.0
+        if inputs.get("prefix_length"):  # the first document is the prefix that all of them share
             shared, total, answer, count = total[0], total[1:], answer[1:], count[1:]
         mean = answer / count
         return -(total[:pairs].sum() + pairs * shared), mean[:pairs], mean[pairs:]
@@ -198,9 +178,8 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         nll, chosen, rejected = self.forward_pairs(model, inputs)
-        if not len(chosen):
-            loss, metrics = nll, {}
-        else:
+        loss, metrics = nll, {}
+        if len(chosen):
             preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
             loss = nll / self.step_tokens - preference.sum() / self.step_pairs
             metrics = {
@@ -212,29 +191,30 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
                 "logps/chosen": chosen.mean(),
                 "logps/rejected": rejected.mean(),
             }
-        # Read only when they are logged: waiting for the card here would leave it idle while the backward pass is launched.
+        # Read only when they are logged: waiting for the GPU here would leave it idle while the backward pass is launched.
         self.store_metrics({k: v.detach() for k, v in metrics.items()}, train_eval="train")
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         nll, chosen, rejected = self.forward_pairs(model, inputs)
-        if not len(chosen):
-            return {}
+        if not len(chosen):  # the same names in every process, one with empty rows only among them
+            return dict.fromkeys(SUMS, nll)
         preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
         pairs = torch.tensor(float(len(chosen)), device=nll.device)
-        return {
-            "nll": nll,
-            "tokens": torch.tensor(float(inputs["nll_tokens"]), device=nll.device),
-            "pairs": pairs,
-            "preference": preference.sum(),
-            "log_odds_ratio": log_ratio * pairs,
-            "log_odds_chosen": log_odds * pairs,
-            "margins": (chosen_rewards - rejected_rewards).sum(),
-            "correct": (chosen > rejected).float().sum(),
-            "chosen": chosen.sum(),
-            "rejected": rejected.sum(),
-        }
+        values = (
+            nll,
+            torch.tensor(float(inputs["nll_tokens"]), device=nll.device),
+            pairs,
+            preference.sum(),
+            log_ratio * pairs,
+            log_odds * pairs,
+            (chosen_rewards - rejected_rewards).sum(),
+            (chosen > rejected).float().sum(),
+            chosen.sum(),
+            rejected.sum(),
+        )
+        return dict(zip(SUMS, values, strict=True))
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         pairs, nll = sums["pairs"], sums["nll"] / sums["tokens"]
@@ -248,3 +228,135 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
             "logps/chosen": sums["chosen"] / pairs,
             "logps/rejected": sums["rejected"] / pairs,
         }
+
+
+class PairsDPOTrainer(compat.RowsAsTheyAre, DPOTrainer):
+    pass
+
+
+class RowsKTOTrainer(compat.RowsAsTheyAre, KTOTrainer):
+    pass
+
+
+class PairsSimPOTrainer(CPOTrainer):
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        prompt = feature["prompt_ids"]
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for side in ("chosen", "rejected"):
+            answer = feature[f"{side}_ids"]
+            row[f"{side}_input_ids"] = prompt + answer
+            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(answer))
+            row[f"{side}_labels"] = [IGNORE] * len(prompt) + answer
+        return row
+
+
+def unpaired(pairs: Any, group: int) -> Any:
+    """KTO's rows: every answer alone with its label, and for the divergence another answer of the same group of `group` rows."""
+    if pairs is None:
+        return None
+    rows: list[dict[str, Any]] = []
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            answer = {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"]}
+            rows.append({**answer, "label": side == "chosen"})
+    for start in range(0, len(rows), group):
+        part = rows[start : start + group]
+        answers = [row["completion_ids"] for row in part]
+        for row, other in zip(part, answers[-1:] + answers[:-1], strict=True):
+            row["KL_completion_ids"] = other
+    return Dataset.from_list(rows)
+
+
+# ---------------------------------------------------------------- a job's trainer
+
+
+def make(job: Any, model: Any, precision: config.Precision) -> Any:
+    """The trainer of a `job.TrainJob`, its rows in place."""
+    loss = config.loss_of(job.params)
+    trainer = _packed(job, model, precision, loss) if loss in ("sft", "orpo") else _padded(job, model, precision, loss)
+    trainer.optimizer = methods.lora_plus(model, job.params, trainer.args)
+    trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.LiveCurve` speaks for it
+    return trainer
+
+
+def _packed(job: Any, model: Any, precision: config.Precision, loss: str) -> Any:
+    params, plan, world = job.params, job.planned, distributed.world().size
+    given = config.arguments(job.stage, precision, len(job.train_rows), len(job.held_out or ()), plan.accumulation)
+    if loss == "orpo":
+        arguments = ORPOConfig(**given, beta=params.beta, max_length=params.max_length, disable_dropout=False)
+    else:
+        arguments = SFTConfig(
+            **given,
+            loss_type="nll",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            neftune_noise_alpha=params.neftune_alpha or None,
+        )
+    trainer = (RowORPOTrainer if loss == "orpo" else RowSFTTrainer)(
+        model=model,
+        args=compat.use_one_gpu(arguments),
+        train_dataset=job.train_rows,
+        eval_dataset=job.held_out,
+        processing_class=job.tokenizer,
+    )
+    compat.shard(trainer)
+    methods.keep_in_fp32(model)
+    layout = {"world_size": world, "padded": not plan.packed}
+    train = PackedRows(
+        job.train_rows,
+        batch_size=params.batch_size,
+        accumulation=plan.accumulation,
+        seed=params.seed,
+        lengths=lengths_of(job.train_rows, not plan.packed),
+        budget=plan.row_tokens or None,
+        **layout,
+    )
+    held_out = job.held_out and PackedRows(
+        job.held_out,
+        batch_size=min(params.batch_size, 8) * world,
+        accumulation=1,
+        shuffle=False,
+        lengths=lengths_of(job.held_out, not plan.packed),
+        **layout,
+    )
+    share = plan.packed and plan.backend == "hf" and plan.attention == packed_attention.SDPA
+    collator = (PairCollator if loss == "orpo" else RowCollator)(
+        job.tokenizer.pad_token_id, "packed" if plan.packed else "padded", share
+    )
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    trainer.use_rows(train, held_out, collator, fused=not can_fuse(causal))
+    if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing
+        model.for_training()
+    elif plan.packed:
+        with trainer.accelerator.autocast():
+            packed_attention.check_boundaries(model)
+    return trainer
+
+
+def _padded(job: Any, model: Any, precision: config.Precision, loss: str) -> Any:
+    """DPO, KTO or SimPO. Starting from an adapter, the reference of DPO and KTO is a copy of it; else it is the base."""
+    params, train, held_out = job.params, job.train_rows, job.held_out
+    micro = min(params.batch_size, PAIRS)
+    accumulation = math.ceil(params.batch_size / micro)
+    given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
+    rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
+    given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
+    given |= {"beta": params.beta, "disable_dropout": False, "max_length": None}
+    kind: Any = PairsDPOTrainer
+    if loss == "dpo":
+        arguments = DPOConfig(**given)
+    elif loss == "kto":
+        kind, arguments = RowsKTOTrainer, KTOConfig(**given, train_sampling_strategy="sequential")
+        train, held_out = unpaired(train, rows), unpaired(held_out, rows)
+    else:
+        given |= {"max_length": params.max_length, "loss_type": "simpo", "cpo_alpha": 0.0}
+        kind, arguments = PairsSimPOTrainer, CPOConfig(**given, simpo_gamma=params.simpo_gamma)
+    trainer = kind(
+        model=model,
+        args=compat.use_one_gpu(arguments),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=job.tokenizer,
+    )
+    methods.keep_in_fp32(model)
+    return trainer

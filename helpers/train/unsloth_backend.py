@@ -1,6 +1,6 @@
 """Unsloth as the second training backend: the same parameters, the same trainers, the same outputs.
 
-Unsloth patches transformers and has to be imported before it, so `early_import` runs first thing in a training process
+Unsloth patches transformers and has to be imported before it, so `import_first` runs first thing in a training process
 (`notebook.start` and `python -m helpers.train` call it). It is optional: its licences (Apache-2.0 with AGPL and LGPL parts)
 stay with whoever installs it. Its statistics stay off and it makes no call home.
 """
@@ -8,12 +8,17 @@ stay with whoever installs it. Its statistics stay off and it makes no call home
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from helpers import machine
+from helpers import runs
 from helpers.errors import TunebookError
+from helpers.model.loading import resolve_model
+from helpers.planner import gpus
+from helpers.planner.plan import choose_backend
 
 QUIET = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -21,72 +26,79 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def wanted(params: dict[str, Any]) -> bool:
-    """True when these parameters will train through Unsloth on this machine; imports no transformers to find out."""
-    asked = params.get("backend", "auto")
-    if asked == "hf" or importlib.util.find_spec("unsloth") is None:
-        return False
-    if asked == "unsloth":
-        return True
-    card = machine.gpu()
-    plain = (
-        params.get("method") in ("qlora", "lora")
-        and not params.get("dora")
-        and params.get("init", "default") == "default"
-    )
-    return card is not None and card.capability < (8, 0) and plain and params.get("loss", "orpo") == "orpo"
+def decide(params: Any) -> str:
+    """ "hf" or "unsloth": what the planner will choose, told by its own function before transformers is imported.
+
+    The kind of model is read from its config.json; torch is asked for the GPU only where everything else speaks for Unsloth.
+    Raises TunebookError for backend "unsloth" where it cannot train.
+    """
+    if params.backend == "hf" or (params.backend == "auto" and importlib.util.find_spec("unsloth") is None):
+        return "hf"
+    try:
+        known = runs.load(params.run, "data", verify=False).data["model"]
+        folder = resolve_model(params.model).path if params.model else Path(known["path"])
+        config = json.loads((folder / "config.json").read_text())
+    except (TunebookError, OSError, KeyError):  # the job says what is missing when it is opened
+        return params.backend.replace("auto", "hf")
+    model_type = config.get("text_config", {}).get("model_type") or config.get("model_type", "")
+    values = params.as_dict()
+
+    def chosen(card: gpus.Card) -> str:
+        return choose_backend(params.backend, card, model_type, values)[0]
+
+    if chosen(gpus.named("T4")) == "hf":  # not even on the oldest GPU
+        return "hf"
+    return chosen(gpus.named(params.plan_for) if params.plan_for else gpus.here())
 
 
-def early_import(params: dict[str, Any]) -> bool:
+def import_first(params: Any) -> bool:
     """Import Unsloth before transformers where these parameters will use it; True when it was imported.
 
     Raises TunebookError when transformers came first (Unsloth's patches would be missing from it), or when the import
     fails, with the reason.
     """
-    if not wanted(params):
+    if decide(params) == "hf":
         return False
     if "unsloth" in sys.modules:
         return True
     if "transformers" in sys.modules:
         raise TunebookError(
-            "Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel and run from "
-            "the first cell, or set backend to hf."
+            "Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel and "
+            "run from the first cell, or set backend to hf."
         )
     os.environ.update(QUIET)
-    if machine.gpu() is None:
-        raise TunebookError(
-            "backend is unsloth, but Unsloth needs a GPU and there is none here; set backend to auto or hf."
-        )
     try:
         import unsloth  # noqa: F401  it patches the libraries when it is imported
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
         raise TunebookError(
-            f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions in requirements.txt."
+            f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions "
+            "in requirements.txt."
         ) from error
     return True
 
 
-def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]:
+def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, list[str]]:
     """(model with its adapter, notes) for a job's source and parameters.
 
-    The head's loss is `helpers.model.chunked_loss`, as in the other backend, so that the trainers do not see a difference:
-    SFT reads `.loss`, ORPO `.logps`. Hidden states are recomputed and wait in main memory, Unsloth's own way.
+    The head's loss is `helpers.model.chunked_loss`, as in the other backend, so that the trainers do not see a difference.
+    Activations are checkpointed and offloaded to host memory, Unsloth's own way.
     """
     if "unsloth" not in sys.modules:
         raise TunebookError(
             "Unsloth is not imported; start the job through notebook.start or python -m helpers.train, which import it first."
         )
-    import torch
     from unsloth import FastLanguageModel
 
     from helpers.model import chunked_loss
 
-    path = str(getattr(source, "path", source))
+    config = json.loads((source.path / "config.json").read_text())
+    longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     model, _ = FastLanguageModel.from_pretrained(
-        path,
-        max_seq_length=getattr(params, "max_length", 0) or longest(path),
+        str(source.path),
+        max_seq_length=params.max_length if params.stage == "orpo" else int(longest or 4096),
         dtype=None,
         load_in_4bit=params.method == "qlora",
         trust_remote_code=False,
@@ -98,40 +110,26 @@ def load(source: Any, params: Any, adapter: Any = None) -> tuple[Any, list[str]]
         model = FastLanguageModel.for_training(model) or model
     else:
         modules = params.target_modules
-        targets = (
-            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            if modules in ("", "all-linear")
-            else [m.strip() for m in modules.split(",")]
-        )
         model = FastLanguageModel.get_peft_model(
             model,
             r=params.rank,
             lora_alpha=params.alpha,
             lora_dropout=params.dropout,
             bias="none",
-            target_modules=targets,
+            target_modules=TARGETS if modules == "all-linear" else [m.strip() for m in modules.split(",")],
             use_gradient_checkpointing="unsloth",
             random_state=params.seed,
             use_rslora=params.rslora,
         )
     causal = model.get_base_model()
-    notes = [f"Unsloth {sys.modules['unsloth'].__version__}: its kernels and offloaded recomputation"]
-    why = chunked_loss.can_fuse(causal)
-    if why:
+    if why := chunked_loss.can_fuse(causal):
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
     chunked_loss.install(causal)
     for weight in model.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.to(torch.float32)
-    return model, [*notes, "cross-entropy without whole logits"]
-
-
-def longest(path: str) -> int:
-    """Longest context of the model in a folder, from its config.json."""
-    import json
-    from pathlib import Path
-
-    config = json.loads((Path(path) / "config.json").read_text())
-    return int(
-        config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings") or 4096
-    )
+            weight.data = weight.data.float()
+    version = sys.modules["unsloth"].__version__
+    return model, [
+        f"Unsloth {version}: its kernels and offloaded activation checkpointing",
+        "cross-entropy without whole logits",
+    ]

@@ -13,7 +13,7 @@ from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.model import prefix_sharing
 from helpers.model.loading import fast_bf16
-from helpers.train import callbacks, config, methods, packing, precision, rows, sft
+from helpers.train import callbacks, config, packing, rows, sft
 
 
 def settings(**given):
@@ -21,11 +21,13 @@ def settings(**given):
 
 
 def prepared(**given):
-    return sft.prepare(runs.open_stage("sft", settings(**given)))
+    return sft.open(settings(**given))
 
 
 def trained(**given):
-    return prepared(**given).train()
+    job = prepared(**given)
+    job.train()
+    return job
 
 
 def flat(model):
@@ -63,7 +65,7 @@ def loss_and_gradient(model, batch):
 
 def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
     documents = train_data.sft_rows(tokenizer, 6)
-    shared = packing.SharedCollator(tokenizer.pad_token_id)([documents])
+    shared = packing.RowCollator(tokenizer.pad_token_id, share=True)([documents])
     assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
     count = sum(sum(d["completion_mask"]) for d in documents)
     small.zero_grad()
@@ -76,15 +78,13 @@ def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_row
         expected += loss.item()
     gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
     for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-        loss, found = loss_and_gradient(
-            small, packing.SharedCollator(tokenizer.pad_token_id, layout, share)([documents])
-        )
+        loss, found = loss_and_gradient(small, packing.RowCollator(tokenizer.pad_token_id, layout, share)([documents]))
         assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
         assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)
 
 
 def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
-    from helpers.model.loading import end_of_turn
+    from helpers.model.stop_tokens import end_of_turn
 
     found, counts = rows.supervised(data, "train.parquet")
     assert counts == {"rows": 32, "without trained tokens": 0}
@@ -113,7 +113,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
     one = trained(row_tokens=1200, packing=True)
     longest = max(len(i) for i in one.train_rows["input_ids"])
     eight = trained(row_tokens=longest)
-    assert one.plan.accumulation == 1 and eight.plan.accumulation >= 6
+    assert one.planned.accumulation == 1 and eight.planned.accumulation >= 6
     first, second = (plots.series(callbacks.read(j.log), "loss")[1] for j in (one, eight))
     assert first == pytest.approx(second, rel=1e-4)
     assert (flat(one.model) - flat(eight.model)).norm() < 2e-3 * flat(one.model).norm()
@@ -121,7 +121,7 @@ def test_one_row_of_eight_trains_like_eight_rows_of_one(data):
 
 def test_unpacked_rows_train_like_packed_ones(data):
     packed, padded = trained(), trained(packing=False)
-    assert packed.plan.packed and not padded.plan.packed
+    assert packed.planned.packed and not padded.planned.packed
     first, second = (plots.series(callbacks.read(j.log), "loss")[1] for j in (packed, padded))
     assert first == pytest.approx(second, rel=1e-3)
 
@@ -162,10 +162,11 @@ def test_the_written_adapter_answers_as_the_trained_model(data, narrow_llama):
 
     for given in ({"rslora": True, "lora_plus_ratio": 16.0}, {"init": "pissa"}):
         job = trained(best_checkpoint=False, **given)
-        folder = job.finish().path / "adapter"
         ids = torch.tensor([job.train_rows[0]["input_ids"]])
         with torch.no_grad():
             live = job.model.eval()(input_ids=ids).logits
+        folder = job.finish().path / "adapter"
+        with torch.no_grad():
             base = load_model(narrow_llama, dtype="fp32").eval()
             before = base(input_ids=ids).logits
             again = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
@@ -254,7 +255,7 @@ def test_schedules_end_where_they_should(data):
     rates = {}
     for schedule in ("linear", "cosine", "constant", "wsd"):
         job = prepared(schedule=schedule, max_steps=10, warmup_ratio=0.1)
-        made = config.common(job.stage, job.params, precision.choose(None, "fp32"), 32, 8, 1)
+        made = config.arguments(job.stage, config.precision_of(None, "fp32"), 32, 8, 1)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made["learning_rate"])
         options = made["lr_scheduler_kwargs"] or None
         course = get_scheduler(
@@ -298,10 +299,8 @@ REFUSED = [
     "given,card", REFUSED, ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else str(x)
 )
 def test_a_combination_that_cannot_work_is_refused_with_its_reason(given, card):
-    with pytest.raises(
-        TunebookError, match=r"This cannot work \(.+\): .+; set|This cannot work \(.+\): .+; take"
-    ) as found:
-        methods.check(parameters.resolve("sft", {"method": "lora", "precision": "auto", **given}), card)
+    with pytest.raises(TunebookError, match=r"This cannot work: .+; set|This cannot work: .+; take") as found:
+        config.check(parameters.resolve("sft", {"method": "lora", "precision": "auto", **given}), card)
     assert str(next(iter(given.values()))) in str(found.value) or next(iter(given)) in str(found.value)
 
 
@@ -313,18 +312,18 @@ def test_what_the_table_does_not_name_is_let_through():
         ({"method": "full"}, (9, 0)),
         ({"dora": True, "rslora": True}, None),
     ):
-        methods.check(parameters.resolve("sft", given), card)
+        config.check(parameters.resolve("sft", given), card)
 
 
 def test_precision_follows_the_card():
-    assert precision.choose((8, 0)).bf16 and precision.choose((9, 0)).load == "bf16"
-    older = precision.choose((7, 5))
+    assert config.precision_of((8, 0)).bf16 and config.precision_of((9, 0)).load == "bf16"
+    older = config.precision_of((7, 5))
     assert older.fp16 and not older.bf16 and older.load == "fp16"
     assert (
-        precision.choose(None).load == ("bf16" if fast_bf16() else "fp32")
-        and precision.choose(None, "fp32").load == "fp32"
+        config.precision_of(None).load == ("bf16" if fast_bf16() else "fp32")
+        and config.precision_of(None, "fp32").load == "fp32"
     )
-    assert precision.choose(None, "bf16").bf16
+    assert config.precision_of(None, "bf16").bf16
 
 
 def test_trained_weights_stay_in_fp32_beside_a_4_bit_base(data):
@@ -351,17 +350,18 @@ def test_rows_whose_tokens_are_all_masked_are_refused(runs_root, narrow_llama, t
     assert prepared().counts["train"] == {"rows": 6, "without trained tokens": 2}
     train_data.data_stage("all", narrow_llama, tokenizer, train=masked)
     with pytest.raises(TunebookError, match="every token is masked"):
-        sft.prepare(runs.open_stage("sft", settings(run="all")))
+        prepared(run="all")
 
 
 def test_a_run_before_its_data_is_refused(runs_root):
     with pytest.raises(TunebookError, match="run notebook 01_data_prep"):
-        runs.open_stage("sft", settings(run="nothing"))
+        prepared(run="nothing")
 
 
 def test_loggers_and_steps_are_checked():
     with pytest.raises(TunebookError, match="loggers names 'tensorflow'"):
         config.loggers("tensorflow")
     with pytest.raises(TunebookError, match="set save_steps to 20"):
-        config.steps(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
-    assert config.steps(100, parameters.resolve("sft", {"batch_size": 8})) == (13, 3, 3)
+        config.timetable(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
+    made = config.timetable(100, parameters.resolve("sft", {"batch_size": 8}))
+    assert (made["max_steps"], made["eval_steps"], made["save_steps"]) == (13, 3, 3)

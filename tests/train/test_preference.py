@@ -8,9 +8,9 @@ import torch
 import train_data
 
 from helpers import params as parameters
-from helpers import plots, runs
+from helpers import plots
 from helpers.errors import TunebookError
-from helpers.train import callbacks, methods, packing, preference, rows, sft
+from helpers.train import callbacks, config, packing, preference, rows, sft
 
 
 def settings(**given):
@@ -20,7 +20,13 @@ def settings(**given):
 
 
 def prepared(**given):
-    return preference.prepare(preference.open_stage(settings(**given)))
+    return preference.open(settings(**given))
+
+
+def trained(**given):
+    job = prepared(**given)
+    job.train()
+    return job
 
 
 def logged(job, name):
@@ -29,9 +35,9 @@ def logged(job, name):
 
 def test_the_loss_is_nll_minus_beta_times_the_log_odds_ratio(data):
     for beta in (0.5, 2.0):
-        job = prepared(beta=beta, row_tokens=4000).train()
+        job = trained(beta=beta, row_tokens=4000)
         lines = [line for line in callbacks.read(job.log) if "loss" in line]
-        assert len(lines) == 3 and job.plan.accumulation == 1
+        assert len(lines) == 3 and job.planned.accumulation == 1
         for line in lines:
             assert line["loss"] == pytest.approx(line["nll_loss"] - beta * line["log_odds_ratio"], rel=1e-5)
         held = next(line for line in callbacks.read(job.log) if "eval_loss" in line)
@@ -61,7 +67,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
     with torch.no_grad():
         expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
         for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-            batch = packing.SharedPairCollator(tokenizer.pad_token_id, layout, share)([pairs])
+            batch = packing.PairCollator(tokenizer.pad_token_id, layout, share)([pairs])
             assert bool(batch.get("prefix_length")) == (share and layout == "packed")
             trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -76,8 +82,8 @@ def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
         2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])
         for r in rows.pairs(data, "preference.parquet", 512)[0]
     )
-    one, many = prepared(row_tokens=4000).train(), prepared(row_tokens=longest).train()
-    assert one.plan.accumulation == 1 and many.plan.accumulation >= 6
+    one, many = trained(row_tokens=4000), trained(row_tokens=longest)
+    assert one.planned.accumulation == 1 and many.planned.accumulation >= 6
     assert logged(one, "loss") == pytest.approx(logged(many, "loss"), rel=1e-4)
 
 
@@ -94,7 +100,7 @@ def test_swapped_labels_reverse_the_direction_on_held_out_pairs(data):
     right = prepared(**given).build()
     before = right.trainer.evaluate()["eval_log_odds_chosen"]
     right.train()
-    swapped = prepared(**given, swap_labels=True).train()
+    swapped = trained(**given, swap_labels=True)
     assert right.result["log_odds_chosen"] > before + 0.5 > before - 0.5 > swapped.result["log_odds_chosen"]
     assert right.result["held_out_accuracies"] > 0.8 > 0.2 > swapped.result["held_out_accuracies"]
 
@@ -108,15 +114,15 @@ def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, nar
     job = prepared(max_length=256)
     assert job.counts["train"]["pairs"] == 12 and len(job.train_rows) == 9
     assert job.counts["train"]["left out"] == {"over 256 tokens": 1, "chosen is empty": 1, "chosen equals rejected": 1}
-    assert job.counts["train"]["left out ids"] == ["p0-0", "p0-1"]
+    assert job.counts["train"]["left out ids"] == ["p0-0", "p0-1", "p0-2"]
     with pytest.raises(TunebookError, match=r"has no pair to train on .*; raise max_length"):
         prepared(max_length=16)
-    manifest = prepared(max_length=256).train().finish()
+    manifest = trained(max_length=256).finish()
     assert manifest.data["data_counts"]["train"]["left out"]["over 256 tokens"] == 1
 
 
 def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow_llama, tokenizer):
-    from helpers.model.loading import end_of_turn
+    from helpers.model.stop_tokens import end_of_turn
 
     names = {"human": "user", "gpt": "assistant", "system": "system"}
     pairs = []
@@ -139,7 +145,7 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow
             }
         )
     train_data.data_stage("r", narrow_llama, tokenizer, pairs=pairs)
-    job = prepared(max_length=512, max_steps=6, eval_steps=6, batch_size=2).train()
+    job = trained(max_length=512, max_steps=6, eval_steps=6, batch_size=2)
     assert 0 < sum(job.counts["train"]["left out"].values()) < 150
     assert len(logged(job, "loss")) == 6 and all(
         math.isfinite(x) for name in ("loss", "log_odds_chosen", "grad_norm") for x in logged(job, name)
@@ -147,7 +153,7 @@ def test_the_demo_preference_set_trains_without_nan(demo_data, runs_root, narrow
 
 
 def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
-    from helpers.model.loading import end_of_turn
+    from helpers.model.stop_tokens import end_of_turn
 
     stop = end_of_turn(tokenizer)
     job = prepared().build()
@@ -158,7 +164,7 @@ def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
 
 @pytest.mark.parametrize("loss,beta", [("dpo", 0.1), ("kto", 0.1), ("simpo", 2.0)])
 def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
-    job = prepared(loss=loss, beta=beta, max_steps=8, eval_steps=8, learning_rate=5e-3, batch_size=2).train()
+    job = trained(loss=loss, beta=beta, max_steps=8, eval_steps=8, learning_rate=5e-3, batch_size=2)
     losses = logged(job, "loss")
     assert all(math.isfinite(x) for x in losses) and losses[-1] < losses[0]
     assert job.result["eval_loss"] < {"dpo": math.log(2), "kto": 0.5, "simpo": 1.0}[loss]
@@ -166,15 +172,14 @@ def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
 
 
 def test_a_loss_that_is_not_probed_is_bounded_by_the_plans_estimate(data, capsys):
-    job = prepared(loss="dpo", max_steps=8, max_minutes=1e-6, batch_size=2, best_checkpoint=False).train()
-    assert job.result["steps"] == 1 == job.trainer.args.max_steps and not job.plan.measured
+    job = trained(loss="dpo", max_steps=8, max_minutes=1e-6, batch_size=2, best_checkpoint=False)
+    assert job.result["steps"] == 1 == job.trainer.args.max_steps and not job.planned.measured
     assert "goes by the plan's estimate" in capsys.readouterr().out
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
-    first = sft.prepare(
-        runs.open_stage("sft", train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))
-    ).train()
+    first = sft.open(train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))
+    first.train()
     adapter = first.finish().path / "adapter"
 
     def nll(**given):
@@ -182,9 +187,8 @@ def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tok
 
     base, after, folder = nll(), nll(start_from="sft"), nll(start_from=str(adapter))
     assert after == pytest.approx(folder, rel=1e-6) and after < base - 0.05
-    stage = preference.open_stage(settings(start_from="sft"))
-    assert set(stage.parents) == {"data", "sft"}
-    assert set(preference.open_stage(settings()).parents) == {"data"}
+    assert set(prepared(start_from="sft").stage.parents) == {"data", "sft"}
+    assert set(prepared().stage.parents) == {"data"}
 
 
 def test_from_sft_without_an_sft_stage_is_refused(data):
@@ -193,7 +197,7 @@ def test_from_sft_without_an_sft_stage_is_refused(data):
 
 
 def test_a_stage_leaves_margins_and_held_out_numbers(data):
-    manifest = prepared().train().finish()
+    manifest = trained().finish()
     assert {"margins.png", "loss.png", "log.jsonl", "adapter/adapter_model.safetensors"} <= set(
         manifest.data["artifacts"]
     )
@@ -212,4 +216,4 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
 )
 def test_a_preference_setting_that_cannot_work_is_refused(given):
     with pytest.raises(TunebookError, match=r"This cannot work"):
-        methods.check(parameters.resolve("orpo", given), (9, 0) if "backend" in given else None)
+        config.check(parameters.resolve("orpo", given), (9, 0) if "backend" in given else None)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import train_data
 
-from helpers import runs
 from helpers.errors import TunebookError
 from helpers.train import resume, sft
 
@@ -30,7 +29,7 @@ def prepared(runs_root, tiny_llama, tokenizer):
         train=train_data.sft_rows(tokenizer, 24),
         held_out=train_data.sft_rows(tokenizer, 4, seed=1),
     )
-    return lambda **given: sft.prepare(runs.open_stage("sft", train_data.settings("sft", **{**SMALL, **given})))
+    return lambda **given: sft.open(train_data.settings("sft", **{**SMALL, **given}))
 
 
 def test_a_probing_step_corrects_the_plan_and_changes_neither_weights_nor_random_numbers(prepared):
@@ -38,7 +37,7 @@ def test_a_probing_step_corrects_the_plan_and_changes_neither_weights_nor_random
     before = {name: weight.detach().clone() for name, weight in job.model.named_parameters() if weight.requires_grad}
     state = torch.get_rng_state()
     job._probe()
-    assert job.plan.measured and set(job.plan.errors) == {"tokens_per_s"}
+    assert job.planned.measured and set(job.planned.errors) == {"tokens_per_s"}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
         torch.equal(weight, before[name]) and weight.grad is None
@@ -49,9 +48,10 @@ def test_a_probing_step_corrects_the_plan_and_changes_neither_weights_nor_random
 
 
 def test_max_minutes_ends_the_run_and_its_schedule_at_the_steps_that_fit(prepared):
-    job = prepared(max_minutes=1e-6, save_steps=1).train()
+    job = prepared(max_minutes=1e-6, save_steps=1)
+    job.train()
     lines = [json.loads(line) for line in job.log.read_text().splitlines()]
-    assert job.result["steps"] == 1 == job.trainer.args.max_steps and job.plan.steps == 1
+    assert job.result["steps"] == 1 == job.trainer.args.max_steps and job.planned.steps == 1
     assert any("what fits into" in note for note in job.notes)
     assert [line["step"] for line in lines if "loss" in line] == [1]
     assert resume.total_steps(job.checkpoints / "checkpoint-1") == 1

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ import yaml
 
 from helpers import plots, runs
 from helpers.errors import TunebookError
+from helpers.machine import PROJECT
 from helpers.train import callbacks, resume, sft
 from helpers.train.__main__ import main
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def settings(**given):
@@ -29,8 +27,9 @@ def settings(**given):
 
 
 def run(**given):
-    job = sft.prepare(runs.open_stage("sft", settings(**given)))
-    return job.train()
+    job = sft.open(settings(**given))
+    job.train()
+    return job
 
 
 def losses(job):
@@ -46,7 +45,7 @@ def interrupt(step, **given):
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    job = sft.prepare(runs.open_stage("sft", settings(**given))).build()
+    job = sft.open(settings(**given)).build()
     job.trainer.add_callback(Kill())
     with pytest.raises(KeyboardInterrupt):
         job.train()
@@ -72,7 +71,7 @@ def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (log.parent / "manifest.json").exists() and resume.numbered(log.parent / "checkpoints")
-    assert main([str(file)]) == 0 and "Going on from checkpoint-" in capsys.readouterr().out
+    assert main([str(file)]) == 0 and "Resuming from checkpoint-" in capsys.readouterr().out
     steps, found = plots.series(callbacks.read(log), "loss")
     assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
     assert plots.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
@@ -96,7 +95,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
         assert "was cut off" in capsys.readouterr().out and not newest.exists() and not copy.exists()
     again = run()
     assert losses(again)[0] == list(range(1, 13))
-    assert "Going on from checkpoint-4" in capsys.readouterr().out
+    assert "Resuming from checkpoint-4" in capsys.readouterr().out
 
 
 def test_another_jobs_checkpoint_is_refused(data):
@@ -115,21 +114,22 @@ def test_another_jobs_checkpoint_is_refused(data):
 def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
     with pytest.raises(TunebookError, match="holds no unfinished run"):
         run(resume="must")
-    shutil.rmtree(runs.folder("r", "sft"))
     job = interrupt(6)
     with pytest.raises(TunebookError, match=r"its parameters differ \(.*learning_rate.*\)"):
-        sft.prepare(runs.open_stage("sft", settings(resume="must", learning_rate=5e-4)))
+        sft.open(settings(resume="must", learning_rate=5e-4))
+    assert resume.numbered(job.checkpoints), "the unfinished run is where it was"
+    assert losses(run(resume="must"))[0] == list(range(1, 13))
+    assert "Resuming from checkpoint-4" in capsys.readouterr().out
     runs.unlock("r", "sft")
-    assert resume.numbered(job.checkpoints), "the unfinished run is back where it was"
     train_data.data_stage("r", narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
     with pytest.raises(TunebookError, match=r"parameters differ|the data stage changed since"):
-        sft.prepare(runs.open_stage("sft", settings(resume="must")))
+        sft.open(settings(resume="must"))
 
 
 def test_never_begins_anew(data, capsys):
     interrupt(6, resume="never")
     job = run(resume="never")
-    assert "Going on from" not in capsys.readouterr().out and losses(job)[0] == list(range(1, 13))
+    assert "Resuming from" not in capsys.readouterr().out and losses(job)[0] == list(range(1, 13))
 
 
 def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp
     assert status == 1 and "No space left on the disk" in said and "Traceback" not in said, said[-2000:]
     folder = runs.folder("r", "sft")
     assert not (folder / "manifest.json").exists() and all(
-        resume.opened(c) for c in resume.numbered(folder / "checkpoints")
+        resume.sealed(c) for c in resume.numbered(folder / "checkpoints")
     )
     assert losses(run(max_steps=8, best_checkpoint=False))[0] == list(range(1, 9))
 
@@ -153,7 +153,8 @@ def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp
 def test_a_lost_run_folder_is_brought_back_from_the_mirror(data, tmp_path, capsys):
     drive = tmp_path / "drive"
     job = interrupt(10, mirror=str(drive))
-    assert [p.name for p in resume.numbered(drive)] == ["checkpoint-8", "checkpoint-4"]
+    kept = resume.Mirror(str(drive), job.stage, job.identity).folder
+    assert [p.name for p in resume.numbered(kept)] == ["checkpoint-8", "checkpoint-4"]
     shutil.rmtree(job.stage.path)
     again = run(mirror=str(drive))
     assert "checkpoint-8 is brought back" in capsys.readouterr().out
@@ -162,10 +163,10 @@ def test_a_lost_run_folder_is_brought_back_from_the_mirror(data, tmp_path, capsy
 
 def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, narrow_llama, tokenizer):
     first = run(max_steps=6)
-    adapter = first.finish().path / "adapter"
     held = first.trainer.evaluate()["eval_loss"]
+    adapter = first.finish().path / "adapter"
     train_data.data_stage("r2", narrow_llama, tokenizer)
-    job = sft.prepare(runs.open_stage("sft", settings(run="r2", start_from=str(adapter), max_steps=4))).build()
+    job = sft.open(settings(run="r2", start_from=str(adapter), max_steps=4)).build()
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(held, rel=1e-4)
     job.train()
     assert losses(job)[0] == [1, 2, 3, 4] and job.result["eval_loss"] < held
@@ -174,18 +175,18 @@ def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, narrow_l
 def test_an_adapter_of_another_base_or_template_is_refused(data, narrow_llama, tokenizer, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(run(max_steps=4).finish().path / "adapter", adapter)
-    with pytest.raises(TunebookError, match="is no adapter folder"):
-        sft.prepare(runs.open_stage("sft", settings(start_from=str(tmp_path))))
+    with pytest.raises(TunebookError, match="is not an adapter folder"):
+        sft.open(settings(start_from=str(tmp_path)))
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
     config = (other / "adapter_config.json").read_text().replace(str(narrow_llama), "someone/else")
     (other / "adapter_config.json").write_text(config)
     with pytest.raises(TunebookError, match="was trained on someone/else"):
-        sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
+        sft.open(settings(start_from=str(other)))
     shutil.copy(adapter / "adapter_config.json", other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     with pytest.raises(TunebookError, match="another chat template"):
-        sft.prepare(runs.open_stage("sft", settings(start_from=str(other))))
+        sft.open(settings(start_from=str(other)))
 
 
 def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_path):
@@ -193,7 +194,7 @@ def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_pat
     shutil.copytree(narrow_llama, other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     with pytest.raises(TunebookError, match="is not the one that the data of run 'r' was rendered with"):
-        sft.prepare(runs.open_stage("sft", settings(model=str(other))))
+        sft.open(settings(model=str(other)))
 
 
 # ---------------------------------------------------------------- runs that cannot come right
@@ -202,7 +203,7 @@ def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_pat
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
     import torch
 
-    job = sft.prepare(runs.open_stage("sft", settings())).build()
+    job = sft.open(settings()).build()
     with torch.no_grad():
         next(p for p in job.model.parameters() if p.requires_grad)[0, 0] = float("nan")
     with pytest.raises(TunebookError, match=r"stopped at step 1: the loss is nan; .*Rows of that step: q0-\d+, "):
@@ -211,7 +212,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
 
 
 def test_steps_without_gradient_stop_the_run(data):
-    job = sft.prepare(runs.open_stage("sft", settings(weight_decay=0.0))).build()
+    job = sft.open(settings(weight_decay=0.0)).build()
     for name, weight in job.model.named_parameters():
         if "lora_" in name:
             weight.data.zero_()
@@ -255,7 +256,7 @@ def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, ca
     bad.write_text("rank: [1\n")
     for arguments, words in (
         ([str(tmp_path / "none.yaml")], "cannot be read"),
-        ([str(bad)], "is no YAML"),
+        ([str(bad)], "is not valid YAML"),
         (["-p", "rnak", "4"], "did you mean rank"),
         (["-p", "rank", "999"], "Parameter rank is '999', out of bounds"),
         ([], "run notebook 01_data_prep"),

@@ -10,6 +10,7 @@ from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.planner import row_plan
 from helpers.train import packing
+from helpers.train import rows as training_rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,7 +62,7 @@ def test_a_row_restarts_positions_and_never_predicts_across_documents():
 
 def test_an_empty_row_trains_nothing():
     for layout in ("packed", "padded"):
-        batch = packing.PackedCollator(0, layout)([[]])
+        batch = packing.RowCollator(0, layout)([[]])
         assert (batch["labels"] == -100).all() and batch["input_ids"].numel() == 1
 
 
@@ -80,9 +81,8 @@ def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
         {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]},
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
     ]
-    kept, dropped = packing.drop_overlong(pairs, 8)
-    assert kept == [2] and [index for index, _ in dropped] == [0, 1]
-    assert "10 tokens, over max_length 8" in dropped[0][1] and "empty" in dropped[1][1]
+    reasons = [training_rows.unusable(pair, 8) for pair in pairs]
+    assert reasons == ["over 8 tokens", "chosen is empty", ""]
 
 
 def test_a_budget_under_the_longest_example_is_refused():

@@ -126,10 +126,10 @@ def test_a_sixteen_bit_base_is_sharded_and_a_four_bit_one_is_not(monkeypatch):
 def test_a_single_process_keeps_to_one_of_several_gpus(tmp_path, capsys):
     from trl import SFTConfig
 
-    from helpers.train import config
+    from helpers import compat
 
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     args._n_gpu = 2  # what transformers sets on a machine with two: rows would be spread by nn.DataParallel
     assert args.train_batch_size == 2 * args.per_device_train_batch_size
-    assert config.one_gpu(args).train_batch_size == args.per_device_train_batch_size
+    assert compat.use_one_gpu(args).train_batch_size == args.per_device_train_batch_size
     assert "torchrun --nproc-per-node 2" in capsys.readouterr().out

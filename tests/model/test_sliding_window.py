@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.model import packed_attention, prefix_sharing
-from helpers.train.packing import PackedCollator, SharedCollator, SharedPairCollator
+from helpers.train.packing import PairCollator, RowCollator
 
 SIZES = {
     "vocab_size": 300,
@@ -82,7 +82,7 @@ def test_the_window_cuts_what_these_documents_see(plain):
     assert (alone(wide, ids)[-1] - alone(plain, ids)[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("collator", [SharedCollator(0), SharedCollator(0, share=False), PackedCollator(0)])
+@pytest.mark.parametrize("collator", [RowCollator(0, share=True), RowCollator(0)])
 def test_every_document_of_a_row_has_the_logits_that_it_has_alone(plain, ours, collator):
     batch = collator([DOCUMENTS])
     assert bool(batch.get("prefix_length")) == getattr(collator, "share", False)
@@ -99,7 +99,7 @@ def test_every_document_of_a_row_has_the_logits_that_it_has_alone(plain, ours, c
 
 def test_pairs_that_share_their_prompt_have_the_loss_of_separate_rows(plain, ours):
     pairs = [{"prompt_ids": PREFIX, "chosen_ids": tokens(19, 5), "rejected_ids": tokens(13, 6)}]
-    batch = SharedPairCollator(0)([pairs])
+    batch = PairCollator(0, share=True)([pairs])
     assert batch["prefix_length"]
     known = ("labels", "completion_mask", "pair_count", "loss_positions", "nll_tokens", "row_ids", "tokens")
     logits = ours(**{k: v for k, v in batch.items() if k not in known}, use_cache=False).logits[0]
@@ -122,7 +122,7 @@ def test_the_gradient_through_a_shared_prefix_is_that_of_separate_rows(plain, ou
             ]
             sum(losses).backward()
         else:
-            batch = SharedCollator(0)([DOCUMENTS])
+            batch = RowCollator(0, share=True)([DOCUMENTS])
             labels = batch.pop("labels")[0]
             positions = batch.pop("loss_positions")
             for name in ("row_ids", "tokens"):

@@ -289,7 +289,7 @@ def test_a_hub_id_carries_revision_subset_and_split():
 
 
 def test_a_hub_set_that_cannot_be_had_ends_with_a_sentence():
-    with pytest.raises(TunebookError, match=r"could not be loaded.*HF_HUB_OFFLINE is set"):
+    with pytest.raises(TunebookError, match=r"HF_HUB_OFFLINE is set, so the dataset 'nobody/no-such-set-anywhere'"):
         read("nobody/no-such-set-anywhere", Rejects())
 
 

@@ -8,7 +8,7 @@ read, its shape found, converted or rejected, and all of it counted.
 from __future__ import annotations
 
 import difflib
-import errno
+import glob
 import json
 import os
 import re
@@ -24,6 +24,7 @@ from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row
 from helpers.errors import TunebookError
+from helpers.model.loading import hub_error
 
 RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 READABLE = (*RECORDS, *documents.KINDS)
@@ -31,11 +32,10 @@ INFO = "dataset_info.json"
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
 CHECK_EVERY = 20_000  # rows after which a job that is mostly rejections stops early
 MEDIA = ("images", "videos", "audios")
-NAMES = {"type": ["object", "null"], "additionalProperties": {"type": ["string", "null"]}}
 NAME = {"type": ["string", "null"]}
 ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info.json
     "properties": dict.fromkeys(("file_name", "hf_hub_url", "subset", "split", "folder"), NAME)
-    | dict.fromkeys(("columns", "tags"), NAMES)
+    | {key: {"type": ["object", "null"], "additionalProperties": NAME} for key in ("columns", "tags")}
     | {"formatting": {"enum": ["alpaca", "sharegpt", "openai"]}, "ranking": {"type": "boolean"}}
     | {"num_samples": {"type": ["integer", "null"], "minimum": 0}}
 }
@@ -156,10 +156,8 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
             raise TunebookError(f"{path.name} is not read as data; {kinds} are, also with .gz or .zst.")
         return _of_file(path)
     if hub is None and any(sign in part for sign in "*?["):
-        pattern = Path(part).expanduser()
-        roots = [Path(pattern.anchor)] if pattern.anchor else [Path.cwd(), machine.PROJECT]
-        for root in roots:
-            matches = sorted(root.glob(str(pattern.relative_to(pattern.anchor))))
+        for root in (Path.cwd(), machine.PROJECT):
+            matches = map(Path, sorted(glob.glob(str(root / Path(part).expanduser()), recursive=True)))
             if found := [file for file in matches if file.is_file() and files.kind(file) in READABLE]:
                 return [source for file in found for source in _of_file(file)]
         raise TunebookError(f"No readable file matches {part!r}; check the pattern and its folder ({Path.cwd()}).")
@@ -221,14 +219,9 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
     import jsonschema
 
     path, file, hub = entry["info"], entry["file"], entry.get("hf_hub_url") or ""
-    wrong = jsonschema.Draft202012Validator(ENTRY).iter_errors(
-        {k: v for k, v in entry.items() if k in ENTRY["properties"]}
-    )
-    for error in wrong:
-        raise TunebookError(
-            f"Dataset {name!r} in {path} is described in another way than LLaMA-Factory reads: "
-            f"{'.'.join(map(str, error.path))}: {error.message}."
-        )
+    if wrong := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(ENTRY).iter_errors(entry)):
+        found = f"{'.'.join(map(str, wrong.path))}: {wrong.message}"
+        raise TunebookError(f"Dataset {name!r} in {path} is in another way than LLaMA-Factory reads ({found}).")
     if media := [column for part in MEDIA if (column := (entry.get("columns") or {}).get(part))]:
         found = f"has pictures, videos or sounds ({', '.join(media)})"
         raise TunebookError(f"The set {name!r} {found}; only text can be prepared here.")
@@ -363,31 +356,8 @@ def _of_hub(source: Source) -> Iterator[tuple[int, dict]]:
     subset, folder, revision = source.subset or None, source.folder or None, source.revision or None
     try:
         table = datasets.load_dataset(source.hub, subset, data_dir=folder, split=source.split, revision=revision)
-    except Exception as error:  # the library raises many kinds; each ends here with its own words
-        what = f"{source.hub}@{source.revision}" if source.revision else source.hub
-        part = f"subset {source.subset or 'default'}, split {source.split}"
-        raise TunebookError(f"The hub set {what} ({part}) could not be loaded: {_hub_problem(error)}") from error
+    except Exception as error:  # the library raises many kinds; each becomes a message with its own remedy
+        what = f"the dataset {source.hub!r}" + f" at revision {revision!r}" * bool(revision)
+        raise hub_error(error, f"{what} (subset {subset or 'default'}, split {source.split})") from error
     batches = table.with_format("arrow").iter(BATCH_ROWS)
     yield from enumerate((record for batch in batches for record in files.records_of(batch)), 1)
-
-
-def _hub_problem(error: Exception) -> str:
-    """What went wrong at the hub and what to do; a full disk, a missing login and a server's error differ."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")
-    statuses = [getattr(getattr(cause, "response", None), "status_code", None) for cause in causes]
-    status = next(filter(None, statuses), 0)
-    if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return f"{reason}. Free some space, or set HF_HOME to a folder on a larger disk."
-    if "GatedRepoError" in kinds or status in (401, 403) or "gated" in reason:
-        return f"{reason}. Accept its terms on its page, log in with `hf auth login`, or set HF_TOKEN."
-    if status >= 500 or status == 429:
-        return f"the hub answered HTTP {status} ({reason}). Try again in some minutes, or name a local file."
-    if "OfflineModeIsEnabled" in kinds or "OfflineModeIsEnabled" in reason:
-        return f"{reason}. HF_HUB_OFFLINE is set; unset it, or name a local file."
-    if kinds & {"ConnectionError", "ConnectError", "TimeoutException", "ConnectTimeout"}:
-        return f"{reason}. The hub cannot be reached; check the network, or name a local file."
-    return f"{reason}. Check the name, the subset and the split, or name a local file."

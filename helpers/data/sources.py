@@ -352,12 +352,18 @@ def _aside(value: Any) -> Any:
 def _of_hub(source: Source) -> Iterator[tuple[int, dict]]:
     """Rows of a hub set by Hugging Face's own library, memory-mapped. It refuses sets that are a script."""
     import datasets
+    from huggingface_hub import constants, errors
 
     subset, folder, revision = source.subset or None, source.folder or None, source.revision or None
     try:
         table = datasets.load_dataset(source.hub, subset, data_dir=folder, split=source.split, revision=revision)
     except Exception as error:  # the library raises many kinds; each becomes a message with its own remedy
         what = f"the dataset {source.hub!r}" + f" at revision {revision!r}" * bool(revision)
-        raise hub_error(error, f"{what} (subset {subset or 'default'}, split {source.split})") from error
+        what += f" (subset {subset or 'default'}, split {source.split})"
+        if "gated dataset" in str(error):
+            remedy = "accept its terms on its page, then log in with `hf auth login` (or set HF_TOKEN)"
+            raise TunebookError(f"The hub does not let you read {what}: {remedy}.") from None
+        offline = constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError)
+        raise hub_error(errors.OfflineModeIsEnabled() if offline else error, what) from error
     batches = table.with_format("arrow").iter(BATCH_ROWS)
     yield from enumerate((record for batch in batches for record in files.records_of(batch)), 1)

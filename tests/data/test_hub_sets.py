@@ -23,6 +23,7 @@ configs:
   - {split: full, path: en/full.parquet}
 ---
 """
+REFUSED = {"owner/broken": (501, {}), "owner/gated": (403, {"X-Error-Code": "GatedRepo"})}
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 READ = """
 import json, sys
@@ -66,7 +67,9 @@ class Hub(BaseHTTPRequestHandler):
         name = f"{name}/{path.split('/')[2]}" if path.count("/") > 1 else name
         commit = REVISIONS.get(revision or "main", revision)
         files = self.content.get(name, {}).get(commit)
-        if kind != "datasets" or files is None:
+        if name in REFUSED:
+            self.answer(b"{}", *REFUSED[name])
+        elif kind != "datasets" or files is None:
             self.answer(b"{}", 404, {"X-Error-Code": "RevisionNotFound" if name in self.content else "RepoNotFound"})
         elif what in ("", "revision"):
             self.answer(
@@ -114,7 +117,8 @@ def test_revision_subset_and_split_of_a_hub_set_are_obeyed_and_a_script_does_not
     info = tmp_path / "dataset_info.json"
     info.write_text(json.dumps({"listed": {"hf_hub_url": "owner/set", "subset": "en", "split": "full", "num_samples": 1,
                                            "columns": {"prompt": "question", "response": "answer"}}}))  # fmt: skip
-    specs = ["owner/set:en", "owner/set@v1:en:full[1:]", "listed", "owner/set@v9:en", "owner/none", "owner/script"]
+    specs = ["owner/set:en", "owner/set@v1:en:full[1:]", "listed", "owner/set@v9:en", "owner/none", "owner/script",
+             "owner/broken", "owner/gated", "owner/set:de"]  # fmt: skip
     env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
            "PYTHONPATH": str(PROJECT)}  # fmt: skip
     done = subprocess.run(
@@ -128,9 +132,10 @@ def test_revision_subset_and_split_of_a_hub_set_are_obeyed_and_a_script_does_not
         [["full 0", "new", "owner/set"]],
     ]
     assert (
-        "'v9' doesn't exist" in said[3]
+        "does not know the dataset 'owner/set' at revision 'v9'" in said[3]
         and "owner/none" in said[4]
         and "script" in said[5]
         and not (tmp_path / "ran").exists()
     )
-    assert "is not known" or said
+    assert "HTTP 501" in said[6] and "`hf auth login`" in said[7] and "accept its terms" in said[7]
+    assert "'en'" in said[8]

@@ -351,8 +351,9 @@ def _aside(value: Any) -> Any:
 
 def _of_hub(source: Source) -> Iterator[tuple[int, dict]]:
     """Rows of a hub set by Hugging Face's own library, memory-mapped. It refuses sets that are a script."""
-    import datasets
     from huggingface_hub import constants, errors
+
+    import datasets
 
     subset, folder, revision = source.subset or None, source.folder or None, source.revision or None
     try:

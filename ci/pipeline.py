@@ -130,8 +130,9 @@ def execute(stage: str, chosen: params.Params) -> None:
             )
         runs.load(chosen.run, stage, verify=False)  # one that ended early raises nothing, but it leaves no manifest
     except papermill.PapermillExecutionError as error:
-        what = f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"
-        raise TunebookError(f"{name} failed. {error.evalue if error.ename == 'TunebookError' else what}") from None
+        ours = len(error.traceback) == 1  # TunebookError and its kinds show a line instead of a traceback
+        what = error.evalue if ours else f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"
+        raise TunebookError(f"{name} failed. {what}") from None
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         raise TunebookError(
             f"{name}: the notebook's process died ({error}), often for lack of memory, see {log}; the same command "

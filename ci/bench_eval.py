@@ -124,10 +124,10 @@ def generation(count: int, gguf: str, skip: bool) -> None:
     del model, ours
     with tempfile.TemporaryDirectory() as folder:
         path = Path(gguf) if gguf else exported(source.path, Path(folder))
-        from helpers.evaluate.gguf_process import GgufProcess
+        from helpers.gguf.runner import GgufModel
 
         with Spent(len(asked)) as mine:  # loading and rendering included
-            runtime = GgufProcess(path, "<|im_end|>")
+            runtime = GgufModel(path, "<|im_end|>")
             runtime.generate([runtime.encode(c) for c in asked], Decoding(TOKENS))
             runtime.close()
         say(

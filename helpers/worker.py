@@ -1,6 +1,6 @@
 """Child processes: what may crash, hang or eat the memory works in a process of its own, which ends with this one.
 
-    with Worker("helpers.evaluate.gguf_model:Served", start={"path": "m.gguf"}, name="llama.cpp") as child:
+    with Worker("helpers.gguf.runner:Served", start={"path": "m.gguf"}, name="llama.cpp") as child:
         child.ask({"method": "encode", "text": "Hello"}, timeout_s=60)
     run("helpers.data.documents:parse", {"path": "a.pdf"}, wall_s=60, cpu_s=60, memory_gib=2)
 

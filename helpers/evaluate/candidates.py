@@ -253,9 +253,9 @@ def reader(candidate: Candidate, precision: str, end_of_turn: str) -> Any:
     if candidate.trouble:
         raise TunebookError(candidate.trouble)
     if candidate.kind == "gguf":
-        from helpers.evaluate.gguf_process import GgufProcess
+        from helpers.gguf.runner import GgufModel
 
-        return GgufProcess(candidate.path, end_of_turn)
+        return GgufModel(candidate.path, end_of_turn)
     if candidate.kind == "endpoint":
         from helpers.evaluate.remote_model import Endpoint
 

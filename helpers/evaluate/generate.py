@@ -1,6 +1,6 @@
 """Answers of a Hugging Face model to many prompts: length-sorted batches, shared prefixes read once, finished rows let go.
 
-`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.llama_cpp` and `helpers.evaluate.remote_model` give
+`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.runner` and `helpers.evaluate.remote_model` give
 the same three methods for GGUF files and for servers: `encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)`.
 """
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from helpers import machine
+
 ROWS = 64  # what the layout is chosen for; 4 to 1,024 rows run as fast in it
 MOST_SHARE = 0.25  # of the free memory that the second copy of the weights may take
 
@@ -39,13 +41,12 @@ class Packed:
 def _arrange(model: Any) -> list[tuple[Any, Any]]:
     import torch
 
-    from helpers.gguf.fidelity import available_gib
     from helpers.model.loading import fast_bf16
 
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
     size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
     right = {torch.float32} | ({torch.bfloat16} if fast_bf16() else set())
-    if model.device.type != "cpu" or model.dtype not in right or size > MOST_SHARE * 2**30 * available_gib():
+    if model.device.type != "cpu" or model.dtype not in right or size > MOST_SHARE * 2**30 * machine.free_memory_gib():
         return []
     try:
         with torch.inference_mode():

@@ -1,26 +1,30 @@
-"""From a Hugging Face folder to a GGUF file in 16 bits, by llama.cpp's own converter in a process of its own.
+"""From a Hugging Face folder to a GGUF file in 16 bits, by llama.cpp's own converter; from a PEFT adapter to a GGUF adapter.
 
-The converter (packaged, pinned by hash) brings a top-level `gguf` of its own version, and some of its model classes would run a
-folder's Python code. So it runs apart, offline, on a folder from which every hint at foreign code has been removed.
+The converter (packaged, pinned by hash) brings a top-level `gguf` of its own version, and some of its model classes would
+run a folder's Python code. So it runs in a process of its own, offline, on a folder without any reference to foreign code.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries
+from helpers.gguf import header, libraries, tensor_map
+from helpers.model import merging
 
 TYPES_16 = ("f16", "bf16")
-TOKENIZER_FILES = (
+COPIED = (
+    "config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -33,107 +37,137 @@ TOKENIZER_FILES = (
 )
 
 
-def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> dict[str, float]:
-    """Write `out` from the folder `model` (config, safetensors, tokenizer). outtype: "f16" or "bf16".
+def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> Path:
+    """Write `out` from the folder `model` (config, safetensors, tokenizer), whole or not at all. outtype: "f16" or "bf16".
 
-    Returns {"wall_s": seconds, "bytes": size}. Raises TunebookError naming what the converter did not accept; nothing half-written stays.
+    Raises TunebookError with what the converter said.
     """
-    if outtype not in TYPES_16:
-        raise TunebookError(
-            f"Conversion type {outtype!r} is none of {', '.join(TYPES_16)}; smaller types come from quantising."
-        )
-    started = time.time()
-    with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
-        folder, partial = clean_copy(model, Path(work) / "model"), Path(work) / "out.gguf"
-        _run(folder, partial, model, ["--outtype", outtype, *(["--model-name", name] if name else [])])
-        header.check(partial)
-        os.replace(partial, out)
-    return {"wall_s": round(time.time() - started, 2), "bytes": out.stat().st_size}
+    options = ["--outtype", outtype, *(["--model-name", name] if name else [])]
+    with _copy(model, out.parent) as folder:
+        for path in [*model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
+            (folder / path.name).symlink_to(path.resolve())
+        made = _run(folder, model, options)
+        header.check(made)
+        os.replace(made, out)
+    return out
 
 
 def convert_vocabulary(model: Path, out: Path) -> Path:
     """A GGUF with the tokenizer alone, from a folder that needs no weights: what preflight looks at before training."""
-    with tempfile.TemporaryDirectory(prefix=".convert.", dir=_parent(out)) as work:
-        folder, partial = clean_copy(model, Path(work) / "model", weights=False), Path(work) / "out.gguf"
-        _run(folder, partial, model, ["--vocab-only"])
-        os.replace(partial, out)
+    with _copy(model, out.parent) as folder:
+        os.replace(_run(folder, model, ["--vocab-only"]), out)
     return out
 
 
 def architectures() -> set[str]:
     """Hugging Face's names of the architectures that the converter knows."""
-    import ast
-
-    tree = ast.parse((libraries.converter() / "conversion/__init__.py").read_text())
-    for node in tree.body:
-        names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
-        if "TEXT_MODEL_MAP" in names:
-            return set(ast.literal_eval(node.value))
+    for node in ast.parse((libraries.converter() / "conversion/__init__.py").read_text()).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP":
+            return set(ast.literal_eval(node.value)) if node.value else set()
     return set()
 
 
-def clean_copy(model: Path, folder: Path, weights: bool = True) -> Path:
-    """A folder of links to the weights and copies of the small files, without `auto_map` (which names code to run)."""
-    folder.mkdir()
-    for file in ("config.json", *TOKENIZER_FILES):
-        if not (model / file).is_file():
-            continue
-        if file in ("config.json", "tokenizer_config.json"):
+@contextmanager
+def _copy(model: Path, where: Path) -> Iterator[Path]:
+    """A temporary folder in `where` with the small files of `model`, `auto_map` (which names code to run) taken out."""
+    where.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert.", dir=where) as work:
+        folder = Path(work) / "model"
+        folder.mkdir()
+        for file in filter(Path.is_file, (model / name for name in COPIED)):
+            if file.name not in ("config.json", "tokenizer_config.json"):
+                shutil.copyfile(file, folder / file.name)
+                continue
             try:
-                value = json.loads((model / file).read_text())
+                value = json.loads(file.read_text())
             except ValueError:
-                raise TunebookError(f"{model / file} is no valid JSON; download or merge the model again.") from None
+                raise TunebookError(f"{file} is not valid JSON; download or merge the model again.") from None
             value.pop("auto_map", None)
-            (folder / file).write_text(json.dumps(value, ensure_ascii=False))
-        else:
-            shutil.copyfile(model / file, folder / file)
-    if weights:
-        for path in [*model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
-            (folder / path.name).symlink_to(path.resolve())
-    return folder
+            (folder / file.name).write_text(json.dumps(value, ensure_ascii=False))
+        yield folder
 
 
-def _run(folder: Path, out: Path, model: Path, options: list[str]) -> None:
-    script = libraries.converter() / "convert_hf_to_gguf.py"
+def _run(folder: Path, model: Path, options: list[str]) -> Path:
+    out = folder.parent / "out.gguf"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")}
-    env |= {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_MININTERVAL": "5",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), "--outfile", str(out), *options],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=env,
-        cwd=folder,
-    )
-    if done.returncode or not out.is_file():
-        out.unlink(missing_ok=True)
-        raise TunebookError(_why(done.stderr, done.returncode, model))
-
-
-def _why(log: str, status: int, model: Path) -> str:
-    """The converter's failure as a sentence."""
-    if re.search(
-        r"No space left|Not enough free space|File too large|\d+ requested and \d+ written", log
-    ):  # the last is numpy's wording
-        return f"No space left on the disk while converting {model} to GGUF; free some room and run the same command again."
-    if "pre-tokenizer was not recognized" in log:
-        return (
-            f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would read other tokens "
-            "than were trained; keep the base's own tokenizer, with its tokens only added to."
+    env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    script = libraries.converter() / "convert_hf_to_gguf.py"
+    command = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, cwd=folder)
+    if not done.returncode and out.is_file():
+        return out
+    if "pre-tokenizer was not recognized" in done.stderr:
+        raise TunebookError(
+            f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would "
+            "read other tokens than were trained; keep the base's own tokenizer, with its tokens only added to."
         )
-    if "is not supported" in log or "not supported!" in log:
-        return f"llama.cpp's converter does not know the architecture of {model}; choose another base, or export the adapter and safetensors alone."
-    if status in (-9, 137):
-        return f"The conversion of {model} was killed, most likely because the memory is full; close other programs and run it again."
-    lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]  # its progress comes last
-    return f"llama.cpp's converter stopped on {model}: {lines[-1][:300] if lines else f'status {status}'}"
+    if "is not supported" in done.stderr or "not supported!" in done.stderr:
+        raise TunebookError(
+            f"llama.cpp's converter does not know the architecture of {model}; choose another base, or set "
+            "outputs='adapter,merged'."
+        )
+    raise libraries.failure(f"converting {model} to GGUF", done.stderr, done.returncode)
 
 
-def _parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
+def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
+    """Write the adapter alone as `out`, for llama.cpp's `--lora`: its base stays one file that many adapters share.
+
+    model: the folder that `f16`, its 16-bit GGUF, was converted from; names and row orders are read off the two. Ranks may
+    differ between layers and rsLoRA scales otherwise, so each layer's own scale is written into B. Raises TunebookError for
+    adapters that llama.cpp's form cannot hold: DoRA, saved modules, trained tokens, trained biases.
+    """
+    from peft import PeftConfig
+    from peft.utils.other import get_pattern_key
+    from safetensors.numpy import load_file
+
+    kind = merging.check_adapter(adapter).get("peft_type")
+    tensors = {k.removeprefix(merging.PREFIX): v for k, v in load_file(adapter / "adapter_model.safetensors").items()}
+    foreign = next((k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+    if foreign or kind != "LORA":
+        raise TunebookError(
+            f"The adapter in {adapter} holds {foreign or kind}, which llama.cpp's adapter form has no place for; "
+            "export the merged model instead."
+        )
+    lora = PeftConfig.from_pretrained(adapter)
+    layers = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
+    places = tensor_map.places(layers, _weight_of(model), f16)
+    found: dict[str, tuple[Any, Any]] = {}
+    for layer in layers:
+        if layer not in places:
+            raise TunebookError(
+                f"The adapter in {adapter} cannot be written as a GGUF adapter: the converter splits or reshapes {layer}; "
+                "export the merged model instead."
+            )
+        a: Any = tensors[f"{layer}.lora_A.weight"].astype("float32")
+        b: Any = tensors[f"{layer}.lora_B.weight"].astype("float32")
+        alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern, layer), lora.lora_alpha)
+        b *= alpha / (len(a) ** 0.5 if lora.use_rslora else len(a))
+        name, order = places[layer]
+        in_file = b.copy()
+        if order is not None:
+            in_file[order] = b
+        found[name] = (a, in_file)
+    top = max(len(a) for a, _ in found.values())  # llama.cpp multiplies by alpha / rank of the layer
+    arrays = {f"{n}.lora_a": a for n, (a, _) in found.items()}
+    arrays |= {f"{n}.lora_b": b * (len(a) / top) for n, (a, b) in found.items()}
+    metadata = {"adapter.type": "lora", "adapter.lora.alpha": float(top)}
+    partial = out.with_name(f".{out.name}.partial")
+    header.write(partial, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
+    os.replace(partial, out)
+    return out
+
+
+def _weight_of(model: Path) -> Callable[[str], Any]:
+    """Layer name -> its weight, read from the folder's safetensors when it is asked for."""
+    from safetensors import safe_open
+
+    shard_of: dict[str, Path] = {}
+    for shard in merging.shards(model):
+        with safe_open(shard, "pt") as file:
+            shard_of |= dict.fromkeys(file.keys(), shard)
+
+    def weight_of(layer: str) -> Any:
+        with safe_open(shard_of[f"{layer}.weight"], "pt") as file:
+            return file.get_tensor(f"{layer}.weight")
+
+    return weight_of

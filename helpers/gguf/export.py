@@ -1,5 +1,8 @@
-"""Notebook 04, step by step: choose, merge, convert, quantise, prove. Each step leaves a finished file or nothing, and is skipped when
-a killed run is gone on with.
+"""Notebook 04, step by step: choose, merge, convert, quantise, prove.
+
+Everything is made in `work/` first and takes its place only when whole, so that a killed run leaves no scraps among the
+artefacts and the same command resumes after the last finished file. What shall not be kept stays in `work/`, which is removed
+when the manifest is written.
 """
 
 from __future__ import annotations
@@ -9,340 +12,357 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
+from helpers import display, machine, runs, steps
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, importance, libraries, ollama, preflight, quantize
+from helpers.gguf import comparison, convert, fidelity, libraries, ollama, preflight, quantize
+from helpers.gguf.fidelity import Result
+from helpers.gguf.quantize import Quantised
+from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
+from helpers.params import GgufParams
+from helpers.tasks import questions
+from helpers.tasks.answers import Decoding
+from helpers.tasks.text_to_sql import sqlite
+from helpers.tasks.text_to_sql.scoring import Judge
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
+HELD_OUT = "held-out rows"
+TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter the files"
 
 
-@dataclass
-class Export:
-    """One export under way. `source` is the base, `adapter` what was trained on it (None for a base or a wholly trained model)."""
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the base, `adapter` trained on it (None for a base or a wholly trained model) and what it is merged onto."""
 
-    stage: Any
-    source: loading.ModelSource
+    base: loading.ModelSource
     adapter: Path | None
     trained_by: str
     onto: str
-    kinds: list[str]
-    outputs: list[str]
-    merged: merging.Merged | None = None
-    files: list[quantize.Quantised] = field(default_factory=list)
-    results: list[fidelity.Result] = field(default_factory=list)
-    merge_check: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def open(params: GgufParams) -> ExportJob:
+    """The export of `params.run`. Raises TunebookError for parameters that cannot be met; nothing is written yet."""
+    stage = runs.stage("gguf", params)
+    if params.llama_cpp:
+        # for every process from here on: what quantises, what the gates run and what serves is then one build
+        os.environ[libraries.OWN_BUILD] = params.llama_cpp
+    kinds = quantize.parse_types(params.quantizations)
+    outputs = [t.strip() for t in params.outputs.split(",") if t.strip()]
+    unknown = next((o for o in outputs if o not in OUTPUTS), None)
+    if unknown or not outputs:
+        raise TunebookError(f"outputs is {params.outputs!r}; it takes {', '.join(OUTPUTS)}, separated by commas.")
+    ollama.check_name(params.model_name)
+    return ExportJob(stage, params, kinds, outputs)
+
+
+class ExportJob(steps.Job):
+    """The steps of notebook 04. files: what was made; results: what was measured, `f16` first."""
+
+    def __init__(self, stage: runs.Stage, params: GgufParams, kinds: list[str], outputs: list[str]):
+        super().__init__(stage)
+        self.params, self.kinds, self.outputs, self.work = params, kinds, outputs, stage.path / "work"
+        self.files: list[Quantised] = []
+        self.results: list[Result] = []
+        self.merge_check: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.text = HELD_OUT
+        if stage.done:
+            self.base = stage.done.metrics["base"]
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed after its manifest
+        else:
+            self.source = _source(stage, params)
+            self.base = self.source.base.name
 
     @property
-    def work(self) -> Path:
-        return self.stage.path / "work"
-
-    @property
-    def merged_path(self) -> Path:
-        return self.stage.path / "merged"
+    def merged(self) -> Path:
+        return self._place("merged", "merged" in self.outputs)
 
     @property
     def f16(self) -> Path:
         """The 16-bit GGUF that everything is quantised from."""
-        return self.file("f16") if "f16" in self.kinds else self.work / "model-f16.gguf"
+        return self.file("f16")
+
+    @property
+    def best(self) -> Path:
+        """The recommended file, or the first where none passes its gates."""
+        done = self.stage.done
+        found = done.metrics["recommended"] if done else comparison.recommend(self.files, self.results)
+        return self.file(found["type"] or self.kinds[0])
 
     def file(self, kind: str) -> Path:
-        return self.stage.path / f"model-{kind}.gguf"
+        return self._place(f"model-{kind}.gguf", kind in self.kinds and "gguf" in self.outputs)
 
-    def __repr__(self) -> str:
-        return f"{self.source.name}, trained by {self.trained_by}, merged onto {self.onto}, as {', '.join(self.kinds)} into {self.stage.path}"
+    def _place(self, name: str, kept: bool) -> Path:
+        return (self.stage.path if kept else self.work) / name
 
-    def _repr_html_(self) -> str:
-        from helpers.display import table
+    @steps.look
+    def check(self) -> display.Html:
+        """What will be exported, and preflight with this run's own quantisations; raises when the export cannot succeed."""
+        source, onto = self.source, {"16bit": "the 16-bit base", "nf4": "the base as 4-bit NormalFloat gave it back"}
+        rows = [
+            ("base", f"{source.base.name} ({source.base.revision})"),
+            ("trained by", source.trained_by),
+            ("adapter", source.adapter or "none"),
+            ("merged onto", onto[source.onto]),
+            ("files", ", ".join(self.kinds)),
+            ("kept", ", ".join(self.outputs)),
+        ]
+        what = display.shown(rows, ("to export", ""))
+        report = preflight.check(source.base, self.params, source.adapter, self.stage.path).require()
+        return display.Html(what.markup + report._repr_html_(), f"{what.text}\n\n{report!r}")
 
-        return table(
-            [
-                ("base", f"{self.source.name} ({self.source.revision})"),
-                ("trained by", self.trained_by),
-                ("adapter", self.adapter or "none"),
-                (
-                    "merged onto",
-                    {"16bit": "the 16-bit base", "nf4": "the base as 4-bit NormalFloat gave it back"}[self.onto],
-                ),
-                ("files", ", ".join(self.kinds)),
-                ("kept", ", ".join(self.outputs)),
-            ]
+    @steps.step
+    def merge(self) -> merging.Merged:
+        """Adapter into base, in 16 bits, tensor by tensor."""
+        made: list[merging.Merged] = []
+
+        def make(out: Path) -> None:
+            made.append(merging.merge(self.source.base.path, self.source.adapter, out, self.source.onto))
+
+        self._make(self.merged, make)
+        changed, tensors, untied = (made[0].changed, made[0].tensors, made[0].untied) if made else (0, 0, False)
+        size = sum(f.stat().st_size for f in self.merged.glob("*.safetensors"))
+        return merging.Merged(self.merged, changed, tensors, size, untied)
+
+    @steps.step
+    def convert(self) -> display.Html:
+        """The 16-bit GGUF, the importance matrix when asked for, and every quantisation; a table of them."""
+        self.merge()
+        for kind in ("f16", "bf16"):
+            if kind == "f16" or kind in self.kinds:
+                name = self.params.model_name
+                self._make(self.file(kind), partial(convert.convert, self.merged, outtype=kind, name=name))
+        small = [k for k in self.kinds if k not in convert.TYPES_16]
+        matrix = self.stage.path / "imatrix.gguf" if self.params.imatrix and small else None
+        if matrix:
+            trained = self._rows("train.parquet", self.params.imatrix_tokens)
+            self._make(matrix, partial(quantize.importance, self.merged, self.f16, trained))
+        for kind in machine.progress(small, "Quantising"):
+            self._make(self.file(kind), partial(quantize.quantize, self.f16, kind=kind, imatrix=matrix))
+        self.files = [quantize.describe(self.file(k), k, self.seconds.get(k, 0)) for k in self.kinds]
+        rows = [
+            (
+                f.type,
+                display.size(f.bytes),
+                f"{f.bits_per_weight:.2f}",
+                ", ".join(f"{count} {kind}" for kind, count in f.types.items()),
+                ", ".join(f"{count} tensors {what}" for what, count in f.fallback.items()) or "none",
+                display.duration(f.wall_s),
+            )
+            for f in self.files
+        ]
+        return display.shown(rows, ("file", "size", "bits per weight", "tensors", "fell back", "time"))
+
+    @steps.step
+    def prove(self) -> display.Html:
+        """Compare the 16-bit file and every quantisation with the merged model; write fidelity.json; raise when a gate fails."""
+        self.convert()
+        started = time.monotonic()
+        rows = self._rows("eval.parquet", self.params.fidelity_tokens)
+        if not rows:
+            self.text, rows = TRAINED, self._rows("train.parquet", self.params.fidelity_tokens)
+            print(f"Compared on {self.text}")
+        asked = self._questions(max(self.params.fidelity_answers, 4))
+        tokenizer = loading.load_tokenizer(self.merged)
+        prompts = [
+            tokenizer.apply_chat_template(q, tokenize=True, return_dict=False, add_generation_prompt=True)
+            for q in asked[: self.params.fidelity_answers]
+        ]
+        files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
+        reference = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
+        try:
+            small = [k for k in files if k not in convert.TYPES_16]
+            weights = {kind: reference.weights_kl(files[kind], self.f16) for kind in small}
+            reference.free()
+            self.merge_check = self._merge_check(reference)
+            watched = machine.progress(list(files.items()), "Comparing with the trained model")
+            self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
+        finally:
+            reference.close()
+        self._task_scores()
+        self.seconds["fidelity"] = round(time.monotonic() - started, 2)
+        found = {
+            "text": self.text,
+            "merge": self.merge_check,
+            "budgets": {r.type: list(fidelity.BUDGETS[r.type]) for r in self.results},
+            "files": [r.as_dict() for r in self.results],
+            "sizes": [f.as_dict() for f in self.files],
+        }
+        runs.write_json(self.stage.path / "fidelity.json", found)
+        if self.params.fidelity_gates:
+            fidelity.require(self.results)
+        return comparison.table(self.files, self.results, self.merge_check, self.text)
+
+    @steps.step
+    def figure(self) -> Any:
+        """Size against divergence and, where it was measured, against the task score."""
+        self.prove()
+        drawn = comparison.figure(self.files, self.results)
+        display.save_figure(self.stage, drawn, "fidelity.png")
+        return drawn
+
+    @steps.step
+    def modelfile(self) -> ollama.Modelfile:
+        """The Modelfile of the recommended file, and the commands for each runtime."""
+        self.prove()
+        if "gguf" not in self.outputs:
+            return ollama.Modelfile("outputs keeps no GGUF file, so there is none to write a Modelfile for.")
+        if "merged" not in self.outputs:  # of it its tokenizer and template are kept
+            small = shutil.ignore_patterns("*.safetensors*")
+            self._make(self.stage.path / "merged", lambda out: shutil.copytree(self.merged, out, ignore=small))
+        out, name, context = self.stage.path / "Modelfile", self.params.model_name, self.params.context_length
+        return ollama.write(self.stage.path / "merged", self.best, out, name=name, context=context)
+
+    @steps.step
+    def finish(self) -> runs.Manifest:
+        """The adapter where it was asked for, then the manifest; what shall not be kept goes last, with `work/`."""
+        modelfile, adapter = self.modelfile(), self.source.adapter
+        if adapter and "adapter" in self.outputs:
+            self._make(self.stage.path / "adapter", partial(_copy_adapter, adapter))
+        if adapter and "adapter_gguf" in self.outputs:
+            write = partial(convert.convert_adapter, adapter, self.merged, self.f16)
+            self._make(self.stage.path / "adapter.gguf", write)
+        by_type = {r.type: r.as_dict() for r in self.results}
+        metrics = {
+            "base": self.base,
+            "trained_by": self.source.trained_by,
+            "text": self.text,
+            "merge": self.merge_check,
+            "seconds": self.seconds,
+            "files": {f.type: f.as_dict() | {"fidelity": by_type.get(f.type)} for f in self.files},
+            "recommended": comparison.recommend(self.files, self.results),
+        }
+        manifest = self.stage.finish(metrics, extra={"modelfile": modelfile.as_dict()})
+        shutil.rmtree(self.work, ignore_errors=True)
+        return manifest
+
+    # ------------------------------------------------------------ pieces
+
+    def _fresh(self) -> Path:
+        """The one folder for what is under way, without the scraps of a killed run."""
+        fresh = self.work / "new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        return fresh
+
+    def _make(self, final: Path, make: Callable[[Path], Any]) -> None:
+        """`final`, made by `make(path)` in `_fresh` and moved; skipped where it is there already."""
+        if final.exists():
+            return
+        fresh, started = self._fresh(), time.monotonic()
+        make(fresh / final.name)
+        os.replace(fresh / final.name, final)
+        name = final.name.removeprefix("model-").removesuffix(".gguf")
+        self.seconds[{"merged": "merge"}.get(name, name)] = round(time.monotonic() - started, 2)
+
+    def _rows(self, name: str, tokens: int) -> list[list[int]]:
+        """Token ids of whole conversations of the data stage until `tokens` are reached, the last one cut."""
+        import pyarrow.parquet as pq
+
+        path, room = self.stage.parents["data"].path / name, tokens
+        rows: list[list[int]] = []
+        for batch in pq.ParquetFile(path).iter_batches(64, columns=["input_ids"]) if path.is_file() else ():
+            for row in batch.column("input_ids").to_pylist():
+                cut = row[: min(room + 1, 2048)]
+                if room <= 0 or len(cut) < 2:
+                    return rows
+                rows.append(cut)
+                room -= len(cut) - 1
+        return rows
+
+    def _questions(self, count: int) -> list[list[dict[str, str]]]:
+        """Conversations to answer: test prompts, or the evaluation rows without their last answer."""
+        import pyarrow.parquet as pq
+
+        data = self.stage.parents["data"]
+        if (data.path / "test.parquet").is_file():
+            prompts = pq.read_table(data.path / "test.parquet", columns=["prompt"])["prompt"][:count].to_pylist()
+            return [[{"role": m["role"], "content": m["content"]} for m in prompt] for prompt in prompts]
+        found = pq.read_table(data.artifact("eval.parquet"), columns=["messages"])["messages"][:count].to_pylist()
+        return [json.loads(messages)[:-1] for messages in found]
+
+    def _merge_check(self, reference: fidelity.Reference) -> dict[str, float]:
+        """Adapter on its base against the merged model, on the first rows: what rounding the merge to 16 bits costs."""
+        import torch
+        from peft import PeftModel
+
+        source = self.source
+        needed_gib = 4.4 * merging.count_weights(source.base.path)[0] / 2**30
+        if source.adapter is None or needed_gib > machine.free_memory_gib():
+            return {}  # a second model in float32 does not fit; the gates on the files themselves remain
+        base = loading.load_model(source.base, quantize="nf4" if source.onto == "nf4" else "none", dtype="fp32")
+        rows = len(loading.load_tokenizer(self.merged))
+        if rows > base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(rows, mean_resizing=False)
+        model = PeftModel.from_pretrained(base, source.adapter).eval()
+        kept, at, kl, same = reference.open(), 0, [], []
+        for row in reference.rows[:2]:
+            mine = fidelity.logprobs(model, row).cpu()
+            theirs = kept[at : at + len(mine)]
+            kl.append(fidelity.divergence(mine, theirs))
+            same.append(mine.argmax(1) == theirs.argmax(1))
+            at += len(mine)
+        mean_kl, top1 = float(torch.cat(kl).mean()), float(torch.cat(same).float().mean())
+        return {"tokens": at, "mean_kl": max(mean_kl, 0.0), "top1": top1}
+
+    def _task_scores(self) -> None:
+        """Execution accuracy of every file on test questions, where the run has them and a database, as notebook 05 judges."""
+        data, count = self.stage.parents["data"].path, self.params.task_questions
+        if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
+            return
+        asked = questions.read(data / "test.parquet", count, self.params.seed)
+        judge = Judge([sqlite.open_readonly(data / "database.sqlite")])
+        try:
+            for result in self.results:
+                model = GgufModel(self.file(result.type))
+                try:
+                    answers = model.generate([model.encode(q.prompt) for q in asked], Decoding())
+                finally:
+                    model.close()
+                scores = [judge.score(a.text, q.reference)["score"] for a, q in zip(answers, asked, strict=True)]
+                known = [s for s in scores if s is not None]
+                result.task_score = round(sum(known) / len(known), 4) if known else None
+                result.task_count = len(known)
+        finally:
+            judge.close()
+
+
+def _source(stage: runs.Stage, params: GgufParams) -> Source:
+    """The latest trained stage, or the one that `export` names; raises TunebookError where it is not there or has another base."""
+    wanted = params.export
+    trained = ("orpo", "sft") if wanted == "auto" else (wanted,)
+    trained_by = next((name for name in trained if name in stage.parents), "base")
+    if trained_by != wanted and wanted != "auto":
+        raise TunebookError(
+            f"export is {wanted!r}, but this run has no finished stage of that name; run its notebook first, or set export to "
+            "'auto'."
         )
-
-
-def prepare(stage: Any) -> Export:
-    """What will be exported. Raises TunebookError for parameters that cannot be met, before any work."""
-    params = stage.params
-    kinds, outputs = quantize.parse_types(params.quantizations), _outputs(params.outputs)
-    ollama.check_name(params.model_name)
-    if (
-        params.llama_cpp
-    ):  # for every process from here on: what quantises, what the gates run and what serves is then one build
-        os.environ[libraries.OWN_BUILD] = params.llama_cpp
-    trained_by, manifest = _choose(stage.parents, params.export)
-    known = (manifest.data.get("model") or {}) if manifest else {}
-    source = loading.resolve_model(known.get("name") or stage.parents["data"].params["model"])
-    if known.get("revision") and known["revision"] != source.revision:
+    manifest = stage.parents.get(trained_by)
+    known = (manifest.data.get("model") if manifest else None) or {}
+    base = loading.resolve_model(known.get("name") or stage.parents["data"].params["model"])
+    if known.get("revision") and known["revision"] != base.revision:
         raise TunebookError(
             f"The run was trained on {known['name']} at revision {known['revision'][:12]} and this machine has "
-            f"{source.revision[:12]}; merging into other weights would give another model. Fetch that revision, or train again."
+            f"{base.revision[:12]}; merging into other weights would give another model. Fetch that revision, or train again."
         )
-    adapter, onto = None, params.merge_onto
-    if trained_by != "base":
-        adapter = manifest.path / "adapter"
-        if (manifest.path / "model").is_dir():  # every weight was trained: there is nothing to merge
-            source, adapter = (
-                loading.ModelSource(source.name, manifest.path / "model", source.revision, trained_by),
-                None,
-            )
-        else:
-            merging.check_adapter(adapter)
-    if onto == "auto":
-        onto = (manifest.data.get("merge_onto") if manifest else None) or "16bit"
-    return Export(stage, source, adapter, trained_by, onto if adapter else "16bit", kinds, outputs)
+    if manifest is None:
+        return Source(base, None, "base", "16bit")
+    if (manifest.path / "model").is_dir():  # every weight was trained: there is nothing to merge
+        whole = loading.ModelSource(base.name, manifest.path / "model", base.revision, trained_by)
+        return Source(whole, None, trained_by, "16bit")
+    merging.check_adapter(manifest.path / "adapter")
+    onto = params.merge_onto if params.merge_onto != "auto" else manifest.data.get("merge_onto") or "16bit"
+    return Source(base, manifest.path / "adapter", trained_by, onto)
 
 
-def check(export: Export) -> preflight.Report:
-    """Preflight once more, with this run's own quantisations; raises TunebookError when the export cannot succeed."""
-    return preflight.check(export.source, export.stage.params, export.adapter, export.stage.path).require()
-
-
-def merge(export: Export) -> merging.Merged:
-    """Adapter into base, in 16 bits, tensor by tensor."""
-
-    def make() -> merging.Merged:
-        return merging.merge(export.source.path, export.adapter, export.merged_path, export.onto)
-
-    if (export.merged_path / "config.json").is_file():  # it takes its name only when whole
-        weights = sum(f.stat().st_size for f in export.merged_path.glob("*.safetensors"))
-        export.merged = merging.Merged(export.merged_path, 0, 0, weights, False)
-    else:
-        export.merged = _timed(export, "merge", make)
-    return export.merged
-
-
-def convert_and_quantize(export: Export) -> list[quantize.Quantised]:
-    """The 16-bit GGUF, the importance matrix when asked for, and every quantisation."""
-    name = export.stage.params.model_name
-    wanted = [k for k in export.kinds if k not in convert.TYPES_16]
-    for kind, path in [("f16", export.f16)] + [("bf16", export.file("bf16"))] * ("bf16" in export.kinds):
-        if not path.is_file():
-            _timed(export, kind, lambda k=kind, p=path: convert.convert(export.merged_path, p, k, name))
-    matrix = None
-    if export.stage.params.imatrix and wanted:
-        matrix = export.stage.path / "imatrix.gguf"
-        if not matrix.is_file():
-            rows = training_rows(export.stage, export.stage.params.imatrix_tokens)
-            _timed(export, "imatrix", lambda: importance.write(export.merged_path, export.f16, rows, matrix))
-    export.files = [quantize.describe(export.file(k), k) for k in export.kinds if k in convert.TYPES_16]
-    for kind in machine.progress(wanted, "Quantising"):
-        out = export.file(kind)
-        made = (
-            quantize.describe(out, kind)
-            if out.is_file()
-            else _timed(export, kind, lambda k=kind, o=out: quantize.quantize(export.f16, o, k, matrix))
-        )
-        export.files.append(made)
-    export.files.sort(key=lambda f: export.kinds.index(f.type))
-    return export.files
-
-
-def prove(export: Export) -> list[fidelity.Result]:
-    """Measure the 16-bit file and every quantisation against the merged model; write fidelity.json; raise when a gate fails."""
-    from helpers import runs
-
-    params = export.stage.params
-    export.work.mkdir(exist_ok=True)
-    started = time.time()
-    rows = held_out_rows(export.stage, params.fidelity_tokens)
-    questions = held_out_questions(export.stage, max(params.fidelity_answers, 4))
-    tokenizer = loading.load_tokenizer(export.merged_path)
-    prompts = [
-        tokenizer.apply_chat_template(q, tokenize=True, return_dict=False, add_generation_prompt=True)
-        for q in questions[: params.fidelity_answers]
-    ]
-    reference = fidelity.Reference(export.merged_path, rows, prompts, work=export.work, conversations=questions[:2])
-    files = {kind: export.f16 if kind == "f16" else export.file(kind) for kind in ["f16", *export.kinds]}
-    try:
-        weights = {
-            kind: reference.weights_kl(file, export.f16) for kind, file in files.items() if kind not in convert.TYPES_16
-        }
-        reference.free()
-        export.merge_check = merge_check(export, reference)
-        for kind, file in machine.progress(list(files.items()), "Comparing with the trained model"):
-            export.results.append(fidelity.measure(reference, file, kind, weights.get(kind)))
-    finally:
-        reference.close()
-    from helpers.gguf import task_score
-
-    task_score.add(export)
-    export.seconds["fidelity"] = round(time.time() - started, 2)
-    runs.write_json(
-        export.stage.path / "fidelity.json",
-        {
-            "merge": export.merge_check,
-            "budgets": {r.type: list(fidelity.BUDGETS[r.type]) for r in export.results},
-            "files": [r.as_dict() for r in export.results],
-            "sizes": [f.as_dict() for f in export.files],
-        },
-    )
-    if params.fidelity_gates:
-        fidelity.require(export.results)
-    return export.results
-
-
-def finish(export: Export, written: Any = None) -> Any:
-    """Drop what was not asked for, write the other outputs, then the manifest."""
-    if "adapter" in export.outputs and export.adapter:
-        shutil.copytree(export.adapter, export.stage.path / "adapter", dirs_exist_ok=True)
-    if "adapter_gguf" in export.outputs and export.adapter:
-        from helpers.gguf import adapter_gguf
-
-        adapter_gguf.write(export.adapter, export.merged_path, export.stage.path / "adapter.gguf")
-    if "merged" not in export.outputs:
-        for file in export.merged_path.glob("*.safetensors*"):
-            file.unlink()
-    if "gguf" not in export.outputs:
-        for kind in export.kinds:
-            export.file(kind).unlink(missing_ok=True)
-    shutil.rmtree(export.work, ignore_errors=True)
-    by_type = {r.type: r for r in export.results}
-    metrics = {
-        "trained_by": export.trained_by,
-        "merge": export.merge_check,
-        "seconds": export.seconds,
-        "files": {
-            f.type: f.as_dict() | {"fidelity": by_type[f.type].as_dict() if f.type in by_type else None}
-            for f in export.files
-        },
-    }
-    from helpers.report import export_views
-
-    metrics["recommended"] = export_views.recommend(export.files, export.results)
-    extra = {"modelfile": written.as_dict()} if written is not None else {}
-    return export.stage.finish(metrics, extra=extra)
-
-
-# ---------------------------------------------------------------- pieces
-
-
-def held_out_rows(stage: Any, tokens: int) -> list[list[int]]:
-    """Token ids of held-out conversations of this job, whole rows until `tokens` are reached, the last one cut."""
-    return _rows(stage, "eval.parquet", tokens) or _rows(stage, "train.parquet", tokens)
-
-
-def training_rows(stage: Any, tokens: int) -> list[list[int]]:
-    return _rows(stage, "train.parquet", tokens)
-
-
-def held_out_questions(stage: Any, count: int) -> list[list[dict]]:
-    """Conversations to answer: test prompts, or the evaluation rows without their last answer."""
-    import pyarrow.parquet as pq
-
-    test = stage.parents["data"].path / "test.parquet"
-    if test.is_file():
-        prompts = pq.read_table(test, columns=["prompt"])["prompt"][:count].to_pylist()
-        return [[{"role": m["role"], "content": m["content"]} for m in p] for p in prompts]
-    found = pq.read_table(stage.parents["data"].artifact("eval.parquet"), columns=["messages"])["messages"][
-        :count
-    ].to_pylist()
-    return [json.loads(m)[:-1] for m in found]
-
-
-def merge_check(export: Export, reference: fidelity.Reference) -> dict[str, float]:
-    """Adapter beside its base against the merged model, on the first held-out rows: what rounding the merge to 16 bits costs."""
-    if export.adapter is None:
-        return {}
-    import torch
-    from peft import PeftModel
-
-    if 4.4 * merging.count_weights(export.source.path)[0] / 2**30 > fidelity.available_gib():
-        return {}  # a second model in float32 does not fit; the gates on the files themselves remain
-    base = loading.load_model(export.source, quantize="nf4" if export.onto == "nf4" else "none", dtype="fp32")
-    tokenizer = loading.load_tokenizer(export.merged_path)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model = PeftModel.from_pretrained(base, export.adapter).eval()
-    kept, at, kl, same = reference.open(), 0, [], []
-    for row in reference.rows[:2]:
-        mine = fidelity.logprobs(model, row).cpu()
-        theirs = kept[at : at + len(mine)]
-        kl.append(fidelity.divergence(mine, theirs))
-        same.append(mine.argmax(1) == theirs.argmax(1))
-        at += len(mine)
-    return {
-        "tokens": int(at),
-        "mean_kl": max(float(torch.cat(kl).mean()), 0.0),
-        "top1": float(torch.cat(same).float().mean()),
-    }
-
-
-def _rows(stage: Any, name: str, tokens: int) -> list[list[int]]:
-    import pyarrow.parquet as pq
-
-    path = stage.parents["data"].path / name
-    rows, room = [], tokens
-    if not path.is_file():
-        return rows
-    for ids in pq.ParquetFile(path).iter_batches(batch_size=64, columns=["input_ids"]):
-        for row in ids.column("input_ids").to_pylist():
-            cut = row[: min(room + 1, 2048)]
-            if room <= 0 or len(cut) < 2:
-                return rows
-            rows.append(cut)
-            room -= len(cut) - 1
-    return rows
-
-
-def _choose(parents: dict[str, Any], wanted: str) -> tuple[str, Any]:
-    """("orpo" | "sft" | "base", its manifest)."""
-    if wanted == "base":
-        return "base", None
-    for name in ("orpo", "sft") if wanted == "auto" else (wanted,):
-        if name in parents:
-            return name, parents[name]
-    if wanted == "auto":
-        return "base", None
-    raise TunebookError(
-        f"export is {wanted!r}, but this run has no finished stage of that name; run its notebook first, or set export to 'auto'."
-    )
-
-
-def _outputs(text: str) -> list[str]:
-    names = [t.strip() for t in text.split(",") if t.strip()]
-    unknown = next((n for n in names if n not in OUTPUTS), None)
-    if unknown or not names:
-        raise TunebookError(f"outputs is {text!r}; it takes {', '.join(OUTPUTS)}, separated by commas.")
-    return names
-
-
-def _timed(export: Export, step: str, work: Callable[[], Any]) -> Any:
-    started = time.time()
-    made = work()
-    export.seconds[step] = round(time.time() - started, 2)
-    return made
-
-
-def table(files: list[quantize.Quantised]) -> Any:
-    """Sizes, bits per weight, types and fallbacks of the files, as a notebook shows them."""
-    from helpers.display import Html
-    from helpers.display import table as draw
-
-    rows = [
-        (
-            f.type,
-            f"{f.bytes / 2**20:.1f}",
-            f"{f.bits_per_weight:.2f}",
-            ", ".join(f"{n} {t}" for t, n in f.types.items()),
-            ", ".join(f"{n} tensors {what}" for what, n in f.fallback.items()) or "none",
-            f"{f.wall_s:.1f}",
-        )
-        for f in files
-    ]
-    text = "\n".join(" | ".join(map(str, row)) for row in rows)
-    return Html(draw(rows, ("file", "MiB", "bits per weight", "tensors", "fell back", "seconds")), text)
+def _copy_adapter(adapter: Path, out: Path) -> None:
+    """PEFT writes its sets in any order; sorted, two identical runs have one hash."""
+    shutil.copytree(adapter, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    texts = {k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
+    runs.write_json(out / "adapter_config.json", config | texts)

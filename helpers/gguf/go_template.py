@@ -2,12 +2,13 @@
 
 Ollama renders prompts with a Go template, never with the Jinja that a model was trained with. The Jinja is not read: it is
 rendered on conversations of marker words, the literals between the markers become the Go template, and both are compared
-on every shape of conversation below. So any template made of turns is found (ChatML, Llama-3, Mistral, Gemma, Phi), and
+on every shape of conversation below. So any template made of turns is found (ChatML, Llama 3, Mistral, Gemma, Phi), and
 one that is not made of turns is refused with the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,19 @@ from typing import Any
 Message = dict[str, str]
 Render = Callable[..., "str | None"]
 S, U1, A1, U2, A2, U3 = "MarkSystem", "MarkUserOne", "MarkAnswerOne", "MarkUserTwo", "MarkAnswerTwo", "MarkUserThree"
-
-
-class Inexpressible(Exception):
-    """The Jinja template is not made of turns that a Go template over role and content can print; says why."""
+CONTENT, SYSTEM = object(), object()  # the message's own text; the first message's
+CONDITIONS = {
+    "first": "eq $i 0",
+    "first two": "le $i 1",
+    "last": "$last",
+    "not last": "not $last",
+    "after system": 'eq (index $.Messages 0).Role "system"',
+    "system": 'eq .Role "system"',
+    "user": 'eq .Role "user"',
+    "assistant": 'eq .Role "assistant"',
+    "not system": 'ne .Role "system"',
+    "not assistant": 'ne .Role "assistant"',
+}
 
 
 @dataclass(frozen=True)
@@ -33,63 +43,45 @@ class Turns:
     generation: str  # printed after the last message, where the model goes on
     system_place: str  # "own" turn, "first_user" or "last_user" (inside that turn), or "none" (refused or ignored)
 
+    def pieces(self) -> list[tuple[tuple[str, ...], Any]]:
+        """(CONDITIONS that must hold, text or CONTENT or SYSTEM) in the order of printing, for every message."""
+        own, before, after = self.system_place == "own", self.before, self.after
+        spot = {"first_user": ("first two",), "last_user": ("last",)}.get(self.system_place)
+        inside = [before["system"], SYSTEM, after["system"]] if spot else []
+        pieces: list[tuple[tuple[str, ...], Any]] = [(("first",), self.start)]
+        pieces += [(("first", "not system") if own else ("first",), self.without_system)]
+        pieces += [(("system",), what) for what in (before["system"], CONTENT, after["system"]) if own]
+        pieces += [(("user",), before["user"]), *((("user", "after system", *(spot or ())), what) for what in inside)]
+        pieces += [(("user",), CONTENT), (("user",), after["user"])]
+        pieces += [(("assistant",), before["assistant"]), (("assistant",), CONTENT)]
+        pieces += [(("assistant", "not last"), after["assistant"]), (("last", "not assistant"), self.generation)]
+        return [piece for piece in pieces if piece[1] != ""]
+
     def render(self, messages: Sequence[Message]) -> str:
-        """What the Go template prints: the same steps in Python, so that a machine without Go can check it."""
-        out = [self.start]
+        """What the Go template prints: the same pieces in Python, so that a machine without Go can check it."""
+        out = []
         for i, message in enumerate(messages):
             role, last = message["role"], i == len(messages) - 1
-            if i == 0 and (role != "system" or self.system_place != "own"):
-                out.append(self.without_system)
-            if role == "system" and self.system_place == "own":
-                out += [self.before[role], message["content"], self.after[role]]
-            elif role == "user":
-                here = {"first_user": i <= 1, "last_user": last}.get(self.system_place, False)
-                inside = here and messages[0]["role"] == "system"
-                out += [
-                    self.before[role],
-                    *([self.before["system"], messages[0]["content"], self.after["system"]] if inside else []),
-                    message["content"],
-                    self.after[role],
-                ]
-            elif role == "assistant":
-                out += [self.before[role], message["content"], "" if last else self.after[role]]
-            if last and role != "assistant":
-                out.append(self.generation)
+            holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
+            holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
+            holds |= {"after system"} if messages[0]["role"] == "system" else set()
+            text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
+            out += [text_of.get(what, what) for conditions, what in self.pieces() if holds.issuperset(conditions)]
         return "".join(out)
 
     def go(self) -> str:
-        """The same as text for Ollama's TEMPLATE. Literals are quoted, so that no newline is lost to Go's trimming."""
-        first = '(eq (index $.Messages 0).Role "system")'
+        """The same as text for Ollama's TEMPLATE. Literals are quoted, so that no line end is lost to Go's trimming."""
+        said = {CONTENT: ".Content", SYSTEM: "(index $.Messages 0).Content"}
         lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
-        if self.start:
-            lines.append(f"{{{{- if eq $i 0 }}}}{_say(self.start)}{{{{ end }}}}")
-        if self.without_system:
-            spot = 'and (eq $i 0) (ne .Role "system")' if self.system_place == "own" else "eq $i 0"
-            lines.append(f"{{{{- if {spot} }}}}{_say(self.without_system)}{{{{ end }}}}")
-        inside = ""
-        if self.system_place in ("first_user", "last_user"):
-            spot = "(le $i 1)" if self.system_place == "first_user" else "$last"
-            inside = (
-                f"{{{{ if and {spot} {first} }}}}{_say(self.before['system'])}{{{{ (index $.Messages 0).Content }}}}"
-                f"{_say(self.after['system'])}{{{{ end }}}}"
-            )
-        branch = "if"
-        if self.system_place == "own":
-            lines.append(
-                f'{{{{- if eq .Role "system" }}}}{_say(self.before["system"])}{{{{ .Content }}}}{_say(self.after["system"])}'
-            )
-            branch = "else if"
-        lines.append(
-            f'{{{{- {branch} eq .Role "user" }}}}{_say(self.before["user"])}{inside}{{{{ .Content }}}}{_say(self.after["user"])}'
-        )
-        lines.append(
-            f'{{{{- else if eq .Role "assistant" }}}}{_say(self.before["assistant"])}{{{{ .Content }}}}'
-            f"{{{{ if not $last }}}}{_say(self.after['assistant'])}{{{{ end }}}}"
-        )
-        lines.append("{{- end }}")
-        if self.generation:
-            lines.append(f'{{{{- if and $last (ne .Role "assistant") }}}}{_say(self.generation)}{{{{ end }}}}')
+        for conditions, what in self.pieces():
+            tests = [CONDITIONS[c] for c in conditions]
+            test = tests[0] if len(tests) == 1 else "and " + " ".join(f"({t})" for t in tests)
+            lines.append(f"{{{{- if {test} }}}}{{{{ {said.get(what) or _quoted(what)} }}}}{{{{ end }}}}")
         return "\n".join([*lines, "{{- end }}"])
+
+
+class Inexpressible(Exception):
+    """The Jinja template is not made of turns that a Go template over role and content can print; says why."""
 
 
 def jinja_renderer(tokenizer: Any) -> Render:
@@ -222,10 +214,10 @@ TOOL = {
 }
 
 
-def compare(render: Render, go: Callable[[list[Message]], str]) -> list[Check]:
-    """Both templates on every shape. go(messages) renders the Go template on messages that Ollama has collated."""
+def compare(render: Render, turns: Turns) -> list[Check]:
+    """Both templates on every shape."""
     return [
-        Check(shape, needed, render(messages, resume=shape == "answer begun"), go(collate(messages)))
+        Check(shape, needed, render(messages, resume=shape == "answer begun"), turns.render(collate(messages)))
         for shape, (messages, needed) in SHAPES.items()
     ]
 
@@ -260,29 +252,18 @@ def _pieces(text: str) -> list[str]:
 
 
 def _common_start(a: str, b: str) -> str:
-    same = []
-    for x, y in zip(_pieces(a), _pieces(b), strict=False):
-        if x != y:
-            break
-        same.append(x)
-    return "".join(same)
+    return "".join(_common(_pieces(a), _pieces(b)))
 
 
 def _common_end(a: str, b: str) -> str:
-    same: list[str] = []
-    for x, y in zip(reversed(_pieces(a)), reversed(_pieces(b)), strict=False):
-        if x != y:
-            break
-        same.insert(0, x)
-    return "".join(same)
+    return "".join(reversed(_common(_pieces(a)[::-1], _pieces(b)[::-1])))
 
 
-def _say(literal: str) -> str:
-    """A literal as a Go string action; nothing for nothing."""
-    if not literal:
-        return ""
-    escaped = "".join(_ESCAPES.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in literal)
-    return f'{{{{ "{escaped}" }}}}'
+def _common(a: list[str], b: list[str]) -> list[str]:
+    return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
 
 
-_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+def _quoted(literal: str) -> str:
+    """A Go string."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in literal) + '"'

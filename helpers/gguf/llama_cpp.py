@@ -1,6 +1,6 @@
-"""The real llama.cpp, as users run it: token ids, logits and batched answers of a GGUF file, and its OpenAI-compatible server.
+"""The real llama.cpp, as users run it: token ids, logits and batched answers of a GGUF file, through its C library.
 
-`LlamaCpp` calls the C library in this process; `server` (helpers/gguf/server.py) starts llama.cpp's server beside it.
+A crash in it ends the process that calls it; `helpers.gguf.runner` gives the same in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries, llama_structs
-from helpers.gguf.server import Server, server
+from helpers.gguf.server import Server
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Answer", "LlamaCpp", "Server", "Vocabulary", "server"]
 BATCH = 512  # tokens a decode call takes
 
 
 @dataclass
-class Answer:
+class Completion:
     """One generated continuation. token_ids leaves out the token that ended it; finish: "stop" or "length"."""
 
     text: str
@@ -59,7 +58,7 @@ class Vocabulary:
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(only_vocabulary))
         if not self._model:
             raise TunebookError(
-                f"llama.cpp cannot load {path}: {lib.last_error()}. Export it again, or use a newer llama.cpp."
+                f"llama.cpp cannot load {path}: {lib.said()}. Export it again, or use a newer llama.cpp."
             )
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
@@ -111,12 +110,11 @@ class Vocabulary:
 
 
 class LlamaCpp(Vocabulary):
-    """A GGUF file loaded by llama.cpp.
+    """A GGUF file loaded by llama.cpp; a context manager.
 
-    path: the file. context: tokens that all sequences share. parallel: answers generated at once. threads: 0 for all cores.
-    adapter: a GGUF adapter to lay over it.
-    library: a libllama, "" for the packaged one or the user's own. Raises TunebookError for a file that is missing, damaged or not understood.
-    Use it as a context manager, or call `close`.
+    context: tokens that all sequences share; parallel: answers generated at once; library: a libllama, "" for the packaged one
+    or the user's own; adapter: a GGUF adapter applied to it. Raises TunebookError for a file that is missing, damaged or not
+    understood.
     """
 
     def __init__(
@@ -124,44 +122,38 @@ class LlamaCpp(Vocabulary):
         path: str | Path,
         context: int = 4096,
         parallel: int = 8,
-        threads: int = 0,
         library: str | Path = "",
         adapter: str | Path = "",
     ):
         self._ctx = None
         self._server: Server | None = None
         self._load(Path(path), library, only_vocabulary=False)
-        self.parallel, lib = parallel, self.lib
-        self.context = context
-        params = lib.context_params(context, BATCH, parallel + 1, unified=True)  # one more: the shared prefix
+        self.parallel, self.context, lib = parallel, context, self.lib
+        params = lib.context_params(context, BATCH, parallel + 1)  # one more: the shared prefix
         self._ctx = lib.llama_init_from_model(self._model, params)
         if not self._ctx:
             self.close()
             raise TunebookError(
-                f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.last_error()}. "
+                f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.said()}. "
                 "Ask for a shorter context."
             )
-        if (
-            lib.llama_n_ctx_seq(self._ctx) != lib.llama_n_ctx(self._ctx)
-            or lib.llama_n_seq_max(self._ctx) != parallel + 1
-        ):
+        taken = lib.llama_n_ctx_seq(self._ctx) == lib.llama_n_ctx(self._ctx)
+        if not taken or lib.llama_n_seq_max(self._ctx) != parallel + 1:
             raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
-        count = threads or llama_structs.threads()
-        lib.llama_set_n_threads(self._ctx, count, count)
+        lib.llama_set_n_threads(self._ctx, llama_structs.threads(), llama_structs.threads())
         if adapter:
             self._apply(Path(adapter))
         self._memory = lib.llama_get_memory(self._ctx)
         self._batch = _Arrays(BATCH)
 
     def _apply(self, adapter: Path) -> None:
-        """Lay a GGUF adapter over the model. It is freed with the model."""
+        """Apply a GGUF adapter to the model, which frees it."""
         header.check(adapter)
         loaded = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
         if not loaded or self.lib.llama_set_adapters_lora(self._ctx, (c.c_void_p * 1)(loaded), 1, (c.c_float * 1)(1.0)):
-            why = self.lib.last_error()
             self.close()
             raise TunebookError(
-                f"The adapter {adapter} does not fit {self.path.name}: {why}. Name the base it was trained on."
+                f"The adapter {adapter} does not fit {self.path.name}: {self.lib.said()}. Name the base it was trained on."
             )
 
     def close(self) -> None:
@@ -179,16 +171,12 @@ class LlamaCpp(Vocabulary):
         found = self.lib.llama_model_chat_template(self._model, None)
         return found.decode() if found else ""
 
-    def apply_template(
-        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = True
-    ) -> str:
+    def apply_template(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
         if self._server is None:
-            self._server = Server(self.path, context=256, parallel=1, warmup=False)
-        body: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        if tools:
-            body["tools"] = tools
-        return self._server.post("/apply-template", body)["prompt"]
+            self._server = Server(self.path, context=256, warmup=False)
+        body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
+        return self._server.post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
 
     # ------------------------------------------------------------ logits
 
@@ -199,14 +187,14 @@ class LlamaCpp(Vocabulary):
         return np.concatenate(list(self.iter_logits(token_ids)))
 
     def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
-        """The same in pieces of up to `chunk` rows, so that a long text needs little memory."""
+        """The same in pieces of up to `chunk` rows (at most BATCH), so that a long text needs little memory."""
         if len(token_ids) > self.context:
             raise TunebookError(
                 f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more."
             )
         self.lib.llama_memory_clear(self._memory, True)
-        for start in range(0, len(token_ids), min(chunk, BATCH)):
-            piece = token_ids[start : start + min(chunk, BATCH)]
+        for start in range(0, len(token_ids), chunk):
+            piece = token_ids[start : start + chunk]
             self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
             yield self._rows(0, len(piece))
 
@@ -216,18 +204,15 @@ class LlamaCpp(Vocabulary):
 
         pointer = self.lib.llama_get_logits_ith(self._ctx, index)
         if not pointer:
-            raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.last_error()}.")
+            raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.said()}.")
         return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Run (token, position, sequence, logits wanted) through the model."""
         status = self.lib.llama_decode(self._ctx, self._batch.fill(entries))
         if status:
-            why = (
-                "its context is full; ask for a longer one or fewer answers at once"
-                if status == 1
-                else self.lib.last_error()
-            )
+            full = "its context is full; ask for a longer one or fewer answers at once"
+            why = full if status == 1 else self.lib.said()
             raise TunebookError(f"llama.cpp stopped on {self.path.name} (status {status}): {why}.")
 
     # ------------------------------------------------------------ answers
@@ -239,9 +224,9 @@ class LlamaCpp(Vocabulary):
         stop: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 17,
-        done: Callable[[int, Answer], None] | None = None,
-    ) -> list[Answer]:
-        """Answers in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
+        done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Completions in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
 
         prompts: rendered texts (control tokens parsed, nothing added) or token ids. The tokens that all prompts begin with
         are computed once and shared, so that a long common system prompt costs next to nothing. temperature 0: greedy; above, a draw
@@ -255,13 +240,12 @@ class LlamaCpp(Vocabulary):
                 raise TunebookError(
                     f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}."
                 )
-        draws = [
-            np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) if temperature > 0 else None for row in rows
-        ]
-        answers: list[Answer | None] = [None] * len(rows)
+        draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
+        answers: dict[int, Completion] = {}
         shared = self._share_prefix(rows)
         room = max(1, (self.context - shared) // max((len(r) - shared + max_tokens for r in rows), default=1))
-        free, active = list(range(min(self.parallel, room))), {}
+        free = list(range(min(self.parallel, room)))
+        active: dict[int, _Row] = {}
         queue = iter(range(len(rows)))
         while True:
             while free and (index := next(queue, None)) is not None:
@@ -270,14 +254,14 @@ class LlamaCpp(Vocabulary):
                 self.lib.llama_memory_seq_cp(self._memory, self.parallel, slot, -1, -1)
                 active[slot] = _Row(index, rows[index][shared:], shared)
             if not active:
-                return answers  # type: ignore[return-value]
+                return [answers[i] for i in range(len(rows))]
             for slot, logits in self._step(active):
-                row = active[slot]
-                row.waiting = [_choose(logits, temperature, draws[row.index])]
-                answers[row.index] = self._ended(row, max_tokens, stop)
-                if answers[row.index] is not None:
+                current = active[slot]
+                current.waiting = [_choose(logits, temperature, draws[current.index])]
+                if completion := self._ended(current, max_tokens, stop):
+                    answers[current.index] = completion
                     if done:
-                        done(row.index, answers[row.index])
+                        done(current.index, completion)
                     del active[slot]
                     free.append(slot)
                     self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
@@ -298,7 +282,8 @@ class LlamaCpp(Vocabulary):
 
     def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
         """One batch over all active rows, the rows that are generating first; logits of those that are through their prompt."""
-        entries, ready = [], []
+        entries: list[tuple[int, int, int, bool]] = []
+        ready: list[tuple[int, int]] = []
         for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):
             taken = row.waiting[: BATCH - len(entries)]
             row.waiting = row.waiting[len(taken) :]
@@ -310,22 +295,22 @@ class LlamaCpp(Vocabulary):
         self._decode(entries)
         return [(slot, self._rows(at)[0]) for slot, at in ready]
 
-    def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Answer | None:
+    def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Completion | None:
         token = row.waiting[0]
         if self.is_end(token):
-            return Answer(self.detokenize(row.out), row.out, "stop")
+            return Completion(self.detokenize(row.out), row.out, "stop")
         row.out.append(token)
         if stop:
             text = self.detokenize(row.out)
             cut = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
             if cut >= 0:
-                return Answer(text[:cut], row.out, "stop")
+                return Completion(text[:cut], row.out, "stop")
         if len(row.out) >= max_tokens:
-            return Answer(self.detokenize(row.out), row.out, "length")
+            return Completion(self.detokenize(row.out), row.out, "length")
         return None
 
 
-def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator | None) -> int:
+def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
     import numpy as np
 
     if temperature <= 0:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import ctypes as c
 import os
 import struct
+from collections import deque
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers.errors import TunebookError
 
@@ -41,6 +43,12 @@ class Batch(c.Structure):
     ]
 
 
+class Importance(c.Structure):
+    """`llama_model_imatrix_data`: one tensor's importance, a mean square for each of its columns."""
+
+    _fields_ = [("name", c.c_char_p), ("data", c.POINTER(c.c_float)), ("size", c.c_size_t)]
+
+
 LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, POINTER)
 SIGNATURES = {
     "llama_backend_init": (None,),
@@ -54,16 +62,11 @@ SIGNATURES = {
     "llama_set_n_threads": (None, POINTER, c.c_int32, c.c_int32),
     "llama_n_ctx": (c.c_uint32, POINTER),
     "llama_n_ctx_seq": (c.c_uint32, POINTER),
-    "llama_n_batch": (c.c_uint32, POINTER),
     "llama_n_seq_max": (c.c_uint32, POINTER),
-    "llama_model_n_ctx_train": (c.c_int32, POINTER),
     "llama_model_get_vocab": (POINTER, POINTER),
     "llama_model_chat_template": (c.c_char_p, POINTER, c.c_char_p),
     "llama_vocab_n_tokens": (c.c_int32, POINTER),
     "llama_vocab_is_eog": (c.c_bool, POINTER, TOKEN),
-    "llama_vocab_bos": (TOKEN, POINTER),
-    "llama_vocab_eos": (TOKEN, POINTER),
-    "llama_vocab_get_add_bos": (c.c_bool, POINTER),
     "llama_tokenize": (c.c_int32, POINTER, c.c_char_p, c.c_int32, c.POINTER(TOKEN), c.c_int32, c.c_bool, c.c_bool),
     "llama_detokenize": (c.c_int32, POINTER, c.POINTER(TOKEN), c.c_int32, c.c_char_p, c.c_int32, c.c_bool, c.c_bool),
     "llama_adapter_lora_init": (POINTER, POINTER, c.c_char_p),
@@ -74,19 +77,18 @@ SIGNATURES = {
     "llama_memory_clear": (None, POINTER, c.c_bool),
     "llama_memory_seq_rm": (c.c_bool, POINTER, c.c_int32, c.c_int32, c.c_int32),
     "llama_memory_seq_cp": (None, POINTER, c.c_int32, c.c_int32, c.c_int32, c.c_int32),
-    "llama_memory_seq_pos_max": (c.c_int32, POINTER, c.c_int32),
 }
 
 
 class Library:
-    """One loaded libllama. Its functions are attributes; `log` keeps the last messages, for error sentences.
+    """One loaded libllama. Its functions are attributes; `said()` gives its last messages, for error messages.
 
     runs: load the processor's variant of the arithmetic, too, which quantising does without.
     """
 
     def __init__(self, path: str | Path, runs: bool = True):
         self.path = Path(path)
-        self.log: list[str] = []
+        self.log: deque[str] = deque(maxlen=3)
         try:
             self.ggml = _load_ggml(self.path.parent)
             self.dll = c.CDLL(str(self.path))
@@ -97,76 +99,73 @@ class Library:
         except (OSError, AttributeError) as error:
             raise TunebookError(
                 f"llama.cpp's library {path} cannot be used here ({error}); run `python -m helpers.gguf.libraries`, or "
-                "unset TUNEBOOK_LLAMA_CPP."
+                "leave llama_cpp empty."
             ) from error
         self._keep = LOG(self._heard)  # ctypes would free a callback that nobody holds
         self.llama_log_set(self._keep, None)
-        for library in filter(None, (self.ggml, self.dll)):
-            if hasattr(library, "ggml_log_set"):
+        for library in (self.ggml, self.dll):
+            if library is not None and hasattr(library, "ggml_log_set"):
                 library.ggml_log_set.argtypes = (LOG, POINTER)
                 library.ggml_log_set(self._keep, None)
         if runs:
             self._load_processor_variant()
         self.llama_backend_init()
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def _heard(self, level: int, text: bytes | None, _: object) -> None:
         line = (text or b"").decode("utf-8", "replace").strip()
         if line and level >= 3:  # 3: warning, 4: error; 5 continues a line
-            self.log = [*self.log[-19:], line]
+            self.log.append(line)
 
-    def last_error(self) -> str:
-        """The last message of the library in one line, for an error sentence."""
-        return self.log[-1] if self.log else "no message"
+    def said(self) -> str:
+        """The library's last messages in one line."""
+        return " / ".join(self.log) or "no message"
 
     def _load_processor_variant(self) -> None:
         """Load the variant of ggml's CPU code that this processor scores highest on, where there are several."""
-        variants = [
-            p for p in sorted(self.path.parent.glob("libggml-cpu-*.so")) if p.stem.split("-")[-1] not in LEFT_OUT
-        ]
-        if not variants or self.ggml is None:
+        found = sorted(self.path.parent.glob("libggml-cpu-*.so"))
+        scores = {p: c.CDLL(str(p)).ggml_backend_score() for p in found if p.stem.split("-")[-1] not in LEFT_OUT}
+        if not scores or self.ggml is None:
             return
-        scores = {p: c.CDLL(str(p)).ggml_backend_score() for p in variants}
         self.ggml.ggml_backend_load.restype, self.ggml.ggml_backend_load.argtypes = POINTER, (c.c_char_p,)
-        if not self.ggml.ggml_backend_load(str(max(scores, key=scores.get)).encode()):
+        if not self.ggml.ggml_backend_load(str(max(scores, key=lambda p: scores[p])).encode()):
             raise TunebookError(
-                f"None of the processor variants in {self.path.parent} loads; set TUNEBOOK_LLAMA_CPP to a build of your own."
+                f"None of the processor variants in {self.path.parent} loads; set llama_cpp to a build of your own."
             )
 
     def model_params(self, only_vocabulary: bool = False) -> Block:
         """Defaults; with `only_vocabulary` the flag set that leaves the weights unread."""
         block = self.llama_model_default_params()
         if only_vocabulary:
-            # the flags come last, after pointers that are null by default: the first non-zero word there is theirs, vocab_only its first byte
+            # the flags come last, after pointers that are null by default: the first non-zero word there is theirs,
+            # vocab_only its first byte
             words = struct.unpack_from("<16Q", bytes(block.bytes))
             block.bytes[8 * next(i for i, word in enumerate(words) if i >= 6 and word)] = 1
         return block
 
-    def context_params(self, n_ctx: int, n_batch: int, n_seq_max: int, unified: bool) -> Block:
+    def context_params(self, n_ctx: int, n_batch: int, n_seq_max: int) -> Block:
         """Defaults with context length, batch size (both tokens) and number of sequences set.
 
-        unified: all sequences share one buffer of `n_ctx` tokens, so that a common prefix is stored once.
+        All sequences share one buffer of `n_ctx` tokens, so that a common prefix is stored once.
         """
         block = self.llama_context_default_params()
         head = struct.unpack_from("<4I", bytes(block.bytes))
-        if head != (512, 2048, 512, 1):
+        # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
+        at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
+        if head != (512, 2048, 512, 1) or at is None:
             raise TunebookError(
-                f"{self.path} starts its context parameters with {head}, not the (512, 2048, 512, 1) of llama.cpp; "
-                "use another build."
+                f"{self.path} lays out its context parameters otherwise than the builds of llama.cpp that are known here "
+                f"({head} first, kv_unified at {at}); leave llama_cpp empty, or name another build."
             )
         struct.pack_into("<4I", block.bytes, 0, n_ctx, n_batch, min(n_batch, 512), n_seq_max)
-        if unified:
-            # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
-            at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
-            if at is None:
-                raise TunebookError(f"{self.path} has no kv_unified where llama.cpp keeps it; use another build.")
-            block.bytes[at + 5] = 1
+        block.bytes[at + 5] = 1
         return block
 
 
-@cache
-def library(path: str | Path) -> Library:
-    """The library at `path`, loaded once a process."""
-    return Library(path)
+library = cache(Library)  # loaded once a process
 
 
 def _load_ggml(folder: Path) -> c.CDLL | None:
@@ -178,7 +177,8 @@ def _load_ggml(folder: Path) -> c.CDLL | None:
 
 
 def threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the container's quota leave."""
+    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the container's
+    quota leave."""
     if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -187,3 +187,40 @@ def threads() -> int:
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no such file, or "max": no quota
         return max(1, cores)
+
+
+def quantize(request: dict[str, Any], _: object = None) -> None:
+    """Body of the quantising process: `llama_model_quantize` of request["library"] from "source" to "out".
+
+    It stands here because this file imports next to nothing, and every quantisation starts a process.
+    """
+    loaded = Library(request["library"], runs=False)
+    function, defaults = loaded.dll.llama_model_quantize, loaded.dll.llama_model_quantize_default_params
+    function.restype, function.argtypes = c.c_uint32, (c.c_char_p, c.c_char_p, c.POINTER(Block))
+    defaults.restype = Block
+    block = defaults()
+    struct.pack_into("<2i", block.bytes, 0, threads(), request["type"])  # first in every release
+    if request["imatrix"]:
+        rows = _read_importance(request["imatrix"])
+        pointers = [Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()]
+        table = (Importance * (len(rows) + 1))(*pointers)
+        struct.pack_into(
+            "<Q", block.bytes, 24, c.addressof(table)
+        )  # after four numbers and six flags, on a multiple of 8
+    if function(request["source"].encode(), request["out"].encode(), c.byref(block)):
+        raise TunebookError(loaded.said())
+
+
+def _read_importance(path: str) -> dict[str, Any]:
+    """Tensor name -> float32 mean squares, out of an importance matrix in GGUF form."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    tensors = {t.name: t.data for t in GGUFReader(path).tensors}
+    return {
+        n.removesuffix(".in_sum2"): np.ascontiguousarray(
+            (v / max(float(tensors[n.replace(".in_sum2", ".counts")].flat[0]), 1.0)).ravel(), dtype=np.float32
+        )
+        for n, v in tensors.items()
+        if n.endswith(".in_sum2")
+    }

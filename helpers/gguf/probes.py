@@ -1,111 +1,223 @@
-"""Measure one GGUF file in the llama.cpp runtime against what the trained model said; the process behind `fidelity.measure`.
+"""What a GGUF file is measured on, and the measurement itself in the llama.cpp runtime, in a process without torch.
 
-Kullback-Leibler divergence as llama.cpp's own perplexity tool defines it, with the trained model as the reference instead of
-another GGUF: sum over the vocabulary of p (ln p - ln q), p the trained model's next-token distribution, in nats a token.
+Texts and conversations on which its tokenizer and template must agree with the trained model's; then the four gates. The
+divergence is what llama.cpp's own perplexity tool computes, with the trained model as the reference instead of another GGUF:
+sum over the vocabulary of p (ln p - ln q), p the trained model's next-token distribution, in nats a token.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from helpers.data import chat_template
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
-from helpers.gguf.fidelity import Result
 from helpers.gguf.llama_cpp import LlamaCpp
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# A first choice counts as changed only when the reference preferred it by more than this: a tie broken the other way is no error.
+# A top-1 token counts as changed only when the reference preferred it by more than this: a tie broken the other way is no error.
 TIE_NATS = 1e-2
+TEXTS = (
+    "",
+    " ",
+    "Hello, world!",
+    "  leading and trailing  ",
+    "tabs\tand\n\nnewlines\r\n\n\n",
+    "don't can't I'll we've SHE'S",
+    "0 12 345 6789 3.14159 1,000,000 2026-11-22T17:30:00Z",
+    "SELECT name, COUNT(*) AS n FROM lakes WHERE depth_m >= 100.5 GROUP BY name;",
+    "def f(x):\n    return {'a': [x ** 2, -1]}  # ok",
+    "Où est l'été ? Ärger, żółć, naïve façade",
+    "最深的湖是哪个？贝加尔湖，1642米。",
+    "日本語とかなカナ、한국어 텍스트",
+    "Съешь ещё этих мягких булок",
+    "مرحبا بالعالم ١٢٣",
+    "नमस्ते दुनिया",
+    "🙂🏔️👩‍👩‍👧‍👦🇫🇷 ok",
+    "e\u0301 \u00e9 \u200b zero\u200dwidth \u2028",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "<b>&amp;</b> https://example.org/a?b=c#d",
+    "C:\\path\\to\\file $HOME `ls -la` %20",
+    "ﬁ ½ ² №",
+    "\x00\x01\x7f",
+)
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Name of the city"}},
+            "required": ["city"],
+        },
+    },
+}
+QUESTION = [{"role": "user", "content": "Which lake is deepest?"}]
 
 
-def measure(settings: dict[str, Any]) -> Result:
-    reference = json.loads((Path(settings["reference"]) / "reference.json").read_text())
-    reference["logprobs"] = _open(reference, Path(settings["reference"]))
-    result = Result(
-        settings["kind"],
-        reference_perplexity=reference["perplexity"],
-        reference_stopped=sum(s for _, s in reference["answers"]),
-    )
-    room = sum(len(p) + reference["max_tokens"] for p in reference["prompts"])
-    context = -(-(max(room, *map(len, reference["rows"])) + 8) // 256) * 256
-    with LlamaCpp(
-        settings["path"], context=context, parallel=max(len(reference["prompts"]), 1), library=settings["library"]
-    ) as runtime:
+def conversations() -> dict[str, tuple[list[dict], list[dict] | None]]:
+    """Shape -> (messages, tools)."""
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": "Lake Baikal."},
+        {"role": "user", "content": "How deep is it?"},
+    ]
+    system = [{"role": "system", "content": "You answer with one SQL query.\n\nTables: lakes(name, depth_m)"}]
+    return {
+        "question": (QUESTION, None),
+        "system": ([*system, *QUESTION], None),
+        "multi-turn": (turns, None),
+        "system and multi-turn": ([*system, *turns], None),
+        "unicode": ([{"role": "user", "content": "Où est l’été ? 🏔️ “quoted” – naïve\tτέλος"}], None),
+        "Chinese": (
+            [{"role": "system", "content": "你是一个助手。"}, {"role": "user", "content": "最深的湖是哪个？"}],
+            None,
+        ),
+        "markup": (
+            [{"role": "user", "content": 'Print {{ x }} {% raw %} \\n <b>&amp;</b> "quotes" and `code`\n\n\tend'}],
+            None,
+        ),
+        "tools": (QUESTION, [WEATHER]),
+    }
+
+
+def token_texts(tokenizer: Any) -> list[str]:
+    """TEXTS, and each added token between plain words: the place where conversions lose them."""
+    added = sorted(str(t) for t in tokenizer.added_tokens_decoder.values())[:64]
+    return [*TEXTS, *(f"before{t}after {t}\n{t}" for t in added)]
+
+
+def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tuple[str | None, str]:
+    """The prompt of the tokenizer's own template, with the generation prompt; (None, why) where the template has no such shape."""
+    try:
+        text = chat_template.prompt(tokenizer, messages, tools)
+        if tools and text == chat_template.prompt(tokenizer, messages):
+            return None, "the template does not print tools"
+    except RowError as error:
+        return None, str(error)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    if system and system.splitlines()[0] not in text:
+        return None, "the template drops the system message"
+    return text, ""
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+@dataclass
+class Result:
+    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> what was found.
+
+    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest of the divergence.
+    """
+
+    type: str
+    tokens: int = 0
+    mean_kl: float = 0.0
+    p99_kl: float = 0.0
+    top1: float = 0.0
+    perplexity: float = 0.0
+    reference_perplexity: float = 0.0
+    weights_kl: float | None = None
+    runtime_kl: float | None = None
+    token_texts: int = 0
+    prompt_shapes: list[str] = field(default_factory=list)
+    skipped_shapes: dict[str, str] = field(default_factory=dict)
+    answers: int = 0
+    same_answers: int = 0
+    stopped: int = 0
+    reference_stopped: int = 0
+    task_score: float | None = None
+    task_count: int = 0  # questions behind it
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
+    """`Result.as_dict` of the GGUF file request["path"] against what `fidelity.Reference` wrote to request["reference"]."""
+    folder = Path(request["reference"])
+    reference = json.loads((folder / "reference.json").read_text())
+    result = Result(request["kind"], reference_perplexity=reference["perplexity"])
+    prompts, limit = reference["prompts"], reference["max_tokens"]
+    longest = max(sum(len(p) + limit for p in prompts), *map(len, reference["rows"]))
+    context = -(-(longest + 8) // 256) * 256
+    with LlamaCpp(request["path"], context, max(len(prompts), 1), request["library"]) as runtime:
         _token_ids(runtime, reference, result)
         _prompts(runtime, reference, result)
-        _logits(runtime, reference, result, settings["budget"])
+        _logits(runtime, reference, folder / "logprobs.f32", result, request["budget"])
         _answers(runtime, reference, result)
-    return result
+    return result.as_dict()
 
 
-def _token_ids(runtime: LlamaCpp, reference: dict, result: Result) -> None:
+def _token_ids(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> None:
     result.token_texts = len(reference["texts"])
-    for entry in reference["texts"]:
-        for special, theirs in ((False, entry["plain"]), (True, entry["special"])):
-            mine = runtime.tokenize(entry["text"], add_special=special)
-            if special and mine != theirs and theirs == entry["plain"]:
-                continue  # the template writes the BOS itself; the prompt gate counts it
-            if mine != theirs:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-                    min(len(mine), len(theirs)),
-                )
+    for text, plain, special in reference["texts"]:
+        for add_special, theirs in ((False, plain), (True, special)):
+            mine = runtime.tokenize(text, add_special=add_special)
+            # where the template writes the BOS itself, the two differ by it; the prompt gate counts it
+            if mine != theirs and not (add_special and special == plain):
+                at = _first_difference(mine, theirs)
+                near = slice(max(0, at - 1), at + 3)
                 result.failed["token ids"] = (
-                    f"{entry['text'][:40]!r} is read as {mine[max(0, at - 1) : at + 3]} from token {at} on where the trained "
-                    f"model had {theirs[max(0, at - 1) : at + 3]}"
+                    f"{text[:40]!r} is read as {mine[near]} from token {at} on where the trained model had {theirs[near]}"
                 )
                 return
 
 
-def _prompts(runtime: LlamaCpp, reference: dict, result: Result) -> None:
-    """The same conversation through the trained tokenizer's template and through llama.cpp's server: one text, one list of ids."""
+def _prompts(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> None:
+    """The same conversation through the trained tokenizer's template and llama.cpp's server: one text, one list of ids."""
     bos, bos_text = reference["bos"], reference["bos_text"]
-    for entry in reference["conversations"]:
-        wanted, shape = entry["text"], entry["shape"]
-        if wanted is None:
-            result.skipped_shapes[shape] = entry["why"]
+    for shape, messages, tools, text, why, ids in reference["conversations"]:
+        if text is None:
+            result.skipped_shapes[shape] = why
             continue
         try:
-            got = runtime.apply_template(entry["messages"], tools=entry["tools"])
+            got = runtime.apply_template(messages, tools)
         except TunebookError as error:
             result.failed["prompt"] = f"for {shape} llama.cpp says: {str(error)[:160]}"
             return
         mine = runtime.tokenize(got, add_special=True)
-        if mine[:1] == [bos] and entry["ids"][:1] != [bos]:
+        if mine[:1] == [bos] and ids[:1] != [bos]:
             mine = mine[1:]
-        got, wanted = (
-            t.removeprefix(bos_text) if bos_text else t for t in (got, wanted)
+        got, text = (
+            got.removeprefix(bos_text),
+            text.removeprefix(bos_text),
         )  # the runtime may write it as a token instead
-        if mine != entry["ids"] or got != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted))
-            )
+        if mine != ids or got != text:
+            at = _first_difference(got, text)
             near = slice(max(0, at - 12), at + 24)
-            result.failed["prompt"] = f"for {shape} it reads {got[near]!r} where the training had {wanted[near]!r}"
+            result.failed["prompt"] = f"for {shape} it reads {got[near]!r} where the training had {text[near]!r}"
             return
         result.prompt_shapes.append(shape)
 
 
-def _logits(runtime: LlamaCpp, reference: dict, result: Result, budget: list[float]) -> None:
+def _first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int:
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+
+
+def _logits(runtime: LlamaCpp, reference: dict[str, Any], kept: Path, result: Result, budget: list[float]) -> None:
     import numpy as np
 
-    kl, same, loss, at = [], [], 0.0, 0
     following = np.concatenate([np.asarray(r[1:], dtype=np.int64) for r in reference["rows"]])
+    logprobs: np.ndarray = np.memmap(kept, np.float32, "r", shape=(len(following), reference["vocabulary"]))
+    kl, same, loss, at = [], [], 0.0, 0
     for row in reference["rows"]:
         for logits in runtime.iter_logits(row[:-1]):
-            theirs = reference["logprobs"][at : at + len(logits)]
-            width = min(theirs.shape[1], logits.shape[1])  # a padded vocabulary may differ in rows that no text reaches
-            mine = _log_softmax(logits[:, :width])
-            theirs = np.asarray(theirs[:, :width])
+            # a padded vocabulary may differ in rows that no text reaches
+            width, rows = min(logprobs.shape[1], logits.shape[1]), np.arange(len(logits))
+            theirs = np.asarray(logprobs[at : at + len(logits), :width])
+            mine = logits[:, :width] - logits[:, :width].max(1, keepdims=True)
+            mine -= np.log(np.exp(mine).sum(1, keepdims=True))
             kl.append(np.einsum("tv,tv->t", np.exp(theirs), theirs - mine))
-            rows, chosen = np.arange(len(mine)), mine.argmax(1)
-            same.append(theirs.max(1) - theirs[rows, chosen] < TIE_NATS)
+            same.append(theirs.max(1) - theirs[rows, mine.argmax(1)] < TIE_NATS)
             loss -= float(mine[rows, following[at : at + len(mine)]].sum())
             at += len(logits)
     divergence = np.concatenate(kl)
@@ -120,38 +232,16 @@ def _logits(runtime: LlamaCpp, reference: dict, result: Result, budget: list[flo
         )
 
 
-def _answers(runtime: LlamaCpp, reference: dict, result: Result) -> None:
+def _answers(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> None:
     """Greedy answers, all at once as the trained model gave them."""
-    limit = reference["max_tokens"]
-    made = runtime.generate(reference["prompts"], max_tokens=limit)
-    result.answers = len(made)
-    result.same_answers = sum(m.token_ids == ids for m, (ids, _) in zip(made, reference["answers"], strict=True))
-    result.stopped = sum(m.finish == "stop" for m in made)
-    # A file that runs on where the trained model stops is the classic failure; one answer in four may differ by rounding alone.
+    made = runtime.generate(reference["prompts"], max_tokens=reference["max_tokens"])
+    theirs = reference["answers"]
+    result.answers, result.stopped = len(made), sum(m.finish == "stop" for m in made)
+    result.same_answers = sum(m.token_ids == ids for m, (ids, _) in zip(made, theirs, strict=True))
+    result.reference_stopped = sum(stopped for _, stopped in theirs)
+    # A file that runs on where the trained model stops is the classic failure; one answer in four may differ by rounding.
     if result.reference_stopped - result.stopped > max(1, len(made) // 4):
         result.failed["stopping"] = (
-            f"{result.stopped} of {len(made)} answers end by themselves within {limit} tokens, "
+            f"{result.stopped} of {len(made)} answers end by themselves within {reference['max_tokens']} tokens, "
             f"{result.reference_stopped} do in the trained model"
         )
-
-
-def _open(reference: dict, folder: Path) -> np.ndarray:
-    import numpy as np
-
-    count = sum(len(r) - 1 for r in reference["rows"])
-    return np.memmap(folder / "logprobs.f32", np.float32, "r", shape=(count, reference["vocabulary"]))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(rows, vocabulary) -> natural log-probabilities, float32."""
-    import numpy as np
-
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
-if __name__ == "__main__":
-    try:
-        print(json.dumps(asdict(measure(json.loads(sys.argv[1])))))
-    except TunebookError as error:
-        raise SystemExit(str(error)) from None

@@ -1,53 +1,38 @@
-"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own (helpers/gguf/quantize_process.py).
+"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own: a crash there ends that process only.
 
-Preferred in this order: `llama-quantize` of the user's own build, `llama_model_quantize` of the prebuilt library (through ctypes),
-and, where that library cannot be loaded, llama.cpp's row quantisers inside `xllamacpp` with llama.cpp's choice of types
-(helpers/gguf/quantization_mix.py). All three give the same bytes of tensor data.
+Used is `llama-quantize` of the user's own build, else `llama_model_quantize` of the prebuilt library. An importance matrix of
+the training data (each column's mean square of inputs) makes the quantisers weigh a column's rounding error by it.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from helpers import machine
+from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries, llama_structs
+from helpers.gguf import header, libraries, llama_structs, tensor_map
 
-# Name -> llama.cpp's file type number (enum llama_ftype in llama.h).
-FILE_TYPES = {
-    "f16": 1,
-    "bf16": 32,
-    "q8_0": 7,
-    "q6_k": 18,
-    "q5_k_m": 17,
-    "q5_k_s": 16,
-    "q4_k_m": 15,
-    "q4_k_s": 14,
-    "q4_0": 2,
-    "q3_k_m": 12,
-    "q3_k_s": 11,
-    "q2_k": 10,
-}
-# Bits per weight as llama.cpp's types have them on a large model; the sizes that preflight announces.
-NOMINAL_BITS = {
-    "f16": 16.0,
-    "bf16": 16.0,
-    "q8_0": 8.5,
-    "q6_k": 6.56,
-    "q5_k_m": 5.69,
-    "q5_k_s": 5.54,
-    "q4_k_m": 4.86,
-    "q4_k_s": 4.59,
-    "q4_0": 4.55,
-    "q3_k_m": 3.91,
-    "q3_k_s": 3.5,
-    "q2_k": 3.17,
+# Name -> (llama.cpp's file type number, enum llama_ftype in llama.h; bits per weight on a large model, for preflight).
+TYPES = {
+    "f16": (1, 16.0),
+    "bf16": (32, 16.0),
+    "q8_0": (7, 8.5),
+    "q6_k": (18, 6.56),
+    "q5_k_m": (17, 5.69),
+    "q5_k_s": (16, 5.54),
+    "q4_k_m": (15, 4.86),
+    "q4_k_s": (14, 4.59),
+    "q4_0": (2, 4.55),
+    "q3_k_m": (12, 3.91),
+    "q3_k_s": (11, 3.5),
+    "q2_k": (10, 3.17),
 }
 # What llama.cpp takes where a row is no multiple of 256 weights, and what it had wanted.
 FALLBACK_OF = {
@@ -71,105 +56,108 @@ class Quantised:
     types: dict[str, int]
     fallback: dict[str, int]
     wall_s: float
-    by: str
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": self.path.name}
 
 
 def parse_types(text: str) -> list[str]:
-    """ "q8_0, Q4_K_M" -> ["q8_0", "q4_k_m"]. Raises TunebookError for a name that is none of `FILE_TYPES`."""
+    """ "q8_0, Q4_K_M" -> ["q8_0", "q4_k_m"]. Raises TunebookError for a name that is none of `TYPES`."""
     names = list(dict.fromkeys(t.strip().lower() for t in text.split(",") if t.strip()))
-    unknown = [n for n in names if n not in FILE_TYPES]
+    unknown = next((n for n in names if n not in TYPES), None)
     if unknown or not names:
-        raise TunebookError(
-            f"Quantisation {unknown[0] if unknown else text!r} is not known; choose among {', '.join(FILE_TYPES)}."
-        )
+        raise TunebookError(f"quantizations is {unknown or text!r}; it takes {', '.join(TYPES)}, separated by commas.")
     return names
 
 
-def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, threads: int = 0) -> Quantised:
-    """Write `out` from the 16-bit file `source`, atomically.
+def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) -> Quantised:
+    """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what `importance` wrote.
 
-    kind: a name of `FILE_TYPES`; imatrix: an importance matrix in llama.cpp's GGUF form.
-    Raises TunebookError, the partial file removed, when llama.cpp fails or the disk is full.
+    Raises TunebookError with llama.cpp's own message.
     """
-    parse_types(kind)
+    started, what = time.monotonic(), f"quantising {source.name} to {kind}"
     header.check(source)
-    started, threads = time.time(), threads or llama_structs.threads()
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial = out.with_name(f".{out.name}.partial")
     program, library = libraries.quantize_program(), libraries.for_quantizing()
-    if program:
-        options = ["--imatrix", str(imatrix)] if imatrix else []
-        command, by = [str(program), *options, str(source), str(partial), kind.upper(), str(threads)], str(program)
-    else:
-        command = [
-            sys.executable,
-            "-m",
-            "helpers.gguf.quantize_process",
-            str(library or ""),
-            str(source),
-            str(partial),
-            kind,
-            str(FILE_TYPES[kind]),
-            str(threads),
-            str(imatrix or ""),
-        ]
-        by = library.name if library else "xllamacpp's row quantisers"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=machine.PROJECT)
-        if done.returncode or not partial.is_file():
-            raise TunebookError(_why(done.stderr + done.stdout, done.returncode, source, kind))
-        summary = header.check(partial)
+        if program:
+            command = [str(program), *(["--imatrix", str(imatrix)] if imatrix else []), str(source), str(partial)]
+            command += [kind.upper(), str(llama_structs.threads())]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                raise libraries.failure(what, done.stdout + done.stderr, done.returncode)
+        elif library:
+            request = {"library": str(library), "source": str(source), "out": str(partial), "type": TYPES[kind][0]}
+            request |= {"imatrix": str(imatrix or "")}
+            try:
+                worker.run("helpers.gguf.llama_structs:quantize", request, wall_s=None, name="llama.cpp")
+            except TunebookError as error:
+                raise libraries.failure(what, str(error)) from error
+        else:
+            raise TunebookError(
+                "No llama.cpp library here can quantise: run `python -m helpers.gguf.libraries` to fetch one (x86-64 Linux "
+                "with glibc 2.34), set llama_cpp to a build of your own, or set quantizations='f16'."
+            )
+        header.check(partial)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return describe(out, kind, summary, round(time.time() - started, 2), by)
+    return describe(out, kind, time.monotonic() - started)
 
 
-def describe(
-    path: Path, kind: str, summary: header.Summary | None = None, wall_s: float = 0.0, by: str = ""
-) -> Quantised:
+def describe(path: Path, kind: str, wall_s: float = 0.0) -> Quantised:
     """Size, types and fallbacks of a file that is there."""
-    summary = summary or header.check(path)
-    return Quantised(
-        kind,
-        path,
-        summary.bytes,
-        round(summary.bits_per_weight, 3),
-        summary.types(),
-        fallbacks(summary, kind),
-        wall_s,
-        by,
-    )
+    summary = header.check(path)
+    bits, fallen = round(summary.bits_per_weight, 3), fallbacks(summary.tensors, kind)
+    return Quantised(kind, path, summary.bytes, bits, summary.types(), fallen, round(wall_s, 2))
 
 
-def fallbacks(summary: header.Summary, kind: str) -> dict[str, int]:
+def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:
     """Tensors of a K-quant file whose rows are no multiple of 256 weights, by what they became."""
-    if "_k" not in kind:
-        return {}
-    fell = [t for t in summary.tensors if len(t.shape) > 1 and t.shape[0] % 256 and t.type in FALLBACK_OF]
-    return dict(Counter(f"{FALLBACK_OF[t.type]} → {t.type}" for t in fell).most_common())
+    matrices = [t for t in tensors if len(t.shape) > 1 and t.shape[0] % 256 and "_k" in kind]
+    became = [t.tensor_type.name for t in matrices]
+    return dict(Counter(f"{FALLBACK_OF[t]} → {t}" for t in became if t in FALLBACK_OF).most_common())
 
 
-def _why(log: str, status: int, source: Path, kind: str) -> str:
-    text = " ".join(log.split())
-    if (
-        "No space left" in text
-        or "failed to write" in text.lower()
-        or "iostream error" in text
-        or "basic_ios::clear" in text
-    ):
-        return (
-            f"The disk is full: {kind} of {source.name} could not be written and its partial file is removed; free some room and run the "
-            "same command again, it goes on with this file."
-        )
-    if status in (-9, 137):
-        return f"Quantising {source.name} to {kind} was killed, most likely because the memory is full; close other programs and run it again."
-    if status < 0:
-        return (
-            f"llama.cpp crashed (signal {-status}) while quantising {source.name} to {kind}; try another type, or set TUNEBOOK_LLAMA_CPP "
-            "to another build."
-        )
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"llama.cpp could not quantise {source.name} to {kind}: {lines[-1][:300] if lines else f'status {status}'}"
+# ---------------------------------------------------------------- importance
+
+
+def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path) -> Path:
+    """Write the importance matrix `out` in llama.cpp's GGUF form (NAME.in_sum2 and NAME.counts for each tensor).
+
+    merged: the model folder that `f16` was converted from; rows: token ids of training conversations. Gathered in torch;
+    llama.cpp's own `imatrix` tool gathers the same sums in its runtime.
+    """
+    import numpy as np
+    import torch
+
+    from helpers.model.loading import load_model
+
+    model = load_model(merged).eval()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    names = tensor_map.names(header.check(f16), layers)
+    if not names:
+        raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
+    arrays: dict[str, Any] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            arrays[f"{name}.in_sum2"] = arrays.get(f"{name}.in_sum2", 0) + (x * x).sum(0).cpu().numpy().astype(
+                np.float64
+            )
+            arrays[f"{name}.counts"] = arrays.get(f"{name}.counts", 0) + len(x)
+
+        return hook
+
+    for layer, name in names.items():
+        layers[layer].register_forward_pre_hook(watch(name))
+    with torch.inference_mode():
+        for row in rows:
+            model(torch.tensor([list(row)], device=model.device))
+    metadata = {"imatrix.datasets": ["training data"], "imatrix.chunk_count": len(rows), "imatrix.chunk_size": 512}
+    partial = out.with_name(f".{out.name}.partial")
+    tensors = {n: np.asarray(v, dtype=np.float32).reshape(1, -1) for n, v in arrays.items()}
+    header.write(partial, "imatrix", "imatrix", metadata, tensors)
+    os.replace(partial, out)
+    return out

@@ -31,10 +31,10 @@ SMALL = synthetic.Settings(per_document=1, max_tokens=120, temperature=0.0)
 
 @pytest.fixture(scope="module")
 def server(smollm2):
-    from helpers.gguf.server import server
+    from helpers.gguf.server import Server
     from helpers.model import offline
 
-    with server(offline.wheel_gguf(), parallel=2, context=1024) as running:
+    with Server(offline.wheel_gguf(), parallel=2, context=1024) as running:
         yield running
 
 

@@ -384,16 +384,16 @@ def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp
 
 
 def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_path, tiny_gguf):
-    from helpers.evaluate.gguf_process import GgufProcess
+    from helpers.gguf.runner import GgufModel
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(tiny_gguf.read_bytes()[:50_000])
     with pytest.raises(TunebookError, match=r"broken\.gguf"):
-        GgufProcess(broken)
-    model = GgufProcess(tiny_gguf, "<|im_end|>")
-    model._child.kill()
-    with pytest.raises(TunebookError, match=r"ended while working on tiny-f16\.gguf"):
-        model.encode(conversations(1)[0])
+        GgufModel(broken)
+    model = GgufModel(tiny_gguf, "<|im_end|>")
+    prompts = [model.encode(c) for c in conversations(3)]
+    with pytest.raises(TunebookError, match=r"llama\.cpp with tiny-f16\.gguf was killed"):
+        model.generate(prompts, Decoding(), done=lambda *_: model._child.process.kill())
     model.close()
 
 
@@ -476,9 +476,9 @@ def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no
 
 
 def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
-    from helpers.gguf.llama_cpp import server
+    from helpers.gguf.server import Server
 
-    with server(tiny_gguf) as running:
+    with Server(tiny_gguf) as running:
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
         candidate = candidates.find({}, "", f"served={url}")[0]
         assert candidate.kind == "endpoint"

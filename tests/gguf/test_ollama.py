@@ -277,15 +277,15 @@ def test_the_modelfile_says_everything_ollama_would_otherwise_guess(exported, go
     ]
 
 
-def test_generation_config_and_given_sampling_reach_the_modelfile(exported):
+def test_generation_config_reaches_the_modelfile(exported):
     merged, gguf, out = exported
     (merged / "generation_config.json").write_text(
         json.dumps(
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [2, 0]}
         )
     )
-    made = ollama.write(merged, gguf, out, context=1024, sampling={"temperature": 0.2})
-    assert made.parameters == {"num_ctx": 1024, "temperature": 0.2, "top_p": 0.9, "repeat_penalty": 1.1}
+    made = ollama.write(merged, gguf, out, context=1024)
+    assert made.parameters == {"num_ctx": 1024, "temperature": 0.6, "top_p": 0.9, "repeat_penalty": 1.1}
     assert made.stops == ["<|im_end|>", "<|endoftext|>"]
 
 
@@ -320,7 +320,7 @@ def test_a_shell_is_not_fooled_by_a_folder_name(exported):
 
 @pytest.mark.parametrize("name", ["", "../up", "a b", "$(id)", "UPPER", "x" * 100])
 def test_a_name_that_could_leave_its_place_is_refused(exported, name):
-    with pytest.raises(TunebookError, match="no model name"):
+    with pytest.raises(TunebookError, match="not a valid name"):
         ollama.write(*exported, name=name)
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf_models
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 from helpers.errors import TunebookError
 from helpers.gguf import convert, fidelity, header, preflight, quantize
-from helpers.gguf.llama_cpp import LlamaCpp, server
+from helpers.gguf.llama_cpp import LlamaCpp
+from helpers.gguf.server import Server
 
 TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
 WANTED = {
@@ -69,29 +71,13 @@ def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path)
     assert sizes[0] < f16.stat().st_size and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["q4_k_m", "q2_k"])
-def test_without_the_prebuilt_library_the_same_bytes_come_out(f16, kind, tmp_path):
-    from helpers.gguf import libraries, quantization_mix
+def test_narrow_rows_are_named_as_fallbacks():
+    def tensor(kind, *shape):
+        return SimpleNamespace(shape=shape, tensor_type=SimpleNamespace(name=kind))
 
-    if libraries.for_quantizing() is None:
-        pytest.skip("no library here has llama_model_quantize to compare with")
-    quantize.quantize(f16, tmp_path / "library.gguf", kind)
-    quantization_mix.quantize(f16, tmp_path / "rows.gguf", kind)
-    assert tensors(tmp_path / "library.gguf") == tensors(tmp_path / "rows.gguf")
-
-
-def test_narrow_rows_are_named_as_fallbacks(smollm2):
-    summary = header.Summary(
-        {},
-        [
-            header.Tensor("blk.0.attn_q.weight", (576, 576), "Q5_0", 0, 0),
-            header.Tensor("norm", (576,), "F32", 0, 0),
-            header.Tensor("blk.0.ffn_down.weight", (1536, 576), "Q6_K", 0, 0),
-        ],
-        0,
-    )
-    assert quantize.fallbacks(summary, "q4_k_m") == {"Q4_K → Q5_0": 1}
-    assert quantize.fallbacks(summary, "q8_0") == {}
+    tensors = [tensor("Q5_0", 576, 576), tensor("F32", 576), tensor("Q6_K", 1536, 576)]
+    assert quantize.fallbacks(tensors, "q4_k_m") == {"Q4_K → Q5_0": 1}
+    assert quantize.fallbacks(tensors, "q8_0") == {}
 
 
 def test_f16_passes_every_gate(reference, f16):
@@ -131,9 +117,8 @@ def test_each_broken_gate_is_named(reference, f16, tmp_path):
     weights = tmp_path / "weights.gguf"
     data = bytearray(f16.read_bytes())
     at = next(t for t in header.check(f16).tensors if "ffn_down" in t.name)
-    data[at.offset : at.offset + at.bytes] = (
-        np.random.default_rng(0).normal(0, 1, at.bytes // 2).astype(np.float16).tobytes()
-    )
+    noise = np.random.default_rng(0).normal(0, 1, at.n_elements).astype(np.float16)
+    data[at.data_offset : at.data_offset + at.n_bytes] = noise.tobytes()
     weights.write_bytes(data)
     for path, gate in ((template, "prompt"), (merges, "token ids"), (weights, "logits")):
         result = fidelity.measure(reference, path, "f16")
@@ -146,7 +131,7 @@ def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
     data = f16.read_bytes()
     for name, content, words in (
         ("cut.gguf", data[: len(data) // 2], "truncated"),
-        ("head.gguf", data[:60000], "no readable GGUF"),
+        ("head.gguf", data[:60000], "not a readable GGUF"),
         ("text.gguf", b"hello" * 100, "does not begin"),
         ("huge.gguf", data[:8] + b"\xff" * 16 + data[24:], "announces"),
     ):
@@ -191,29 +176,26 @@ def test_batched_answers_share_a_prefix_and_equal_single_ones(f16, tokenizer):
 
 
 def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer, tmp_path):
-    import test_gguf_merge
     import torch
 
-    from helpers.gguf import adapter_gguf
-
-    wanted = test_gguf_merge.make_adapter(tiny_llama, tmp_path / "adapter", use_rslora=True)[0]
-    path = adapter_gguf.write(tmp_path / "adapter", tiny_llama, tmp_path / "adapter.gguf")
-    ids = test_gguf_merge.tokens()[0].tolist()
+    ids = tokenizer(TEXT)["input_ids"]
+    settings = {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}}
+    wanted = gguf_models.random_adapter(tiny_llama, tmp_path / "adapter", ids, **settings)
+    path = convert.convert_adapter(tmp_path / "adapter", tiny_llama, f16, tmp_path / "adapter.gguf")
     with (
         LlamaCpp(f16, context=256, parallel=1, adapter=path) as runtime,
         LlamaCpp(f16, context=256, parallel=1) as bare,
     ):
         with_adapter, without = torch.tensor(runtime.logits(ids)), torch.tensor(bare.logits(ids))
-    assert test_gguf_merge.divergence(wanted, with_adapter) < 1e-3 < 0.01 < test_gguf_merge.divergence(wanted, without)
-    test_gguf_merge.make_adapter(tiny_llama, tmp_path / "dora", use_dora=True)
+    near, far = (float(fidelity.divergence(wanted, x.log_softmax(-1)).mean()) for x in (with_adapter, without))
+    assert near < 1e-3 < 0.01 < far
+    gguf_models.random_adapter(tiny_llama, tmp_path / "dora", ids, use_dora=True)
     with pytest.raises(TunebookError, match="no place"):
-        adapter_gguf.write(tmp_path / "dora", tiny_llama, tmp_path / "dora.gguf")
+        convert.convert_adapter(tmp_path / "dora", tiny_llama, f16, tmp_path / "dora.gguf")
 
 
 def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, tokenizer, tmp_path):
-    from helpers.gguf import importance
-
-    matrix = importance.write(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
+    matrix = quantize.importance(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
     plain = quantize.quantize(f16, tmp_path / "plain.gguf", "q2_k")
     weighed = quantize.quantize(f16, tmp_path / "weighed.gguf", "q2_k", matrix)
     before, after = tensors(plain.path), tensors(weighed.path)
@@ -272,30 +254,30 @@ def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tm
 def test_the_server_answers_on_loopback_and_ends(q8):
     import socket
 
-    with server(q8, context=256) as running:
+    with Server(q8, context=256) as running:
         assert running.healthy() and running.url.startswith("http://127.0.0.1:")
         reply = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3})
         assert reply["usage"]["completion_tokens"] <= 3
         with pytest.raises(TunebookError, match=f"Port {running.port}"):
-            server(q8, port=running.port).__enter__()
+            Server(q8, port=running.port)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", running.port), timeout=1)
     with pytest.raises(TunebookError, match="There is no file"):
-        server("none.gguf").__enter__()
+        Server("none.gguf")
 
 
 def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
+    from helpers.gguf import comparison
     from helpers.gguf.fidelity import Result
     from helpers.gguf.quantize import Quantised
-    from helpers.report import export_views
 
     def file(kind, megabytes, kl, score, count, **more):
-        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0, "test"), Result(
+        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0), Result(
             kind, mean_kl=kl, task_score=score, task_count=count, **more
         )
 
     def best(*pairs):
-        return export_views.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
+        return comparison.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
 
     small, wide, large = (
         file("q4_k_m", 100, 0.06, 0.5, 24),
@@ -306,7 +288,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
-    figure = export_views.figure([small[0], large[0]], [small[1], large[1]])
+    figure = comparison.figure([small[0], large[0]], [small[1], large[1]])
     assert "24 questions" in figure.axes[1].get_ylabel()
 
 

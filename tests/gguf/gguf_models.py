@@ -56,6 +56,22 @@ def make(architecture: str, folder: Path, tokenizer) -> Path:
     return folder
 
 
+def random_adapter(base: Path, folder: Path, ids: list[int], **settings):
+    """A LoRA adapter with random weights on `base` in `folder`; returns its log-probabilities after each of `ids`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora).eval()
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.requires_grad and p.dim() > 1):
+            weight.add_(torch.randn_like(weight) * 0.05)
+        model.save_pretrained(folder)
+        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
 def sentencepiece_tokenizer(folder: Path, texts: list[str], special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")):
     """A byte-fallback SentencePiece tokenizer trained on `texts`, as Gemma's and Phi-3's are, with its fast form."""
     import io

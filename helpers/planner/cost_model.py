@@ -1,7 +1,9 @@
 """Bytes and seconds of a training step, worked out from a model's shapes.
 
-Counted from what the fused training path keeps for the backward pass (`helpers.model.fused_lora`), not fitted to a curve;
-the few constants that had to be measured say where. GiB are 2³⁰ bytes.
+Counted from what the fused training path keeps for the backward pass (`helpers.model.fused_lora`), not fitted to a
+curve; the few constants that had to be measured say where. Lines that set them are in ci/results: h200_calibration,
+h200_2026-11-22 and h200_2026-11-25; those of h100_2026-11-25 and gpu_2026-11-26 set none but the launch times.
+GiB are 2³⁰ bytes.
 """
 
 from __future__ import annotations
@@ -23,18 +25,16 @@ OPTIMIZER_BYTES = {
     "sgd": 0,
 }
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
-MATRIX_SHARE = 0.70  # of the card's matrix rate that products inside a sustained step reach (measured, H200)
+MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
 UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
-# Processor time to launch one layer forward and back: the middle of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
+# Processor time to launch one layer forward and back: the median of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
 LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
-LAUNCH_AGAIN = 0.8  # of that again for a recomputed layer (measured, H200)
-UNSLOTH_TIME = (
-    0.95  # of our layers' seconds at equal recomputation; its copies to main memory hide behind them (measured, H200)
-)
+LAUNCH_AGAIN = 0.8  # of that again for a checkpointed layer (measured, H200)
+UNSLOTH_TIME = 0.95  # of our layers' seconds at equal checkpointing; its copies to host memory hide behind them (H200)
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
-HOST_GIB = 3.0  # of main memory that a process with CUDA's libraries and the system around it take
+HOST_GIB = 3.0  # of host memory that a process with CUDA's libraries and the system around it take
 ONEDNN_GIB = 0.8  # kernels and scratch that oneDNN keeps for 16-bit products on a CPU (measured, 135M in bf16)
 PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
 
@@ -83,27 +83,28 @@ def shape_of(config) -> Shape:
     embedding = embed.weight.numel()
     head = 0 if tied else head_module.weight.numel()
     total = sum(p.numel() for p in model.parameters())
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
-        getattr(config, "_name_or_path", "") or text.model_type,
-        text.hidden_size,
-        text.num_hidden_layers,
-        text.num_attention_heads * size,
-        kv * size,
-        text.num_attention_heads,
-        getattr(text, "intermediate_size", 4 * text.hidden_size),
-        text.vocab_size,
-        tuple(linears),
-        total - counted - embedding - head,
-        embedding,
-        head,
+        name=getattr(config, "_name_or_path", "") or text.model_type,
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        query=heads * size,
+        key=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        heads=heads,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocab=text.vocab_size,
+        linears=tuple(linears),
+        other=total - counted - embedding - head,
+        embedding=embedding,
+        head=head,
     )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run a step. row_tokens: tokens of a micro-batch, padding too; recompute: how many layers run their forward twice."""
+    """One way to run a step. row_tokens: tokens of a micro-batch, padding too; recompute: layers with activation
+    checkpointing, whose forward runs twice; offload: their inputs wait in host memory."""
 
     row_tokens: int
     recompute: int = 0
@@ -138,9 +139,9 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
 
 
 def state_bytes(shape: Shape, s: Setting) -> float:
-    """Weights, gradients and optimizer state on one card."""
+    """Weights, gradients and optimizer state on one GPU."""
     trained = trained_parameters(shape, s)
-    base = (shape.embedding + shape.head + shape.other) * s.number_bytes
+    base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
     if s.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
@@ -206,12 +207,12 @@ def peak_gib(shape: Shape, s: Setting) -> float:
 
 
 def need_gib(peak: float) -> float:
-    """Memory a card must have for an allocated peak: the allocator's slack and the CUDA context come on top."""
+    """Memory a GPU must have for an allocated peak: the allocator's slack and the CUDA context come on top."""
     return peak * (1 + FRAGMENTATION) + CONTEXT_GIB
 
 
 def offloaded_gib(shape: Shape, s: Setting) -> float:
-    """Main memory that the inputs of offloaded layers wait in, GiB."""
+    """Host memory that the inputs of offloaded layers wait in, GiB."""
     return s.offload * s.recompute * s.row_tokens * shape.hidden * 2 / GIB
 
 
@@ -225,7 +226,7 @@ def row_seconds(shape: Shape, s: Setting, card, mean_square: float) -> float:
 
 
 def row_work(shape: Shape, s: Setting, card, mean_square: float) -> tuple[float, float]:
-    """(seconds that the card works, seconds that the processor needs to launch it all) for the same micro-batch."""
+    """(seconds that the GPU works, seconds that the processor needs to launch it all) for the same micro-batch."""
     tokens = s.row_tokens
     full = s.method == "full"
     again = s.recompute / shape.layers

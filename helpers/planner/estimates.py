@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from helpers.planner import gpus
+from helpers import display
 from helpers.planner.cost_model import Setting, Shape
+from helpers.planner.gpus import Card
 
-MEMORY_SPREAD = 0.07
+MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
+PROBED_SPREAD = (0.03, 0.08)  # of memory and of time, once a probing step has measured them
+HEADER = (
+    *("", "backend", "base", "row tokens", "accumulation", "activation checkpointing", "peak GiB", "tokens/s", "time"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,14 @@ class Option:
     tokens_per_s: float
     fits: bool
     spread: float  # half-width of the time estimate, as a share of it
-    offloaded_gib: float = 0.0  # main memory that layer inputs wait in
+    offloaded_gib: float = 0.0  # host memory that layer inputs take
 
     @property
     def recompute_text(self) -> str:
         s = self.setting
         if not s.recompute:
             return "none"
-        where = f", inputs in main memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
+        where = f", inputs in host memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
         return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
 
 
@@ -36,7 +42,7 @@ class Option:
 class Plan:
     """The chosen setting, its costs with error bars, the reasons, and what else was weighed."""
 
-    card: gpus.Card
+    card: Card
     shape: Shape
     option: Option
     batch_size: int
@@ -51,147 +57,120 @@ class Plan:
     memory_scale: float = 1.0
     time_scale: float = 1.0
     measured: bool = False
-    errors: dict = field(default_factory=dict)
+    errors: dict[str, Any] = field(default_factory=dict)
 
-    row_tokens = property(lambda self: self.option.setting.row_tokens)
-    accumulation = property(lambda self: self.option.accumulation)
-    recompute = property(lambda self: self.option.setting.recompute)
-    offload = property(lambda self: self.option.setting.offload)
-    tile_mlp = property(lambda self: self.option.setting.tile_mlp)
-    quantize = property(lambda self: self.option.setting.quantize)
-    capability = property(lambda self: self.card.capability)
-    peak_gib = property(lambda self: self.option.peak_gib * self.memory_scale)
-    tokens_per_s = property(lambda self: self.option.tokens_per_s / self.time_scale)
-    reason = property(lambda self: " ".join(self.reasons))
+    @property
+    def row_tokens(self) -> int:
+        return self.option.setting.row_tokens
+
+    @property
+    def accumulation(self) -> int:
+        return self.option.accumulation
+
+    @property
+    def recompute(self) -> int:
+        return self.option.setting.recompute
+
+    @property
+    def offload(self) -> bool:
+        return self.option.setting.offload
+
+    @property
+    def peak_gib(self) -> float:
+        return self.option.peak_gib * self.memory_scale
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.option.tokens_per_s / self.time_scale
+
+    @property
+    def reason(self) -> str:
+        return " ".join(self.reasons)
 
     @property
     def seconds(self) -> tuple[float, float, float]:
         """Training time: expected, shortest, longest."""
-        middle = self.tokens / max(self.tokens_per_s, 1e-9)
-        spread = 0.08 if self.measured else self.option.spread
-        return middle, middle * (1 - spread), middle * (1 + spread)
-
-    @property
-    def peak_range_gib(self) -> tuple[float, float]:
-        spread = 0.03 if self.measured else MEMORY_SPREAD
-        return self.peak_gib * (1 - spread), self.peak_gib * (1 + spread)
+        expected = self.tokens / max(self.tokens_per_s, 1e-9)
+        spread = PROBED_SPREAD[1] if self.measured else self.option.spread
+        return expected, expected * (1 - spread), expected * (1 + spread)
 
     def correct(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
         """The plan after a probing step that allocated `peak_gib` at most and ran at `tokens_per_s`.
 
         Keeps the relative errors of the estimate ((predicted − measured) / measured) in `.errors`.
         """
-        errors, changes = dict(self.errors), {"measured": True}
+        errors, memory_scale, time_scale = dict(self.errors), self.memory_scale, self.time_scale
         if peak_gib:
             errors["peak_gib"] = round(self.peak_gib / peak_gib - 1, 4)
-            changes["memory_scale"] = self.memory_scale * peak_gib / self.peak_gib
+            memory_scale *= peak_gib / self.peak_gib
         if tokens_per_s:
             errors["tokens_per_s"] = round(self.tokens_per_s / tokens_per_s - 1, 4)
-            changes["time_scale"] = self.time_scale * self.tokens_per_s / tokens_per_s
-        return replace(self, errors=errors, **changes)
+            time_scale *= self.tokens_per_s / tokens_per_s
+        return replace(self, errors=errors, memory_scale=memory_scale, time_scale=time_scale, measured=True)
 
     def shortened(self, steps: int) -> Plan:
         """The plan for fewer (or more) optimizer steps of the same kind."""
         return replace(self, steps=steps, tokens=round(self.tokens * steps / self.steps))
 
     def held_against(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
-        """The plan beside what the whole run came to: `.errors` then has those of the first estimate and, under `after_probe`,
+        """The plan compared with the whole run: `.errors` has those of the first estimate and, under `after_probe`,
         those that the probing step left."""
         first = replace(self, memory_scale=1.0, time_scale=1.0, errors={}).correct(peak_gib, tokens_per_s)
-        after = replace(self, errors={}).correct(peak_gib, tokens_per_s).errors if self.measured else {}
+        if not self.measured:
+            return first
+        after = replace(self, errors={}).correct(peak_gib, tokens_per_s).errors
         return replace(first, errors={**first.errors, **({"after_probe": after} if after else {})})
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
+        setting = self.option.setting
+        names = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         return {
             "card": self.card.name,
-            "backend": self.backend,
-            "attention": self.attention,
-            "row_tokens": self.row_tokens,
-            "accumulation": self.accumulation,
-            "world_size": self.world_size,
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "recompute": self.recompute,
-            "offload": self.offload,
-            "tile_mlp": self.tile_mlp,
-            "quantize": self.quantize,
+            **{name: getattr(self, name) for name in ("backend", "attention", "accumulation", "world_size")},
+            **{name: getattr(self, name) for name in ("batch_size", "steps", "errors", "reason")},
+            **{name: getattr(setting, name) for name in names},
             "peak_gib": round(self.peak_gib, 3),
             "tokens_per_s": round(self.tokens_per_s, 1),
             "seconds": [round(s, 1) for s in self.seconds],
             "probed": self.measured,
-            "errors": self.errors,
-            "reason": self.reason,
         }
 
-    def rows(self) -> list[tuple]:
+    def rows(self) -> list[tuple[str, ...]]:
         """The table: the chosen setting first, then the alternatives."""
-        out = []
+        out: list[tuple[str, ...]] = []
         for option in (self.option, *(o for o in self.alternatives if o.setting != self.option.setting)):
-            s = option.setting
             speed = option.tokens_per_s / self.time_scale
-            verdict = "chosen" if option is self.option else "fits" if option.fits else "does not fit"
             out.append(
                 (
-                    verdict,
-                    s.backend,
-                    "4-bit" if s.quantize == "nf4" else "16-bit",
-                    f"{s.row_tokens:,}",
+                    "chosen" if option is self.option else "fits" if option.fits else "does not fit",
+                    option.setting.backend,
+                    "4-bit" if option.setting.quantize == "nf4" else "16-bit",
+                    f"{option.setting.row_tokens:,}",
                     f"{option.accumulation}",
                     option.recompute_text,
                     f"{option.peak_gib * self.memory_scale:.1f}",
                     f"{speed:,.0f}",
-                    duration(self.tokens / speed),
+                    display.duration(self.tokens / speed),
                 )
             )
         return out
 
-    HEADER = ("", "backend", "base", "row tokens", "accumulation", "recomputed", "peak GiB", "tokens/s", "time")
-
     def headline(self) -> str:
-        middle, low, high = self.seconds
-        lowest, highest = self.peak_range_gib
-        measured = "measured by a probing step" if self.measured else "predicted"
+        expected, shortest, longest = map(display.duration, self.seconds)
+        spread = PROBED_SPREAD[0] if self.measured else MEMORY_SPREAD
         return (
-            f"{self.card.name}: {self.tokens:,} tokens in {self.steps:,} steps of {self.batch_size} rows, {duration(middle)} "
-            f"({duration(low)} to {duration(high)}), {self.tokens_per_s:,.0f} tokens/s, peak {self.peak_gib:.1f} GiB "
-            f"({lowest:.1f} to {highest:.1f}) of {self.card.total_gib:.1f}, {measured}."
+            f"{self.card.name}: {self.tokens:,} tokens in {self.steps:,} steps of {self.batch_size} rows, {expected} "
+            f"({shortest} to {longest}), {self.tokens_per_s:,.0f} tokens/s, peak {self.peak_gib:.1f} GiB "
+            f"({self.peak_gib * (1 - spread):.1f} to {self.peak_gib * (1 + spread):.1f}) of {self.card.total_gib:.1f}, "
+            f"{'measured by a probing step' if self.measured else 'predicted'}."
         )
 
     def __str__(self) -> str:
-        rows = [self.HEADER, *self.rows()]
-        widths = [max(len(str(r[i])) for r in rows) for i in range(len(self.HEADER))]
-        lines = ["  ".join(str(c).ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        return "\n".join([self.headline(), *self.reasons, "", *lines])
+        return "\n".join([self.headline(), *self.reasons, "", display.text_table(self.rows(), HEADER)])
 
     __repr__ = __str__  # a notebook's plain text: the dataclass's own would print every layer
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        from helpers.display import table
-
-        return f"<p><b>{escape(self.headline())}</b></p><p>{escape(self.reason)}</p>" + table(self.rows(), self.HEADER)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def plan_dict(plan: Plan) -> dict:
-    """The plan and its alternatives as plain values."""
-    return {
-        **plan.as_dict(),
-        "alternatives": [
-            {
-                **asdict(o.setting),
-                "peak_gib": round(o.peak_gib, 2),
-                "fits": o.fits,
-                "tokens_per_s": round(o.tokens_per_s),
-            }
-            for o in plan.alternatives
-        ],
-    }
+        about = f"<p><b>{display.escape(self.headline())}</b></p><p>{display.escape(self.reason)}</p>"
+        return about + display.table(self.rows(), HEADER)

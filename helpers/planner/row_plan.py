@@ -31,11 +31,6 @@ class Layout:
     max_row_tokens: int
     mean_row_tokens: float
 
-    @property
-    def fill(self) -> float:
-        """Mean row over longest row, 1.0 when all rows are equal."""
-        return self.mean_row_tokens / max(self.max_row_tokens, 1)
-
 
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: indices of `lengths` in as few rows of at most `budget` tokens as it finds.
@@ -75,7 +70,7 @@ def cost(lengths: Sequence[int], padded: bool = False) -> int:
 
 
 def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list[int]]:
-    """Indices in exactly `rows` rows of nearly equal cost: longest first into the emptiest row (padded: least budget)."""
+    """Indices in exactly `rows` rows of nearly equal cost: longest first into the emptiest (padded: least budget)."""
     out: list[list[int]] = [[] for _ in range(rows)]
     if padded:
         low, high = 0, cost(lengths, padded)
@@ -93,7 +88,7 @@ def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list
 
 
 def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
-    """The epoch's examples in order, cut into optimizer steps. A function of its arguments alone, so resume repeats it."""
+    """The epoch's examples in order, cut into optimizer steps: a function of its arguments, so resume repeats it."""
     order = list(range(count))
     if shuffle:
         random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -136,7 +131,8 @@ def plan_rows(
         raise TunebookError("There are no training examples to pack; check the data stage's counts.")
     if max(lengths) > budget:
         raise TunebookError(
-            f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise row_tokens or lower max_length."
+            f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise row_tokens or lower "
+            "max_length."
         )
     batches = heaviest(lengths, batch_size, seed, epochs)
     fit = padded_fit if padded else best_fit

@@ -6,11 +6,15 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaConfig
 
+from helpers import machine
 from helpers.errors import TunebookError
 from helpers.planner import cost_model, gpus
 from helpers.planner import plan as planner
 
-MEASURED = ("h200_2026-11-22", "h200_2026-11-25", "h100_2026-11-25", "gpu_2026-11-26")  # in ci/results/
+# In ci/results/. The first set the constants of cost_model; the settings of the second (bench_probe.SETTINGS, and its
+# UNSLOTH_SETTINGS) were chosen when the constants stood.
+SEEN = ("h200_calibration", "h200_2026-11-22", "h200_2026-11-25")
+UNSEEN = {"h100_2026-11-25": "H100", "gpu_2026-11-26": "H200"}
 NAMES = (
     "hidden_size",
     "intermediate_size",
@@ -45,26 +49,63 @@ def test_the_shape_counts_every_parameter(shapes):
     assert shapes["360m"].head == 0  # tied
 
 
-@pytest.mark.parametrize("measured", MEASURED)
-def test_measured_peaks_are_predicted_within_seven_percent(shapes, measured):
-    from helpers import machine
+def measured(name):
+    lines = (machine.PROJECT / "ci" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line.get("arm") == "planner"]
 
-    lines = [
-        json.loads(line) for line in (machine.PROJECT / "ci" / "results" / f"{measured}.jsonl").read_text().splitlines()
-    ]
-    settings = [line for line in lines if line["arm"] == "planner"]
-    assert len(settings) >= 12
-    for line in settings:
-        setting = cost_model.Setting(
-            line["tokens"],
-            recompute=line["recompute"],
-            offload=line["offload"],
-            quantize=line["base"],
-            rank=line["rank"],
-            method="qlora" if line["base"] == "nf4" else "lora",
-            backend=line.get("backend", "hf"),
-        )
-        assert cost_model.peak_gib(shapes[line["size"]], setting) == pytest.approx(line["peak_gib"], rel=0.07), line
+
+def setting_of(line):
+    return cost_model.Setting(
+        line["tokens"],
+        recompute=line["recompute"],
+        offload=line["offload"],
+        quantize=line["base"],
+        rank=line["rank"],
+        method="qlora" if line["base"] == "nf4" else "lora",
+        backend=line.get("backend", "hf"),
+    )
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_peaks_of_settings_that_set_no_constant_are_predicted_within_five_percent(shapes, name):
+    known = {setting_of(line) for seen in SEEN for line in measured(seen)}
+    lines = [line for line in measured(name) if setting_of(line) not in known]
+    assert len(lines) == 17
+    for line in lines:
+        assert cost_model.peak_gib(shapes[line["size"]], setting_of(line)) == pytest.approx(
+            line["peak_gib"], rel=0.05
+        ), line
+
+
+@pytest.mark.parametrize(("name", "least"), [("gpu_2026-11-26", 16), ("h100_2026-11-25", 14)])
+def test_times_of_settings_that_set_no_constant_lie_within_their_error_bars(shapes, name, least):
+    within = 0
+    for line in measured(name):
+        shape, setting, card = shapes[line["size"]], setting_of(line), gpus.named(UNSEEN[name])
+        square = 1.08 * line["tokens"] / line["documents"]  # documents of a third to the whole of the longest
+        work, launch = cost_model.row_work(shape, setting, card, square)
+        spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else card.spread
+        guess = cost_model.row_seconds(shape, setting, card, square)
+        within += abs(guess / line["seconds"] - 1) <= spread
+    assert within >= least
+
+
+def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
+    h100 = machine.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.1)
+    monkeypatch.setattr(machine, "gpu", lambda: h100)
+    monkeypatch.setattr(machine, "gpu_share", lambda: 1.0)
+    monkeypatch.setattr(machine, "free_memory_gib", lambda: 50.0)
+    monkeypatch.setattr(machine, "free_gpu_gib", lambda: 78.6)
+    alone = gpus.here()
+    assert alone.total_gib == pytest.approx(79.1) and alone.tflops == gpus.named("H100").tflops
+    assert 50 < alone.host_gib < 60, "what this process holds already is its own"
+    monkeypatch.setattr(machine, "free_gpu_gib", lambda: 9.0)  # another program holds the rest
+    beside = gpus.here()
+    assert beside.total_gib == pytest.approx(9.0 + cost_model.CONTEXT_GIB)
+    values = {"batch_size": 64, "method": "lora"}
+    planner.plan(values, LENGTHS, llama("8b"), card=alone)
+    with pytest.raises(TunebookError, match="set method to qlora"):
+        planner.plan(values, LENGTHS, llama("8b"), card=beside)
 
 
 def test_a_plan_keeps_the_batch_and_fits_its_card():
@@ -111,16 +152,13 @@ def test_a_shorter_row_that_the_refusal_names_does_fit():
     assert planner.plan({"batch_size": 8, "plan_for": "T4"}, [named], llama("8b")).option.fits
 
 
-def test_layer_inputs_are_moved_only_where_main_memory_has_room():
+def test_layer_inputs_are_offloaded_only_where_host_memory_has_room():
     t4, values = gpus.named("T4"), {"batch_size": 1, "method": "qlora"}
-    assert (
-        planner.longest_context(llama("8b"), t4) < planner.longest_context(llama("8b"), replace(t4, host_gib=64)) / 1.5
-    )
-    with pytest.raises(TunebookError, match=r"GiB of main memory a process.* rows of at most \d+ tokens fit"):
+    with pytest.raises(TunebookError, match=r"GiB of host memory a process.* rows of at most \d+ tokens fit"):
         planner.plan(values, [60_000], llama("8b"), card=t4)
     plan = planner.plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
     assert plan.offload and plan.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
-    assert f"inputs in main memory ({plan.option.offloaded_gib:.1f} GiB)" in str(plan)
+    assert f"inputs in host memory ({plan.option.offloaded_gib:.1f} GiB)" in str(plan)
 
 
 def test_a_probing_step_corrects_the_plan_and_its_error_is_kept():

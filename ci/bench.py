@@ -72,7 +72,9 @@ def main(argv: list[str]) -> int:
             return status
     for line in figures(run):
         print(json.dumps(line))
-    print(json.dumps({"figure": "setting", **machine.describe()}))
+    gpu = machine.gpu()
+    here = {"GPU": gpu.name if gpu else "none", "CPU cores": os.cpu_count(), "memory, GiB": machine.total_memory_gib()}
+    print(json.dumps({"figure": "setting", **here, **machine.versions()["versions"]}))
     return 0
 
 

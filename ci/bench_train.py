@@ -68,6 +68,7 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
         job.trainer.add_callback(clock)
         job.train()
     (start, cpu, before), (end, cpu_end, after) = clock.times[0], clock.times[-1]
+    gpu = machine.gpu()
     return {
         "bench": "training",
         "setting": name,
@@ -77,8 +78,8 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
         "cpu_s_per_step": round((cpu_end - cpu) / (steps - 1), 3),
         "batch_size": chosen.batch_size,
         "peak_gib": machine.peak_memory_gib(),
-        "device": machine.describe()["GPU"],
-        "cores": machine.describe()["CPU cores"],
+        "device": gpu.name if gpu else "none",
+        "cores": os.cpu_count(),
     }
 
 

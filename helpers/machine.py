@@ -108,17 +108,6 @@ def code_hash(notebook: str = "") -> str:
     return digest.hexdigest()
 
 
-def describe() -> dict[str, Any]:
-    """What a reader of measurements wants to know first: GPU, cores, memory, versions."""
-    device = gpu()
-    return {
-        "GPU": f"{device.name}, {device.total_gib} GiB" if device else "none",
-        "CPU cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory, GiB": total_memory_gib(),
-        **versions()["versions"],
-    }
-
-
 # ---------------------------------------------------------------- memory
 
 
@@ -158,8 +147,7 @@ def gpu_share() -> float:
     """Share of the GPU's memory that this process may take (`torch.cuda.set_per_process_memory_fraction`)."""
     import torch
 
-    ask = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return float(ask()) if ask is not None and torch.cuda.is_available() else 1.0
+    return torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_available() else 1.0
 
 
 def _container_memory() -> Iterator[tuple[int, int]]:

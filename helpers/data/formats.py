@@ -14,7 +14,6 @@ from typing import Any
 from helpers.data.turns import SPELLINGS, RowError, Turn, as_text, checked, kind_of, pair, read_turns, tools_of
 from helpers.errors import TunebookError
 
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "preference", "kto", "context_qa")
 UNANSWERABLE = "The text does not say."
 Record = Mapping[str, Any]
 
@@ -31,20 +30,7 @@ SYNONYMS = {
     "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred"),
     "label": ("label", "kto_tag"),
 }
-# The parts that a user's `columns` may name.
-PARTS = (
-    "prompt",
-    "query",
-    "response",
-    "history",
-    "system",
-    "messages",
-    "tools",
-    "chosen",
-    "rejected",
-    "label",
-    "context",
-)
+PARTS = (*(part for part in SYNONYMS if part != "text"), "query", "history")
 
 
 @dataclass(frozen=True)
@@ -61,6 +47,18 @@ class Shape:
 
     def __getitem__(self, part: str) -> str:
         return self.columns.get(part, "")
+
+    def value(self, record: Record, part: str) -> Any:
+        return record.get(self[part]) if self[part] else None
+
+    def need(self, record: Record, part: str) -> Any:
+        """The value of a part that must be there and not null. Raises RowError."""
+        value = record.get(self[part])
+        if value is None:
+            state = "is null" if self[part] in record else "is not there"
+            found = f"column {self[part]!r} {state}; {self.format} wants {self.wanted()}"
+            raise RowError("wrong columns", f"{found}; columns seen: {seen(record)}")
+        return value
 
     def wanted(self) -> str:
         """The columns a record must have, for error messages."""
@@ -85,6 +83,7 @@ DEFAULTS = {
     "kto": {"prompt": "prompt", "response": "completion", "label": "label", **SYSTEM},
     "context_qa": {"prompt": "question", "response": "answer", "context": "context", "system": "system"},
 }
+FORMATS = ("auto", *DEFAULTS)
 
 
 # ---------------------------------------------------------------- which shape
@@ -103,8 +102,8 @@ def named_shape(format: str, columns: str = "", unanswerable: str = UNANSWERABLE
         if not chosen:
             return None
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
-        telling |= {"response": "alpaca"}
-        format = next((name for part, name in telling.items() if part in chosen), "text")
+        format = next((name for part, name in telling.items() if part in chosen), "")
+        format = format or ("alpaca" if "response" in chosen else "text")
     return Shape(format, {**DEFAULTS[format], **chosen}, unanswerable=unanswerable)
 
 
@@ -131,16 +130,14 @@ def described_shape(described: dict[str, Any]) -> Shape:
     if formatting == "alpaca":
         return Shape(kind, columns, exact=True)
     columns["messages"] = columns["messages"] or "conversations"
-    if tags is None and formatting == "openai":
-        return Shape(kind, columns, role_tag="role", content_tag="content", exact=True)
     if tags is None:
-        tags = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation"}
-        tags |= {"function_tag": "function_call", "system_tag": "system"}
+        keys = ("role", "content") if formatting == "openai" else ("from", "value")
+        return Shape(kind, columns, SPELLINGS, *keys, exact=True)
     meanings = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
     spellings = {tags[f"{tag}_tag"]: role for tag, role in meanings.items() if tags.get(f"{tag}_tag")}
     spellings.setdefault(tags.get("system_tag") or "system", "system")
-    role_tag, content_tag = tags.get("role_tag") or "from", tags.get("content_tag") or "value"
-    return Shape(kind, columns, spellings, role_tag, content_tag, exact=True)
+    keys = (tags.get("role_tag") or "from", tags.get("content_tag") or "value")
+    return Shape(kind, columns, spellings, *keys, exact=True)
 
 
 def first(part: str, record: Record) -> str:
@@ -207,25 +204,24 @@ def convert(record: Record, shape: Shape) -> list[dict[str, Any]]:
     Raises RowError with the reason when the record does not fit the shape, or has no answer.
     """
     if shape.format == "text":
-        text = as_text(need(record, shape["prompt"], shape), shape["prompt"])
+        text = as_text(shape.need(record, "prompt"), shape["prompt"])
         if not text.strip():
             raise RowError("empty text", f"column {shape['prompt']!r} is empty")
-        return [{"kind": "text", "messages": [{"role": "text", "content": text}]}]
+        return [{"kind": "text", "messages": _said("text", text)}]
     if shape.format == "context_qa":
         return _context_qa(record, shape)
-    tools = tools_of(record.get(shape["tools"])) if shape["tools"] else None
+    tools = tools_of(shape.value(record, "tools"))
     if shape.format == "preference":
-        sides = [_side(need(record, shape[side], shape), shape, side) for side in ("chosen", "rejected")]
-        asked = shape["messages"] or (shape["prompt"] and record.get(shape["prompt"]) is not None)
+        sides = [_answer(record, shape, side) for side in ("chosen", "rejected")]
+        asked = shape["messages"] or shape.value(record, "prompt") is not None
         prompt, chosen, rejected = pair(_prompt(record, shape) if asked else [], *sides)
         return [{"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}]
     turns = _prompt(record, shape)
     if not shape["messages"] and shape["response"]:
-        value = record.get(shape["response"])
-        if value is None or value == "" or value == []:
+        if shape.value(record, "response") in (None, "", []):
             state = "is not there" if shape["response"] not in record else "is empty"
             raise RowError("no answer", f"column {shape['response']!r} {state}; columns seen: {seen(record)}")
-        turns += _side(value, shape, "response")
+        turns += _answer(record, shape, "response")
     if not shape["label"]:
         return [{"kind": "sft", "messages": checked(turns), "tools": tools}]
     label = record.get(shape["label"])
@@ -234,46 +230,46 @@ def convert(record: Record, shape: Shape) -> list[dict[str, Any]]:
     return [{"kind": "kto", "messages": checked(turns), "tools": tools, "label": label}]
 
 
-def _side(value: Any, shape: Shape, part: str) -> list[Turn]:
+def _said(role: str, text: Any, column: str = "") -> list[Turn]:
+    return [{"role": role, "content": as_text(text, column or role)}]
+
+
+def _answer(record: Record, shape: Shape, part: str) -> list[Turn]:
     """An answer: its text, a message, or a list of messages."""
+    value = shape.need(record, part)
     if isinstance(value, (list, tuple, Mapping)):
         return shape.turns([value] if isinstance(value, Mapping) else value)
-    return [{"role": "assistant", "content": as_text(value, shape[part])}]
+    return _said("assistant", value, shape[part])
 
 
 def _prompt(record: Record, shape: Shape) -> list[Turn]:
     """The system prompt, the history and the question."""
-    turns: list[Turn] = []
-    if shape["messages"]:
-        turns = shape.turns(need(record, shape["messages"], shape))
-    elif isinstance(question := need(record, shape["prompt"], shape), (list, tuple)):
-        turns = shape.turns(question)
+    asked = shape.need(record, "messages" if shape["messages"] else "prompt")
+    if shape["messages"] or isinstance(asked, (list, tuple)):
+        turns = shape.turns(asked)
     else:
-        history = (record.get(shape["history"]) if shape["history"] else None) or []
-        if not isinstance(history, (list, tuple)):
-            raise RowError(
-                "broken history", f"{shape['history']!r} is {kind_of(history)}; a list of pairs was expected"
-            )
-        for said in history:
-            if not isinstance(said, (list, tuple)) or len(said) != 2:
-                found = f"a turn of {shape['history']!r} is {kind_of(said)}"
-                raise RowError("broken history", f"{found}; pairs of question and answer were expected")
-            turns.append({"role": "user", "content": as_text(said[0], shape["history"])})
-            turns.append({"role": "assistant", "content": as_text(said[1], shape["history"])})
-        asked = [column for column in (shape["prompt"], shape["query"]) if column and record.get(column)]
-        text = "\n".join(as_text(record[column], column) for column in asked)
+        turns, history = [], shape.value(record, "history") or []
+        if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
+            raise RowError("broken history", f"{shape['history']!r} should be a list of pairs of question and answer")
+        for question, answer in history:
+            turns += _said("user", question, shape["history"]) + _said("assistant", answer, shape["history"])
+        columns = [column for column in (shape["prompt"], shape["query"]) if column and record.get(column)]
+        text = "\n".join(as_text(record[column], column) for column in columns)
         if not text.strip():
             raise RowError("no question", f"column {shape['prompt']!r} is empty")
-        turns.append({"role": "user", "content": text})
-    system = record.get(shape["system"]) if shape["system"] else None
-    if system and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": as_text(system, shape["system"])})
-    return turns
+        turns += _said("user", text)
+    system = shape.value(record, "system")
+    given = system and not (turns and turns[0]["role"] == "system")
+    return _said("system", system, shape["system"]) + turns if given else turns
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:
     """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`."""
-    context = as_text(need(record, shape["context"], shape), shape["context"])
+    context = as_text(shape.need(record, "context"), shape["context"])
     question, answer = record.get(shape["prompt"]), record.get(shape["response"])
     if isinstance(answer, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
         answer = answer.get("text") or []
@@ -282,32 +278,19 @@ def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:
     impossible = record.get("is_impossible") is True or record.get("unanswerable") is True
     if answer is None and not impossible and shape["response"] not in record and question is not None:
         raise RowError("no answer", f"column {shape['response']!r} is not there; columns seen: {seen(record)}")
-    asked = []
-    if question is not None:
-        reply = shape.unanswerable if impossible or not answer else as_text(answer, shape["response"])
-        asked.append((as_text(question, shape["prompt"]), reply))
+    asked = [] if question is None else [(question, shape.unanswerable if impossible or not answer else answer)]
     if other := record.get("unanswerable_question"):
-        asked.append((as_text(other, "unanswerable_question"), shape.unanswerable))
+        asked.append((other, shape.unanswerable))
     if not asked or not context.strip():
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
-    system = record.get(shape["system"]) if shape["system"] else None
-    opening: list[Turn] = [{"role": "system", "content": as_text(system, shape["system"])}] if system else []
+    system = shape.value(record, "system")
+    opening = _said("system", system, shape["system"]) if system else []
     rows = []
-    for question, reply in asked:
-        turns: list[Turn] = [{"role": "user", "content": f"{context}\n\n{question}"}]
-        turns.append({"role": "assistant", "content": reply})
-        rows.append({"kind": "sft", "messages": checked(opening + turns)})
+    for question, answer in asked:
+        text = f"{context}\n\n{as_text(question, shape['prompt'])}"
+        turns = opening + _said("user", text) + _said("assistant", answer, shape["response"])
+        rows.append({"kind": "sft", "messages": checked(turns)})
     return rows
-
-
-def need(record: Record, column: str, shape: Shape) -> Any:
-    """The value of a column that must be there and not null. Raises RowError."""
-    value = record.get(column)
-    if value is None:
-        state = "is null" if column in record else "is not there"
-        wanted = f"{shape.format} wants {shape.wanted()}"
-        raise RowError("wrong columns", f"column {column!r} {state}; {wanted}; columns seen: {seen(record)}")
-    return value
 
 
 def seen(record: Record) -> str:

@@ -7,18 +7,15 @@ A row is a plain dict, so that it can be written as JSON and read in a notebook:
      "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}],
      "tools": None | "JSON text", "chosen": [...], "rejected": [...], "label": True, "meta": {"other": "columns"}}
 
-`sft` rows end with an assistant turn. `preference` rows hold the prompt in `messages` and the answers in `chosen` and
-`rejected`. `kto` rows are `sft` rows with a `label`. `text` rows hold one message with the role "text".
-`file` and `row` say where a row came from (rows count from 1); they are not part of its content, nor is `source`.
-Steps take and give batches (`list[Row]`), never the whole set.
-
-The order of turns that every chat template can render: an optional system message first, then a question, its answer,
-and so on; tool results stand between an assistant's call and its answer; the last turn is the assistant's.
+`sft` rows end with an assistant turn, `preference` rows hold the prompt in `messages`, `kto` rows are `sft` rows with
+a `label`, `text` rows hold one message with the role "text". `file` and `row` (from 1) say where a row came from; they
+are not part of its content, nor is `source`. Steps take and give batches (`list[Row]`), never the whole set.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,9 +34,16 @@ ROLES = {
     "function_call": "function_call tool_call",
 }
 SPELLINGS = {spelling: role for role, spellings in ROLES.items() for spelling in spellings.split()}
-NEXT = {"system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-KINDS_OF_VALUES = {type(None): "null", bool: "true/false", str: "text", dict: "an object"}
-KINDS_OF_VALUES |= dict.fromkeys((int, float, Decimal), "a number") | dict.fromkeys((list, tuple), "a list")
+# What every chat template can render; tool results stand between an assistant's call and its answer.
+NEXT = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+NAMES_OF_TYPES = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text"}
+NAMES_OF_TYPES |= {list: "a list", tuple: "a list", dict: "an object"}
 # Made once: json.dumps makes an encoder at each call, a quarter of its time for a row.
 _canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
 
@@ -142,13 +146,8 @@ def answer_of(row: Row) -> str:
 
 def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
     """Consecutive lists of up to `size` rows."""
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) >= size:
-            yield batch
-            batch = []
-    if batch:
+    remaining = iter(rows)
+    while batch := list(itertools.islice(remaining, size)):
         yield batch
 
 
@@ -170,27 +169,22 @@ def read_turns(
     for number, message in enumerate(value, 1):
         where = f"message {number}"
         if not isinstance(message, Mapping):
-            raise RowError(
-                "wrong type", f"{where} is {kind_of(message)}; an object with a role and a content was expected"
-            )
+            raise RowError("wrong type", f"{where} is {kind_of(message)}; an object with role and content was expected")
         said_by = role_tag or ("from" if "from" in message else "role")
         said = content_tag or ("value" if said_by == "from" and "value" in message else "content")
-        spelling, content = message.get(said_by), message.get(said)
+        spelling, content, calls = message.get(said_by), message.get(said), message.get("tool_calls") or []
         role = spellings.get(spelling) if isinstance(spelling, str) else None
         if role is None:
-            known = ", ".join(spellings)
-            raise RowError("unknown role", f"{where} has {said_by!r} {str(spelling)[:40]!r}; known are {known}")
-        if role == "function_call":  # sharegpt's: JSON text of one call, or of a list of calls
+            found = f"{where} has {said_by!r} {str(spelling)[:40]!r}"
+            raise RowError("unknown role", f"{found}; known are {', '.join(spellings)}")
+        if role == "function_call":  # sharegpt's: the content is JSON text of one call, or of a list of calls
             calls = from_json(as_text(content, where), "broken function call", where)
-            calls = calls if isinstance(calls, list) else [calls]
-            turns.append({"role": "assistant", "content": "", "tool_calls": _calls(calls, where)})
-            continue
-        calls = _calls(message.get("tool_calls") or [], where)
+            role, content, calls = "assistant", "", calls if isinstance(calls, list) else [calls]
         if content is None and not calls:
             keys = ", ".join(map(str, message))[:80]
             raise RowError("empty message", f"{where} ({role}) has no {said!r}; its keys are {keys}")
         turn: Turn = {"role": role, "content": "" if content is None else _content(content, where)}
-        if calls:
+        if calls := _calls(calls, where):
             turn["tool_calls"] = calls
         if isinstance(message.get("name"), str):
             turn["name"] = message["name"]
@@ -243,21 +237,19 @@ def checked(turns: list[Turn]) -> list[Turn]:
     """The turns, when their order can be rendered and the last one is an answer. Raises RowError."""
     if not turns:
         raise RowError("no messages", "the conversation is empty")
-    allowed: tuple[str, ...] = ("system", "user")
+    before = ""
     for number, turn in enumerate(turns, 1):
-        if turn["role"] not in allowed:
-            before = "at the start" if number == 1 else f"after {turns[number - 2]['role']!r}"
-            wanted = " or ".join(allowed)
-            raise RowError(
-                "roles out of order", f"message {number} is {turn['role']!r} {before}; {wanted} was expected"
-            )
-        if turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls"):
+        role, allowed = turn["role"], NEXT[before]
+        if role not in allowed:
+            place = f"after {before!r}" if before else "at the start"
+            found = f"message {number} is {role!r} {place}"
+            raise RowError("roles out of order", f"{found}; {' or '.join(allowed)} was expected")
+        if role == "assistant" and not turn["content"].strip() and not turn.get("tool_calls"):
             raise RowError("no answer", f"message {number} (assistant) is empty")
-        allowed = NEXT[turn["role"]]
-    if (last := turns[-1]["role"]) != "assistant":
-        raise RowError(
-            "no answer", f"the last of {len(turns)} messages is {last!r}; an assistant's answer was expected"
-        )
+        before = role
+    if before != "assistant":
+        found = f"the last of {len(turns)} messages is {before!r}"
+        raise RowError("no answer", f"{found}; an assistant's answer was expected")
     return turns
 
 
@@ -283,8 +275,8 @@ def pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> tuple[
         raise RowError("same answer twice", "chosen and rejected are the same")
     for answer in (chosen, rejected):
         checked(prompt + answer)
-    if prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError("roles out of order", f"the prompt ends with {prompt[-1]['role']!r}; a question was expected")
+    if (last := prompt[-1]["role"]) not in ("user", "tool"):
+        raise RowError("roles out of order", f"the prompt ends with {last!r}; a question was expected")
     return prompt, chosen, rejected
 
 
@@ -334,4 +326,4 @@ def from_json(text: str, reason: str, what: str) -> Any:
 
 def kind_of(value: Any) -> str:
     """A value's type in words, for error messages."""
-    return KINDS_OF_VALUES.get(type(value), type(value).__name__)
+    return NAMES_OF_TYPES.get(type(value), type(value).__name__)

@@ -41,7 +41,7 @@ STEPS = (
     "lengths",
     "pairs",
     "preview",
-    "report",
+    "write",
     "finish",
 )
 FIGURES = ("near", "injection", "rendering", "pipeline")
@@ -263,22 +263,25 @@ def pipeline(rows: int) -> None:
 
 def stage(folder: str) -> None:
     """The steps of notebook 01 on the files in `folder`; the last line printed is their wall time and peak memory."""
-    from helpers import params, runs
-    from helpers.data import cache
-    from helpers.data.prepare import Job
+    from helpers import params
+    from helpers.data import prepare
+    from helpers.model.loading import resolve_model
+    from helpers.report import data_page
 
-    cache.root = lambda: Path(folder) / "cache"  # nothing may come from an earlier run
+    source = resolve_model(params.DataParams().model)
+    os.environ["TUNEBOOK_CACHE"] = f"{folder}/cache"  # nothing may come from an earlier run
     began = time.perf_counter()
     values = {"dataset": f"{folder}/train.jsonl", "test_dataset": f"{folder}/test.jsonl", "max_length": 1024}
     values |= {"preference_dataset": "", "database": ""}
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        job = Job(runs.open_stage("data", params.resolve("data", values)))
+        job = prepare.open(params.resolve("data", values))
+        job.source = source
         for name in STEPS:
             at = time.perf_counter()
             begin_peak()
-            getattr(job, name)()
+            getattr(data_page, name)(job) if hasattr(data_page, name) else getattr(job, name)()
             seconds[name], peaks[name] = round(time.perf_counter() - at, 2), round(peak_gib(), 3)
     written = job.encoded["written"]["train"]
     wall, cpu = time.perf_counter() - began, time.process_time()

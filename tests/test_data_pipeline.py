@@ -8,16 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import params, runs
-from helpers.data.prepare import Job
+from helpers.data import prepare
 from helpers.errors import TunebookError
+from helpers.report import data_card, data_preview, data_report
 
 
 @pytest.fixture
 def job(runs_root, tmp_path, smollm2, tokenizer, monkeypatch):
     """A job of these parameters on these rows; the cache is this test's own, model and tokenizer the session's."""
-    from helpers.model import loading
-
-    monkeypatch.setattr(loading, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
 
     def make(rows=None, name="data", **given):
         if rows is not None:
@@ -25,8 +24,9 @@ def job(runs_root, tmp_path, smollm2, tokenizer, monkeypatch):
             path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
             given.setdefault("dataset", str(path))
         given = {"model": str(smollm2.path), "run": "t", "near_duplicates": 0.0, **given}
-        made = Job(runs.open_stage("data", params.resolve("data", given)))
-        made._tokenizer, made.source = tokenizer, smollm2
+        made = prepare.open(params.resolve("data", given))
+        made.stage.done = None  # a job of the same rows again is worked on, not shown
+        made.tokenizer, made.source = tokenizer, smollm2
         return made
 
     return make
@@ -40,10 +40,11 @@ def run(job, pages=False):
     job.split()
     job.encode()
     job.pairs()
+    job.lengths()
     if pages:
-        job.lengths()
-        job.preview(2)
-        job.report()
+        data_preview.write(job, 2)
+        data_report.write(job)
+        data_card.write(job)
     return job.finish()
 
 
@@ -100,6 +101,56 @@ def test_a_whole_job_writes_every_file_and_a_manifest_that_the_next_stage_accept
     assert share == pytest.approx(
         sum(sum(r["completion_mask"]) for r in train + held) / sum(len(r["input_ids"]) for r in train + held)
     )
+
+
+STEPS = ("read", "generate", "clean", "mix", "split", "encode", "lengths", "pairs")
+
+
+def test_steps_that_are_run_twice_count_and_mix_as_if_they_were_run_once(job, tmp_path):
+    for name, start in (("a", 0), ("b", 1000)):
+        found = [*rows(60, start), rows(1, start)[0], {"question": "q", "answer": ""}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    pairs = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    found = []
+    for times in (1, 2):
+        done = job(
+            dataset=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl",
+            preference_dataset=str(tmp_path / "pairs.jsonl"),
+            weights="a=3,b=1",
+        )
+        for name in STEPS:
+            shown = getattr(done, name)()
+            assert getattr(done, name)() is shown  # a cell that is run again shows what it showed
+            for _ in range(times - 1):  # after an error, or an interrupt, a step works again
+                getattr(prepare.Job, name).__wrapped__(done)
+        metrics = done.metrics()
+        metrics.pop("cache")
+        data_card.write(done)
+        card = (done.path / "README.md").read_text()
+        found.append((metrics, read(done, "train"), (done.path / "rejected.jsonl").read_text(), card))
+    assert found[0][0]["rejected"]["removed"]["exact duplicate"] == 2
+    assert found[0] == found[1]
+
+
+def test_a_finished_job_shows_every_step_from_disk(job, capsys):
+    given = rows(60)
+    first = job(given)
+    run(first)
+    again = prepare.open(first.params)
+    assert again.stage.done is not None and again.template().markup
+    for name in STEPS:
+        assert repr(getattr(again, name)()) == repr(getattr(first, name)()) or name == "lengths"
+    assert "tokens" in again.encode().text and not hasattr(again, "encoded") and again.finish() is again.stage.done
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9])
+def test_ten_pairs_of_which_none_is_held_out_are_written_and_it_is_said(job, tmp_path, share):
+    pairs = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    done = job(rows(20), preference_dataset=str(tmp_path / "pairs.jsonl"), preference_eval_share=share)
+    run(done)
+    assert len(read(done, "preference")) == 10 and "none of 10 pairs is held out" in done.split().text
 
 
 def test_trl_trains_exactly_the_masked_tokens_of_the_written_file(job, tokenizer, tiny_llama, tmp_path):
@@ -170,7 +221,7 @@ def test_the_second_time_the_tokens_come_from_the_cache_and_any_change_misses_it
         run(changed)
         assert changed.encoded["cache"].startswith("miss")
     other_template = job(rows(60))
-    other_template._tokenizer = copy.deepcopy(other_template.tokenizer)
+    other_template.tokenizer = copy.deepcopy(other_template.tokenizer)
     other_template.tokenizer.chat_template = other_template.tokenizer.chat_template.replace(
         "a helpful AI", "an honest AI"
     )

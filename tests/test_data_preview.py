@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from helpers import params, runs
-from helpers.data.prepare import Job
+from helpers import params
+from helpers.data import prepare
 from helpers.errors import TunebookError
 from helpers.report import data_page, data_preview
 
@@ -28,13 +28,8 @@ def hostile(tmp_path_factory, smollm2):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEBOOK_RUNS", str(folder / "runs"))
         patch.setenv("TUNEBOOK_CACHE", str(folder / "cache"))
-        job = Job(
-            runs.open_stage(
-                "data",
-                params.resolve(
-                    "data", {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0}
-                ),
-            )
+        job = prepare.open(
+            params.resolve("data", {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0})
         )
         shown = [
             job.read(),
@@ -45,8 +40,8 @@ def hostile(tmp_path_factory, smollm2):
             job.vocabulary(),
             job.encode(),
             job.pairs(),
-            job.preview(),
-            job.report(),
+            data_page.preview(job),
+            data_page.write(job),
         ]
         job.finish()
     return job, [value._repr_html_() for value in shown]
@@ -166,5 +161,5 @@ def test_a_folder_named_as_database_is_refused(hostile, tmp_path):
     job, _ = hostile
     (tmp_path / "text.sqlite").write_text("not a database")
     job.chosen["database"] = str(tmp_path / "text.sqlite")
-    with pytest.raises(TunebookError, match="is no SQLite database"):
+    with pytest.raises(TunebookError, match="is not a SQLite file"):
         job.database()

@@ -107,10 +107,10 @@ def test_answers_and_pairs_are_masked_too_and_rows_can_be_dropped_or_counted():
 
 
 def test_only_what_is_asked_for_is_masked_and_unknown_kinds_are_refused():
-    rows, _ = mask(["a@example.com from 10.0.0.1"], entities="IP_ADDRESS")
+    rows, _ = mask(["a@example.com from 10.0.0.1"], entities=("IP_ADDRESS",))
     assert rows[0]["messages"][0]["content"] == "a@example.com from <IP_ADDRESS>"
     with pytest.raises(TunebookError, match=r"PERSON.*EMAIL_ADDRESS"):
-        mask(["x"], entities="PERSON")
+        mask(["x"], entities=("PERSON",))
     with pytest.raises(TunebookError, match="takes 'mask', 'drop' or 'count'"):
         mask(["x"], action="hide")
 

@@ -125,16 +125,8 @@ def inspect(tokenizer: Any) -> Template:
         first, *others = _asked(tokenizer, probes, PROBE_SECONDS)
     except worker.Lost as lost:
         raise TunebookError(f"{lost} Choose another model, or mend the template.") from None
-    full, prompt_open = first.full, first.turns[0][0]
-    prompt, called, result, thinking, system, tooled = (
-        "" if isinstance(one.full, RowError) and at else one.full for at, one in enumerate(others)
-    )
-    for needed in (full, prompt_open, prompt):
-        if isinstance(needed, RowError):
-            raise TunebookError(
-                f"The chat template cannot render a question and an answer: {needed.detail}. Choose another model, or "
-                "mend the template."
-            )
+    full, prompt_open, prompt = _needed(first.full), _needed(first.turns[0][0]), _needed(others[0].full)
+    called, result, thinking, system, tooled = (one.full if isinstance(one.full, str) else "" for one in others[1:])
     if "AAA" not in full or "QQQ" not in full:
         raise TunebookError(
             "The chat template leaves out the question or the answer; choose another model, or mend the template."
@@ -160,6 +152,15 @@ def inspect(tokenizer: Any) -> Template:
         special_ids=frozenset(special_tokens(tokenizer).values()),
         special_text=pattern,
     )
+
+
+def _needed(text: Text) -> str:
+    if isinstance(text, RowError):
+        raise TunebookError(
+            f"The chat template cannot render a question and an answer: {text.detail}. Choose another model, or mend "
+            "the template."
+        )
+    return text
 
 
 def _without_roles(head: str, around: str) -> str:

@@ -1,4 +1,4 @@
-"""Cleaning steps on rows, each optional: Unicode repair, language, length, repetition and gibberish.
+"""Cleaning steps on rows, each optional: Unicode repair, language, length, repetition, gibberish; and their order.
 
 Each takes and gives batches of rows and writes what it changed or removed into its StepReport, with an example for
 every reason. No rule assumes that words are separated by spaces.
@@ -9,66 +9,76 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from helpers.cache import Answers
+from helpers.data import decontamination, dedup
+from helpers.data.privacy import mask_personal_data
 from helpers.data.shingles import shingles
 from helpers.data.tables import StepReport, Table
-from helpers.data.turns import Row, answer_of, map_contents, text_of
+from helpers.data.toxicity import drop_toxic
+from helpers.data.turns import Row, answer_of, map_contents, spoken, text_of
+from helpers.data.vocabulary import token_ids
 from helpers.errors import TunebookError
+from helpers.params import DataParams
 
+Fault = tuple[str, str] | None
 MIN_LETTERS_FOR_LANGUAGE = 20  # below, py3langid guesses; Chinese says in 20 characters what English says in 60
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r")
+UNREADABLE = re.compile("[\ufffd\ue000-\uf8ff\ufff0-\ufff8\x00-\x08\x0e-\x1f\x80-\x9f\U000f0000-\U0010ffff]")
+NOT_LETTERS = re.compile(r"[\W_]+")
+BLOB = re.compile(r"[A-Za-z0-9+/=_%]{501,}")
+LATIN_WORD = re.compile(r"(?<!\w)[a-z]{4,}(?!\w)")
+NO_VOWEL = re.compile(r"^[^aeiouy]+$|[bcdfghjklmnpqrstvwxz]{6,}")
+RUN = re.compile(r"([^\s\-=_.*#~+|/\\])\1{59,}")
 
 
-def run(rows: Iterable[list[Row]], p: Any, job: Any, evaluation: Table | None, label: str = "") -> Table:
+def run(
+    rows: Table,
+    p: DataParams,
+    report: Callable[[str], StepReport],
+    evaluation: Table | None = None,
+    tokenizer: Callable[[], Any] | None = None,
+    answers: Answers | None = None,
+    measure: bool = False,
+) -> Table:
     """Rows through every step that is switched on, in a fixed order: repair, judge, deduplicate, decontaminate.
 
-    p: parameters of the data stage. job: gives `_step(name) -> StepReport` and the tokenizer. label: put before the steps' names.
+    report: gives a step of this name its account. evaluation: rows that must not be trained on. answers: keeps the
+    marks of an endpoint that scores toxicity. measure: also measure which share of planted
+    evaluation questions would be found.
     """
-    from helpers.data import decontamination, dedup
-
-    def step(name: str) -> Any:
-        return job._step(label + name)
-
+    found: Iterable[list[Row]] = rows
     if p.repair_unicode:
-        rows = repair_unicode(rows, step("Unicode repair"))
+        found = repair_unicode(found, report("Unicode repair"))
     if p.languages:
-        rows = keep_languages(rows, step("language"), p.languages)
+        found = keep_languages(found, report("language"), p.languages)
     if p.min_chars or p.max_chars or p.min_tokens:
-        rows = keep_lengths(
-            rows, step("length"), p.min_chars, p.max_chars, p.min_tokens, 0, job.tokenizer if p.min_tokens else None
-        )
+        counting = tokenizer() if p.min_tokens and tokenizer else None
+        found = keep_lengths(found, report("length"), p.min_chars, p.max_chars, p.min_tokens, counting)
     if p.drop_repetitive:
-        rows = drop_repetitive(rows, step("repetition"))
+        found = drop_repetitive(found, report("repetition"))
     if p.drop_gibberish:
-        rows = drop_gibberish(rows, step("gibberish"))
+        found = drop_gibberish(found, report("gibberish"))
     if p.personal_data != "off":
-        from helpers.data.privacy import mask_personal_data
-
-        rows = mask_personal_data(rows, step("personal data"), action=p.personal_data)
+        found = mask_personal_data(found, report("personal data"), action=p.personal_data)
     if p.toxicity != "none":
-        from helpers.cache import Answers
-        from helpers.data.toxicity import drop_toxic
-
-        rows = drop_toxic(
-            rows, step("toxicity"), p.toxicity, p.toxicity_threshold, Answers(job.path / "work", "toxicity")
-        )
+        found = drop_toxic(found, report("toxicity"), p.toxicity, p.toxicity_threshold, answers)
     if p.exact_duplicates:
-        rows = dedup.exact_duplicates(rows, step("exact duplicates"))
+        found = dedup.exact_duplicates(found, report("exact duplicates"))
     if p.near_duplicates:
-        rows = dedup.near_duplicates(rows, step("near-duplicates"), p.near_duplicates)
+        found = dedup.near_duplicates(found, report("near-duplicates"), p.near_duplicates)
     if evaluation is not None and p.decontaminate:
-        report = step("decontamination")
-        rows = decontamination.decontaminate(rows, report, evaluation, p.decontaminate)
-        if not label:
-            carriers = next(iter(job.training.table), [])
-            report.figures["injection_recall"] = decontamination.injection_recall(
-                evaluation, carriers, p.decontaminate, 200, p.seed
-            )
-    return rows if isinstance(rows, Table) else Table.collect(rows)
+        account = report("decontamination")
+        found = decontamination.decontaminate(found, account, evaluation, p.decontaminate)
+        if measure:
+            carriers = next(iter(rows), [])
+            recall = decontamination.injection_recall(evaluation, carriers, p.decontaminate, 200, p.seed)
+            account.figures["injection_recall"] = recall
+    return found if isinstance(found, Table) else Table.collect(found)
 
 
 def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
@@ -76,60 +86,57 @@ def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[li
 
     What may be meant is left alone: HTML entities, curly quotes, full-width forms, ligatures, white space.
     """
-    repair = _repairer()
+    import ftfy
+
+    kept_as_it_is = ("unescape_html", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes", "explain")
+    config = ftfy.TextFixerConfig(normalization="NFC", **dict.fromkeys(kept_as_it_is, False))
+
+    def mended(text: str) -> str:
+        return text if text.isascii() and not CONTROL.search(text) else ftfy.fix_text(text, config)
+
     for batch in rows:
         report.seen += len(batch)
-        mended = []
-        for row in batch:
-            new = map_contents(row, repair)
+        done = [map_contents(row, mended) for row in batch]
+        for row, new in zip(batch, done, strict=True):
             if new is not row:
-                before, after = text_of(row), text_of(new)
-                at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), 0)
-                report.alter(before[max(0, at - 40) :], after[max(0, at - 40) :], "repaired characters")
-            mended.append(new)
-        report.kept += len(batch)
-        yield mended
+                report.alter(text_of(row), text_of(new), "repaired characters")
+        report.kept += len(done)
+        yield done
 
 
-def keep_languages(
-    rows: Iterable[list[Row]], report: StepReport, languages: str | Iterable[str]
-) -> Iterator[list[Row]]:
+def keep_languages(rows: Iterable[list[Row]], report: StepReport, languages: str) -> Iterator[list[Row]]:
     """Keep rows whose conversation (without system prompt) is in one of `languages`: ISO 639-1 codes, "en,zh".
 
     py3langid decides; texts of fewer than 20 letters are kept and counted as undecided. SQL and code count as text, so
     use it on data that is mostly prose. Raises TunebookError for a code that the model does not know.
     """
-    wanted = {
-        code.strip().lower()
-        for code in (languages.split(",") if isinstance(languages, str) else languages)
-        if code.strip()
-    }
+    wanted = {code.strip().lower() for code in languages.split(",") if code.strip()}
     identifier = _identifier()
     known = set(identifier.labels)
     if not wanted or wanted - known:
         raise TunebookError(
-            f"languages is {languages!r}; it takes codes that py3langid knows, separated by commas: {', '.join(sorted(known))}."
+            f"languages is {languages!r}; it takes codes that py3langid knows, separated by commas: "
+            f"{', '.join(sorted(known))}."
         )
-    found: Counter = Counter()
-    for batch in rows:
-        report.seen += len(batch)
-        kept = []
+    found: Counter[str] = Counter()
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
         for row in batch:
-            text = conversation(row)
-            if sum(map(str.isalpha, text[:200])) < MIN_LETTERS_FOR_LANGUAGE:
-                found["undecided"] += 1
-                kept.append(row)
-                continue
-            language = identifier.classify(text[:2_000])[0]
+            text = "\n".join(spoken(row))
+            decided = sum(map(str.isalpha, text[:200])) >= MIN_LETTERS_FOR_LANGUAGE
+            language = identifier.classify(text[:2_000])[0] if decided else "undecided"
             found[language] += 1
-            if language in wanted:
-                kept.append(row)
-            else:
-                report.drop(row, f"language {language}")
-        report.kept += len(kept)
+            yield None if not decided or language in wanted else (f"language {language}", "")
         report.figures["languages"] = dict(found.most_common())
-        if kept:
-            yield kept
+
+    return report.sift(rows, judge)
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def keep_lengths(
@@ -138,76 +145,61 @@ def keep_lengths(
     min_chars: int = 1,
     max_chars: int = 0,
     min_tokens: int = 0,
-    max_tokens: int = 0,
     tokenizer: Any = None,
 ) -> Iterator[list[Row]]:
-    """Keep rows whose answer has at least `min_chars` characters (white space aside) and whose whole text has at most
-    `max_chars`; min_tokens and max_tokens say the same in tokens of `tokenizer`. 0 sets no limit.
+    """Keep rows whose answer has at least `min_chars` characters (white space aside) and `min_tokens` tokens of
+    `tokenizer`, and whose whole text has at most `max_chars` characters. 0 sets no limit.
     """
-    if (min_tokens or max_tokens) and tokenizer is None:
-        raise TunebookError("A length in tokens was asked for without a tokenizer; pass the one that the model uses.")
-    for batch in rows:
-        report.seen += len(batch)
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
         answers = [answer_of(row) for row in batch]
-        texts = [text_of(row) for row in batch] if max_chars or max_tokens else answers
-        answer_tokens = _token_counts(tokenizer, answers) if min_tokens else [0] * len(batch)
-        text_tokens = _token_counts(tokenizer, texts) if max_tokens else [0] * len(batch)
-        kept = []
-        for row, answer, text, few, many in zip(batch, answers, texts, answer_tokens, text_tokens, strict=True):
+        tokens = map(len, token_ids(tokenizer, answers)) if min_tokens else [0] * len(batch)
+        for row, answer, count in zip(batch, answers, tokens, strict=True):
             chars = len("".join(answer.split()))
+            size = len(text_of(row)) if max_chars else 0
             if chars < min_chars:
-                report.drop(row, "answer too short", f"{chars} characters, fewer than {min_chars}")
-            elif max_chars and len(text) > max_chars:
-                report.drop(row, "too long", f"{len(text):,} characters, more than {max_chars:,}")
-            elif min_tokens and few < min_tokens:
-                report.drop(row, "answer too short", f"{few} tokens, fewer than {min_tokens}")
-            elif max_tokens and many > max_tokens:
-                report.drop(row, "too long", f"{many:,} tokens, more than {max_tokens:,}")
+                yield "answer too short", f"{chars} characters, fewer than {min_chars}"
+            elif size > max_chars:
+                yield "too long", f"{size:,} characters, more than {max_chars:,}"
+            elif count < min_tokens:
+                yield "answer too short", f"{count} tokens, fewer than {min_tokens}"
             else:
-                kept.append(row)
-        report.kept += len(kept)
-        if kept:
-            yield kept
+                yield None
+
+    return report.sift(rows, judge)
 
 
-def drop_repetitive(
-    rows: Iterable[list[Row]], report: StepReport, max_repeated: float = 0.5, max_lines: float = 0.5
-) -> Iterator[list[Row]]:
+def drop_repetitive(rows: Iterable[list[Row]], report: StepReport, most: float = 0.5) -> Iterator[list[Row]]:
     """Drop rows whose answer repeats itself.
 
-    max_repeated: share of 5-word (8-character) shingles that are repeats, in answers of 40 shingles and more.
-    max_lines: share of repeated lines among eight or more lines of 8 characters and more. A single character 60 times in a row
-    counts too, unless it draws a rule. The rules follow Gopher's (Rae et al. 2021, https://arxiv.org/abs/2112.11446,
-    table A1), loosened: instruction data holds tables, code and verse.
+    More than `most` of its 5-word (8-character) shingles are repeats, in answers of 40 shingles and more; or of its
+    lines, among eight or more lines of 8 characters and more; or a single character stands 60 times in a row, unless it
+    draws a rule. The rules follow Gopher's (Rae et al. 2021, https://arxiv.org/abs/2112.11446, table A1), loosened:
+    instruction data holds tables, code and verse.
     """
-    for batch in rows:
-        report.seen += len(batch)
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
         answers = [answer_of(row) for row in batch]
-        shares = repeated_shares(answers)
-        kept = []
-        for row, answer, share in zip(batch, answers, shares.tolist(), strict=True):
+        for answer, share in zip(answers, repeated_shares(answers).tolist(), strict=True):
             lines = [line for raw in answer.splitlines() if len(line := raw.strip()) >= 8]
-            if share > max_repeated:
-                report.drop(row, "repetitive", f"{share:.0%} of its 5-word shingles are repeats")
-            elif len(lines) >= 8 and (again := 1 - len(set(lines)) / len(lines)) > max_lines:
-                report.drop(row, "repetitive", f"{again:.0%} of its lines are repeats")
-            elif run := RUN.search(answer):
-                report.drop(row, "repetitive", f"{run.group(1)!r} {len(run.group())} times in a row")
+            again = 1 - len(set(lines)) / len(lines) if len(lines) >= 8 else 0.0
+            if share > most:
+                yield "repetitive", f"{share:.0%} of its 5-word shingles are repeats"
+            elif again > most:
+                yield "repetitive", f"{again:.0%} of its lines are repeats"
+            elif found := RUN.search(answer):
+                yield "repetitive", f"{found.group(1)!r} {len(found.group())} times in a row"
             else:
-                kept.append(row)
-        report.kept += len(kept)
-        if kept:
-            yield kept
+                yield None
 
-
-RUN = re.compile(r"([^\s\-=_.*#~+|/\\])\1{59,}")
+    return report.sift(rows, judge)
 
 
 def repeated_shares(texts: list[str], least: int = 40) -> np.ndarray:
     """Share of the shingles of every text that occurred before in it, float64 (texts,); 0 for fewer than `least`."""
     flat, offsets = shingles(texts, words=5, chars=8, symbols=False)  # a ruled table is no repetition
     sizes = np.diff(offsets)
-    place = np.repeat(np.arange(len(texts), dtype=np.uint64), sizes)
+    place: np.ndarray = np.repeat(np.arange(len(texts), dtype=np.uint64), sizes)
     keys = np.sort(place << np.uint64(40) | flat >> np.uint64(24))
     again = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(40)
     repeats = np.bincount(again.astype(np.int64), minlength=len(texts))
@@ -216,21 +208,17 @@ def repeated_shares(texts: list[str], least: int = 40) -> np.ndarray:
 
 def drop_gibberish(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
     """Drop rows whose conversation holds text that nobody wrote for a reader; `gibberish` has the rules."""
-    for batch in rows:
-        report.seen += len(batch)
-        kept = []
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
         for row in batch:
-            if why := gibberish(conversation(row)):
-                report.drop(row, "gibberish", why)
-            else:
-                kept.append(row)
-        report.kept += len(kept)
-        if kept:
-            yield kept
+            why = gibberish("\n".join(spoken(row)))
+            yield ("gibberish", why) if why else None
+
+    return report.sift(rows, judge)
 
 
 def gibberish(text: str) -> str:
-    """Why a text is no language, or "".
+    """Why a text is not of any language, or "".
 
     Over 1 % replacement or private-use characters (from 20 characters on); under 30 % letters and digits (from 50); a
     run of more than 500 characters without space or punctuation in a script that has spaces; Latin words without
@@ -241,56 +229,10 @@ def gibberish(text: str) -> str:
         return f"{bad} unreadable characters in {solid}"
     if solid >= 50 and (share := len(NOT_LETTERS.sub("", text)) / solid) < 0.3:
         return f"only {share:.0%} letters and digits"
-    if run := BLOB.search(text):
-        return f"an unbroken run of {len(run.group())} characters"
+    if blob := BLOB.search(text):
+        return f"an unbroken run of {len(blob.group())} characters"
     words = LATIN_WORD.findall(text.lower())
-    if len(words) >= 10:
-        odd = [word for word in words if NO_VOWEL.search(word)]
-        if len(odd) > len(words) / 3:
-            return f"{len(odd)} of {len(words)} words cannot be spoken, such as {odd[0][:30]!r}"
+    odd = [word for word in words if NO_VOWEL.search(word)] if len(words) >= 10 else []
+    if len(odd) > len(words) / 3:
+        return f"{len(odd)} of {len(words)} words cannot be spoken, such as {odd[0][:30]!r}"
     return ""
-
-
-UNREADABLE = re.compile("[\ufffd\ue000-\uf8ff\ufff0-\ufff8\x00-\x08\x0e-\x1f\x80-\x9f\U000f0000-\U0010ffff]")
-NOT_LETTERS = re.compile(r"[\W_]+")
-BLOB = re.compile(r"[A-Za-z0-9+/=_%]{501,}")
-LATIN_WORD = re.compile(r"(?<!\w)[a-z]{4,}(?!\w)")
-NO_VOWEL = re.compile(r"^[^aeiouy]+$|[bcdfghjklmnpqrstvwxz]{6,}")
-
-
-def conversation(row: Row) -> str:
-    """The text of a row without system prompt and tools."""
-    messages = [m for m in row["messages"] if m["role"] != "system"] + row.get("chosen", []) + row.get("rejected", [])
-    return "\n".join(m.get("content") or "" for m in messages)
-
-
-def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-
-
-@functools.cache
-def _repairer() -> Any:
-    import ftfy
-
-    config = ftfy.TextFixerConfig(
-        unescape_html=False,
-        fix_latin_ligatures=False,
-        fix_character_width=False,
-        uncurl_quotes=False,
-        normalization="NFC",
-        explain=False,
-    )
-
-    def repair(text: str) -> str:
-        if text.isascii() and not CONTROL.search(text):
-            return text
-        return ftfy.fix_text(text, config)
-
-    return repair
-
-
-@functools.cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,217 +1,276 @@
-"""Every split through the chat template to parquet, from the cache when nothing that decides the tokens has changed."""
+"""Every split through the chat template to the parquet files that trainers take, from the cache where nothing changed.
+
+train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
+test.parquet                         id, prompt, reference, meta (JSON)
+preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids
+kto.parquet                          id, prompt, completion, label
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers.data import cache, output
-from helpers.data import lengths as labels
-from helpers.data.labels import Encoder
+from helpers import cache, machine
+from helpers.data.chat_template import Template
+from helpers.data.labels import Encoded, Encoder, spelt_out
+from helpers.data.lengths import Fitter, LengthReport, expanded, propose
 from helpers.data.tables import Rejects, Table
-from helpers.display import Html, table
+from helpers.data.turns import BATCH_ROWS, Row
+from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
+from helpers.model.loading import template_hash, tokenizer_hash
+from helpers.params import DataParams
+from helpers.runs import disk_error
 
-TRAINED_SPLITS = ("train", "eval")
+TRAINED = ("train", "eval")
 LOST = ".encoding.jsonl"
-WATCHED_ROWS = 20_000  # about ten seconds
+WATCHED_ROWS = 20_000  # about ten seconds: with a progress bar
+COUNTS = ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
 
 
-def encode_splits(job: Any) -> dict[str, Any]:
-    """Write train, eval and test.parquet (and kto.parquet) and return what was counted; see `_encode` for the keys."""
-    from helpers.model.loading import template_hash, tokenizer_hash
+def splits(
+    tables: Mapping[str, Table], kto: Table, template: Template, p: DataParams, folder: Path, rejects: Rejects
+) -> dict[str, Any]:
+    """Write train, eval and test.parquet, and kto.parquet where there are rows, and return what was counted.
 
-    p, template = job.params, job.template()
-    ids = (
-        f"{name} {row_id} {source}" for name in TRAINED_SPLITS for row_id, source in job.splits[name].ids_and_sources()
-    )
-    key = cache.key(
-        ids,
-        tokenizer=tokenizer_hash(job.tokenizer),
-        template=template_hash(job.tokenizer),
-        code=cache.code_hash(),
-        train_on=p.train_on,
-        max_length=p.max_length,
-        over_long=p.over_long,
-    )
-    files = [f"{name}.parquet" for name in TRAINED_SPLITS]
-    found, state = cache.get(key, job.path), "hit"
+    Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes and examples of
+    what the template cannot show, written (rows by file), max_length, cache ("hit" or "miss"), data_hash.
+    """
+    rows = hashlib.sha256()
+    for name in TRAINED:
+        for row_id, source in tables[name].ids_and_sources():
+            rows.update(f"{name} {row_id} {source}\n".encode())
+    made_by = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "pyarrow", "jinja2")]
+    made_by += [cache.content_hash(Path(__file__).parent, (".py",))]
+    settings = [p.train_on, p.max_length, p.over_long]
+    by = [tokenizer_hash(template.tokenizer), template_hash(template.tokenizer)]
+    key = cache.key(rows.hexdigest(), *by, *made_by, *settings)
+    found, state = cache.get("data", key, folder), "hit"
     if found is None:
-        found, state = _encode(job, template), "miss"
-        cache.put(key, job.path, [*files, LOST], found)
-    _replay(job.path / LOST, job.rejects)
-    found |= {"cache": f"{state} {key}", "data_hash": key}
-    job.rejects.check()
+        found, state = _trained(tables, template, p, folder), "miss"
+        cache.put("data", key, [folder / f"{name}.parquet" for name in TRAINED] + [folder / LOST], found)
+    with (folder / LOST).open(encoding="utf-8") as lines:  # lost now, or when the kept files were made
+        for one in map(json.loads, lines):
+            place = (one["file"], one["row"], one["reason"], one["detail"])
+            rejects.add(*place, step=one["step"], invalid=one["step"] != "length")
+    (folder / LOST).unlink()
+    rejects.check()
     if not found["written"]["train"]:
-        job.rejects.check_rows_left([], f"the training split of {p.dataset}")
-    found["written"]["test"] = output.write_test(job.path / "test.parquet", job.splits["test"])
-    if len(job.kto_rows):
-        encoder = Encoder(template, "last", job.rejects)
-        fitting = labels.Fitter(encoder, found["max_length"], "drop", job.rejects).fit(encoder.encode(job.kto_rows))
-        found["written"]["kto"] = output.write_kto(
-            job.path / "kto.parquet", ([one.row for one in batch] for batch in fitting)
-        )
-    return found
+        rejects.check_rows_left([], f"the training split of {p.dataset}")
+    found["written"]["test"] = write(folder / "test.parquet", "test", map(_test_columns, tables["test"]))
+    if len(kto):
+        encoder = Encoder(template, "last", rejects)
+        fitting = Fitter(encoder, found["max_length"], "drop", rejects).fit(encoder.encode(kto))
+        found["written"]["kto"] = write(folder / "kto.parquet", "kto", map(_kto_columns, fitting))
+    return found | {"cache": f"{state} {key}", "data_hash": key}
 
 
-def _encode(job: Any, template: Any) -> dict[str, Any]:
-    """Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), notes, examples, written (rows by file)."""
-    p = job.params
-    limit = p.max_length or _proposed(job, template)
-    lost = Rejects(job.path / LOST)
-    result: dict[str, Any] = {"splits": {}, "written": {}, "notes": {}, "examples": {}, "max_length": limit}
-    histogram, counts = Counter(), Counter()
-    source_rows, source_tokens = Counter(), Counter()
-    for name in TRAINED_SPLITS:
-        encoder = Encoder(template, p.train_on, lost)
-        fitter = labels.Fitter(encoder, limit, p.over_long, lost)
-        trained = Counter()
+def _trained(tables: Mapping[str, Table], template: Template, p: DataParams, folder: Path) -> dict[str, Any]:
+    """Write train.parquet and eval.parquet; what was lost stands in LOST."""
+    limit = p.max_length or _proposed(tables, template, p.train_on)
+    lost = Rejects(folder / LOST)
+    whole = LengthReport(limit, p.over_long)
+    found: dict[str, Any] = {"splits": {}, "written": {}, "notes": {}, "examples": {}, "max_length": limit}
+    rows: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
 
-        def counted(batches: Any, trained: Counter = trained) -> Any:
-            for batch in batches:
-                for one in batch:
-                    source_rows[one.row["source"]] += 1
-                    source_tokens[one.row["source"]] += len(one.ids)
-                    trained["tokens"] += len(one.ids)
-                    trained["trained_tokens"] += one.trained
-                    trained["trained_turns"] += len(one.ends)
-                yield batch
-
-        fitting = fitter.fit(encoder.encode(watched(job.splits[name], f"tokenising {name}")))
-        result["written"][name] = output.write_tokens(job.path / f"{name}.parquet", counted(fitting))
-        result["splits"][name] = {"rows": result["written"][name], **trained}
-        histogram.update(fitter.report.lengths)
-        counts.update(
-            {
-                k: v
-                for k, v in fitter.report.as_dict().items()
-                if k in ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
-            }
-        )
-        result["notes"] = dict(Counter(result["notes"]) + encoder.notes)
-        result["examples"] |= encoder.examples
-    lost.close()
-    whole = labels.LengthReport(limit, p.over_long, histogram, **counts)
-    rows, tokens = max(1, source_rows.total()), max(1, source_tokens.total())
-    result["mixture"] = [
-        {
-            "source": name,
-            "rows": count,
-            "tokens": source_tokens[name],
-            "row_share": count / rows,
-            "token_share": source_tokens[name] / tokens,
-        }
-        for name, count in source_rows.items()
-    ]
-    return result | {"lengths": whole.as_dict(), "histogram": {str(k): v for k, v in sorted(histogram.items())}}
-
-
-def watched(rows: Table, label: str) -> Any:
-    """The table's batches, with a progress bar where there are so many that somebody waits for them."""
-    from helpers import machine
-    from helpers.data.turns import BATCH_ROWS
-
-    return machine.progress(rows, label, -(-len(rows) // BATCH_ROWS)) if len(rows) > WATCHED_ROWS else rows
-
-
-def _proposed(job: Any, template: Any) -> int:
-    """max_length as the rows' own lengths propose it. Costs one more tokenisation."""
-    counts = Counter(
-        len(one.ids)
-        for name in TRAINED_SPLITS
-        for batch in Encoder(template, job.params.train_on).encode(job.splits[name])
-        for one in batch
-    )
-    return labels.propose(labels.expanded(counts)) or 16
-
-
-def _replay(path: Path, rejects: Rejects) -> None:
-    """Rows lost while encoding, now or when the cached files were made, counted with this job's."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            lost = json.loads(line)
-            rejects.add(
-                lost["file"],
-                lost["row"],
-                lost["reason"],
-                lost["detail"],
-                step=lost["step"],
-                invalid=lost["step"] != "length",
-            )
-    path.unlink()
-
-
-def encode_pairs(job: Any) -> Html:
-    """Write preference.parquet and preference_eval.parquet; pairs whose longer side is over max_length are dropped and counted."""
-    encoder = Encoder(job.template(), "last", job.rejects)
-    limit = job.encoded["max_length"]
-    over = Counter()
-
-    def fitting(batches: Any) -> Any:
+    def counted(batches: Iterable[list[Encoded]], trained: Counter[str]) -> Iterator[dict[str, Any]]:
         for batch in batches:
-            kept = []
+            for one in batch:
+                rows[one.row["source"]] += 1
+                tokens[one.row["source"]] += len(one.ids)
+                trained.update(tokens=len(one.ids), trained_tokens=one.trained, trained_turns=len(one.ends))
+            yield _token_columns(batch)
+
+    for name in TRAINED:
+        encoder = Encoder(template, p.train_on, lost)
+        fitter = Fitter(encoder, limit, p.over_long, lost)
+        trained: Counter[str] = Counter()
+        table: Iterable[list[Row]] = tables[name]
+        if len(tables[name]) > WATCHED_ROWS:
+            table = machine.progress(table, f"tokenising {name}", -(-len(tables[name]) // BATCH_ROWS))
+        columns = counted(fitter.fit(encoder.encode(table)), trained)
+        found["written"][name] = write(folder / f"{name}.parquet", "tokens", columns)
+        found["splits"][name] = {"rows": found["written"][name], **trained}
+        whole.lengths.update(fitter.report.lengths)
+        for count in COUNTS:
+            setattr(whole, count, getattr(whole, count) + getattr(fitter.report, count))
+        found["notes"] = dict(Counter(found["notes"]) + encoder.notes)
+        found["examples"] |= encoder.examples
+    lost.close()
+    found["mixture"] = [
+        {"source": name, "rows": count, "tokens": tokens[name]}
+        | {"row_share": count / rows.total(), "token_share": tokens[name] / tokens.total()}
+        for name, count in rows.items()
+    ]
+    histogram = {str(length): count for length, count in sorted(whole.lengths.items())}
+    return found | {"lengths": whole.as_dict(), "histogram": histogram}
+
+
+def _proposed(tables: Mapping[str, Table], template: Template, train_on: str) -> int:
+    """max_length as the rows' own lengths propose it. Costs one more tokenisation."""
+    counts: Counter[int] = Counter()
+    for name in TRAINED:
+        for batch in Encoder(template, train_on).encode(tables[name]):
+            counts.update(len(one.ids) for one in batch)
+    return propose(expanded(counts)) or 16
+
+
+def pairs(
+    tables: Mapping[str, Table], template: Template, limit: int, folder: Path, rejects: Rejects
+) -> tuple[dict[str, int], int]:
+    """Write preference.parquet and preference_eval.parquet; (pairs by file, pairs over `limit` tokens).
+
+    A pair whose longer side is over the limit is dropped and counted. No file is written where there is no pair.
+    """
+    encoder, over = Encoder(template, "last", rejects), 0
+
+    def columns(table: Table) -> Iterator[dict[str, Any]]:
+        nonlocal over
+        for batch in encoder.pairs(table):
+            fitting = []
             for row, chosen, rejected in batch:
-                if max(len(chosen.ids), len(rejected.ids)) <= limit:
-                    kept.append((row, chosen, rejected))
-                else:
-                    over["pairs"] += 1
-                    job.rejects.add(
-                        row["file"],
-                        row["row"],
-                        "over max_length",
-                        f"{max(len(chosen.ids), len(rejected.ids)):,} tokens; max_length is {limit:,}",
-                        step="length",
-                        invalid=False,
-                    )
-            yield kept
+                longest = max(len(chosen.ids), len(rejected.ids))
+                if longest <= limit:
+                    fitting.append((row, chosen, rejected))
+                    continue
+                over += 1
+                detail = f"{longest:,} tokens; max_length is {limit:,}"
+                rejects.add(row["file"], row["row"], "over max_length", detail, step="length", invalid=False)
+            yield _pair_columns(fitting)
 
     written = {}
     for name, file in (("train", "preference"), ("eval", "preference_eval")):
-        pairs: Table = job.pair_splits[name]
-        if len(job.pair_rows):
-            written[file] = output.write_pairs(job.path / f"{file}.parquet", fitting(encoder.pairs(pairs)))
-    job.rejects.check()
-    job.encoded["written"] |= written
-    if len(job.pair_rows) and not written["preference"]:
-        raise TunebookError(
-            f"No preference pair fits max_length = {limit}: all {over['pairs']:,} are longer; raise max_length."
-        )
-    lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
-    return Html(
-        table([*lines, ("over max_length", f"{over['pairs']:,}")], ("file", "pairs")), ", ".join(map(str, lines))
-    )
+        if len(tables["train"]) + len(tables["eval"]):
+            written[file] = write(folder / f"{file}.parquet", "preference", columns(tables[name]))
+    rejects.check()
+    if written and not written["preference"]:
+        raise TunebookError(f"No preference pair fits max_length = {limit}: {over:,} are longer; raise max_length.")
+    return written, over
+
+
+# ---------------------------------------------------------------- files
+
+
+def schema(kind: str) -> Any:
+    """The pyarrow schema of "tokens", "test", "preference" or "kto"."""
+    import pyarrow as pa
+
+    text, ids = pa.string(), pa.list_(pa.int32())
+    turns = pa.list_(pa.struct([("role", text), ("content", text)]))
+    columns = {
+        "tokens": {"source": text, "messages": text, "input_ids": ids, "completion_mask": pa.list_(pa.int8())},
+        "test": {"prompt": turns, "reference": text, "meta": text},
+        "preference": dict.fromkeys(("prompt", "chosen", "rejected"), turns)
+        | dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ids),
+        "kto": {"prompt": turns, "completion": turns, "label": pa.bool_()},
+    }
+    return pa.schema([("id", text), *columns[kind].items()])
+
+
+def write(path: Path, kind: str, batches: Iterable[dict[str, Any]]) -> int:
+    """A parquet file that grows by batches of columns under a partial name and is put in place whole; its rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made, rows = schema(kind), 0
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with pq.ParquetWriter(partial, made, compression="zstd") as writer:
+            for columns in batches:
+                if columns["id"]:
+                    writer.write_table(pa.table(columns, schema=made))
+                    rows += len(columns["id"])
+        os.replace(partial, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+def _token_columns(batch: list[Encoded]) -> dict[str, Any]:
+    """Token lists go to Arrow as one flat array and its offsets."""
+    import numpy as np
+    import pyarrow as pa
+
+    offsets = pa.array(np.cumsum([0, *(len(one.ids) for one in batch)]).astype(np.int32))
+    ids, mask = (np.concatenate([getattr(one, name) for one in batch]) if batch else [] for name in ("ids", "mask"))
+    return {
+        "id": [one.row["id"] for one in batch],
+        "source": [one.row["source"] for one in batch],
+        "messages": [json.dumps(one.row["messages"], ensure_ascii=False) for one in batch],
+        "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+        "completion_mask": pa.ListArray.from_arrays(offsets, pa.array(mask, pa.int8())),
+    }
+
+
+def _test_columns(batch: list[Row]) -> dict[str, Any]:
+    """Prompts without their answer, the answer as reference. Preference rows give their chosen answer."""
+    rows = [row for row in batch if row["kind"] != "text"]
+    whole = [row["messages"] + row.get("chosen", [])[-1:] for row in rows]
+    metas = [{**{name: row[name] for name in ("source", "file", "row")}, **row["meta"]} for row in rows]
+    return {
+        "id": [row["id"] for row in rows],
+        "prompt": [plain_turns(messages[:-1]) for messages in whole],
+        "reference": [plain_turns(messages[-1:])[0]["content"] for messages in whole],
+        "meta": [json.dumps(meta, ensure_ascii=False) for meta in metas],
+    }
+
+
+def _pair_columns(batch: list[tuple[Row, Encoded, Encoded]]) -> dict[str, Any]:
+    """Conversational columns for TRL, and the same as token ids, each answer with its one end of turn."""
+
+    def answer(one: Encoded) -> Any:
+        return one.ids[one.prompt : one.ends[-1] + 1]
+
+    return {
+        "id": [row["id"] for row, _, _ in batch],
+        "prompt": [plain_turns(row["messages"]) for row, _, _ in batch],
+        "chosen": [plain_turns(row["chosen"]) for row, _, _ in batch],
+        "rejected": [plain_turns(row["rejected"]) for row, _, _ in batch],
+        "prompt_ids": [chosen.ids[: chosen.prompt] for _, chosen, _ in batch],
+        "chosen_ids": [answer(chosen) for _, chosen, _ in batch],
+        "rejected_ids": [answer(rejected) for _, _, rejected in batch],
+    }
+
+
+def _kto_columns(batch: list[Encoded]) -> dict[str, Any]:
+    rows = [one.row for one in batch]
+    return {
+        "id": [row["id"] for row in rows],
+        "prompt": [plain_turns(row["messages"][:-1]) for row in rows],
+        "completion": [plain_turns(row["messages"][-1:]) for row in rows],
+        "label": [row["label"] for row in rows],
+    }
+
+
+def plain_turns(messages: list[dict]) -> list[dict]:
+    """Turns of role and content alone; a tool call becomes its JSON text."""
+    return [{"role": turn["role"], "content": turn["content"]} for turn in map(spelt_out, messages)]
 
 
 def summary(encoded: dict[str, Any]) -> Html:
     """What was written, how much of it is trained, what was too long, and whether it came from the cache."""
-    found = encoded["lengths"]
-    rows = [
-        (
-            f"{name}.parquet",
-            f"{part['rows']:,} rows, {part.get('tokens', 0):,} tokens, "
-            f"{part.get('trained_tokens', 0) / max(1, part.get('tokens', 0)):.1%} of them trained",
-        )
-        for name, part in encoded["splits"].items()
-    ]
-    rows += [
-        (f"{name}.parquet", f"{count:,} rows")
-        for name, count in encoded["written"].items()
-        if name not in encoded["splits"]
-    ]
-    rows += [
-        (
-            "max_length",
-            f"{encoded['max_length']:,} tokens; {found['proposed_max_length']:,} would hold 99 % of the rows, "
-            f"the longest has {found.get('longest', 0):,}",
-        ),
-        (
-            "over max_length",
-            f"{found['over']:,} rows ({found['over_share']:.1%}), {found['lost_end_share']:.0%} of them would have lost their end of turn; "
-            f"dropped {found['dropped']:,}, cut {found['truncated']:,}, split {found['split_rows']:,} into {found['split_into']:,}",
-        ),
-    ]
+    found, rows = encoded["lengths"], []
+    for name, count in encoded["written"].items():
+        part = encoded["splits"].get(name, {})
+        tokens = part.get("tokens", 0)
+        trained = f", {tokens:,} tokens, {percent(part.get('trained_tokens', 0) / max(1, tokens))} trained"
+        rows.append((f"{name}.parquet", f"{count:,} rows{trained if part else ''}"))
+    whole = f"{found['proposed_max_length']:,} would hold 99 % of the rows whole"
+    longest = f"the longest has {found.get('longest', 0):,}"
+    rows.append(("max_length", f"{encoded['max_length']:,} tokens; {whole}, {longest}"))
+    ends = f"{percent(found['lost_end_share'], 0)} of them would have lost their end of turn"
+    fate = f"dropped {found['dropped']:,}, cut {found['truncated']:,}"
+    fate += f", split {found['split_rows']:,} into {found['split_into']:,}"
+    rows.append(("over max_length", f"{found['over']:,} rows ({percent(found['over_share'])}), {ends}; {fate}"))
     rows += [("note", f"{what}: {count:,} rows") for what, count in encoded["notes"].items()]
-    rows.append(("cache", encoded["cache"]))
-    return Html(table(rows), "\n".join(f"{a}: {b}" for a, b in rows))
+    return shown([*rows, ("cache", encoded["cache"])])

@@ -68,7 +68,7 @@ class Encoder:
         self._bos, self._eos = template.tokenizer.bos_token_id, template.tokenizer.eos_token_id
         self._tails: dict[str, list[int]] = {}
         # For every token id 0, 1 for a control token, 2 for one that ends an assistant turn.
-        self._kinds = np.zeros(max([len(template.tokenizer), *template.special_ids]) + 1, np.int8)
+        self._kinds: Any = np.zeros(max([len(template.tokenizer), *template.special_ids]) + 1, np.int8)
         self._kinds[list(template.special_ids)] = 1
         self._kinds[list(template.end_ids)] = 2
 
@@ -254,7 +254,8 @@ class Encoder:
         encoding = self._backend.encode(full, add_special_tokens=False)
         if not spans:
             raise RowError("template is no prefix", "the template's marks do not fit its rendering")
-        mask, ends, begins = np.zeros(len(ids), np.int8), [], []
+        mask: Any = np.zeros(len(ids), np.int8)
+        ends, begins = [], []
         for first, behind in spans[-1:] if self.train_on == "last" else spans:
             begin, last = encoding.char_to_token(first), encoding.char_to_token(behind - 1)
             # The end of turn may stand right behind the marks.
@@ -290,7 +291,7 @@ class _Tokens:
 
         self.rows, self.starts = rows, [0, *accumulate(map(len, rows))]
         self.ids = np.fromiter(chain.from_iterable(rows), np.int32, self.starts[-1])
-        self.mask = np.zeros(len(self.ids), np.int8)
+        self.mask: Any = np.zeros(len(self.ids), np.int8)
         found = kinds[self.ids]
         specials = np.flatnonzero(found)
         self._ends = np.flatnonzero(found == 2).tolist()

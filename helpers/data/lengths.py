@@ -15,18 +15,18 @@ from helpers.data.labels import Encoded, Encoder
 from helpers.data.tables import Rejects
 from helpers.data.turns import Row, make_row
 
-OVER_LONG = ("drop", "split", "truncate")
-COVERED = 0.99
+COVERED = 0.99  # share of the rows that the proposed length holds whole
 CANDIDATES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 
 
 @dataclass
 class LengthReport:
-    """lengths: tokens of a row, before anything was cut → rows. lost_end: rows over the limit whose end of turn lies behind it."""
+    """lengths: tokens of a row, before anything was cut → rows. lost_end: rows over the limit whose end of turn lies
+    behind it. all_masked: truncated rows of which nothing that is trained was left."""
 
     max_length: int
     over_long: str
-    lengths: Counter = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
     over: int = 0
     lost_end: int = 0
     dropped: int = 0
@@ -35,33 +35,21 @@ class LengthReport:
     split_into: int = 0
     all_masked: int = 0
 
-    def as_dict(self) -> dict:
-        counts = {
-            name: getattr(self, name)
-            for name in (
-                "max_length",
-                "over_long",
-                "over",
-                "lost_end",
-                "dropped",
-                "truncated",
-                "split_rows",
-                "split_into",
-                "all_masked",
-            )
-        }
-        rows, lengths = self.lengths.total(), expanded(self.lengths)
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, shares and quantiles, and the proposed length."""
+        found = dict(vars(self))
+        lengths, rows = expanded(found.pop("lengths")), self.lengths.total()
         return {
-            **counts,
+            **found,
             "rows": rows,
-            "over_share": self.over / rows if rows else 0.0,
-            "lost_end_share": self.lost_end / self.over if self.over else 0.0,
+            "over_share": self.over / max(1, rows),
+            "lost_end_share": self.lost_end / max(1, self.over),
             "proposed_max_length": propose(lengths),
             **quantiles(lengths),
         }
 
 
-def expanded(counts: Mapping[int, int]) -> Any:
+def expanded(counts: Mapping[Any, int]) -> Any:
     """A histogram (length → rows) as a sorted int64 array of every row's length."""
     import numpy as np
 
@@ -70,59 +58,52 @@ def expanded(counts: Mapping[int, int]) -> Any:
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Shortest, median, p90, p99 and longest; {} for no rows."""
     import numpy as np
 
-    if not len(lengths):
-        return {}
-    values = np.quantile(np.asarray(lengths), [0.0, 0.5, 0.9, 0.99, 1.0])
-    return dict(zip(("shortest", "median", "p90", "p99", "longest"), (round(float(v)) for v in values), strict=True))
+    shares = {"shortest": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
+    return {name: round(float(np.quantile(lengths, share))) for name, share in shares.items()} if len(lengths) else {}
 
 
-def propose(lengths: Sequence[int], covered: float = COVERED) -> int:
-    """The smallest usual length that holds `covered` of the rows whole; the longest row's, rounded up, when that is smaller."""
+def propose(lengths: Sequence[int]) -> int:
+    """The smallest usual length that holds 99 % of the rows whole; the longest row's, rounded up, when that is less."""
     import numpy as np
 
     if not len(lengths):
         return 0
-    needed = int(np.ceil(np.quantile(np.asarray(lengths), covered, method="higher")))
+    needed = int(np.quantile(lengths, COVERED, method="higher"))
     longest = (int(max(lengths)) + 15) // 16 * 16
     return min(next((size for size in CANDIDATES if size >= needed), (needed + 1023) // 1024 * 1024), longest)
 
 
 def choices(lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """For each usual `max_length`: rows that would be over it, and the tokens lost with them, so that the proposal can be judged."""
+    """For each usual `max_length`: rows that would be over it, and the tokens lost with them."""
     import numpy as np
 
-    values = np.sort(np.asarray(lengths, dtype=np.int64))
-    if not len(values):
-        return []
-    proposed = propose(lengths)
-    rows = []
-    for size in sorted({*CANDIDATES, proposed}):
+    values, proposed, rows = np.sort(np.asarray(lengths, np.int64)), propose(lengths), []
+    for size in sorted({*CANDIDATES, proposed}) if len(values) else ():
         over = values[np.searchsorted(values, size, side="right") :]
-        rows.append(
-            {
-                "max_length": size,
-                "rows_over": len(over),
-                "share_over": len(over) / len(values),
-                "tokens_lost": int(over.sum()),
-                "proposed": size == proposed,
-            }
-        )
+        share, lost = len(over) / len(values), int(over.sum())
+        if share < 0.9 or size == proposed:
+            found = {"max_length": size, "rows_over": len(over), "share_over": share, "tokens_lost": lost}
+            rows.append(found | {"proposed": size == proposed})
         if not len(over):
             break
-    return [row for row in rows if row["share_over"] < 0.9 or row["proposed"]]
+    return rows
 
 
 class Fitter:
     """Makes encoded rows fit `max_length` tokens, by dropping, splitting or truncating those that do not."""
 
-    def __init__(self, encoder: Encoder, max_length: int, over_long: str = "drop", rejects: Rejects | None = None):
+    def __init__(
+        self, encoder: Encoder, max_length: int, over_long: str = "drop", rejects: Rejects | None = None
+    ) -> None:
         self.encoder, self.rejects = encoder, rejects or Rejects()
         self.report = LengthReport(max_length, over_long)
 
     def fit(self, encoded: Iterable[list[Encoded]]) -> Iterator[list[Encoded]]:
-        report = self.report
+        """The batches with every row fitting."""
+        report, make_fit = self.report, {"drop": self._drop, "truncate": self._truncate, "split": self._split}
         for batch in encoded:
             fitting = []
             for one in batch:
@@ -132,41 +113,30 @@ class Fitter:
                     continue
                 report.over += 1
                 report.lost_end += one.ends[-1] >= report.max_length
-                fitting += {"drop": self._drop, "truncate": self._truncate, "split": self._split}[report.over_long](one)
+                fitting += make_fit[report.over_long](one)
             yield fitting
 
     def _drop(self, one: Encoded) -> list[Encoded]:
         self.report.dropped += 1
-        self._removed(one, "over max_length", f"{len(one.ids):,} tokens; max_length is {self.report.max_length:,}")
-        return []
+        return self._lost(one, "over max_length", f"{len(one.ids):,} tokens; max_length is {self.report.max_length:,}")
 
     def _truncate(self, one: Encoded) -> list[Encoded]:
         """The first `max_length` tokens; a row that loses every trained token is dropped instead."""
         size = self.report.max_length
-        ids, mask = one.ids[:size], one.mask[:size]
-        if not mask.any():
+        if not one.mask[:size].any():
             self.report.all_masked += 1
-            self._removed(
-                one, "all tokens masked", f"cut at {size:,} of {len(one.ids):,} tokens, nothing that is trained is left"
-            )
-            return []
+            detail = f"cut at {size:,} of {len(one.ids):,} tokens, nothing that is trained is left"
+            return self._lost(one, "all tokens masked", detail)
         self.report.truncated += 1
-        return [Encoded(one.row, ids, mask, one.prompt, [end for end in one.ends if end < size])]
+        return [Encoded(one.row, one.ids[:size], one.mask[:size], one.prompt, [end for end in one.ends if end < size])]
 
     def _split(self, one: Encoded) -> list[Encoded]:
-        """Text in windows of `max_length`; a conversation between turns, its system message repeated. What can't be split is dropped."""
-        size = self.report.max_length
+        """Text in windows of `max_length`; a conversation between turns. What can't be split is dropped."""
+        size, parts = self.report.max_length, []
         if one.row["kind"] == "text":
-            parts = [
-                Encoded(
-                    one.row,
-                    one.ids[at : at + size],
-                    one.mask[at : at + size],
-                    0,
-                    [len(one.ids) - 1 - at] if at + size >= len(one.ids) else [],
-                )
-                for at in range(0, len(one.ids), size)
-            ]
+            for at in range(0, len(one.ids), size):
+                ends = [len(one.ids) - 1 - at] if at + size >= len(one.ids) else []
+                parts.append(Encoded(one.row, one.ids[at : at + size], one.mask[at : at + size], 0, ends))
         else:
             parts = self._split_turns(one.row)
         if not parts:
@@ -176,42 +146,34 @@ class Fitter:
         return parts
 
     def _split_turns(self, row: Row) -> list[Encoded]:
-        """Runs of turns that each begin with a question, end with an answer and fit, as long as they can be; [] when one turn is too long."""
+        """Runs of exchanges that each fit, as long as they can be, the system message repeated; [] when one is too
+        long for itself."""
         messages = row["messages"]
         system = messages[:1] if messages[0]["role"] == "system" else []
         starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
         exchanges = [messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)], strict=True)]
-        if len(exchanges) < 2:
-            return []
         parts: list[Encoded] = []
         run: list[dict] = []
         best: Encoded | None = None
         for exchange in exchanges:
-            longer = self._encoded(row, system + run + exchange)
-            if longer is not None and len(longer.ids) <= self.report.max_length:
+            longer = self._fitting(row, system + run + exchange)
+            if longer is not None:
                 run, best = run + exchange, longer
                 continue
-            alone = self._encoded(row, system + exchange)
-            if best is None or alone is None or len(alone.ids) > self.report.max_length:
+            if best is not None:
+                parts.append(best)
+            run, best = exchange, self._fitting(row, system + exchange)
+            if best is None:
                 return []
-            parts.append(best)
-            run, best = exchange, alone
         return [*parts, best] if best is not None else []
 
-    def _encoded(self, row: Row, messages: list[dict]) -> Encoded | None:
-        extra = {"label": row["label"]} if "label" in row else {}
-        part = make_row(
-            row["kind"],
-            messages,
-            source=row["source"],
-            file=row["file"],
-            row=row["row"],
-            tools=row.get("tools"),
-            meta=row["meta"],
-            **extra,
-        )
+    def _fitting(self, row: Row, messages: list[dict]) -> Encoded | None:
+        """These messages of the row as tokens; None when they do not fit, or cannot be rendered."""
+        kept = {name: row[name] for name in ("source", "file", "row", "tools", "meta", "label") if name in row}
         encoder = Encoder(self.encoder.template, self.encoder.train_on)
-        return next((one for batch in encoder.encode([[part]]) for one in batch), None)
+        (batch,) = encoder.encode([[make_row(row["kind"], messages, **kept)]])
+        return next((one for one in batch if len(one.ids) <= self.report.max_length), None)
 
-    def _removed(self, one: Encoded, reason: str, detail: str) -> None:
+    def _lost(self, one: Encoded, reason: str, detail: str) -> list[Encoded]:
         self.rejects.add(one.row["file"], one.row["row"], reason, detail, step="length", invalid=False)
+        return []

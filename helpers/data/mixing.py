@@ -1,4 +1,4 @@
-"""Mixing sources: weights, caps, a replay share of general data, evenly interleaved; and what came of it in rows and tokens.
+"""Mixing sources: weights, caps, a replay share of general data, evenly interleaved; and what came of it.
 
 Rows are chosen by a hash of their content, so the same rows are taken again when a source grows elsewhere, and come in
 the order of their sources. Nothing is held in memory but one 64-bit hash a row.
@@ -6,25 +6,28 @@ the order of their sources. Nothing is held in memory but one 64-bit hash a row.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from helpers.data.shingles import mix as spread
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import BATCH_ROWS, Row, batches
+from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
 
-Count = Callable[[list[Row]], list[int]]
+Count = Callable[[list[Row]], list[int]]  # rows → the length of each in tokens
 PROBE_ROWS = 2_000
 
 
 @dataclass(frozen=True)
 class Source:
-    """weight: its share relative to the others'; None: as many rows as it has. cap: most rows (0: no cap). replay: general
-    data against forgetting, whose share is set by `replay_share` and not by weight."""
+    """weight: its share relative to the others'; None: as many rows as it has. cap: most rows (0: no cap). replay:
+    general data against forgetting, whose share is set by `replay_share` and not by weight."""
 
     table: Table
     weight: float | None = None
@@ -32,88 +35,119 @@ class Source:
     replay: bool = False
 
 
+def numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
+    """ "name=2,other=1" as numbers by source. Raises TunebookError for an unknown source or an unusable number."""
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.rpartition("="))
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in names or not 0 <= found[name] < math.inf:
+            raise TunebookError(
+                f"{parameter} has {part!r}; it takes source=number pairs separated by commas, with the sources "
+                f"{', '.join(names)}."
+            )
+    return found
+
+
 def mix(
     sources: Mapping[str, Source],
     report: StepReport,
-    replay_share: float = 0.0,
-    unit: str = "rows",
-    count_tokens: Count | None = None,
-    rows_total: int = 0,
+    replay_share: float,
+    unit: str,
+    lengths: Count,
     seed: int = 17,
 ) -> Iterator[list[Row]]:
     """Rows of all sources in one stream, every part of which holds about the same mixture.
 
     Weights and replay_share (0 to 1, of the whole) are shares of rows, or of tokens with unit="tokens"; no row is taken
-    twice, so the source that is shortest for its weight decides how much of the others is taken. rows_total: at most so many.
-    count_tokens: lengths of a batch of rows in tokens, for the achieved mixture in the report. Raises TunebookError
+    twice, so the source that is shortest for its weight decides how much of the others is taken. Raises TunebookError
     when a share cannot be met.
     """
-    _check(sources, replay_share, unit, count_tokens)
+    _check(sources, replay_share, unit)
     sizes = {name: min(len(s.table), s.cap or len(s.table)) for name, s in sources.items()}
-    per_row = {name: _tokens_per_row(s.table, count_tokens) if unit == "tokens" else 1.0 for name, s in sources.items()}
-    amounts = {name: size * per_row[name] for name, size in sizes.items()}
-    planned = _plan(sources, amounts, replay_share)
+    per_row = {name: _tokens_per_row(s.table, lengths) if unit == "tokens" else 1.0 for name, s in sources.items()}
+    planned = _plan(sources, {name: size * per_row[name] for name, size in sizes.items()}, replay_share)
     taken = {name: min(sizes[name], round(planned[name] / per_row[name])) for name in sources}
-    if rows_total and (total := sum(taken.values())) > rows_total:
-        taken = {name: math.floor(rows_total * rows / total) for name, rows in taken.items()}
     streams = {name: _chosen(s.table, taken[name], seed) for name, s in sources.items() if taken[name]}
-    done = {name: {"rows": 0, "tokens": 0} for name in sources}
-    for batch in batches(_interleaved(streams, taken, done), BATCH_ROWS):
-        report.kept += len(batch)
-        if count_tokens is not None:
-            for row, length in zip(batch, count_tokens([row for _, row in batch]), strict=True):
-                done[row[0]]["tokens"] += int(length)
-        yield [row for _, row in batch]
+    tokens = dict.fromkeys(sources, 0)
+    for batch in batches(_interleaved(streams, taken), BATCH_ROWS):
+        rows = [row["row"] for row in batch]
+        for entry, length in zip(batch, lengths(rows), strict=True):
+            tokens[entry["source"]] += length
+        report.kept += len(rows)
+        yield rows
     report.seen += sum(len(s.table) for s in sources.values())
-    report.figures["mixture"] = _achieved(sources, done, count_tokens is not None)
+    all_rows, all_tokens = max(1, sum(taken.values())), max(1, sum(tokens.values()))
+    report.figures["mixture"] = {
+        name: {
+            "rows": taken[name],
+            "rows_share": round(taken[name] / all_rows, 4),
+            "available": len(source.table),
+            "tokens": tokens[name],
+            "tokens_share": round(tokens[name] / all_tokens, 4),
+            "weight": source.weight,
+            "replay": source.replay,
+        }
+        for name, source in sources.items()
+    }
     for name, source in sources.items():
-        if left := len(source.table) - done[name]["rows"]:
+        if left := len(source.table) - taken[name]:
             report.dropped[f"not needed for the mixture: {name}"] += left
 
 
-def _check(sources: Mapping[str, Source], replay_share: float, unit: str, count_tokens: Count | None) -> None:
-    if unit not in ("rows", "tokens") or (unit == "tokens" and count_tokens is None):
-        raise TunebookError(
-            f"The unit of the mixture is {unit!r}; it takes 'rows', or 'tokens' together with count_tokens."
+def table(mixture: Mapping[str, Mapping[str, Any]]) -> Html:
+    """What `mix` made of every source."""
+    lines = []
+    for name, one in mixture.items():
+        rows, tokens = percent(one["rows_share"]), percent(one["tokens_share"])
+        lines.append((name, f"{one['available']:,}", f"{one['rows']:,}", rows, f"{one['tokens']:,}", tokens))
+    return shown(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens"))
+
+
+def _check(sources: Mapping[str, Source], replay_share: float, unit: str) -> None:
+    own = {name: source for name, source in sources.items() if not source.replay}
+    unweighted = [name for name, source in own.items() if source.weight is None]
+    wrong = [name for name, s in sources.items() if s.weight is not None and not 0 <= s.weight < math.inf]
+    problem = ""
+    if unit not in ("rows", "tokens"):
+        problem = f"mix_unit is {unit!r}; it takes 'rows' or 'tokens'."
+    elif not 0 <= replay_share < 1:
+        problem = f"replay_share is {replay_share!r}; it takes a number from 0 up to, but not including, 1."
+    elif wrong:
+        problem = f"The weight of {wrong[0]!r} is {sources[wrong[0]].weight!r}; it takes a number of 0 or more."
+    elif unweighted and len(unweighted) < len(own):
+        problem = f"Some sources have a weight and {', '.join(unweighted)} has none; give every source one, or none."
+    elif replay_share and not any(s.replay and len(s.table) for s in sources.values()):
+        problem = (
+            f"replay_share is {replay_share:g}, but there is no replay data; name a replay_dataset, or set it to 0."
         )
-    if not 0 <= replay_share < 1:
-        raise TunebookError(f"replay_share is {replay_share!r}; it takes a number from 0 up to, but not including, 1.")
-    for name, source in sources.items():
-        if source.weight is not None and not (source.weight >= 0 and math.isfinite(source.weight)):
-            raise TunebookError(f"The weight of {name!r} is {source.weight!r}; it takes a number of 0 or more.")
-    if len({s.weight is None for s in sources.values() if not s.replay}) > 1:
-        missing = ", ".join(name for name, s in sources.items() if s.weight is None and not s.replay)
-        raise TunebookError(f"Some sources have a weight and {missing} has none; give every source one, or none.")
-    if replay_share and not any(s.replay and len(s.table) for s in sources.values()):
-        raise TunebookError(
-            f"replay_share is {replay_share:g}, but there is no replay data; name a source of general text, or set it to 0."
-        )
-    if not any(len(s.table) for s in sources.values() if not s.replay):
-        raise TunebookError("There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl.")
+    elif not any(len(s.table) for s in own.values()):
+        problem = "There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl."
+    if problem:
+        raise TunebookError(problem)
 
 
 def _plan(sources: Mapping[str, Source], amounts: dict[str, float], replay_share: float) -> dict[str, float]:
     """How much of every source, in the unit of the mixture."""
     own = {name: s for name, s in sources.items() if not s.replay}
-    replay = [name for name in sources if name not in own]
-    planned = dict.fromkeys(sources, 0.0)
-    if all(s.weight is None for s in own.values()):
-        planned |= {name: amounts[name] for name in own}
-    else:
+    planned = {name: 0.0 if s.replay else amounts[name] for name, s in sources.items()}
+    if any(s.weight is not None for s in own.values()):
         total = min((amounts[name] / s.weight for name, s in own.items() if s.weight), default=0.0)
         if total == 0:
             empty = ", ".join(name for name, s in own.items() if s.weight and not amounts[name]) or "every weight is 0"
             raise TunebookError(
                 f"The mixture cannot be made: {empty} has no row left; set its weight to 0 or mend the source."
             )
-        planned |= {name: s.weight * total for name, s in own.items()}
+        planned |= {name: (s.weight or 0.0) * total for name, s in own.items()}
     if replay_share:
         wanted = sum(planned.values()) * replay_share / (1 - replay_share)
-        have = sum(amounts[name] for name in replay)
-        planned |= {name: amounts[name] * min(1.0, wanted / have) for name in replay}
-        if wanted > have:  # rather less of the rest than another share than the one asked for
-            shrink = have / wanted
-            planned |= {name: planned[name] * shrink for name in own}
+        have = sum(amounts[name] for name, s in sources.items() if s.replay)
+        shrink = min(1.0, have / wanted)  # rather less of the rest than another share than the one asked for
+        planned = {name: amount * shrink for name, amount in planned.items()}
+        planned |= {name: amounts[name] * min(1.0, wanted / have) for name, s in sources.items() if s.replay}
     return planned
 
 
@@ -122,55 +156,32 @@ def _chosen(table: Table, rows: int, seed: int) -> Iterator[Row]:
     if rows >= len(table):
         yield from table.rows()
         return
-    ids = np.fromiter((int(row["id"], 16) for row in table.rows()), np.uint64, len(table))
+    ids = np.fromiter((int(row_id, 16) for row_id, _ in table.ids_and_sources()), np.uint64, len(table))
     ranks = spread(ids ^ spread(np.full(1, seed, np.uint64)))
-    # Equal rows have equal ranks: their place decides between them.
-    keep = np.zeros(len(table), bool)
-    keep[np.argsort(ranks, kind="stable")[:rows]] = True
+    keep: np.ndarray = np.zeros(len(table), bool)
+    keep[np.argsort(ranks, kind="stable")[:rows]] = True  # equal rows have equal ranks: their place decides
     for row, wanted in zip(table.rows(), keep.tolist(), strict=True):
         if wanted:
             yield row
 
 
-def _interleaved(
-    streams: dict[str, Iterator[Row]], taken: dict[str, int], done: dict[str, dict]
-) -> Iterator[tuple[str, Row]]:
-    """Row after row from the source that lags furthest behind its share."""
-    import heapq
-
+def _interleaved(streams: dict[str, Iterator[Row]], taken: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """{"source", "row"}, row after row from the source that lags furthest behind its share."""
     queue = [(0.5 / taken[name], order, name) for order, name in enumerate(streams)]
     heapq.heapify(queue)
     while queue:
         at, order, name = heapq.heappop(queue)
         row = next(streams[name], None)
-        if row is None:
-            continue
-        done[name]["rows"] += 1
-        heapq.heappush(queue, (at + 1 / taken[name], order, name))
-        yield name, row
+        if row is not None:
+            heapq.heappush(queue, (at + 1 / taken[name], order, name))
+            yield {"source": name, "row": row}
 
 
-def _tokens_per_row(table: Table, count_tokens: Count) -> float:
+def _tokens_per_row(table: Table, lengths: Count) -> float:
     total = rows = 0
     for batch in table:
-        total += sum(count_tokens(batch))
+        total += sum(lengths(batch))
         rows += len(batch)
         if rows >= PROBE_ROWS:
             break
     return max(total / rows, 1e-9) if rows else 1.0
-
-
-def _achieved(sources: Mapping[str, Source], done: dict[str, dict], with_tokens: bool) -> dict[str, dict]:
-    rows = sum(d["rows"] for d in done.values())
-    tokens = sum(d["tokens"] for d in done.values())
-    result = {}
-    for name, source in sources.items():
-        entry = {
-            "rows": done[name]["rows"],
-            "rows_share": round(done[name]["rows"] / max(rows, 1), 4),
-            "available": len(source.table),
-        }
-        if with_tokens:
-            entry |= {"tokens": done[name]["tokens"], "tokens_share": round(done[name]["tokens"] / max(tokens, 1), 4)}
-        result[name] = entry | {"weight": source.weight, "replay": source.replay}
-    return result

@@ -1,331 +1,345 @@
-"""Notebook 01 in order: read, clean, split, render, write. One `Job` holds what the steps hand on to each other.
+"""Notebook 01 in order: read, clean, split, render, write. Each step computes from what the steps before it left.
 
-    job = Job(stage)
+    job = prepare.open(params)
     job.read();  job.generate();  job.clean();  job.mix();  job.split()
-    job.template();  job.vocabulary();  job.encode();  job.pairs();  job.report();  job.finish()
+    job.template();  job.vocabulary();  job.encode();  job.lengths();  job.pairs();  job.finish()
 
-Each step shows what it did when it ends a cell. Rows move in batches and lie on disk when there are many, so that memory
-stays flat from a hundred rows to a million.
+Each step returns what its cell shows, and replaces its own output where it has to be run again. Rows move in batches
+and lie on disk when there are many, so that memory stays flat from a hundred rows to a million.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from helpers import machine, plots, runs
+from helpers.cache import Answers
+from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, vocabulary
+from helpers.data.chat_template import Template, inspect
+from helpers.data.shingles import text_hash
+from helpers.data.split import pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
-from helpers.data.turns import Row, make_row
-from helpers.display import Html, table
+from helpers.data.turns import Row, answer_of, make_row, text_of
+from helpers.display import Html, save_figure, shown
 from helpers.errors import TunebookError
+from helpers.model import loading
+from helpers.params import DataParams
+from helpers.steps import Job as StageJob
+from helpers.steps import look, step
 
 COMPANIONS = ("test_dataset", "preference_dataset", "database")
 
 
-class Job:
-    """One data preparation: its parameters, its folder, what was lost, and the tables between the steps."""
+def open(params: DataParams) -> Job:
+    """The data stage of the run `params.run`; nothing is written before its first step."""
+    return Job(runs.stage("data", params))
 
-    def __init__(self, stage: Any):
-        self.stage, self.params, self.path = stage, stage.params, Path(stage.path)
+
+class Job(StageJob):
+    """One data preparation. rejects and reports count what each step lost; figures holds what the pages show."""
+
+    def __init__(self, stage: runs.Stage) -> None:
+        super().__init__(stage)
+        self.params, self.path = cast(DataParams, stage.params), Path(stage.path)
         self.rejects = Rejects(self.path / "rejected.jsonl", self.params.reject_limit)
-        self.steps: list[StepReport] = []
         self.figures: dict[str, Any] = {}
-        self.made_pairs: Table | None = None
-        self._tokenizer: Any = None
-        self._template: Any = None
-        self.chosen = self._companions()
+        self._reports: dict[str, list[StepReport]] = {}
+        self.chosen = {name: getattr(self.params, name) for name in COMPANIONS}
+        embedded = DataParams()
+        if embedded.dataset not in [part.strip() for part in self.params.dataset.split(",")]:
+            foreign = [name for name in COMPANIONS if self.chosen[name] == getattr(embedded, name) != ""]
+            self.chosen |= dict.fromkeys(foreign, "")
+            if foreign:
+                print(f"{', '.join(foreign)} belong to the embedded data, not to {self.params.dataset}: left out.")
 
-    def _companions(self) -> dict[str, str]:
-        """The sets beside the training data. The embedded ones belong to the embedded data and are left out with any other."""
-        from helpers.params import find
+    @functools.cached_property
+    def source(self) -> loading.ModelSource:
+        """The model's files."""
+        return loading.resolve_model(self.params.model)
 
-        own = find("data", "dataset").default in [part.strip() for part in self.params.dataset.split(",")]
-        chosen = {name: getattr(self.params, name) for name in COMPANIONS}
-        foreign = [
-            name for name in COMPANIONS if not own and chosen[name] and chosen[name] == find("data", name).default
-        ]
-        if foreign:
-            print(f"{', '.join(foreign)} belong to the embedded data, not to {self.params.dataset}: left out.")
-        return {name: "" if name in foreign else value for name, value in chosen.items()}
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, with the tokens that are added to it."""
+        tokenizer = loading.load_tokenizer(self.source)
+        vocabulary.add_tokens(None, tokenizer, self.params.add_tokens)
+        return tokenizer
 
-    # ------------------------------------------------------------ read
+    @property
+    def steps(self) -> list[StepReport]:
+        """What every cleaning step did, in order."""
+        return [report for reports in self._reports.values() for report in reports]
 
-    def read(self) -> Any:
+    def _begin(self, step: str) -> None:
+        """What the step counted in an earlier attempt is counted anew."""
+        self.rejects.begin(step)
+        self._reports[step] = []
+
+    def report_of(self, step: str, *name: str) -> StepReport:
+        """A new account of what is done to rows within a step."""
+        self._reports[step].append(StepReport("".join(name), rejects=self.rejects))
+        return self._reports[step][-1]
+
+    # ------------------------------------------------------------ read and generate
+
+    @step
+    def read(self) -> sources.Reading:
         """Read every named set; rows that cannot be used are in rejected.jsonl, counted."""
+        self._begin("read")
         self.database()
-        self.training = self._reading(self.params.dataset, self.params.format, self.params.columns)
-        self.tests = self._reading(self.chosen["test_dataset"]) if self.chosen["test_dataset"] else None
-        self.preferences = (
-            self._reading(self.chosen["preference_dataset"]) if self.chosen["preference_dataset"] else None
-        )
-        self._check_preferences()
-        self.replay = self._reading(self.params.replay_dataset) if self.params.replay_dataset else None
-        everything = [reading for reading in (self.training, self.tests, self.preferences, self.replay) if reading]
-        self.sources = [report for reading in everything for report in reading.reports]
-        return type(self.training)(self.training.table, self.sources)
+        self.training = self._read(self.params.dataset, self.params.format, self.params.columns)
+        self.tests = self._read(self.chosen["test_dataset"])
+        self.preferences = self._read(self.chosen["preference_dataset"])
+        self.replay = self._read(self.params.replay_dataset)
+        for row in self.preferences.table.rows():
+            if row["kind"] != "preference":
+                raise TunebookError(
+                    f"preference_dataset has a row of another kind ({row['file']}, row {row['row']}: {row['kind']}); "
+                    "every row needs a prompt, a chosen and a rejected answer."
+                )
+        readings = (self.training, self.tests, self.preferences, self.replay)
+        self.sources = [report for reading in readings for report in reading.reports]
+        self.training_rows, self.made_pairs = self.training.table, Table().close()
+        return sources.Reading(self.training.table, self.sources)
 
-    def _reading(self, spec: str, format: str = "auto", columns: str = "") -> Any:
-        from helpers.data.sources import read
-
+    def _read(self, spec: str, format: str = "auto", columns: str = "") -> sources.Reading:
         p = self.params
-        documents = {
-            "tokenizer": lambda: self.tokenizer,
+        if not spec:
+            return sources.Reading(Table().close(), [])
+        cut: dict[str, Any] = {
             "tokens": p.chunk_tokens,
             "overlap": p.chunk_overlap,
             "least_chars": p.min_document_chars,
         }
-        return read(
-            spec,
-            self.rejects,
-            format=format,
-            info=p.dataset_info,
-            columns=columns,
-            unanswerable=p.unanswerable,
-            documents=documents,
-        )
+        cut["tokenizer"] = lambda: self.tokenizer
+        options = {"format": format, "columns": columns, "info": p.dataset_info, "unanswerable": p.unanswerable}
+        return sources.read(spec, self.rejects, documents=cut, **options)
 
-    def _check_preferences(self) -> None:
-        if self.preferences and (
-            other := next((row for row in self.preferences.table.rows() if row["kind"] != "preference"), None)
-        ):
-            raise TunebookError(
-                f"preference_dataset has a row of another kind ({other['file']}, row {other['row']}: {other['kind']}); "
-                "every row needs a prompt, a chosen and a rejected answer."
+    @step
+    def generate(self) -> Html:
+        """Rows from a model behind an endpoint, and preference pairs from queries that were run, where asked for."""
+        self._begin("generate")
+        made = []
+        if self.params.synthetic != "none":
+            made.append(self._synthetic())
+        if self.params.sql_negatives:
+            database = self.database()
+            if database is None:
+                raise TunebookError("sql_negatives needs a database to run the queries on; name a SQLite file.")
+            questions = Table.collect(_of_kind(("sft",), self.training.table))
+            report = self.report_of("generate", "pairs by running mistaken queries")
+            self.made_pairs = Table.collect(
+                sql_pairs.reject_queries(questions, report, database, seed=self.params.seed)
             )
+            of = f"{len(questions):,} questions"
+            made.append(("pairs with a query that answers wrongly", f"{len(self.made_pairs):,}", of))
+        none = [("No synthetic data was asked for (synthetic, sql_negatives).", "", "")]
+        return shown(made or none, ("made", "rows", "of") if made else ())
 
-    # ------------------------------------------------------------ clean
+    def _synthetic(self) -> tuple[str, str, str]:
+        kind = self.params.synthetic
+        documents = Table.collect(_of_kind(("text",), self.training.table))
+        report = self.report_of("generate", f"synthetic {kind}")
+        rows = synthetic.generate(self.params, documents, report, Answers(self.path / "work", "synthetic"))
+        self.rejects.check_rows_left(rows, f"the synthetic {kind}")
+        if kind == "questions":
+            others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
+            self.training_rows = Table.collect(chain(others, rows))
+        else:
+            self.made_pairs = rows
+        return f"synthetic {kind}", f"{len(rows):,}", f"{len(documents):,} pieces of text"
 
+    # ------------------------------------------------------------ clean, mix, split
+
+    @step
     def clean(self) -> Html:
-        """Run the cleaning steps that the parameters ask for on all rows that will be trained on: training, pairs, KTO, replay."""
-        from helpers.data.cleaning import run
+        """The cleaning steps that the parameters ask for, on all that is trained on: rows, pairs, KTO rows, replay."""
+        self._begin("clean")
+        answers = Answers(self.path / "work", "toxicity") if self.params.toxicity.startswith("http") else None
+        tests = self.tests.table if len(self.tests.table) else None
 
-        evaluation = self.tests.table if self.tests else None
-        self.rows = run(self._for_training(self.training.table), self.params, self, evaluation)
+        def cleaned(rows: Iterable[list[Row]], label: str = "") -> Table:
+            table = rows if isinstance(rows, Table) else Table.collect(rows)
+            if not len(table):
+                return table
+            account, measure = functools.partial(self.report_of, "clean", label), not label
+            return cleaning.run(table, self.params, account, tests, lambda: self.tokenizer, answers, measure)
+
+        self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)
-
-        def cleaned(found: Iterable[list[Row]], label: str) -> Table:
-            table = Table.collect(found)
-            return run(table, self.params, self, evaluation, label) if len(table) else table
-
-        self.pair_rows = cleaned(self._found("preference"), "pairs: ")
-        self.kto_rows = cleaned(self._found("kto"), "kto: ")
-        replay = self.replay.table if self.replay else []
-        self.replay_rows = cleaned(
-            ([row for row in batch if row["kind"] in ("sft", "text")] for batch in replay), "replay: "
-        )
+        found = (self.training_rows, self.preferences.table, self.made_pairs)
+        self.pair_rows = cleaned((batch for table in found for batch in _of_kind(("preference",), table)), "pairs: ")
+        self.kto_rows = cleaned(_of_kind(("kto",), self.training_rows), "kto: ")
+        self.replay_rows = cleaned(_of_kind(("sft", "text"), self.replay.table), "replay: ")
+        self.mixed = self.rows
         return self.show_steps()
 
-    def generate(self) -> Html:
-        """Rows from a model behind an endpoint and preference pairs from run queries, where the parameters ask for them."""
-        from helpers.data import blend
-
-        return blend.generate(self)
-
-    def mix(self) -> Html:
-        """The mixture of the sources: weights, caps and replay; without them, every row, sources interleaved."""
-        from helpers.data import blend
-
-        return blend.mix_sources(self)
-
-    def vocabulary(self) -> Html:
-        """Tokens per character of the data, beside a second tokenizer, and words that would be worth a token."""
-        from helpers.data import blend
-
-        return blend.vocabulary(self)
-
-    def _for_training(self, rows: Table) -> Table:
+    def _for_training(self) -> Iterable[list[Row]]:
         """Rows that answers are learnt from: a pair gives its chosen answer, a KTO row its good one."""
-        if all(kind in ("sft", "text") for report in self.training.reports for kind in report.kinds):
-            return rows
-        report = self._step("rows for training")
+        kinds = {kind for report in self.training.reports for kind in report.kinds}
+        if kinds <= {"sft", "text"}:
+            return self.training_rows
+        report = self.report_of("clean", "rows for training")
+        bad = "bad answers, kept for kto.parquet only"
 
         def usable() -> Iterator[list[Row]]:
-            for batch in rows:
-                kept = []
+            for batch in self.training_rows:
                 report.seen += len(batch)
-                for row in batch:
-                    if row["kind"] == "kto" and not row["label"]:
-                        report.figures["bad answers, kept for kto.parquet only"] = (
-                            report.figures.get("bad answers, kept for kto.parquet only", 0) + 1
-                        )
-                    elif row["kind"] in ("preference", "kto"):
-                        kept.append(
-                            make_row(
-                                "sft",
-                                row["messages"] + row.get("chosen", []),
-                                source=row["source"],
-                                file=row["file"],
-                                row=row["row"],
-                                tools=row.get("tools"),
-                                meta=row["meta"],
-                            )
-                        )
-                    else:
-                        kept.append(row)
+                kept = [row for row in batch if row["kind"] != "kto" or row["label"]]
+                if len(kept) < len(batch):
+                    report.figures[bad] = report.figures.get(bad, 0) + len(batch) - len(kept)
                 report.kept += len(kept)
-                yield kept
+                yield [_as_sft(row) if row["kind"] in ("preference", "kto") else row for row in kept]
 
-        return Table.collect(usable())
-
-    def _found(self, kind: str) -> Iterator[list[Row]]:
-        found_in = [reading.table for reading in (self.training, self.preferences) if reading]
-        for rows in [*found_in, *([self.made_pairs] if self.made_pairs is not None else [])]:
-            for batch in rows:
-                if found := [row for row in batch if row["kind"] == kind]:
-                    yield found
-
-    def _step(self, name: str) -> StepReport:
-        self.steps.append(StepReport(name, rejects=self.rejects))
-        return self.steps[-1]
+        return usable()
 
     def show_steps(self) -> Html:
-        def example(step: StepReport) -> str:
-            found = next(iter(step.examples.values()), None)
-            return (
-                "" if found is None else str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140]
-            )
+        """What each cleaning step did, with one example."""
+        lines = []
+        for one in self.steps:
+            found = next(iter(one.examples.values()), {})
+            example = str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140] if found else ""
+            removed = ", ".join(f"{reason}: {count:,}" for reason, count in one.dropped.items())
+            counts = (f"{one.seen:,}", f"{one.kept:,}", f"{one.changed:,}" if one.changed else "")
+            lines.append((one.step, *counts, removed, example))
+        return shown(lines, ("step", "rows in", "rows out", "changed", "removed", "example"))
 
-        lines = [
-            (
-                s.step,
-                f"{s.seen:,}",
-                f"{s.kept:,}",
-                f"{s.changed:,}" if s.changed else "",
-                ", ".join(f"{reason}: {n:,}" for reason, n in s.dropped.items()),
-                example(s),
-            )
-            for s in self.steps
-        ]
-        return Html(
-            table(lines, ("step", "rows in", "rows out", "changed", "removed", "example")),
-            "\n".join(f"{l[0]}: {l[1]} → {l[2]} {l[4]}" for l in lines),
-        )
+    @step
+    def mix(self) -> Html:
+        """The mixture of the sources: weights, caps and replay; without them, every row, sources interleaved."""
+        self._begin("mix")
+        p = self.params
+        names = list(dict.fromkeys(source for _, source in self.rows.ids_and_sources()))
+        weights, caps = mixing.numbers("weights", p.weights, names), mixing.numbers("caps", p.caps, names)
+        if len(names) == 1 and not caps and not p.replay_dataset:
+            return shown([(f"One source with {len(self.rows):,} rows; nothing to mix.",)])
+        parts = {name: Table() for name in names}
+        for batch in self.rows:
+            for name in names:
+                parts[name].append([row for row in batch if row["source"] == name])
+        given = {
+            name: mixing.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0)))
+            for name, part in parts.items()
+        }
+        if p.replay_dataset:
+            replay = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in self.replay_rows)
+            given["replay"] = mixing.Source(Table.collect(replay), replay=True)
 
-    # ------------------------------------------------------------ split
+        def lengths(rows: list[Row]) -> list[int]:
+            return [len(ids) for ids in vocabulary.token_ids(self.tokenizer, [text_of(row) for row in rows])]
 
+        report = self.report_of("mix", "mixture")
+        self.mixed = Table.collect(mixing.mix(given, report, p.replay_share, p.mix_unit, lengths, seed=p.seed))
+        for reason, count in report.dropped.items():
+            self.rejects.removed[reason] += count
+            self.rejects.first[reason] = {"file": "", "row": 0, "detail": "left out by weights, caps or replay_share"}
+        return mixing.table(report.figures["mixture"])
+
+    @step
     def split(self) -> Html:
         """Train, eval and test rows by content hash; near-duplicates and groups stay on one side."""
-        from helpers.data.dedup import near_duplicate_groups
-        from helpers.data.split import pairs_of, split
-
-        p = self.params
-        together: Iterable[tuple[str, str]] = ()
+        self._begin("split")
+        p, together = self.params, []
         if not p.near_duplicates:  # they were kept, so they must not be parted
-            together = pairs_of(self.rows, near_duplicate_groups(self.rows))
-        self.splits = split(self.rows, p.eval_share, 0.0 if self.tests else p.test_share, p.group_by, together)
-        if self.tests:
-            self.splits["test"] = self.tests.table
+            together = pairs_of(self.mixed, dedup.near_duplicate_groups(self.mixed))
+        given = self.tests.table if len(self.tests.table) else None
+        self.splits = split(self.mixed, p.eval_share, 0.0 if given else p.test_share, p.group_by, together)
+        if given is not None:
+            self.splits["test"] = given
         self.rejects.check_rows_left(self.splits["train"], f"the training split of {p.dataset}")
-        if not self.tests and len(self.splits["test"]):
-            self.pair_rows, self.kto_rows = map(self._without_test_questions, (self.pair_rows, self.kto_rows))
-        grouped = p.group_by if any(p.group_by in row["meta"] for row in self.pair_rows.rows()) else ""
-        self.pair_splits = split(self.pair_rows, p.preference_eval_share, 0.0, grouped)
+        pairs, self.kto_split = self.pair_rows, self.kto_rows
+        if given is None and len(self.splits["test"]):
+            pairs, self.kto_split = self._not_asked(pairs, "pairs"), self._not_asked(self.kto_rows, "kto")
+        grouped = p.group_by if any(p.group_by in row["meta"] for row in pairs.rows()) else ""
+        self.pair_splits = split(pairs, p.preference_eval_share, 0.0, grouped)
         self.figures["splits"] = {name: len(part) for name, part in self.splits.items()}
         self.figures["preference_splits"] = {name: len(self.pair_splits[name]) for name in ("train", "eval")}
         sizes = [(name, f"{len(part):,}") for name, part in self.splits.items()]
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
-        return Html(table(sizes, ("split", "rows")), ", ".join(f"{name} {count}" for name, count in sizes))
+        if len(pairs) and not len(self.pair_splits["eval"]):
+            sizes.append(
+                ("note", f"none of {len(pairs):,} pairs is held out (preference_eval_share {p.preference_eval_share})")
+            )
+        return shown(sizes, ("split", "rows"))
 
-    def _without_test_questions(self, rows: Table) -> Table:
+    def _not_asked(self, rows: Table, label: str) -> Table:
         """Pairs and KTO rows whose question landed in the test split must not be trained on either."""
-        from helpers.data.shingles import text_hash
-
         if not len(rows):
             return rows
-        report = self._step(f"{'kto' if rows is self.kto_rows else 'pairs'}: question in the test split")
 
-        def named(messages: list[dict]) -> int:
-            return text_hash(json.dumps(messages, sort_keys=True))
+        def question(row: Row) -> int:
+            asked = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
+            return text_hash(json.dumps(asked, sort_keys=True))
 
-        asked = {named(row["messages"][:-1]) for row in self.splits["test"].rows()}
+        held = {question(row) for row in self.splits["test"].rows()}
 
-        def others() -> Iterator[list[Row]]:
-            for batch in rows:
-                kept = []
-                report.seen += len(batch)
-                for row in batch:
-                    question = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
-                    if named(question) in asked:
-                        report.drop(row, "its question is in the test split")
-                    else:
-                        kept.append(row)
-                report.kept += len(kept)
-                yield kept
+        def judge(batch: list[Row]) -> Iterator[tuple[str, str] | None]:
+            return (("its question is in the test split", "") if question(row) in held else None for row in batch)
 
-        return Table.collect(others())
+        report = self.report_of("split", f"{label}: question in the test split")
+        return Table.collect(report.sift(rows, judge))
 
-    # ------------------------------------------------------------ render
+    # ------------------------------------------------------------ render and write
 
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            from helpers.model.loading import load_tokenizer, resolve_model
-
-            self.source = resolve_model(self.params.model)
-            self._tokenizer = load_tokenizer(self.source)
-            if self.params.add_tokens:
-                from helpers.data.vocabulary import add_tokens
-
-                add_tokens(None, self._tokenizer, self.params.add_tokens)
-        return self._tokenizer
-
-    def template(self) -> Any:
+    @look
+    def template(self) -> Template:
         """What the model's chat template does: its end of turn, what it adds, what it cannot show."""
-        from helpers.data.chat_template import inspect
+        return inspect(self.tokenizer)
 
-        if self._template is None:
-            self._template = inspect(self.tokenizer)
-        return self._template
+    @step
+    def vocabulary(self) -> Html:
+        """Tokens per character of the data, beside a second tokenizer where one is named."""
+        names = (self.params.model, self.params.compare_tokenizer)
+        other = None
+        if self.params.compare_tokenizer:
+            other = loading.load_tokenizer(loading.resolve_model(self.params.compare_tokenizer))
+        texts = (
+            "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
+            for row in self.mixed.rows()
+        )
+        found = vocabulary.report(self.tokenizer, texts, other)
+        for name, figures in zip(names, found.values(), strict=False):
+            if figures is not None:
+                figures["name"] = name
+        self.figures["vocabulary"] = found
+        header, rows = vocabulary.table(found)
+        return shown(rows, header)
 
+    @step
     def encode(self) -> Html:
-        """Render and tokenise every split, mask what is not trained, fit it to max_length, and write the parquet files."""
-        from helpers.data import encode as encoding
+        """Render and tokenise every split, mask what is not trained, fit it to max_length, write the parquet files."""
+        self._begin("encode")
+        self.encoded = encode.splits(self.splits, self.kto_split, self.template(), self.params, self.path, self.rejects)
+        return encode.summary(self.encoded)
 
-        self.encoded = encoding.encode_splits(self)
-        return encoding.summary(self.encoded)
-
+    @step
     def lengths(self) -> Any:
         """The histogram of lengths, with max_length and the proposal, saved as lengths.png."""
-        from helpers import plots
-        from helpers.display import save_figure
-
         found = self.encoded["lengths"]
-        figure = plots.lengths(
-            self.encoded["histogram"], self.encoded["max_length"], found["over"], found["proposed_max_length"]
-        )
+        limits = (found["max_length"], found["over"], found["proposed_max_length"])
+        figure = plots.lengths(self.encoded["histogram"], *limits)
         save_figure(self.stage, figure, "lengths.png")
         return figure
 
-    def preview(self, rows: int = 6) -> Any:
-        """Real rows as the model will see them, trained tokens in colour; the whole page is saved as preview.html."""
-        from helpers.report import data_preview
-
-        return data_preview.write(self, rows)
-
+    @step
     def pairs(self) -> Html:
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
-        from helpers.data import encode as encoding
-
-        return encoding.encode_pairs(self)
+        self._begin("pairs")
+        limit = self.encoded["max_length"]
+        written, over = encode.pairs(self.pair_splits, self.template(), limit, self.path, self.rejects)
+        self.encoded["written"] |= written
+        lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
+        return shown([*lines, ("over max_length", f"{over:,}")], ("file", "pairs"))
 
     # ------------------------------------------------------------ finish
 
-    def report(self) -> Any:
-        """Write report.html and the data card README.md."""
-        from helpers.report import data_card, data_report
-
-        self._copy_database()
-        self.rejects.close()
-        data_card.write(self)
-        return data_report.write(self)
-
     def database(self) -> Path | None:
-        """The SQLite file that goes with the data; None when there is none. Raises TunebookError for a missing or foreign file."""
-        from helpers import machine
-
+        """The SQLite file that goes with the data; None when there is none. Raises TunebookError for any other file."""
         name = self.chosen["database"]
         if not name:
             return None
@@ -335,21 +349,16 @@ class Job:
         with found.open("rb") as file:
             if file.read(16) != b"SQLite format 3\x00":
                 raise TunebookError(
-                    f"{name} is no SQLite database; name a file that sqlite3 opens, or leave the parameter empty."
+                    f"database is {name}, which is not a SQLite file; name one that sqlite3 opens, or leave it empty."
                 )
         return found
 
-    def _copy_database(self) -> None:
-        if (found := self.database()) is not None:
-            partial = self.path / ".database.sqlite.partial"
-            shutil.copyfile(found, partial)
-            partial.replace(self.path / "database.sqlite")
-
     def metrics(self) -> dict[str, Any]:
         """What the manifest and the report say about the job, as plain JSON."""
-        tokens = sum(part.get("tokens", 0) for part in self.encoded["splits"].values())
-        trained = sum(part.get("trained_tokens", 0) for part in self.encoded["splits"].values())
-        return {
+        splits = self.encoded["splits"].values()
+        tokens, trained = (sum(part.get(name, 0) for part in splits) for name in ("tokens", "trained_tokens"))
+        reports = [{k: v for k, v in report.as_dict().items() if k != "examples"} for report in self.steps]
+        found = {
             "rows": self.figures["splits"],
             "preference_rows": self.figures["preference_splits"],
             "written": self.encoded["written"],
@@ -358,22 +367,36 @@ class Job:
             "trained_share": trained / max(1, tokens),
             "lengths": self.encoded["lengths"],
             "rejected": self.rejects.as_dict(),
-            "steps": [{k: v for k, v in step.as_dict().items() if k != "examples"} for step in self.steps],
-            "notes": dict(Counter(self.encoded["notes"])),
+            "steps": reports,
+            "notes": self.encoded["notes"],
             "cache": self.encoded["cache"],
-            **{k: v for k, v in self.figures.items() if "splits" not in k},
+            **{name: value for name, value in self.figures.items() if "splits" not in name},
         }
+        return json.loads(json.dumps(found, default=float))
 
-    def finish(self) -> Any:
+    @step
+    def finish(self) -> runs.Manifest:
         """Write the manifest: from here on the later notebooks accept this folder."""
-        from helpers.model.loading import template_hash, tokenizer_hash
-
         self.rejects.close()
-        metrics = json.loads(json.dumps(self.metrics(), default=float))
+        if (found := self.database()) is not None:
+            partial = self.path / ".database.sqlite.partial"
+            shutil.copyfile(found, partial)
+            partial.replace(self.path / "database.sqlite")
         return self.stage.finish(
-            metrics,
-            template_hash=template_hash(self.tokenizer),
-            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            self.metrics(),
+            template_hash=loading.template_hash(self.tokenizer),
+            tokenizer_hash=loading.tokenizer_hash(self.tokenizer),
             model=self.source.as_dict(),
             extra={"data_hash": self.encoded["data_hash"]},
         )
+
+
+def _of_kind(kinds: tuple[str, ...], table: Table) -> Iterator[list[Row]]:
+    for batch in table:
+        if found := [row for row in batch if row["kind"] in kinds]:
+            yield found
+
+
+def _as_sft(row: Row) -> Row:
+    places = {name: row[name] for name in ("source", "file", "row", "meta")}
+    return make_row("sft", row["messages"] + row.get("chosen", []), tools=row.get("tools"), **places)

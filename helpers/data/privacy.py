@@ -1,4 +1,4 @@
-"""Personal data that has a form (e-mail, phone, card, bank account, address of a computer), found and masked.
+"""Personal data that has a form (e-mail, phone, card, bank account, IP address), found and masked.
 
 presidio's recognisers are used one by one, without its analyzer engine: no language model, no network. What has no
 form is not found, and the report says so: see NOT_FOUND.
@@ -18,9 +18,8 @@ from helpers.errors import TunebookError
 
 NOT_FOUND = (
     "names of people and companies, postal addresses, dates of birth, passport, licence and tax numbers, user names, "
-    "passwords and keys, phone numbers outside the regions asked for or without separators and a word such as 'phone' before "
-    "them, anything spelled out in words, "
-    "and whatever stands in tool definitions or tool calls"
+    "passwords and keys, phone numbers outside the regions asked for or without separators and a word such as 'phone' "
+    "before them, anything spelled out in words, and whatever stands in tool definitions or tool calls"
 )
 # A text without the trigger cannot hold the entity; the look costs a hundredth of a recogniser.
 TRIGGERS = {
@@ -32,48 +31,44 @@ TRIGGERS = {
     "US_SSN": re.compile(r"\d{3}[- .]\d{2}[- .]\d{4}"),
     "CRYPTO": re.compile(r"\b(?:bc1|[13])[a-zA-HJ-NP-Z0-9]{25}"),
 }
-ENTITIES = tuple(TRIGGERS)
-REGIONS = "US,GB,DE,FR,CN,IN,BR,IL"
+REGIONS = ("US", "GB", "DE", "FR", "CN", "IN", "BR", "IL")  # whose phone numbers are known without a country code
 MIN_SCORE = 0.4
 PIECE_CHARS = 4_000  # longer lines are searched piece by piece: some of the patterns are quadratic
+LOCAL_PART = re.compile(r"[!-~\u00c0-\u024f]+@")
+PHONE_WORD = re.compile(
+    r"phone|tel\b|tel[.:]|call|mobil|cell|fax|sms|whatsapp|handy|dial|text me|电话|手机|致电|联系", re.IGNORECASE
+)
 
 
 def mask_personal_data(
-    rows: Iterable[list[Row]],
-    report: StepReport,
-    entities: str | Iterable[str] = ENTITIES,
-    action: str = "mask",
-    regions: str = REGIONS,
+    rows: Iterable[list[Row]], report: StepReport, entities: Iterable[str] = tuple(TRIGGERS), action: str = "mask"
 ) -> Iterator[list[Row]]:
     """Replace personal data in every message by its kind, such as <EMAIL_ADDRESS>.
 
-    entities: kinds to look for, among ENTITIES. action: "mask", "drop" (the row goes) or "count" (nothing changes).
-    regions: countries whose phone numbers are known without a country code. Every count and the list of what is not
-    looked for go to the report. Raises TunebookError for an unknown kind or action.
+    entities: kinds to look for, among TRIGGERS. action: "mask", "drop" (the row goes) or "count" (nothing changes).
+    Every count and the list of what is not looked for go to the report. Raises TunebookError for an unknown kind.
     """
-    wanted = [e.strip() for e in (entities.split(",") if isinstance(entities, str) else entities) if e.strip()]
-    unknown = [e for e in wanted if e not in TRIGGERS]
-    if unknown or not wanted:
-        raise TunebookError(
-            f"Personal data of kind {', '.join(unknown) or '(none)'} was asked for; there are {', '.join(ENTITIES)}."
-        )
+    wanted = list(entities)
+    if not wanted or set(wanted) - set(TRIGGERS):
+        raise TunebookError(f"Personal data of the kinds {wanted} was asked for; there are {', '.join(TRIGGERS)}.")
     if action not in ("mask", "drop", "count"):
-        raise TunebookError(f"The action on personal data is {action!r}; it takes 'mask', 'drop' or 'count'.")
-    found: Counter = Counter()
+        raise TunebookError(f"personal_data is {action!r}; it takes 'mask', 'drop' or 'count'.")
+    found: Counter[str] = Counter()
     report.figures |= {"looked_for": wanted, "not_looked_for": NOT_FOUND}
     for batch in rows:
         report.seen += len(batch)
         kept = []
         for row in batch:
-            here: Counter = Counter()
-            new = map_contents(row, functools.partial(_masked, wanted=wanted, regions=regions, found=here))
+            here: Counter[str] = Counter()
+            new = map_contents(row, functools.partial(_masked, wanted=wanted, found=here))
             found.update(here)
             if here and action == "drop":
-                report.drop(row, "personal data", ", ".join(f"{n} {kind}" for kind, n in here.items()))
+                report.drop(row, "personal data", ", ".join(f"{count} {kind}" for kind, count in here.items()))
                 continue
             if here and action == "mask":
-                before, after = _first_change(row, new)
-                report.alter(before, after, f"masked {next(iter(here))}")
+                changed = zip(all_messages(row), all_messages(new), strict=True)
+                old, now = next((a["content"], b["content"]) for a, b in changed if a != b)
+                report.alter(old, now, f"masked {next(iter(here))}")
             kept.append(new if action == "mask" else row)
         report.kept += len(kept)
         report.figures["found"] = dict(found.most_common())
@@ -81,20 +76,18 @@ def mask_personal_data(
             yield kept
 
 
-def find(text: str, entities: Iterable[str] = ENTITIES, regions: str = REGIONS) -> list[tuple[int, int, str]]:
+def find(text: str, entities: Iterable[str] = tuple(TRIGGERS)) -> list[tuple[int, int, str]]:
     """Spans of personal data in `text`, not overlapping, as (start, end, kind)."""
     spans = []
     for kind in entities:
         if not TRIGGERS[kind].search(text):
             continue
-        recognizer = _recognizer(kind, regions)
         for at, piece in _pieces(text):
-            if TRIGGERS[kind].search(piece):
-                hits = recognizer.analyze(piece, [kind], None)
-                for hit in hits:
-                    start = _plausible(kind, piece, hit.start, hit.end)
-                    if hit.score >= MIN_SCORE and start >= 0:
-                        spans.append((hit.score, hit.end - start, at + start, at + hit.end, kind))
+            hits = _recognizer(kind).analyze(piece, [kind], None) if TRIGGERS[kind].search(piece) else []
+            for hit in hits:
+                start = _plausible(kind, piece, hit.start, hit.end)
+                if hit.score >= MIN_SCORE and start >= 0:
+                    spans.append((hit.score, hit.end - start, at + start, at + hit.end, kind))
     chosen: list[tuple[int, int, str]] = []
     for _, _, start, end, kind in sorted(spans, reverse=True):
         if all(end <= a or start >= b for a, b, _ in chosen):
@@ -102,8 +95,15 @@ def find(text: str, entities: Iterable[str] = ENTITIES, regions: str = REGIONS) 
     return sorted(chosen)
 
 
+def _masked(text: str, wanted: list[str], found: Counter[str]) -> str:
+    for start, end, kind in reversed(find(text, wanted)):
+        text = f"{text[:start]}<{kind}>{text[end:]}"
+        found[kind] += 1
+    return text
+
+
 def _plausible(kind: str, text: str, start: int, end: int) -> int:
-    """Where the hit text[start:end] really begins; -1 when it is none."""
+    """Where the hit text[start:end] really begins; -1 when it is a false one."""
     hit = text[start:end]
     if kind == "EMAIL_ADDRESS":  # \w takes in a Chinese sentence before the address
         local = LOCAL_PART.search(hit)
@@ -113,29 +113,6 @@ def _plausible(kind: str, text: str, start: int, end: int) -> int:
     if kind == "PHONE_NUMBER" and hit.isdigit() and not PHONE_WORD.search(text, max(0, start - 40), start):
         return -1  # ten bare digits are an id at least as often
     return start
-
-
-LOCAL_PART = re.compile(r"[!-~\u00c0-\u024f]+@")
-PHONE_WORD = re.compile(
-    r"phone|tel\b|tel[.:]|call|mobil|cell|fax|sms|whatsapp|handy|dial|text me|电话|手机|致电|联系", re.IGNORECASE
-)
-
-
-def _masked(text: str, wanted: list[str], regions: str, found: Counter) -> str:
-    spans = find(text, wanted, regions)
-    for start, end, kind in reversed(spans):
-        text = f"{text[:start]}<{kind}>{text[end:]}"
-        found[kind] += 1
-    return text
-
-
-def _first_change(row: Row, new: Row) -> tuple[str, str]:
-    for before, after in zip(all_messages(row), all_messages(new), strict=True):
-        if before is not after:
-            old, now = before["content"], after["content"]
-            at = next((i for i, (a, b) in enumerate(zip(old, now, strict=False)) if a != b), 0)
-            return old[max(0, at - 40) :], now[max(0, at - 40) :]
-    return "", ""
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
@@ -151,12 +128,12 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
         at += len(line)
 
 
-@functools.lru_cache(maxsize=64)
-def _recognizer(kind: str, regions: str) -> Any:
+@functools.cache
+def _recognizer(kind: str) -> Any:
     from presidio_analyzer import predefined_recognizers as known
 
     if kind == "PHONE_NUMBER":
-        return known.PhoneRecognizer(supported_regions=[r.strip().upper() for r in regions.split(",") if r.strip()])
+        return known.PhoneRecognizer(supported_regions=list(REGIONS))
     if kind == "EMAIL_ADDRESS":
         import tldextract
 
@@ -169,10 +146,10 @@ def _recognizer(kind: str, regions: str) -> Any:
 
         return OfflineEmailRecognizer()
     names = {
-        "CREDIT_CARD": "CreditCardRecognizer",
-        "IBAN_CODE": "IbanRecognizer",
-        "IP_ADDRESS": "IpRecognizer",
-        "US_SSN": "UsSsnRecognizer",
-        "CRYPTO": "CryptoRecognizer",
+        "CREDIT_CARD": "CreditCard",
+        "IBAN_CODE": "Iban",
+        "IP_ADDRESS": "Ip",
+        "US_SSN": "UsSsn",
+        "CRYPTO": "Crypto",
     }
-    return getattr(known, names[kind])()
+    return getattr(known, f"{names[kind]}Recognizer")()

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from helpers.cache import Answers
 from helpers.data.shingles import SeenHashes, shingles, text_hash, tokens
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import BATCH_ROWS, Row, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
-from helpers.llm_client import Client, Reply, Request
+from helpers.llm_client import Client, Endpoint, Reply, Request
+from helpers.params import DataParams
 
 ASK_PAIRS = (
     "Write {count} question-answer pairs about the document below, in its language. Each question must be "
@@ -58,6 +60,24 @@ class Settings:
     margin: float = 0.2
     good: float = 0.3
     max_cost: float = 0.0
+
+
+def generate(p: DataParams, documents: Table, report: StepReport, answers: Answers) -> Table:
+    """The rows that the parameter `synthetic` asks for. answers: keeps what the endpoint said.
+
+    Raises TunebookError where the endpoint or the documents are missing.
+    """
+    if not p.endpoint or not p.endpoint_model:
+        raise TunebookError(
+            f"synthetic is {p.synthetic!r}, which needs endpoint (such as http://127.0.0.1:8080/v1) and endpoint_model."
+        )
+    if not len(documents):
+        raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
+    server = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name, price_in=p.price_in, price_out=p.price_out)
+    settings = Settings(per_document=p.pairs_per_document, seed=p.seed, max_cost=p.max_cost)
+    make = question_answers if p.synthetic == "questions" else preference_from_documents
+    with Client(server, answers) as client:
+        return Table.collect(make(documents, report, client, settings))
 
 
 def question_answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -145,9 +146,11 @@ class StepReport:
                 yield kept
 
     def alter(self, before: str, after: str, what: str) -> None:
-        """Count a row that was altered and keep the first of each kind as example."""
+        """Count a row that was altered and keep the first of each kind as example, from just before the change on."""
         self.changed += 1
-        self.examples.setdefault(what, {"before": before[:EXAMPLE_CHARS], "after": after[:EXAMPLE_CHARS]})
+        at = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), 0)
+        part = slice(max(0, at - 40), max(0, at - 40) + EXAMPLE_CHARS)
+        self.examples.setdefault(what, {"before": before[part], "after": after[part]})
 
     def as_dict(self) -> dict:
         names = ("step", "seen", "kept", "changed", "dropped", "examples", "figures")
@@ -170,6 +173,17 @@ class Rejects:
         self.names: dict[Path, str] = {}  # what a file is called, where its name alone is not enough
         self._file: Any = None
         self._begun = False
+        self._marks: dict[str, tuple] = {}
+
+    def begin(self, step: str) -> None:
+        """What `step` counts from here on replaces what it counted in an earlier attempt, and what came after that."""
+        self.close()
+        size = self.path.stat().st_size if self.path is not None else 0
+        now = size, Counter(self.invalid), Counter(self.removed), dict(self.first), self.total_seen
+        size, invalid, removed, first, self.total_seen = self._marks.setdefault(step, now)
+        self.invalid, self.removed, self.first = Counter(invalid), Counter(removed), dict(first)
+        if self.path is not None:
+            os.truncate(self.path, size)
 
     def add(
         self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True

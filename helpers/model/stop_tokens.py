@@ -46,7 +46,8 @@ def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None)
         )
     special, pattern = special_tokens(tokenizer), special_pattern(tokenizer)
     found = []
-    for messages, mark in (([QUESTION, ANSWER], "AAA"), ([QUESTION, CALLING], "VVV")):
+    probes: tuple[tuple[list[dict], str], ...] = (([QUESTION, ANSWER], "AAA"), ([QUESTION, CALLING], "VVV"))
+    for messages, mark in probes:
         try:
             text = (render or own)(messages)
         except Exception:  # a stranger's template raises what it likes: it has no such turn

@@ -124,3 +124,18 @@ def ticks(top: int, most: int = 7) -> list[int]:
     """Round numbers from 0 to `top`, at most `most` of them."""
     step = next(base * 10**power for power in range(12) for base in (1, 2, 5) if top / (base * 10**power) < most)
     return list(range(0, top + 1, step))
+
+
+def preview(job: Any, rows: int = 6) -> Any:
+    """preview.html: real rows as the model will see them, trained tokens in colour; its first rows for the notebook."""
+    from helpers.report import data_preview
+
+    return data_preview.write(job, rows)
+
+
+def write(job: Any) -> Any:
+    """report.html and the data card README.md; returns a short table for the notebook."""
+    from helpers.report import data_card, data_report
+
+    data_card.write(job)
+    return data_report.write(job)

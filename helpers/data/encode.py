@@ -27,7 +27,7 @@ from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
 from helpers.params import DataParams
-from helpers.runs import disk_error
+from helpers.storage import disk_error
 
 TRAINED = ("train", "eval")
 LOST = ".encoding.jsonl"

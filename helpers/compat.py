@@ -1,25 +1,34 @@
-"""Everything here overrides or calls a private part of another library, so that an upgrade is read here and nowhere else.
+"""Everything that overrides or calls a private part of another library, so that an upgrade is read here only.
 
 `CHECKED` names the version that each was read in; tests/test_compat.py fails when a library changes under it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CHECKED = {"transformers": "5.17.0", "trl": "1.14.0", "accelerate": "1.15.0", "peft": "0.21.2", "liger-kernel": "0.8.5"}
+CHECKED = {
+    "transformers": "5.17.0",
+    "trl": "1.14.0",
+    "accelerate": "1.15.0",
+    "peft": "0.21.2",
+    "bitsandbytes": "0.50.2",
+    "liger-kernel": "0.8.5",
+}
 
-# liger-kernel warns about each of its optional backends (CuTe DSL, cuTile) that is not installed; Triton's is always there.
+# liger-kernel warns about each of its optional backends (CuTe DSL, cuTile) that is not installed; Triton's is there.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 
 
 class CheckpointsOfEitherKind:
     """Mixin for a transformers Trainer: one process loads what a sharded run (FSDP2) saved, and the other way round.
 
-    Overrides private methods of Trainer; the class it is mixed into has `moved` and `load_moved` (helpers.train.resume).
+    Overrides private methods of Trainer; its class has `load_moved` and `load_moved_optimizer` (helpers.train.resume).
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -102,3 +111,127 @@ def four_bit_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):
             yield name.removeprefix("base_model.model."), layer
+
+
+# ---------------------------------------------------------------- used by helpers.model
+
+
+def liger_cross_entropy() -> Any:
+    """liger-kernel's fused output head as (hidden, weight, target, ignored label, "sum" or "none") → loss; None where
+    it is not installed. Its autograd function takes its arguments by place."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError:
+        return None
+
+    def loss(hidden: Any, weight: Any, target: Any, ignore: int, reduction: str) -> Any:
+        return LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, target, None, None, ignore, 0.0, 0.0, reduction
+        )[0]
+
+    return loss
+
+
+def liger_kernels(model: Any) -> str:
+    """liger-kernel's RMSNorm, rotary embedding and activation put into `model`; returns what was done or why not."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return "liger kernels left out: liger-kernel is not installed"
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if patch is None:
+        return f"liger kernels left out: none for {model.config.model_type}"
+    wanted = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu"), True)
+    wanted |= {"cross_entropy": False, "fused_linear_cross_entropy": False, "model": model}
+    known = inspect.signature(patch).parameters
+    patch(**{name: value for name, value in wanted.items() if name in known})
+    return "liger RMSNorm, rotary embedding and activation"
+
+
+def lora_linears(model: Any) -> Iterator[Any]:
+    """PEFT's plain and 4-bit LoRA linear layers, without variants such as DoRA."""
+    from peft.tuners.lora import Linear
+
+    kinds = [Linear]
+    with contextlib.suppress(ImportError):  # bitsandbytes is not installed: no 4-bit layers either
+        from peft.tuners.lora.bnb import Linear4bit
+
+        kinds.append(Linear4bit)
+    for layer in model.modules():
+        plain = type(layer) in kinds and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", False))
+        if plain and "Embedding" not in type(layer.get_base_layer()).__name__:
+            yield layer
+
+
+def plain_adapter(layer: Any) -> str:
+    """Name of the one plain adapter that a LoRA layer applies now; "" where its own forward does more than that."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
+        return ""
+    drops = getattr(layer.lora_dropout[active[0]], "p", 0.0) and layer.training
+    plain = not drops and layer.lora_B[active[0]].bias is None and not layer.get_base_layer().weight.requires_grad
+    return active[0] if plain else ""
+
+
+def keep_four_bit_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU's AVX512-BF16 in the first evaluation: the repacked
+    bytes mean something else to training, and unpacking rounds the block scales again."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def checkpoint_layer(layer: Any, run: Any) -> None:
+    """Let a decoder layer of transformers run through `run(forward, *inputs)` in training; None: plainly."""
+    layer.gradient_checkpointing = run is not None
+    if run is not None:
+        layer._gradient_checkpointing_func = run
+
+
+def is_adapted(name: str, module: Any) -> bool:
+    """Whether a PEFT model changes this module of its base: a layer of PEFT's, or a matrix that the adapter holds whole
+    (the rest of the base being on the meta device)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if name.endswith((".token_adapter", ".base_layer", ".original_module")) or ".default" in name:
+        return False  # parts of such a layer
+    if isinstance(module, BaseTunerLayer):
+        return any(getattr(module, part, None) for part in module.adapter_layer_names)
+    own = dict(module.named_parameters(recurse=False)).get("weight")
+    return isinstance(module, AuxiliaryTrainingWrapper) or (own is not None and not own.is_meta)
+
+
+def merged_weight(module: Any, tensor: Any) -> Any:
+    """Float32 weight of one layer for which `is_adapted` holds, merged by PEFT; `tensor` is the base's weight."""
+    import torch
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[module.active_adapters[0]].weight.detach()
+    layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
+    inner = layer.get_base_layer() if hasattr(layer, "merge") else layer
+    whole = inner.weight  # real where the adapter holds the matrix whole, else on the meta device
+    tensor = tensor if whole.is_meta else whole.detach()
+    if inner is layer:
+        return tensor
+    if layer is not module:
+        if layer.tied_adapter:
+            layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
+        added = max(module.weight.shape[0] - len(tensor), 0)  # the rows of added tokens come from the adapter
+        tensor = torch.cat([tensor, tensor.new_zeros(added, tensor.shape[1])])
+    inner.weight = torch.nn.Parameter(tensor.to(torch.float32, copy=True), requires_grad=False)  # merged in place
+    if getattr(inner, "bias", None) is not None:
+        inner.bias = torch.nn.Parameter(torch.zeros(inner.bias.shape), requires_grad=False)  # see `merged_bias`
+    layer.merge(safe_merge=False)  # the adapter was found finite, the sum needs no second look
+    merged, inner.weight = inner.weight.detach(), whole
+    layer.merged_adapters.clear()
+    return merged
+
+
+def merged_bias(module: Any, tensor: Any) -> Any:
+    """LoRA may train a bias of its own (lora_bias); else the base's is kept."""
+    name, up = next(iter(getattr(module, "lora_B", {}).items()), ("", None))
+    if up is None or up.bias is None:
+        return tensor
+    return tensor.float() + up.bias.detach().float() * module.scaling[name]

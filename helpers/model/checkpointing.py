@@ -1,61 +1,63 @@
-"""Memory for time: how much of the forward pass is computed a second time going back, and where its inputs wait.
+"""Activation checkpointing: how much of the forward pass is computed again going back, and where its inputs wait.
 
-Nothing, the first k layers, or all of them; the layers' inputs on the card or in pinned main memory; the MLP whole or a
-slice of tokens at a time. `helpers.planner.plan` picks the least that fits; this file carries it out.
+Nothing, the first k layers, or all of them; the layers' inputs on the GPU or offloaded to pinned host memory; the MLP
+whole or a slice of tokens at a time. `helpers.planner.plan` picks the least that fits; this file carries it out.
 """
 
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 
+from helpers import compat
 from helpers.errors import TunebookError
 
+PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers of two, twice a long row's memory
 
-def decoder_layers(model) -> torch.nn.ModuleList:
+
+def decoder_layers(model: Any) -> Any:
     """The decoder layers of a causal LM or its PEFT wrapper. Raises TunebookError when there is no such list."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     body = getattr(causal, causal.base_model_prefix, causal)
     layers = getattr(body, "layers", None) or getattr(body, "h", None)
     if layers is None or not hasattr(layers[0], "gradient_checkpointing"):
         raise TunebookError(
-            f"The layers of {causal.config.model_type} cannot be recomputed one by one; "
-            "set recompute to 'none' or use the model's own gradient checkpointing."
+            f"The layers of {causal.config.model_type} cannot be checkpointed one by one; set recompute to 'none'."
         )
     return layers
 
 
-def set_recompute(model, layers: int | str = 0, offload: bool = False, tile_mlp: int = 0) -> int:
-    """Recompute the first `layers` decoder layers ("all", "none" or a number) in the backward pass.
+def set_recompute(model: Any, layers: int | str = 0, offload: bool = False, tile_mlp: int = 0) -> int:
+    """Checkpoint the first `layers` decoder layers ("all", "none" or a number).
 
-    offload: their inputs wait in pinned main memory, layers × tokens × hidden × 2 bytes of it. tile_mlp: the MLP works
-    on this many tokens at a time (0: all). Returns how many layers are recomputed. Leave the trainer's own
+    offload: their inputs wait in pinned host memory, layers × tokens × hidden × 2 bytes of it. tile_mlp: the MLP works
+    on this many tokens at a time (0: all). Returns how many layers are checkpointed. Leave the trainer's own
     `gradient_checkpointing` off: it would turn every layer on again.
     """
     stack = decoder_layers(model)
-    count = {"all": len(stack), "none": 0}.get(layers, layers)
-    count = max(0, min(int(count), len(stack)))
-    store = HiddenStore() if offload else None
+    wanted = len(stack) if layers == "all" else 0 if layers == "none" else int(layers)
+    count = max(0, min(wanted, len(stack)))
+    run = _offloaded(_HiddenStore()) if offload else _checkpointed
     for index, layer in enumerate(stack):
-        layer.gradient_checkpointing = index < count
-        if index < count:
-            layer._gradient_checkpointing_func = _offloaded(store) if offload else _recomputed
+        compat.checkpoint_layer(layer, run if index < count else None)
         _tile(layer.mlp, tile_mlp)
     return count
 
 
-def _recomputed(run, *args):
+def _checkpointed(run: Any, *args: Any) -> Any:
     from torch.utils.checkpoint import checkpoint
 
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
 
 
-def _offloaded(store):
-    def call(run, hidden, *rest):
+def _offloaded(store: _HiddenStore) -> Any:
+    def call(run: Any, hidden: Any, *rest: Any) -> Any:
         if rest:
             raise TunebookError(
-                "This model passes more than the hidden states to its layers by position, which offloading does not carry; set offload to False."
+                "This model passes more than the hidden states to its layers by position, which offloading does not "
+                "carry; set recompute to 'all'."
             )
         # Frozen embeddings give hidden states that need no gradient; the anchor keeps the layer in the graph.
         anchor = torch.zeros((), device=hidden.device, requires_grad=True)
@@ -64,20 +66,15 @@ def _offloaded(store):
     return call
 
 
-PIECE = (
-    1 << 23
-)  # numbers of one pinned block: torch rounds blocks up to powers of two, which would double a long row's memory
+class _HiddenStore:
+    """Layer inputs in pinned host memory: copied on a stream of its own, back one layer ahead of the backward pass."""
 
-
-class HiddenStore:
-    """Layer inputs in pinned main memory: copied out and back on a stream of its own, one layer ahead of the backward."""
-
-    def __init__(self):
-        self.stream = None
+    def __init__(self) -> None:
+        self.stream: Any = None
         self.waiting: list[_Parked] = []
 
-    def put(self, hidden: torch.Tensor) -> _Parked:
-        parked = _Parked(hidden)
+    def put(self, hidden: Any) -> _Parked:
+        parked = _Parked(hidden, len(self.waiting))
         if hidden.is_cuda:
             self.stream = self.stream or torch.cuda.Stream(hidden.device)
             self.stream.wait_stream(torch.cuda.current_stream(hidden.device))
@@ -89,57 +86,56 @@ class HiddenStore:
             hidden.record_stream(self.stream)
         else:
             parked.host = hidden.detach().clone()
-        parked.index = len(self.waiting)
         self.waiting.append(parked)
         return parked
 
-    def take(self, parked: _Parked) -> torch.Tensor:
+    def take(self, parked: _Parked) -> Any:
         self._fetch(parked)
         if parked.index > 0:
             self._fetch(self.waiting[parked.index - 1])
         if parked.ready is not None:
             torch.cuda.current_stream(parked.device).wait_event(parked.ready)
-            parked.card.record_stream(torch.cuda.current_stream(parked.device))
-        card, parked.card, parked.host = parked.card, None, None
+            parked.back.record_stream(torch.cuda.current_stream(parked.device))
+        back, parked.back, parked.host = parked.back, None, None
         del self.waiting[parked.index :]
-        return card
+        return back
 
     def _fetch(self, parked: _Parked) -> None:
-        if parked.card is not None:
+        if parked.back is not None:
             return
         if parked.device.type != "cuda":
-            parked.card = parked.host
+            parked.back = parked.host
             return
         with torch.cuda.stream(self.stream):
-            parked.card = torch.empty(parked.shape, dtype=parked.host[0].dtype, device=parked.device)
-            for host, piece in zip(parked.host, parked.card.view(-1).split(PIECE), strict=True):
+            parked.back = torch.empty(parked.shape, dtype=parked.host[0].dtype, device=parked.device)
+            for host, piece in zip(parked.host, parked.back.view(-1).split(PIECE), strict=True):
                 piece.copy_(host, non_blocking=True)
             parked.ready = self.stream.record_event()
 
 
 class _Parked:
-    def __init__(self, hidden: torch.Tensor):
-        self.device, self.shape, self.host, self.card, self.ready, self.index = (
-            hidden.device,
-            hidden.shape,
-            None,
-            None,
-            None,
-            0,
-        )
+    """One layer's input: in `host` while it waits, in `back` once it is on its way to the GPU again."""
+
+    def __init__(self, hidden: Any, index: int) -> None:
+        self.device, self.shape, self.index = hidden.device, hidden.shape, index
+        self.host: Any = None
+        self.back: Any = None
+        self.ready: Any = None
+
+
+def _autocast(device: str) -> dict[str, Any]:
+    """The autocast in force, to be put in force again in the backward pass."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return {"device_type": device, "enabled": enabled, "dtype": dtype}
 
 
 class _OffloadedLayer(torch.autograd.Function):
-    """One decoder layer whose input is parked off the card and whose forward runs again in the backward pass."""
+    """One decoder layer whose input is parked off the GPU and whose forward runs again in the backward pass."""
 
     @staticmethod
     def forward(ctx, run, store, hidden, anchor):
         ctx.run, ctx.store = run, store
-        ctx.autocast = {
-            "device_type": hidden.device.type,
-            "enabled": torch.is_autocast_enabled(hidden.device.type),
-            "dtype": torch.get_autocast_dtype(hidden.device.type),
-        }
+        ctx.autocast = _autocast(hidden.device.type)
         ctx.parked = store.put(hidden)
         with torch.no_grad():
             return run(hidden)
@@ -159,11 +155,7 @@ class _TiledMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, tile, x, *parameters):
         ctx.run, ctx.tile, ctx.parameters = run, tile, parameters
-        ctx.autocast = {
-            "device_type": x.device.type,
-            "enabled": torch.is_autocast_enabled(x.device.type),
-            "dtype": torch.get_autocast_dtype(x.device.type),
-        }
+        ctx.autocast = _autocast(x.device.type)
         ctx.save_for_backward(x)
         with torch.no_grad():
             return torch.cat([run(piece) for piece in x.split(tile, dim=1)], dim=1)
@@ -173,9 +165,7 @@ class _TiledMlp(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         sums = [torch.zeros_like(p) for p in ctx.parameters]
-        for piece, back, into in zip(
-            x.split(ctx.tile, 1), grad.split(ctx.tile, 1), grad_x.split(ctx.tile, 1), strict=True
-        ):
+        for piece, back, into in zip(*(t.split(ctx.tile, 1) for t in (x, grad, grad_x)), strict=True):
             piece = piece.detach().requires_grad_(True)
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 out = ctx.run(piece)
@@ -186,23 +176,21 @@ class _TiledMlp(torch.autograd.Function):
         return None, None, grad_x, *sums
 
 
-def _tile(mlp: torch.nn.Module, tokens: int) -> None:
-    own = getattr(mlp, "_untiled_forward", None)
-    if own is None and tokens:
-        mlp._untiled_forward = mlp.forward
-        own = mlp._untiled_forward
-    if own is None:
-        return
+def _tile(mlp: Any, tokens: int) -> None:
+    """Let an MLP work on `tokens` tokens at a time; 0: on all, as it came."""
+    own = getattr(mlp, "_untiled_forward", None) or mlp.forward
     if not tokens:
-        mlp.forward = own
-        del mlp._untiled_forward
+        if hasattr(mlp, "_untiled_forward"):
+            mlp.forward = own
+            del mlp._untiled_forward
         return
 
-    def forward(self, x):
-        if x.shape[1] <= tokens or not torch.is_grad_enabled():
-            if x.shape[1] <= tokens:
-                return self._untiled_forward(x)
+    def forward(self: Any, x: Any) -> Any:
+        if x.shape[1] <= tokens:
+            return self._untiled_forward(x)
+        if not torch.is_grad_enabled():
             return torch.cat([self._untiled_forward(piece) for piece in x.split(tokens, dim=1)], dim=1)
         return _TiledMlp.apply(self._untiled_forward, tokens, x, *(p for p in self.parameters() if p.requires_grad))
 
+    mlp._untiled_forward = own
     mlp.forward = types.MethodType(forward, mlp)

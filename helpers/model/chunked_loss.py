@@ -1,15 +1,21 @@
 """Cross-entropy and token log-probabilities straight from hidden states: whole logits are never held.
 
-With a vocabulary of 128,256 the logits of 16,384 tokens are 4 GB in bf16 and their gradient as much again. Here the head
-is applied to a slice of tokens at a time; on CUDA through liger-kernel's Triton kernels, elsewhere in plain PyTorch.
+With a vocabulary of 128,256 the logits of 16,384 tokens are 4 GB in bf16 and their gradient as much again. Here the
+output head is applied to a slice of tokens at a time; on CUDA through liger-kernel's Triton kernels, elsewhere in plain
+PyTorch.
 """
 
 from __future__ import annotations
 
+import functools
 import types
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
+from helpers import compat
 from helpers.model.packed_attention import IGNORE
 
 SLICE = 16384  # tokens handed to liger at once: it cuts them by vocabulary/hidden into logits as large as the slice
@@ -22,7 +28,7 @@ class _ChunkedHead(torch.autograd.Function):
     """logps[i] = log softmax(hidden[i] · weightᵀ)[target[i]], 0 where ignored; logits are recomputed going back."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target):
+    def forward(ctx: Any, hidden: Any, weight: Any, target: Any) -> Any:
         logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
             logits = (hidden[rows] @ weight.t()).float()
@@ -33,11 +39,11 @@ class _ChunkedHead(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Any) -> Any:
         hidden, weight, target = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        grad_hidden: Any = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight: Any = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
             probabilities = (hidden[rows] @ weight.t()).float().softmax(-1)
             scale = grad[rows] * (target[rows] != IGNORE)
@@ -51,39 +57,33 @@ class _ChunkedHead(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None
 
 
-def token_logps(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each target token, differentiable. hidden (tokens, size), weight (vocab, size), target (tokens,).
+def token_logps(hidden: Any, weight: Any, target: Any) -> Any:
+    """Log-probability of each target token, differentiable: float32 (tokens,), 0 where the target is -100.
 
-    Returns (tokens,) float32, 0 where the target is -100.
+    hidden (tokens, size), weight (vocab, size), target (tokens,).
     """
-    liger = _liger() if hidden.is_cuda else None
-    if liger is None:
+    loss = compat.liger_cross_entropy() if hidden.is_cuda else None
+    if loss is None:
         return _ChunkedHead.apply(hidden, weight, target)
-    pieces = [
-        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "none")[0]
-        for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
-    ]
-    return -torch.cat(pieces)
+    pairs = zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+    return -torch.cat([loss(h, weight, t, IGNORE, "none") for h, t in pairs])
 
 
-def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def summed_loss(hidden: Any, weight: Any, target: Any) -> Any:
     """Σ −log p(target) over the targets that are not -100, float32 scalar, same shapes as `token_logps`."""
-    liger = _liger() if hidden.is_cuda else None
-    if liger is None:
+    loss = compat.liger_cross_entropy() if hidden.is_cuda else None
+    if loss is None:
         return -_ChunkedHead.apply(hidden, weight, target).sum()
-    pieces = [
-        liger.apply(h, weight, t, None, None, IGNORE, 0.0, 0.0, "sum")[0]
-        for h, t in zip(hidden.split(SLICE), target.split(SLICE), strict=True)
-    ]
-    return torch.stack([p.float() for p in pieces]).sum()
+    pairs = zip(hidden.split(SLICE), target.split(SLICE), strict=True)
+    return torch.stack([loss(h, weight, t, IGNORE, "sum").float() for h, t in pairs]).sum()
 
 
-def shifted(labels: torch.Tensor) -> torch.Tensor:
+def shifted(labels: Any) -> Any:
     """targets[..., t] = labels[..., t + 1]; the last predicts nothing. Same shape as labels."""
     return torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
 
 
-def can_fuse(model) -> str:
+def can_fuse(model: Any) -> str:
     """Empty when the model's head is a plain matrix product, else why its own loss has to be kept."""
     config = model.config.get_text_config()
     for name in UNPLAIN_HEADS:
@@ -97,7 +97,14 @@ def can_fuse(model) -> str:
     return ""
 
 
-def install(model) -> None:
+@dataclass
+class LogpsOutput(ModelOutput):
+    """logps (batch, tokens) float32: log-probability of the next label at each position, 0 where masked."""
+
+    logps: Any = None
+
+
+def install(model: Any) -> None:
     """Give a causal LM (not its PEFT wrapper) a forward whose loss holds no logits.
 
     With `labels`: `.loss` is Σ −log p / `num_items_in_batch` (or the mean over trained tokens), `.logits` None. With
@@ -107,54 +114,42 @@ def install(model) -> None:
     """
     if getattr(model, "_own_forward", None) is not None:
         return
-    model._own_forward = model.forward
-    model.forward = types.MethodType(_forward, model)
+
+    @functools.wraps(type(model).forward)  # libraries read which arguments a model takes
+    def forward(self: Any, input_ids: Any = None, labels: Any = None, **given: Any) -> Any:
+        if labels is None:
+            return self._own_forward(input_ids=input_ids, **given)
+        return _with_labels(self, labels, input_ids=input_ids, **given)
+
     head = model.get_output_embeddings()
-    head._own_forward = head.forward
-    head.forward = types.MethodType(_head, head)
+    for module, fused in ((model, forward), (head, _head)):
+        module._own_forward = module.forward
+        module.forward = types.MethodType(fused, module)
 
 
-def _head(self, hidden, target=None, summed: bool = False):
-    """Logits or, for given targets, what `token_logps` and `summed_loss` return. Called as a module, so that its hooks run:
-    a weight that is sharded over several GPUs is whole only between them."""
+def _head(self: Any, hidden: Any, target: Any = None, summed: bool = False) -> Any:
+    """Logits or, for given targets, what `token_logps` and `summed_loss` return. Called as a module, so that its hooks
+    run: a weight that is sharded over several GPUs is whole only between them."""
     if target is None:
         return self._own_forward(hidden)
     return (summed_loss if summed else token_logps)(hidden.to(self.weight.dtype), self.weight, target)
 
 
-def _forward(
-    self,
-    input_ids=None,
-    attention_mask=None,
-    position_ids=None,
-    past_key_values=None,
-    inputs_embeds=None,
-    labels=None,
-    use_cache=None,
-    logits_to_keep=0,
-    token_logps=False,
-    loss_positions=None,
-    num_items_in_batch=None,
-    **kwargs,
-):
+def _with_labels(
+    model: Any,
+    labels: Any,
+    token_logps: bool = False,
+    loss_positions: Any = None,
+    num_items_in_batch: Any = None,
+    **given: Any,
+) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    given = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "inputs_embeds": inputs_embeds,
-        "use_cache": use_cache,
-    }
-    if labels is None:
-        return self._own_forward(**given, logits_to_keep=logits_to_keep, **kwargs)
-    for name in ("return_dict", "output_hidden_states", "output_attentions"):
-        kwargs.pop(name, None)
-    given["use_cache"] = False
-    hidden = getattr(self, self.base_model_prefix)(**given, **kwargs)[0]
+    for name in ("return_dict", "output_hidden_states", "output_attentions", "logits_to_keep"):
+        given.pop(name, None)
+    hidden = getattr(model, model.base_model_prefix)(**{**given, "use_cache": False})[0]
     target = shifted(labels)
-    head = self.get_output_embeddings()
+    head = model.get_output_embeddings()
     flat, goal = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if loss_positions is not None:
         flat, goal = flat[loss_positions], goal[loss_positions]
@@ -162,44 +157,17 @@ def _forward(
         if token_logps:
             logps = head(flat, goal)
             if loss_positions is not None:
-                logps = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device).index_copy(
-                    0, loss_positions, logps
-                )
+                everywhere = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device)
+                logps = everywhere.index_copy(0, loss_positions, logps)
             return LogpsOutput(logps=logps.view_as(target))
         total = head(flat, goal, summed=True)
         count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
         return CausalLMOutputWithPast(loss=total / count)
 
 
-def _output_class():
-    from dataclasses import dataclass
-
-    from transformers.utils import ModelOutput
-
-    @dataclass
-    class Output(ModelOutput):
-        """logps (batch, tokens) float32: log-probability of the next label at each position, 0 where masked."""
-
-        logps: torch.Tensor | None = None
-
-    return Output
-
-
-LogpsOutput = _output_class()
-
-
-def per_document(values: torch.Tensor, document_lengths) -> torch.Tensor:
+def per_document(values: Any, document_lengths: Any) -> Any:
     """Sums of `values` (1, tokens) over each document of a packed row → (documents,)."""
     lengths = torch.as_tensor(document_lengths, device=values.device)
-    index = torch.repeat_interleave(
-        torch.arange(len(lengths), device=values.device), lengths, output_size=values.numel()
-    )
+    places = torch.arange(len(lengths), device=values.device)
+    index = torch.repeat_interleave(places, lengths, output_size=values.numel())
     return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, index, values.reshape(-1))
-
-
-def _liger():
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyFunction

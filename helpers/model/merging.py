@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import runs
+from helpers import compat, runs
 from helpers.errors import TunebookError
 from helpers.model.loading import ADAPTER_REMEDY, load_config, load_tokenizer
 from helpers.model.weights import check_adapter, count_weights, reading, shapes, shards, write_safetensors  # noqa: F401
@@ -143,7 +143,7 @@ class _Merger:
         self.tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
         self.dtype = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
         self.modules = {n.removeprefix(PREFIX): m for n, m in model.named_modules()} if model is not None else {}
-        self.waiting = {n for n, m in self.modules.items() if _is_adapted(n, m)}
+        self.waiting = {n for n, m in self.modules.items() if compat.is_adapted(n, m)}
         self.input, self.output = _embedding_names(model) if model is not None else ("", "")
         self.rounded = set()
         if onto == "nf4":  # the linear layers that transformers puts into 4 bits: all but the output layer
@@ -151,7 +151,8 @@ class _Merger:
 
     def write(self, files: list[Path], out: Path) -> tuple[int, int]:
         """Write every shard to `out`; returns (tensors, their bytes)."""
-        weight_map, size = {}, 0
+        weight_map: dict[str, str] = {}
+        size = 0
         for shard in files:
             entries = list(self._entries(shard))
             names = [(name, shape) for name, shape, _ in entries]
@@ -202,9 +203,12 @@ class _Merger:
         if name.endswith(".weight") and module in self.waiting:
             self.waiting.discard(module)
             self.changed += 1
-            tensor = merged_weight(self.modules[module], tensor)
+            with reading(
+                "The adapter", shard, "PEFT cannot merge it: serve it beside its base, or train without that option."
+            ):
+                tensor = compat.merged_weight(self.modules[module], tensor)
         elif name.endswith(".bias") and module in self.modules:
-            tensor = _merged_bias(self.modules[module], tensor)
+            tensor = compat.merged_bias(self.modules[module], tensor)
         return tensor.to(self.dtype).contiguous()
 
 
@@ -212,60 +216,6 @@ def _is_linear(module: Any) -> bool:
     import torch
 
     return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
-
-
-def _is_adapted(name: str, module: Any) -> bool:
-    """Whether the adapter changes this module of the base: a layer of PEFT's, or a matrix that it saved whole."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    if name.endswith((".token_adapter", ".base_layer", ".original_module")) or ".default" in name:
-        return False  # parts of such a layer
-    if isinstance(module, BaseTunerLayer):
-        return any(getattr(module, n, None) for n in module.adapter_layer_names)
-    own = dict(module.named_parameters(recurse=False)).get("weight")
-    return isinstance(module, AuxiliaryTrainingWrapper) or (own is not None and not own.is_meta)
-
-
-def merged_weight(module: Any, tensor: Any) -> Any:
-    """Float32 weight of one PEFT layer with its adapter merged in by PEFT; `tensor` is the base's weight."""
-    import torch
-    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-
-    if isinstance(module, ModulesToSaveWrapper):
-        return module.modules_to_save[module.active_adapters[0]].weight.detach()
-    layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
-    inner = layer.get_base_layer() if hasattr(layer, "merge") else layer
-    whole = inner.weight  # real where the adapter saved the matrix whole, else on the meta device
-    tensor = tensor if whole.is_meta else whole.detach()
-    if inner is layer:
-        return tensor
-    if layer is not module:
-        if layer.tied_adapter:
-            layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
-        added = max(module.weight.shape[0] - len(tensor), 0)  # the rows of added tokens come from the adapter
-        tensor = torch.cat([tensor, tensor.new_zeros(added, tensor.shape[1])])
-    inner.weight = torch.nn.Parameter(tensor.to(torch.float32, copy=True), requires_grad=False)  # merged in place
-    if getattr(inner, "bias", None) is not None:
-        inner.bias = torch.nn.Parameter(torch.zeros(inner.bias.shape), requires_grad=False)  # `_merged_bias` sees to it
-    try:
-        layer.merge(safe_merge=False)  # the adapter was found finite, the sum needs no second look
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise TunebookError(
-            f"PEFT cannot merge this adapter ({str(error)[:240]}); serve the adapter beside its base, or train without "
-            "that option."
-        ) from error
-    merged, inner.weight = inner.weight.detach(), whole
-    layer.merged_adapters.clear()
-    return merged
-
-
-def _merged_bias(module: Any, tensor: Any) -> Any:
-    """LoRA may train a bias of its own (lora_bias); else the base's is kept."""
-    up = next(iter(getattr(module, "lora_B", {}).items()), None)
-    if up is None or up[1].bias is None:
-        return tensor
-    return tensor.float() + up[1].bias.detach().float() * module.scaling[up[0]]
 
 
 def nf4_round_trip(tensor: Any, dtype: Any) -> Any:
@@ -294,8 +244,8 @@ def _write_rest(
     if merger.untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     config.save_pretrained(out)
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    load_tokenizer(adapter if own else tokenizer or base).save_pretrained(out)
+    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+    load_tokenizer(own or tokenizer or base).save_pretrained(out)
     for name in (*COPIED, "tokenizer.model"):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)

@@ -29,6 +29,7 @@ from helpers.errors import TunebookError
 IGNORE = -100  # label that no loss counts
 FLASH = "packed_varlen"  # the word "flash" in the name would make transformers look for a kernel package
 SDPA = "packed_sdpa"
+ROW_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "document_lengths")
 LARGEST_FLASH_HEAD = 256  # FlashAttention 2's limit on the head dimension
 # Settings of a model whose attention is not causal softmax(q k / scale) v, which is all that the kernels here compute.
 UNPLAIN = {
@@ -151,7 +152,7 @@ def visible(queries: Any, keys: Any, window: int | None = None) -> Any:
 
 
 def causal_sdpa(query: Any, key: Any, value: Any, window: int | None = None, **options: Any) -> Any:
-    """Causal attention of one document, (…, heads, tokens, head) each, with a mask only where the window cuts something."""
+    """Causal attention of one document, (…, heads, tokens, head) each; a mask only where the window cuts something."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -171,26 +172,17 @@ def mask_unless_packed(*args: Any, attention_mask: Any = None, **kwargs: Any) ->
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def packed_varlen(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Any = None,
-    max_length_q: int | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
-    """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None."""
-    if cu_seq_lens_q is None:
-        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
+def packed_varlen(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
+    """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None.
+
+    row: cu_seq_lens_q and max_length_q of `row_tensors`.
+    """
+    if row.get("cu_seq_lens_q") is None:
+        return _unpacked(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
     if dropout:
         raise TunebookError(
-            f"The model asks for attention dropout {dropout}, which variable-length FlashAttention "
-            "does not do; set attention_dropout to 0 in its config."
+            f"The model asks for attention dropout {dropout}, which variable-length FlashAttention does not do; set "
+            "attention_dropout to 0 in its config."
         )
     batch, heads, tokens, head = query.shape
     query, key, value = (t.transpose(1, 2).reshape(batch * tokens, t.shape[1], head) for t in (query, key, value))
@@ -205,33 +197,32 @@ def packed_varlen(
         options["enable_gqa"] = heads != key.shape[1]
     if value.dtype != query.dtype:  # float32 rotary tables promote queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
-    out = attend(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
-    return out.view(batch, tokens, heads, head), None
+    ends, longest = row["cu_seq_lens_q"], row["max_length_q"]
+    return attend(query, key, value, ends, ends, longest, longest, **options).view(batch, tokens, heads, head), None
 
 
-def packed_sdpa(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    document_lengths: Sequence[int] | None = None,
-    cu_seq_lens_q: Any = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
+def packed_sdpa(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
     """The same as `packed_varlen`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
     import torch
 
-    if document_lengths is None and cu_seq_lens_q is None:
-        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs)
-    lengths = list(cu_seq_lens_q.diff().tolist() if document_lengths is None else document_lengths)
-    key, value = repeat_heads(query, key, value)
-    parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    lengths = row.get("document_lengths")
+    if lengths is None and row.get("cu_seq_lens_q") is None:
+        return _unpacked(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
+    lengths = row["cu_seq_lens_q"].diff().tolist() if lengths is None else list(lengths)
+    parts = zip(*(t.split(lengths, dim=2) for t in (query, *repeat_heads(query, key, value))), strict=True)
     outs = [causal_sdpa(q, k, v, sliding_window, dropout_p=dropout, scale=scaling) for q, k, v in parts]
     return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _unpacked(module, query, key, value, mask, dropout, scaling, window, **row):
+    """Padded rows, and plain rows without a mask, whose window nobody else would see to."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is None and window and query.shape[2] == key.shape[2] > window:
+        out = causal_sdpa(query, *repeat_heads(query, key, value), window, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    rest = {k: v for k, v in row.items() if k not in ROW_KEYS}
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **rest)
 
 
 def repeat_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -240,60 +231,35 @@ def repeat_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
     return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
 
 
-def _unpacked(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
-    """Padded rows, and plain rows without a mask, whose window nobody else would see to."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if mask is None and window and query.shape[2] == key.shape[2] > window:
-        out = causal_sdpa(query, *repeat_heads(query, key, value), window, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    for name in ("max_length_q", "max_length_k", "cu_seq_lens_k", "document_lengths"):
-        kwargs.pop(name, None)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
 def check_boundaries(model: Any) -> None:
     """Prove on the loaded model that packed documents do not see each other.
 
     Runs two short documents packed and apart (a few ms) and compares the last hidden states, so a model class that
-    drops the boundary arguments on the way is caught before training on leaked text.
-
-    Raises TunebookError naming the model when the two differ by more than 16-bit rounding explains.
+    drops the boundary arguments on the way is caught before training on leaked text. Raises TunebookError when the two
+    differ by more than 16-bit rounding explains.
     """
     import torch
 
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = getattr(body, getattr(body, "base_model_prefix", ""), body)
-    device = next(body.parameters()).device
-    vocab = body.config.get_text_config().vocab_size
+    device, vocab = next(body.parameters()).device, body.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 40)]
-    packed = row_tensors([{"input_ids": d} for d in documents])
-    packed.pop("labels")
-    packed = {k: v.to(device) if torch.is_tensor(v) else v for k, v in packed.items()}
+    first, second = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 40))
+    row = row_tensors([{"input_ids": first}, {"input_ids": second}])
+    row = {k: v.to(device) if torch.is_tensor(v) else v for k, v in row.items() if k != "labels"}
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            together = body(**packed, use_cache=False)[0][0, len(documents[0]) :].float()
-            alone = body(input_ids=packed["input_ids"][:, len(documents[0]) :], use_cache=False)[0][0].float()
+            together = body(**row, use_cache=False)[0][0, len(first) :].float()
+            alone = body(input_ids=row["input_ids"][:, len(first) :], use_cache=False)[0][0].float()
     finally:
         model.train(training)
     error = ((together - alone).norm() / alone.norm()).item()
     if not error < 0.1:  # bf16 kernels of two shapes differ by under 0.02; a leak by more than 0.3
         raise TunebookError(
-            f"Packed examples would see each other in {body.config.model_type} (hidden states differ "
-            f"by {error:.1%}); set packing to False for this model."
+            f"Packed examples would see each other in {body.config.model_type} (hidden states differ by {error:.1%}); "
+            "set packing to False for this model."
         )
 
 

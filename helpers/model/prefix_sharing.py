@@ -6,8 +6,8 @@ prompt. Causal attention makes the hidden states of a common prefix the same in 
     input_ids      p0 p1 … pn  |  suffix of row 1  |  suffix of row 2 …
     position_ids    0  1 …  n  |  n+1 n+2 …        |  n+1 n+2 …
 
-in which each suffix sees the prefix and itself gives the same losses and gradients as separate rows. On two CPU cores it
-made an epoch of the default job about three times as fast. For GPUs without FlashAttention and for CPUs.
+in which each suffix sees the prefix and itself gives the same losses and gradients as separate rows. On two CPU cores
+it made an epoch of the default job about three times as fast. For GPUs without FlashAttention and for CPUs.
 `helpers.evaluate.prefix_cache` decodes by the same idea.
 """
 
@@ -25,7 +25,7 @@ MIN_PREFIX = 16  # a shorter common prefix is not worth a row of its own shape
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all sequences have in common."""
-    low, high = min(sequences), max(sequences)  # the two that differ first, in dictionary order
+    low, high = min(sequences, key=list), max(sequences, key=list)  # the two that differ first, in dictionary order
     shorter = min(len(low), len(high))
     return next((index for index in range(shorter) if low[index] != high[index]), shorter)
 
@@ -49,7 +49,7 @@ def shared_tensors(documents: Sequence[dict], prefix: int) -> dict:
     """One row of `prefix` common tokens and the suffix of every document.
 
     Documents are dicts with input_ids and labels. Every suffix keeps the last common token as its first, so that what
-    follows it is predicted inside the suffix; labels of the prefix are the first document's and must be the same in all.
+    follows it is predicted inside the suffix; labels of the prefix are the first document's and must be equal in all.
     Returns input_ids, labels, position_ids (1, tokens), document_lengths (the prefix first), prefix_length and
     suffix_index (suffixes, longest): the place of each suffix's tokens in the row, padded with 0.
     """
@@ -90,46 +90,32 @@ def register() -> str:
     return NAME
 
 
-def shared_prefix(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    prefix_length: int = 0,
-    suffix_index: Any = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
+def shared_prefix(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None.
 
-    prefix_length, suffix_index: of `shared_tensors`; without them this is `packed_attention.packed_sdpa`.
+    row: prefix_length and suffix_index of `shared_tensors`; without them this is `packed_attention.packed_sdpa`.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    options = {"dropout_p": dropout, "scale": scaling}
-    if not prefix_length:
-        return packed_attention.packed_sdpa(
-            module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kwargs
-        )
+    if not row.get("prefix_length"):
+        return packed_attention.packed_sdpa(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
+    prefix, index = row["prefix_length"], row["suffix_index"]
     key, value = repeat_heads(query, key, value)
-    common_query, common_key, common_value = (t[:, :, :prefix_length] for t in (query, key, value))
-    first = causal_sdpa(common_query, common_key, common_value, sliding_window, **options)
+    common_query, common_key, common_value = (t[:, :, :prefix] for t in (query, key, value))
+    first = causal_sdpa(common_query, common_key, common_value, sliding_window, dropout_p=dropout, scale=scaling)
 
     def with_prefix(tensor: Any, common: Any) -> Any:  # (suffixes, heads, prefix + longest, head)
-        own = tensor[0][:, suffix_index].transpose(0, 1)
-        return torch.cat([common.expand(len(suffix_index), -1, -1, -1), own], dim=2)
+        return torch.cat([common.expand(len(index), -1, -1, -1), tensor[0][:, index].transpose(0, 1)], dim=2)
 
-    places = torch.arange(prefix_length + suffix_index.shape[1], device=query.device)
+    places = torch.arange(prefix + index.shape[1], device=query.device)
     later = scaled_dot_product_attention(
-        query[0][:, suffix_index].transpose(0, 1),
+        query[0][:, index].transpose(0, 1),
         with_prefix(key, common_key),
         with_prefix(value, common_value),
-        attn_mask=visible(places[prefix_length:], places, sliding_window)[None, None],
-        **options,
+        attn_mask=visible(places[prefix:], places, sliding_window)[None, None],
+        dropout_p=dropout,
+        scale=scaling,
     )
-    later = later.transpose(1, 2)[suffix_index > 0]  # (tokens of all suffixes, heads, head), in the row's order
+    later = later.transpose(1, 2)[index > 0]  # (tokens of all suffixes, heads, head), in the row's order
     return torch.cat([first[0].transpose(0, 1), later])[None].contiguous(), None

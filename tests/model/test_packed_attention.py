@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from helpers import compat
 from helpers.errors import TunebookError
 from helpers.model import checkpointing, chunked_loss, fused_lora, packed_attention
 from helpers.train import packing
@@ -175,7 +176,7 @@ def test_four_bit_lora_is_the_arithmetic_of_its_dense_weights():
     model.config = {"model_type": "none"}
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], init_lora_weights=False))
     assert fused_lora.fuse_lora(wrapped) == 1
-    fused_lora.keep_layout(wrapped)
+    compat.keep_four_bit_layout(wrapped)
     before = wrapped.base_model.model.layer.base_layer.weight.data.clone()
     with torch.no_grad():
         wrapped.eval()(torch.randn(2, 5, 128, dtype=torch.bfloat16))  # an evaluation must not repack the weights

@@ -1,0 +1,101 @@
+"""What helpers.compat reaches into is still there, in the versions that it was read in."""
+
+import importlib.metadata
+import inspect
+
+import pytest
+
+from helpers import compat
+
+
+@pytest.fixture(scope="module")
+def wrapped():
+    """A tiny Llama on the CPU with a plain LoRA adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    lora = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    return get_peft_model(LlamaForCausalLM(config), lora).train()
+
+
+def test_the_versions_are_those_that_were_read():
+    for package, version in compat.CHECKED.items():
+        try:
+            assert importlib.metadata.version(package) == version, package
+        except importlib.metadata.PackageNotFoundError:  # liger-kernel, on machines without a GPU
+            continue
+
+
+def test_peft_lora_layers_have_what_the_fused_forward_reads(wrapped):
+    (first, _) = layers = list(compat.lora_linears(wrapped))
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "Linear"]
+    assert compat.plain_adapter(first) == "default" and first.scaling["default"] == 4.0
+    with wrapped.disable_adapter():
+        assert compat.plain_adapter(first) == ""
+    first.lora_dropout["default"].p = 0.1
+    first.lora_B["default"].bias = first.lora_B["default"].weight
+    assert compat.plain_adapter(first) == ""
+    first.lora_B["default"].bias = None
+
+
+def test_peft_merges_one_layer_at_a_time(wrapped):
+    import torch
+
+    modules = {n.removeprefix("base_model.model."): m for n, m in wrapped.named_modules()}
+    layer = modules["model.layers.0.self_attn.q_proj"]
+    assert compat.is_adapted("model.layers.0.self_attn.q_proj", layer)
+    before = layer.base_layer.weight.detach().clone()
+    merged = compat.merged_weight(layer, torch.zeros_like(before))
+    change = 4.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(merged, before + change, atol=1e-6) and not layer.merged
+    assert torch.equal(layer.base_layer.weight, before), "the layer is as it was"
+    bias = before[0]
+    assert compat.merged_bias(layer, bias) is bias, "this adapter trains none"
+
+
+def test_transformers_layers_run_through_the_function_that_they_are_given(wrapped):
+    import torch
+
+    layers = wrapped.get_base_model().model.layers
+    seen = []
+
+    def run(forward, *args):
+        seen.append(len(args))
+        return forward(*args)
+
+    compat.checkpoint_layer(layers[1], run)
+    wrapped(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    compat.checkpoint_layer(layers[1], None)
+    wrapped(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert seen == [1], "the hidden states alone come by position"
+
+
+def test_bitsandbytes_repacks_only_where_it_is_let():
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    layer = torch.nn.Sequential(Linear4bit(64, 64))
+    assert hasattr(layer[0], "support_avx512bf16_for_cpu")
+    layer[0].support_avx512bf16_for_cpu = True
+    compat.keep_four_bit_layout(layer)
+    assert not layer[0].support_avx512bf16_for_cpu
+
+
+def test_liger_takes_the_arguments_by_the_places_that_are_given():
+    function = pytest.importorskip("liger_kernel.ops.fused_linear_cross_entropy")
+    names = [*inspect.signature(function.LigerFusedLinearCrossEntropyFunction.forward).parameters]
+    wanted = ["ctx", "_input", "weight", "target", "bias", "ce_weight", "ignore_index", "lse_square_scale"]
+    assert names[:10] == [*wanted, "label_smoothing", "reduction"]
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    assert {"llama", "qwen2", "qwen3", "mistral"} <= MODEL_TYPE_TO_APPLY_LIGER_FN.keys()

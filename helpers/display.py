@@ -31,6 +31,10 @@ class Html:
     def __init__(self, markup: str, text: str = "") -> None:
         self.markup, self.text = markup, text
 
+    def __add__(self, other: Html) -> Html:
+        """Both, one below the other."""
+        return Html(self.markup + other.markup, "\n".join(filter(None, (self.text, other.text))))
+
     def _repr_html_(self) -> str:
         return self.markup
 
@@ -81,6 +85,12 @@ def text_table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str
 def shown(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> Html:
     """A table as a cell ends with it: HTML in a notebook, aligned text in a terminal."""
     return Html(table(rows, header), text_table(rows, header))
+
+
+def said(*lines: str) -> Html:
+    """Sentences as a cell ends with them, a paragraph each; empty ones are left out."""
+    kept = [clean(line) for line in lines if line]
+    return Html("".join(f"<p>{escape(line)}</p>" for line in kept), "\n".join(kept))
 
 
 # ---------------------------------------------------------------- numbers

@@ -11,8 +11,10 @@ user's own data how many planted questions are found; the report shows the figur
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -86,8 +88,15 @@ class Items:
     def find(self, batch: list[Row]) -> np.ndarray:
         """The item that every row holds, int64 (rows,); -1 where it holds none."""
         result = np.full(len(batch), -1)
+        rows, items = self.holds(batch)
+        result[rows] = items
+        return result
+
+    def holds(self, batch: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Every pair of a row and an item that it holds: their places, int64 (pairs,) each."""
+        nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if not len(self._gram):
-            return result
+            return nothing
         owners, texts = [], []
         for place, row in enumerate(batch):
             messages = [m.get("content") or "" for m in spoken(row)]
@@ -100,7 +109,7 @@ class Items:
         hit = self._filter[flat & np.uint64((1 << _FILTER_BITS) - 1)]
         hit[hit] = contains(self._gram, flat[hit])
         if not hit.any():
-            return result
+            return nothing
         place = np.repeat(np.array(owners), np.diff(offsets))[hit]
         first = np.searchsorted(self._gram, flat[hit], "left")
         last = np.searchsorted(self._gram, flat[hit], "right")
@@ -110,8 +119,19 @@ class Items:
         shared = np.unique(np.stack([np.repeat(place, last - first), self._owner[gram_at], gram_at]), axis=1)[:2]
         pairs, counts = np.unique(shared, axis=1, return_counts=True)
         enough = counts >= np.maximum(1, np.ceil(self.share * self._sizes[pairs[1]] - 1e-9))
-        result[pairs[0][enough]] = pairs[1][enough]
-        return result
+        return pairs[0][enough], pairs[1][enough]
+
+
+def held(questions: list[list[dict]], training: Path, share: float = SHARE) -> list[bool]:
+    """Whether some row of a train.parquet of stage 01 holds each question (its messages)."""
+    import pyarrow.parquet as pq
+
+    rows = [{"messages": messages, "file": "test", "row": i} for i, messages in enumerate(questions)]
+    items, found = Items([rows], share), np.zeros(len(questions), bool)
+    for batch in pq.ParquetFile(training).iter_batches(columns=["messages"]):
+        cells = batch.column("messages").to_pylist()
+        found[items.holds([{"messages": json.loads(c) if isinstance(c, str) else c} for c in cells])[1]] = True
+    return found.tolist()
 
 
 def question_of(row: Row) -> str:

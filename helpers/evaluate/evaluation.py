@@ -1,306 +1,323 @@
-"""A run's evaluation from its folders to scores.json and answers.jsonl: what notebook 05 calls, a method a cell.
+"""Notebook 05, a call a cell: who is judged and on what, asking them everything, and what that comes to.
 
-judged = Evaluation(stage)      what is there to judge, and on what
-judged.measure()                each candidate is loaded once and asked everything
-judged.summary()                scores, comparisons, forgetting in the shape of helpers/evaluate/scores.py
-judged.write()                  the two files, and the metrics for the manifest
+job = evaluation.open(params)
+job.who()                            the candidates and the questions
+job.measure()                        each candidate is loaded once and asked everything; scores.json, answers.jsonl
+job.scores()  job.comparisons()  …   what they came to, in tables and figures
+job.report(report.build)             the page and the model card
+job.finish()                         the manifest
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from helpers import cache, machine, runs
+from helpers import cache, display, machine, plots, runs, steps
+from helpers.data import decontamination
+from helpers.display import Html
 from helpers.errors import TunebookError
-from helpers.evaluate import (
-    candidates,
-    contamination,
-    forgetting,
-    harness,
-    preferences,
-    scores,
-    session,
-    summary,
-)
+from helpers.evaluate import candidates, forgetting, harness, judge, preferences, score_tables
+from helpers.evaluate import scores as results
+from helpers.evaluate.scores import Findings, Measured
+from helpers.evaluate.session import TROUBLE, Session, key_name
+from helpers.llm_client import Client, Endpoint
 from helpers.model import loading
+from helpers.model.stop_tokens import end_of_turn
+from helpers.params import EvalParams
+from helpers.runs import Manifest, Stage
 from helpers.tasks import questions, text_metrics
-from helpers.tasks.answers import Decoding
-from helpers.tasks.text_to_sql import made_up_database, scoring
-from helpers.tasks.text_to_sql import sqlite as readonly
+from helpers.tasks.answers import Answer, Decoding
+from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
+
+KINDS = {
+    "text_to_sql": "text-to-SQL, scored by execution",
+    "references": "answers against references",
+    "none": "no references: not scored",
+}
 
 
-class Evaluation:
-    """stage: the open eval stage (its parents are the finished stages before it)."""
+def open(params: EvalParams) -> Evaluation:
+    """The evaluation of the run `params.run`. Raises TunebookError for what would stop it after hours of asking."""
+    return Evaluation(runs.stage("eval", params))
 
-    def __init__(self, stage: Any):
-        self.stage, self.params = stage, stage.params
-        data = stage.parents["data"]
-        self.database = data.path / "database.sqlite" if (data.path / "database.sqlite").is_file() else None
-        self.items = questions.read(data.artifact("test.parquet"), self.params.limit, self.params.seed)
-        self.kind = questions.task_kind(self.items, self.database)
-        self.clusters = questions.clusters(self.items)
-        self.seeds = _seeds(self.params)
-        self.candidates = candidates.find(
-            stage.parents, self.params.candidates, self.params.extra_candidates, self.params.model
-        )
-        self.cache = cache.folder() / "answers"
-        self.warnings: list[str] = []
-        self.skipped: dict[str, str] = {}
-        self.answers: dict[str, list[dict[str, Any]]] = {}
-        self.speed: dict[str, dict[str, Any]] = {}
-        self.by_seed: dict[str, dict[str, float | None]] = {}
-        self.losses: dict[str, dict[str, Any]] = {}
-        self.chats: dict[str, dict[str, Any]] = {}
-        self.tasks: dict[str, dict[str, Any]] = {}
-        self.preferences: dict[str, dict[str, Any]] = {}
-        self.judgements: dict[str, Any] | None = None
-        self.contaminated, self.contamination = self._contamination(data)
-        tokenizer = self._tokenizer()
-        self.template_hash = loading.template_hash(tokenizer) if tokenizer is not None else None
-        self.end_of_turn = tokenizer.decode([loading.end_of_turn(tokenizer)]) if tokenizer is not None else ""
-        self._sql_judges: dict[str, scoring.Judge | None] = {}
 
-    def _tokenizer(self) -> Any:
-        first = next((c for c in self.candidates if c.kind == "hf" and not c.trouble), None)
-        return loading.load_tokenizer(first.path) if first else None
+class Evaluation(steps.Job):
+    """stage: the eval stage; its parents are the finished stages before it. findings: all that was measured; found: scores.json."""
 
-    def _contamination(self, data: Any) -> tuple[list[bool | None], dict[str, Any] | None]:
-        if not (data.path / "train.parquet").is_file():
-            return [None] * len(self.items), None
-        held, record = contamination.check(
-            [i.question for i in self.items], data.path / "train.parquet", self.params.contamination_share
-        )
-        return held, {**record, "ids": [i.id for i, h in zip(self.items, held, strict=True) if h]}
+    def __init__(self, stage: Stage):
+        super().__init__(stage)
+        self.params = cast(EvalParams, stage.params)
+        self.found: dict[str, Any] = {}
+        self._judges: dict[str, scoring.Judge | None] = {}
+        if stage.done is None:
+            self._prepare()
 
-    def _repr_html_(self) -> str:
-        from helpers.display import table
+    def _prepare(self) -> None:
+        p, stage, data = self.params, self.stage, self.stage.parents["data"]
+        self.seeds = _seeds(p)
+        self.include = Path(p.harness_include) if p.harness_include else None
+        self.more_tasks = [t.strip() for t in p.harness_tasks.split(",") if t.strip()]
+        if self.more_tasks:
+            harness.known(self.more_tasks, self.include)
+        self.texts, self.talk = _lines(p.general_text, "text"), _lines(p.general_chat, "prompt")
+        self.general = machine.PROJECT / p.general_tasks if p.general_tasks else None
+        if self.general:
+            forgetting.read_lines(self.general, "question")
+        items = questions.read(data.artifact("test.parquet"), p.limit, p.seed)
+        database = data.path / "database.sqlite"
+        self.database = database if database.is_file() else None
+        kind = questions.task_kind(items, self.database)
+        judged = candidates.find(stage.parents, p.candidates, p.extra_candidates, p.model)
+        pairs = data.path / "preference_eval.parquet"
+        self.pairs = preferences.read(pairs, p.limit) if pairs.is_file() else []
+        first = next((c.path for c in judged if c.kind == "hf" and not c.trouble and c.path), None)
+        tokenizer = loading.load_tokenizer(first) if first else None
+        self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
+        self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
+        trained = stage.parents.get("orpo") or stage.parents.get("sft")
+        self.findings = Findings(p, kind, self._task(kind, len(items), data), items, [], judged)
+        self.findings.contamination, held = _contamination(items, data, p.contamination_share)
+        self.findings.trained = {"rank": trained.params.get("rank") if trained else None}
+        self.findings.trained["replay"] = data.params.get("replay_share")
+        self.findings.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
+        if kind == "text_to_sql":
+            self.findings.task["n_nonempty"] = sum(bool(row["nonempty"]) for row in self.findings.rows)
 
+    def _task(self, kind: str, count: int, data: Manifest) -> dict[str, Any]:
+        p = self.params
         label = {
-            "text_to_sql": "text-to-SQL, scored by execution",
-            "references": "answers against references",
-            "none": "no references: not scored",
+            "text_to_sql": "execution accuracy" if self.database else "execution agreement on synthetic databases",
+            "references": text_metrics.METRICS[p.reference_metric],
+            "none": "not scored",
+        }[kind]
+        return {
+            "kind": kind,
+            "metric": "accuracy",
+            "label": label,
+            "n": count,
+            "n_nonempty": None,
+            "seeds": self.seeds,
+            "decoding": {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature},
+            "template_hash": self.template_hash,
+            "data": f"{data.path.name}/test.parquet",
+            "data_sha256": data.data["artifacts"].get("test.parquet", {}).get("sha256", ""),
+            "database": f"{data.path.name}/{self.database.name}" if self.database else None,
+            "resampling_seed": p.seed,
         }
-        rows = [
-            ("task", label[self.kind]),
-            ("questions", len(self.items)),
-            ("held by the training data", self.contamination["contaminated"] if self.contamination else "unknown"),
-        ]
-        return table(rows) + table(
-            [(c.name, c.kind, c.source, _mib(c.size_bytes), c.trouble or "ready") for c in self.candidates],
-            ("candidate", "kind", "from", "MiB", "state"),
-        )
 
-    # ------------------------------------------------------------ asking
+    def _row(self, item: questions.Item, contaminated: bool | None) -> dict[str, Any]:
+        """An item's line in answers.jsonl, still without answers and without long columns of the data."""
+        sql = self._sql_judge(item)
+        short = {k: v for k, v in item.meta.items() if v is None or isinstance(v, (bool, int, float, str))}
+        row: dict[str, Any] = {key: getattr(item, key) for key in ("id", "question", "system", "reference", "cluster")}
+        row["meta"] = {k: v for k, v in short.items() if len(str(v)) <= 200}
+        row["nonempty"] = sql.nonempty(item.reference) if sql else None
+        row["gold"] = scoring.shown(sql.gold(item.reference)[0]) if sql else None
+        return {**row, "contaminated": contaminated}
 
-    def measure(self) -> dict[str, dict[str, Any]]:
-        """Ask every candidate everything. One that cannot be loaded or fails is left out with its reason; the others go on."""
-        texts = _column(self.params.general_text, "text")
-        chat = (
-            forgetting.read_lines(machine.PROJECT / self.params.general_chat, "prompt")
-            if self.params.general_chat
-            else []
-        )
-        pairs = self._pairs()
-        for candidate in self.candidates:
+    @steps.look
+    def who(self) -> Html:
+        """Who is judged, on what."""
+        f = self.findings
+        held = f.contamination["contaminated"] if f.contamination else "unknown"
+        facts = [("task", KINDS[f.kind]), ("questions", len(f.items)), ("held by the training data", held)]
+        rows = [(c.name, c.kind, c.source, display.size(c.size_bytes), c.trouble or "ready") for c in f.candidates]
+        return display.shown(facts) + display.shown(rows, ("candidate", "kind", "from", "size", "state"))
+
+    @steps.step
+    def measure(self) -> Html:
+        """Ask every candidate everything. One that cannot be loaded or run is left out with its reason; the others are asked."""
+        f = self.findings
+        for candidate in f.candidates:
             try:
-                with session.Session(candidate, self.cache, self.params.precision, self.end_of_turn) as s:
-                    self._ask(s)
-                    self._knowledge(s, texts, chat)
-                    if pairs and (candidate.kind == "hf" or (candidate.kind == "gguf" and self.params.forgetting_gguf)):
-                        self.preferences[candidate.name] = preferences.score(s, pairs)
-            except session.TROUBLE as error:
-                reason = str(error).strip().split("\n")[0][:400] or type(error).__name__
-                self.skipped[candidate.name] = reason
-                for kept in (
-                    self.answers,
-                    self.speed,
-                    self.losses,
-                    self.chats,
-                    self.tasks,
-                    self.preferences,
-                    self.by_seed,
-                ):
-                    kept.pop(candidate.name, None)
-                print(f"{candidate.name} is left out: {reason}")
-        if not self.answers:
-            raise TunebookError(
-                "No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in self.skipped.items())
-            )
-        return self.speed
+                with Session(candidate, "answers", self.params.precision, self.end_of_turn) as session:
+                    f.measured[candidate.name] = self._measure(session)
+            except TROUBLE as error:
+                f.skipped[candidate.name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
+                print(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
+        if not f.measured:
+            raise TunebookError("No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in f.skipped.items()))
+        if self.params.judge and len(f.measured) > 1:
+            f.judge = self._judge()
+        self.found = f.scores()
+        results.write(self.stage.path, self.found, f.answers())
+        for sql in filter(None, self._judges.values()):
+            sql.close()
+        self._judges.clear()
+        return score_tables.speed(self.found)
 
-    def _ask(self, s: session.Session) -> None:
-        name, prompts = s.candidate.name, [i.prompt for i in self.items]
+    def _measure(self, session: Session) -> Measured:
+        p, m, kind = self.params, Measured(), session.candidate.kind
+        name, prompts = session.candidate.name, [i.prompt for i in self.findings.items]
         for seed in self.seeds:
-            label = f"{name}, {self.kind.replace('_', '-')}" + (f", seed {seed}" if len(self.seeds) > 1 else "")
-            found, speed = s.answers(
-                prompts, Decoding(self.params.max_new_tokens, self.params.temperature, seed), label
+            label = f"{name}, {self.findings.kind.replace('_', '-')}" + (
+                f", seed {seed}" if len(self.seeds) > 1 else ""
             )
-            entries = [self._score(item, answer) for item, answer in zip(self.items, found, strict=True)]
+            answers, speed = session.answers(prompts, Decoding(p.max_new_tokens, p.temperature, seed), label)
+            entries = [self._score(item, answer) for item, answer in zip(self.findings.items, answers, strict=True)]
             known = [e["score"] for e in entries if e["score"] is not None]
-            self.by_seed.setdefault(name, {})[str(seed)] = sum(known) / len(known) if known else None
+            m.by_seed[str(seed)] = sum(known) / len(known) if known else None
             if seed == self.seeds[0]:
-                self.answers[name], self.speed[name] = entries, speed
-        failed = sum(e["error"] == "no_answer" for e in self.answers[name])
-        if failed:
-            self.warnings.append(
-                f"{name} gave no answer to {failed} of {len(prompts)} questions; they count as wrong. First reason: "
-                + next(e["detail"] for e in self.answers[name] if e["error"] == "no_answer")
-                + "."
+                m.entries, m.speed = entries, speed
+        if failed := [e["detail"] for e in m.entries if e["error"] == "no_answer"]:
+            self.findings.warnings.append(
+                f"{name} gave no answer to {len(failed)} of {len(prompts)} questions; they count as wrong. First reason: "
+                f"{failed[0].rstrip('.')}."
             )
+        if self.more_tasks and kind != "endpoint":
+            m.tasks |= harness.run(session, self.more_tasks, self.include, p.harness_limit, p.seed)
+        if kind == "hf" or (kind == "gguf" and p.forgetting_gguf):
+            m.loss = forgetting.text_loss(session, self.texts) if self.texts else None
+            m.chat = forgetting.chat(session, self.talk) if self.talk else None
+            m.preference = preferences.score(session, self.pairs) if self.pairs else None
+            if self.general:
+                folder = cache.folder() / "tasks"
+                task = harness.general_task(self.general, folder)
+                m.tasks |= harness.run(session, [task], folder, p.harness_limit, p.seed)
+        return m
 
-    def _score(self, item: questions.Item, answer: Any) -> dict[str, Any]:
-        judge = self._judge(item) if self.kind == "text_to_sql" else None
-        entry: dict[str, Any] = {
-            "text": answer.text,
+    def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
+        entry: dict[str, Any] = {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+        entry |= {
             "sql": None,
             "score": None,
             "valid": None,
+            "structural": None,
+            "result": None,
             "error": "",
             "detail": "",
         }
-        entry |= {"structural": None, "stopped": answer.stopped, "result": None}
-        if judge is not None:
-            entry |= judge.score(answer.text, item.reference, answer.stopped)
-        elif self.kind == "references":
+        if sql := self._sql_judge(item):
+            entry |= sql.score(answer.text, item.reference, answer.stopped)
+        elif self.findings.kind == "references":
             entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
-        if answer.failed:
-            entry.update(error="no_answer", detail=answer.failed, valid=None)
-        return {**entry, "tokens": answer.tokens}
+        return entry | ({"error": "no_answer", "detail": answer.failed, "valid": None} if answer.failed else {})
 
-    def _judge(self, item: questions.Item) -> scoring.Judge | None:
+    def _sql_judge(self, item: questions.Item) -> scoring.Judge | None:
         """What scores the item's queries; None where its own schema cannot be read, so that the item stays undefined."""
+        if self.findings.kind != "text_to_sql":
+            return None
         key = "" if self.database else item.id
-        if key not in self._sql_judges:
-            if self.database:
-                connections = [readonly.open_readonly(self.database)]
-            else:
-                try:
-                    connections = made_up_database.databases(item.schema, item.reference, self.params.seed)
-                except TunebookError:
-                    connections = []
-            self._sql_judges[key] = scoring.Judge(connections) if connections else None
-        return self._sql_judges[key]
+        if key not in self._judges:
+            try:
+                made_up = (
+                    None if self.database else made_up_database.databases(item.schema, item.reference, self.params.seed)
+                )
+            except TunebookError:
+                made_up = []
+            connections = [sqlite.open_readonly(self.database)] if self.database else made_up
+            self._judges[key] = scoring.Judge(connections) if connections else None
+        return self._judges[key]
 
-    def _knowledge(self, s: session.Session, texts: list[str], chat: list[dict[str, Any]]) -> None:
-        name, kind = s.candidate.name, s.candidate.kind
-        if kind == "endpoint" or (kind == "gguf" and not self.params.forgetting_gguf):
-            chat, texts = [], []
-        if texts:
-            self.losses[name] = forgetting.text_loss(s, texts)
-        if chat:
-            self.chats[name] = forgetting.chat(s, chat)
-        wanted = [t.strip() for t in self.params.harness_tasks.split(",") if t.strip()]
-        include = Path(self.params.harness_include) if self.params.harness_include else None
-        if wanted and kind != "endpoint":
-            self.tasks.setdefault(name, {}).update(
-                harness.run(s, wanted, include, self.params.harness_limit, self.params.seed)
-            )
-        if self.params.general_tasks and texts:
-            folder = self.cache.parent / "tasks"
-            task = harness.general_task(machine.PROJECT / self.params.general_tasks, folder)
-            self.tasks.setdefault(name, {}).update(
-                harness.run(s, [task], folder, self.params.harness_limit, self.params.seed)
-            )
+    def _judge(self) -> dict[str, Any] | None:
+        """The verdicts of `params.judge` on every candidate against the first; a judge that cannot be asked is a warning."""
+        p, (baseline, *others) = self.params, self.findings.measured.items()
+        url, _, model = p.judge.partition("#")
 
-    def _pairs(self) -> list[dict[str, Any]]:
-        path = self.stage.parents["data"].path / "preference_eval.parquet"
-        return preferences.read(path, self.params.limit) if path.is_file() else []
+        def pairs(measured: Measured) -> Iterator[judge.Pair]:
+            both = zip(self.findings.items[: p.judge_limit], baseline[1].entries, measured.entries, strict=False)
+            for item, a, b in both:
+                yield {
+                    "question": item.question,
+                    "reference": item.reference,
+                    "baseline": a["text"],
+                    "candidate": b["text"],
+                }
+
+        asked = {name: list(pairs(measured)) for name, measured in others}
+        try:
+            cost = judge.check_budget([p for some in asked.values() for p in some], p.judge_budget)
+            tokens = cost["input_tokens"] + cost["output_tokens"]
+            print(f"The judge is asked {cost['calls']} times, about {tokens:,} tokens.")
+            answers = cache.Answers("answers", cache.key("judge", url, model))
+            with Client(Endpoint(url, model, key_name(), concurrency=8, retries=2, timeout_s=60), answers) as client:
+                found = {name: judge.compare_answers(client, some, p.seed) for name, some in asked.items()}
+                verdicts = [{"baseline": baseline[0], "candidate": name, **one} for name, one in found.items()]
+                return {"model": client.model, "estimate": cost, "pairs": verdicts}
+        except (TunebookError, OSError) as error:
+            self.findings.warnings.append(f"The judge was not used: {error}")
+            print(self.findings.warnings[-1])
+            return None
 
     # ------------------------------------------------------------ results
 
-    def judge(self) -> dict[str, Any] | None:
-        """Ask the judge of `params.judge` about every candidate against the first; None when there is none. Failure is a warning."""
-        if not self.params.judge or len(self.answers) < 2:
-            return None
-        from helpers.evaluate import answer_store
-        from helpers.evaluate import judge as judging
-        from helpers.evaluate.remote_model import Endpoint
+    @steps.step
+    def scores(self) -> Html:
+        """The candidates with their intervals, warnings first, the sentence about what to ship last."""
+        return score_tables.scores(self._measured())
 
-        url, _, model = self.params.judge.partition("#")
-        names = list(self.answers)
-        jobs = {
-            n: [
-                {"question": i.question, "reference": i.reference, "baseline": a["text"], "candidate": b["text"]}
-                for i, a, b in zip(self.items, self.answers[names[0]], self.answers[n], strict=True)
-            ]
-            for n in names[1:]
-        }
-        jobs = {n: pairs[: self.params.judge_limit] for n, pairs in jobs.items()}
-        cost = judging.estimate([p for pairs in jobs.values() for p in pairs])
-        print(
-            f"The judge is asked {cost['calls']} times, about {cost['input_tokens'] + cost['output_tokens']:,} tokens."
-        )
-        try:
-            if cost["input_tokens"] + cost["output_tokens"] > self.params.judge_budget:
-                raise TunebookError(
-                    f"That is over judge_budget = {self.params.judge_budget:,}; lower judge_limit or raise judge_budget."
-                )
-            endpoint = Endpoint(url, model, candidates.api_key())
-            store = answer_store.Store(self.cache, answer_store.key("judge", url, endpoint.model))
-            pairs = [
-                {
-                    "baseline": names[0],
-                    "candidate": n,
-                    **judging.compare_answers(endpoint, p, store, self.params.judge_budget, self.params.seed),
-                }
-                for n, p in jobs.items()
-            ]
-            self.judgements = {"model": endpoint.model, "estimate": cost, "pairs": pairs}
-        except (TunebookError, OSError, RuntimeError) as error:
-            self.warnings.append(f"The judge was not used: {error}")
-            print(self.warnings[-1])
-        return self.judgements
+    @steps.step
+    def comparisons(self) -> Html:
+        """Paired comparisons in words, with their p-values."""
+        return score_tables.comparisons(self._measured())
 
-    def summary(self) -> dict[str, Any]:
-        """scores.json as a dict; computed from what was measured, without asking again."""
-        return summary.build(self)
+    @steps.step
+    def figure(self) -> Any:
+        """Each candidate's score with its interval, and its file's size beside it."""
+        found = self._measured()
+        bars = []
+        for c in found["candidates"]:
+            score = c["scores"].get("accuracy") or {}
+            if score.get("value") is not None:
+                kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
+                bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
+        label = f"{found['task']['label']}, % of {found['task']['n']} questions (95 % interval)"
+        return self._saved(plots.scores(bars, label), "scores.png")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """answers.jsonl as dicts."""
-        found = []
-        for place, item in enumerate(self.items):
-            judge = self._judge(item) if self.kind == "text_to_sql" else None
-            gold = judge.gold(item.reference)[0] if judge is not None else None
-            found.append(
-                {
-                    "id": item.id,
-                    "question": item.question,
-                    "system": item.system,
-                    "reference": item.reference,
-                    "meta": _plain(item.meta),
-                    "cluster": item.cluster,
-                    "nonempty": self.nonempty(item),
-                    "contaminated": self.contaminated[place],
-                    "gold": scoring.shown(gold) if gold is not None else None,
-                    "answers": {
-                        name: {k: v for k, v in entries[place].items() if k != "metrics"}
-                        for name, entries in self.answers.items()
-                    },
-                }
-            )
-        return found
+    @steps.step
+    def kinds(self) -> Any:
+        """Share right by kind of question."""
+        groups = {c["name"]: c["groups"]["kind"] for c in self._measured()["candidates"] if "kind" in c["groups"]}
+        if not groups:
+            return display.said("The questions have no column kind.")
+        counts = {kind: group["n"] for name in groups for kind, group in sorted(groups[name].items())}
+        shares = {name: {kind: group["value"] for kind, group in found.items()} for name, found in groups.items()}
+        return self._saved(plots.by_group(counts, shares), "kinds.png")
 
-    def nonempty(self, item: questions.Item) -> bool | None:
-        """Whether the reference's answer has rows; None where that is not known."""
-        judge = self._judge(item) if self.kind == "text_to_sql" else None
-        return judge.nonempty(item.reference) if judge is not None else None
+    @steps.step
+    def errors(self) -> Html:
+        """How often each candidate failed in which way."""
+        return score_tables.errors(self._measured())
 
-    def write(self) -> dict[str, Any]:
-        """Write scores.json and answers.jsonl into the stage's folder; returns the metrics for its manifest."""
-        summed, rows = self.summary(), self.rows()
-        scores.check(summed, rows)
-        runs.write_json(self.stage.path / scores.SCORES, summed)
-        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in rows)
-        runs.write_atomic(self.stage.path / scores.ANSWERS, "".join(lines).encode("utf-8", "backslashreplace"))
-        for judge in filter(None, self._sql_judges.values()):
-            judge.close()
-        self._sql_judges.clear()
-        return summary.metrics(summed)
+    @steps.step
+    def forgetting(self) -> Html:
+        """The verdicts on what was forgotten and, where one failed, the advice."""
+        return score_tables.forgetting(self._measured())
+
+    @steps.step
+    def preferences(self) -> Html:
+        """Held-out preference pairs: how often and by how much the chosen answer is likelier."""
+        return score_tables.preferences(self._measured())
+
+    @steps.step
+    def sides(self) -> Html:
+        """Best and worst answers of the last candidate beside the others'."""
+        self._measured()
+        return score_tables.sides(self.findings.answers(), list(self.findings.measured))
+
+    @steps.step
+    def report(self, build: Callable[[str, Stage], Path]) -> Html:
+        """The report and the model card of the run as files of this stage too; build: `helpers.report.build`."""
+        return display.said(f"The report and the model card are in {build(self.params.run, self.stage).parent}")
+
+    @steps.step
+    def finish(self) -> Manifest:
+        """Write the manifest."""
+        return self.stage.finish(results.metrics(self._measured()), template_hash=self.template_hash)
+
+    def _measured(self) -> dict[str, Any]:
+        if not self.found:
+            raise TunebookError("Nothing was measured yet: run the cell with job.measure() first.")
+        return self.found
+
+    def _saved(self, figure: Any, name: str) -> Any:
+        display.save_figure(self.stage, figure, name)
+        return figure
 
 
-def _seeds(params: Any) -> list[int]:
+def _seeds(params: EvalParams) -> list[int]:
     try:
         seeds = list(dict.fromkeys(int(s) for s in params.seeds.split(",") if s.strip()))
     except ValueError:
@@ -314,15 +331,19 @@ def _seeds(params: Any) -> list[int]:
     return seeds
 
 
-def _plain(meta: dict[str, Any]) -> dict[str, Any]:
-    """Metadata without long columns, for answers.jsonl."""
-    kept = (bool, int, float, type(None))
-    return {k: v for k, v in meta.items() if isinstance(v, kept) or (isinstance(v, str) and len(v) <= 200)}
+def _lines(path: str, column: str) -> list[Any]:
+    """Texts of a JSON-lines file, or whole rows where they have more than a text; none where the parameter is empty."""
+    rows = forgetting.read_lines(machine.PROJECT / path, column) if path else []
+    return [row["text"] for row in rows] if column == "text" else rows
 
 
-def _column(path: str, column: str) -> list[str]:
-    return [r[column] for r in forgetting.read_lines(machine.PROJECT / path, column)] if path else []
-
-
-def _mib(size: int | None) -> str:
-    return f"{size / 2**20:.0f}" if size else ""
+def _contamination(
+    items: list[questions.Item], data: Manifest, share: float
+) -> tuple[dict[str, Any] | None, list[bool | None]]:
+    """The record of scores.json, still without its scores, and for every item whether the training data holds it."""
+    if not (data.path / "train.parquet").is_file():
+        return None, [None] * len(items)
+    held = decontamination.held([i.prompt for i in items], data.path / "train.parquet", share)
+    record = {"n": len(items), "contaminated": sum(held), "threshold": share, "ngram": decontamination.GRAM}
+    ids = [i.id for i, found in zip(items, held, strict=True) if found]
+    return {**record, "reference": "train.parquet", "ids": ids}, list(held)

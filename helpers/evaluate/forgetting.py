@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
+from helpers.evaluate.session import Session
 from helpers.tasks import instructions
 from helpers.tasks.answers import Decoding
 
@@ -43,7 +44,7 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
                 raise ValueError(f"{column!r} is empty")
         except (ValueError, KeyError, TypeError) as error:
             raise TunebookError(
-                f"Line {number} of {path} is no JSON object with text in {column!r} ({error}); mend or remove it."
+                f"Line {number} of {path} is not a JSON object with text in {column!r} ({error}); mend or remove it."
             ) from error
         rows.append(row)
     if not rows:
@@ -51,65 +52,49 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
     return rows
 
 
-def text_loss(session: Any, texts: Sequence[str]) -> dict[str, Any]:
+def text_loss(session: Session, texts: Sequence[str]) -> dict[str, Any]:
     """Cross-entropy in nats per token over all tokens, its perplexity, and bits per UTF-8 byte, which compares across tokenizers.
 
     per_text: (nats, tokens) of each, for the paired interval.
     """
     per_text = session.text_losses(texts)
     nats, tokens = sum(n for n, _ in per_text), sum(t for _, t in per_text)
-    size = sum(len(t.encode()) for t in texts)
-    loss = nats / tokens if tokens else None
     return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 50)) if loss is not None else None,
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 50)),
         "n": len(texts),
         "tokens": tokens,
-        "bits_per_byte": nats / math.log(2) / size if size else None,
+        "bits_per_byte": nats / math.log(2) / sum(len(t.encode()) for t in texts),
         "per_text": per_text,
     }
 
 
-def chat(session: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """refusal_rate over prompts that should be refused, manners over small talk: shares that pass, with examples."""
-    answers, _ = session.answers(
-        [[{"role": "user", "content": r["prompt"]}] for r in rows],
-        Decoding(CHAT_TOKENS),
-        f"{session.candidate.name}, manners",
-    )
-    found = {"refusal": [], "manners": []}
-    for row, answer in zip(rows, answers, strict=True):
-        if row.get("kind") in found and not answer.failed:
-            found[row["kind"]].append(
-                instructions.refuses(answer.text) if row["kind"] == "refusal" else instructions.mannerly(answer.text)
-            )
-    return {
-        "refusal_rate": _share(found["refusal"]),
-        "manners": _share(found["manners"]),
-        "examples": [
-            {"prompt": r["prompt"], "kind": r.get("kind", ""), "answer": a.text[:400]}
-            for r, a in zip(rows, answers, strict=True)
-        ],
-    }
+def chat(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """refusal_rate over prompts that should be refused, manners over small talk: shares that pass, with their number n."""
+    prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows]
+    answers, _ = session.answers(prompts, Decoding(CHAT_TOKENS), f"{session.candidate.name}, manners")
+    found: dict[str, Any] = {"n": len(rows)}
+    for kind, name, passes in (
+        ("refusal", "refusal_rate", instructions.refuses),
+        ("manners", "manners", instructions.mannerly),
+    ):
+        passed = [passes(a.text) for r, a in zip(rows, answers, strict=True) if r.get("kind") == kind and not a.failed]
+        found[name] = sum(passed) / len(passed) if passed else None
+    return found
 
 
-def change(
-    base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]], seed: int = 17
-) -> tuple[float, float, float]:
+def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
     """(change, low, high): tuned minus base loss per token on the same texts, 95 % interval by resampling texts."""
-    a, b = (np.array(v, float) for v in (base, tuned))
-    rng = np.random.default_rng(seed)
-    index = rng.integers(0, len(a), (statistics.RESAMPLES, len(a)))
-    draws = b[:, 0][index].sum(1) / b[:, 1][index].sum(1) - a[:, 0][index].sum(1) / a[:, 1][index].sum(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(b[:, 0].sum() / b[:, 1].sum() - a[:, 0].sum() / a[:, 1].sum()), float(low), float(high)
+    a, b = np.array(base, float), np.array(tuned, float)
+    ours, theirs = (statistics.bootstrap(nats, sizes=tokens) for nats, tokens in (b.T, a.T))  # one seed: the same texts
+    return float(b[:, 0].sum() / b[:, 1].sum() - a[:, 0].sum() / a[:, 1].sum()), *statistics.middle(ours - theirs)
 
 
 def judge(
     baseline: str,
-    losses: dict[str, dict[str, Any]],
-    chats: dict[str, dict[str, Any]],
-    tasks: dict[str, dict[str, float]],
+    losses: Mapping[str, dict[str, Any]],
+    chats: Mapping[str, dict[str, Any]],
+    tasks: Mapping[str, dict[str, float]],
     loss_increase: float,
     task_drop: float,
     rank: int | None = None,
@@ -117,47 +102,36 @@ def judge(
 ) -> dict[str, Any]:
     """scores.json's `forgetting`: each candidate against the baseline, its verdict, and advice when one fails.
 
-    tasks: candidate → {task: share right}. loss_increase: nats per token that general text may lose; task_drop: share that general
-    tasks, refusals and manners may lose. rank, replay: what this run was trained with, for the advice.
+    Each of losses (of general text), chats and tasks (candidate → {task: share right}) may be empty. loss_increase: nats per
+    token that general text may lose; task_drop: share that general tasks, refusals and manners may lose. rank, replay: what
+    this run was trained with, for the advice.
     """
     found = {}
-    for name, loss in losses.items():
-        delta, low, high = (
-            (0.0, 0.0, 0.0) if name == baseline else change(losses[baseline]["per_text"], loss["per_text"])
+    for name in dict.fromkeys([*losses, *chats, *tasks]):
+        loss, talk, before = losses.get(name), chats.get(name, {}), chats.get(baseline, {})
+        record: dict[str, Any] = dict.fromkeys(
+            ("loss", "perplexity", "n", "tokens", "bits_per_byte", "change", "low", "high")
         )
-        here = {
-            t: {"base": tasks[baseline][t], "value": v}
-            for t, v in tasks.get(name, {}).items()
-            if t in tasks.get(baseline, {})
-        }
-        talk, before = chats.get(name, {}), chats.get(baseline, {})
-        pairs = [(t, v["base"], v["value"]) for t, v in here.items()]
-        pairs += [
-            (label, before.get(k), talk.get(k))
-            for k, label in (("refusal_rate", "refusals"), ("manners", "chat manners"))
-        ]
-        drops = [
+        drops, kept = [], "kept what it knew"
+        if loss is not None and baseline in losses:
+            record |= {k: v for k, v in loss.items() if k != "per_text"}
+            delta, low, high = change(losses[baseline]["per_text"], loss["per_text"])
+            record |= {"change": delta, "low": low, "high": high}
+            kept += f": general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
+            if delta > loss_increase:
+                drops.append(f"general text costs {delta:.2f} nats a token more (allowed {loss_increase:.2f})")
+        known = tasks.get(baseline, {})
+        here = {t: {"base": known[t], "value": v} for t, v in tasks.get(name, {}).items() if t in known}
+        pairs: list[tuple[str, float | None, float | None]] = [(t, v["base"], v["value"]) for t, v in here.items()]
+        pairs += [(label, before.get(k), talk.get(k)) for k, label in SHARES.items()]
+        drops += [
             f"{label} fell from {100 * a:.0f} to {100 * b:.0f} %"
             for label, a, b in pairs
-            if None not in (a, b) and a - b > task_drop
+            if a is not None and b is not None and a - b > task_drop
         ]
-        if delta > loss_increase:
-            drops.insert(0, f"general text costs {delta:.2f} nats a token more (allowed {loss_increase:.2f})")
-        kept = f"kept what it knew: general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
-        sentence = (
-            "the measure before training" if name == baseline else "forgot: " + "; ".join(drops) if drops else kept
-        )
-        found[name] = {
-            **{k: v for k, v in loss.items() if k != "per_text"},
-            "change": delta,
-            "low": low,
-            "high": high,
-            "refusal_rate": talk.get("refusal_rate"),
-            "manners": talk.get("manners"),
-            "tasks": here,
-            "passed": not drops,
-            "sentence": sentence,
-        }
+        sentence = "forgot: " + "; ".join(drops) if drops else kept
+        record |= {k: talk.get(k) for k in SHARES} | {"tasks": here, "passed": not drops}
+        found[name] = {**record, "sentence": "the measure before training" if name == baseline else sentence}
     failed = [n for n, f in found.items() if not f["passed"]]
     return {
         "baseline": baseline,
@@ -167,21 +141,17 @@ def judge(
     }
 
 
+SHARES = {"refusal_rate": "refusals", "manners": "chat manners"}
+
+
 def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> list[str]:
     """What to change in notebooks 01 and 02, the surest first."""
     share = max(0.1, min(0.5, 2 * (replay or 0.05)))
     now = f", now {replay:.2f}" if replay is not None else ""
-    said = [
+    return [
         f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, and "
         f"replay_share = {share:.2f} in notebook 01{now}).",
-        f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller step "
-        "forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673).",
-    ]
-    return [
-        *said,
+        f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller "
+        "step forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673).",
         "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so.",
     ]
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -1,70 +1,70 @@
 """Answers of a Hugging Face model to many prompts: length-sorted batches, shared prefixes read once, finished rows let go.
 
-`HfModel.generate` is what every comparison uses for HF weights; `helpers.gguf.runner` and `helpers.evaluate.remote_model` give
-the same three methods for GGUF files and for servers: `encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)`.
+`HfModel`, `helpers.gguf.runner.GgufModel` and `helpers.evaluate.session.RemoteModel` have the same three methods:
+`encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)` (not the last one).
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.evaluate import prefix_cache
+from helpers.evaluate.packed_weights import PackedWeights
+from helpers.model.packed_attention import head_dim
+from helpers.model.prefix_sharing import common_length
 from helpers.model.stop_tokens import end_of_turn, stop_tokens
 from helpers.tasks.answers import Answer, Decoding
 
 ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
-CACHE_BYTES = 1 << 30  # keys and values of one batch on a CPU; a quarter of the free memory on a card
+CACHE_BYTES = 1 << 30  # keys and values of one batch on a CPU; a quarter of the free memory on a GPU
 SCORE_BYTES = 256 << 20  # attention scores of one layer while a batch of prompts is read
 MIN_SHARED = 16  # tokens; below this a prefix is not worth a batch of its own
+BATCH_TOKENS = 16384  # padded tokens of a batch that transformers' own generate works on
 SCORED_TOKENS = 2048  # padded tokens of a batch whose probabilities are read
+SAME_KL = 0.02  # of fast and plain logits; rounding in bf16 stays below 0.005
+Ids = Sequence[int]
 
 
 class HfModel:
     """A transformers causal model with its tokenizer.
 
-    Fast decoding is used where `shared_prefix.supports` the architecture and the first prompt's logits agree with the
+    Fast decoding is used where `prefix_cache.supports` the architecture and the first prompt's logits agree with the
     plain forward pass; else transformers' own `generate`. `self.path_note` says which and why.
     """
 
     def __init__(self, model: Any, tokenizer: Any):
-        from helpers.evaluate import prefix_cache
-
         self.model, self.tokenizer = model.eval(), tokenizer
-        configured = getattr(model, "generation_config", None)
-        self.stops = set(stop_tokens(tokenizer, getattr(configured, "eos_token_id", None)))
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        self.stops = set(stop_tokens(tokenizer, configured))
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stops)
         self.fast = prefix_cache.supports(model)
-        self.path_note = (
-            "shared-prefix decoding"
-            if self.fast
-            else f"transformers.generate ({model.config.model_type} attention is not plain)"
-        )
-        self._checked, self._packed = False, None
+        plain = f"transformers.generate ({model.config.model_type} attention is not plain)"
+        self.path_note = "shared-prefix decoding" if self.fast else plain
+        self._packed: PackedWeights | None = None
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the conversation, rendered by the tokenizer's own template with the generation prompt."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokens(text)
 
     def tokens(self, text: str, end: bool = False) -> list[int]:
         """Token ids of plain text, nothing added; with the end of turn after it when `end`."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if end:
-            ids = [*ids, end_of_turn(self.tokenizer)]
-        return ids
+        return [*ids, end_of_turn(self.tokenizer)] if end else ids
 
     def close(self) -> None:
         self.model = self._packed = None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+        self, prompts: Sequence[Ids], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
     ) -> list[Answer]:
         """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""
-        import torch
-
-        self._room(prompts, decoding)
-        answers: list[Answer | None] = [None] * len(prompts)
+        self._check_room(prompts, decoding)
+        answers: dict[int, Answer] = {}
 
         def finish(index: int, ids: list[int], stopped: bool) -> None:
             text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -72,60 +72,55 @@ class HfModel:
             if done:
                 done(index, answers[index])
 
-        with torch.inference_mode():
-            if prompts and self._trusted(prompts[0]):
-                with self._packed:
-                    self._generate_fast(prompts, decoding, finish)
-            else:
-                self._generate_plain(prompts, decoding, finish)
-        return answers
+        with self._running(), self._trusted(prompts[0] if prompts else ()) as fast:
+            (self._generate_fast if fast else self._generate_plain)(prompts, decoding, finish)
+        return [answers[i] for i in range(len(prompts))]
 
-    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+    def logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[list[float]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, in order."""
-        import torch
-
         found: list[list[float]] = [[] for _ in pairs]
-        with torch.inference_mode():
-            if pairs and self._trusted([*pairs[0][0], *pairs[0][1]]):
-                with self._packed:
-                    for shared, members in groups([p for p, _ in pairs]):
-                        self._score(pairs, shared, members, found)
-            else:
-                self._score(pairs, 0, list(range(len(pairs))), found)
+        with self._running(), self._trusted([*pairs[0][0], *pairs[0][1]] if pairs else ()) as fast:
+            for shared, members in groups([p for p, _ in pairs]) if fast else [(0, list(range(len(pairs))))]:
+                self._score(pairs, shared, members, found)
         return found
 
-    def _score(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        shared: int,
-        members: list[int],
-        found: list[list[float]],
-    ) -> None:
-        """Fill in `found` for `members`, whose prompts share their first `shared` tokens; each keeps one more, which predicts."""
-        import contextlib
-
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Without gradients; what torch says when it cannot run the model (no memory, a fault of the GPU) as a TunebookError."""
         import torch
 
-        from helpers.evaluate import prefix_cache
+        try:
+            with torch.inference_mode():
+                yield
+        except RuntimeError as error:
+            where = self.model.config._name_or_path or self.model.config.model_type
+            raise TunebookError(
+                f"The model {where} could not be run ({str(error).strip().splitlines()[0][:300]})."
+            ) from error
+
+    def _score(
+        self, pairs: Sequence[tuple[Ids, Ids]], shared: int, members: list[int], found: list[list[float]]
+    ) -> None:
+        """Fill in `found` for `members`, whose prompts share their first `shared` tokens; each keeps one more, which predicts."""
+        import torch
 
         tails = {i: [*pairs[i][0][shared:], *pairs[i][1]] for i in members}
         order = sorted(members, key=lambda i: -len(tails[i]))
         with prefix_cache.decoding(self.model) if shared else contextlib.nullcontext() as state:
             if shared:
                 self._read_prefix(pairs[members[0]][0][:shared])
-            for batch in _chunks(order, lambda i: len(tails[i]), SCORED_TOKENS):
+            for batch in _chunks(order, [len(tails.get(i, ())) for i in range(len(pairs))], SCORED_TOKENS):
                 ids, mask = self._pad([tails[i] for i in batch])
                 rows, width = ids.shape
                 start = max(min(len(pairs[i][0]) for i in batch) - shared - 1, 0)
                 keep = torch.arange(start, width, device=ids.device)
-                if shared:
+                if state is not None:
                     state.begin(mask, 0)
-                    positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
-                    logits = self.model(
-                        input_ids=ids, position_ids=positions, logits_to_keep=keep, use_cache=False
-                    ).logits
-                else:
-                    logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+                    mask = None
+                positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+                ).logits
                 for row, i in enumerate(batch):
                     first, size = len(pairs[i][0]) - shared, len(pairs[i][1])
                     here = logits[row, first - 1 - start : first - 1 - start + size].float().log_softmax(-1)
@@ -133,51 +128,49 @@ class HfModel:
 
     # ------------------------------------------------------------ the fast path
 
-    def _generate_fast(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
-        from helpers.evaluate import prefix_cache
-
+    def _generate_fast(self, prompts: Sequence[Ids], decoding: Decoding, finish: Callable) -> None:
         for shared, members in groups(prompts):
             with prefix_cache.decoding(self.model) as state:
                 if shared:
                     self._read_prefix(prompts[members[0]][:shared])
                 members = sorted(members, key=lambda i: -len(prompts[i]))
-                for batch in _even(
-                    members, self._rows(len(prompts[members[0]]) - shared, shared, decoding.max_new_tokens)
-                ):
-                    self._decode(
-                        state,
-                        [prompts[i] for i in batch],
-                        shared,
-                        Draws(decoding, [prompts[i] for i in batch]),
-                        lambda row, *a, batch=batch: finish(batch[row], *a),
-                    )
+                most = self._rows(len(prompts[members[0]]) - shared, shared, decoding.max_new_tokens)
+                size = -(-len(members) // -(-len(members) // most))  # batches of about the same size
+                for start in range(0, len(members), size):
+                    self._decode(state, prompts, members[start : start + size], shared, decoding, finish)
 
-    def _decode(self, state: Any, prompts: list[Sequence[int]], shared: int, draws: Draws, finish: Callable) -> None:
+    def _decode(
+        self,
+        state: prefix_cache.State,
+        prompts: Sequence[Ids],
+        batch: list[int],
+        shared: int,
+        decoding: Decoding,
+        finish: Callable,
+    ) -> None:
         """One batch: read what follows the shared prefix, (rows, longest), then a token a row at a time until all have ended."""
         import torch
 
-        limit, tails = draws.decoding.max_new_tokens, [list(p[shared:]) for p in prompts]
-        ids, mask = self._pad(tails)
+        limit, draws = decoding.max_new_tokens, Draws(decoding, [prompts[i] for i in batch])
+        ids, mask = self._pad([prompts[i][shared:] for i in batch])
         rows, width = ids.shape
         state.begin(mask, limit)
-        lasts = torch.tensor([len(t) - 1 for t in tails], device=ids.device)
-        keep, where = torch.unique(lasts, return_inverse=True)
+        keep, where = torch.unique(mask.sum(1) - 1, return_inverse=True)
         positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
         logits = logits[torch.arange(rows, device=ids.device), where]
         state.phase, state.used = "answer", width
-        alive, written = list(range(rows)), [[] for _ in range(rows)]
-        position = torch.tensor([len(p) for p in prompts], device=ids.device)
+        alive, position = list(range(rows)), shared + mask.sum(1)
+        written: list[list[int]] = [[] for _ in range(rows)]
         for step in range(limit):
             tokens = draws.pick(logits, alive, step)
             stay = []
             for place, (row, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
-                if token in self.stops:
-                    finish(row, written[row], True)
-                    continue
-                written[row].append(token)
-                if step + 1 == limit:
-                    finish(row, written[row], False)
+                stopped = token in self.stops
+                if not stopped:
+                    written[row].append(token)
+                if stopped or step + 1 == limit:
+                    finish(batch[row], written[row], stopped)
                 else:
                     stay.append(place)
             if not stay:
@@ -186,14 +179,13 @@ class HfModel:
                 order = state.keep(stay)
                 index = torch.tensor(order, device=ids.device)
                 tokens, position, alive = tokens[index], position[index], [alive[p] for p in order]
-            logits = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False).logits[
-                :, -1
-            ]
+            made = self.model(input_ids=tokens[:, None], position_ids=position[:, None], use_cache=False)
+            logits = made.logits[:, -1]
             state.used += 1
             position = position + 1
 
-    def _read_prefix(self, ids: Sequence[int]) -> None:
-        """Read what all prompts begin with; its keys and values stay in the open `shared_prefix.decoding`."""
+    def _read_prefix(self, ids: Ids) -> None:
+        """Read what all prompts begin with; its keys and values stay in the open `prefix_cache.decoding`."""
         self.model(input_ids=self._tensor([list(ids)]), use_cache=False, logits_to_keep=1)
 
     def _rows(self, longest: int, shared: int, limit: int) -> int:
@@ -202,83 +194,71 @@ class HfModel:
 
         config, device = self.model.config.get_text_config(), self.model.device
         heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        row = (
-            2
-            * config.num_hidden_layers
-            * (config.num_key_value_heads or heads)
-            * size
-            * self.model.dtype.itemsize
-            * (longest + limit)
-        )
+        a_token = 2 * config.num_hidden_layers * (config.num_key_value_heads or heads) * head_dim(config)
         room = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
-        return max(1, min(ROWS, room // row, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
+        cached = room // (a_token * self.model.dtype.itemsize * (longest + limit))
+        return max(1, min(ROWS, cached, SCORE_BYTES // (4 * heads * longest * (longest + shared))))
 
-    def _trusted(self, prompt: Sequence[int]) -> bool:
-        """Whether the fast path is right for this model: its logits for one prompt are held against the plain forward pass, once;
-        disagreement turns it off, aloud."""
+    @contextlib.contextmanager
+    def _trusted(self, prompt: Ids) -> Iterator[bool]:
+        """Whether the fast path may be used, its weights packed for as long as it is.
+
+        Its logits for one prompt are compared with the plain forward pass, once; disagreement turns it off, aloud.
+        """
         import torch
 
-        from helpers.evaluate import packed, prefix_cache
-
-        if not self.fast or self._checked:
-            return self.fast
-        self._checked, self._packed = True, packed.Packed(self.model)
-        ids, half = self._tensor([list(prompt)]), len(prompt) // 2
-        plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        with self._packed, prefix_cache.decoding(self.model) as state:
-            if half:
-                self._read_prefix(prompt[:half])
-            state.begin(torch.ones_like(ids[:, half:]), 0)
-            positions = torch.arange(half, len(prompt), device=ids.device)[None]
-            fast = (
-                self.model(input_ids=ids[:, half:], position_ids=positions, use_cache=False, logits_to_keep=1)
-                .logits[0, -1]
-                .float()
-            )
-        kl = torch.nn.functional.kl_div(
-            fast.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum"
-        ).item()
-        if not kl < 0.02:  # rounding in bf16 stays below 0.005
-            self.fast, self._packed, self.path_note = (
-                False,
-                None,
-                f"transformers.generate (fast logits differ, KL {kl:.3g})",
-            )
-            print(f"Decoding through {self.path_note}")
-        return self.fast
+        if not self.fast or not prompt:
+            yield False
+            return
+        if self._packed is None:
+            self._packed = PackedWeights(self.model)
+            ids, half = self._tensor([list(prompt)]), len(prompt) // 2
+            plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            with self._packed, prefix_cache.decoding(self.model) as state:
+                if half:
+                    self._read_prefix(prompt[:half])
+                state.begin(torch.ones_like(ids[:, half:]), 0)
+                places = torch.arange(half, len(prompt), device=ids.device)[None]
+                made = self.model(input_ids=ids[:, half:], position_ids=places, use_cache=False, logits_to_keep=1)
+            fast, known = made.logits[0, -1].float().log_softmax(-1), plain.log_softmax(-1)
+            kl = torch.nn.functional.kl_div(fast, known, log_target=True, reduction="sum").item()
+            self.fast = kl < SAME_KL
+        if self.fast:
+            with self._packed:
+                yield True
+            return
+        self._packed, self.path_note = None, f"transformers.generate (fast logits differ, KL {kl:.3g})"
+        print(f"Decoding through {self.path_note}")
+        yield False
 
     # ------------------------------------------------------------ the plain path
 
-    def _generate_plain(self, prompts: Sequence[Sequence[int]], decoding: Decoding, finish: Callable) -> None:
+    def _generate_plain(self, prompts: Sequence[Ids], decoding: Decoding, finish: Callable) -> None:
         import torch
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        options = {"do_sample": False}
+        options: dict[str, Any] = {"do_sample": False}
         if decoding.temperature > 0:
             options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-        pad = self._pad_id()
-        for batch in _chunks(order, lambda i: len(prompts[i]) + decoding.max_new_tokens, 16384):
-            width = max(len(prompts[i]) for i in batch)
-            ids = self._tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in batch])
-            mask = self._tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        for batch in _chunks(order, [len(p) + decoding.max_new_tokens for p in prompts], BATCH_TOKENS):
+            ids, mask = self._pad([prompts[i] for i in batch], left=True)
             torch.manual_seed(decoding.seed)
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=decoding.max_new_tokens,
-                pad_token_id=pad,
+                pad_token_id=self.pad,
                 eos_token_id=sorted(self.stops),
                 **options,
             )
             for row, i in enumerate(batch):
-                new = out[row, width:].tolist()
+                new = out[row, ids.shape[1] :].tolist()
                 end = next((n for n, token in enumerate(new) if token in self.stops), None)
-                finish(i, new[:end] if end is not None else new, end is not None)
+                finish(i, new[:end], end is not None)
 
     # ------------------------------------------------------------ small parts
 
-    def _room(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+    def _check_room(self, prompts: Sequence[Ids], decoding: Decoding) -> None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
         if limit and longest > limit:
@@ -286,16 +266,20 @@ class HfModel:
                 f"The longest question with its answer takes {longest} tokens, the model reads {limit}; "
                 "shorten the prompts or lower max_new_tokens."
             )
-        if any(len(p) == 0 for p in prompts):
+        if not all(map(len, prompts)):
             raise TunebookError("A prompt has no tokens; every question needs some text.")
 
-    def _pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.stops)
-
-    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple:
-        width, pad = max(map(len, rows)), self._pad_id()
-        ids = self._tensor([list(r) + [pad] * (width - len(r)) for r in rows])
-        return ids, self._tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    def _pad(self, rows: Sequence[Ids], left: bool = False) -> tuple[Any, Any]:
+        """(ids, mask) of shape (rows, longest), 0 in the mask where a row is padded."""
+        pads = [max(map(len, rows)) - len(row) for row in rows]
+        both = [
+            ([self.pad] * n, list(row)) if left else (list(row), [self.pad] * n)
+            for row, n in zip(rows, pads, strict=True)
+        ]
+        mask = [
+            [0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n for row, n in zip(rows, pads, strict=True)
+        ]
+        return self._tensor([first + second for first, second in both]), self._tensor(mask)
 
     def _tensor(self, rows: list[list[int]]) -> Any:
         import torch
@@ -306,32 +290,26 @@ class HfModel:
 class Draws:
     """Chooses tokens: the most likely one, or a seeded draw that depends on the prompt and not on its neighbours in the batch."""
 
-    def __init__(self, decoding: Decoding, prompts: Sequence[Sequence[int]]):
-        self.decoding, self.uniform = decoding, None
-        if decoding.temperature > 0:
-            import numpy as np
+    def __init__(self, decoding: Decoding, prompts: Sequence[Ids]):
+        import numpy as np
 
-            self.uniform = np.stack(
-                [
-                    np.random.default_rng([decoding.seed, zlib.crc32(repr(list(p)).encode())]).random(
-                        decoding.max_new_tokens
-                    )
-                    for p in prompts
-                ]
-            )
+        self.temperature = decoding.temperature
+        if decoding.temperature > 0:
+            seeds = [[decoding.seed, zlib.crc32(repr(list(p)).encode())] for p in prompts]
+            self.uniform = np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
 
     def pick(self, logits: Any, rows: list[int], step: int) -> Any:
         """logits: (rows, vocab) → token ids (rows,)."""
         import torch
 
-        if self.uniform is None:
+        if self.temperature == 0:
             return logits.argmax(-1)
-        total = torch.softmax(logits.float() / self.decoding.temperature, -1).double().cumsum(-1)
+        total = torch.softmax(logits.float() / self.temperature, -1).double().cumsum(-1)
         draw = torch.tensor(self.uniform[rows, step], device=logits.device)[:, None] * total[:, -1:]
         return torch.searchsorted(total, draw).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+def groups(prompts: Sequence[Ids]) -> Iterator[tuple[int, list[int]]]:
     """(length of the shared prefix, indices) of prompts that begin alike; each prompt keeps at least one token of its own.
 
     Sorted token by token, neighbours share the most; a cut goes where they share less than half of the shorter one.
@@ -340,34 +318,23 @@ def groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
     order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
     runs: list[list[int]] = []
     for i in order:
-        if runs and common(prompts[runs[-1][-1]], prompts[i]) * 2 >= min(len(prompts[runs[-1][-1]]), len(prompts[i])):
+        pair = [prompts[runs[-1][-1]], prompts[i]] if runs else []
+        if pair and common_length(pair) * 2 >= min(map(len, pair)):
             runs[-1].append(i)
         else:
             runs.append([i])
     few = [i for run in runs if len(run) < 4 for i in run]
     for run in [run for run in runs if len(run) >= 4] + ([few] if few else []):
-        shared = min(common(prompts[run[0]], prompts[run[-1]]), min(len(prompts[i]) for i in run) - 1)
+        ends = [prompts[run[0]], prompts[run[-1]]]
+        shared = min(common_length(ends), min(len(prompts[i]) for i in run) - 1)
         yield (shared if shared >= MIN_SHARED and len(run) > 1 else 0), run
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens `a` and `b` share from the start."""
-    size = min(len(a), len(b))
-    return next((n for n in range(size) if a[n] != b[n]), size)
-
-
-def _even(members: list[int], most: int) -> Iterator[list[int]]:
-    """Batches of about the same size, at most `most` each."""
-    size = -(-len(members) // -(-len(members) // most))
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
-
-
-def _chunks(order: Sequence[int], length: Callable[[int], int], budget: int) -> Iterator[list[int]]:
-    """Consecutive indices whose padded size stays within `budget` tokens; at least one each."""
+def _chunks(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive indices, the longest first, whose padded size stays within `budget` tokens; at least one each."""
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * max(length(j) for j in (*batch[:1], i)) > budget:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
             yield batch
             batch = []
         batch.append(i)

@@ -8,25 +8,28 @@ scored from the logits of the llama.cpp runtime itself.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import importlib.metadata
 import io
-import json
 import logging
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers import cache
 from helpers.errors import TunebookError
+from helpers.evaluate.session import Session
+from helpers.gguf.runner import GgufModel
+from helpers.storage import write_atomic
 
 GENERAL_TASK = "general_knowledge"
+BATCH, BOOTSTRAP = 16, 1000
 
 
 def general_task(questions: Path, folder: Path) -> str:
     """Write the YAML of a multiple-choice task over JSON lines of `question`, `choices`, `answer` (index from 0); returns its name."""
     import yaml
-
-    from helpers.runs import write_atomic
 
     task = {
         "task": GENERAL_TASK,
@@ -45,7 +48,7 @@ def general_task(questions: Path, folder: Path) -> str:
 
 
 def run(
-    session: Any, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
+    session: Session, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
 ) -> dict[str, Any]:
     """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}} of one candidate; kept in the cache by the tasks' content.
 
@@ -57,33 +60,40 @@ def run(
             "Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
             "name the weights or the GGUF file."
         )
-    from importlib.metadata import version
-
-    key = ["harness", version("lm-eval"), list(tasks), _fingerprint(include, tasks), limit, seed]
-    return session.kept(key, lambda reader: evaluate(language_model(reader), tasks, include, limit, seed))
+    name = ["harness", importlib.metadata.version("lm-eval"), list(tasks), _content(include), limit, seed]
+    return session.kept(name, lambda reader: evaluate(reader, tasks, include, limit, seed))
 
 
-def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
-    """The library's `simple_evaluate` on a ready lm-eval model, reduced to values, standard errors and counts."""
+def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
+    """The library's `evaluate` on a loaded candidate, reduced to values, standard errors and counts.
+
+    Its `simple_evaluate` would also ask git and pip about this machine, which prints errors outside of a checkout.
+    """
     import lm_eval
+    import numpy as np
+    import torch
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _manager(tuple(tasks), include)
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
+    found_tasks = known(tasks, include)
+    model = _runtime_model(reader) if isinstance(reader, GgufModel) else _weights_model(reader)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     # The small default task is done in seconds; the library's bars would fill the notebook. Longer tasks show them.
     bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
     try:
         with bars:
-            found = lm_eval.simple_evaluate(
-                model=model,
-                tasks=list(tasks),
-                task_manager=manager,
+            loaded = found_tasks.load(list(tasks))
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=seed)
+            found = lm_eval.evaluate(
+                lm=model,
+                task_dict=loaded,
                 limit=limit or None,
-                bootstrap_iters=1000,
+                bootstrap_iters=BOOTSTRAP,
                 log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
                 verbosity="ERROR",
             )
     except (ConnectionError, FileNotFoundError) as error:
@@ -91,23 +101,29 @@ def evaluate(model: Any, tasks: Sequence[str], include: Path | None, limit: int,
             f"The data of {', '.join(tasks)} is not on this machine and no hub is reachable ({str(error)[:160]}); "
             "use tasks over local files."
         ) from error
+    except RuntimeError as error:
+        raise TunebookError(f"{', '.join(tasks)} could not be run ({str(error).strip()[:200]}).") from error
     return {
         task: {"n": int(found["n-samples"].get(task, {}).get("effective", 0)), "metrics": _metrics(values)}
         for task, values in found["results"].items()
     }
 
 
-def _manager(tasks: tuple[str, ...], include: Path | None) -> Any:
-    """The library's index of tasks; its own thousands of files are read only when a task is not among `include`'s."""
+def known(tasks: Sequence[str], include: Path | None) -> Any:
+    """The library's index of tasks; its own thousands of files are read only when a task is not among `include`'s.
+
+    Raises TunebookError for a task that it does not know.
+    """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(verbosity="ERROR", include_path=str(include), include_defaults=False) if include else None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path = str(include) if include else None
+    manager = TaskManager(verbosity="ERROR", include_path=path, include_defaults=False) if include else None
     if manager is None or any(t not in manager.all_tasks for t in tasks):
-        manager = TaskManager(verbosity="ERROR", include_path=str(include) if include else None)
-    unknown = [t for t in tasks if t not in manager.all_tasks]
-    if unknown:
+        manager = TaskManager(verbosity="ERROR", include_path=path)
+    if unknown := [t for t in tasks if t not in manager.all_tasks]:
         raise TunebookError(
-            f"lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include."
+            f"harness_tasks: lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include."
         )
     return manager
 
@@ -125,32 +141,20 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def language_model(reader: Any) -> Any:
-    """An lm-eval model around a loaded candidate."""
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if getattr(reader, "is_runtime", False):
-        return _runtime_model(reader)
+def _weights_model(reader: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=16)
+    return HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=BATCH)
 
 
-def _runtime_model(reader: Any) -> Any:
+def _runtime_model(reader: GgufModel) -> Any:
     from lm_eval.api.model import TemplateLM
-
-    ends = reader.ends()
 
     class RuntimeLM(TemplateLM):
         """lm-eval's interface over llama.cpp's logits (token ids, batch of one)."""
 
-        @property
-        def tokenizer_name(self) -> str:
-            return reader.path.name
-
-        @property
-        def eot_token_id(self) -> int:
-            return ends[0]
+        tokenizer_name = reader.path.name
+        eot_token_id = reader.ends()[0]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return reader.tokenize(string, bool(add_special_tokens))
@@ -165,33 +169,27 @@ def _runtime_model(reader: Any) -> Any:
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             found = []
-            for request in requests:
-                text, options = request.args
-                until = options.get("until") or []
-                made = reader.continue_text(
-                    text,
-                    int(options.get("max_gen_toks", 256)),
-                    [until] if isinstance(until, str) else list(until),
-                    float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
-                )
-                found.append(made)
+            for text, how in (request.args for request in requests):
+                until = how.get("until") or []
+                warmth = float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0
+                stops = [until] if isinstance(until, str) else list(until)
+                found.append(reader.continue_text(text, int(how.get("max_gen_toks", 256)), stops, warmth))
             return found
 
     return RuntimeLM()
 
 
-def _fingerprint(include: Path | None, tasks: Sequence[str]) -> str:
-    """Hash of the local YAML files and of the data files beside or named in them."""
+def _content(include: Path | None) -> list[str]:
+    """Hashes of the local YAML files and of the data files named in them."""
     import yaml
 
-    digest = hashlib.sha256(json.dumps(list(tasks)).encode())
+    found = []
     for file in sorted(Path(include).rglob("*.y*ml")) if include else []:
-        digest.update(file.read_bytes())
+        found.append(cache.file_hash(file))
         try:
             named = yaml.safe_load(file.read_text()).get("dataset_kwargs", {}).get("data_files", [])
         except (yaml.YAMLError, AttributeError):
-            continue  # a YAML with the library's own tags: its text is in the hash already
-        for path in named.values() if isinstance(named, dict) else [named] if isinstance(named, str) else named:
-            if Path(str(path)).is_file():
-                digest.update(Path(str(path)).read_bytes())
-    return digest.hexdigest()
+            continue  # a YAML with the library's own tags: its text is among the hashes already
+        paths = named.values() if isinstance(named, dict) else [named] if isinstance(named, str) else named
+        found += [cache.file_hash(str(path)) for path in paths if Path(str(path)).is_file()]
+    return found

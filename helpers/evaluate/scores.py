@@ -1,151 +1,297 @@
-"""The two files evaluation leaves behind, and a check that they keep their shape.
+"""From what was measured to scores.json and answers.jsonl: intervals, comparisons, verdicts, and the sentences people read.
 
-The report, the model card and the notebook read these files and nothing else, so a number has one source.
-Unknown or undefined values are null, never NaN. All text is as the model wrote it: whoever draws it escapes it.
-
-scores.json (one object)
-    schema_version    2
-    run               name of the run
-    headline          plain sentence: the best tuned candidate against the base
-    ship              null or {"name": candidate, "sentence": why this file is the one to ship}
-    warnings          [sentence, …]; shown first: skipped candidates, small samples, contamination, a failed verdict
-    task              {"kind": "text_to_sql" | "references" | "none", "metric": "accuracy", "label": "execution accuracy",
-                       "n": items, "n_nonempty": items whose gold answer has rows or null, "seeds": [int, …],
-                       "decoding": {"max_new_tokens": int, "temperature": float, …}, "template_hash": str or null,
-                       "data": file the items come from, "data_sha256": str, "database": str or null}
-    candidates        [candidate, …] in the order judged; the first one scored is the baseline
-        name          "base", "sft", "orpo", "merged", "gguf q4_k_m", or what the user called it; unique
-        role          "base" | "sft" | "orpo" | "merged" | "gguf" | "other"
-        kind          "hf" | "gguf" | "endpoint"
-        source        path inside the run, model id or URL (no secrets)
-        status        "scored" | "skipped"
-        reason        why it was skipped, else ""
-        size_bytes    bytes on disk of what a user must hold to run it (an adapter counts with its base) or null
-        scores        {metric name: score, …}; empty when skipped
-            score     {"value": float or null, "low": float or null, "high": float or null, "n": int,
-                       "method": "wilson" | "bootstrap" | "cluster" | "none", "unit": "share" | "points" | "nats" | …}
-            text_to_sql metrics: accuracy, accuracy_nonempty, accuracy_clean (items without contamination), valid
-                       (the query runs), structural (sqlglot), stopped (ended its turn by itself)
-            references metrics: accuracy (the chosen headline metric), exact, f1, rouge_l, chrf, stopped
-            whenever measured: harness/<task>/<metric>, preference/accuracy, preference/log_odds, preference/win_rate,
-                       instructions/<check>, general_loss, refusal_rate, manners
-        groups        {column: {value: {"value": share right, "n": int}}}, for columns "kind" and "origin" of the data
-        errors        {error kind: count}; kinds in ERROR_KINDS
-        speed         {"seconds": float, "items_per_s": float, "tokens": int, "from_cache": int} ; seconds exclude cached items
-    comparisons       [comparison, …]: every candidate against the baseline, and every GGUF against what it was made from
-        metric, baseline, candidate, n
-        difference, low, high     candidate minus baseline, paired bootstrap 95 % interval, share (0.31 = 31 points)
-        wins, losses, ties        items only the candidate / only the baseline got right / both alike
-        p, p_holm, test           exact McNemar (right or wrong) or paired bootstrap (scores); Holm over all comparisons
-        detectable                smallest difference this sample could show (80 % power, 5 % two-sided)
-        verdict                   "better" | "worse" | "no clear difference" | "identical"
-        sentence                  "better by 31 points, 95 % interval 24 to 38; n = 180"
-    forgetting        null or {"baseline": name, "threshold": {"loss_increase": float (nats per token), "task_drop": float},
-                       "candidates": {name: {"loss": float, "perplexity": float, "change": float, "low": float, "high": float,
-                       "n": texts, "tokens": int, "bits_per_byte": float, "refusal_rate": float or null,
-                       "manners": float or null, "tasks": {task: {"base": float, "value": float}},
-                       "passed": bool, "sentence": str}}, "advice": [sentence, …]}
-    harness           null or {task: {"n": int, "metrics": {candidate: {metric: {"value": float, "stderr": float or null}}}}}
-    preference        null or {candidate: {"accuracy": score, "log_odds": score, "log_odds_chosen": float,
-                       "log_odds_rejected": float, "win_rate": score or null, "n": int}}
-    instructions      null or {candidate: {check: score}}
-    judge             null or {"model": str, "estimate": {...}, "pairs": [{"baseline", "candidate", "n", "win_rate", "low",
-                       "high", "length_controlled": float or null, "order_agreement": float, "failed": int}]}
-    contamination     null or {"n": int, "contaminated": int, "threshold": float, "ngram": 8, "reference": str,
-                       "ids": [id, …], "candidates": {name: {"clean": score, "contaminated": score}}}
-    seeds             null or {candidate: {seed: {"accuracy": float}, …, "mean": float, "sd": float or null}}
-
-answers.jsonl (one object a line, one line an item, in the data's order)
-    id, question, system, reference       strings ("" where absent)
-    meta              {"kind": …, "origin": …, …}: the item's other columns
-    cluster           database or document the item shares with others, or ""
-    nonempty          true | false | null: the gold query returns rows
-    contaminated      true | false | null
-    gold              null or result: {"columns": [str], "rows": [[cell, …], …] (at most 10), "count": int}
-    answers           {candidate: answer}
-        text          what the model wrote; sql: the query taken out of it, or null
-        score         0 or 1 (text_to_sql), 0..1 (references); null when undefined
-        error         kind from ERROR_KINDS or "" when right; detail: one sentence, or ""
-        valid, structural, stopped    bool or null; tokens: int
-        result        null or result (as gold)
+The report, the model card and the notebook read these two files and nothing else, so a number has one source. Their shape is in
+scores.schema.json; `write` and `read` check it.
 """
 
-import json
+from __future__ import annotations
 
+import functools
+import json
+import statistics as numbers
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers import display, storage
 from helpers.errors import TunebookError
+from helpers.evaluate import forgetting, harness, preferences, statistics
+from helpers.evaluate.candidates import Candidate
+from helpers.params import EvalParams
+from helpers.tasks import instructions, questions, text_metrics
 from helpers.tasks.text_to_sql import scoring
 
 SCHEMA_VERSION = 2
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
-
+SMALL = 100  # items; below this even a large difference may hide
 ERROR_KINDS = {
     **scoring.ERROR_KINDS,
     "wrong": "differs from the reference",
     "no_answer": "the candidate failed to answer",
 }
 
-_CANDIDATE = {"name", "role", "kind", "source", "status", "reason", "size_bytes", "scores", "groups", "errors", "speed"}
-_COMPARISON = {
-    "metric",
-    "baseline",
-    "candidate",
-    "n",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "test",
-    "detectable",
-    "verdict",
-    "sentence",
-}
-_TOP = {
-    "schema_version",
-    "run",
-    "headline",
-    "ship",
-    "warnings",
-    "task",
-    "candidates",
-    "comparisons",
-    "forgetting",
-    "harness",
-    "preference",
-    "instructions",
-    "judge",
-    "contamination",
-    "seeds",
-}
-_ANSWER = {"id", "question", "system", "reference", "meta", "cluster", "nonempty", "contaminated", "gold", "answers"}
+
+@dataclass
+class Measured:
+    """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: the share right of each seed;
+    loss, chat, preference: of forgetting and preferences; tasks: of the harness."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, Any] = field(default_factory=dict)
+    by_seed: dict[str, float | None] = field(default_factory=dict)
+    loss: dict[str, Any] | None = None
+    chat: dict[str, Any] | None = None
+    preference: dict[str, Any] | None = None
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> list[float | None]:
+        return [entry["score"] for entry in self.entries]
 
 
-def check(scores: dict, answers: list[dict]) -> None:
-    """Raise TunebookError naming the first place where the two files leave the schema above."""
-    _keys("scores.json", scores, _TOP)
-    if scores["schema_version"] != SCHEMA_VERSION:
-        raise TunebookError(
-            f"scores.json has schema version {scores['schema_version']}; this version reads "
-            f"{SCHEMA_VERSION}; run 05_evaluation again."
+@dataclass
+class Findings:
+    """Everything that an evaluation measured. rows: answers.jsonl without the answers; measured, skipped: by candidate."""
+
+    params: EvalParams
+    kind: str
+    task: dict[str, Any]
+    items: list[questions.Item]
+    rows: list[dict[str, Any]]
+    candidates: list[Candidate]
+    contamination: dict[str, Any] | None = None
+    trained: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Measured] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    judge: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """answers.jsonl."""
+        entries = {
+            name: [{k: v for k, v in e.items() if k != "metrics"} for e in m.entries]
+            for name, m in self.measured.items()
+        }
+        return [{**row, "answers": {n: e[i] for n, e in entries.items()}} for i, row in enumerate(self.rows)]
+
+    def scores(self) -> dict[str, Any]:
+        """scores.json."""
+        baseline = next(iter(self.measured))
+        clusters = questions.clusters(self.items)
+        seed = self.params.seed
+        metas, references = [i.meta for i in self.items], [i.reference for i in self.items]
+
+        def share(values: Any) -> dict[str, Any]:
+            return statistics.share(values, clusters=clusters, seed=seed)
+
+        def apart(values: list[float | None], key: str, wanted: bool) -> dict[str, Any]:
+            return share([v if row[key] is wanted else None for v, row in zip(values, self.rows, strict=True)])
+
+        pairs = preferences.win_rates({n: m.preference for n, m in self.measured.items() if m.preference}, baseline)
+        forgot = self._forgetting(baseline)
+        followed: dict[str, dict[str, Any]] = {}
+        records = []
+        for candidate in self.candidates:
+            name = candidate.name
+            record = {
+                key: getattr(candidate, key) for key in ("name", "role", "kind", "source", "made_by", "size_bytes")
+            }
+            record |= {"status": "skipped", "reason": "", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
+            records.append(record)
+            if name in self.skipped:
+                record["reason"] = self.skipped[name]
+                continue
+            m = self.measured[name]
+            passed = instructions.score(m.entries, metas, references, self.kind)
+            followed[name] = {check: statistics.share(values) for check, values in passed.items()}
+            found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
+            if self.kind == "text_to_sql":
+                found["accuracy_nonempty"] = apart(m.values, "nonempty", True)
+                found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
+            elif self.kind == "references":
+                found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
+            if self.contamination and self.contamination["contaminated"]:
+                found["accuracy_clean"] = apart(m.values, "contaminated", False)
+            found |= {f"instructions/{check}": score for check, score in followed[name].items()}
+            for task, result in m.tasks.items():
+                for metric, v in result["metrics"].items():
+                    found[f"harness/{task}/{metric}"] = _plain(v["value"], result["n"], "share", v["stderr"])
+            preferred = pairs.get(name, {})
+            found |= {f"preference/{k}": preferred[k] for k in ("accuracy", "log_odds", "win_rate") if preferred.get(k)}
+            if m.loss:
+                found["general_loss"] = _plain(m.loss["loss"], m.loss["n"], "nats")
+            if m.chat:
+                known = {k: m.chat[k] for k in forgetting.SHARES if m.chat[k] is not None}
+                found |= {k: _plain(value, m.chat["n"], "share") for k, value in known.items()}
+            errors = Counter(e["error"] for e in m.entries if e["error"])
+            record |= {"status": "scored", "scores": found, "speed": m.speed, "errors": dict(errors.most_common())}
+            record["groups"] = questions.groups(self.items, m.values)
+        harnessed: dict[str, Any] = {}
+        for name, m in self.measured.items():
+            for task, result in m.tasks.items():
+                harnessed.setdefault(task, {"n": result["n"], "metrics": {}})["metrics"][name] = result["metrics"]
+        contamination = self.contamination and {
+            **self.contamination,
+            "candidates": {
+                n: {side: apart(m.values, "contaminated", side != "clean") for side in ("clean", "contaminated")}
+                for n, m in self.measured.items()
+            },
+        }
+        scores = {
+            "schema_version": SCHEMA_VERSION,
+            "run": self.params.run,
+            "task": self.task,
+            "candidates": records,
+            "comparisons": self._comparisons(baseline, clusters),
+            "forgetting": forgot,
+            "harness": harnessed or None,
+            "preference": pairs or None,
+            "instructions": followed,
+            "judge": self.judge,
+            "contamination": contamination,
+            "seeds": self._seeds(),
+        }
+        scores |= {"headline": _headline(scores), "ship": self._ship(scores, clusters)}
+        return {**scores, "warnings": self._warnings(scores)}
+
+    def _comparisons(self, baseline: str, clusters: list[str] | None) -> list[dict[str, Any]]:
+        """Every candidate against the baseline, and against what it was exported from or trained on top of."""
+        values = {n: m.values for n, m in self.measured.items()}
+        pairs = [(baseline, name) for name in values]
+        pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
+        return statistics.settle(
+            [
+                statistics.pair(a, b, values[a], values[b], "accuracy", clusters, self.params.seed)
+                for a, b in dict.fromkeys(pairs)
+                if a != b and {a, b} <= values.keys()
+            ]
         )
-    names = [c.get("name") for c in scores["candidates"]]
-    if len(set(names)) != len(names):
-        raise TunebookError(f"scores.json names a candidate twice ({names}); names must differ; rename one of them.")
-    for candidate in scores["candidates"]:
-        _keys(f"candidate {candidate.get('name')!r}", candidate, _CANDIDATE)
-    for comparison in scores["comparisons"]:
-        _keys("a comparison", comparison, _COMPARISON)
-    for row in answers:
-        _keys(f"answer {row.get('id')!r}", row, _ANSWER)
-        for name, answer in row["answers"].items():
-            if answer["error"] and answer["error"] not in ERROR_KINDS:
-                raise TunebookError(
-                    f"answer {row['id']!r} of {name!r} has the unknown error kind {answer['error']!r}; "
-                    f"known are {', '.join(ERROR_KINDS)}."
+
+    def _forgetting(self, baseline: str) -> dict[str, Any] | None:
+        measured = {n: m for n, m in self.measured.items() if m.loss or m.chat or harness.GENERAL_TASK in m.tasks}
+        if baseline not in measured:
+            return None
+        general = {n: m.tasks[harness.GENERAL_TASK] for n, m in measured.items() if harness.GENERAL_TASK in m.tasks}
+        return forgetting.judge(
+            baseline,
+            {n: m.loss for n, m in measured.items() if m.loss},
+            {n: m.chat for n, m in measured.items() if m.chat},
+            {n: {forgetting.TASK: task["metrics"]["acc"]["value"]} for n, task in general.items()},
+            self.params.loss_increase,
+            self.params.task_drop,
+            **self.trained,
+        )
+
+    def _seeds(self) -> dict[str, Any] | None:
+        if len(self.task["seeds"]) < 2:
+            return None
+        found = {}
+        for name, m in self.measured.items():
+            known = [v for v in m.by_seed.values() if v is not None]
+            spread = {
+                "mean": numbers.fmean(known) if known else None,
+                "sd": numbers.stdev(known) if known[1:] else None,
+            }
+            found[name] = {seed: {"accuracy": v} for seed, v in m.by_seed.items()} | spread
+        return found
+
+    def _ship(self, scores: dict[str, Any], clusters: list[str] | None) -> dict[str, str] | None:
+        """The smallest export that is not worse than the best candidate beyond chance (paired, 95 % interval), if it beats the base."""
+        ready = [c for c in scores["candidates"] if _value(c) >= 0]
+        files = [c for c in ready if c["role"] in ("gguf", "merged")] or [
+            c for c in ready if c["role"] in ("sft", "orpo")
+        ]
+        if not files:
+            return None
+        best, base = max(ready, key=_value), ready[0]["name"]
+        beats = {c["candidate"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == base}
+        for file in sorted(files, key=lambda c: c["size_bytes"] or 0):
+            ours, top = self.measured[file["name"]].values, self.measured[best["name"]].values
+            pair = statistics.pair(best["name"], file["name"], top, ours, "accuracy", clusters, self.params.seed)
+            if file["name"] in beats and (file is best or pair is None or pair["high"] >= 0):
+                close = "" if file is best else f", within chance of the best ({best['name']}, {_percent(best)})"
+                size = f"{display.size(file['size_bytes'])}, " if file["size_bytes"] else ""
+                said = f"{size}{_percent(file)} {self.task['label']}{close}"
+                return {"name": file["name"], "sentence": f"Ship {file['name']} ({file['source']}): {said}."}
+        return {"name": "", "sentence": f"Nothing to ship yet: no export is better than {base} beyond chance."}
+
+    def _warnings(self, scores: dict[str, Any]) -> list[str]:
+        said = [f"{name} was left out: {reason}" for name, reason in self.skipped.items()] + self.warnings
+        n = len(self.items)
+        if self.kind != "none":
+            columns = zip(*(m.values for m in self.measured.values()), strict=True)
+            if broken := sum(all(v is None for v in values) for values in columns):
+                said.append(
+                    f"{broken} of {n} items have a reference that cannot be scored; they are left out of every figure."
                 )
+            if n < SMALL:
+                worst = max((c["detectable"] for c in scores["comparisons"]), default=None)
+                hide = f": differences under {100 * worst:.0f} points can hide." if worst else "."
+                said.append(f"Only {n} questions{hide}")
+        if (scores["contamination"] or {}).get("contaminated"):
+            said.append(
+                f"{scores['contamination']['contaminated']} of {n} questions stand in the training data; accuracy_clean "
+                "leaves them out."
+            )
+        forgot = (scores["forgetting"] or {}).get("candidates", {})
+        return said + [f"{name} {f['sentence']}." for name, f in forgot.items() if not f["passed"]]
 
 
-def read(folder) -> tuple[dict, list[dict]]:
+def metrics(scores: dict[str, Any]) -> dict[str, Any]:
+    """metrics.json: the table of candidates and the comparisons."""
+    table = {}
+    for c in scores["candidates"]:
+        if c["status"] == "scored":
+            table[c["name"]] = {key: c["scores"]["accuracy"][key] for key in ("low", "high", "n")}
+            table[c["name"]] |= {"accuracy": c["scores"]["accuracy"]["value"], "size_bytes": c["size_bytes"]}
+            table[c["name"]]["valid"] = c["scores"].get("valid", {}).get("value")
+    skipped = {c["name"]: c["reason"] for c in scores["candidates"] if c["status"] == "skipped"}
+    kept = {key: scores[key] for key in ("comparisons", "headline", "ship")}
+    return {"candidates": table, "skipped": skipped, **kept}
+
+
+def _plain(value: float, n: int, unit: str, stderr: float | None = None) -> dict[str, Any]:
+    """A score with the normal interval of its standard error, or with none."""
+    low, high = (value - 1.96 * stderr, value + 1.96 * stderr) if stderr else (None, None)
+    return {"value": value, "low": low, "high": high, "n": n, "method": "none", "unit": unit}
+
+
+def _value(candidate: dict[str, Any]) -> float:
+    """A candidate's accuracy; -1 where it has none."""
+    value = candidate["scores"].get("accuracy", {}).get("value")
+    return -1.0 if value is None else value
+
+
+def _percent(candidate: dict[str, Any]) -> str:
+    return display.percent(_value(candidate), 0)
+
+
+def _headline(scores: dict[str, Any]) -> str:
+    scored = [c for c in scores["candidates"] if _value(c) >= 0]
+    if scores["task"]["kind"] == "none":
+        return "The test items have no references, so nothing was scored; read the answers side by side."
+    if not scored:
+        return "Nothing was scored."
+    best = max([c for c in scored if c["role"] != "base"] or scored, key=_value)
+    text = f"{best['name']} scores {_percent(best)} {scores['task']['label']}"
+    against = next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None)
+    if against:
+        return f"{text}; against {against['baseline']}: {against['sentence']}."
+    return f"{text} on {scores['task']['n']} questions."
+
+
+# ---------------------------------------------------------------- the two files
+
+
+def write(folder: Path, scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    check(scores, answers)
+    storage.write_json(folder / SCORES, scores)
+    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
+    storage.write_atomic(folder / ANSWERS, lines.encode("utf-8", "backslashreplace"))
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """scores.json and answers.jsonl of an evaluation folder, checked against the schema."""
     try:
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
@@ -156,7 +302,30 @@ def read(folder) -> tuple[dict, list[dict]]:
     return scores, answers
 
 
-def _keys(what: str, value: dict, wanted: set) -> None:
-    missing = wanted - value.keys()
-    if missing:
-        raise TunebookError(f"{what} lacks {', '.join(sorted(missing))}; run 05_evaluation again.")
+@functools.cache
+def _validator(part: str) -> Any:
+    import jsonschema
+
+    schema = json.loads(Path(__file__).with_name("scores.schema.json").read_text())
+    return jsonschema.Draft202012Validator({**schema["$defs"][part], "$defs": schema["$defs"]} if part else schema)
+
+
+def check(scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    """Raise TunebookError naming the first place where the two files leave their schema."""
+    for name, value, part in [
+        (SCORES, scores, ""),
+        *((f"{ANSWERS} line {i}", a, "answers") for i, a in enumerate(answers, 1)),
+    ]:
+        for error in _validator(part).iter_errors(value):
+            place = "/".join(map(str, error.absolute_path))
+            raise TunebookError(f"{name} {place}: {error.message[:200]}; run 05_evaluation again.")
+    if scores["schema_version"] != SCHEMA_VERSION:
+        raise TunebookError(
+            f"{SCORES} has schema version {scores['schema_version']}, this version reads {SCHEMA_VERSION}; run 05_evaluation again."
+        )
+    names = [c["name"] for c in scores["candidates"]]
+    if len(set(names)) != len(names):
+        raise TunebookError(f"{SCORES} names a candidate twice ({', '.join(names)}); give one of them another name.")
+    unknown = {a["error"] for row in answers for a in row["answers"].values()} - {"", *ERROR_KINDS}
+    if unknown:
+        raise TunebookError(f"{ANSWERS} has the unknown error kind {unknown.pop()!r}; known: {', '.join(ERROR_KINDS)}.")

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers import cache
+from helpers.cache import Answers
+from helpers.data import vocabulary
 from helpers.errors import TunebookError
-from helpers.evaluate import answer_store, candidates
+from helpers.evaluate.candidates import Candidate
+from helpers.evaluate.generate import HfModel
+from helpers.gguf.runner import GgufModel
+from helpers.llm_client import Client, Endpoint, Request
+from helpers.model import loading, merging
 from helpers.tasks.answers import Answer, Decoding
 
-#: What loading or running a model raises when it cannot: a sentence of ours, damaged files, no memory, a missing library.
-TROUBLE = (
-    TunebookError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    ImportError,
-    MemoryError,
-    KeyError,
-    AttributeError,
-    TypeError,
-)
+#: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
+TROUBLE = (TunebookError, OSError, MemoryError)
 WINDOW = 1024  # tokens of a text that loss is measured over at most
 KEPT_AT_ONCE = 64  # texts or completions after which the results are written down
+GIVE_UP = 5  # failures in a row after which a server that never answered is taken for gone
+ANSWER_CHARS = 65536  # an answer longer than this is nonsense and is cut
+Conversation = list[dict[str, str]]
 
 
 class Session:
-    """`with Session(candidate, cache_folder) as s: s.answers(...)`. seconds: spent on questions that were not in the cache."""
+    """`with Session(candidate) as s: s.answers(...)`. place: where answers are kept, a folder or its name in the cache.
+
+    What an endpoint answered belongs to the model that the server serves now, whatever its address and name.
+    """
 
     def __init__(
         self,
-        candidate: candidates.Candidate,
-        folder: Path,
+        candidate: Candidate,
+        place: str | Path = "answers",
         precision: str = "auto",
         end_of_turn: str = "",
         quiet: bool = False,
@@ -43,14 +48,18 @@ class Session:
         if candidate.trouble:
             raise TunebookError(candidate.trouble)
         self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end_of_turn, quiet
-        self.store = answer_store.Store(folder, candidate.content(precision))
         self._reader: Any = None
+        if candidate.kind == "endpoint":
+            servers = Answers(place, cache.key("endpoint", candidate.url, candidate.model))
+            self._reader = RemoteModel(candidate.url, candidate.model, servers)
+        content = self._reader.client.served if self._reader else candidate.content(precision)
+        self.store = Answers(place, cache.key(content))
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._reader is not None and hasattr(self._reader, "close"):
+        if self._reader is not None:
             self._reader.close()
         self._reader = None
         gc.collect()
@@ -62,83 +71,78 @@ class Session:
     def reader(self) -> Any:
         """The loaded model; loads it on first use."""
         if self._reader is None:
-            self._reader = candidates.reader(self.candidate, self.precision, self.end_of_turn)
+            self._reader = reader(self.candidate, self.precision, self.end_of_turn)
         return self._reader
 
     def answers(
-        self, prompts: Sequence[list[dict[str, str]]], decoding: Decoding, label: str = ""
+        self, prompts: Sequence[Conversation], decoding: Decoding, label: str = ""
     ) -> tuple[list[Answer], dict[str, Any]]:
         """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept, so a rerun asks again.
 
         The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
         """
-        keys = [answer_store.key("answer", prompt, decoding.key()) for prompt in prompts]
-        found: list[Answer | None] = [Answer(*v) if (v := self.store.get(k)) is not None else None for k in keys]
-        missing = [i for i, a in enumerate(found) if a is None]
-        speed_key = answer_store.key("speed", sorted(keys))
+        keys = [cache.key("answer", prompt, decoding.key()) for prompt in prompts]
+        found = {i: Answer(*value) for i, key in enumerate(keys) if (value := self.store.get(key)) is not None}
+        missing = [i for i in range(len(prompts)) if i not in found]
+        speed_key = cache.key("speed", sorted(keys))
         if missing:
-            bar = self._bar(label or self.candidate.name, len(prompts), len(prompts) - len(missing))
-            reader = self.reader
-            started = time.perf_counter()
+            bar = self._bar(label or self.candidate.name, len(prompts), len(found))
+            reader, started = self.reader, time.monotonic()
 
             def done(place: int, answer: Answer) -> None:
                 if not answer.failed:
                     self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
                 bar.update()
 
-            ids = [reader.encode(prompts[i]) for i in missing]
-            for i, answer in zip(missing, reader.generate(ids, decoding, done), strict=True):
-                found[i] = answer
+            made = reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
+            found |= dict(zip(missing, made, strict=True))
             bar.close()
-            seconds = time.perf_counter() - started
-            self.store.put(
-                speed_key, {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / max(seconds, 1e-9), 3)}
-            )
-        speed = dict(self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0})
-        return found, {**speed, "tokens": sum(a.tokens for a in found), "from_cache": len(prompts) - len(missing)}
+            seconds = time.monotonic() - started
+            rate = len(missing) / max(seconds, 1e-9)
+            self.store.put(speed_key, {"seconds": round(seconds, 3), "items_per_s": round(rate, 3)})
+        answers = [found[i] for i in range(len(prompts))]
+        speed = self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0}
+        return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
 
-    def completion_logprobs(
-        self, pairs: Sequence[tuple[list[dict[str, str]], str]], label: str = ""
-    ) -> list[tuple[float, int]]:
+    def completion_logprobs(self, pairs: Sequence[tuple[Conversation, str]]) -> list[tuple[float, int]]:
         """(sum of log-probabilities in nats, tokens) of each completion after its conversation, its end of turn included."""
-        keys = [answer_store.key("completion", messages, text) for messages, text in pairs]
-        sizes = [len(text) for _, text in pairs]
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
             return [(sum(v), len(v)) for v in self.reader.logprobs(rows)]
 
-        return self._kept(keys, sizes, work, label or f"{self.candidate.name}, preference")
+        keys = [cache.key("completion", messages, text) for messages, text in pairs]
+        return self._kept(keys, [len(text) for _, text in pairs], work, "preference")
 
-    def text_losses(self, texts: Sequence[str], label: str = "") -> list[tuple[float, int]]:
+    def text_losses(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens. Every token is predicted from those
         before it; the first one is not counted."""
-        keys = [answer_store.key("text", text, WINDOW) for text in texts]
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
             return [(-sum(v), len(v)) for v in self.reader.logprobs([(ids[:1], ids[1:]) for ids in rows])]
 
-        return self._kept(keys, [len(t) for t in texts], work, label or f"{self.candidate.name}, general text")
+        return self._kept([cache.key("text", t, WINDOW) for t in texts], [len(t) for t in texts], work, "general text")
 
-    def kept(self, name: Any, make: Any) -> Any:
+    def kept(self, name: Any, make: Callable[[Any], Any]) -> Any:
         """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
-        name = answer_store.key("kept", name)
+        name = cache.key("kept", name)
         if self.store.get(name) is None:
             self.store.put(name, make(self.reader))
         return self.store.get(name)
 
-    def _kept(self, keys: list[str], sizes: list[int], work: Any, label: str) -> list[Any]:
+    def _kept(self, keys: list[str], sizes: list[int], work: Any, what: str) -> list[Any]:
         """Values of all keys; those not known come from `work`, longest first, so that a batch holds texts of about the same size."""
         missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
-        bar = self._bar(label, len(keys), len(keys) - len(missing)) if missing else None
+        if not missing:
+            return [tuple(self.store.get(k)) for k in keys]
+        bar = self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing))
         for start in range(0, len(missing), KEPT_AT_ONCE):
             batch = missing[start : start + KEPT_AT_ONCE]
             for i, value in zip(batch, work(batch), strict=True):
                 self.store.put(keys[i], list(value))
                 bar.update()
-        if bar is not None:
-            bar.close()
+        bar.close()
         return [tuple(self.store.get(k)) for k in keys]
 
     def _bar(self, label: str, total: int, initial: int) -> Any:
@@ -147,3 +151,72 @@ class Session:
         return tqdm(
             desc=label, total=total, initial=initial, mininterval=2, ncols=90, file=sys.stdout, disable=self.quiet
         )
+
+
+def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | GgufModel:
+    """The candidate, loaded: an object with encode, tokens, generate, logprobs and close. TunebookError when it cannot be."""
+    path, adapter = candidate.path, candidate.adapter
+    assert path is not None
+    if candidate.kind == "gguf":
+        return GgufModel(path, end_of_turn)
+    if adapter is not None and candidate.onto == "nf4":
+        with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
+            merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
+            return HfModel(loading.load_model(merged, dtype=precision), loading.load_tokenizer(merged))
+    model, tokenizer = loading.load_model(path, dtype=precision), loading.load_tokenizer(path)
+    if adapter is not None:
+        if (adapter / "tokenizer.json").is_file():
+            tokenizer = loading.load_tokenizer(adapter)
+            vocabulary.fit(model, tokenizer)  # tokens may have been added
+        model = loading.load_adapter(model, adapter).merge_and_unload()
+        if precision == "auto" and model.dtype == loading.dtype("fp32"):
+            for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
+                weight.data = weight.data.to(loading.dtype("bf16")).float()
+    return HfModel(model, tokenizer)
+
+
+class RemoteModel:
+    """An OpenAI-compatible server behind the methods of a model: a question that fails costs its own answer, never the run.
+
+    url: such as http://127.0.0.1:8080/v1; model: its name there, "" for the first that /models lists.
+    servers: where it is kept what the server serves; None for a client that needs no identity.
+    """
+
+    path_note = "OpenAI-compatible endpoint"
+
+    def __init__(self, url: str, model: str = "", servers: Answers | None = None, **options: Any):
+        options = {"key_name": key_name(), "concurrency": 8, "retries": 2, "timeout_s": 60.0, **options}
+        self.client = Client(Endpoint(url, model, **options), servers)
+
+    def close(self) -> None:
+        self.client.__exit__()
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> Conversation:
+        """The messages as they are: the server renders them."""
+        return [dict(m) for m in messages]
+
+    def generate(
+        self, prompts: Sequence[Conversation], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
+        """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the others fail
+        with that reason or, where nothing was ever answered, TunebookError is raised."""
+        how = None, decoding.max_new_tokens, decoding.temperature, decoding.seed
+        answers: list[Answer] = []
+        for place, reply in enumerate(self.client.ask((Request(p, *how) for p in prompts), patience=GIVE_UP)):
+            answers.append(
+                Answer(reply.text[:ANSWER_CHARS].strip(), reply.completion_tokens, reply.finished, reply.error)
+            )
+            if done:
+                done(place, answers[-1])
+        return answers
+
+    def tokens(self, text: str, end: bool = False) -> Any:
+        raise TunebookError(
+            f"The endpoint {self.client.endpoint} gives no probabilities of a given text; loss and preference need the weights "
+            "or a GGUF."
+        )
+
+
+def key_name() -> str:
+    """The environment variable that holds the key of endpoints; the key itself is never printed or stored."""
+    return "TUNEBOOK_API_KEY" if os.environ.get("TUNEBOOK_API_KEY") else "OPENAI_API_KEY"

@@ -7,12 +7,14 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
+from helpers.cache import Answers
 from helpers.errors import TunebookError
-from helpers.evaluate import answer_store, candidates, forgetting, generate, harness, preferences, session
+from helpers.evaluate import candidates, forgetting, generate, harness, preferences, session
 from helpers.tasks.answers import Decoding
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -111,10 +113,10 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
 def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
     import torch
 
-    from helpers.evaluate import packed
+    from helpers.evaluate.packed_weights import PackedWeights
 
     ids = torch.tensor([tiny.encode(conversations(1)[0])])
-    arranged = packed.Packed(tiny.model)
+    arranged = PackedWeights(tiny.model)
     assert len(arranged.layers) == 7 * 2 + 1
     with torch.inference_mode():
         plain = tiny.model(ids).logits
@@ -211,7 +213,7 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
     texts = [r["text"] for r in forgetting.read_lines(PROJECT / "datasets" / "general_text.jsonl", "text")[:4]]
     found = {}
     for candidate in (as_candidate(lively, "sft", adapter), as_candidate(lively, "base")):
-        with session.Session(candidate, tmp_path / "answers", "fp32", quiet=True) as s:
+        with session.Session(candidate, tmp_path, "fp32", quiet=True) as s:
             found[candidate.name] = forgetting.text_loss(s, texts)
     direct = [-sum(v) for v in tiny.logprobs([(tiny.tokens(t)[:1], tiny.tokens(t)[1:]) for t in texts])]
     assert [n for n, _ in found["base"]["per_text"]] == pytest.approx(direct, rel=1e-4)
@@ -292,9 +294,9 @@ def test_other_weights_are_another_candidate_to_the_cache(lively, tmp_path):
         *(as_candidate(lively, adapter=a).content("fp32") for a in adapters),
     }
     assert len(keys) == 4
-    store = answer_store.Store(tmp_path, "k")
+    store = Answers(tmp_path, "k")
     store.put("x", {"a": "\ud800 lone surrogate"})
-    assert answer_store.Store(tmp_path, "k").get("x") is not None
+    assert Answers(tmp_path, "k").get("x") is not None
 
 
 def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_path):
@@ -312,7 +314,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         odds.append(math.log(p / (1 - p)))
     assert found["margins"][0] == pytest.approx(odds[0] - odds[1], rel=1e-3) and found["n"] == 5
     results = {"base": found, "copy": dict(found), "better": {**found, "margins": [m + 1 for m in found["margins"]]}}
-    preferences.win_rates(results, "base")
+    results = preferences.win_rates(results, "base")
     assert results["copy"]["win_rate"]["value"] == 0.5 and results["better"]["win_rate"]["value"] == 1.0
 
 
@@ -376,8 +378,16 @@ def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp
     ):
         harness.run(s, ["nonesuch"], general[1])
     endpoint = candidates.Candidate("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
-    with session.Session(endpoint, tmp_path, quiet=True) as s, pytest.raises(TunebookError, match="probabilities"):
-        harness.run(s, [general[0]], general[1])
+    with pytest.raises(TunebookError, match="probabilities"):
+        harness.run(SimpleNamespace(candidate=endpoint), [general[0]], general[1])
+
+
+def test_the_harness_asks_git_nothing_so_a_folder_without_checkout_prints_no_error(tiny, general, monkeypatch):
+    from lm_eval.loggers import utils
+
+    monkeypatch.setattr(utils.subprocess, "check_output", lambda command, **_: pytest.fail(f"{command} was run"))
+    found = harness.evaluate(tiny, [general[0]], general[1], limit=2, seed=1)
+    assert found[general[0]]["n"] == 2
 
 
 # ------------------------------------------------------------ broken candidates and endpoints
@@ -427,52 +437,91 @@ class Hostile(BaseHTTPRequestHandler):
                 self.wfile.write(b" " * (1 if behaviour == "trickle" else 1 << 20))
                 threading.Event().wait(0.1 if behaviour == "trickle" else 0)
 
+    def do_GET(self):
+        self.send_error(404)
+
     def log_message(self, *_):
         return
 
 
-@pytest.fixture
-def hostile():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+@contextlib.contextmanager
+def serving(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
     server.server_close()
 
 
+@pytest.fixture
+def hostile(monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_API_KEY", "secret-key")
+    with serving(Hostile) as url:
+        yield url
+
+
+def ask(url, count=1, **options):
+    model = session.RemoteModel(url, "m", retries=0, **options)
+    return model.generate([[{"role": "user", "content": f"hi {i}"}] for i in range(count)], Decoding(5))
+
+
 @pytest.mark.parametrize(
     "behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"]
 )
-def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour, monkeypatch):
-    from helpers.evaluate import remote_model
-
-    monkeypatch.setattr(remote_model, "RETRIES", 0)
+def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour):
     Hostile.behaviour = behaviour
-    answer = remote_model.Endpoint(hostile, "m", "secret-key", timeout_s=0.5).ask(
-        [{"role": "user", "content": "hi"}], Decoding(5)
-    )
+    (answer,) = ask(hostile, timeout_s=0.5)
     assert answer.failed and answer.text == "" and "secret-key" not in answer.failed
 
 
-def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile, monkeypatch):
-    from helpers.evaluate import remote_model
-
-    monkeypatch.setattr(remote_model, "RETRIES", 0)
+def test_an_endpoint_that_only_fails_is_given_up_with_a_sentence(hostile):
     Hostile.behaviour = "error"
-    with pytest.raises(TunebookError, match="answered nothing: the server failed 5 times in a row"):
-        remote_model.Endpoint(hostile, "m", at_once=1).generate([[{"role": "user", "content": "hi"}]] * 30, Decoding(5))
+    with pytest.raises(TunebookError, match="failed 5 times in a row and is asked no more"):
+        ask(hostile, 30, concurrency=1)
 
 
-def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no_more(hostile, monkeypatch):
-    from helpers.evaluate import remote_model
-
-    monkeypatch.setattr(remote_model, "RETRIES", 0)
+def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no_more(hostile):
     Hostile.behaviour, Hostile.asked = "dies", itertools.count()
-    answers = remote_model.Endpoint(hostile, "m", at_once=1).generate(
-        [[{"role": "user", "content": "hi"}]] * 30, Decoding(5)
-    )
+    answers = ask(hostile, 30, concurrency=1)
     assert [a.text for a in answers[:4]] == ["fine"] * 4 and all(a.failed for a in answers[4:])
     assert "asked no more" in answers[-1].failed and next(Hostile.asked) < 15
+
+
+class Voice(BaseHTTPRequestHandler):
+    """A server with a model that says `says`, whatever it is asked."""
+
+    says = "one"
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.dumps({"choices": [{"message": {"content": self.says}, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        return
+
+
+def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
+    with serving(Voice) as url:
+        candidate = candidates.find({}, "", f"served={url}#m")[0]
+
+        def answers():
+            with session.Session(candidate, tmp_path, quiet=True) as s:
+                found, speed = s.answers(conversations(3), Decoding(6))
+            return {a.text for a in found}, speed["from_cache"]
+
+        Voice.says = "one"
+        assert answers() == ({"one"}, 0) and answers() == ({"one"}, 3)
+        Voice.says = "two"
+        assert answers() == ({"two"}, 0)
+        Voice.says = "one"
+        assert answers() == ({"one"}, 3)
 
 
 def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):

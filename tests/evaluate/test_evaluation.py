@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import pytest
 
-from helpers import params, runs
+from helpers import display, params, report, runs
+from helpers.data import decontamination
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, contamination, evaluation, judge
+from helpers.evaluate import candidates, evaluation, judge, session, statistics
 from helpers.evaluate import scores as scores_json
 from helpers.tasks import instructions, text_metrics
 
@@ -52,6 +53,9 @@ class Planted(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def do_GET(self):
+        self.send_error(404)
 
     def log_message(self, *_):
         return
@@ -104,7 +108,8 @@ def data_stage(run, rows, model, database=True):
 
 @pytest.fixture(scope="module")
 def judged(planted, tiny_llama, tmp_path_factory):
-    """One evaluation of a random base, planted endpoints and two candidates that cannot be loaded: (stage, Evaluation, scores, metrics)."""
+    """One evaluation of a random base, planted endpoints and two candidates that cannot be loaded: (job, what its cells showed,
+    scores.json, metrics)."""
     url, rows = planted
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
@@ -118,30 +123,27 @@ def judged(planted, tiny_llama, tmp_path_factory):
                 f"bent={tiny_llama}/config.json",
             ]
         )
-        stage = runs.open_stage(
-            "eval",
-            params.resolve(
-                "eval",
-                {
-                    "run": "planted",
-                    "candidates": "base,sft,gguf",
-                    "extra_candidates": extra,
-                    "max_new_tokens": 8,
-                    "general_tasks": "",
-                    "judge": f"{url}/judge/v1#judge",
-                    "judge_limit": 12,
-                },
-            ),
-        )
-        made = evaluation.Evaluation(stage)
-        made.measure()
-        made.judge()
-        scores, metrics = made.summary(), made.write()
-        from helpers import report
+        given = {
+            "run": "planted",
+            "candidates": "base,sft,gguf",
+            "extra_candidates": extra,
+            "max_new_tokens": 8,
+            "general_tasks": "",
+            "judge": f"{url}/judge/v1#judge",
+            "judge_limit": 12,
+        }
+        job = evaluation.open(params.resolve("eval", given))
+        shown = [cell() for cell in (job.who, job.measure, *cells(job))]
+        shown.append(job.report(report.build))
+        metrics = job.finish().metrics
+        yield job, shown, job.found, metrics
 
-        report.build("planted", stage)
-        stage.finish(metrics)
-        yield stage, made, scores, metrics
+
+def cells(job):
+    """The steps of notebook 05 between measuring and finishing."""
+    looks = (job.scores, job.comparisons, job.figure, job.kinds, job.errors, job.forgetting, job.preferences, job.sides)
+    assert len(looks) == 8
+    return looks
 
 
 def record(scores, name):
@@ -153,10 +155,8 @@ def against(scores, candidate):
 
 
 def test_a_planted_worse_candidate_comes_out_worse_and_a_copy_equal(judged):
-    from helpers.evaluate import statistics
-
-    _, made, scores, metrics = judged
-    values = {n: [e["score"] for e in made.answers[n]] for n in made.answers}
+    job, _, scores, metrics = judged
+    values = {name: measured.values for name, measured in job.findings.measured.items()}
     worse, equal = statistics.settle(
         [statistics.pair("good", n, values["good"], values[n]) for n in ("shuffled", "copy")]
     )
@@ -175,26 +175,45 @@ def test_candidates_that_cannot_load_are_left_out_with_the_reason_first_and_the_
 
 
 def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(judged):
-    stage, made, scores, _ = judged
-    read, answers = scores_json.read(stage.path)
-    assert read == scores and len(answers) == 60
+    job, shown, scores, _ = judged
+    read, answers = scores_json.read(job.stage.path)
+    assert read == json.loads(json.dumps(scores)) and len(answers) == 60
     assert (
         answers[0]["answers"]["markup"]["text"] == HTML.strip() and answers[0]["answers"]["markup"]["error"] == "no_sql"
     )
-    page = (stage.path / "report.html").read_text()
+    page = (job.stage.path / "report.html").read_text()
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
-    from helpers.report import evaluation_views
+    tables = [view for view in shown if isinstance(view, display.Html)]
+    assert len(tables) == 9 and all(view._repr_html_() and repr(view) for view in tables)
+    assert not any("<script" in view._repr_html_() for view in tables)
+    assert all(hasattr(figure, "savefig") for figure in (shown[4], shown[5]))
+    assert (job.stage.path / "scores.png").is_file() and (job.stage.path / "kinds.png").is_file()
 
-    for view in (
-        evaluation_views.scores(scores),
-        evaluation_views.comparisons(scores),
-        evaluation_views.errors(scores),
-        evaluation_views.lost(scores),
-        evaluation_views.preferences(scores),
-    ):
-        assert view._repr_html_() and repr(view)
-    assert "<script" not in evaluation_views.sides(made.rows(), ["base", "markup"])._repr_html_()
-    assert evaluation_views.figure(scores).axes and evaluation_views.kinds(scores).axes
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"schema_version": 1},
+        {"headline": None},
+        {"candidates": [{"name": "x"}]},
+        {"comparisons": [{"verdict": "splendid"}]},
+    ],
+)
+def test_scores_that_leave_the_schema_are_refused(judged, spoilt):
+    with pytest.raises(TunebookError, match=r"scores\.json"):
+        scores_json.check({**judged[2], **spoilt}, [])
+
+
+def test_a_finished_evaluation_is_shown_from_disk_and_asks_nothing(judged, monkeypatch):
+    job, shown, _, _ = judged
+    monkeypatch.setattr(evaluation, "Session", lambda *_: pytest.fail("a candidate was asked again"))
+    before = {f.name: f.stat().st_mtime_ns for f in job.stage.path.iterdir()}
+    again = evaluation.open(job.params)
+    assert again.stage.done is not None
+    for cell, first in zip((again.who, again.measure, *cells(again)), shown[:-1], strict=True):
+        assert repr(cell()) == repr(first) or hasattr(cell(), "_repr_png_")
+    assert repr(again.report(report.build)) == repr(shown[-1]) and again.finish().metrics == judged[3]
+    assert before == {f.name: f.stat().st_mtime_ns for f in job.stage.path.iterdir()}
 
 
 def test_contaminated_items_are_found_and_scored_apart(judged):
@@ -224,12 +243,61 @@ def test_forgetting_is_measured_where_there_are_weights(judged):
     )
 
 
-def test_a_rerun_asks_nothing(judged, monkeypatch):
-    stage, made, _, _ = judged
-    monkeypatch.setattr(candidates, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
-    again = evaluation.Evaluation(stage)
-    again.measure()
-    assert again.answers == made.answers and again.speed["good"]["from_cache"] == 60
+def test_another_evaluation_of_the_same_models_loads_none_of_them_again(judged, monkeypatch):
+    job, _, _, _ = judged
+    monkeypatch.setattr(session, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
+    again = evaluation.open(params.resolve("eval", {**job.params.as_dict(), "task_drop": 0.2}))
+    assert again.stage.done is None
+    monkeypatch.setattr(again.stage, "begin", lambda: False)
+    for candidate in again.findings.candidates:
+        if not candidate.trouble:
+            with session.Session(candidate, "answers", end_of_turn=again.end_of_turn, quiet=True) as s:
+                measured = again._measure(s)
+            first = job.findings.measured[candidate.name]
+            assert measured.entries == first.entries and measured.speed["from_cache"] == 60
+
+
+def small_job(planted, tiny_llama, monkeypatch, tmp_path, **given):
+    """An evaluation of the random base on nine questions, nothing else."""
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
+    data_stage("small", planted[1][:9], tiny_llama)
+    given = {"run": "small", "candidates": "base", "max_new_tokens": 4, **QUIET, **given}
+    return evaluation.open(params.resolve("eval", given))
+
+
+def test_a_bug_of_ours_ends_the_evaluation_instead_of_leaving_the_candidate_out(
+    planted, tiny_llama, runs_root, tmp_path, monkeypatch
+):
+    job = small_job(planted, tiny_llama, monkeypatch, tmp_path)
+    monkeypatch.setattr(job, "_score", lambda *_: {}["score"])
+    with pytest.raises(KeyError, match="score"):
+        job.measure()
+    assert not job.findings.skipped
+
+
+def test_general_tasks_are_asked_without_general_text(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
+    questions = (PROJECT / "datasets" / "general_tasks.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "few.jsonl").write_text("\n".join(questions))
+    job = small_job(planted, tiny_llama, monkeypatch, tmp_path, general_tasks=str(tmp_path / "few.jsonl"))
+    job.measure()
+    found = job.found["forgetting"]["candidates"]["base"]
+    assert 0 <= found["tasks"]["general knowledge"]["value"] <= 1 and found["loss"] is None
+    assert job.found["harness"]["general_knowledge"]["n"] == 4 and "general knowledge" in repr(job.forgetting())
+
+
+def test_a_misspelt_harness_task_is_refused_before_anything_is_asked(
+    planted, tiny_llama, runs_root, tmp_path, monkeypatch
+):
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(TunebookError, match="harness_tasks: lm-eval knows no task 'hellaswagg'"):
+        small_job(
+            planted,
+            tiny_llama,
+            monkeypatch,
+            tmp_path,
+            harness_tasks="hellaswagg",
+            harness_include=str(tmp_path / "tasks"),
+        )
 
 
 def test_seeds_need_a_temperature_and_must_be_numbers():
@@ -257,6 +325,15 @@ def test_candidates_that_make_no_sense_are_named(wanted, extra, message):
         candidates.find({}, wanted, extra)
 
 
+def test_an_exported_file_says_which_stage_trained_it_even_where_a_later_stage_ran(tmp_path):
+    folder = tmp_path / "04_gguf_export"
+    folder.mkdir()
+    (folder / "model-q8_0.gguf").write_bytes(b"x")
+    data = {"parents": {"sft": {}, "orpo": {}}, "metrics": {"trained_by": "sft"}}
+    found = candidates.find({"gguf": runs.Manifest(folder, data)}, "gguf")
+    assert [(c.name, c.made_by, c.made_from) for c in found] == [("gguf q8_0", "sft", "sft")]
+
+
 # ------------------------------------------------------------ references, checks, judge, contamination
 
 
@@ -277,15 +354,10 @@ def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_roo
         for i, r in enumerate(rows[:9])
     ]
     data_stage("prose", prose, tiny_llama, database=False)
-    stage = runs.open_stage(
-        "eval",
-        params.resolve(
-            "eval", {"run": "prose", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
-        ),
-    )
-    made = evaluation.Evaluation(stage)
-    made.measure()
-    metrics, scores = made.write(), made.summary()
+    given = {"run": "prose", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
+    job = evaluation.open(params.resolve("eval", given))
+    job.measure()
+    metrics, scores = scores_json.metrics(job.found), job.found
     assert scores["task"]["label"] == "token F1" and metrics["candidates"]["good"]["n"] == 8
     assert record(scores, "good")["scores"]["chrf"]["value"] < 0.5 and any(
         "1 of 9 items have a reference" in w for w in scores["warnings"]
@@ -308,22 +380,17 @@ def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
     for row in known:
         monkeypatch.setitem(Planted.table, row["question"], row["sql"])
     data_stage("tables", known, tiny_llama, database=False)
-    stage = runs.open_stage(
-        "eval",
-        params.resolve(
-            "eval", {"run": "tables", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
-        ),
-    )
-    made = evaluation.Evaluation(stage)
-    made.measure()
-    scores = made.summary()
+    given = {"run": "tables", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
+    job = evaluation.open(params.resolve("eval", given))
+    job.measure()
+    scores = job.found
     assert scores["task"]["label"] == "execution agreement on synthetic databases"
     found = record(scores, "good")["scores"]["accuracy"]
     assert (found["n"], round(found["value"] * found["n"])) == (
         5,
         3,
     )  # one schema cannot be read; the server errs on every fourth question
-    assert made.rows()[1]["gold"] is None and any("1 of 6 items" in w for w in scores["warnings"])
+    assert job.findings.answers()[1]["gold"] is None and any("1 of 6 items" in w for w in scores["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -377,7 +444,7 @@ def test_endless_repetition_is_noticed():
 def test_the_judge_refuses_what_would_cost_too_much_before_asking():
     pairs = [{"question": "q" * 4000, "reference": "", "baseline": "a", "candidate": "b"}] * 10
     with pytest.raises(TunebookError, match="over judge_budget = 1,000"):
-        judge.compare_answers(None, pairs, budget=1000)
+        judge.check_budget(pairs, 1000)
 
 
 @pytest.mark.parametrize(
@@ -399,18 +466,21 @@ def test_length_control_takes_the_length_out_of_the_win_rate():
     assert judge.length_controlled([1.0] * 20, [0] * 20) > 0.9 and judge.length_controlled([1.0], [3]) is None
 
 
-def test_overlap_finds_reworded_cases_and_spares_fresh_ones():
+def test_questions_of_the_training_data_are_found_in_other_case_and_fresh_ones_spared(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     training = [
         "Tell me, WHICH rivers of Africa are longer than two thousand kilometres and reach the sea?",
         "What is the capital of France?",
     ]
-    found = contamination.overlap(
-        [
-            "which rivers of africa are longer than two thousand kilometres",
-            "Which lakes of Asia are deeper than one hundred metres today?",
-            "what is the capital of france",
-            "capital of France",
-        ],
-        training,
-    )
-    assert found.tolist() == [1.0, 0.0, 1.0, 0.0]
+    rows = [json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]) for text in training]
+    pq.write_table(pa.table({"messages": rows}), tmp_path / "train.parquet")
+    questions = [
+        "which rivers of africa are longer than two thousand kilometres",
+        "Which lakes of Asia are deeper than one hundred metres today?",
+        "what is the capital of france",
+        "capital of France",
+    ]
+    asked = [[{"role": "system", "content": training[0]}, {"role": "user", "content": q}] for q in questions]
+    assert decontamination.held(asked, tmp_path / "train.parquet") == [True, False, True, False]

@@ -1,0 +1,128 @@
+"""scores.json and answers.jsonl as the tables that end notebook 05's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from helpers import display
+from helpers.display import Html
+from helpers.evaluate.scores import ERROR_KINDS
+
+ANSWER = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em;margin:2px 0"
+RIGHT, WRONG, GREY = "#2a9d6f", "#d1495b", "#8a8f98"
+SHOWN_CHARS, SHOWN_ITEMS = 400, 4
+
+
+def speed(found: dict[str, Any]) -> Html:
+    """How fast each candidate answered, and how much came from the cache."""
+    rows = []
+    for c in found["candidates"]:
+        s = c["speed"]
+        rate = f"{s['items_per_s']:.1f}" if s else "left out"
+        rows.append((c["name"], rate, *((display.duration(s["seconds"]), s["tokens"], s["from_cache"]) if s else ())))
+    return display.shown(rows, ("candidate", "questions/s", "time", "tokens", "answers from the cache"))
+
+
+def scores(found: dict[str, Any]) -> Html:
+    rows = []
+    for c in found["candidates"]:
+        if c["status"] == "skipped":
+            rows.append((c["name"], "left out", c["reason"]))
+            continue
+        accuracy = c["scores"]["accuracy"]
+        shares = [_share(c["scores"].get(name)) for name in ("valid", "structural", "stopped")]
+        rows.append((c["name"], _share(accuracy), _interval(accuracy), *shares, display.size(c["size_bytes"])))
+    head = ("candidate", found["task"]["label"], "95 % interval", "runs", "same structure", "stops by itself", "size")
+    said = [found["headline"], *(f"⚠ {warning}" for warning in found["warnings"])]
+    return display.said(*said) + display.shown(rows, head) + display.said((found["ship"] or {}).get("sentence", ""))
+
+
+def comparisons(found: dict[str, Any]) -> Html:
+    rows = []
+    for c in found["comparisons"]:
+        counts = f"{c['wins']} / {c['losses']} / {c['ties']}"
+        rows.append(
+            (f"{c['candidate']} against {c['baseline']}", c["sentence"], counts, f"{c['p_holm']:.2g}", c["test"])
+        )
+    head = ("comparison", "result", "won / lost / tied", "p (Holm)", "test")
+    return display.shown(rows, head) if rows else display.said("One candidate alone: there is nothing to compare.")
+
+
+def errors(found: dict[str, Any]) -> Html:
+    scored = [c for c in found["candidates"] if c["status"] == "scored"]
+    kinds = [k for k in ERROR_KINDS if any(k in c["errors"] for c in scored)]
+    rows = [(ERROR_KINDS[k], *(c["errors"].get(k, "") for c in scored)) for k in kinds]
+    return display.shown(rows, ("wrong because", *(c["name"] for c in scored)))
+
+
+def forgetting(found: dict[str, Any]) -> Html:
+    record = found["forgetting"]
+    if record is None:
+        return display.said(
+            "Not measured: general_text, general_chat and general_tasks are empty, or the base was left out."
+        )
+    rows = []
+    for name, f in record["candidates"].items():
+        verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
+        measured = [f"{f[k]:{form}}" if f[k] is not None else "" for k, form in (("loss", ".3f"), ("change", "+.3f"))]
+        shares = [*(t["value"] for t in f["tasks"].values()), f["refusal_rate"], f["manners"]]
+        rows.append((name, verdict, *measured, *(display.percent(s, 0) for s in shares), f["sentence"]))
+    tasks = list(next(iter(record["candidates"].values()))["tasks"])
+    head = ("candidate", "verdict", "general text, nats/token", "change", *tasks, "refusals", "manners", "in words")
+    return display.shown(rows, head) + display.said(*(f"→ {a}" for a in record["advice"]))
+
+
+def preferences(found: dict[str, Any]) -> Html:
+    if not found["preference"]:
+        return display.said("This run has no preference pairs.")
+    rows = []
+    for name, p in found["preference"].items():
+        odds, accuracy = p["log_odds"], p["accuracy"]
+        margin = f"{odds['value']:+.2f} ({odds['low']:+.2f} to {odds['high']:+.2f})" if p["n"] else "–"
+        rows.append((name, _share(accuracy), _interval(accuracy), margin, _share(p["win_rate"]), p["n"]))
+    head = ("candidate", "prefers the chosen", "95 % interval", "log-odds margin", "beats the base's margin", "pairs")
+    return display.shown(rows, head)
+
+
+def sides(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
+    """Answers side by side: items that the last of `names` won over the first, then items that it got wrong."""
+    first, last = names[0], names[-1]
+
+    def gain(row: dict[str, Any]) -> float:
+        before, after = (row["answers"][n]["score"] for n in (first, last))
+        return 0.0 if None in (before, after) else after - before
+
+    won = [r for r in sorted(rows, key=gain, reverse=True) if gain(r) > 0]
+    wrong = [r for r in sorted(rows, key=gain) if (r["answers"][last]["score"] or 0) < 0.5]
+    shown = display.said("" if won or wrong else "No answer to show.")
+    for title, group in ((f"{last} at its best", won), (f"{last} at its worst", wrong)):
+        for number, row in enumerate(group[:SHOWN_ITEMS]):
+            shown += _item(row, names, "" if number else title)
+    return shown
+
+
+def _item(row: dict[str, Any], names: Sequence[str], title: str) -> Html:
+    markup = [f"<h4>{display.escape(title)}</h4>" if title else ""]
+    markup.append(f"<p style='margin:8px 0 2px'><b>{display.escape(row['question'])}</b></p>")
+    markup.append(f"<div style='{ANSWER};color:{GREY}'>reference: {display.escape(row['reference'])}</div>")
+    text = [title, row["question"]]
+    for name in names:
+        answer = row["answers"][name]
+        mark, colour = ("✓", RIGHT) if answer["score"] and not answer["error"] else ("✗", WRONG)
+        why = f" ({answer['detail']})" if answer["detail"] else ""
+        said = f"{name}: {answer['text'][:SHOWN_CHARS]}"
+        text.append(display.clean(f"  {mark} {said}{why}"))
+        markup.append(
+            f"<div style='{ANSWER}'><span style='color:{colour}'>{mark}</span> {display.escape(said)}"
+            f"<span style='color:{colour}'>{display.escape(why)}</span></div>"
+        )
+    return Html("".join(markup), "\n".join(filter(None, text)))
+
+
+def _share(score: dict[str, Any] | None) -> str:
+    return display.percent(score["value"]) if score and score["value"] is not None else ""
+
+
+def _interval(score: dict[str, Any]) -> str:
+    return display.interval(score["low"], score["high"])

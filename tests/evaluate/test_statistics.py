@@ -120,7 +120,7 @@ def test_undefined_scores_are_left_out_of_both_sides():
     one = statistics.pair("a", "b", [1, None, 0, 1], [1, 1, None, 0])
     assert (one["n"], one["wins"], one["losses"], one["ties"]) == (2, 0, 1, 1)
     assert statistics.pair("a", "b", [None], [1]) is None
-    assert statistics.mean([None, float("nan")])["value"] is None and statistics.share([])["n"] == 0
+    assert statistics.share([None, float("nan")])["value"] is None and statistics.share([])["n"] == 0
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_does_not():

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from helpers.storage import write_atomic
 
@@ -96,7 +96,7 @@ def said(*lines: str) -> Html:
 # ---------------------------------------------------------------- numbers
 
 
-def finite(value: object) -> bool:
+def finite(value: object) -> TypeGuard[float]:
     """Whether a value is a number that can be shown: no text, no truth value, no NaN, no infinity."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

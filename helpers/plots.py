@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +27,8 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def label(text: object) -> str:
-    """Foreign text as matplotlib may draw it: hidden characters visible, no `$` that would begin a formula."""
-    return display.clean(text).replace("$", r"\$")
+    """Foreign text as matplotlib may draw it: not endless, hidden characters visible, no `$` that would begin a formula."""
+    return display.clean(str(text)[:80]).replace("$", r"\$")
 
 
 def svg(figure: Any) -> str:
@@ -34,10 +36,14 @@ def svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of signs that matplotlib's own font lacks: here the page's fonts draw them
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=nothing)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    used = set(re.findall(r"#(\w+)", drawn))
+    drawn = re.sub(r' id="(\w+)"', lambda found: found[0] if found[1] in used else "", drawn)
     return drawn.replace("<svg", f'<svg role="img" aria-label="{display.escape(figure.alt)}"', 1)
 
 
@@ -49,7 +55,7 @@ def _figure(
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    with matplotlib.rc_context({name: INK for name in inked} | {"font.size": 9, "axes.titlesize": 10}):
+    with matplotlib.rc_context(dict.fromkeys(inked, INK) | {"font.size": 9, "axes.titlesize": 10}):
         figure: Any = Figure(figsize=(width * columns, height * rows), layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
@@ -167,16 +173,17 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
 # ---------------------------------------------------------------- data
 
 
-def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: int) -> Any:
+def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: int | None) -> Any:
     """Rows by their length in tokens. histogram: length → rows; over: rows longer than max_length; proposed: the length to use."""
     values = {int(length): count for length, count in histogram.items()}
     top = max([*values, 1])
     figure, (panel,) = _figure(
-        f"Row lengths in tokens: {sum(values.values()):,} rows up to {top:,}; max_length {max_length:,}", width=7.2
+        f"Row lengths in tokens: {sum(values.values()):,} rows up to {top:,}; max_length {max_length:,}", width=5.6
     )
     panel.hist(list(values), bins=60, range=(0, top), weights=list(values.values()), color=BLUE)
     panel.axvline(max_length, color=RED, label=f"max_length {max_length:,}: {over:,} rows over")
-    panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
+    if proposed:
+        panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
     panel.set_xlim(0, max(top, min(max_length, 2 * top)) * 1.03)
     panel.set(xlabel="tokens in a row", ylabel="rows")
     panel.legend(frameon=False, labelcolor=INK)
@@ -199,47 +206,43 @@ class FilePoint:
     score: tuple[float, float, float] | None = None
 
 
-def file_sizes(files: Sequence[FilePoint], questions: int = 0) -> Any:
-    """Size against divergence and, where any file has a score, against that."""
-    files = sorted(files, key=lambda f: f.bytes)
-    scored = any(f.score for f in files)
-    alt = "Size and mean KL of " + ", ".join(
-        f"{f.name} ({display.size(f.bytes)}, {display.number(f.kl)})" for f in files
-    )
-    figure, panels = _figure(alt, columns=2 if scored else 1, height=3.4)
-    _divergence(panels[0], files)
-    if scored:
-        _file_scores(panels[1], [f for f in files if f.score], questions)
-    for panel in panels:
-        panel.margins(x=0.15)
+def file_sizes(files: Sequence[FilePoint], questions: int = 0, panels: Sequence[str] = ("divergence", "score")) -> Any:
+    """Size against divergence and, where any file has a score, against that; `panels` may name one of them alone."""
+    drawn = [p for p in panels if p == "divergence" or any(f.score for f in files)] or ["divergence"]
+    said = [f"{f.name} {display.size(f.bytes)}, KL {display.number(f.kl)}" for f in files]
+    figure, axes = _figure(f"Exported files: {'; '.join(said)}", columns=len(drawn), height=3.4)
+    for panel, name in zip(axes, drawn, strict=True):
+        points = _divergence(panel, files) if name == "divergence" else _file_scores(panel, files, questions)
+        for text, x, y in points:
+            panel.annotate(label(text), (x, y), textcoords="offset points", xytext=(6, 6), color=INK)
+        panel.margins(x=0.2)
         panel.set_xlabel("size, MB")
     return figure
 
 
-def _divergence(panel: Any, files: Sequence[FilePoint]) -> None:
+def _divergence(panel: Any, files: Sequence[FilePoint]) -> list[tuple[str, float, float]]:
     least = 1e-7  # a divergence of nothing has no place on a logarithmic axis
-    sizes, measured = [f.bytes / 1e6 for f in files], [max(f.kl, least) for f in files]
-    panel.plot(sizes, measured, color=BLUE, marker="o", label="file in llama.cpp")
+    points = sorted((f.bytes / 1e6, max(f.kl, least), f.name) for f in files)
+    panel.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, marker="o", label="file in llama.cpp")
     weights = [(f.bytes / 1e6, max(f.weights_kl, least)) for f in files if f.weights_kl is not None]
     if weights:
         panel.plot(*zip(*weights, strict=True), color=ORANGE, marker="x", linestyle="", label="its weights alone")
     allowed = [(f.bytes / 1e6, f.allowed) for f in files if f.allowed is not None]
     if allowed:
         panel.plot(*zip(*allowed, strict=True), color=GREY, marker="_", markersize=14, linestyle="", label="allowed")
-    for file, x, y in zip(files, sizes, measured, strict=True):
-        panel.annotate(label(file.name), (x, y), textcoords="offset points", xytext=(6, 6), color=INK)
-    panel.set(yscale="log", ylabel="mean KL divergence, nats a token", title="What the smaller file changes")
+    panel.set(yscale="log", ylabel="mean KL, nats a token", title="What the smaller file changes")
     panel.legend(fontsize=8, frameon=False, labelcolor=INK)
+    return [(name, x, y) for x, y, name in points]
 
 
-def _file_scores(panel: Any, files: Sequence[FilePoint], questions: int) -> None:
-    for file in files:
-        value, low, high = (100 * v for v in file.score or ())
-        panel.plot([file.bytes / 1e6] * 2, [low, high], color=BLUE, linewidth=1.5)
-        panel.plot(file.bytes / 1e6, value, color=BLUE, marker="o")
-        place = (file.bytes / 1e6, value)
-        panel.annotate(label(file.name), place, textcoords="offset points", xytext=(6, 6), color=INK)
-    panel.set(ylabel=f"right, % of {questions} questions (95 % interval)", title="What it still can do", ylim=(0, 105))
+def _file_scores(panel: Any, files: Sequence[FilePoint], questions: int) -> list[tuple[str, float, float]]:
+    scored = [(f.name, f.bytes / 1e6, [100 * share for share in f.score]) for f in files if f.score]
+    for _, size, (value, low, high) in scored:
+        panel.plot([size] * 2, [low, high], color=BLUE, linewidth=1.5)
+        panel.plot(size, value, color=BLUE, marker="o")
+    unit = f"right, % of {questions} questions (95 % interval)"
+    panel.set(ylabel=unit, title="What it still can do", ylim=(0, 105))
+    return [(name, size, shares[0]) for name, size, shares in scored]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -302,11 +305,12 @@ def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]
 
 
 def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
-    """One smoothed curve for each run. runs: name → (steps, values)."""
+    """One curve for each run, smoothed where it has many points. runs: name → (steps, values)."""
     figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()), width=7.2)
     for number, (name, (steps, values)) in enumerate(runs.items()):
         colour, style = PALETTE[number % len(PALETTE)], ("-", "--", ":")[number // len(PALETTE) % 3]
-        panel.plot(*_thinned(steps, smoothed(values)), color=colour, linestyle=style, label=label(name))
+        drawn = smoothed(values) if len(values) > 30 else values  # a few held-out points are shown as they are
+        panel.plot(*_thinned(steps, drawn), color=colour, linestyle=style, label=label(name))
     panel.set(title=label(title), xlabel="step", ylabel=unit)
     panel.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
@@ -317,17 +321,17 @@ def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
 
     runs: name → one value for each dimension, a number or a word; None breaks the line.
     """
-    columns = [_Axis([values[d] for values in runs.values()]) for d in range(len(dimensions))]
+    columns = [_axis([values[d] for values in runs.values()]) for d in range(len(dimensions))]
     alt = f"Parallel coordinates over {', '.join(dimensions)} of the runs {', '.join(runs)}"
     figure, (panel,) = _figure(alt, width=max(4.6, 1.7 * len(dimensions)), height=3.6)
     panel.grid(visible=False)
     panel.spines[["left", "bottom"]].set_visible(False)
-    for x, axis in enumerate(columns):
+    for x, (_, marks) in enumerate(columns):
         panel.axvline(x, color=GREY, linewidth=1)
-        for text, y in axis.marks:
+        for text, y in marks:
             panel.text(x - 0.03, y, label(text), ha="right", va="center", fontsize=8, color=INK)
-    for name, values in runs.items():
-        places = [axis.place(v) for axis, v in zip(columns, values, strict=True)]
+    for number, name in enumerate(runs):
+        places = [column[number] for column, _ in columns]
         last = places[-1]
         colour = GREY if math.isnan(last) else GREEN if last > 2 / 3 else BLUE if last > 1 / 3 else ORANGE
         panel.plot(range(len(places)), places, color=colour, linewidth=2, marker="o", markersize=4)
@@ -341,29 +345,21 @@ def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
     return figure
 
 
-class _Axis:
-    """Places of one dimension's values between 0 and 1: numbers by size (logarithmic over a wide range), words in order."""
+def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[str, float]]]:
+    """(places between 0 and 1 of one dimension's values, marks): numbers by size, logarithmic over a wide range, words in order."""
+    known = [v for v in values if v is not None]
+    if not all(display.finite(v) for v in known):
+        words = sorted({str(v) for v in known})
+        spots = {word: (at + 0.5) / len(words) for at, word in enumerate(words)}
+        return [math.nan if v is None else spots[str(v)] for v in values], [(w[:18], y) for w, y in spots.items()]
+    low, high = min(known), max(known)
+    scale = math.log if low > 0 and high / low > 50 else float
 
-    def __init__(self, values: Sequence[Any]) -> None:
-        known = [v for v in values if v is not None]
-        self.numeric = bool(known) and all(display.finite(v) for v in known)
-        if self.numeric:
-            self.low, self.high = min(known), max(known)
-            self.log = self.low > 0 and self.high / self.low > 50
-            middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-            marks = dict.fromkeys((self.low, middle, self.high))
-            self.marks = [(display.number(float(f"{m:.3g}")), self.place(m)) for m in marks]
-        else:
-            self.words = sorted({str(v) for v in known})
-            self.marks = [(word[:18], self.place(word)) for word in self.words]
+    def place(value: float | None) -> float:
+        if value is None or low == high:
+            return math.nan if value is None else 0.5
+        return (scale(value) - scale(low)) / (scale(high) - scale(low))
 
-    def place(self, value: Any) -> float:
-        if value is None:
-            return math.nan
-        if not self.numeric:
-            return (self.words.index(str(value)) + 0.5) / len(self.words)
-        if self.high == self.low:
-            return 0.5
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+    middle = math.sqrt(low * high) if scale is math.log else (low + high) / 2
+    marks = [(display.number(float(f"{m:.3g}")), place(m)) for m in dict.fromkeys((low, middle, high))]
+    return [place(v) for v in values], marks

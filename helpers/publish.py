@@ -1,12 +1,12 @@
 """Publish a run to the Hugging Face hub: adapter, merged model and GGUF files, each in a repository with a card of its own.
 
     python -m helpers.publish myrun user/name                      lists every file and size, uploads nothing
-    python -m helpers.publish myrun user/name --yes                uploads; the same command goes on where a killed one stopped
+    python -m helpers.publish myrun user/name --yes                uploads; the same command resumes a killed upload
     python -m helpers.publish myrun user/name --only gguf --public --yes
 
-Repositories: user/name (merged), user/name-lora (adapter), user/name-GGUF. Only files that a finished stage's manifest lists are
-published, and only while they still have the hashes written there. The token comes from `huggingface-cli login` or HF_TOKEN; it
-is never a parameter, never printed and never stored.
+Repositories: user/name (merged), user/name-lora (adapter), user/name-GGUF. The adapter is the one that was exported. Only files
+that a finished stage's manifest lists are published, and only while they still have the hashes written there. The token comes
+from `hf auth login` or HF_TOKEN; it is never a parameter, never printed and never stored.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from helpers import runs
+from helpers import display, runs
 from helpers.errors import TunebookError
+from helpers.report import facts, model_card
 
-KINDS = ("adapter", "merged", "gguf")
 SUFFIX = {"adapter": "-lora", "merged": "", "gguf": "-GGUF"}
+KINDS = tuple(SUFFIX)
+RESUME = "The same command resumes the upload."
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,25 @@ class Repository:
     name: str
     files: list[tuple[str, Path, int]]
     card: str
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for _, _, size in self.files) + len(self.card.encode())
+    base: str = ""  # the base model's id on the hub, "" when it has none
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was planned or done. urls: repository -> address, empty after a dry run."""
+    """What was planned or done. urls: repository → address, empty after a dry run."""
 
     repositories: list[Repository]
     urls: dict[str, str]
 
     def __repr__(self) -> str:
-        from helpers.report.markup import size
-
         lines = []
         for repository in self.repositories:
-            lines.append(
-                f"{repository.name} ({repository.kind}): {len(repository.files) + 1} files, {size(repository.bytes)}"
-            )
-            lines += [
-                f"  {size(bytes_):>9}  {name}"
-                for name, _, bytes_ in [*repository.files, ("README.md", Path(), len(repository.card.encode()))]
-            ]
-            if url := self.urls.get(repository.name):
-                lines.append(f"  → {url}")
-        if not self.urls:
-            lines.append("Nothing was uploaded (dry run).")
-        return "\n".join(lines)
+            files = [*repository.files, ("README.md", Path(), len(repository.card.encode()))]
+            total = display.size(sum(size for *_, size in files))
+            lines.append(f"{repository.name} ({repository.kind}): {len(files)} files, {total}")
+            lines += [f"  {display.size(size):>9}  {name}" for name, _, size in files]
+            lines += [f"  → {self.urls[repository.name]}"] if repository.name in self.urls else []
+        return "\n".join(lines + ([] if self.urls else ["Nothing was uploaded (dry run)."]))
 
 
 def publish(
@@ -83,37 +73,40 @@ def publish(
     the run does not have are left out unless they alone were asked for. licence, data_licence: written into the cards.
 
     Raises TunebookError for a run without such results, altered files, a bad name, a missing or refused token, or a hub that
-    cannot be reached; an interrupted upload is gone on with by the same call.
+    cannot be reached; an interrupted upload is resumed by the same call.
     """
     what = tuple(what)
-    _check(name, what)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}/[A-Za-z0-9][\w.-]{0,80}", name) or ".." in name or "--" in name:
+        raise TunebookError(
+            f"{name!r} is not a valid repository name; write user/name with letters, digits, '-', '_' and '.'."
+        )
+    if wrong := [w for w in what if w not in KINDS]:
+        raise TunebookError(f"There is nothing called {', '.join(wrong)} to publish; choose out of {', '.join(KINDS)}.")
     repositories = plan(run, name, what, licence, data_licence)
-    if dry_run:
-        return Published(repositories, {})
-    return Published(repositories, {r.name: _upload(run, r, private) for r in repositories})
+    return Published(repositories, {} if dry_run else {r.name: _upload(run, r, private) for r in repositories})
 
 
 def plan(
     run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", data_licence: str = ""
 ) -> list[Repository]:
     """Files, sizes and cards of every repository; nothing is uploaded. Every file is checked against its manifest's hash."""
-    from helpers.report import facts, model_card
-
     known = facts.gather(run)
+    base = str(known.model.get("name") or "")
+    base = base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
     found = []
     for kind in what:
-        stage, prefix = _source(known, kind)
-        if stage is None:
+        stage = known.exported if kind == "adapter" else "gguf"
+        if stage not in known.stages:
             continue
         manifest = runs.load(run, stage)  # verifies every hash
-        files = []
-        for artifact, entry in manifest.data["artifacts"].items():
-            inside = _name_there(kind, artifact, prefix)
-            if inside and inside != "README.md":
-                files.append((inside, manifest.path / artifact, entry["bytes"]))
+        files = [
+            (inside, manifest.path / artifact, entry["bytes"])
+            for artifact, entry in manifest.data["artifacts"].items()
+            if (inside := _name_there(kind, artifact)) and inside != "README.md"
+        ]
         if files:
-            text = model_card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
-            found.append(Repository(kind, name + SUFFIX[kind], sorted(files), text))
+            card = model_card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
+            found.append(Repository(kind, name + SUFFIX[kind], sorted(files), card, base))
     if not found:
         raise TunebookError(
             f"The run {run!r} has nothing to publish of {', '.join(what)}; finish 02_qlora_sft for the adapter and "
@@ -122,28 +115,12 @@ def plan(
     return found
 
 
-def _source(known: Any, kind: str) -> tuple[str | None, str]:
-    """The stage that holds a kind of result, and the folder inside it."""
-    if kind == "adapter":
-        return next((s for s in ("orpo", "sft") if s in known.stages), None), "adapter/"
-    return ("gguf" if "gguf" in known.stages else None), "merged/" if kind == "merged" else ""
-
-
-def _name_there(kind: str, artifact: str, prefix: str) -> str:
+def _name_there(kind: str, artifact: str) -> str:
     """An artifact's name in the repository; "" when it does not belong there."""
     if kind == "gguf":
-        wanted = "/" not in artifact and (
-            artifact.endswith(".gguf") or artifact in ("Modelfile", "fidelity.json", "fidelity.png")
-        )
-        return artifact if wanted else ""
-    return artifact.removeprefix(prefix) if artifact.startswith(prefix) else ""
-
-
-def _check(name: str, what: tuple[str, ...]) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}/[A-Za-z0-9][\w.-]{0,80}", name) or ".." in name or "--" in name:
-        raise TunebookError(f"{name!r} is no repository name; write user/name with letters, digits, '-', '_' and '.'.")
-    if wrong := [w for w in what if w not in KINDS]:
-        raise TunebookError(f"There is nothing called {', '.join(wrong)} to publish; choose out of {', '.join(KINDS)}.")
+        wanted = artifact.endswith(".gguf") or artifact in ("Modelfile", "fidelity.json", "fidelity.png")
+        return artifact if wanted and "/" not in artifact else ""
+    return artifact.removeprefix(f"{kind}/") if artifact.startswith(f"{kind}/") else ""
 
 
 # ---------------------------------------------------------------- upload
@@ -158,30 +135,19 @@ def staged(run: str, repository: Repository) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {name for name, _, _ in repository.files} | {"README.md"}
     for old in [p for p in folder.rglob("*") if p.is_symlink() or p.is_file()]:
-        inside = old.relative_to(folder).as_posix()
-        if inside not in wanted:
+        if old.relative_to(folder).as_posix() not in wanted:
             old.unlink()
     for name, source, _ in repository.files:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "adapter_config.json":
-            _write_if_new(target, _public_config(source, run))
+        if name == "adapter_config.json" and repository.base:  # a path of this machine would load nowhere else
+            config = json.loads(source.read_text(encoding="utf-8")) | {"base_model_name_or_path": repository.base}
+            _write_if_new(target, json.dumps(config, indent=2, sort_keys=True) + "\n")
         elif not (target.is_symlink() and target.resolve() == source.resolve()):
             target.unlink(missing_ok=True)
             target.symlink_to(source.resolve())
     _write_if_new(folder / "README.md", repository.card)
     return folder
-
-
-def _public_config(source: Path, run: str) -> str:
-    """An adapter's config whose base is the model's hub id: a path of this machine would load nowhere else."""
-    from helpers.report import facts
-
-    config = json.loads(source.read_text(encoding="utf-8"))
-    name = str(facts.gather(run).model.get("name") or "")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        config["base_model_name_or_path"] = name
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _write_if_new(path: Path, text: str) -> None:
@@ -192,49 +158,41 @@ def _write_if_new(path: Path, text: str) -> None:
 
 
 def _upload(run: str, repository: Repository, private: bool) -> str:
-    from huggingface_hub import HfApi, errors, get_token
+    """Create the repository and upload its folder; huggingface_hub skips what is there already. Returns its address."""
+    import httpx
+    from huggingface_hub import HfApi, constants, errors, get_token
 
-    token = get_token()
+    token, name = get_token(), repository.name
     if not token:
         raise TunebookError(
-            "No token for the hub is on this machine; run `huggingface-cli login`, or set HF_TOKEN in the environment."
+            "No token for the hub is on this machine; run `hf auth login`, or set HF_TOKEN in the environment."
         )
     folder = staged(run, repository)
-    api = HfApi(token=token, endpoint=os.environ.get("HF_ENDPOINT") or None)
-    again = "The same command goes on where this one stopped."
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    api = HfApi(token=token, endpoint=endpoint)
     try:
-        url = api.create_repo(repository.name, repo_type="model", private=private, exist_ok=True)
-        # resumable by itself: what is committed is skipped, what the hub has is not sent again, large folders go in several commits
-        api.upload_folder(
-            repo_id=repository.name,
-            folder_path=folder,
-            repo_type="model",
-            commit_message=f"{repository.kind} of run {run}",
-        )
+        url = api.create_repo(name, repo_type="model", private=private, exist_ok=True)
+        message = f"{repository.kind} of run {run}"
+        api.upload_folder(repo_id=name, folder_path=folder, repo_type="model", commit_message=message)
+        return str(url)
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = error.response.status_code
+        said = f"The hub answered {status} for {name}: {_without(token, error)}. {RESUME}"
         if status in (401, 403):
-            raise TunebookError(
-                f"The hub refused to write to {repository.name} (status {status}): the token is wrong, expired, or has no "
-                "write access there; make a new one and run `huggingface-cli login`."
-            ) from _quiet(error, token)
-        raise TunebookError(
-            f"The hub answered {status or 'with an error'} for {repository.name}: {_hide(str(error), token)[:300]}. {again}"
-        ) from _quiet(error, token)
+            said = (
+                f"The hub refused to write to {name} (status {status}): the token is wrong, expired, or has no write "
+                "access there; make a new one and run `hf auth login`."
+            )
+    except (httpx.TransportError, ConnectionError) as error:
+        said = f"The hub at {endpoint} cannot be reached ({_without(token, error)}). {RESUME}"
     except (OSError, RuntimeError, ValueError) as error:
-        raise TunebookError(
-            f"The upload to {repository.name} broke off: {_hide(str(error), token)[:300]}. {again}"
-        ) from _quiet(error, token)
-    return str(url)
+        said = f"The upload to {name} broke off: {_without(token, error)}. {RESUME}"
+    raise TunebookError(said)
 
 
-def _hide(text: str, token: str) -> str:
-    return " ".join(text.replace(token, "***").split())
-
-
-def _quiet(error: BaseException, token: str) -> BaseException | None:
-    """The error as a cause for the traceback, unless it carries the token."""
-    return None if token in str(error) else error
+def _without(token: str, error: BaseException) -> str:
+    """An error in one line without the token; it is not kept as a cause either, for it may carry the token."""
+    return " ".join(str(error).replace(token, "***").split())[:300]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,19 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--licence", default="", help="of the base model, for the card (default: as its own card says)")
     parser.add_argument("--data-licence", default="", help="of the training data, for the card")
     parser.add_argument("--yes", action="store_true", help="upload")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    what = [w.strip() for w in given.only.split(",") if w.strip()]
     try:
-        print(
-            publish(
-                options.run,
-                options.name,
-                [w.strip() for w in options.only.split(",") if w.strip()],
-                private=not options.public,
-                dry_run=not options.yes,
-                licence=options.licence,
-                data_licence=options.data_licence,
-            )
-        )
+        print(publish(given.run, given.name, what, not given.public, not given.yes, given.licence, given.data_licence))
     except TunebookError as error:
         print(error, file=sys.stderr)
         return 1

@@ -94,6 +94,15 @@ def untied_llama(tokenizer, tmp_path):
     )
 
 
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """A short run of all five notebooks, one for all workers: the finished command and the folder of runs. Not to be changed."""
+    import short_run
+
+    base = tmp_path_factory.getbasetemp()
+    return short_run.shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole_run")
+
+
 @pytest.fixture
 def runs_root(tmp_path, monkeypatch):
     """An empty folder that holds this test's runs."""

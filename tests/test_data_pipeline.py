@@ -10,7 +10,7 @@ import pytest
 from helpers import params, runs
 from helpers.data import prepare
 from helpers.errors import TunebookError
-from helpers.report import data_card, data_preview, data_report
+from helpers.report import data_page
 
 
 @pytest.fixture
@@ -42,9 +42,8 @@ def run(job, pages=False):
     job.pairs()
     job.lengths()
     if pages:
-        data_preview.write(job, 2)
-        data_report.write(job)
-        data_card.write(job)
+        data_page.preview(job, 2)
+        data_page.write(job)
     return job.finish()
 
 
@@ -126,7 +125,7 @@ def test_steps_that_are_run_twice_count_and_mix_as_if_they_were_run_once(job, tm
                 getattr(prepare.Job, name).__wrapped__(done)
         metrics = done.metrics()
         metrics.pop("cache")
-        data_card.write(done)
+        data_page.write(done)
         card = (done.path / "README.md").read_text()
         found.append((metrics, read(done, "train"), (done.path / "rejected.jsonl").read_text(), card))
     assert found[0][0]["rejected"]["removed"]["exact duplicate"] == 2

@@ -13,17 +13,16 @@ from helpers import params, runs
 from tests.conftest import PROJECT
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    """A parameter file for a run of a few steps."""
-    return str(short_run.parameters(tmp_path_factory.mktemp("params")))
+@pytest.fixture
+def whole(whole_run):
+    """All five notebooks, run once for all tests: the finished command and the folder of runs."""
+    return whole_run
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, short):
-    """All five notebooks, run once for this module: the finished command and the folder of runs."""
-    root = tmp_path_factory.mktemp("runs")
-    return short_run.pipeline(root, "--run", "whole", "--params", short), root
+@pytest.fixture
+def short(whole_run):
+    """The parameter file of that run."""
+    return str(whole_run[1].parent / "short.yaml")
 
 
 def test_five_notebooks_end_in_a_table_of_scores_and_a_report(whole):

@@ -275,7 +275,7 @@ def test_the_token_is_neither_printed_nor_stored(run, hub):
 def test_an_upload_that_broke_off_goes_on_without_sending_a_blob_twice(run, hub):
     hub.break_after = 1
     broken = command(hub, run, "user/atlas", "--only", "merged", "--yes")
-    assert broken.returncode == 1 and "same command goes on" in broken.stderr, broken.stderr
+    assert broken.returncode == 1 and "same command resumes" in broken.stderr, broken.stderr
     assert len(hub.puts) == 1
     hub.break_after = 10**6
     again = command(hub, run, "user/atlas", "--only", "merged", "--yes")
@@ -291,7 +291,25 @@ def test_an_unchanged_run_published_again_sends_no_blob(run, hub):
 
 def test_a_missing_token_is_a_sentence(run, hub):
     done = command(hub, run, "user/atlas", "--yes", token="")
-    assert done.returncode == 1 and "huggingface-cli login" in done.stderr and not hub.repositories
+    assert done.returncode == 1 and "`hf auth login`" in done.stderr and not hub.repositories
+
+
+def one_message(done, *wanted):
+    """Status 1 and a single line on stderr that says what is wanted, no traceback and no token."""
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(w in done.stderr for w in wanted) and TOKEN not in done.stderr, done.stderr
+
+
+def test_a_hub_that_is_down_is_one_message(run, hub):
+    hub.shutdown()
+    hub.server_close()
+    one_message(command(hub, run, "user/atlas", "--only", "gguf", "--yes"), f"The hub at {hub.url} cannot be reached")
+
+
+def test_an_error_of_the_hub_is_one_message_with_its_status(run, hub):
+    hub.refuse = 418  # none that the client tries again
+    done = command(hub, run, "user/atlas", "--only", "gguf", "--yes")
+    one_message(done, "The hub answered 418 for user/atlas-GGUF", "same command resumes")
 
 
 def test_an_altered_file_is_not_published(run):
@@ -302,7 +320,7 @@ def test_an_altered_file_is_not_published(run):
 
 @pytest.mark.parametrize("name", ["atlas", "user/../up", "user/a b", "/user/atlas", "user/atlas/more", "user/a--b"])
 def test_a_bad_repository_name_is_a_sentence(run, name):
-    with pytest.raises(TunebookError, match="no repository name"):
+    with pytest.raises(TunebookError, match="not a valid repository name"):
         publish.publish(run, name)
 
 

@@ -1,4 +1,4 @@
-"""Everything a report says about a run, read once from its manifests and the files they name.
+"""What a report says about a run, read once from its finished stages' manifests and the files that they name.
 
 Missing or damaged stages never stop a report: what is not there becomes a sentence in `Facts.warnings`.
 """
@@ -6,12 +6,14 @@ Missing or damaged stages never stop a report: what is not there becomes a sente
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from helpers import runs
+from helpers import machine, runs
 from helpers.errors import TunebookError
+from helpers.evaluate import scores as scores_file
 from helpers.runs import Manifest
 
 TITLES = {
@@ -21,27 +23,35 @@ TITLES = {
     "gguf": "Export",
     "eval": "Evaluation",
 }
-CHECKED = (
-    30_000_000  # bytes; files up to this size are held against their hash, weights are left to the stages themselves
-)
+CHECKED = 30_000_000  # bytes; larger files (weights) are checked against their hash by the stages that read them
+
+Value = TypeVar("Value")
 
 
 @dataclass
 class Facts:
-    """What is known of a run. states: stage -> "finished", "unfinished", "damaged" or "not run"."""
+    """What is known of a run.
+
+    stages: finished stages; states: stage → "finished", "unfinished", "damaged" or "not run"; scores: scores.json;
+    answers: lines of answers.jsonl; logs: training stage → lines of its log.jsonl; files: type → what the export measured.
+    """
 
     run: str
     folder: Path
     stages: dict[str, Manifest] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
-    scores: dict[str, Any] | None = None
+    scores: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    fidelity: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def metrics(self, stage: str) -> dict[str, Any]:
         return self.stages[stage].metrics if stage in self.stages else {}
+
+    def first(self, key: str) -> Any:
+        """The first stage's value of a manifest's key; None when no stage has one."""
+        return next((m.data[key] for m in self.stages.values() if m.data.get(key)), None)
 
     @property
     def last(self) -> Manifest | None:
@@ -53,24 +63,61 @@ class Facts:
         """name, path, revision, origin of the base model; empty when no stage says."""
         return next((m.data["model"] for m in reversed(self.stages.values()) if m.data.get("model")), {})
 
+    # ------------------------------------------------------------ what was trained and what was exported
+
+    @property
+    def exported(self) -> str:
+        """Which stage's result stands in the exported files: "sft", "orpo" or "base"; before an export the last one trained."""
+        known = str(self.metrics("gguf").get("trained_by", ""))
+        return known or next((s for s in ("orpo", "sft") if s in self.stages), "base")
+
+    @property
+    def lineage(self) -> list[str]:
+        """The training stages that the exported result went through, in order."""
+        made_from = self.stages[self.exported].data["parents"] if self.exported in self.stages else {}
+        return [s for s in ("sft", "orpo") if s in self.stages and (s in made_from or s == self.exported)]
+
+    # ------------------------------------------------------------ the candidates of the evaluation
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        return self.scores.get("candidates", [])
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        return [c for c in self.candidates if c["status"] == "scored"]
+
+    @property
     def baseline(self) -> dict[str, Any] | None:
         """The candidate that others are compared with: the first one scored."""
-        return next((c for c in self.candidates() if c["status"] == "scored"), None)
+        return next(iter(self.scored), None)
 
-    def candidates(self) -> list[dict[str, Any]]:
-        return self.scores["candidates"] if self.scores else []
-
+    @property
     def best(self) -> dict[str, Any] | None:
-        """The candidate to show beside the baseline: the one to ship, else the most accurate tuned one."""
-        others = [c for c in self.candidates() if c["status"] == "scored" and c is not self.baseline()]
-        ship = (self.scores or {}).get("ship") or {}
-        named = next((c for c in others if c["name"] == ship.get("name")), None)
-        return named or max(
-            others, key=lambda c: (c["scores"].get("accuracy") or {}).get("value") or -1.0, default=None
+        """The candidate to show beside the baseline: the one to ship, else the most accurate of the others."""
+        ship = (self.scores.get("ship") or {}).get("name")
+        return next((c for c in self.scored[1:] if c["name"] == ship), None) or max(
+            self.scored[1:], key=lambda c: accuracy(c).get("value") or -1.0, default=None
         )
 
+    def comparison(self, baseline: str, candidate: str) -> dict[str, Any] | None:
+        """The paired comparison of the accuracy of two candidates."""
+        wanted = (baseline, candidate, "accuracy")
+        found = self.scores.get("comparisons", [])
+        return next((c for c in found if (c["baseline"], c["candidate"], c["metric"]) == wanted), None)
 
-def gather(run: str, stage: Any = None) -> Facts:
+    def in_order(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Values by candidate in the order in which the candidates were judged; JSON keeps its keys sorted."""
+        order = {c["name"]: place for place, c in enumerate(self.candidates)}
+        return dict(sorted(values.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def accuracy(candidate: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A candidate's headline score; empty when it has none."""
+    return ((candidate or {}).get("scores") or {}).get("accuracy") or {}
+
+
+def gather(run: str, stage: runs.Stage | None = None) -> Facts:
     """Read a run. stage: the open evaluation stage when the report is written before its manifest is.
 
     Raises TunebookError only when there is no such run at all.
@@ -80,29 +127,20 @@ def gather(run: str, stage: Any = None) -> Facts:
         raise TunebookError(f"There is no run {run!r} in {runs.root()}; run the notebooks first, or correct the name.")
     facts = Facts(run, folder)
     for name in runs.FOLDERS:
-        if name != getattr(stage, "name", None):
+        if stage is not None and name == stage.name:
+            facts.stages[name], facts.states[name] = Manifest(stage.path, _open_manifest(stage)), "finished"
+        else:
             _read_stage(facts, name)
-    if stage is not None:
-        facts.stages[stage.name] = Manifest(stage.path, _open_manifest(stage))
-        facts.states[stage.name] = "finished"
-    _lineage(facts)
+    _check_lineage(facts)
     for name in ("sft", "orpo"):
         if name in facts.stages:
-            facts.logs[name] = _json_lines(facts, facts.stages[name].path / "log.jsonl", name)
-    if "gguf" in facts.stages:
-        facts.fidelity = _json(facts, facts.stages["gguf"].path / "fidelity.json", "gguf")
-        parts = [facts.fidelity.get(k) or [] for k in ("files", "sizes")] if facts.fidelity else []
-        if not all(isinstance(p, list) and all(isinstance(f, dict) and "type" in f for f in p) for p in parts):
-            facts.warnings.append(
-                f"{runs.FOLDERS['gguf']}/fidelity.json has another shape than the export writes; it is left out."
-            )
-            facts.fidelity = None
+            facts.logs[name] = _log(facts, facts.stages[name].path / "log.jsonl")
+    _read_fidelity(facts)
     _read_scores(facts)
-    for name in facts.stages:
-        if name != getattr(stage, "name", None):
-            _check_hashes(facts, name)
-    # pages and cards go to other people: no path of this machine
-    facts.warnings = list(dict.fromkeys(w.replace(f"{runs.root()}", "runs") for w in facts.warnings))
+    for manifest in facts.stages.values():
+        _check_hashes(facts, manifest)
+    # Pages and cards go to other people: no path of this machine.
+    facts.warnings = list(dict.fromkeys(w.replace(str(runs.root()), "runs") for w in facts.warnings))
     return facts
 
 
@@ -120,143 +158,142 @@ def _read_stage(facts: Facts, name: str) -> None:
             facts.warnings.append(str(error))
 
 
-def _open_manifest(stage: Any) -> dict[str, Any]:
+def _open_manifest(stage: runs.Stage) -> dict[str, Any]:
     """What the manifest of a stage that is about to finish will say, as far as it is known."""
-    from helpers import machine
-
-    known = next((m.data for m in reversed(stage.parents.values()) if m.data.get("model")), {})
+    known: dict[str, Any] = next((m.data for m in reversed(stage.parents.values()) if m.data.get("model")), {})
     return {
-        "stage": stage.name,
-        "run": stage.params.run,
         "params": stage.params.as_dict(),
         "metrics": {},
         "artifacts": {},
-        "model": known.get("model"),
-        "template_hash": known.get("template_hash"),
-        "tokenizer_hash": known.get("tokenizer_hash"),
-        "parents": {s: {"folder": p.path.name, "manifest_sha256": p.sha256} for s, p in stage.parents.items()},
+        **{key: known.get(key) for key in ("model", "template_hash", "tokenizer_hash")},
+        "parents": {s: {"manifest_sha256": p.sha256} for s, p in stage.parents.items()},
         "wall_s": round(stage.seconds, 1),
         "peak_memory_gib": machine.peak_memory_gib(),
         **machine.versions(),
     }
 
 
-def _lineage(facts: Facts) -> None:
+def _check_lineage(facts: Facts) -> None:
     for name, manifest in facts.stages.items():
         for parent, known in manifest.data.get("parents", {}).items():
-            if (
-                parent in facts.stages
-                and facts.stages[parent].data.get("artifacts")
-                and facts.stages[parent].sha256 != known["manifest_sha256"]
-            ):
+            current = facts.stages.get(parent)
+            if current and current.data["artifacts"] and current.sha256 != known["manifest_sha256"]:
                 facts.warnings.append(
-                    f"{TITLES[name]} was made from an earlier {TITLES[parent].lower()} than the one shown here; run {runs.FOLDERS[name]} again."
+                    f"{TITLES[name]} was made from an earlier {TITLES[parent].lower()} than the one shown here; "
+                    f"run {runs.FOLDERS[name]} again."
                 )
-    hashes = {m.data["template_hash"] for m in facts.stages.values() if m.data.get("template_hash")}
-    if len(hashes) > 1:
+    if len({m.data["template_hash"] for m in facts.stages.values() if m.data.get("template_hash")}) > 1:
         facts.warnings.append("The stages were made with different chat templates; run them again from 01.")
 
 
-def _read_scores(facts: Facts) -> None:
-    from helpers.evaluate import scores
-
-    path = runs.folder(facts.run, "eval")
-    if not (path / scores.SCORES).is_file():
-        return
-    try:
-        facts.scores, facts.answers = scores.read(path)
-    except (TunebookError, KeyError, TypeError, AttributeError) as error:
-        facts.warnings.append(f"The evaluation's files cannot be used: {error}")
-        return
-    facts.warnings = list(facts.scores["warnings"]) + facts.warnings
-    for candidate in facts.scores["candidates"]:
-        if candidate["status"] == "skipped" and not any(candidate["name"] in w for w in facts.warnings):
-            facts.warnings.insert(0, f"{candidate['name']} was skipped: {candidate['reason'] or 'no reason given'}")
-    for comparison in facts.scores["comparisons"]:
-        if (
-            comparison["verdict"] == "worse"
-            and comparison["metric"] == "accuracy"
-            and comparison["baseline"] == (facts.baseline() or {}).get("name")
-        ):
-            facts.warnings.append(
-                f"{comparison['candidate']} is worse than {comparison['baseline']}: {comparison['sentence']}."
-            )
-    for name, lost in ((facts.scores["forgetting"] or {}).get("candidates") or {}).items():
-        if lost.get("passed") is False and not any(
-            name in w and (lost.get("sentence") or "general") in w for w in facts.warnings
-        ):
-            facts.warnings.append(f"{name} lost general ability: {lost.get('sentence', '')}")
-
-
-def _check_hashes(facts: Facts, name: str) -> None:
-    manifest = facts.stages[name]
-    for file, known in manifest.data.get("artifacts", {}).items():
+def _check_hashes(facts: Facts, manifest: Manifest) -> None:
+    for file, known in manifest.data["artifacts"].items():
         path = manifest.path / file
         if not path.is_file():
             facts.warnings.append(f"{manifest.path.name}/{file} is missing since the stage finished.")
         elif path.stat().st_size != known["bytes"] or (
             known["bytes"] <= CHECKED and runs.sha256_file(path) != known["sha256"]
         ):
-            facts.warnings.append(
-                f"{manifest.path.name}/{file} was changed since the stage finished; run {manifest.path.name} again."
-            )
+            again = f"run {manifest.path.name} again"
+            facts.warnings.append(f"{manifest.path.name}/{file} was changed since the stage finished; {again}.")
 
 
-def _json(facts: Facts, path: Path, name: str) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def _read_scores(facts: Facts) -> None:
+    """scores.json and answers.jsonl, and what a reader must know before them."""
+    path = runs.folder(facts.run, "eval")
+    if not (path / scores_file.SCORES).is_file():
+        return
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        problem = "it is no object"
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    facts.warnings.append(f"{runs.FOLDERS[name]}/{path.name} cannot be read ({problem}); it is left out.")
-    return None
+        facts.scores, facts.answers = scores_file.read(path)
+    except (TunebookError, KeyError, TypeError, AttributeError) as error:
+        facts.warnings.append(f"The evaluation's files cannot be used: {error}")
+        return
+    said = list(facts.scores["warnings"])
+    skipped = [c for c in facts.candidates if c["status"] == "skipped"]
+    first = [
+        f"{c['name']} was skipped: {c['reason'] or 'no reason given'}" for c in skipped if c["name"] not in str(said)
+    ]
+    base = (facts.baseline or {}).get("name")
+    for c in facts.scores["comparisons"]:
+        if (c["verdict"], c["metric"], c["baseline"]) == ("worse", "accuracy", base):
+            said.append(f"{c['candidate']} is worse than {c['baseline']}: {c['sentence']}.")
+    for name, found in ((facts.scores["forgetting"] or {}).get("candidates") or {}).items():
+        sentence = found.get("sentence") or "general"
+        if found.get("passed") is False and not any(name in w and sentence in w for w in said):
+            said.append(f"{name} lost general ability: {found.get('sentence', '')}")
+    facts.warnings = first + said + facts.warnings
 
 
-def _json_lines(facts: Facts, path: Path, name: str) -> list[dict[str, Any]]:
+def _read_fidelity(facts: Facts) -> None:
+    """Each exported file's measurements with its size, largest first; a file that was measured and not kept has no size."""
+    if "gguf" not in facts.stages:
+        return
+    path = facts.stages["gguf"].path / "fidelity.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        sizes = {f["type"]: f for f in found.get("sizes") or []}
+        files = {f["type"]: {"bytes": None, **sizes.get(f["type"], {}), **f} for f in found.get("files") or []}
+        budgets = found.get("budgets") or {}
+        for kind, file in files.items():
+            file["allowed"] = budgets[kind][0] if kind in budgets else None
+        facts.files = dict(sorted(files.items(), key=lambda item: -(item[1]["bytes"] or 0)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        facts.warnings.append(f"{runs.FOLDERS['gguf']}/{path.name} cannot be read ({error!r}); it is left out.")
+
+
+def _log(facts: Facts, path: Path) -> list[dict[str, Any]]:
     """The readable lines of a log; a line broken off by a kill is counted, not fatal."""
     if not path.is_file():
         return []
-    rows, broken = [], 0
+    rows: list[dict[str, Any]] = []
+    broken = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
+            rows += [row] if isinstance(row, dict) and "step" in row else []
         except ValueError:
             broken += bool(line.strip())
     if broken:
-        facts.warnings.append(
-            f"{runs.FOLDERS[name]}/{path.name} has {broken} unreadable lines; the curves leave them out."
-        )
+        place = f"{path.parent.name}/{path.name}"
+        facts.warnings.append(f"{place} has {broken} unreadable lines; the curves leave them out.")
     return rows
+
+
+# ---------------------------------------------------------------- the training rows
+
+
+def row_lengths(facts: Facts) -> dict[int, int]:
+    """Tokens in a training row → rows; empty when there is no such file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path = facts.stages["data"].path / "train.parquet"
+    if not path.is_file():
+        return {}
+    try:
+        column = pq.read_table(path, columns=["completion_mask"])["completion_mask"]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        facts.warnings.append(f"train.parquet cannot be read ({error}).")
+        return {}
+    return {e["values"]: e["counts"] for e in pc.value_counts(pc.list_value_length(column)).to_pylist()}
 
 
 def examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
     """The first training rows as (text, trained) pieces, decoded from the very ids that training saw; [] when not possible."""
-    path = facts.stages["data"].path / "train.parquet" if "data" in facts.stages else None
-    vocabulary = next(
-        (
-            p
-            for p in (
-                Path(str(facts.model.get("path", ""))) / "tokenizer.json",
-                *(facts.stages[s].path / "adapter" / "tokenizer.json" for s in ("sft", "orpo") if s in facts.stages),
-            )
-            if p.is_file()
-        ),
-        None,
-    )
-    if path is None or not path.is_file() or vocabulary is None:
-        return []
     import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
+    path = facts.stages["data"].path / "train.parquet"
+    places = [Path(str(facts.model.get("path", "")))]
+    places += [facts.stages[s].path / "adapter" for s in ("sft", "orpo") if s in facts.stages]
+    vocabulary = next((p / "tokenizer.json" for p in places if (p / "tokenizer.json").is_file()), None)
+    if vocabulary is None or not path.is_file():
+        return []
     try:
-        table = next(pq.ParquetFile(path).iter_batches(batch_size=count, columns=["input_ids", "completion_mask"]))
-        rows = table.to_pylist()
+        batches = pq.ParquetFile(path).iter_batches(batch_size=count, columns=["input_ids", "completion_mask"])
+        rows = next(batches).to_pylist()
         tokenizer = Tokenizer.from_file(str(vocabulary))
     except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
         facts.warnings.append(f"The training rows cannot be shown ({error}).")
@@ -270,20 +307,3 @@ def examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
             pieces[-1][0].append(token)
         shown.append([(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in pieces])
     return shown
-
-
-def lengths(facts: Facts) -> list[int]:
-    """Tokens of every training row, in the file's order; [] when there is no such file."""
-    path = facts.stages["data"].path / "train.parquet" if "data" in facts.stages else None
-    if path is None or not path.is_file():
-        return []
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        column = pq.read_table(path, columns=["completion_mask"])["completion_mask"]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        facts.warnings.append(f"train.parquet cannot be read ({error}).")
-        return []
-    return pc.list_value_length(column).to_pylist()

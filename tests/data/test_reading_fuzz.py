@@ -16,8 +16,8 @@ from helpers.data.labels import Encoder
 from helpers.data.sources import UNFORESEEN, read
 from helpers.data.tables import Rejects
 from helpers.data.turns import RowError, all_messages, content_id
+from helpers.display import escape
 from helpers.errors import TunebookError
-from helpers.report.data_page import cell
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 words = st.text(st.characters(codec=None), max_size=30)
@@ -227,7 +227,7 @@ def test_any_conversation_is_rendered_as_the_tokenizer_does_or_rejected(tokenize
 @QUICK
 @given(words)
 def test_no_text_becomes_markup(text):
-    shown = cell(text)
+    shown = escape(text)
     assert not set("<>\"'") & set(
         shown.replace("&lt;", "").replace("&gt;", "").replace("&quot;", "").replace("&#x27;", "")
     )

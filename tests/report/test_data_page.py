@@ -1,7 +1,6 @@
 """What people see: every token is shown, colours say what is trained, nothing from the data becomes markup."""
 
 import html
-import itertools
 import json
 import re
 
@@ -10,7 +9,7 @@ import pytest
 from helpers import params
 from helpers.data import prepare
 from helpers.errors import TunebookError
-from helpers.report import data_page, data_preview
+from helpers.report import data_page
 
 ATTACK = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <b>"
 
@@ -60,16 +59,11 @@ def test_nothing_from_the_data_becomes_markup_in_the_pages(hostile, name):
     job, _ = hostile
     markup = (job.path / name).read_text()
     tags, tree = texts_and_tags(markup)
-    assert (
-        not tags & {"script", "img", "iframe", "b", "a", "link", "object"} - {"b"} and "alert(1)" in tree.text_content()
-    )
-    assert not any(
-        attribute.startswith("on")
-        for element in tree.iter()
-        if isinstance(element.tag, str)
-        for attribute in element.attrib
-    )
-    assert "default-src 'none'" in markup and not re.search(r"(?:src|href)\s*=", re.sub(r"&lt;.*?&gt;", "", markup))
+    assert not tags & {"img", "iframe", "a", "link", "object"} and "alert(1)" in tree.text_content()
+    attributes = {name for element in tree.iter() if isinstance(element.tag, str) for name in element.attrib}
+    assert not attributes & {"src", "href", "action"} and not any(name.startswith("on") for name in attributes)
+    assert len(tree.xpath("//script")) == 1 and "alert" not in tree.xpath("//script")[0].text
+    assert "default-src 'none'" in markup
 
 
 def test_nothing_from_the_data_becomes_markup_in_the_notebook(hostile):
@@ -91,37 +85,25 @@ def test_the_data_card_has_front_matter_and_lets_no_name_out_of_its_table(hostil
     for config in front["configs"]:
         for part in config["data_files"]:
             assert (job.path / part["path"]).is_file()
-    assert "<img" not in card and "&lt;img" in card
+    assert "<img" not in card.replace("\\<", "") and "\\<img" in card
 
 
 def test_the_preview_shows_every_token_of_a_row_with_its_id_and_colour(hostile, tokenizer):
-    job, _ = hostile
-    (row,) = data_preview.first_rows(job.path / "train.parquet", 1)
-    markup = data_preview.tokens(tokenizer, row["input_ids"], row["completion_mask"], {2}, {1, 2})
-    spans = re.findall(r'<span( class=\w)? title="id (\d+), position (\d+)">(.*?)</span>', markup, flags=re.DOTALL)
-    assert [int(token) for _, token, _, _ in spans] == row["input_ids"] and [int(at) for *_, at, _ in spans] == list(
-        range(len(spans))
-    )
-    shown = html.unescape("".join(text for *_, text in spans)).replace("·", "").replace("↵", "")
-    assert shown == tokenizer.decode(row["input_ids"])
-    colours = [kind.strip()[-1:] for kind, *_ in spans]
-    assert [c in ("t", "e") for c in colours] == [bool(m) for m in row["completion_mask"]]
-    assert colours.count("e") == 1 and spans[colours.index("e")][1] == "2"
-
-
-def test_control_characters_and_half_surrogates_are_made_visible():
-    assert data_page.cell("a\x00\x1b[31m\ud800<") == "a␀␛[31m?&lt;"
-
-
-def test_ticks_are_round_numbers_within_the_range():
-    for top in (5, 97, 512, 8191, 100_000):
-        ticks = data_page.ticks(top)
-        assert (
-            ticks[0] == 0
-            and ticks[-1] <= top
-            and 2 <= len(ticks) <= 8
-            and len({b - a for a, b in itertools.pairwise(ticks)}) == 1
-        )
+    job, shown = hostile
+    (row,) = data_page.first_rows(job.path / "train.parquet", 1)
+    found = data_page.tokens(tokenizer, row["input_ids"], row["completion_mask"], {2}, {1, 2})
+    assert [(token, at) for _, token, at, _ in found] == list(zip(row["input_ids"], range(len(found)), strict=True))
+    text = "".join(text for *_, text in found).replace("·", "").replace("↵", "")
+    assert text == tokenizer.decode(row["input_ids"])
+    kinds = [kind for kind, *_ in found]
+    assert [kind in ("t", "e") for kind in kinds] == [bool(m) for m in row["completion_mask"]]
+    assert kinds.count("e") == 1 and found[kinds.index("e")][1] == 2
+    for markup in ((job.path / "preview.html").read_text(), shown[-2]):
+        first = markup[markup.index('<div class="tokens">') :]
+        first = first[: first.index("</div>")]
+        spans = re.findall(r'<span(?: class="(\w)")? title="id (\d+), position (\d+)">(.*?)</span>', first, re.DOTALL)
+        assert [(kind, int(token), int(at)) for kind, token, at, _ in spans] == [f[:3] for f in found]
+        assert [html.unescape(text) for *_, text in spans] == [text for *_, text in found]
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1100), ("dark", 390)])
@@ -137,7 +119,7 @@ def test_the_pages_fit_a_desk_and_a_phone_and_can_be_read_in_light_and_dark(host
         for name in ("report.html", "preview.html"):
             view.goto((job.path / name).as_uri())
             assert view.evaluate("document.documentElement.scrollWidth") <= width
-            colours = view.evaluate("""() => [...document.querySelectorAll('body, .t, .e, .s, .soft, td')].slice(0, 300).map(e => {
+            colours = view.evaluate("""() => [...document.querySelectorAll('body, .t, .e, .s, .muted, .sub, td')].slice(0, 300).map(e => {
                 let back = e; while (back && getComputedStyle(back).backgroundColor === 'rgba(0, 0, 0, 0)') back = back.parentElement;
                 return [getComputedStyle(e).color, back ? getComputedStyle(back).backgroundColor : 'rgb(255, 255, 255)'] })""")
             assert min(contrast(*pair) for pair in colours) >= 4.5

@@ -21,6 +21,7 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries, tensor_map
 from helpers.model import merging
+from helpers.model.weights import check_adapter, shards
 
 TYPES_16 = ("f16", "bf16")
 COPIED = (
@@ -120,7 +121,7 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
     from peft.utils.other import get_pattern_key
     from safetensors.numpy import load_file
 
-    kind = merging.check_adapter(adapter).get("peft_type")
+    kind = check_adapter(adapter).get("peft_type")
     tensors = {k.removeprefix(merging.PREFIX): v for k, v in load_file(adapter / "adapter_model.safetensors").items()}
     foreign = next((k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))), None)
     if foreign or kind != "LORA":
@@ -162,7 +163,7 @@ def _weight_of(model: Path) -> Callable[[str], Any]:
     from safetensors import safe_open
 
     shard_of: dict[str, Path] = {}
-    for shard in merging.shards(model):
+    for shard in shards(model):
         with safe_open(shard, "pt") as file:
             shard_of |= dict.fromkeys(file.keys(), shard)
 

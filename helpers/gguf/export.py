@@ -24,6 +24,7 @@ from helpers.gguf.fidelity import Result
 from helpers.gguf.quantize import Quantised
 from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
+from helpers.model.weights import check_adapter, count_weights
 from helpers.params import GgufParams
 from helpers.tasks import questions
 from helpers.tasks.answers import Decoding
@@ -289,17 +290,16 @@ class ExportJob(steps.Job):
     def _merge_check(self, reference: fidelity.Reference) -> dict[str, float]:
         """Adapter on its base against the merged model, on the first rows: what rounding the merge to 16 bits costs."""
         import torch
-        from peft import PeftModel
 
         source = self.source
-        needed_gib = 4.4 * merging.count_weights(source.base.path)[0] / 2**30
+        needed_gib = 4.4 * count_weights(source.base.path)[0] / 2**30
         if source.adapter is None or needed_gib > machine.free_memory_gib():
             return {}  # a second model in float32 does not fit; the gates on the files themselves remain
         base = loading.load_model(source.base, quantize="nf4" if source.onto == "nf4" else "none", dtype="fp32")
         rows = len(loading.load_tokenizer(self.merged))
         if rows > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(rows, mean_resizing=False)
-        model = PeftModel.from_pretrained(base, source.adapter).eval()
+        model = loading.load_adapter(base, source.adapter).eval()
         kept, at, kl, same = reference.open(), 0, [], []
         for row in reference.rows[:2]:
             mine = fidelity.logprobs(model, row).cpu()
@@ -355,7 +355,7 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
     if (manifest.path / "model").is_dir():  # every weight was trained: there is nothing to merge
         whole = loading.ModelSource(base.name, manifest.path / "model", base.revision, trained_by)
         return Source(whole, None, trained_by, "16bit")
-    merging.check_adapter(manifest.path / "adapter")
+    check_adapter(manifest.path / "adapter")
     onto = params.merge_onto if params.merge_onto != "auto" else manifest.data.get("merge_onto") or "16bit"
     return Source(base, manifest.path / "adapter", trained_by, onto)
 

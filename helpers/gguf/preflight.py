@@ -21,6 +21,7 @@ from helpers.gguf import convert, libraries, probes, quantize
 from helpers.gguf.llama_cpp import Vocabulary
 from helpers.model import loading, merging
 from helpers.model.stop_tokens import end_of_turn
+from helpers.model.weights import count_weights, shards
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
@@ -79,7 +80,7 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     report = Report(str(getattr(source, "name", base)))
     try:
         config = merging.read_config(base)
-        merging.shards(base)
+        shards(base)
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
@@ -185,7 +186,7 @@ def _template(tokenizer: Any) -> Check:
 
 def _sizes(base: Path, text: Any, params: Any, where: Path, report: Report) -> None:
     """text: the config of the language model."""
-    weights, largest = merging.count_weights(base)
+    weights, largest = count_weights(base)
     n16, largest_gib = 2 * weights / GIB, largest / GIB
     report.needs = {
         "merge into 16 bits": (n16, PROCESS_GIB + 10 * largest_gib),

@@ -18,7 +18,7 @@ from typing import Any
 from helpers import compat, runs
 from helpers.errors import TunebookError
 from helpers.model.loading import ADAPTER_REMEDY, load_config, load_tokenizer
-from helpers.model.weights import check_adapter, count_weights, reading, shapes, shards, write_safetensors  # noqa: F401
+from helpers.model.weights import check_adapter, reading, shapes, shards, write_safetensors
 
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 PREFIX = "base_model.model."

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helpers.gguf import libraries, quantize
+
 STEP = """
 import json, resource, sys, time
 from pathlib import Path
@@ -68,13 +70,9 @@ def adapter_for(base: Path, folder: Path) -> None:
 
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
-    work = (
-        "import ctypes as c\nfrom helpers.gguf import binding, llama_lib, quantize\n"
-        "lib = binding.Library(llama_lib.for_quantizing(), runs=False)\n"
-        "lib.dll.llama_model_quantize_default_params.restype = binding.Block\nblock = lib.dll.llama_model_quantize_default_params()\n"
-        f"n = (c.c_int32 * 2).from_buffer(block); n[0], n[1] = binding.threads(), quantize.FILE_TYPES[{kind!r}]\nstarted = time.time()\n"
-        f"assert lib.dll.llama_model_quantize({str(source)!r}.encode(), {str(out)!r}.encode(), c.byref(block)) == 0"
-    )
+    request = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(out), "imatrix": ""}
+    request["type"] = quantize.TYPES[kind][0]
+    work = f"from helpers.gguf import llama_structs\nstarted = time.time()\nllama_structs.quantize({request!r})"
     return step(work)["seconds"]
 
 
@@ -82,7 +80,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="")
     given = parser.parse_args()
-    from helpers.gguf import quantize
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
 
     base = resolve_model(given.model or DEFAULT_MODEL).path

@@ -9,67 +9,70 @@ Only what ipywidgets 7.7 and 8 share is used. Answers stream in; what a model wr
 from __future__ import annotations
 
 import argparse
-import html
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers import serve
-from helpers.display import clean
+from helpers import machine, serve
+from helpers.display import clean, escape
+from helpers.gguf.server import Server
+from helpers.model import loading, offline
 
 REDRAW_S = 0.1  # a widget message per token would flood the notebook's connection
 BUBBLE = (
     "margin:4px 0;padding:6px 10px;border-radius:8px;border:1px solid rgba(128,128,128,.35);white-space:pre-wrap;"
     "overflow-wrap:anywhere;line-height:1.4"
 )
+Message = dict[str, str]
+
+
+def stream(
+    server: Server | str, model: str, messages: list[Message], temperature: float, max_tokens: int
+) -> Iterator[tuple[str, bool]]:
+    """(piece of the answer, whether it was cut off at `max_tokens`) as they come."""
+    create = serve.client(server).chat.completions.create
+    with create(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, stream=True) as events:
+        for choice in (event.choices[0] for event in events if event.choices):
+            yield choice.delta.content or "", choice.finish_reason == "length"
 
 
 class Column:
     """One model's side of the conversation. messages: what was said so far, without the system prompt."""
 
-    def __init__(self, name: str, server: Any):
+    def __init__(self, name: str, server: Server | str):
         import ipywidgets as w
 
-        self.name, self.server = name, server
-        self.messages: list[dict[str, str]] = []
-        self.note = ""
+        self.name, self.server, self.note = name, server, ""
+        self.messages: list[Message] = []
         self.box = w.HTML(layout=w.Layout(width="100%"))
         self.draw()
 
     def ask(self, question: str, system: str, temperature: float, max_tokens: int, stop: threading.Event) -> None:
         """Send the conversation with `question` and stream the answer into the box until it ends or `stop` is set."""
         self.messages.append({"role": "user", "content": question})
+        sent = ([{"role": "system", "content": system}] if system.strip() else []) + self.messages
         answer = {"role": "assistant", "content": ""}
-        sent = ([{"role": "system", "content": system}] if system.strip() else []) + list(self.messages)
         self.messages.append(answer)
         self.note, began, drawn, pieces = "…", time.monotonic(), 0.0, 0
         try:
-            stream = serve.client(self.server).chat.completions.create(
-                model=self.name, messages=sent, temperature=temperature, max_tokens=max_tokens, stream=True
-            )
-            with stream:
-                for event in stream:
-                    if stop.is_set():
-                        self.note = "stopped"
-                        return
-                    if not event.choices:
-                        continue
-                    piece = event.choices[0].delta.content or ""
-                    answer["content"] += piece
-                    pieces += bool(piece)
-                    if time.monotonic() - drawn > REDRAW_S:
-                        drawn = time.monotonic()
-                        self.draw()
-                    if event.choices[0].finish_reason == "length":
-                        self.note = f"cut off at {max_tokens} tokens"
+            for piece, cut_off in stream(self.server, self.name, sent, temperature, max_tokens):
+                if stop.is_set():
+                    self.note = "stopped"
+                    return
+                answer["content"] += piece
+                pieces += bool(piece)
+                if time.monotonic() - drawn > REDRAW_S:
+                    drawn = time.monotonic()
+                    self.draw()
+                if cut_off:
+                    self.note = f"cut off at {max_tokens} tokens"
             if self.note == "…":
-                seconds = time.monotonic() - began
-                self.note = f"{pieces} tokens, {pieces / max(seconds, 1e-6):.0f} a second"
+                self.note = f"{pieces} tokens, {pieces / max(time.monotonic() - began, 1e-6):.0f} a second"
         except (
             Exception
-        ) as error:  # whatever the network or the server does belongs in this box, and the other column goes on
+        ) as error:  # whatever the network or the server does belongs here, and the other column continues
             self.note = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
         finally:
             if not answer["content"]:
@@ -82,54 +85,40 @@ class Column:
         self.draw()
 
     def draw(self) -> None:
-        turns = "".join(
-            f'<div style="{BUBBLE};{"background:rgba(80,130,240,.13);margin-left:12%" if m["role"] == "user" else "margin-right:12%"}">'
-            f"{html.escape(m['content'])}</div>"
-            for m in self.messages
-        )
+        side = {"user": "background:rgba(80,130,240,.13);margin-left:12%", "assistant": "margin-right:12%"}
+        turns = [f'<div style="{BUBBLE};{side[m["role"]]}">{escape(m["content"])}</div>' for m in self.messages]
         self.box.value = (
-            f'<div style="font-weight:600">{html.escape(self.name)}</div><div style="max-height:26em;overflow-y:auto">{turns}</div>'
-            f'<div style="opacity:.7;font-size:90%">{html.escape(self.note)}</div>'
+            f'<div style="font-weight:600">{escape(self.name)}</div>'
+            f'<div style="max-height:26em;overflow-y:auto">{"".join(turns)}</div>'
+            f'<div style="opacity:.7;font-size:90%">{escape(self.note)}</div>'
         )
 
 
 class Chat:
     """The widgets and their buttons. `view` is what a notebook displays; `send`, `stop` and `wait` do what the buttons do."""
 
-    def __init__(self, servers: Mapping[str, Any], system: str = "", temperature: float = 0.0, max_tokens: int = 256):
+    def __init__(
+        self, servers: Mapping[str, Server | str], system: str = "", temperature: float = 0.0, max_tokens: int = 256
+    ):
         import ipywidgets as w
 
         self.columns = [Column(name, server) for name, server in servers.items()]
-        self._stop, self._threads = threading.Event(), []
-        wide = w.Layout(width="100%")
-        self.system = w.Textarea(
-            value=system, placeholder="System prompt (empty: the model's own)", layout=wide, rows=2
-        )
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        wide, named = w.Layout(width="100%"), {"style": {"description_width": "initial"}}
+        empty = "System prompt (empty: the model's own)"
+        self.system = w.Textarea(value=system, placeholder=empty, layout=wide, rows=2)
         self.question = w.Textarea(placeholder="Ask something", layout=wide, rows=2)
-        style = {"description_width": "initial"}
-        self.temperature = w.FloatSlider(
-            value=temperature, min=0.0, max=2.0, step=0.1, description="temperature", style=style
-        )
-        self.max_tokens = w.IntSlider(
-            value=max_tokens, min=16, max=2048, step=16, description="max tokens", style=style
-        )
-        buttons = {"Send": self._on_send, "Stop": self.stop, "Clear": self.clear}
-        self.buttons = {
-            name: w.Button(description=name, button_style="primary" if name == "Send" else "") for name in buttons
-        }
-        for name, action in buttons.items():
+        self.temperature = w.FloatSlider(temperature, min=0.0, max=2.0, step=0.1, description="temperature", **named)
+        self.max_tokens = w.IntSlider(max_tokens, min=16, max=2048, step=16, description="max tokens", **named)
+        self.buttons = {}
+        for name, action in (("Send", self._on_send), ("Stop", self.stop), ("Clear", self.clear)):
+            self.buttons[name] = w.Button(description=name, button_style="primary" if name == "Send" else "")
             self.buttons[name].on_click(lambda _, action=action: action())
-        self.view = w.VBox(
-            [
-                self.system,
-                w.HBox([c.box for c in self.columns], layout=w.Layout(width="100%")),
-                self.question,
-                w.HBox(
-                    [*self.buttons.values(), self.temperature, self.max_tokens], layout=w.Layout(flex_flow="row wrap")
-                ),
-            ],
-            layout=wide,
-        )
+        controls = [*self.buttons.values(), self.temperature, self.max_tokens]
+        columns = w.HBox([c.box for c in self.columns], layout=wide)
+        below = w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))
+        self.view = w.VBox([self.system, columns, self.question, below], layout=wide)
 
     def _on_send(self) -> None:
         if self.question.value.strip() and not self.busy():
@@ -141,14 +130,8 @@ class Chat:
         self.stop()
         self.wait()
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(
-                target=c.ask,
-                daemon=True,
-                args=(question, self.system.value, self.temperature.value, self.max_tokens.value, self._stop),
-            )
-            for c in self.columns
-        ]
+        said = (question, self.system.value, self.temperature.value, self.max_tokens.value, self._stop)
+        self._threads = [threading.Thread(target=c.ask, daemon=True, args=said) for c in self.columns]
         for thread in self._threads:
             thread.start()
 
@@ -183,24 +166,19 @@ def show(servers: Any, system: str = "", temperature: float = 0.0, max_tokens: i
     return Chat(servers, system, temperature, max_tokens)
 
 
-def offer(gguf: str | Path, base: str | Path = "", system: str = "", context: int = 0) -> Chat | None:
+def offer(gguf: str | Path, base: str | Path = "", system: str = "") -> Chat | None:
     """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where that is to be had.
 
     base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a file). Headless
     it starts nothing and prints the command that serves the file.
     """
-    from helpers import machine
-
     if not machine.interactive():
         print(f"To talk to it: python -m helpers.serve {gguf}")
         return None
-    from helpers.model import loading, offline
-
     if base == loading.DEFAULT_MODEL:
         base = offline.wheel_gguf()
-    servers = {"base": serve.start(base, context=context)} if str(base).endswith(".gguf") else {}
-    servers["tuned"] = serve.start(gguf, context=context)
-    return show(servers, system=system)
+    servers = {"base": serve.start(base)} if str(base).endswith(".gguf") else {}
+    return show({**servers, "tuned": serve.start(gguf)}, system=system)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -216,11 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         while question := input("> ").strip():
             said.append({"role": "user", "content": question})
             answer = ""
-            stream = serve.client(server).chat.completions.create(
-                model=server.path.stem, messages=said, temperature=0.0, max_tokens=options.max_tokens, stream=True
-            )
-            for event in stream:
-                piece = (event.choices[0].delta.content or "") if event.choices else ""
+            for piece, _ in stream(server, server.path.stem, said, 0.0, options.max_tokens):
                 answer += piece
                 print(clean(piece), end="", flush=True)
             print()

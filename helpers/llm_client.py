@@ -112,6 +112,13 @@ class Estimate:
         )
 
 
+def openai_client(base_url: str) -> Any:
+    """An `openai.OpenAI` client of an OpenAI-compatible server, for a person at the keyboard: no cache, no retries."""
+    import openai
+
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600)
+
+
 class Client:
     """A connection to one server. answers: where its answers are kept; None keeps them for this run only."""
 

@@ -10,60 +10,36 @@ against `url + "/v1"`. The process itself is `helpers.gguf.server`; here is what
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
-import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from helpers import runs
+from helpers import llm_client, machine, runs
 from helpers.errors import TunebookError
+from helpers.gguf import header
+from helpers.gguf.server import Server
 
-if TYPE_CHECKING:
-    from helpers.gguf.server import Server
-
-_running: dict[tuple, Server] = {}
+_running: dict[tuple[Any, ...], Server] = {}
 
 
 def start(
-    what: str | Path,
-    port: int = 0,
-    context: int = 0,
-    parallel: int = 1,
-    alias: str = "",
-    type: str = "",
-    temperature: float = 0.0,
+    what: str | Path, port: int = 0, context: int = 0, parallel: int = 1, type: str = "", temperature: float = 0.0
 ) -> Server:
     """Start a server and wait until it is healthy; the same call again gives the server that already runs.
 
     what: a GGUF file, a folder with one, or the name of a run. port: 0 takes a free one. context: tokens of each of `parallel`
-    conversations at once; 0 takes the model's, at most 4096. alias: the model's name for clients. type: of a run with several
-    files, the one to serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured.
-
+    conversations at once; 0 takes the model's, at most 4096. type: of a run with several files, the one to serve ("q4_k_m").
+    temperature: for clients that ask for none; 0 is how the scores were measured.
     Raises TunebookError when the file is missing or damaged, the port is taken, or the memory would not be enough.
     """
-    from helpers.gguf.server import Server
-
     path = find(what, type)
-    context, need = plan(path, context, parallel)
-    key = (path.resolve(), path.stat().st_mtime_ns, port, context, parallel, alias, temperature)
-    known = _running.get(key)
-    if known is not None and known.process.poll() is None and known.healthy():
-        return known
-    try:
-        server = Server(
-            path, port=port, context=context, parallel=parallel, alias=alias or path.stem, temperature=temperature
-        )
-    except OSError as error:
-        raise TunebookError(
-            f"The server's process could not be started ({error.strerror}), most likely for want of memory; "
-            f"{path.name} needs about {need:.1f} GiB."
-        ) from error
-    _running[key] = server
-    atexit.register(server.stop)
-    return server
+    context, _ = plan(path, context, parallel)
+    key = (path.resolve(), path.stat().st_mtime_ns, port, context, parallel, temperature)
+    if key not in _running or not _running[key].healthy():
+        _running[key] = Server(path, port=port, context=context, parallel=parallel, temperature=temperature)
+    return _running[key]
 
 
 def stop_all() -> None:
@@ -74,81 +50,60 @@ def stop_all() -> None:
 
 def client(server: Server | str) -> Any:
     """An `openai.OpenAI` client of a server, or of any OpenAI-compatible URL ending in /v1."""
-    import openai
-
-    url = server if isinstance(server, str) else server.url + "/v1"
-    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, timeout=600)
+    return llm_client.openai_client(server if isinstance(server, str) else server.url + "/v1")
 
 
 def find(what: str | Path, type: str = "") -> Path:
     """The GGUF file meant by a path, a folder or a run's name. Raises TunebookError that lists what could have been meant."""
     path = Path(what).expanduser()
-    if path.is_file() or path.suffix == ".gguf":
-        if not path.is_file():
-            raise TunebookError(f"There is no GGUF file {path}; run 04_gguf_export, or correct the path.")
+    if path.suffix == ".gguf" or path.is_file():
         return path
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
-        if len(files) > 1 and type:
-            files = [f for f in files if f.stem.endswith(type)]
-        if len(files) != 1:
-            found = ", ".join(f.name for f in sorted(path.glob("*.gguf"))) or "no GGUF file"
+        meant = [f for f in files if f.stem.endswith(type)] if len(files) > 1 else files
+        if len(meant) != 1:
+            found = ", ".join(f.name for f in files) or "no GGUF file"
             raise TunebookError(f"The folder {path} holds {found}; name one file.")
-        return files[0]
+        return meant[0]
     manifest = runs.load(str(what), "gguf", verify=False)
-    types = {
-        name.removeprefix("model-").removesuffix(".gguf"): manifest.path / name
-        for name in manifest.data["artifacts"]
-        if name.startswith("model-") and name.endswith(".gguf")
-    }
-    wanted = (
-        type
-        or recommended(manifest)
-        or next((k for k in ("q8_0", "q4_k_m", "f16") if k in types), next(iter(types), ""))
-    )
+    names = [n for n in manifest.data["artifacts"] if n.startswith("model-") and n.endswith(".gguf")]
+    types = {name.removeprefix("model-").removesuffix(".gguf"): manifest.path / name for name in names}
+    recommended = manifest.metrics.get("recommended", {}).get("type")
+    wanted = type or recommended or next(iter(types), "GGUF file")
     if wanted not in types:
         raise TunebookError(
-            f"The run {what!r} exported no {wanted or 'GGUF file'}; it has {', '.join(types) or 'none'}. "
+            f"The run {what!r} exported no {wanted}; it has {', '.join(types) or 'none'}. "
             "Name one of them, or run 04_gguf_export with that type."
         )
-    if not types[wanted].is_file():
-        raise TunebookError(f"{types[wanted]} is missing; run 04_gguf_export for the run {what!r} again.")
     return types[wanted]
 
 
-def recommended(manifest: runs.Manifest) -> str:
-    """The quantisation that the export's fidelity report recommends, or ""."""
-    return (manifest.metrics.get("recommended") or {}).get("type", "")
-
-
-def plan(path: Path, context: int = 0, parallel: int = 1, available_gib: float | None = None) -> tuple[int, float]:
+def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
     """Context in tokens and the memory in GiB that serving will take: weights, and 16-bit keys and values of the whole context.
 
     Raises TunebookError for a damaged file, a context the model cannot have, or more memory than is free.
     """
-    from helpers.gguf import header
-
     summary = header.check(path)
-    meta = summary.metadata
-    arch = meta.get("general.architecture", "llama")
-    longest = int(meta.get(f"{arch}.context_length") or 4096)
+
+    def of(name: str, default: int) -> int:
+        """A number of the architecture; where layers differ, the largest."""
+        value = summary.metadata.get(f"{summary.metadata.get('general.architecture')}.{name}")
+        return int(max(value) if isinstance(value, list) else value or default)
+
+    longest = of("context_length", 4096)
     if context > longest:
         raise TunebookError(
-            f"A context of {context} tokens is longer than the {longest} that {path.name} was made for; ask for less."
+            f"context is {context} tokens, longer than the {longest} that {path.name} was made for; ask for less."
         )
     context = context or min(longest, 4096)
-    heads = int(_first(meta.get(f"{arch}.attention.head_count")) or 1)
-    kv_heads = int(_first(meta.get(f"{arch}.attention.head_count_kv")) or heads)
-    width = int(meta.get(f"{arch}.embedding_length") or 0) // heads
-    per_token = (
-        int(meta.get(f"{arch}.attention.key_length") or width)
-        + int(meta.get(f"{arch}.attention.value_length") or width)
-    ) * kv_heads
-    cache = 2 * per_token * int(meta.get(f"{arch}.block_count") or 0) * context * parallel
-    need = (summary.bytes + cache) / 2**30 + 0.2  # 0.2 GiB: compute buffers and the process itself, measured on SmolLM2
-    free = _available_gib() if available_gib is None else available_gib
+    heads = of("attention.head_count", 1)
+    width = of("embedding_length", 0) // heads
+    row = of("attention.key_length", width) + of("attention.value_length", width)
+    per_token = 2 * row * of("attention.head_count_kv", heads) * of("block_count", 0) * parallel / 2**30
+    fixed = summary.bytes / 2**30 + 0.2  # 0.2 GiB: compute buffers and the process itself, measured on SmolLM2
+    need, free = fixed + per_token * context, machine.free_memory_gib()
     if need > free:
-        fits = int((free - 0.2 - summary.bytes / 2**30) / max(cache / 2**30 / context, 1e-12))
+        fits = int((free - fixed) / max(per_token, 1e-12))
         advice = f"a context of {fits} tokens would fit" if fits >= 256 else "take a smaller quantisation"
         raise TunebookError(
             f"Serving {path.name} with {parallel} × {context} tokens needs {need:.1f} GiB and {free:.1f} GiB are free; {advice}."
@@ -156,27 +111,9 @@ def plan(path: Path, context: int = 0, parallel: int = 1, available_gib: float |
     return context, need
 
 
-def _first(value: Any) -> Any:
-    return max(value) if isinstance(value, list) and value else value
-
-
-def _available_gib() -> float:
-    """Memory that can be had now: what the system has left, or what the container's limit leaves."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),):
-        try:
-            free = min(free, max(int(Path(limit).read_text()) - int(Path(used).read_text()), 0))
-        except (OSError, ValueError):
-            continue
-    return free / 2**30
-
-
 def describe(server: Server) -> str:
     """What other programs need to use a running server."""
-    url = f"{server.url}/v1"
-    model = json.dumps(server.path.stem)
+    url, model = f"{server.url}/v1", json.dumps(server.path.stem)
     return (
         f"{server.path.name} is served at {url}\n"
         f"  Python      openai.OpenAI(base_url={url!r}, api_key='none').chat.completions.create(model={model}, messages=[…])\n"
@@ -190,39 +127,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.serve", description="Serve a GGUF file or a run's export on this machine."
     )
-    parser.add_argument("what", help="a GGUF file, a folder that holds one, or the name of a run")
-    parser.add_argument("--port", type=int, default=8080, help="port on 127.0.0.1; 0 takes a free one (default 8080)")
-    parser.add_argument(
-        "--context", type=int, default=0, help="tokens of a conversation; 0 takes the model's, at most 4096"
-    )
-    parser.add_argument("--parallel", type=int, default=1, help="conversations at once")
-    parser.add_argument("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
-    parser.add_argument(
+    add = parser.add_argument
+    add("what", help="a GGUF file, a folder that holds one, or the name of a run")
+    add("--port", type=int, default=8080, help="port on 127.0.0.1; 0 takes a free one (default 8080)")
+    add("--context", type=int, default=0, help="tokens of a conversation; 0 takes the model's, at most 4096")
+    add("--parallel", type=int, default=1, help="conversations at once")
+    add("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
+    add(
         "--temperature",
         type=float,
         default=0.0,
         help="for clients that ask for none; 0 is how the scores were measured",
     )
-    options = parser.parse_args(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell that starts it in the background hands interrupts down ignored
+    # a shell that starts it in the background hands interrupts down ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        server = start(
-            options.what,
-            options.port,
-            options.context,
-            options.parallel,
-            type=options.type,
-            temperature=options.temperature,
-        )
+        server = start(**vars(parser.parse_args(arguments)))
         print(describe(server), "Ctrl-C ends it.", sep="\n", flush=True)
-        status = server.process.wait()
-        print(
-            f"The server ended by itself with status {status}, most likely for want of memory; ask for a shorter context.",
-            file=sys.stderr,
-        )
-        return 1
+        server.wait()
     except TunebookError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,10 +9,15 @@ one that is not made of turns is refused with the reason.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from helpers.data import chat_template
+from helpers.data.turns import RowError
+from helpers.gguf.probes import QUESTION, SHAPES, TOOL
 
 Message = dict[str, str]
 Render = Callable[..., "str | None"]
@@ -85,30 +90,25 @@ class Inexpressible(Exception):
 
 
 def jinja_renderer(tokenizer: Any) -> Render:
-    """render(messages, generation=True, tools=None, resume=False) -> the Jinja's text, or None where the template refuses.
+    """render(messages, generation=True, tools=None, begun=False) -> the Jinja's text, or None where the template refuses.
 
-    resume: the last message is an answer begun, to be gone on with. A byte-order token that the tokenizer itself will put
-    first is cut off, as Ollama and llama.cpp do. Rendering runs in transformers' sandboxed Jinja.
+    begun: the last message is the beginning of an answer. A BOS that the tokenizer itself will put first is cut off, as Ollama
+    and llama.cpp do. The template runs in a process that can be ended.
     """
-    import jinja2
-
-    bos = tokenizer.bos_token
-    ids = tokenizer("a").input_ids
-    adds = bool(bos) and bool(ids) and ids[0] == tokenizer.bos_token_id
+    bos, ids = tokenizer.bos_token, tokenizer("a").input_ids
+    adds = bool(bos) and ids[:1] == [tokenizer.bos_token_id]
 
     def render(
-        messages: Sequence[Message], generation: bool = True, tools: Any = None, resume: bool = False
+        messages: Sequence[Message], generation: bool = True, tools: Any = None, begun: bool = False
     ) -> str | None:
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                tools=tools,
-                continue_final_message=resume,
-                add_generation_prompt=generation and not resume,
-            )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError):
-            return None  # templates refuse a conversation by raising; jinja2 passes on errors of the expressions inside
+        turns = [len(messages)] if generation and not begun else []
+        asked = (list(messages), json.dumps(tools) if tools else None, turns)
+        made = chat_template.render(tokenizer, [asked], chat_template.PROBE_SECONDS)[0]
+        text = made.turns[0][0] if turns else made.full
+        if isinstance(text, RowError):
+            return None
+        if begun and (start := messages[-1]["content"].strip()) in text:
+            text = text[: text.rindex(start) + len(start)]
         return text.removeprefix(bos) if adds else text
 
     return render
@@ -179,53 +179,17 @@ def _chat(pairs: Sequence[tuple[str, str]]) -> list[Message]:
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-_TURNS = [("user", "Which lakes are deep?"), ("assistant", "SELECT name FROM lake;"), ("user", "And the shallow ones?")]
-_BRIEF = ("system", "You write SQL.\nTables: lake(name, depth)")
-#: shape -> (messages, needed). A needed shape that differs makes the template unusable; another one is reported.
-SHAPES: dict[str, tuple[list[Message], bool]] = {
-    "one question": (_chat(_TURNS[:1]), True),
-    "system and question": (_chat([_BRIEF, *_TURNS[:1]]), True),
-    "several turns": (_chat(_TURNS), True),
-    "system and several turns": (_chat([_BRIEF, *_TURNS, ("assistant", "None."), ("user", "Thanks")]), True),
-    "accents and emoji": (_chat([("system", "Réponds en français 🙂"), ("user", "Où est l’été ? \u200d🏔️")]), True),
-    "Chinese": (
-        _chat(
-            [("system", "你是一个助手。"), ("user", "最深的湖是哪个?"), ("assistant", "贝加尔湖。"), ("user", "多深?")]
-        ),
-        True,
-    ),
-    "braces, quotes, markup": (_chat([("user", 'Print "{{ .Content }}" and {% raw %} \\n <b>&amp;</b> `x` $i')]), True),
-    "lines and tabs inside": (_chat([("user", "one\n\n\ttwo\r\n  three")]), True),
-    "empty system prompt": (_chat([("system", ""), *_TURNS[:1]]), False),
-    "blanks at the edges": (_chat([("user", "  spaced  \n")]), False),
-    "empty question": (_chat([("user", "")]), False),
-    "answer begun": (_chat([*_TURNS[:1], ("assistant", "SELECT")]), False),
-    "two questions running": (_chat([*_TURNS[:1], ("user", "Name three.")]), False),
-    "answer first": (_chat([("assistant", "Hello."), ("user", "Hi")]), False),
-    "system prompt in the middle": (_chat([*_TURNS[:2], ("system", "Be brief."), ("user", "Go on")]), False),
-}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "run_sql",
-        "description": "Run a query",
-        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
-    },
-}
-
-
 def compare(render: Render, turns: Turns) -> list[Check]:
     """Both templates on every shape."""
     return [
-        Check(shape, needed, render(messages, resume=shape == "answer begun"), turns.render(collate(messages)))
+        Check(shape, needed, render(messages, begun=shape == "answer begun"), turns.render(collate(messages)))
         for shape, (messages, needed) in SHAPES.items()
     ]
 
 
 def takes_tools(render: Render) -> bool:
     """Does the Jinja print tools it is given?"""
-    question = SHAPES["one question"][0]
-    return render(question, tools=[TOOL]) not in (None, render(question))
+    return render(QUESTION, tools=[TOOL]) not in (None, render(QUESTION))
 
 
 def _gaps(

@@ -21,69 +21,20 @@ from helpers.gguf.llama_cpp import LlamaCpp
 
 # A top-1 token counts as changed only when the reference preferred it by more than this: a tie broken the other way is no error.
 TIE_NATS = 1e-2
-TEXTS = (
-    "",
-    " ",
-    "Hello, world!",
-    "  leading and trailing  ",
-    "tabs\tand\n\nnewlines\r\n\n\n",
-    "don't can't I'll we've SHE'S",
-    "0 12 345 6789 3.14159 1,000,000 2026-11-22T17:30:00Z",
-    "SELECT name, COUNT(*) AS n FROM lakes WHERE depth_m >= 100.5 GROUP BY name;",
-    "def f(x):\n    return {'a': [x ** 2, -1]}  # ok",
-    "Où est l'été ? Ärger, żółć, naïve façade",
-    "最深的湖是哪个？贝加尔湖，1642米。",
-    "日本語とかなカナ、한국어 텍스트",
-    "Съешь ещё этих мягких булок",
-    "مرحبا بالعالم ١٢٣",
-    "नमस्ते दुनिया",
-    "🙂🏔️👩‍👩‍👧‍👦🇫🇷 ok",
-    "e\u0301 \u00e9 \u200b zero\u200dwidth \u2028",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "<b>&amp;</b> https://example.org/a?b=c#d",
-    "C:\\path\\to\\file $HOME `ls -la` %20",
-    "ﬁ ½ ² №",
-    "\x00\x01\x7f",
-)
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "Name of the city"}},
-            "required": ["city"],
-        },
-    },
+_KEPT = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+TEXTS: list[str] = _KEPT["texts"]
+TOOL: dict[str, Any] = _KEPT["tool"]
+# shape -> (messages, needed): a needed shape that differs in the Go template makes it unusable, another is reported
+SHAPES: dict[str, tuple[list[dict[str, str]], bool]] = {
+    c["shape"]: (c["messages"], c["needed"]) for c in _KEPT["conversations"]
 }
-QUESTION = [{"role": "user", "content": "Which lake is deepest?"}]
+QUESTION = SHAPES["one question"][0]
 
 
-def conversations() -> dict[str, tuple[list[dict], list[dict] | None]]:
-    """Shape -> (messages, tools)."""
-    turns = [
-        *QUESTION,
-        {"role": "assistant", "content": "Lake Baikal."},
-        {"role": "user", "content": "How deep is it?"},
-    ]
-    system = [{"role": "system", "content": "You answer with one SQL query.\n\nTables: lakes(name, depth_m)"}]
-    return {
-        "question": (QUESTION, None),
-        "system": ([*system, *QUESTION], None),
-        "multi-turn": (turns, None),
-        "system and multi-turn": ([*system, *turns], None),
-        "unicode": ([{"role": "user", "content": "Où est l’été ? 🏔️ “quoted” – naïve\tτέλος"}], None),
-        "Chinese": (
-            [{"role": "system", "content": "你是一个助手。"}, {"role": "user", "content": "最深的湖是哪个？"}],
-            None,
-        ),
-        "markup": (
-            [{"role": "user", "content": 'Print {{ x }} {% raw %} \\n <b>&amp;</b> "quotes" and `code`\n\n\tend'}],
-            None,
-        ),
-        "tools": (QUESTION, [WEATHER]),
-    }
+def conversations() -> dict[str, tuple[list[dict[str, str]], list[dict[str, Any]] | None]]:
+    """Shape -> (messages, tools) that every runtime must render as the trained tokenizer does."""
+    needed = {shape: (messages, None) for shape, (messages, needed) in SHAPES.items() if needed}
+    return {**needed, "tools": (QUESTION, [TOOL])}
 
 
 def token_texts(tokenizer: Any) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from helpers import worker
 from helpers.errors import TunebookError
@@ -85,6 +85,12 @@ class Server:
                 return reply.status == 200
         except OSError:
             return False
+
+    def wait(self) -> NoReturn:
+        """Return never while the server runs. Raises TunebookError with its last lines when it ends by itself."""
+        status = self.process.wait()
+        said = self._child.last_words() or "most likely for want of memory: ask for a shorter context"
+        raise TunebookError(f"llama.cpp's server for {self.path.name} ended with status {status}: {said}.")
 
     def stop(self) -> None:
         """End the server; a second call does nothing."""

@@ -83,7 +83,9 @@ def test_narrow_rows_are_named_as_fallbacks():
 def test_f16_passes_every_gate(reference, f16):
     result = fidelity.measure(reference, f16, "f16")
     assert not result.failed and result.mean_kl < 1e-5 and result.top1 == 1
-    assert {"system", "multi-turn", "unicode", "Chinese"} <= set(result.prompt_shapes) and result.token_texts > 30
+    assert {"system and question", "several turns", "accents and emoji", "Chinese"} <= set(
+        result.prompt_shapes
+    ) and result.token_texts > 30
     fidelity.require([result])
 
 

@@ -7,6 +7,7 @@ every reason. No rule assumes that words are separated by spaces.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ def run(
         if measure:
             carriers = next(iter(rows), [])
             recall = decontamination.injection_recall(evaluation, carriers, p.decontaminate, 200, p.seed)
-            account.figures["injection_recall"] = recall
+            account.figures |= {} if math.isnan(recall) else {"injection_recall": recall}  # nothing to plant
     return found if isinstance(found, Table) else Table.collect(found)
 
 

@@ -7,89 +7,76 @@ the answer alone. Without the second rule, questions that share a long context (
 
 MinHash in bands (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3) proposes pairs: 8 bands
 of 5 find a pair of Jaccard 0.9 with probability 0.9992, of 0.8 with 0.96. Each pair is then measured on its shingles,
-so a false duplicate needs a hash collision. Shingles and band keys lie in temporary files; memory holds a few bytes a row.
+so a false duplicate needs a hash collision. Shingles and band keys lie in temporary files: memory holds a few bytes a
+row, and mapped files would count as memory of the process, page by page.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
 from helpers.data.tables import StepReport, Table
-from helpers.data.turns import Row
-from helpers.data.turns import shown as shown_text
+from helpers.data.turns import Row, shown
 from helpers.worker import Forked
 
+Parts = tuple[str, str, str]  # what is compared of a row: scope, question, answer
+Fault = tuple[str, str] | None
+Hashes = tuple[np.ndarray, np.ndarray, np.ndarray]
 BANDS, BAND_ROWS = 8, 5
+HASHES = BANDS * BAND_ROWS
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
 ALONE = 5_000  # rows from which workers are worth their start
-# Beside this process, which hashes too when they are busy. Threads would only pass the interpreter's lock about: the calls are short.
+# Beside this process, which hashes too when they are busy; threads would only pass the interpreter's lock about.
 WORKERS = min(3, (os.cpu_count() or 1) - 1)
 PAIRS_AT_ONCE = 1_000  # of 150 words each: arrays of a few MB
-_HASHES = BANDS * BAND_ROWS
-_FACTORS = mix(np.arange(1, _HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
-_SHIFTS = mix(np.arange(1001, 1001 + _HASHES, dtype=np.uint64)).astype(np.uint32)
-_KEYS = mix(np.arange(2001, 2001 + _HASHES, dtype=np.uint64)) | np.uint64(1)
+FACTORS = mix(np.arange(1, HASHES + 1, dtype=np.uint64)).astype(np.uint32) | np.uint32(1)
+SHIFTS: np.ndarray = mix(np.arange(1001, 1001 + HASHES, dtype=np.uint64)).astype(np.uint32)
+KEYS = mix(np.arange(2001, 2001 + HASHES, dtype=np.uint64)) | np.uint64(1)
 
 
 def exact_duplicates(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
     """Keep the first of the rows with the same content (`id`): messages, tools, answers and label."""
     seen = SeenHashes()
-    for batch in rows:
-        report.seen += len(batch)
-        fresh = seen.add(np.fromiter((int(row["id"], 16) for row in batch), np.uint64, len(batch)))
-        kept = []
-        for row, new in zip(batch, fresh, strict=True):
-            if new:
-                kept.append(row)
-            else:
-                report.drop(row, "exact duplicate")
-        report.kept += len(kept)
-        if kept:
-            yield kept
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
+        fresh = seen.add(np.array([int(row["id"], 16) for row in batch], np.uint64))
+        return (None if new else ("exact duplicate", "") for new in fresh)
+
+    return report.sift(rows, judge)
 
 
 def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: float = 0.8) -> Iterator[list[Row]]:
     """Keep the first of rows that are near-duplicates of each other, at Jaccard `threshold` (0 to 1).
 
     A row is dropped only when it was measured against a kept row and reached the threshold: chains of ever slightly
-    different rows do not vanish whole. `rows` is read twice; give a Table, or it is spooled into one.
+    different rows do not vanish whole.
     """
-    index = NearIndex()
-    table = rows if isinstance(rows, Table) else Table.collect(index.watch(rows))
-    if table is rows:
-        for _ in index.watch(table):
-            pass
-    _, keeper = index.find(threshold)
-    report.figures |= {"threshold": threshold, "near_duplicates": int((keeper >= 0).sum())}
-    shown = int(keeper[keeper >= 0][0]) if (keeper >= 0).any() else -1  # the kept row behind the example
-    at, text = 0, ""
-    for batch in table:
-        report.seen += len(batch)
-        kept = []
-        for row in batch:
-            if at == shown:
-                text = shown_text(row, 200)
-            if keeper[at] < 0:
-                kept.append(row)
-            else:
-                report.drop(
-                    row,
-                    "near duplicate",
-                    f"of kept row {keeper[at] + 1:,}" + (f": {text}" if keeper[at] == shown else ""),
-                )
-            at += 1
-        report.kept += len(kept)
-        if kept:
-            yield kept
+    table = rows if isinstance(rows, Table) else Table.collect(rows)
+    keeper = _index(table).find(threshold)[1]
+    doubled = np.flatnonzero(keeper >= 0)
+    report.figures |= {"threshold": threshold, "near_duplicates": len(doubled)}
+    example = int(keeper[doubled[0]]) if len(doubled) else -1  # the kept row behind the example
+    texts: dict[int, str] = {}
+    places = itertools.count()
+
+    def judge(batch: list[Row]) -> Iterator[Fault]:
+        for row, at in zip(batch, places, strict=False):
+            if at == example:
+                texts[at] = ": " + shown(row, 200)
+            kept = int(keeper[at])
+            yield None if kept < 0 else ("near duplicate", f"of kept row {kept + 1:,}{texts.get(kept, '')}")
+
+    return report.sift(table, judge)
 
 
 def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> np.ndarray:
@@ -97,32 +84,34 @@ def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> 
 
     Links are transitive, so that rows of one group can be kept on one side of a split.
     """
+    return _index(rows).find(threshold, groups_only=True)[0]
+
+
+def _index(rows: Iterable[list[Row]]) -> NearIndex:
     index = NearIndex()
-    for _ in index.watch(rows):
-        pass
-    return index.find(threshold, groups_only=True)[0]
+    for batch in rows:
+        index.add([parts_of(row) for row in batch])
+    return index
 
 
-def parts_of(row: Row) -> tuple[str, str, str]:
-    """What is compared of a row: (scope, question, answer); only rows of the same scope can be duplicates."""
+def parts_of(row: Row) -> Parts:
+    """(scope, question, answer) of a row; only rows of the same scope can be duplicates."""
+
+    def said(message: dict) -> str:
+        calls = message.get("tool_calls")
+        return (message.get("content") or "") + (json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else "")
+
     messages = row["messages"]
     if row["kind"] == "text":
-        return "", "", messages[0].get("content") or ""
-    scope = [m.get("content") or "" for m in messages if m["role"] == "system"]
+        return "", "", said(messages[0])
+    scope = [said(m) for m in messages if m["role"] == "system"]
     scope += [row.get("tools") or "", str(row.get("label", ""))]
-    talk = [_said(m) for m in messages if m["role"] != "system"]
+    talk = [said(m) for m in messages if m["role"] != "system"]
     if row["kind"] == "preference":
-        answer = [_said(m) for m in row["chosen"] + row["rejected"]]
+        answer = [said(m) for m in row["chosen"] + row["rejected"]]
     else:
         answer, talk = talk[-1:], talk[:-1]
     return "\n".join(scope), "\n".join(talk), "\n".join(answer)
-
-
-def _said(message: dict) -> str:
-    text = message.get("content") or ""
-    if message.get("tool_calls"):
-        text += json.dumps(message["tool_calls"], ensure_ascii=False, sort_keys=True)
-    return text
 
 
 class NearIndex:
@@ -131,19 +120,13 @@ class NearIndex:
     def __init__(self) -> None:
         self.rows = 0
         self._sizes = array("i")  # shingles of the question and of the answer, two numbers a row
-        self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-shingles-")
-        self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-band-") for _ in range(BANDS)]
+        self._shingles = tempfile.TemporaryFile("a+b", 0, prefix="tunebook-")  # noqa: SIM115 - as long as the index
+        self._bands = [tempfile.TemporaryFile("a+b", prefix="tunebook-") for _ in range(BANDS)]  # noqa: SIM115
         self._workers: list[Forked] = []
         self._waiting: deque[_Batch] = deque()  # in order
 
-    def watch(self, batches: Iterable[list[Row]]) -> Iterator[list[Row]]:
-        """Pass batches through, indexing them on the way."""
-        for batch in batches:
-            self.add([parts_of(row) for row in batch])
-            yield batch
-
-    def add(self, parts: list[tuple[str, str, str]]) -> None:
-        """Index rows given as (scope, question, answer)."""
+    def add(self, parts: list[Parts]) -> None:
+        """Index rows."""
         if not parts:
             return
         self.rows += len(parts)
@@ -163,27 +146,24 @@ class NearIndex:
         for file, band in zip(self._bands, keys, strict=True):
             file.write(band.data)
 
-    def _finish(self) -> None:
-        """Write what the workers still have, and let them go."""
+    def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
         while self._waiting:
             self._write_first()
         while self._workers:
             self._workers.pop().stop()
-
-    def find(self, threshold: float, groups_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(group, keeper), int32 (rows,) each: first row of the row's group; the kept row it duplicates, or -1."""
-        self._finish()
         sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
-        group, keeper = np.arange(self.rows, dtype=np.int32), np.full(self.rows, -1, np.int32)
+        group: np.ndarray = np.arange(self.rows, dtype=np.int32)
+        keeper: np.ndarray = np.full(self.rows, -1, np.int32)
         measure = _Measure(self._shingles, sizes, threshold)
-        subset = np.flatnonzero(sizes.any(1)).astype(np.int32)
+        subset: np.ndarray = np.flatnonzero(sizes.any(1)).astype(np.int32)
         first = True
         while len(subset) > 1:
             roots = self._components(subset, measure)
             if first:
                 group[subset] = roots
-                if groups_only:
-                    break
+            if groups_only:
+                break
             other = roots != subset
             heads, members = roots[other], subset[other]
             close = measure(heads, members)
@@ -219,25 +199,20 @@ class NearIndex:
 
 
 class _Measure:
-    """Which pairs of rows are near-duplicates, by true Jaccard on their hashed shingle sets, read from the index's file.
+    """Which pairs of rows are near-duplicates, by true Jaccard on their hashed shingle sets, read from the file."""
 
-    Mapped into memory the file would count as memory of the process, page by page, until all of it does.
-    """
-
-    def __init__(self, shingles: BinaryIO, sizes: np.ndarray, threshold: float):
-        self.file, self.sizes, self.threshold = shingles, sizes, threshold
-        self.starts = np.zeros(len(sizes) + 1, np.int64)
-        np.cumsum(sizes.sum(1), out=self.starts[1:])
+    def __init__(self, file: Any, sizes: np.ndarray, threshold: float) -> None:
+        self.file, self.sizes, self.threshold = file, sizes, threshold
+        self.starts = np.concatenate([[0], np.cumsum(sizes.sum(1, dtype=np.int64))])
 
     def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """bool (pairs,) for row numbers int32 (pairs,) each."""
-        close = np.zeros(len(left), bool)
+        close: np.ndarray = np.zeros(len(left), bool)
         for at in range(0, len(left), PAIRS_AT_ONCE):
             a, b = left[at : at + PAIRS_AT_ONCE], right[at : at + PAIRS_AT_ONCE]
             near = self._jaccard(a, b, answers=False) >= self.threshold
-            twice = np.flatnonzero(
-                near & (self.sizes[a, 0] + self.sizes[b, 0] > 0)
-            )  # without a question the answer is the whole
+            asked = self.sizes[a, 0] + self.sizes[b, 0] > 0  # without a question the answer is the whole
+            twice = np.flatnonzero(near & asked)
             near[twice] = self._jaccard(a[twice], b[twice], answers=True) >= self.threshold
             close[at : at + PAIRS_AT_ONCE] = near
         return close
@@ -256,35 +231,33 @@ class _Measure:
         """Distinct shingles of the rows, sorted, each with its place in `rows` in the upper 32 bits."""
         counts = self.sizes[rows, 1] if answers else self.sizes[rows].sum(1)
         begins = self.starts[rows] + (self.sizes[rows, 0] if answers else 0)
-        flat = np.frombuffer(b"".join(map(self._read, begins.tolist(), counts.tolist())), np.uint32).astype(np.uint64)
-        place = np.repeat(np.arange(len(rows), dtype=np.uint64), counts)
-        keys = np.sort(flat | place << np.uint64(32))  # np.unique hashes, at a tenth of the speed
-        return keys[np.r_[True, keys[1:] != keys[:-1]]] if len(keys) else keys
-
-    def _read(self, begin: int, count: int) -> bytes:
-        self.file.seek(4 * begin)
-        return self.file.read(4 * count)
+        read = []
+        for begin, count in zip(begins.tolist(), counts.tolist(), strict=True):
+            self.file.seek(4 * begin)
+            read.append(self.file.read(4 * count))
+        flat = np.frombuffer(b"".join(read), np.uint32).astype(np.uint64)
+        keys = np.sort(flat | np.repeat(np.arange(len(rows), dtype=np.uint64), counts) << np.uint64(32))
+        return keys[np.r_[True, keys[1:] != keys[:-1]]] if len(keys) else keys  # np.unique hashes: ten times slower
 
 
 class _Batch:
     """Rows on their way into an index: hashed by a worker, or here where none is idle or it was killed."""
 
-    def __init__(self, parts: list[tuple[str, str, str]], worker: Forked | None) -> None:
+    def __init__(self, parts: list[Parts], worker: Forked | None) -> None:
         self.parts = parts
         self.worker = worker if worker is not None and worker.ask(parts) else None
         self.hashes = None if self.worker else _hashed(parts)
 
     def done(self) -> bool:
-        return self.hashes is not None or self.worker.answered()
+        return self.worker is None or self.hashes is not None or self.worker.answered()
 
-    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What `_hashed` returns."""
+    def take(self) -> Hashes:
         if self.hashes is None:
-            self.hashes = self.worker.answer() or _hashed(self.parts)
+            self.hashes = (self.worker and self.worker.answer()) or _hashed(self.parts)
         return self.hashes
 
 
-def _hashed(parts: list[tuple[str, str, str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _hashed(parts: list[Parts]) -> Hashes:
     """(shingles in each question and answer int32 (2 · rows,), the shingles uint32, band keys uint64 (BANDS, rows))."""
     flat, offsets = shingles([text for _, question, answer in parts for text in (question, answer)], WORDS, CHARS)
     # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
@@ -298,24 +271,25 @@ def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Key of every row in every band, uint64 (BANDS, rows); rows without shingles get 0 before the scope is added."""
     rows = len(offsets) - 1
     filled = np.flatnonzero(np.diff(offsets))
-    keys = np.zeros((BANDS, rows), np.uint64)
+    keys: np.ndarray = np.zeros((BANDS, rows), np.uint64)
     for at in range(0, len(filled), 100):  # a hundred rows of 150 shingles stay in the cache
         some = filled[at : at + 100]
         part = flat[offsets[some[0]] : offsets[some[-1] + 1]]
         begins = offsets[some] - offsets[some[0]]
         work = np.empty_like(part)
-        for k in range(_HASHES):
-            np.multiply(part, _FACTORS[k], out=work)
-            work += _SHIFTS[k]
-            keys[k // BAND_ROWS, some] += np.minimum.reduceat(work, begins).astype(np.uint64) * _KEYS[k]
+        for k in range(HASHES):
+            np.multiply(part, FACTORS[k], out=work)
+            work += SHIFTS[k]
+            keys[k // BAND_ROWS, some] += np.minimum.reduceat(work, begins).astype(np.uint64) * KEYS[k]
     return mix(keys)
 
 
 def _candidates(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows with the same key, int64 (pairs,) each, the earlier first: with the first of the bucket and with the one before."""
+    """Pairs of rows with the same key, int64 (pairs,) each, the earlier first: each row with the first of its bucket
+    and with the one before it."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    same: np.ndarray = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     begins = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     firsts = order[begins[np.searchsorted(begins, same, "right") - 1]]
     pairs = np.unique(np.concatenate([firsts, order[same - 1]]) << 32 | np.tile(order[same], 2))

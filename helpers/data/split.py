@@ -1,8 +1,8 @@
-"""Splits by content: where a row lands depends on the row alone, so it lands there again next year and in every other job.
+"""Splits by content: where a row lands depends on the row alone, so it lands there again next year and in every job.
 
-A key (the row's id, or its group: the value of a column that the user names) is hashed to a number between 0 and 1; the test split
-takes the lowest, the eval split the highest, training what lies between. Near-duplicates share one key:
-that of a group among them, else the smallest id.
+A key (the row's id, or its group: the value of a column that the user names) is hashed to a number between 0 and 1; the
+test split takes the lowest, the eval split the highest, training what lies between. Near-duplicates share one key: that
+of a group among them, else the smallest id.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from helpers.errors import TunebookError
 SPLITS = ("train", "eval", "test")
 
 
-def position(key: str) -> float:
-    """A key's place in [0, 1), the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"split:{key}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
-
-
 def split_of(key: str, eval_share: float, test_share: float) -> str:
-    place = position(key)
+    """The split of a key, the same on every machine."""
+    digest = hashlib.sha256(f"split:{key}".encode("utf-8", "surrogatepass")).digest()
+    place = int.from_bytes(digest[:8]) / 2**64
     return "test" if place < test_share else "eval" if place >= 1 - eval_share else "train"
 
 
@@ -50,10 +47,8 @@ class Groups:
 
     def join(self, one: str, other: str) -> None:
         one, other = sorted((self.key(one), self.key(other)))
-        if one != other:
-            self._parent[other] = one
+        self._parent[other] = one
         self._parent.setdefault(one, one)
-        self._parent.setdefault(other, one)
 
 
 def split(
@@ -65,25 +60,21 @@ def split(
 ) -> dict[str, Table]:
     """Tables of train, eval and test rows. Plain text asks no question, so none of it goes to the test split.
 
-    group_by: a column whose equal values stay together (looked up in the row's other columns, or "source", "file").
-    together: pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column that no row has.
+    group_by: a column whose equal values stay together (among the row's other columns, or "source", "file"). together:
+    pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column of no row.
     """
     table = rows if isinstance(rows, Table) else Table.collect(rows)
-    groups = Groups()
+    groups, found = Groups(), not group_by or not len(table)
     for one, other in together:
         groups.join(one, other)
-    if group_by:
-        found = 0
-        for row in table.rows():
-            value = group_value(row, group_by)
-            found += value is not None
-            if value is not None and row["id"] in groups:
-                groups.join(row["id"], value)
-        if not found and len(table):
-            columns = sorted(next(table.rows())["meta"])
-            raise TunebookError(
-                f"No row has the column {group_by!r} that group_by names; the other columns are {', '.join(columns) or 'none'}."
-            )
+    for row in table.rows() if group_by else ():
+        value = group_value(row, group_by)
+        found |= value is not None
+        if value is not None and row["id"] in groups:
+            groups.join(row["id"], value)
+    if not found:
+        columns = ", ".join(sorted(next(table.rows())["meta"])) or "none"
+        raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {columns}.")
     tables = {name: Table() for name in SPLITS}
     for batch in table:
         parts: dict[str, list[Row]] = {name: [] for name in SPLITS}

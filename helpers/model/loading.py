@@ -18,7 +18,6 @@ from typing import Any
 from helpers import machine
 from helpers.errors import TunebookError
 from helpers.model import offline
-from helpers.model.stop_tokens import end_of_turn as end_of_turn
 from helpers.model.weights import check_adapter, reading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16, load_config
+from helpers.params import TrainingParams
 from helpers.planner import cost_model, gpus, row_plan
 from helpers.planner.cost_model import Setting, Shape
 from helpers.planner.estimates import Option, Plan
@@ -25,33 +26,6 @@ ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 9
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a stage's parameters (helpers.params) ask of the planner."""
-
-    batch_size: int
-    method: str = "qlora"
-    rank: int = 16
-    target_modules: str = "all-linear"
-    optimizer: str = "adamw"
-    precision: str = "auto"
-    packing: bool = True
-    row_tokens: int = 0
-    recompute: str = "auto"
-    backend: str = "auto"
-    epochs: float = 1.0
-    max_steps: int = 0
-    seed: int = 0
-    train_on: str = "all"
-    freeze_layers: int = 2
-    dropout: float = 0.0
-    dora: bool = False
-
-    @property
-    def quantize(self) -> str:
-        return "nf4" if self.method == "qlora" else "none"
 
 
 def choose_backend(asked: str, card: gpus.Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
@@ -85,37 +59,29 @@ def choose_backend(asked: str, card: gpus.Card, model_type: str, params: Mapping
 
 
 def plan(
-    params: Any,
+    params: TrainingParams,
     lengths: Sequence[int],
     source: Any,
-    stage: str = "sft",
-    world_size: int | None = None,
+    world_size: int = 1,
     card: gpus.Card | None = None,
     padded_lengths: Sequence[int] | None = None,
 ) -> Plan:
     """The fastest setting that fits the GPU, for these parameters and these training examples.
 
-    params: a stage's Params or a mapping; lengths: tokens of each example (orpo: both answers with their prompts).
-    padded_lengths: the same where rows are padded, default `lengths`. source: a ModelSource, a model folder, or a
-    transformers config. card: default `plan_for` or the GPU here.
-    Raises TunebookError when nothing fits, with the change that would.
+    lengths: tokens of each example (orpo: both answers with their prompts). padded_lengths: the same where rows are
+    padded, default `lengths`. source: a ModelSource, a model folder, or a transformers config. card: default `plan_for`
+    or the GPU here. Raises TunebookError when nothing fits, with the change that would.
     """
-    values = params.as_dict() if hasattr(params, "as_dict") else dict(params)
-    asked = Asked(**{f.name: values[f.name] for f in fields(Asked) if f.name in values})
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
     config = load_config(source)
+    card = card or (gpus.named(params.plan_for) if params.plan_for else gpus.here())
+    kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
+    backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
+    packed = kernel.packed and params.packing and backend == "hf"
+    base = _base(params, card, world_size, backend, flash=kernel.name == packed_attention.FLASH, padded=not packed)
     shape = cost_model.shape_of(config)
-    if card is None:
-        card = gpus.named(values["plan_for"]) if values.get("plan_for") else gpus.here()
-    kernel = packed_attention.choose(card.capability, config, "float32" if asked.precision == "fp32" else "auto")
-    backend, why = choose_backend(asked.backend, card, config.get_text_config().model_type, values)
-    packed = kernel.packed and asked.packing and backend == "hf"
-    world = world_size or 1
-    base = _base(
-        asked, card, stage, world, backend=backend, flash=kernel.name == packed_attention.FLASH, padded=not packed
-    )
-    search = _Search(asked, shape, card, world, tuple(lengths), tuple(padded_lengths or lengths), base)
+    search = _Search(params, shape, card, world_size, tuple(lengths), tuple(padded_lengths or lengths), base)
     options = [search.weigh(setting) for setting in search.settings()]
     fitting = [o for o in options if o.fits]
     if not fitting:
@@ -125,49 +91,50 @@ def plan(
     reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
+        need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
         reasons.append(
-            f"Activation checkpointing: {best.recompute_text}, so that longer rows fit."
-            if lightest.fits
-            else f"Activation checkpointing: {best.recompute_text}; without it the job would need "
-            f"{lightest.need_gib:.1f} GiB of {card.total_gib:.1f}."
+            f"Activation checkpointing: {best.recompute_text}; {'longer rows fit' if lightest.fits else need}."
         )
-    per_epoch = math.ceil(len(lengths) / asked.batch_size)
-    steps = asked.max_steps or math.ceil(per_epoch * (asked.epochs or 1.0))
+    per_epoch = math.ceil(len(lengths) / params.batch_size)
+    steps = params.max_steps or math.ceil(per_epoch * params.epochs)
     return Plan(
-        card,
-        shape,
-        search.laid_out(best),
-        asked.batch_size,
-        world,
-        steps,
-        round(sum(lengths) * steps / per_epoch),
-        kernel.name,
-        packed,
-        backend,
-        tuple(reasons),
-        search.alternatives(options, best),
+        card=card,
+        shape=shape,
+        option=search.laid_out(best),
+        batch_size=params.batch_size,
+        world_size=world_size,
+        steps=steps,
+        tokens=round(sum(lengths) * steps / per_epoch),
+        attention=kernel.name,
+        packed=packed,
+        backend=backend,
+        reasons=tuple(reasons),
+        alternatives=search.alternatives(options, best),
     )
 
 
-def _base(asked: Asked, card: gpus.Card, stage: str, world: int, **more: Any) -> Setting:
+def _base(params: TrainingParams, card: gpus.Card, world: int, backend: str, flash: bool, padded: bool) -> Setting:
     """The setting that every option varies in row tokens and activation checkpointing."""
-    cpu = card.capability is None
-    wide = asked.precision == "fp32" or (cpu and asked.precision != "bf16" and not fast_bf16())
+    cpu, qlora = card.capability is None, params.method == "qlora"
+    wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
+    answers_only = params.stage == "sft" and getattr(params, "train_on", "all") == "completion"
     return Setting(
         row_tokens=0,
-        quantize=asked.quantize,
-        method=asked.method,
-        rank=asked.rank,
-        targets=asked.target_modules,
-        optimizer=asked.optimizer,
-        stage=stage,
-        fused=not (asked.dropout or asked.dora),
-        trained_layers=asked.freeze_layers,
-        shards=world if asked.method != "qlora" else 1,
-        trained_share=1.0 if asked.train_on == "all" or stage != "sft" else 0.6,
+        quantize="nf4" if qlora else "none",
+        method=params.method,
+        rank=params.rank,
+        targets=params.target_modules,
+        optimizer=params.optimizer,
+        stage=params.stage,
+        backend=backend,
+        flash=flash,
+        padded=padded,
+        fused=not (params.dropout or params.dora),
+        trained_layers=getattr(params, "freeze_layers", 0),
+        shards=1 if qlora else world,
+        trained_share=0.6 if answers_only else 1.0,
         number_bytes=4 if wide else 2,
         process_gib=cost_model.PROCESS_GIB + cost_model.ONEDNN_GIB * (not wide) if cpu else 0.0,
-        **more,
     )
 
 
@@ -187,7 +154,7 @@ class _Search:
     """The options for one job. tokens, padded: of each training example, for pairs of both answers with their prompts,
     without and with the shorter one padded to the longer."""
 
-    asked: Asked
+    params: TrainingParams
     shape: Shape
     card: gpus.Card
     world: int
@@ -201,26 +168,26 @@ class _Search:
     @property
     def epochs(self) -> int:
         """Passes over the examples that the run at least begins."""
-        per_epoch = math.ceil(len(self.tokens) / self.asked.batch_size)
-        return math.ceil(self.asked.max_steps / per_epoch if self.asked.max_steps else self.asked.epochs or 1)
+        per_epoch = math.ceil(len(self.tokens) / self.params.batch_size)
+        return math.ceil(self.params.max_steps / per_epoch if self.params.max_steps else self.params.epochs)
 
     def heaviest(self, s: Setting) -> int:
         """Tokens of the optimizer step that has the most."""
-        return _heaviest_step(self.lengths(s), self.asked.batch_size, self.asked.seed, self.epochs)
+        return _heaviest_step(self.lengths(s), self.params.batch_size, self.params.seed, self.epochs)
 
     def settings(self) -> Iterator[Setting]:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths(self.base))
         useful = max(longest, math.ceil(self.heaviest(self.base) / self.world))
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
-        if self.asked.row_tokens:
-            if self.asked.row_tokens < longest:
+        if self.params.row_tokens:
+            if self.params.row_tokens < longest:
                 raise TunebookError(
-                    f"row_tokens is {self.asked.row_tokens} and the longest training row has {longest} tokens; raise "
+                    f"row_tokens is {self.params.row_tokens} and the longest training row has {longest} tokens; raise "
                     "row_tokens or lower max_length in notebook 01."
                 )
-            sizes = [self.asked.row_tokens]
-        elif not self.asked.packing:
+            sizes = [self.params.row_tokens]
+        elif not self.params.packing:
             sizes = sizes[:1]
         elif self.base.backend == "unsloth":
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
@@ -231,7 +198,7 @@ class _Search:
             "all": [(count, False, 0)],
             "offload": [(count, True, 0), (count, True, TILE)],
             "auto": grades_of(count),
-        }[self.asked.recompute]
+        }[self.params.recompute]
         if self.base.backend == "unsloth":
             grades = [(count, True, 0)]
         for size in sizes:
@@ -240,10 +207,8 @@ class _Search:
                     yield replace(self.base, row_tokens=size, recompute=layers, offload=offload, tile_mlp=tile)
 
     def layout(self, s: Setting) -> row_plan.Layout:
-        asked = self.asked
-        return row_plan.plan_rows(
-            self.lengths(s), asked.batch_size, s.row_tokens, self.world, asked.seed, self.epochs, s.padded
-        )
+        size, seed = self.params.batch_size, self.params.seed
+        return row_plan.plan_rows(self.lengths(s), size, s.row_tokens, self.world, seed, self.epochs, s.padded)
 
     def need(self, peak_gib: float) -> float:
         return peak_gib * 1.1 if self.card.capability is None else cost_model.need_gib(peak_gib)
@@ -251,7 +216,7 @@ class _Search:
     def weigh(self, s: Setting) -> Option:
         """What a setting would need and take."""
         lengths = self.lengths(s)
-        step_tokens = sum(self.tokens) / len(lengths) * min(self.asked.batch_size, len(lengths))
+        step_tokens = sum(self.tokens) / len(lengths) * min(self.params.batch_size, len(lengths))
         if s.padded:
             layout = self.layout(s)
             rows, mean_row = layout.accumulation, layout.mean_row_tokens
@@ -318,10 +283,10 @@ class _Search:
             )
 
         def fits(lengths: Sequence[int] = lengths, **change: Any) -> bool:
-            asked = replace(self.asked, recompute="auto", row_tokens=0, **change)
-            base = replace(self.base, method=asked.method, quantize=asked.quantize, optimizer=asked.optimizer)
-            base = replace(base, shards=self.world if asked.method != "qlora" else 1)
-            search = replace(self, asked=asked, base=base, tokens=tuple(lengths), padded=tuple(lengths))
+            params = replace(self.params, recompute="auto", row_tokens=0, **change)
+            base = self.base
+            base = _base(params, card, self.world, base.backend, base.flash, base.padded)
+            search = replace(self, params=params, base=base, tokens=tuple(lengths), padded=tuple(lengths))
             return any(search.weigh(setting).fits for setting in search.settings())
 
         if fits():

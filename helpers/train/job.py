@@ -6,6 +6,7 @@ written before the first step that trains.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import os
@@ -99,7 +100,7 @@ def plan_for(params: Any, examples: Any, source: ModelSource, adapter: Path | No
     world = distributed.world().size
 
     def planned(values: Any) -> Plan:
-        return planner.plan(values, lengths, source, stage=stage.name, world_size=world, padded_lengths=padded)
+        return planner.plan(values, lengths, source, world_size=world, padded_lengths=padded)
 
     plan = planned(params)
     shares = plan.backend == "hf" and plan.packed and plan.attention == packed_attention.SDPA
@@ -108,7 +109,7 @@ def plan_for(params: Any, examples: Any, source: ModelSource, adapter: Path | No
         # counts for more here than anything else.
         whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world) :])
         try:
-            return planned({**params.as_dict(), "row_tokens": whole})
+            return planned(dataclasses.replace(params, row_tokens=whole))
         except TunebookError:  # such a row does not fit: keep the one that does
             return plan
     return plan

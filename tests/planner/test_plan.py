@@ -7,6 +7,7 @@ import pytest
 from transformers import LlamaConfig
 
 from helpers import machine
+from helpers import params as parameters
 from helpers.errors import TunebookError
 from helpers.planner import cost_model, gpus
 from helpers.planner import plan as planner
@@ -37,6 +38,11 @@ def llama(size):
     return LlamaConfig(
         **dict(zip(NAMES, SIZES[size], strict=True)), tie_word_embeddings=size in ("135m", "360m", "1.7b")
     )
+
+
+def plan(values, lengths, config, **more):
+    given = {"run": "r", "train_on": "all", **values}
+    return planner.plan(parameters.resolve("sft", given), lengths, config, **more)
 
 
 @pytest.fixture(scope="module")
@@ -103,32 +109,30 @@ def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
     beside = gpus.here()
     assert beside.total_gib == pytest.approx(9.0 + cost_model.CONTEXT_GIB)
     values = {"batch_size": 64, "method": "lora"}
-    planner.plan(values, LENGTHS, llama("8b"), card=alone)
+    plan(values, LENGTHS, llama("8b"), card=alone)
     with pytest.raises(TunebookError, match="set method to qlora"):
-        planner.plan(values, LENGTHS, llama("8b"), card=beside)
+        plan(values, LENGTHS, llama("8b"), card=beside)
 
 
 def test_a_plan_keeps_the_batch_and_fits_its_card():
     for card in gpus.CARDS:
-        plan = planner.plan({"batch_size": 64, "plan_for": card, "method": "qlora"}, LENGTHS, llama("8b"))
-        assert plan.option.need_gib <= plan.card.total_gib and plan.batch_size == 64 and plan.row_tokens >= max(LENGTHS)
-        low, high = plan.seconds[1:]
-        assert low < plan.seconds[0] < high
-        assert plan.attention == ("packed_sdpa" if card == "T4" else "packed_varlen") and plan.reason
+        made = plan({"batch_size": 64, "plan_for": card, "method": "qlora"}, LENGTHS, llama("8b"))
+        assert made.option.need_gib <= made.card.total_gib and made.batch_size == 64 and made.row_tokens >= max(LENGTHS)
+        low, high = made.seconds[1:]
+        assert low < made.seconds[0] < high
+        assert made.attention == ("packed_sdpa" if card == "T4" else "packed_varlen") and made.reason
 
 
 def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
     speeds = []
     for total in (12, 20, 40, 80, 139):
-        plan = planner.plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(gpus.named("H200"), total_gib=total))
-        speeds.append(plan.tokens_per_s)
-    assert speeds == sorted(speeds) and plan.recompute == 0
+        made = plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(gpus.named("H200"), total_gib=total))
+        speeds.append(made.tokens_per_s)
+    assert speeds == sorted(speeds) and made.recompute == 0
 
 
 def test_two_processes_share_the_same_batch():
-    one, two = (
-        planner.plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("8b"), world_size=n) for n in (1, 2)
-    )
+    one, two = (plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("8b"), world_size=n) for n in (1, 2))
     assert two.batch_size == one.batch_size and 1.7 < two.tokens_per_s / one.tokens_per_s <= 2.0
 
 
@@ -142,30 +146,30 @@ def test_two_processes_share_the_same_batch():
 )
 def test_what_cannot_fit_is_refused_with_the_change_that_fits(values, lengths, remedy):
     with pytest.raises(TunebookError, match=remedy):
-        planner.plan({"batch_size": 8, "plan_for": "T4", **values}, lengths, llama("8b"))
+        plan({"batch_size": 8, "plan_for": "T4", **values}, lengths, llama("8b"))
 
 
 def test_a_shorter_row_that_the_refusal_names_does_fit():
     with pytest.raises(TunebookError) as refused:
-        planner.plan({"batch_size": 8, "plan_for": "T4"}, [300_000], llama("8b"))
+        plan({"batch_size": 8, "plan_for": "T4"}, [300_000], llama("8b"))
     named = int(str(refused.value).split("rows of at most ")[1].split()[0])
-    assert planner.plan({"batch_size": 8, "plan_for": "T4"}, [named], llama("8b")).option.fits
+    assert plan({"batch_size": 8, "plan_for": "T4"}, [named], llama("8b")).option.fits
 
 
 def test_layer_inputs_are_offloaded_only_where_host_memory_has_room():
     t4, values = gpus.named("T4"), {"batch_size": 1, "method": "qlora"}
     with pytest.raises(TunebookError, match=r"GiB of host memory a process.* rows of at most \d+ tokens fit"):
-        planner.plan(values, [60_000], llama("8b"), card=t4)
-    plan = planner.plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
-    assert plan.offload and plan.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
-    assert f"inputs in host memory ({plan.option.offloaded_gib:.1f} GiB)" in str(plan)
+        plan(values, [60_000], llama("8b"), card=t4)
+    made = plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
+    assert made.offload and made.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
+    assert f"inputs in host memory ({made.option.offloaded_gib:.1f} GiB)" in str(made)
 
 
 def test_a_probing_step_corrects_the_plan_and_its_error_is_kept():
-    plan = planner.plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("3b"))
-    seen = plan.correct(peak_gib=plan.peak_gib * 1.1, tokens_per_s=plan.tokens_per_s * 0.8)
-    assert seen.peak_gib == pytest.approx(plan.peak_gib * 1.1) and seen.tokens_per_s == pytest.approx(
-        plan.tokens_per_s * 0.8
+    made = plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("3b"))
+    seen = made.correct(peak_gib=made.peak_gib * 1.1, tokens_per_s=made.tokens_per_s * 0.8)
+    assert seen.peak_gib == pytest.approx(made.peak_gib * 1.1) and seen.tokens_per_s == pytest.approx(
+        made.tokens_per_s * 0.8
     )
     assert seen.errors == {
         "peak_gib": pytest.approx(1 / 1.1 - 1, abs=1e-3),
@@ -175,8 +179,8 @@ def test_a_probing_step_corrects_the_plan_and_its_error_is_kept():
 
 
 def test_the_table_names_the_choice_and_what_else_was_weighed():
-    plan = planner.plan({"batch_size": 64, "plan_for": "A100-40"}, LENGTHS, llama("8b"))
-    text, page = str(plan), plan._repr_html_()
+    made = plan({"batch_size": 64, "plan_for": "A100-40"}, LENGTHS, llama("8b"))
+    text, page = str(made), made._repr_html_()
     assert (
         text.count("chosen") == 1
         and "16-bit" in text
@@ -188,12 +192,12 @@ def test_the_table_names_the_choice_and_what_else_was_weighed():
 
 def test_an_unknown_card_is_refused_with_the_known_ones():
     with pytest.raises(TunebookError, match="T4, L4, A100-40"):
-        planner.plan({"batch_size": 8, "plan_for": "A9"}, LENGTHS, llama("360m"))
+        plan({"batch_size": 8, "plan_for": "A9"}, LENGTHS, llama("360m"))
 
 
 def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
     for size, batch, spread in (("360m", 8, cost_model.LAUNCH_SPREAD), ("8b", 256, gpus.named("H200").spread)):
-        plan = planner.plan({"batch_size": batch, "plan_for": "H200"}, LENGTHS, llama(size))
-        middle, low, high = plan.seconds
+        made = plan({"batch_size": batch, "plan_for": "H200"}, LENGTHS, llama(size))
+        middle, low, high = made.seconds
         assert (high - middle) / middle == pytest.approx(spread) and (middle - low) / middle == pytest.approx(spread)
     assert gpus.named("H200").spread < cost_model.LAUNCH_SPREAD

@@ -174,8 +174,8 @@ class Stage:
 
     def check(self) -> None:
         """Raise TunebookError when a parameter was changed, by a slider say, since the stage was opened."""
-        known, now = self._plan["params"], self.params.as_dict()
-        if changed := [name for name in now if now[name] != known[name]]:
+        now = self.params.as_dict()
+        if changed := [name for name, value in self._plan["params"].items() if now[name] != value]:
             raise TunebookError(
                 f"{', '.join(changed)} changed after stage {self.name!r} was opened; run the cell that opens it again."
             )
@@ -193,7 +193,7 @@ class Stage:
             return False
         self.params.freeze()
         self._started, self._code = time.monotonic(), machine.code_hash(FOLDERS[self.name])
-        self.resumed = self._plan["params"].get("resume") != "never" and _unfinished(self.path, self._plan)
+        self.resumed = getattr(self.params, "resume", "") != "never" and _unfinished(self.path, self._plan)
         if not self.resumed:
             _set_aside(self.path)
         write_json(self.path / "plan.json", self._plan)
@@ -272,8 +272,8 @@ def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> St
         if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
-    plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    resumed = plan["params"].get("resume") != "never" and _unfinished(path, plan)
+    plan = {"params": _deciding(params.as_dict()), "parents": {s: m.sha256 for s, m in parents.items()}}
+    resumed = getattr(params, "resume", "") != "never" and _unfinished(path, plan)
     return Stage(name, params, path, parents, resumed, is_done(name, params), _plan=plan)
 
 
@@ -298,7 +298,7 @@ def is_done(stage: str, params: Params) -> Manifest | None:
         manifest = load(params.run, stage)
     except TunebookError:
         return None
-    same = not params.again and manifest.params == params.as_dict()
+    same = not params.again and _deciding(manifest.params) == _deciding(params.as_dict())
     if not same or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage]):
         return None
     known = manifest.data["parents"]
@@ -324,15 +324,17 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
         )
 
 
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that decide a result: how a killed run is resumed does not."""
+    return {name: value for name, value in values.items() if name != "resume"}
+
+
 def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
-    """Whether an earlier run of the same plan stopped in this folder; how it is resumed (`resume`) is no part of it."""
+    """Whether an earlier run of the same plan stopped in this folder."""
     try:
-        before = json.loads((path / "plan.json").read_text())
+        return not (path / "manifest.json").exists() and json.loads((path / "plan.json").read_text()) == plan
     except (OSError, ValueError):
         return False
-    before["params"].pop("resume", None)
-    values = {name: value for name, value in plan["params"].items() if name != "resume"}
-    return not (path / "manifest.json").exists() and before == {**plan, "params": values}
 
 
 def _set_aside(path: Path) -> None:

@@ -66,30 +66,27 @@ def get(kind: str, key: str, into: Path | None = None) -> dict[str, Any] | None:
     Every copy is hashed before it takes its name. An entry with a damaged or missing file is dropped, and said to be.
     """
     entry = folder() / kind / key
-    if not entry.is_dir():
-        return None
-    partials: dict[Path, Path] = {}
+    copies: dict[Path, Path] = {}
     try:
-        noted = json.loads((entry / "entry.json").read_text())
-        whole = noted["sha256"] == hash_json([noted["files"], noted["note"]])
-        for name, known in noted["files"].items() if whole and into else ():
-            assert into
-            partial = into / f".{name}.{os.getpid()}.partial"
-            partials[partial] = into / name
-            shutil.copyfile(entry / name, partial)
-            whole = whole and sha256_file(partial) == known
+        kept = json.loads((entry / "entry.json").read_text())
+        whole = kept["sha256"] == hash_json([kept["files"], kept["note"]])
+        for name, known in kept["files"].items() if whole and into else ():
+            copy = Path(into or "", f".{name}.{os.getpid()}.partial")
+            copies[copy] = copy.with_name(name)
+            shutil.copyfile(entry / name, copy)
+            whole = whole and sha256_file(copy) == known
         if whole:
-            for partial, target in partials.items():
-                os.replace(partial, target)
+            for copy, target in copies.items():
+                os.replace(copy, target)
             os.utime(entry / "entry.json")  # used last: pruned last
-            return noted["note"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return kept["note"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         pass
     except OSError as error:
         raise disk_error(error, into or entry) from error
     finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+        for copy in copies:
+            copy.unlink(missing_ok=True)
     if entry.is_dir():
         print(f"An entry of the cache was damaged and is dropped: {entry}")
         shutil.rmtree(entry, ignore_errors=True)

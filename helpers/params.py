@@ -24,6 +24,7 @@ from helpers.fields import Param, Value, more, param
 
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
+OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_8bit lion adafactor sgd"
 PRECISIONS = "auto bf16 fp16 fp32"
 
 
@@ -59,14 +60,10 @@ class Params:
         return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if getattr(self, p.name) != p.default}
 
     def _repr_html_(self) -> str:
-        changed = self.changed()
-        return display.table(
-            [
-                (p.name, getattr(self, p.name), p.unit, f"default {p.default!r}" if p.name in changed else "", p.help)
-                for p in STAGES[self.stage]
-            ],
-            ("parameter", "value", "unit", "changed", "meaning"),
-        )
+        changed, table = self.changed(), STAGES[self.stage]
+        was = {p.name: f"default {p.default!r}" if p.name in changed else "" for p in table}
+        rows = [(p.name, getattr(self, p.name), p.unit, was[p.name], p.help) for p in table]
+        return display.table(rows, ("parameter", "value", "unit", "changed", "meaning"))
 
     def __repr__(self) -> str:
         return textwrap.fill(", ".join(f"{n} = {v!r}" for n, v in self.as_dict().items()), 110, break_long_words=False)
@@ -79,8 +76,7 @@ class DataParams(Params):
     model: str = param("HuggingFaceTB/SmolLM2-135M-Instruct", "Base model (hub id or folder); its template is used")
     dataset: str = param(
         "datasets/atlas_train.jsonl",
-        "Training data: files, folders, globs, dataset_info names or hub ids (owner/name@revision:subset:split), "
-        "separated by commas",
+        "Files, folders, globs, dataset_info names, hub ids (owner/name@revision:subset:split); separated by commas",
     )
     format: str = param("auto", "Shape of the rows; auto finds it row by row", choices=FORMATS)
     test_dataset: str = param("datasets/atlas_test.jsonl", "Held-out questions; empty: a part of dataset")
@@ -115,7 +111,7 @@ class DataParams(Params):
     drop_gibberish: bool = more(False, "Drop answers that are not text of any language")
     personal_data: str = more(
         "off",
-        "E-mail, phone, payment card, IBAN and IP addresses: count, mask, or drop the row",
+        "E-mail, phone, payment card, IBAN, IP address: count, mask, or drop the row",
         choices="off count mask drop",
     )
     toxicity: str = more("none", "Scorer: module:function, transformers:model, or an endpoint http://host/v1#model")
@@ -177,16 +173,12 @@ class TrainingParams(Params):
     row_tokens: int = more(0, "Longest packed row; 0: the planner chooses what fits", "tokens", high=MANY)
     recompute: str = more(
         "auto",
-        "Activation checkpointing: of no layer, half of them or all; offload: all, their inputs in host memory",
+        "Activation checkpointing: no layer, half, all; offload: all, with CPU offload",
         choices="auto none half all offload",
     )
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")
     export_check: bool = more(True, "Refuse, before training, a model that could not be exported to GGUF afterwards")
-    optimizer: str = more(
-        "adamw",
-        "Optimizer; 8-bit and paged ones keep a small state",
-        choices="adamw adamw_8bit paged_adamw paged_adamw_8bit lion adafactor sgd",
-    )
+    optimizer: str = more("adamw", "Optimizer; 8-bit and paged ones have a small state", choices=OPTIMIZERS)
     weight_decay: float = more(0.0, "Weight decay", high=1)
     max_grad_norm: float = more(1.0, "Gradients are clipped to this norm", high=1000)
     target_modules: str = more("all-linear", "Layers that get an adapter: all-linear, or names separated by commas")
@@ -195,7 +187,7 @@ class TrainingParams(Params):
     dora: bool = more(False, "DoRA: magnitude and direction apart")
     init: str = more(
         "default",
-        "Adapter initialisation: noise and zeros, the base's principal directions (pissa), or its 4-bit error (loftq)",
+        "Adapter initialisation: noise, principal directions (pissa), 4-bit error (loftq)",
         choices="default pissa loftq",
     )
     lora_plus_ratio: float = more(0.0, "LoRA+: learning rate of B over that of A (paper: 16); 0: the same", high=1000)
@@ -224,7 +216,9 @@ class OrpoParams(TrainingParams):
     batch_size: int = param(8, "Pairs per optimizer step", "pairs", low=1, high=4096)
     max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, step=16)
 
-    method: str = more("qlora", "LoRA on a 4-bit or 16-bit base, or the adapter's base so", choices="qlora lora")
+    method: str = more(
+        "qlora", "LoRA on a 4-bit or 16-bit base; of an adapter: the base that it is trained on", choices="qlora lora"
+    )
     rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)
@@ -239,13 +233,11 @@ class GgufParams(Params):
     export: str = param("auto", "Which model: the latest trained, or by stage", choices="auto orpo sft base")
     quantizations: str = param(
         "q8_0,q4_k_m",
-        "GGUF types, separated by commas: f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, "
-        "q3_k_m, q3_k_s, q2_k",
+        "GGUF types, by commas: f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m, q3_k_s, q2_k",
     )
     merge_onto: str = param(
         "auto",
-        "Base that the adapter is merged into: 16-bit weights, or those after a round trip through NF4; "
-        "auto: what the adapter was made for",
+        "Base to merge into: 16-bit weights, or these after NF4; auto: what it was trained on",
         choices="auto 16bit nf4",
     )
     imatrix: bool = param(False, "Weigh errors by an importance matrix from the training data (better below 5 bits)")
@@ -360,13 +352,9 @@ def read_file(file: str | Path) -> dict[str, Any]:
 
 def read_globals(stage: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
     """A notebook's parameters among its globals. A plain value under another name is taken for a misspelt parameter."""
-    plain = {
-        n: v
-        for n, v in namespace.items()
-        if not n.startswith("_")
-        and n not in ("In", "Out")
-        and (v is None or isinstance(v, (str, int, float, bool, list, dict, tuple)))
-    }
+    kinds = (str, int, float, bool, list, dict, tuple, type(None))
+    plain = {n: v for n, v in namespace.items() if isinstance(v, kinds) and not n.startswith("_")}
+    plain = {n: v for n, v in plain.items() if n not in ("In", "Out")}
     for name in plain:
         find(stage, name)
     return plain

@@ -116,7 +116,7 @@ def stepper(model):
 
 
 def context(given: argparse.Namespace) -> None:
-    """The longest row that trains within 15, 24, 40 and 80 GiB, everything recomputed, offloaded and tiled."""
+    """The longest row that trains within 15, 24, 40 and 80 GiB, every layer checkpointed, offloaded and tiled."""
     from helpers.model import checkpointing
     from helpers.planner.plan import TILE
 
@@ -126,7 +126,7 @@ def context(given: argparse.Namespace) -> None:
     body = model.get_base_model().model
 
     def two_layers(tokens: int) -> float:
-        """A step of the first two layers with every weight in its place: with offloading each layer needs the same memory."""
+        """A step of the first two layers, every weight in its place: with offloading each needs the same memory."""
         body.config.num_hidden_layers = 2
         try:
             return step(row_of([tokens]))
@@ -150,7 +150,7 @@ SIZES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
-# size, base, rank, longest document, documents, layers recomputed, offload: none of them used to set the planner's constants
+# size, base, rank, longest document, documents, layers checkpointed, offload: none of them set the planner's constants
 SETTINGS = [
     ("135m", "none", 32, 1400, 20, 0, False),
     ("135m", "nf4", 16, 2000, 10, 15, False),
@@ -210,8 +210,8 @@ def planner_unsloth(given: argparse.Namespace) -> None:
 def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **about) -> None:
     """Print predicted and measured peak and seconds of one micro-batch (the median of four after one warm-up).
 
-    rows: the micro-batch, then others like it. probed_error: how far the time of its second pass, by tokens, is from what
-    the others take; that is what a training job's probing step goes by.
+    rows: the micro-batch, then others like it. probed_error: how far the time of its second pass, by tokens, is from
+    what the others take; that is what a training job's probing step goes by.
     """
     import torch
 

@@ -22,19 +22,18 @@ def supports(model: Any) -> bool:
     """Whether every layer of `model` is plain attention with rotary positions, over the whole context or a window."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    plain = choose(None, config).packed and not any(getattr(config, name, None) for name in UNSUPPORTED)
-    plain = (
-        plain and kinds <= {"full_attention", "sliding_attention"} and bool(getattr(config, "rope_parameters", None))
-    )
-    return plain and bool(getattr(model, "_supports_attention_backend", False))
+    if not choose(None, config).packed or any(getattr(config, name, None) for name in UNSUPPORTED):
+        return False
+    plain = kinds <= {"full_attention", "sliding_attention"} and getattr(config, "rope_parameters", None)
+    return bool(plain and getattr(model, "_supports_attention_backend", False))
 
 
 @dataclass
 class State:
     """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
     (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
-    allowed: bool (rows, capacity), the suffix columns that belong to the row and are no padding; places: their positions
-    (rows, capacity), counted from the end of the prefix."""
+    allowed: bool (rows, capacity), the suffix columns that belong to the row and are not padding; places: their
+    positions (rows, capacity), counted from the end of the prefix."""
 
     phase: str = "prefix"
     prefix: dict[int, tuple] = field(default_factory=dict)

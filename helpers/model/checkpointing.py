@@ -7,6 +7,7 @@ whole or a slice of tokens at a time. `helpers.planner.plan` picks the least tha
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,19 +75,19 @@ class _HiddenStore:
         self.waiting: list[_Parked] = []
 
     def put(self, hidden: Any) -> _Parked:
-        parked = _Parked(hidden, len(self.waiting))
-        if hidden.is_cuda:
-            self.stream = self.stream or torch.cuda.Stream(hidden.device)
-            self.stream.wait_stream(torch.cuda.current_stream(hidden.device))
-            with torch.cuda.stream(self.stream):
-                pieces = hidden.reshape(-1).split(PIECE)
-                parked.host = [torch.empty(len(piece), dtype=piece.dtype, pin_memory=True) for piece in pieces]
-                for host, piece in zip(parked.host, pieces, strict=True):
-                    host.copy_(piece, non_blocking=True)
-            hidden.record_stream(self.stream)
-        else:
-            parked.host = hidden.detach().clone()
+        parked = _Parked(len(self.waiting), hidden.device, hidden.shape)
         self.waiting.append(parked)
+        if not hidden.is_cuda:
+            parked.host = hidden.detach().clone()
+            return parked
+        self.stream = self.stream or torch.cuda.Stream(hidden.device)
+        self.stream.wait_stream(torch.cuda.current_stream(hidden.device))
+        with torch.cuda.stream(self.stream):
+            pieces = hidden.reshape(-1).split(PIECE)
+            parked.host = [torch.empty(len(piece), dtype=piece.dtype, pin_memory=True) for piece in pieces]
+            for host, piece in zip(parked.host, pieces, strict=True):
+                host.copy_(piece, non_blocking=True)
+        hidden.record_stream(self.stream)
         return parked
 
     def take(self, parked: _Parked) -> Any:
@@ -101,26 +102,26 @@ class _HiddenStore:
         return back
 
     def _fetch(self, parked: _Parked) -> None:
-        if parked.back is not None:
-            return
-        if parked.device.type != "cuda":
+        if parked.back is None and parked.device.type != "cuda":
             parked.back = parked.host
-            return
-        with torch.cuda.stream(self.stream):
-            parked.back = torch.empty(parked.shape, dtype=parked.host[0].dtype, device=parked.device)
-            for host, piece in zip(parked.host, parked.back.view(-1).split(PIECE), strict=True):
-                piece.copy_(host, non_blocking=True)
-            parked.ready = self.stream.record_event()
+        elif parked.back is None:
+            with torch.cuda.stream(self.stream):
+                parked.back = torch.empty(parked.shape, dtype=parked.host[0].dtype, device=parked.device)
+                for host, piece in zip(parked.host, parked.back.view(-1).split(PIECE), strict=True):
+                    piece.copy_(host, non_blocking=True)
+                parked.ready = self.stream.record_event()
 
 
+@dataclass
 class _Parked:
     """One layer's input: in `host` while it waits, in `back` once it is on its way to the GPU again."""
 
-    def __init__(self, hidden: Any, index: int) -> None:
-        self.device, self.shape, self.index = hidden.device, hidden.shape, index
-        self.host: Any = None
-        self.back: Any = None
-        self.ready: Any = None
+    index: int
+    device: Any
+    shape: Any
+    host: Any = None
+    back: Any = None
+    ready: Any = None
 
 
 def _autocast(device: str) -> dict[str, Any]:

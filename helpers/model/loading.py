@@ -23,14 +23,7 @@ from helpers.model.weights import check_adapter, reading
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 # Tokens that models keep for padding, tried in this order where the tokenizer itself names none.
-PADDING = (
-    "<|endoftext|>",
-    "<|finetune_right_pad_id|>",
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|vision_pad|>",
-)
+PADDING = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|vision_pad|>")
 ADAPTER_REMEDY = "name the base that it was trained on, or copy it again."
 
 

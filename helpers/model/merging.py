@@ -203,9 +203,7 @@ class _Merger:
         if name.endswith(".weight") and module in self.waiting:
             self.waiting.discard(module)
             self.changed += 1
-            with reading(
-                "The adapter", shard, "PEFT cannot merge it: serve it beside its base, or train without that option."
-            ):
+            with reading("The adapter on the base", shard, "PEFT cannot merge it: serve it beside its base."):
                 tensor = compat.merged_weight(self.modules[module], tensor)
         elif name.endswith(".bias") and module in self.modules:
             tensor = compat.merged_bias(self.modules[module], tensor)

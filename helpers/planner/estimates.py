@@ -60,6 +60,10 @@ class Plan:
     errors: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def setting(self) -> Setting:
+        return self.option.setting
+
+    @property
     def row_tokens(self) -> int:
         return self.option.setting.row_tokens
 
@@ -72,8 +76,8 @@ class Plan:
         return self.option.setting.recompute
 
     @property
-    def offload(self) -> bool:
-        return self.option.setting.offload
+    def reason(self) -> str:
+        return " ".join(self.reasons)
 
     @property
     def peak_gib(self) -> float:
@@ -82,10 +86,6 @@ class Plan:
     @property
     def tokens_per_s(self) -> float:
         return self.option.tokens_per_s / self.time_scale
-
-    @property
-    def reason(self) -> str:
-        return " ".join(self.reasons)
 
     @property
     def seconds(self) -> tuple[float, float, float]:
@@ -123,13 +123,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        setting = self.option.setting
-        names = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
+        of_plan = ("backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors", "reason")
+        of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         return {
             "card": self.card.name,
-            **{name: getattr(self, name) for name in ("backend", "attention", "accumulation", "world_size")},
-            **{name: getattr(self, name) for name in ("batch_size", "steps", "errors", "reason")},
-            **{name: getattr(setting, name) for name in names},
+            **{name: getattr(self, name) for name in of_plan},
+            **{name: getattr(self.setting, name) for name in of_setting},
             "peak_gib": round(self.peak_gib, 3),
             "tokens_per_s": round(self.tokens_per_s, 1),
             "seconds": [round(s, 1) for s in self.seconds],
@@ -138,23 +137,23 @@ class Plan:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table: the chosen setting first, then the alternatives."""
-        out: list[tuple[str, ...]] = []
-        for option in (self.option, *(o for o in self.alternatives if o.setting != self.option.setting)):
-            speed = option.tokens_per_s / self.time_scale
-            out.append(
-                (
-                    "chosen" if option is self.option else "fits" if option.fits else "does not fit",
-                    option.setting.backend,
-                    "4-bit" if option.setting.quantize == "nf4" else "16-bit",
-                    f"{option.setting.row_tokens:,}",
-                    f"{option.accumulation}",
-                    option.recompute_text,
-                    f"{option.peak_gib * self.memory_scale:.1f}",
-                    f"{speed:,.0f}",
-                    display.duration(self.tokens / speed),
-                )
-            )
-        return out
+        return [
+            self._row(o) for o in (self.option, *self.alternatives) if o is self.option or o.setting != self.setting
+        ]
+
+    def _row(self, option: Option) -> tuple[str, ...]:
+        speed = option.tokens_per_s / self.time_scale
+        return (
+            "chosen" if option is self.option else "fits" if option.fits else "does not fit",
+            option.setting.backend,
+            "4-bit" if option.setting.quantize == "nf4" else "16-bit",
+            f"{option.setting.row_tokens:,}",
+            f"{option.accumulation}",
+            option.recompute_text,
+            f"{option.peak_gib * self.memory_scale:.1f}",
+            f"{speed:,.0f}",
+            display.duration(self.tokens / speed),
+        )
 
     def headline(self) -> str:
         expected, shortest, longest = map(display.duration, self.seconds)

@@ -120,7 +120,7 @@ def test_a_plan_keeps_the_batch_and_fits_its_card():
         assert made.option.need_gib <= made.card.total_gib and made.batch_size == 64 and made.row_tokens >= max(LENGTHS)
         low, high = made.seconds[1:]
         assert low < made.seconds[0] < high
-        assert made.attention == ("packed_sdpa" if card == "T4" else "packed_varlen") and made.reason
+        assert made.attention == ("packed_sdpa" if card == "T4" else "packed_varlen") and made.reasons
 
 
 def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
@@ -128,7 +128,7 @@ def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
     for total in (12, 20, 40, 80, 139):
         made = plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(gpus.named("H200"), total_gib=total))
         speeds.append(made.tokens_per_s)
-    assert speeds == sorted(speeds) and made.recompute == 0
+    assert speeds == sorted(speeds) and made.setting.recompute == 0
 
 
 def test_two_processes_share_the_same_batch():
@@ -161,7 +161,7 @@ def test_layer_inputs_are_offloaded_only_where_host_memory_has_room():
     with pytest.raises(TunebookError, match=r"GiB of host memory a process.* rows of at most \d+ tokens fit"):
         plan(values, [60_000], llama("8b"), card=t4)
     made = plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
-    assert made.offload and made.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
+    assert made.setting.offload and made.option.offloaded_gib == pytest.approx(60_000 * 4096 * 2 * 32 / 2**30)
     assert f"inputs in host memory ({made.option.offloaded_gib:.1f} GiB)" in str(made)
 
 

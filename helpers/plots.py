@@ -1,8 +1,8 @@
 """Every figure: drawn by matplotlib from plain numbers, the same one in a notebook and in a report.
 
-A function returns a matplotlib figure that a notebook cell can end with, that `display.save_figure` writes as PNG, and that `svg`
-turns into text for a page, where its ink takes the page's colour. `figure.alt` says in words what is to be seen. The figures
-are made without pyplot: nothing is shown twice and none has to be closed.
+A function returns a matplotlib figure that a notebook cell can end with, that `display.save_figure` writes as PNG, and
+that `svg` turns into text for a page, where its ink takes the page's colour. `figure.alt` says in words what is to be
+seen. The figures are made without pyplot: nothing is shown twice and none has to be closed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def label(text: object) -> str:
-    """Foreign text as matplotlib may draw it: not endless, hidden characters visible, no `$` that would begin a formula."""
+    """Foreign text as matplotlib may draw it: not endless, hidden characters visible, no `$` that begins a formula."""
     return display.clean(str(text)[:80]).replace("$", r"\$")
 
 
 def svg(figure: Any) -> str:
-    """A figure as an <svg> element for a page: text stays text, the ink is the page's text colour, the alt text its label."""
+    """A figure as an <svg> element for a page: text stays text, ink is the page's colour, the alt text its label."""
     import matplotlib
 
     buffer = io.StringIO()
+    figure.set_layout_engine("none")  # one panel needs no layout, which takes half of the time
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of signs that matplotlib's own font lacks: here the page's fonts draw them
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -174,7 +175,7 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
 
 
 def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: int | None) -> Any:
-    """Rows by their length in tokens. histogram: length → rows; over: rows longer than max_length; proposed: the length to use."""
+    """Rows by their length in tokens. histogram: length → rows; over: rows over max_length; proposed: length to use."""
     values = {int(length): count for length, count in histogram.items()}
     top = max([*values, 1])
     figure, (panel,) = _figure(
@@ -195,8 +196,8 @@ def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: 
 
 @dataclass(frozen=True)
 class FilePoint:
-    """An exported file: bytes, mean KL divergence to the merged model, of it the weights' part, the most that is allowed,
-    and the task score with its 95 % interval as (value, low, high), all shares."""
+    """An exported file: its mean KL divergence to the merged model in nats a token, of it the weights' part, the most
+    that is allowed, and the task score with its 95 % interval as (value, low, high), all shares."""
 
     name: str
     bytes: int
@@ -282,7 +283,7 @@ def scores(bars: Sequence[Bar], label_x: str) -> Any:
 
 
 def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]]) -> Any:
-    """Share right by group of questions, a bar for each candidate. counts: group → questions; shares: candidate → group → share."""
+    """Share right by group, a bar for each candidate. counts: group → questions; shares: candidate → group → share."""
     groups = list(counts)
     alt = "Share right by group: " + "; ".join(
         f"{n} " + ", ".join(f"{g} {display.percent(v.get(g, 0), 0)}" for g in groups) for n, v in shares.items()
@@ -317,7 +318,7 @@ def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: st
 
 
 def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
-    """Parallel coordinates: a vertical axis for each dimension, a line for each run, coloured by its place on the last axis.
+    """Parallel coordinates: an axis for each dimension, a line for each run, coloured by its place on the last axis.
 
     runs: name → one value for each dimension, a number or a word; None breaks the line.
     """
@@ -346,7 +347,7 @@ def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
 
 
 def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[str, float]]]:
-    """(places between 0 and 1 of one dimension's values, marks): numbers by size, logarithmic over a wide range, words in order."""
+    """Places between 0 and 1 of a dimension's values, and its marks. A wide range of numbers is placed by logarithm."""
     known = [v for v in values if v is not None]
     if not all(display.finite(v) for v in known):
         words = sorted({str(v) for v in known})

@@ -1,11 +1,11 @@
-"""Publish a run to the Hugging Face hub: adapter, merged model and GGUF files, each in a repository with a card of its own.
+"""Publish a run to the Hugging Face hub: adapter, merged model and GGUF files, each in a repository with its own card.
 
     python -m helpers.publish myrun user/name                      lists every file and size, uploads nothing
     python -m helpers.publish myrun user/name --yes                uploads; the same command resumes a killed upload
     python -m helpers.publish myrun user/name --only gguf --public --yes
 
-Repositories: user/name (merged), user/name-lora (adapter), user/name-GGUF. The adapter is the one that was exported. Only files
-that a finished stage's manifest lists are published, and only while they still have the hashes written there. The token comes
+Repositories: user/name (merged), user/name-lora (adapter, the one that was exported), user/name-GGUF. Only files that a
+finished stage's manifest lists are published, and only while they still have the hashes written there. The token comes
 from `hf auth login` or HF_TOKEN; it is never a parameter, never printed and never stored.
 """
 
@@ -69,11 +69,11 @@ def publish(
 ) -> Published:
     """Upload a run's results, or list what would be uploaded.
 
-    name: "user/name" of the merged model's repository; the others add -lora and -GGUF. what: of "adapter", "merged", "gguf"; kinds
-    the run does not have are left out unless they alone were asked for. licence, data_licence: written into the cards.
+    name: "user/name" of the merged model's repository; the others add -lora and -GGUF. what: of "adapter", "merged",
+    "gguf"; kinds that the run does not have are left out. licence, data_licence: written into the cards.
 
-    Raises TunebookError for a run without such results, altered files, a bad name, a missing or refused token, or a hub that
-    cannot be reached; an interrupted upload is resumed by the same call.
+    Raises TunebookError for a run without such results, altered files, a bad name, a missing or refused token, or a hub
+    that cannot be reached; an interrupted upload is resumed by the same call.
     """
     what = tuple(what)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}/[A-Za-z0-9][\w.-]{0,80}", name) or ".." in name or "--" in name:
@@ -89,10 +89,8 @@ def publish(
 def plan(
     run: str, name: str, what: Iterable[str] = KINDS, licence: str = "", data_licence: str = ""
 ) -> list[Repository]:
-    """Files, sizes and cards of every repository; nothing is uploaded. Every file is checked against its manifest's hash."""
+    """Files, sizes and cards of every repository; every file is checked against its manifest's hash."""
     known = facts.gather(run)
-    base = str(known.model.get("name") or "")
-    base = base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else ""
     found = []
     for kind in what:
         stage = known.exported if kind == "adapter" else "gguf"
@@ -106,7 +104,7 @@ def plan(
         ]
         if files:
             card = model_card.render(known, kind, name + SUFFIX[kind], licence, data_licence)
-            found.append(Repository(kind, name + SUFFIX[kind], sorted(files), card, base))
+            found.append(Repository(kind, name + SUFFIX[kind], sorted(files), card, known.hub_base))
     if not found:
         raise TunebookError(
             f"The run {run!r} has nothing to publish of {', '.join(what)}; finish 02_qlora_sft for the adapter and "
@@ -127,7 +125,7 @@ def _name_there(kind: str, artifact: str) -> str:
 
 
 def staged(run: str, repository: Repository) -> Path:
-    """A folder that looks like the repository: links to the run's own files, the card, and an adapter's config with the hub's base id.
+    """A folder that looks like the repository: links to the run's files, the card, the adapter's config with a hub id.
 
     It stays at runs/<run>/publish/<kind>: links cost no room, and the same call finds the same files again.
     """

@@ -96,7 +96,7 @@ def untied_llama(tokenizer, tmp_path):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """A short run of all five notebooks, one for all workers: the finished command and the folder of runs. Not to be changed."""
+    """A short run of all five notebooks, one for all workers and not to be changed: (finished command, folder of runs)."""
     import short_run
 
     base = tmp_path_factory.getbasetemp()

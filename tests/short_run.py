@@ -55,7 +55,7 @@ def pipeline(root: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def shared(base: Path) -> tuple[subprocess.CompletedProcess, Path]:
-    """The short run "whole" under `base`: made by the first who asks, whatever process that is; (finished command, its root)."""
+    """The short run "whole" under `base`, made by whatever process asks first: (finished command, folder of runs)."""
     base.mkdir(exist_ok=True)
     with open(base / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -21,7 +21,7 @@ TOKEN = "hf_secretsecretsecretsecretsecretsecr"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The endpoints an upload needs: create, preupload, LFS batch and PUT, commit. break_after: PUTs before the line goes dead."""
+    """The endpoints an upload needs: create, preupload, LFS batch and PUT, commit. break_after: PUTs that succeed."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Endpoint)

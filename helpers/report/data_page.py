@@ -28,7 +28,7 @@ CONFIGS = {
 def preview(job: Any, rows: int = 6) -> display.Html:
     """Real rows token by token: what is trained in colour, the end of turn in another, ids on hover.
 
-    The rows are read back from the written parquet files. The page is saved as preview.html; the first rows of it are returned.
+    The rows are read back from the written parquet files. The page is preview.html; its first rows are returned.
     """
     template, draw = job.template(), shell.macro("tokens.html.j2", "block")
 
@@ -99,19 +99,14 @@ def write(job: Any) -> display.Html:
     """Save report.html and the data card README.md in the stage's folder; returns a short table for the notebook."""
     encoded, lost = job.encoded, job.rejects.as_dict()
     reasons = [*lost["invalid"].items(), *lost["removed"].items()]
-    tokens = sum(part.get("tokens", 0) for part in encoded["splits"].values())
-    trained = sum(part.get("trained_tokens", 0) for part in encoded["splits"].values())
     found = encoded["lengths"]
     marks = (encoded["max_length"], found["over"], found["proposed_max_length"])
     values = {
         "params": job.params,
         "encoded": encoded,
-        "tiles": [
-            *((f"{count:,}", f"{name} rows", "") for name, count in encoded["written"].items()),
-            (f"{tokens:,}", "tokens", ""),
-            (display.percent(trained / max(1, tokens)), "trained tokens", ""),
-            (f"{sum(lost['invalid'].values()):,}", "rejected rows", ""),
-        ],
+        "tokens": sum(part.get("tokens", 0) for part in encoded["splits"].values()),
+        "trained": sum(part.get("trained_tokens", 0) for part in encoded["splits"].values()),
+        "rejected": sum(lost["invalid"].values()),
         "sources": job.sources,
         "steps": job.steps,
         "lengths": plots.lengths(encoded["histogram"], *marks),
@@ -122,9 +117,10 @@ def write(job: Any) -> display.Html:
     }
     write_atomic(job.path / "report.html", shell.page("data.html.j2", f"Data report: {job.params.run}", **values))
     written = {name: count for name, count in encoded["written"].items() if count}
+    size = next((name for name, top in SIZES.items() if sum(written.values()) < top), "n>10M")
     write_atomic(
         job.path / "README.md",
-        shell.card("data_card.md.j2", head=_front_matter(job.params.run, written), written=written, **values),
+        shell.card("data_card.md.j2", written=written, configs=CONFIGS, size=size, **values),
     )
     rows = [
         ("report", job.path / "report.html"),
@@ -134,22 +130,3 @@ def write(job: Any) -> display.Html:
         ("removed by cleaning", f"{sum(lost['removed'].values()):,}"),
     ]
     return display.shown(rows)
-
-
-def _front_matter(run: str, written: dict[str, int]) -> str:
-    """The part of the card that the hub reads: which files make which configuration and split."""
-    import yaml
-
-    configs: list[dict[str, Any]] = []
-    for name, splits in CONFIGS.items():
-        files = [{"split": split, "path": f"{file}.parquet"} for split, file in splits if written.get(file)]
-        if files:
-            configs.append({"config_name": name, **({"default": True} if name == "sft" else {}), "data_files": files})
-    head = {
-        "pretty_name": f"Training data of run {run}",
-        "task_categories": ["text-generation"],
-        "size_categories": [next((name for name, top in SIZES.items() if sum(written.values()) < top), "n>10M")],
-        "tags": ["tunebook"],
-        "configs": configs,
-    }
-    return yaml.safe_dump(head, sort_keys=False)

@@ -33,7 +33,7 @@ class Facts:
     """What is known of a run.
 
     stages: finished stages; states: stage → "finished", "unfinished", "damaged" or "not run"; scores: scores.json;
-    answers: lines of answers.jsonl; logs: training stage → lines of its log.jsonl; files: type → what the export measured.
+    answers: lines of answers.jsonl; logs: training stage → lines of its log.jsonl; files: type → what was measured.
     """
 
     run: str
@@ -63,11 +63,26 @@ class Facts:
         """name, path, revision, origin of the base model; empty when no stage says."""
         return next((m.data["model"] for m in reversed(self.stages.values()) if m.data.get("model")), {})
 
+    @property
+    def hub_base(self) -> str:
+        """The base model's id on the hub; "" when it came from a folder."""
+        name = str(self.model.get("name") or "")
+        return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(m.data.get("wall_s") or 0.0 for m in self.stages.values())
+
+    @property
+    def memory(self) -> float:
+        """The highest memory of any stage, GiB."""
+        return max((m.data.get("peak_memory_gib") or 0.0 for m in self.stages.values()), default=0.0)
+
     # ------------------------------------------------------------ what was trained and what was exported
 
     @property
     def exported(self) -> str:
-        """Which stage's result stands in the exported files: "sft", "orpo" or "base"; before an export the last one trained."""
+        """The stage whose result the exported files hold: "sft", "orpo" or "base"; else the last trained."""
         known = str(self.metrics("gguf").get("trained_by", ""))
         return known or next((s for s in ("orpo", "sft") if s in self.stages), "base")
 
@@ -225,7 +240,7 @@ def _read_scores(facts: Facts) -> None:
 
 
 def _read_fidelity(facts: Facts) -> None:
-    """Each exported file's measurements with its size, largest first; a file that was measured and not kept has no size."""
+    """Each exported file's measurements, largest first; a file that was measured and not kept has no size."""
     if "gguf" not in facts.stages:
         return
     path = facts.stages["gguf"].path / "fidelity.json"
@@ -280,7 +295,7 @@ def row_lengths(facts: Facts) -> dict[int, int]:
 
 
 def examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
-    """The first training rows as (text, trained) pieces, decoded from the very ids that training saw; [] when not possible."""
+    """The first training rows as (text, trained) pieces, decoded from the ids that training saw; [] without them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""The model card: Markdown that names what was trained and what was exported, every number from manifests and scores.json."""
+"""The model card: it names what was trained and what was exported, every number from manifests and scores.json."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ METHODS = {"qlora": "QLoRA", "lora": "LoRA", "full": "full", "freeze": "last-lay
 
 
 def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str = "", data_licence: str = "") -> str:
-    """The card of one repository. kind: "adapter", "merged" or "gguf"; repository: its id on the hub, "" when not published.
+    """The card of one repository. kind: "adapter", "merged" or "gguf"; repository: its id on the hub, or "".
 
-    licence: of the base model and so of this one; "" takes what `base_licence` finds. data_licence: of the training data.
+    licence: of the base model and so of this one; "" takes what `base_licence` finds. data_licence: of the data.
     """
     licence = licence or base_licence(facts)
     base = str(facts.model.get("name") or "")
@@ -30,7 +30,9 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
         "model_card.md.j2",
         run=facts,
         kind=kind,
-        head=_front_matter(facts, kind, repository, licence, base, judged),
+        library=LIBRARY[kind],
+        relation=RELATION[kind] if facts.hub_base else "",
+        value=accuracy(judged).get("value"),
         repository=repository,
         base=base,
         licence=licence,
@@ -49,7 +51,7 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
 
 
 def base_licence(facts: Facts) -> str:
-    """The base model's licence as its own card's front matter names it; the shipped default model's is known; else ""."""
+    """The base model's licence as its own card names it; the shipped default model's is known; else ""."""
     import yaml
 
     readme = Path(str(facts.model.get("path", ""))) / "README.md"
@@ -66,14 +68,10 @@ def base_licence(facts: Facts) -> str:
 
 def judged_as(facts: Facts, kind: str) -> dict[str, Any] | None:
     """The evaluated candidate that this repository holds; None when it was not judged."""
-    if kind == "gguf":
-        files = [c for c in facts.scored if c["role"] == "gguf"]
-        ship = (facts.scores.get("ship") or {}).get("name")
-        return next((c for c in files if c["name"] == ship), None) or max(
-            files, key=lambda c: accuracy(c).get("value") or -1.0, default=None
-        )
-    roles = ("merged", facts.exported) if kind == "merged" else (facts.exported,)
-    return next((c for role in roles for c in facts.scored if c["role"] == role), None)
+    found = [c for c in facts.scored if c["role"] == kind] if kind != "adapter" else []
+    found = found or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"]
+    ship = (facts.scores.get("ship") or {}).get("name")
+    return max(found, key=lambda c: (c["name"] == ship, accuracy(c).get("value") or -1.0), default=None)
 
 
 def _step(facts: Facts, stage: str) -> str:
@@ -88,37 +86,6 @@ def _headline(facts: Facts, judged: dict[str, Any] | None) -> str:
     if judged and facts.baseline and (pair := facts.comparison(facts.baseline["name"], judged["name"])):
         return f"{judged['name']} against {facts.baseline['name']}: {pair['sentence']}."
     return ""
-
-
-def _front_matter(
-    facts: Facts, kind: str, repository: str, licence: str, base: str, judged: dict[str, Any] | None
-) -> str:
-    import yaml
-
-    head: dict[str, Any] = {
-        "license": licence or "other",
-        "library_name": LIBRARY[kind],
-        "pipeline_tag": "text-generation",
-        "tags": ["tunebook", "lora"],
-    }
-    if base.count("/") == 1 and not base.startswith((".", "/")):
-        head |= {"base_model": base, "base_model_relation": RELATION[kind]}
-    value = accuracy(judged).get("value")
-    if display.finite(value):
-        task = facts.scores["task"]
-        metric = {
-            "type": "accuracy",
-            "name": str(task.get("label") or "accuracy"),
-            "value": round(float(value), 4),
-            "verified": False,
-        }
-        result = {
-            "task": {"type": "text-generation", "name": str(task["kind"])},
-            "dataset": {"name": Path(str(task.get("data") or "held-out items")).name, "type": "held-out"},
-            "metrics": [metric],
-        }
-        head["model-index"] = [{"name": (repository or facts.run).split("/")[-1], "results": [result]}]
-    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
 
 
 def _changed(facts: Facts) -> dict[str, str]:

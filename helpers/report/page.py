@@ -44,7 +44,6 @@ PRINTED = 8  # items on paper: the best and the worst
 def render(facts: Facts) -> str:
     """The run's page."""
     made = {
-        "tiles": _tiles(facts),
         **_scores(facts),
         **_files(facts),
         "answers": _answers(facts),
@@ -59,29 +58,6 @@ def render(facts: Facts) -> str:
 
 
 # ---------------------------------------------------------------- what was measured
-
-
-def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
-    """The few numbers that a reader wants first, as (number, name, small print)."""
-    score, limits = shell.macro("macros.html.j2", "score"), shell.macro("macros.html.j2", "limits")
-    found: list[tuple[str, str, str]] = []
-    base, best = facts.baseline, facts.best
-    for candidate in (base, best):
-        if candidate and (value := accuracy(candidate)):
-            label = facts.scores["task"].get("label") or facts.scores["task"].get("metric") or "accuracy"
-            interval = str(limits(value))
-            found.append((score(value), candidate["name"], f"{label}; 95 %: {interval}" if interval else label))
-    if base and best:
-        if pair := facts.comparison(base["name"], best["name"]):
-            interval = f"95 %: {display.points(pair['low'])} to {display.points(pair['high'])}, n = {pair['n']}"
-            found.append((display.points(pair["difference"]), f"points: {pair['verdict']}", interval))
-        if display.finite(best["size_bytes"]):
-            name = "to ship" if facts.scores.get("ship") else "size"
-            found.append((display.size(best["size_bytes"]), name, f"{best['name']} on disk"))
-    if elapsed := sum(m.data.get("wall_s") or 0 for m in facts.stages.values()):
-        peak = max(m.data.get("peak_memory_gib") or 0 for m in facts.stages.values())
-        found.append((display.duration(elapsed), "whole run", f"highest memory {peak:.1f} GiB" if peak else ""))
-    return found
 
 
 def _scores(facts: Facts) -> dict[str, Any]:
@@ -123,7 +99,7 @@ def _files(facts: Facts) -> dict[str, Any]:
         value, count = file.get("task_score"), file.get("task_count") or 0
         score: tuple[float, float, float] | None = None
         if display.finite(value) and count:
-            score = (value, *wilson(value * count, count))
+            score = (value, *wilson(round(value * count), count))
         shown[name] = f"{display.percent(value)} of {count}" if score else "–"
         if display.finite((found := judged.get(name.lower(), {})).get("value")):
             shown[name], count = display.percent(found["value"]), found["n"]
@@ -194,7 +170,7 @@ def _group(row: dict[str, Any], base: str, best: str) -> str:
 
 
 def _rank(group: str, row: dict[str, Any], best: str) -> tuple[Any, ...]:
-    """Within a group, wrong answers that do not even run come first among the wrong, short questions among the right."""
+    """Within a group, wrong answers that do not even run come first, then short questions."""
     runs_at_all = bool((row["answers"].get(best) or {}).get("valid"))
     return GROUPS.index(group), runs_at_all and group in ("lost", "both wrong"), len(row["question"]), row["id"]
 

@@ -1,7 +1,7 @@
 """One page shell for every page and one way to write a card: Jinja2 templates in which every value is escaped.
 
-A page is a single HTML file with its style and its one script inside; its policy lets nothing be fetched and no other script
-run. Values meet a page through `display.clean` and autoescape, and a Markdown card through `markdown_text`.
+A page is a single HTML file with its style and its one script inside; its policy lets nothing be fetched and no other
+script run. Values meet a page through `display.clean` and autoescape, and a Markdown card through `markdown_text`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def public(value: Any) -> Any:
 
 
 def bar(value: Any, low: Any, high: Any, floor: float = 0.0, ceiling: float = 1.0) -> Markup:
-    """A value with its 95 % interval on a fixed scale, for a table's cell. It starts at 0; a negative one points to the left."""
+    """A value with its 95 % interval on a fixed scale, for a table's cell; a negative value points to the left."""
     if not display.finite(value) or ceiling <= floor:
         return Markup("")
 

@@ -15,7 +15,8 @@ from helpers import runs
 from helpers.evaluate import statistics
 
 PROJECT = Path(__file__).parents[2]
-NASTY = "</pre><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">\x00\x1b[31m\u202e&amp; {{ x }} $a_1$\ud800"
+NASTY = "</pre><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
+NASTY += "\x00\x1b[31m\u202e&amp; {{ x }} $a_1$\ud800"
 CHANCES = {"base": 0.12, "sft": 0.57, "orpo": 0.6, "gguf q8_0": 0.59}
 
 
@@ -75,7 +76,7 @@ def write_evaluation(run, scores, answers):
 
 
 def enlarge(run, seed=0, lift=0.0, items=180):
-    """Replace a run's evaluation by one of `items` real questions whose answers are right by lot; one candidate is skipped."""
+    """Replace a run's evaluation by one of `items` real questions, answers right by lot; one candidate is skipped."""
     rng = random.Random(seed)
     scores, few = evaluation(run)
     questions = [

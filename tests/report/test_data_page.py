@@ -106,6 +106,13 @@ def test_the_preview_shows_every_token_of_a_row_with_its_id_and_colour(hostile, 
         assert [html.unescape(text) for *_, text in spans] == [text for *_, text in found]
 
 
+COLOURS = """() => [...document.querySelectorAll('body, .t, .e, .s, .muted, .sub, td')].slice(0, 300).map(e => {
+    const ground = e => getComputedStyle(e).backgroundColor;
+    let back = e;
+    while (back && ground(back) === 'rgba(0, 0, 0, 0)') back = back.parentElement;
+    return [getComputedStyle(e).color, back ? ground(back) : 'rgb(255, 255, 255)'] })"""
+
+
 @pytest.mark.parametrize("scheme, width", [("light", 1100), ("dark", 390)])
 def test_the_pages_fit_a_desk_and_a_phone_and_can_be_read_in_light_and_dark(hostile, chromium, scheme, width):
     from playwright.sync_api import sync_playwright
@@ -119,9 +126,7 @@ def test_the_pages_fit_a_desk_and_a_phone_and_can_be_read_in_light_and_dark(host
         for name in ("report.html", "preview.html"):
             view.goto((job.path / name).as_uri())
             assert view.evaluate("document.documentElement.scrollWidth") <= width
-            colours = view.evaluate("""() => [...document.querySelectorAll('body, .t, .e, .s, .muted, .sub, td')].slice(0, 300).map(e => {
-                let back = e; while (back && getComputedStyle(back).backgroundColor === 'rgba(0, 0, 0, 0)') back = back.parentElement;
-                return [getComputedStyle(e).color, back ? getComputedStyle(back).backgroundColor : 'rgb(255, 255, 255)'] })""")
+            colours = view.evaluate(COLOURS)
             assert min(contrast(*pair) for pair in colours) >= 4.5
         browser.close()
     assert not said

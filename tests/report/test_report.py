@@ -1,4 +1,4 @@
-"""Claims about the report, read in a real browser: whole without a network, safe with hostile answers, legible everywhere."""
+"""The report, read in a real browser: whole without a network, safe with hostile answers, legible everywhere."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def browser(chromium):
 
 @pytest.fixture
 def visit(browser):
-    """visit(path, **context) -> page, with every console message and request written down in page.said and page.asked."""
+    """visit(path, **context) -> page, with every console message in page.said and every request in page.asked."""
     contexts = []
 
     def go(path, **context):
@@ -116,7 +116,7 @@ def test_every_part_is_there_and_the_numbers_are_those_of_the_files(root, visit)
 
 
 def test_a_short_real_run_has_every_part_and_no_gap_in_words(root, visit):
-    """Exactly what the five notebooks left: no key that the report waits for is missing, none that it prints is undefined."""
+    """Exactly what the five notebooks left: no key that the report waits for is missing, none is printed undefined."""
     opened = visit(root / "short" / "report.html")
     assert opened.said == []
     assert list(page.ANCHORS) == [
@@ -229,7 +229,8 @@ def contrast(page, selector):
         """selector => {
       const e = document.querySelector(selector), style = getComputedStyle(e);
       let at = e, back;
-      do { back = getComputedStyle(at).backgroundColor; at = at.parentElement; } while (at && /, 0\\)$|transparent/.test(back));
+      do { back = getComputedStyle(at).backgroundColor; at = at.parentElement; }
+      while (at && /, 0\\)$|transparent/.test(back));
       return [e.tagName.toLowerCase() === "text" ? style.fill : style.color, back];
     }""",
         selector,
@@ -357,7 +358,10 @@ def test_the_card_and_the_published_adapter_are_those_of_the_exported_stage(chan
     (adapter,) = publish.plan("atlas", "user/atlas", ["adapter"])
     assert {source.parts[-3] for _, source, _ in adapter.files} == {"02_qlora_sft"}
     sft = next(c for c in samples.evaluation(changed)[0]["candidates"] if c["name"] == "sft")
-    assert f"value: {sft['scores']['accuracy']['value']:.4f}" in adapter.card and "sft against base: " in adapter.card
+    assert (
+        f'"value": {round(sft["scores"]["accuracy"]["value"], 4)}' in adapter.card
+        and "sft against base: " in adapter.card
+    )
     assert "Exported from: supervised fine-tuning" in text_of(report.build("atlas"))
 
 

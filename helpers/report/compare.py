@@ -46,7 +46,7 @@ def _score(facts: Facts) -> dict[str, Any]:
 
 
 def _differing(found: list[Facts]) -> dict[str, tuple[str, str]]:
-    """Shown name → (stage, parameter) of every parameter whose value is not the same in all runs that have the stage."""
+    """Shown name → (stage, parameter) of every parameter whose value differs between the runs that have the stage."""
     every = dict.fromkeys((stage, n) for f in found for stage, m in f.stages.items() for n in m.params if n != "run")
     kept = [(s, n) for s, n in every if len({repr(_value(f, s, n)) for f in found if s in f.stages}) > 1]
     names = [name for _, name in kept]
@@ -68,8 +68,8 @@ def _row(facts: Facts, differing: list[tuple[str, str]]) -> dict[str, Any]:
         "candidate": _judged(facts),
         "accuracy": _score(facts),
         "held_out": _held_out(facts),
-        "seconds": sum(m.data.get("wall_s") or 0 for m in facts.stages.values()),
-        "memory": max((m.data.get("peak_memory_gib") or 0 for m in facts.stages.values()), default=None),
+        "seconds": facts.seconds,
+        "memory": facts.memory,
     }
 
 
@@ -89,7 +89,7 @@ def _warnings(found: list[Facts]) -> list[str]:
 
 
 def _sweep(found: list[Facts], differing: dict[str, tuple[str, str]]) -> Any:
-    """Parallel coordinates of the differing parameters, the held-out loss and the score; None with fewer than two scores."""
+    """Parallel coordinates of differing parameters, held-out loss and score; None with fewer than two scores."""
 
     def place(value: Any) -> Any:
         return display.plain(value) if isinstance(value, bool) else "(empty)" if value == "" else value

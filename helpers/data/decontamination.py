@@ -15,6 +15,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class Items:
         if not hit.any():
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         place = np.repeat(np.array(owners), np.diff(offsets))[hit]
-        first: np.ndarray = np.searchsorted(self._gram, flat[hit], "left")
+        first: Any = np.searchsorted(self._gram, flat[hit], "left")
         counts = np.searchsorted(self._gram, flat[hit], "right") - first
         # Every place of the item list that a hit reaches: first, first + 1, … for each.
         reached = np.repeat(first - np.r_[0, np.cumsum(counts)[:-1]], counts) + np.arange(counts.sum())

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.data.shingles import SeenHashes, mix, shingles, text_hash
+from helpers.data.shingles import mix, shingles, text_hash
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import Row, shown
 from helpers.worker import Forked
@@ -46,11 +46,13 @@ KEYS = mix(np.arange(2001, 2001 + HASHES, dtype=np.uint64)) | np.uint64(1)
 
 def exact_duplicates(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
     """Keep the first of the rows with the same content (`id`): messages, tools, answers and label."""
-    seen = SeenHashes()
+    seen: set[int] = set()
 
     def judge(batch: list[Row]) -> Iterator[Fault]:
-        fresh = seen.add(np.array([int(row["id"], 16) for row in batch], np.uint64))
-        return (None if new else ("exact duplicate", "") for new in fresh)
+        for row in batch:
+            number = int(row["id"], 16)
+            yield ("exact duplicate", "") if number in seen else None
+            seen.add(number)
 
     return report.sift(rows, judge)
 

@@ -259,7 +259,7 @@ class Encoder:
         for first, behind in spans[-1:] if self.train_on == "last" else spans:
             begin, last = encoding.char_to_token(first), encoding.char_to_token(behind - 1)
             # The end of turn may stand right behind the marks.
-            held = np.flatnonzero(self._kinds[ids[begin : last + 2]] == 2)
+            held: Any = np.flatnonzero(self._kinds[ids[begin : last + 2]] == 2)
             if not len(held):
                 raise RowError(
                     "no end of turn", f"the template's marks leave {self.template.end_text} out of the labels"
@@ -295,7 +295,8 @@ class _Tokens:
         found = kinds[self.ids]
         specials = np.flatnonzero(found)
         self._ends = np.flatnonzero(found == 2).tolist()
-        self._specials, self._first = specials.tolist(), np.searchsorted(specials, self.starts).tolist()
+        first: Any = np.searchsorted(specials, self.starts)
+        self._specials, self._first = specials.tolist(), first.tolist()
 
     def specials_of(self, number: int) -> list[int]:
         """Places of the control tokens of a row, counted from its beginning."""

@@ -16,6 +16,7 @@ import hashlib
 import threading
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
         classes = _classes(symbols).take(codes, mode="clip")
     is_word = classes == WORD  # false at both ends
     is_single = classes >= UNSPACED
-    starts = np.flatnonzero(is_word[1:] & ~is_word[:-1] | is_single[1:]) + 1
+    starts: np.ndarray = np.flatnonzero(is_word[1:] & ~is_word[:-1] | is_single[1:]) + 1
     ends = np.flatnonzero(is_word[:-1] & ~is_word[1:] | is_single[:-1])
     powers, inverses = _powers(1 << max(17, len(codes).bit_length()))
     terms, sums = _scratch(len(codes))
@@ -57,7 +58,7 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
     hashes += terms[starts]
     hashes *= inverses[starts]
     ends_of_texts = np.cumsum(np.fromiter(lengths, np.int64, len(texts)) + 1) + 1
-    offsets = np.zeros(len(texts) + 1, np.int64)
+    offsets: np.ndarray = np.zeros(len(texts) + 1, np.int64)
     offsets[1:] = np.searchsorted(starts, ends_of_texts)
     return mix(hashes), offsets, classes[starts] == UNSPACED
 
@@ -68,7 +69,7 @@ def shingles(texts: list[str], words: int = 3, chars: int = 5, symbols: bool = T
     A text of fewer than `words` tokens is one shingle; one without tokens has none.
     """
     parts = [_shingles(part, words, chars, symbols) for part in _portions(texts)]
-    offsets = np.zeros(len(texts) + 1, np.int64)
+    offsets: np.ndarray = np.zeros(len(texts) + 1, np.int64)
     if not parts:
         return np.zeros(0, np.uint64), offsets
     np.cumsum(np.concatenate([np.diff(part[1]) for part in parts]), out=offsets[1:])
@@ -98,17 +99,17 @@ def _shingles(texts: list[str], words: int, chars: int, symbols: bool) -> tuple[
         grams = np.where(unspaced & (left >= chars), _grams(hashes, chars), grams)
     short = np.flatnonzero((counts > 0) & (counts < words))
     if len(short):
-        whole = np.zeros(len(short), np.uint64)
+        whole: np.ndarray = np.zeros(len(short), np.uint64)
         for k in range(words - 1):
             more = counts[short] > k
             whole[more] = whole[more] * np.uint64(BASE) + hashes[offsets[short[more]] + k]
         grams[offsets[short]] = mix(whole + counts[short].astype(np.uint64))
-    keep = np.ones(len(hashes), bool)
+    keep: np.ndarray = np.ones(len(hashes), bool)
     for k in range(1, words):  # the last words - 1 positions begin no shingle
         keep[offsets[1:][counts >= k] - k] = False
     keep[offsets[short]] = True
     sizes = np.where(counts >= words, counts - words + 1, np.minimum(counts, 1))
-    result = np.zeros(len(texts) + 1, np.int64)
+    result: np.ndarray = np.zeros(len(texts) + 1, np.int64)
     np.cumsum(sizes, out=result[1:])
     return grams[keep], result
 
@@ -129,39 +130,11 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-class SeenHashes:
-    """A set of 64-bit hashes in sorted numpy arrays, about 8 bytes each however many there are.
-
-    Arrays double in size from level to level, so that adding costs a logarithm of merges.
-    """
-
-    def __init__(self) -> None:
-        self._levels: list[np.ndarray] = []
-
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add uint64 (n,); returns bool (n,), true where a hash was not seen before, earlier in `hashes` included."""
-        unique, first = np.unique(hashes, return_index=True)
-        new = np.ones(len(unique), bool)
-        for level in self._levels:
-            new &= ~contains(level, unique)
-        fresh = np.zeros(len(hashes), bool)
-        fresh[first[new]] = True
-        level = unique[new]
-        while self._levels and len(self._levels[-1]) <= 2 * len(level):
-            level = np.sort(np.concatenate([self._levels.pop(), level]), kind="stable")
-        if len(level):
-            self._levels.append(level)
-        return fresh
-
-    def __len__(self) -> int:
-        return sum(map(len, self._levels))
-
-
 def contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     """bool (n,): which of `values` are in the sorted array `ordered`."""
     if not len(ordered):
         return np.zeros(len(values), bool)
-    at = np.searchsorted(ordered, values)
+    at: Any = np.searchsorted(ordered, values)
     at[at == len(ordered)] = 0
     return ordered[at] == values
 
@@ -181,7 +154,7 @@ def _classes(symbols: bool) -> np.ndarray:
     """Class of every code point, uint8 (0x110000,)."""
     if not symbols:
         return np.where(_classes(True) == SYMBOL, SPACE, _classes(True))
-    table = np.zeros(0x110000, np.uint8)
+    table: np.ndarray = np.zeros(0x110000, np.uint8)
     for code in range(0x30000):
         char = chr(code)
         if char.isspace() or code == 0:
@@ -204,7 +177,7 @@ def _ascii_classes(symbols: bool) -> bytes:
 
 
 def _scratch(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint64 (size,) to be overwritten, kept by the thread: fresh pages for each portion would cost as much as the arithmetic."""
+    """Two uint64 (size,) to be overwritten, kept by the thread: fresh pages would cost as much as the arithmetic."""
     held = getattr(_KEPT, "arrays", None)
     if held is None or len(held[0]) < size:
         held = _KEPT.arrays = (np.empty(size, np.uint64), np.empty(size, np.uint64))
@@ -216,7 +189,7 @@ def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """BASE**i and BASE**-i modulo 2**64 for i < size."""
     tables = []
     for base in (BASE, INVERSE):
-        table = np.full(size, base, np.uint64)
+        table: np.ndarray = np.full(size, base, np.uint64)
         table[0] = 1
         tables.append(np.multiply.accumulate(table))
     return tables[0], tables[1]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from helpers.cache import Answers
-from helpers.data.shingles import SeenHashes, shingles, text_hash, tokens
+from helpers.data.shingles import shingles, tokens
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import BATCH_ROWS, Row, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
@@ -106,7 +106,7 @@ def question_answers(
             )
 
     def made() -> Iterator[Row]:
-        seen = SeenHashes()
+        seen: set[str] = set()
         for reply in _counted(client.ask(requests()), report):
             document = reply.request.tag
             report.seen += 1
@@ -207,7 +207,7 @@ def overlap(question: str, reference: str, answer: str) -> float:
     return sum(found) / 2
 
 
-def pair_fault(question: str, answer: str, document: str, seen: SeenHashes) -> str:
+def pair_fault(question: str, answer: str, document: str, seen: set[str]) -> str:
     """Why a pair made from a document is not used, or ""."""
     if not question or not answer:
         return "question or answer empty"
@@ -217,8 +217,10 @@ def pair_fault(question: str, answer: str, document: str, seen: SeenHashes) -> s
     words = flat[: offsets[1]]
     if not len(words) or np.isin(words, flat[offsets[1] :]).mean() < GROUNDED:
         return "answer is not in the document"
-    if not seen.add(np.array([text_hash(" ".join(question.lower().split()))], np.uint64))[0]:
+    asked = " ".join(question.lower().split())
+    if asked in seen:
         return "question asked before"
+    seen.add(asked)
     return ""
 
 

@@ -189,9 +189,7 @@ def test_rows_that_are_no_documents_are_refused():
     ],
 )
 def test_poor_pairs_have_a_reason(question, answer, why):
-    from helpers.data.shingles import SeenHashes
-
-    seen = SeenHashes()
+    seen = set()
     assert synthetic.pair_fault(question.strip(), answer.strip(), TEXTS[0], seen) == why
     if not why:
         assert synthetic.pair_fault(question.upper(), answer, TEXTS[0], seen) == "question asked before"

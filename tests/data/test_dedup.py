@@ -101,19 +101,6 @@ def test_a_ten_megabyte_line_is_one_text():
     assert set(flat.tolist()) == {int(flat[0])}
 
 
-def test_seen_hashes_answers_like_a_set():
-    rng = np.random.default_rng(3)
-    seen, truth = shingles.SeenHashes(), set()
-    for _ in range(60):
-        values = rng.integers(0, 5_000, 200).astype(np.uint64)
-        expected = []
-        for value in values.tolist():
-            expected.append(value not in truth)
-            truth.add(value)
-        assert seen.add(values).tolist() == expected
-    assert len(seen) == len(truth)
-
-
 # ---------------------------------------------------------------- exact duplicates
 
 

@@ -35,6 +35,7 @@ BREAKS = ("\n\n", "\n", ". ", "。", " ")
 def chunks(
     file: Path,
     rejects: Rejects,
+    where: str,
     tokenizer: Callable[[], Any],
     tokens: int = 384,
     overlap: int = 32,
@@ -42,18 +43,18 @@ def chunks(
 ) -> Iterator[tuple[int, dict]]:
     """(number of the piece from 1, {"text", "document", "piece"}) for one document.
 
-    tokenizer: gives the tokenizer that counts tokens. A document without text, one that can't be read and one shorter
-    than `least_chars` characters are rejected or dropped, with the reason.
+    where: its name in rejects. tokenizer: gives the tokenizer that counts tokens. A document without text, one that
+    can't be read and one shorter than `least_chars` characters are rejected or dropped, with the reason.
     """
     try:
         text = read(file)
     except RowError as error:
         rejects.saw(1)
-        rejects.add(file, 0, error.reason, error.detail, step="document")
+        rejects.add(where, 0, error.reason, error.detail, step="document")
         return
     if len(text) < least_chars:
         detail = f"{len(text)} characters, fewer than {least_chars}"
-        rejects.add(file, 0, "document too short", detail, step="document", invalid=False)
+        rejects.add(where, 0, "document too short", detail, step="document", invalid=False)
         return
     for number, piece in enumerate(cut(text, tokenizer(), tokens, overlap), 1):
         yield number, {"text": piece, "document": file.name, "piece": number}

@@ -12,10 +12,9 @@ import csv
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from helpers.data.tables import Rejects, open_parquet
 from helpers.data.turns import BATCH_ROWS, RowError
@@ -26,7 +25,8 @@ MAX_DEPTH = 64  # nested lists and objects of one record
 MAX_EXPANSION = 1000  # gzip and zstd may unpack to this many times their size, once past MAX_UNPACKED
 MAX_UNPACKED = 2**30
 BLOCK = 2**20
-PACKED = (".gz", ".zst")
+PACKED_BLOCK = 2**14  # what is lost before a damage
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 HOLDERS = ("data", "rows", "train", "examples", "instances")  # keys under which an object holds the list of rows
 ENCODINGS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 ENCODINGS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -43,8 +43,8 @@ def kind(file: Path) -> str:
     return next((ending for ending in reversed(file.suffixes) if ending.lower() not in PACKED), "").lower()
 
 
-def read(file: Path, rejects: Rejects) -> Iterator[tuple[int, dict]]:
-    """The records of a file by its kind. Raises TunebookError only when the file itself cannot be opened."""
+def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]:
+    """The records of a file by its kind. where: its name in rejects. Raises TunebookError if it cannot be opened."""
     ending, stream, number = kind(file), Stream(file), 0
     if ending == ".parquet":
         rows = _parquet(file)
@@ -64,7 +64,7 @@ def read(file: Path, rejects: Rejects) -> Iterator[tuple[int, dict]]:
         elif not isinstance(found, Exception):
             detail = f"the row is {type(found).__name__}; a JSON object of columns was expected"
             reason = "not an object"
-        rejects.add(file, number, reason, detail)
+        rejects.add(where, number, reason, detail)
         rejects.saw(1)
 
     for number, record in rows:
@@ -117,49 +117,24 @@ class Stream:
 
     def pieces(self) -> Iterator[bytes]:
         """The unpacked bytes up to the end or to the first damage."""
-        packed, given = self.file.suffix.lower(), 0
+        import pyarrow as pa
+
+        packed, given = PACKED.get(self.file.suffix.lower()), 0
         try:
-            raw = self.file.open("rb")
+            limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size)
+            raw = pa.CompressedInputStream(str(self.file), packed) if packed else self.file.open("rb")
         except OSError as error:
             raise TunebookError(f"{self.file} cannot be opened ({error.strerror}); check its permissions.") from None
-        limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size)
         with raw:
-            pieces = _unpacked(raw, packed) if packed in PACKED else iter(lambda: raw.read(BLOCK), b"")
-            while packed not in PACKED or given <= limit:
-                try:
-                    data = next(pieces, None)
-                except Exception as error:  # zlib's, zstandard's, the file system's
-                    self.problem = f"the packed data is damaged or ends early ({error})"
-                    return
-                if data is None:
-                    return
-                if data:
+            try:
+                while data := raw.read(PACKED_BLOCK if packed else BLOCK):
+                    given += len(data)
                     yield data
-                given += len(data)
-        self.problem = f"the file unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
-
-
-def _unpacked(raw: BinaryIO, packed: str) -> Iterator[bytes]:
-    """gzip or zstd, one or several members, giving all that can be unpacked before it says that something is wrong.
-
-    The libraries' own file objects lose the last block of a damaged gzip, and end a cut zstd as if it were whole.
-    """
-    import zstandard
-
-    portion = 2**15 if packed == ".gz" else 2**10  # one KiB of zstd unpacks to 32 MiB at most
-    unpacker, left = None, b""
-    while data := left or raw.read(portion):
-        left = b""
-        if unpacker is None:
-            data = data.lstrip(b"\0") if packed == ".gz" else data  # gzip may be padded with zeros
-            if not data:
-                continue
-            unpacker = zlib.decompressobj(wbits=31) if packed == ".gz" else zstandard.ZstdDecompressor().decompressobj()
-        yield unpacker.decompress(data)
-        if unpacker.eof:
-            left, unpacker = unpacker.unused_data, None
-    if unpacker is not None:
-        raise EOFError("there is no end marker")
+                    if packed and given > limit:
+                        self.problem = f"it unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
+                        return
+            except OSError as error:
+                self.problem = f"the data is damaged or ends early ({error})"
 
 
 def attempt(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -48,9 +48,10 @@ HUB = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """One set of records: a local file, or a hub set. limit: rows to take, 0 for all."""
+    """One set of records: a local file, or a hub set. where: what rejects call it. limit: rows to take, 0 for all."""
 
     name: str
+    where: str = ""
     file: Path | None = None
     hub: str = ""
     revision: str = ""
@@ -114,29 +115,23 @@ def find(spec: str, info: str = "") -> list[Source]:
         raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
     path = path / INFO if path.is_dir() else path
     named = _described_sets(path) if path.is_file() or info else {}
+    found = [source for part in parts for source in _find_part(part, named)]
     taken: Counter = Counter()
-    found = []
-    for source in (source for part in parts for source in _find_part(part, named)):
-        name = source.name
+    places: dict[str, set[Path]] = {}
+    for source in found:
+        if source.file is not None:
+            places.setdefault(source.file.name, set()).add(source.file.absolute())
+    for number, source in enumerate(found):
+        name, where = source.name, source.hub
         while taken[name]:
             taken[source.name] += 1
             name = f"{source.name}-{taken[source.name]}"
         taken[name] += 1
-        found.append(replace(source, name=name))
+        if source.file is not None:  # its name, with its folders where several have that name
+            same = places[where := source.file.name]
+            where = where if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
+        found[number] = replace(source, name=name, where=where)
     return found
-
-
-def names(found: list[Source]) -> dict[Path, str]:
-    """What each file is called in reports and rejects: its name, with its folders where several have that name."""
-    places: dict[str, set[Path]] = {}
-    for source in found:
-        if source.file is not None:
-            places.setdefault(source.file.name, set()).add(source.file)
-    called: dict[Path, str] = {}
-    for name, same in places.items():
-        shared = os.path.commonpath([file.absolute() for file in same])
-        called |= {file: str(file.absolute().relative_to(shared)) if len(same) > 1 else name for file in same}
-    return called
 
 
 def _existing(text: str) -> Path | None:
@@ -264,13 +259,11 @@ def read(
     """
     named = formats.named_shape(format, columns, unanswerable)
     found = find(spec, info)
-    rejects.names |= names(found)
     reports: list[SourceReport] = []
 
     def every() -> Iterator[Row]:
         for source in found:
-            where = source.hub if source.file is None else rejects.names[source.file]
-            reports.append(SourceReport(source.name, where))
+            reports.append(SourceReport(source.name, source.where))
             yield from _rows(source, named or source.shape, rejects, reports[-1], unanswerable, documents or {})
 
     table = Table.collect(batches(every()))
@@ -313,9 +306,9 @@ def _records(source: Source, rejects: Rejects, options: dict) -> Iterator[tuple[
     if source.file is None:
         found = _of_hub(source)
     elif files.kind(source.file) in documents.KINDS:
-        found = documents.chunks(source.file, rejects, **options)
+        found = documents.chunks(source.file, rejects, source.where, **options)
     else:
-        found = files.read(source.file, rejects)
+        found = files.read(source.file, rejects, source.where)
     for number, record in found:
         if source.limit and number > source.limit:
             return

@@ -170,9 +170,7 @@ class Rejects:
         self.removed: Counter = Counter()
         self.first: dict[str, dict] = {}  # reason → the first row lost for it
         self.total_seen = 0
-        self.names: dict[Path, str] = {}  # what a file is called, where its name alone is not enough
         self._file: Any = None
-        self._begun = False
         self._marks: dict[str, tuple] = {}
 
     def begin(self, step: str) -> None:
@@ -186,22 +184,25 @@ class Rejects:
             os.truncate(self.path, size)
 
     def add(
-        self, file: str | Path, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True
+        self, file: str, row: int, reason: str, detail: str = "", *, step: str = "read", invalid: bool = True
     ) -> None:
         """Count a lost row. row: from 1 in its file, 0 for the file as a whole."""
-        name = self.names.get(file, file.name) if isinstance(file, Path) else file
         (self.invalid if invalid else self.removed)[reason] += 1
-        record = {"file": name, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
+        record = {"file": file, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
         self.first.setdefault(reason, record)
-        if (lost := self._opened()) is not None:
-            lost.write(json.dumps(record) + "\n")
+        if self.path is not None:
+            self._opened(self.path).write(json.dumps(record) + "\n")
 
-    def _opened(self) -> Any:
-        if self._file is None and self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a" if self._begun else "w", encoding="utf-8")
-            self._begun = True
+    def _opened(self, path: Path) -> Any:
+        if self._file is None or self._file.closed:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w" if self._file is None else "a", encoding="utf-8")
         return self._file
+
+    def close(self) -> None:
+        """Close the file; an empty one is left when nothing was lost: its absence always means an unfinished job."""
+        if self.path is not None:
+            self._opened(self.path).close()
 
     def saw(self, count: int) -> None:
         """Tell how many more input rows there were, the wrong ones among them; the limit is a share of this."""
@@ -213,16 +214,13 @@ class Rejects:
 
     def check(self) -> None:
         """Stop the job when more than the allowed share of the input rows was wrong."""
-        if self.share <= self.limit:
-            return
-        self.close()
-        reason, count = self.invalid.most_common(1)[0]
-        listed = f" They are listed in {self.path.name}." if self.path else ""
-        raise TunebookError(
-            f"{self.invalid.total():,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; "
-            f"the limit is {self.limit:.1%}. {count:,} of them: {reason} (first in {self._place(reason)}).{listed} "
-            "Mend the rows, or raise `reject_limit` to continue without them."
-        )
+        if self.share > self.limit:
+            count, listed = self.invalid.total(), f" They are listed in {self.path.name}." if self.path else ""
+            self.close()
+            raise TunebookError(
+                f"{count:,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; the limit is "
+                f"{self.limit:.1%}. {self._most_often(self.invalid)}.{listed} Mend the rows, or raise `reject_limit`."
+            )
 
     def check_rows_left(self, rows: Sized, what: str) -> None:
         """Stop when nothing is left to continue with."""
@@ -230,25 +228,17 @@ class Rejects:
             return
         self.close()
         if self.invalid:
-            reason, count = self.invalid.most_common(1)[0]
-            why = f"{count:,} of {self.total_seen:,} have {reason} (first in {self._place(reason)})"
-            raise TunebookError(f"No row of {what} can be used: {why}. Mend the file, or name its format and columns.")
+            why = f"{self.invalid.total():,} of {self.total_seen:,} were rejected. {self._most_often(self.invalid)}"
+            raise TunebookError(f"No row of {what} can be used: {why}. Mend the file, or set `format` or `columns`.")
         if self.removed:
-            reason, count = self.removed.most_common(1)[0]
-            why = f"{count:,} were removed for {reason!r}"
-            raise TunebookError(f"No row of {what} is left: {why}. Loosen that setting, or bring more data.")
+            why = self._most_often(self.removed)
+            raise TunebookError(f"No row of {what} is left. {why}. Loosen that setting, or bring more data.")
         raise TunebookError(f"{what} holds no rows; name a file that has some.")
 
-    def _place(self, reason: str) -> str:
+    def _most_often(self, reasons: Counter) -> str:
+        reason, count = reasons.most_common(1)[0]
         first = self.first[reason]
-        return f"{first['file']}, row {first['row']}: {first['detail']}"
-
-    def close(self) -> None:
-        """Close the file; an empty one is left when nothing was lost: its absence always means an unfinished job."""
-        file = self._file if self._begun else self._opened()
-        if file is not None:
-            file.close()
-        self._file = None
+        return f"{count:,} of them: {reason} (first in {first['file']}, row {first['row']}: {first['detail']})"
 
     def as_dict(self) -> dict:
         counts = {"invalid": dict(self.invalid.most_common()), "removed": dict(self.removed.most_common())}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import itertools
 import json
 import re
@@ -90,8 +91,8 @@ class Stream:
         """(line number, what `work` makes of the line); blank lines only if wanted."""
         parts: list[str] = []
         size = number = 0
-        for block in itertools.chain(self.blocks, ["\n"]):
-            *ended, rest = block.split("\n")
+        for block in itertools.chain(self.blocks, [""]):
+            *ended, rest = block.split("\n") if block or not size else ("", "")  # the last line needs no end
             for piece in ended:
                 number += 1
                 size += len(piece)
@@ -202,7 +203,7 @@ def _json(stream: Stream, one_value: bool) -> Found:
     head = ""
     for block in stream.blocks:
         head += block
-        if TWO_LINES.match(head) or len(head) > MAX_LINE:
+        if TWO_LINES.match(head) or len(head) > BLOCK or not (one_value or head.lstrip().startswith("[")):
             break
     stream.blocks = itertools.chain([head] if head else [], stream.blocks)
     start, two = head.lstrip()[:1], TWO_LINES.match(head)
@@ -277,7 +278,7 @@ def _csv(stream: Stream, delimiter: str) -> Found:
         for number, line in stream.lines(str, empty=True):
             if isinstance(line, Exception):
                 raise csv.Error(f"line {number} is too long; nothing after it could be read")
-            yield line + "\n"
+            yield from io.StringIO(line + "\n", newline="")  # a bare \r ends a line too
 
     csv.field_size_limit(MAX_LINE)
     table = csv.reader(lines(), delimiter=delimiter, strict=True)

@@ -20,7 +20,8 @@ def pdf(lines):
     parts = [
         "<< /Type /Catalog /Pages 2 0 R >>",
         "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        "/Resources << /Font << /F1 5 0 R >> >> >>",
         f"<< /Length {len(drawn)} >>\nstream\n{drawn}\nendstream",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -84,8 +85,8 @@ def test_pdf_docx_and_markdown_give_their_text(tmp_path, tokenizer):
     pieces, _ = read_one(tmp_path, "a.docx", docx(), tokenizer)
     assert "Rivers" in pieces[0] and "Rhine | 1233 km" in pieces[0]
     text = (
-        "---\ntitle: t\n---\n# Head\n\nSee [the map](http://x.y) and ![pic](p.png) <b>bold</b>.\n\n<!-- no -->\n```sql\nSELECT <a>\n```\n"
-        + SENTENCE * 3
+        "---\ntitle: t\n---\n# Head\n\nSee [the map](http://x.y) and ![pic](p.png) <b>bold</b>.\n\n<!-- no -->\n"
+        "```sql\nSELECT <a>\n```\n" + SENTENCE * 3
     )
     pieces, _ = read_one(tmp_path, "a.md", text, tokenizer)
     assert (

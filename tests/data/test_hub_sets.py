@@ -119,8 +119,8 @@ def test_revision_subset_and_split_of_a_hub_set_are_obeyed_and_a_script_does_not
                                            "columns": {"prompt": "question", "response": "answer"}}}))  # fmt: skip
     specs = ["owner/set:en", "owner/set@v1:en:full[1:]", "listed", "owner/set@v9:en", "owner/none", "owner/script",
              "owner/broken", "owner/gated", "owner/set:de"]  # fmt: skip
-    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-           "PYTHONPATH": str(PROJECT)}  # fmt: skip
+    env = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PROJECT)}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", READ, str(info), *specs], capture_output=True, text=True, env=env, cwd=tmp_path
     )

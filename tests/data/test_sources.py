@@ -245,6 +245,43 @@ def test_csv_rows_with_missing_values_and_duplicated_headers_are_rejected_and_fo
     assert dict(rejected(tmp_path / "c.csv")[1].invalid) == {"not UTF-8": 1}
 
 
+def test_a_row_of_many_mebibytes_in_a_json_list_is_read(tmp_path):
+    rows = [ROWS[0], {"instruction": "question 1", "output": "b" * 5_000_000}, *ROWS[2:]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    reading, rejects = rejected(tmp_path / "rows.json")
+    assert [len(answer) for _, answer in questions(reading)] == [8, 5_000_000, 8, 8, 8] and not rejects.invalid
+
+
+def test_what_stands_behind_the_end_of_a_json_list_is_counted(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS) + "\n" + GOOD)
+    reading, rejects = rejected(tmp_path / "rows.json")
+    assert len(reading.table) == 5 and "stands behind the end of the list" in rejects.first["malformed JSON"]["detail"]
+
+
+def test_json_lines_under_the_name_json_may_be_longer_than_one_row(tmp_path, monkeypatch):
+    from helpers.data import files
+
+    monkeypatch.setattr(files, "MAX_LINE", 200)
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert questions(rejected(tmp_path / "rows.json")[0]) == WANTED
+
+
+def test_a_file_of_rejects_begins_anew_with_each_reading(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(GOOD + "\n{broken\n")
+    for _ in range(2):
+        rejects = Rejects(tmp_path / "stage" / "rejected.jsonl", limit=1.0)
+        assert (
+            not (tmp_path / "stage").exists()
+            or len((tmp_path / "stage" / "rejected.jsonl").read_text().splitlines()) == 1
+        )
+        read(str(tmp_path / "rows.jsonl"), rejects)
+        rejects.close()
+        rejects.close()
+    assert len((tmp_path / "stage" / "rejected.jsonl").read_text().splitlines()) == 1
+    Rejects(tmp_path / "stage" / "rejected.jsonl").close()
+    assert (tmp_path / "stage" / "rejected.jsonl").read_text() == ""
+
+
 def test_one_file_may_hold_rows_of_several_shapes(tmp_path):
     rows = [
         ROWS[0],
@@ -279,6 +316,32 @@ def test_a_source_that_is_not_there_ends_with_a_sentence(tmp_path, spec, said):
     (tmp_path / "model.pkl").write_bytes(b"\x80\x04")
     with pytest.raises(TunebookError, match=said):
         read(spec.format(folder=tmp_path), Rejects())
+
+
+def test_a_set_described_outside_of_its_folder_is_refused_and_the_hub_librarys_description_is_no_obstacle(tmp_path):
+    (tmp_path / "secret.jsonl").write_text(GOOD)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(GOOD)
+    for name in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
+        (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": name}}))
+        with pytest.raises(TunebookError, match="outside of its folder"):
+            read("rows", Rejects(), info=str(folder))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}, "splits": {}, "citation": ""}))
+    assert len(read(str(folder / "rows.jsonl"), Rejects()).table) == 1
+
+
+def test_a_full_disk_under_the_hubs_cache_is_called_a_full_disk(monkeypatch):
+    import errno
+
+    import datasets
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(TunebookError, match="No space left on the disk for the dataset 'owner/name'"):
+        read("owner/name", Rejects())
 
 
 def test_a_hub_id_carries_revision_subset_and_split():

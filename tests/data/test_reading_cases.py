@@ -1,4 +1,4 @@
-"""Small inputs from public reports are read right; what is lost is counted. They stand beside the project, not in it."""
+"""Small inputs from public reports are read right; what is lost is counted. They stand beside the project."""
 
 import json
 import os

@@ -268,18 +268,23 @@ def test_json_lines_under_the_name_json_may_be_longer_than_one_row(tmp_path, mon
 
 def test_a_file_of_rejects_begins_anew_with_each_reading(tmp_path):
     (tmp_path / "rows.jsonl").write_text(GOOD + "\n{broken\n")
-    for _ in range(2):
-        rejects = Rejects(tmp_path / "stage" / "rejected.jsonl", limit=1.0)
-        assert (
-            not (tmp_path / "stage").exists()
-            or len((tmp_path / "stage" / "rejected.jsonl").read_text().splitlines()) == 1
-        )
+    lost = tmp_path / "stage" / "rejected.jsonl"
+    for time in range(2):
+        rejects = Rejects(lost, limit=1.0)
+        assert lost.parent.exists() == (time == 1)  # nothing is written before a row is lost
         read(str(tmp_path / "rows.jsonl"), rejects)
         rejects.close()
         rejects.close()
-    assert len((tmp_path / "stage" / "rejected.jsonl").read_text().splitlines()) == 1
-    Rejects(tmp_path / "stage" / "rejected.jsonl").close()
-    assert (tmp_path / "stage" / "rejected.jsonl").read_text() == ""
+        assert len(lost.read_text().splitlines()) == 1
+    Rejects(lost).close()
+    assert lost.read_text() == ""
+
+
+def test_a_csv_may_end_its_lines_as_it_likes(tmp_path):
+    for end in ("\r", "\n", "\r\n"):
+        text = end.join(["instruction,output", *(f"{row['instruction']},{row['output']}" for row in ROWS)])
+        (tmp_path / "rows.csv").write_bytes(text.encode())
+        assert questions(rejected(tmp_path / "rows.csv")[0]) == WANTED
 
 
 def test_one_file_may_hold_rows_of_several_shapes(tmp_path):

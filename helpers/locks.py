@@ -10,6 +10,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from helpers.errors import TunebookError
 from helpers.storage import disk_error
 
@@ -30,13 +32,11 @@ def take(run: Path, stage: str) -> None:
     except OSError as error:
         raise disk_error(error, path) from error
     file.seek(0)
-    owner = file.read().strip()
-    if _taken(file, owner):
+    owner, _, host = file.read().partition(" ")
+    if _taken(file, owner, host):
         file.close()
-        raise TunebookError(
-            f"Stage {stage!r} of the run {run.name!r} is being worked on by process {owner.partition(' ')[0]}; "
-            "wait for it, stop it, or use another run name."
-        )
+        told = f"Stage {stage!r} of the run {run.name!r} is being worked on by process {owner}"
+        raise TunebookError(f"{told}; wait for it, stop it, or use another run name.")
     file.truncate(0)
     file.write(f"{os.getpid()} {socket.gethostname()}")
     file.flush()
@@ -51,7 +51,7 @@ def release(run: Path, stage: str) -> None:
         file.close()
 
 
-def _taken(file: TextIO, owner: str) -> bool:
+def _taken(file: TextIO, owner: str, host: str) -> bool:
     """Lock the file. Where its disk has no locks (some network and mounted drives), go by the process that it names."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,11 +60,8 @@ def _taken(file: TextIO, owner: str) -> bool:
         return True
     except OSError as error:
         print(f"{file.name} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
-    import psutil
-
-    number, _, host = owner.partition(" ")
-    other = host == socket.gethostname() and number.isdigit() and int(number) != os.getpid()
-    return other and psutil.pid_exists(int(number))
+    other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
+    return other and psutil.pid_exists(int(owner))
 
 
 def _forget() -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 # The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks,
 # whose tag Colab fetches, and pyproject.toml reads the version.
 REPOSITORY = "tunebook/tunebook"
@@ -122,8 +124,6 @@ def free_memory_gib() -> float:
 
     The page cache counts as free: the kernel gives it up when memory is asked for.
     """
-    import psutil
-
     room = [psutil.virtual_memory().available, *(max(limit - used, 0) for limit, used in _container_memory())]
     return min(room) / 2**30
 

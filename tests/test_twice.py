@@ -17,7 +17,7 @@ from helpers import params, runs
 from helpers.display import escape
 from tests.conftest import PROJECT
 
-CHANGES = {"seconds", "finished_at", "wall_s", "peak_memory_gib", "tokens_per_s"}
+CHANGES = {"seconds", "finished_at", "wall_s", "peak_memory_gib", "tokens_per_s", "cache"}
 
 
 def cells_of(stage, given):

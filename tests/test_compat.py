@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import logging
 
 import pytest
 
@@ -99,3 +100,57 @@ def test_liger_takes_the_arguments_by_the_places_that_are_given():
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     assert {"llama", "qwen2", "qwen3", "mistral"} <= MODEL_TYPE_TO_APPLY_LIGER_FN.keys()
+
+
+def test_trainers_private_methods_have_the_arguments_that_are_overridden():
+    from transformers import Trainer
+
+    for name, arguments in (
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
+        ("_prepare_inputs", ["self", "inputs"]),
+    ):
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == arguments
+
+
+def test_trl_prepares_rows_in_the_method_that_is_overridden():
+    from trl import DPOTrainer, KTOTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    for trainer in (DPOTrainer, KTOTrainer):
+        assert "_prepare_dataset" in vars(trainer)
+        assert "self._prepare_dataset(train_dataset" in inspect.getsource(trainer.__init__)
+    for trainer in (ORPOTrainer, CPOTrainer):
+        assert list(inspect.signature(trainer.tokenize_row).parameters)[:2] == ["self", "feature"]
+        assert "_stored_metrics" in inspect.getsource(trainer.__init__)
+
+
+def test_trainer_arguments_keep_their_gpus_where_one_is_set(tmp_path):
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    arguments._n_gpu = 3
+    assert arguments.n_gpu == 3 and compat.use_one_gpu(arguments).n_gpu == 1
+
+
+def test_accelerate_has_the_state_that_sharding_sets():
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+
+    assert "mixed_precision_policy" in inspect.signature(FullyShardedDataParallelPlugin).parameters
+    assert "distributed_type" in inspect.getsource(PartialState) and "fsdp_plugin" in inspect.getsource(
+        AcceleratorState
+    )
+
+
+def test_the_four_bit_layers_of_peft_are_found_by_their_class():
+    from peft.tuners.lora import bnb
+
+    assert {"get_base_layer"} <= set(dir(bnb.Linear4bit))
+
+
+def test_liger_is_told_not_to_list_the_backends_that_are_not_installed():
+    assert not logging.getLogger("liger_kernel.backends.registry").isEnabledFor(logging.WARNING)

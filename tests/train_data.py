@@ -88,7 +88,8 @@ def pair_rows(tokenizer, count, seed=0):
     return rows
 
 
-def write_parquet(path, rows):
+def write_parquet(path, rows, like=None):
+    """like: rows with the same columns, where there may be none."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -101,7 +102,7 @@ def write_parquet(path, rows):
     }
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     schema = pa.schema(
-        [(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in rows[0]]
+        [(k, types.get(k, turns if k in ("prompt", "chosen", "rejected") else pa.string())) for k in (rows or like)[0]]
     )
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
@@ -118,9 +119,9 @@ def data_stage(run, model, tokenizer, train=None, held_out=None, pairs=None, hel
         ("train", train or sft_rows(tokenizer, 32)),
         ("eval", held_out or sft_rows(tokenizer, 8, seed=1)),
         ("preference", pairs or pair_rows(tokenizer, 24)),
-        ("preference_eval", held_out_pairs or pair_rows(tokenizer, 8, seed=1)),
+        ("preference_eval", pair_rows(tokenizer, 8, seed=1) if held_out_pairs is None else held_out_pairs),
     ):
-        write_parquet(stage.path / f"{file}.parquet", rows)
+        write_parquet(stage.path / f"{file}.parquet", rows, pair_rows(tokenizer, 1))
     return stage.finish(
         {"rows": 1},
         template_hash=template_hash(tokenizer),

@@ -1,4 +1,4 @@
-"""Watching a run: a line of JSON a step, a stop with a message when it goes wrong, sealed checkpoints, samples, a live curve."""
+"""Watching a run: a line of JSON a step, a stop when it goes wrong, sealed checkpoints, answers, a live curve."""
 
 from __future__ import annotations
 
@@ -23,12 +23,25 @@ ZERO_STEPS = 3  # steps in a row without any gradient before a run is called dea
 ANSWER_TOKENS = 96  # of a sample answer
 
 
-class Log(TrainerCallback):
-    """log.jsonl: every number of every step with tokens/s, memory and time left. A resumed run first cuts off the lines
-    after its checkpoint, so that the file reads like one unbroken run."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a last line that a kill cut off is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
 
-    def __init__(self, path: Path, trainer: Any = None):
-        self.path, self.trainer, self.file = Path(path), trainer, None
+
+class Log(TrainerCallback):
+    """log.jsonl: every number of every step with tokens/s, memory and time left.
+
+    A resumed run first cuts off the lines after its checkpoint, so that the file reads like one unbroken run.
+    """
+
+    def __init__(self, path: Path, trainer: Any = None) -> None:
+        self.path, self.trainer = path, trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -36,57 +49,35 @@ class Log(TrainerCallback):
         kept = [line for line in read(self.path) if state.global_step and line["step"] <= state.global_step]
         self.before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self.tokens_before = max((line.get("trained_tokens", 0) for line in kept), default=0)
-        self.file = open(self.path, "w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.started, self.first_step = time.monotonic(), state.global_step
         self.last = (self.started, 0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.file is None or not logs:
+        if not logs or not state.is_world_process_zero or not hasattr(self, "started"):
             return
         now, tokens = time.monotonic(), getattr(self.trainer, "trained_tokens", 0)
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         line |= {k: v for k, v in logs.items() if isinstance(v, (int, float))}
         line["seconds"] = round(self.before + now - self.started, 2)
         if "loss" in logs:
-            done = state.global_step - self.first_step
-            line["left_s"] = round((now - self.started) / max(done, 1) * (state.max_steps - state.global_step), 1)
+            per_step = (now - self.started) / max(state.global_step - self.first_step, 1)
+            line["left_s"] = round(per_step * (state.max_steps - state.global_step), 1)
+            line["memory_gib"] = machine.peak_memory_gib()
             if tokens:
                 line["trained_tokens"] = self.tokens_before + tokens
                 line["tokens_per_s"] = round((tokens - self.last[1]) / max(now - self.last[0], 1e-6), 1)
-            line["memory_gib"] = machine.peak_memory_gib()
         self.last = (now, tokens)
-        self._write(line)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-
-    def _write(self, line: dict[str, Any]) -> None:
         # NaN and infinity are kept as text: the file stays readable for every JSON reader.
         values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last line that a kill cut off is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 class Guard(TrainerCallback):
-    """Stops a run that cannot come right: NaN, no gradient, or a loss that has run away. Names the rows of that step."""
+    """Stops a run that cannot come right and names the rows of that step: NaN, no gradient, or a loss that diverges."""
 
-    def __init__(self, trainer: Any = None, fp16: bool = False, factor: float = 3.0, over: int = 10):
+    def __init__(self, trainer: Any = None, fp16: bool = False, factor: float = 3.0, over: int = 10) -> None:
         self.trainer, self.fp16, self.factor, self.over = trainer, fp16, factor, over
         self.smooth, self.lowest, self.high, self.zeros, self.skipped = math.nan, math.inf, 0, 0, 0
 
@@ -95,8 +86,8 @@ class Guard(TrainerCallback):
             return
         loss, norm = logs["loss"], logs.get("grad_norm")
         if not math.isfinite(loss):
-            rows = "lower learning_rate, or look at these rows (an empty answer, or one of thousands of repeats)"
-            self._stop(state, f"the loss is {loss}", rows)
+            remedy = "lower learning_rate, or look at these rows (an empty answer, or one of thousands of repeats)"
+            self._stop(state, f"the loss is {loss}", remedy)
         if norm is not None and not math.isfinite(norm):
             self.skipped += 1
             if not self.fp16 or self.skipped > SCALER_STEPS:
@@ -128,25 +119,26 @@ class Guard(TrainerCallback):
 class Seal(TrainerCallback):
     """Marks every finished checkpoint as whole, and copies it to the mirror where there is one.
 
-    Hashing and copying go on beside the training; the next checkpoint and the end wait for them, and raise what they raised.
+    Both happen beside the training; the next checkpoint and the end wait for them, and raise what they raised.
     """
 
-    def __init__(self, of: dict[str, Any], log: Path, mirror: resume.Mirror | None = None):
+    def __init__(self, of: dict[str, Any], log: Path, mirror: resume.Mirror | None = None) -> None:
         self.of, self.log, self.mirror = of, log, mirror
-        self.worker, self.pending = ThreadPoolExecutor(1, "seal"), Future()
-        self.pending.set_result(None)
+        self.worker = ThreadPoolExecutor(1, "seal")
+        self.pending: Future[None] | None = None
 
     def on_save(self, args, state, control, **kwargs):
-        import torch
-
         if distributed.world().size > 1:
+            import torch
+
             torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
-            self.pending.result()
+            self.on_train_end(args, state, control)
             self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.pending.result()
+        if self.pending:
+            self.pending.result()
 
     def _seal(self, folder: Path) -> None:
         resume.seal(folder, self.of)
@@ -160,7 +152,7 @@ class Samples(TrainerCallback):
     Every process generates, since a sharded model's weights are gathered by all of them; the first one writes.
     """
 
-    def __init__(self, path: Path, prompts: list[dict[str, Any]], tokenizer: Any, every: int = 0):
+    def __init__(self, path: Path, prompts: list[dict[str, Any]], tokenizer: Any, every: int = 0) -> None:
         self.path, self.prompts, self.tokenizer, self.every = path, prompts, tokenizer, every
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -168,7 +160,7 @@ class Samples(TrainerCallback):
             self.write(model, state.global_step)
 
     def write(self, model: Any, step: int) -> list[dict[str, Any]]:
-        """Answer every prompt; the file's lines of this step are replaced. Returns {step, id, prompt, answer, stopped, reference}."""
+        """{step, id, prompt, answer, stopped, reference} of every prompt; the file's lines of this step go."""
         found = [{"step": step, **row} for row in answers(model, self.tokenizer, self.prompts)]
         if found and distributed.world().first:
             lines = [line for line in read(self.path) if line["step"] != step] + found
@@ -180,7 +172,7 @@ class Samples(TrainerCallback):
 def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Greedy answers to tokenised prompts (dicts with id, prompt_ids, reference), in one padded batch.
 
-    stopped: the model ended its turn by itself within `ANSWER_TOKENS`.
+    stopped: the model ended its turn by itself within `ANSWER_TOKENS`. The model is left in the mode that it was in.
     """
     import torch
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -189,17 +181,16 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[d
         return []
     if isinstance(model, FSDPModule):  # the weights outside the layers are whole only inside a registered method
         register_fsdp_forward_method(model, "generate")
-    stops, training = stop_tokens(tokenizer), model.training
-    longest = max(len(p["prompt_ids"]) for p in prompts)
-    padded = [[tokenizer.pad_token_id] * (longest - len(p["prompt_ids"])) + p["prompt_ids"] for p in prompts]
-    mask = [[0] * (longest - len(p["prompt_ids"])) + [1] * len(p["prompt_ids"]) for p in prompts]
-    device, state = next(model.parameters()).device, torch.get_rng_state()
+    stops, training, state = stop_tokens(tokenizer), model.training, torch.get_rng_state()
+    device = next(model.parameters()).device
+    given = tokenizer.pad(
+        {"input_ids": [p["prompt_ids"] for p in prompts]}, padding_side="left", return_tensors="pt"
+    ).to(device)
     bf16 = device.type == "cpu" and fast_bf16() and model.dtype != torch.float32
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         out = model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            **given,
             do_sample=False,
             max_new_tokens=ANSWER_TOKENS,
             temperature=None,
@@ -211,24 +202,19 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[d
     model.train(training)
     torch.set_rng_state(state)
     rows = []
-    for prompt, tokens in zip(prompts, out[:, longest:].tolist(), strict=True):
+    for prompt, tokens in zip(prompts, out[:, given["input_ids"].shape[1] :].tolist(), strict=True):
         end = next((place for place, token in enumerate(tokens) if token in stops), None)
-        rows.append(
-            {
-                "id": prompt["id"],
-                "prompt": tokenizer.decode(prompt["prompt_ids"][-64:], skip_special_tokens=True),
-                "answer": tokenizer.decode(tokens[:end], skip_special_tokens=True),
-                "stopped": end is not None,
-                "reference": prompt["reference"],
-            }
-        )
+        prompt_text = tokenizer.decode(prompt["prompt_ids"][-64:], skip_special_tokens=True)
+        answer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        row = {"id": prompt["id"], "prompt": prompt_text, "answer": answer, "stopped": end is not None}
+        rows.append({**row, "reference": prompt["reference"]})
     return rows
 
 
 class LiveCurve(TrainerCallback):
     """Draws the curves anew every 3 seconds where someone is watching; headless, a line of text every 20 seconds."""
 
-    def __init__(self, log: Path, draw: Callable[[], Any]):
+    def __init__(self, log: Path, draw: Callable[[], Any]) -> None:
         self.log, self.draw, self.every_s = log, draw, 3.0 if machine.interactive() else 20.0
         self.last, self.handle = -math.inf, None
 
@@ -250,12 +236,8 @@ class LiveCurve(TrainerCallback):
                 self.handle = IPython.display.display(self.draw(), display_id=True)
             else:
                 self.handle.update(self.draw())
-            return
-        lines = [line for line in read(self.log) if "loss" in line]
-        if lines:
+        elif lines := [line for line in read(self.log) if "loss" in line]:
             line = lines[-1]
-            speed, left = line.get("tokens_per_s", 0), display.duration(line.get("left_s", 0))
-            print(
-                f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}  {speed:,.0f} tokens/s  {left} left",
-                flush=True,
-            )
+            at = f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}"
+            left = display.duration(line.get("left_s", 0))
+            print(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left", flush=True)

@@ -1,7 +1,6 @@
 """Several GPUs: one process a GPU under torchrun, the same job and the same loss curve as one.
 
     torchrun --nproc-per-node 4 -m helpers.train params.yaml
-    distributed.launch("sft", params, processes=4)         the same from a notebook, as a subprocess
 
 QLoRA runs data parallel (DDP): 4-bit weights cannot be sharded and fit anyway. LoRA on a 16-bit base and full tuning
 run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`packing.PackedRows`).
@@ -10,18 +9,11 @@ run sharded (FSDP2). An optimizer step sees the same rows however many processes
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from helpers import machine, runs
 from helpers.errors import TunebookError
 
 
@@ -45,9 +37,9 @@ def world() -> World:
 
 
 def setup() -> World:
-    """Take this process's GPU and join the others, checked: all of them are there. Nothing for a single process.
+    """Take this process's GPU and join the others; nothing for a single process.
 
-    Raises TunebookError when there are more processes than GPUs, or when the group is not the size that was asked for.
+    Raises TunebookError when there are more processes than GPUs.
     """
     me = world()
     if me.size == 1:
@@ -55,27 +47,21 @@ def setup() -> World:
     import torch
     import torch.distributed as dist
 
-    cuda = torch.cuda.is_available()
-    if cuda and me.local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if gpus and me.local_rank >= gpus:
         raise TunebookError(
-            f"Process {me.local_rank} has no GPU of its own: this machine has {torch.cuda.device_count()}; "
-            f"start torchrun with --nproc-per-node {torch.cuda.device_count()}."
+            f"Process {me.local_rank} has no GPU of its own: this machine has {gpus}; start torchrun with "
+            f"--nproc-per-node {gpus}."
         )
-    if cuda:
+    if gpus:
         torch.cuda.set_device(me.local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-    one = torch.ones(1, device="cuda" if cuda else "cpu")
-    dist.all_reduce(one)
-    if int(one) != me.size or dist.get_world_size() != me.size:
-        raise TunebookError(
-            f"{int(one)} processes answered and {me.size} were asked for; start them all through one torchrun."
-        )
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
     return me
 
 
 def shared(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, in every process; its TunebookError too. For folders only one may open."""
+    """What `make` returns in the first process, in every process; its TunebookError too."""
     me = world()
     if me.size == 1:
         return make()
@@ -110,16 +96,14 @@ def options(method: str) -> dict[str, Any]:
     """Trainer arguments for this world: none for one process and for DDP, FSDP2 for a 16-bit base."""
     if not sharded(method):
         return {}
-    return {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "reshard_after_forward": True,
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": False,
-        },
+    fsdp2 = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
     }
+    return {"fsdp": True, "fsdp_config": fsdp2}
 
 
 def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
@@ -138,47 +122,3 @@ def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
         if world().first:
             found[name] = whole.detach().cpu()
     return found
-
-
-def launch(stage: str, params: Any, processes: int = 0, timeout_s: float | None = None) -> Path:
-    """Run a training stage in `processes` processes (0: one a GPU) and return the stage's folder.
-
-    The children's output is shown as it comes. A notebook kernel that holds the GPU's memory should not have loaded a
-    model before. Raises TunebookError when a process fails.
-    """
-    if not processes:
-        import torch
-
-        processes = max(1, torch.cuda.device_count())
-    runs.unlock(params.run, stage)
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(machine.PROJECT), os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // processes))),
-    }
-    lines: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "params.yaml"
-        file.write_text(yaml.safe_dump(params.as_dict(), sort_keys=False), encoding="utf-8")
-        with subprocess.Popen(
-            [sys.executable, *start, "-m", "helpers.train", str(file), "--stage", stage],
-            cwd=machine.PROJECT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as child:
-            try:
-                for line in child.stdout or ():
-                    lines = [*lines[-200:], line]
-                    print(line, end="", flush=True)
-                status = child.wait(timeout_s)
-            except BaseException:
-                child.terminate()
-                raise
-    if status:
-        said = [line.split("TunebookError:", 1)[1].strip() for line in lines if "TunebookError:" in line]
-        reason = said[0] if said else f"its output ends: {' '.join(''.join(lines[-6:]).split())[-300:]}"
-        raise TunebookError(f"Training in {processes} processes failed: {reason}")
-    return runs.folder(params.run, stage)

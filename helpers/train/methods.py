@@ -8,41 +8,84 @@ from pathlib import Path
 from typing import Any
 
 from helpers import compat
+from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.model.loading import load_tokenizer, template_hash
+from helpers.model import packed_attention, prefix_sharing
+from helpers.model.loading import ModelSource, load_model, load_tokenizer, template_hash
+from helpers.train import config, unsloth_backend
 
 
-def trainable(model: Any, params: Any, base: Any, adapter: Path | None = None, added: list[int] | None = None) -> Any:
-    """`model` ready to train: PEFT-wrapped with a new adapter or the one in folder `adapter`, or its own weights freed.
+def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
+    """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
+    import transformers
 
-    base: the ModelSource; its name is written into the adapter, its 16-bit weights are what LoftQ starts from.
-    added: ids of added tokens, whose embeddings are trained whole. Every trained weight is fp32: 16 bits would round small
-    updates away. Raises TunebookError for target modules that the model lacks or an adapter of another base.
-    """
+    import datasets
+    from helpers.model import fused_lora
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    params, plan, notes = job.params, job.planned, []
+    if plan.backend == "unsloth":
+        return unsloth_backend.load(job.source, params, job.adapter)
+    packed = config.loss_of(params) in ("sft", "orpo")
+    packed_attention.register()
+    attention = plan.attention if packed else "sdpa"
+    if plan.packed and attention == packed_attention.SDPA:
+        attention = prefix_sharing.register()
+    quantize = "nf4" if params.method == "qlora" else "none"
+    model = load_model(job.source, quantize=quantize, dtype=precision.load, attention=attention)
+    model.config.use_cache = False
+    tokens = job.stage.parents["data"].params.get("add_tokens", "")
+    added = add_tokens(model, load_tokenizer(job.source), tokens) if tokens else []
+    if added:
+        notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")
     if params.method in ("full", "freeze"):
         _free_weights(model, params)
-    elif adapter:
-        model = _load_adapter(model, adapter)
+    elif job.adapter:
+        model = _load_adapter(model, job.adapter)
     else:
-        model = _new_adapter(model, params, base, added)
+        model = _new_adapter(model, params, job.source, added)
+        if (
+            params.init == "pissa"
+        ):  # PEFT subtracts its start when the adapter is written: PiSSA took it out of the base
+            model.peft_config["default"].init_lora_weights = True
+            model.save_pretrained(job.pissa, safe_serialization=True)
+            notes.append("PiSSA: the adapter is written as plain LoRA of twice the rank, for the base as it was")
+        if params.init == "loftq":
+            _loftq(model, job.source.path)
+            notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     keep_in_fp32(model)
-    return model
+    notes += fused_lora.apply(model, fused_loss=packed, fused_lora=not (params.dora or params.dropout))
+    if plan.recompute:
+        notes.append(f"activation checkpointing in {checkpoint_activations(model, plan.option.setting)} layers")
+    return model, notes
 
 
 def keep_in_fp32(model: Any) -> None:
-    """Put every trained weight in fp32. TRL turns the adapters of a 4-bit base to bf16: fp16's scaler cannot unscale such
-    gradients, and at the end of a cosine an update is below bf16's last digit."""
+    """Put every trained weight in fp32: 16 bits round the small updates at the end of a cosine away, and fp16's scaler
+    cannot unscale their gradients. TRL turns the adapters of a 4-bit base to bf16."""
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
 
 
-def _new_adapter(model: Any, params: Any, base: Any, added: list[int] | None) -> Any:
+def checkpoint_activations(model: Any, setting: Any) -> int:
+    """Set activation checkpointing as a planner's `Setting` says; returns in how many layers."""
+    from helpers.model import checkpointing
+
+    layers = checkpointing.set_recompute(model, setting.recompute, setting.offload, setting.tile_mlp)
+    if hasattr(model, "enable_input_require_grads") and not setting.offload:
+        model.enable_input_require_grads()
+    return layers
+
+
+def _new_adapter(model: Any, params: Any, base: ModelSource, added: list[int]) -> Any:
+    """added: ids of tokens whose embeddings are trained whole. Raises TunebookError for unknown target modules."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     modules = params.target_modules.strip()
-    config = LoraConfig(
+    adapter = LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
@@ -55,7 +98,7 @@ def _new_adapter(model: Any, params: Any, base: Any, added: list[int] | None) ->
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, adapter)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
@@ -65,22 +108,22 @@ def _new_adapter(model: Any, params: Any, base: Any, added: list[int] | None) ->
             f"{', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
         ) from None
     wrapped.peft_config["default"].base_model_name_or_path = base.name
-    if params.init == "loftq":
-        _loftq(wrapped, base.path)
     return wrapped
 
 
 def _loftq(model: Any, folder: Path) -> None:
-    """Start every adapter at the main directions of what its layer lost to 4 bits (LoftQ, arXiv:2310.08659, one iteration).
+    """Start every adapter at the main directions of what its layer lost to 4 bits (arXiv:2310.08659, one iteration).
 
-    B·A·scaling is the best rank-r approximation of W - W4. PEFT's own `replace_lora_weights_loftq` leaves the scaling out
-    and runs on CUDA only. The adapter belongs to the 4-bit base: merge it onto that.
+    B·A·scaling is the best rank-r approximation of W - W4; PEFT's own leaves the scaling out and needs CUDA.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from safetensors import safe_open
 
-    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in safe_open(file, "pt").keys()}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            files |= dict.fromkeys(opened.keys(), file)
     for name, layer in compat.four_bit_layers(model):
         weight = layer.get_base_layer().weight
         with safe_open(files[f"{name}.weight"], "pt") as opened:
@@ -95,16 +138,13 @@ def _loftq(model: Any, folder: Path) -> None:
 
 def _free_weights(model: Any, params: Any) -> None:
     """All weights trainable, or those of the last decoder layers (method "freeze")."""
-    from helpers.model.checkpointing import decoder_layers  # loads torch
+    from helpers.model.checkpointing import decoder_layers
 
     model.requires_grad_(params.method == "full")
     if params.method == "freeze":
         layers, count = decoder_layers(model), params.freeze_layers
         if count > len(layers):
-            raise TunebookError(
-                f"freeze_layers is {count} and the model has {len(layers)} layers; set it to {len(layers)} or less, "
-                "or method to 'full'."
-            )
+            raise TunebookError(f"freeze_layers is {count} and the model has {len(layers)} layers; lower it.")
         layers[-count:].requires_grad_(True)
 
 
@@ -121,24 +161,21 @@ def _load_adapter(model: Any, folder: Path) -> Any:
         ) from error
 
 
-def adapter_to_start_from(folder_name: str, base: str, tokenizer: Any) -> Path:
+def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
     """The adapter folder that start_from names. Raises TunebookError for another base or another chat template."""
-    folder = Path(folder_name).expanduser()
+    folder = Path(name).expanduser()
     if not ((folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()):
         raise TunebookError(
-            f"start_from is {folder_name!r}, which is not an adapter folder (adapter_config.json, adapter_model.safetensors); "
+            f"start_from is {name!r}, which is not an adapter folder (adapter_config.json, adapter_model.safetensors); "
             "name the adapter folder of a finished run, such as runs/default/02_qlora_sft/adapter."
         )
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or base
-    if Path(trained_on).name != Path(base).name:
+    same_base = Path(trained_on).name == Path(base).name
+    brings_tokenizer = same_base and (folder / "tokenizer_config.json").is_file()
+    if not same_base or (brings_tokenizer and template_hash(load_tokenizer(folder)) != template_hash(tokenizer)):
+        what = "with another chat template than this data was rendered with"
         raise TunebookError(
-            f"The adapter in {folder} was trained on {trained_on} and this run's base is {base}; use that base in "
-            "notebook 01, or start from another adapter."
-        )
-    own = (folder / "tokenizer_config.json").is_file()
-    if own and template_hash(load_tokenizer(folder)) != template_hash(tokenizer):
-        raise TunebookError(
-            f"The adapter in {folder} was trained with another chat template than this data was rendered with; "
+            f"The adapter in {folder} was trained {what if same_base else f'on {trained_on} and this base is {base}'}; "
             "run notebook 01 again with its base, or start from another adapter."
         )
     return folder.resolve()
@@ -166,12 +203,6 @@ def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
     rate, ratio = options.pop("lr"), params.lora_plus_ratio
     options["loraplus_weight_decay"] = params.weight_decay
     return create_loraplus_optimizer(model, kind, lr=rate, loraplus_lr_ratio=ratio, **options)
-
-
-def keep_pissa_start(model: Any, folder: Path) -> None:
-    """Keep PiSSA's first adapter: PEFT subtracts it when the trained one is written, since PiSSA took it out of the base."""
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(folder, safe_serialization=True)
 
 
 def save(model: Any, tokenizer: Any, folder: Path, pissa: Path, whole: dict[str, Any] | None = None) -> None:

@@ -2,17 +2,18 @@
 
     documents      a0 a1 a2    b0 b1    c0 c1 c2 c3         three examples in one row of nine tokens
 
-    input_ids      a0 a1 a2 b0 b1 c0 c1 c2 c3               attention, query by row, key by column:
+    input_ids      a0 a1 a2 b0 b1 c0 c1 c2 c3               mask: rows ask, columns are seen
     position_ids    0  1  2  0  1  0  1  2  3                   a a a b b c c c c
     labels          - a1 a2  - b1  - c1 c2 c3               a   x
     cu_seq_lens     0        3     5           9            a   x x
                                                             a   x x x
-    Positions begin anew in every document, nobody sees     b         x
-    another document, and the first token of each is not    b         x x
-    predicted (- is label -100, as are prompts).            c             x …
+    Positions begin anew in every document, nobody          b         x
+    sees another document, and the first token of           b         x x
+    each is not predicted (- is the label -100, as          c             x
+    are prompts).                                               and so on
 
-`helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` lays the row out and keeps
-its documents apart, `helpers.model.prefix_sharing` holds what all of them begin with only once.
+`helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` lays the row out and
+keeps its documents apart, `helpers.model.prefix_sharing` holds what all of them begin with only once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 class PackedRows:
     """A map-style dataset whose items are rows: lists of examples that belong together.
 
-    examples: a sequence of dicts, or a Hugging Face dataset, with `input_ids`; give `lengths` to avoid reading it all.
+    examples: a sequence of dicts, or a Hugging Face dataset; `lengths`: their tokens, default those of `input_ids`.
     padded: rows will be padded to their longest example, so `budget` and the evenness of rows count padding too.
-    len() is `rows_per_step × steps`; reading it in order (a sequential sampler) with one row a batch and
-    `gradient_accumulation_steps = accumulation` makes each optimizer step exactly `batch_size` examples, also when
-    accelerate deals rows out to `world_size` ranks. A step's last rows may be empty when it has fewer examples than
-    rows: they come as one token that no loss counts. `set_epoch` reshuffles.
+    Read in order, one row a batch, with `gradient_accumulation_steps = accumulation`, an optimizer step is exactly
+    `batch_size` examples, also when accelerate deals rows out to `world_size` processes. A step's last rows may be
+    empty: they come as one token that no loss counts.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PackedRows:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Cut the rows of this epoch; accelerate's data loader calls it."""
+        """Cut the rows of this epoch, in its own order; accelerate's data loader calls it."""
         self.rows: list[list[int]] = []
         for batch in epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle):
             self.rows += batch_rows(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
@@ -75,7 +75,7 @@ class PackedRows:
 
 
 def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict[str, Any]:
-    """The same documents one a row, padded on the right: input_ids, labels, attention_mask (documents, longest)."""
+    """Documents one a row, padded on the right: input_ids, labels, attention_mask (documents, longest)."""
     import torch
 
     longest = max(len(d["input_ids"]) for d in documents)
@@ -93,9 +93,9 @@ def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict[str, An
 class RowCollator:
     """Rows of `PackedRows` (or plain examples) into one batch.
 
-    layout "packed": one row of all documents. "padded": a row per document and an attention mask, for models whose attention
-    cannot be packed and for Unsloth's kernels. share: a common prefix of packed documents is held once.
-    Adds `loss_positions`, and for people `row_ids` and `tokens`.
+    layout "packed": one row of all documents; "padded": a row per document and an attention mask, for models whose
+    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. Adds
+    `loss_positions`, and for people `row_ids` and `tokens`.
     """
 
     pad_token_id: int
@@ -121,37 +121,33 @@ class RowCollator:
         return batch
 
 
-@dataclass
 class PairCollator(RowCollator):
     """Preference pairs into one batch of 2n documents: chosen of every pair, then rejected of every pair.
 
-    Each pair has `prompt_ids`, `chosen_ids`, `rejected_ids`. Labels cover the answers and, for chosen documents, the prompt
-    too (ORPO's NLL). Adds `completion_mask` (same shape as labels), `pair_count` and `nll_tokens`.
+    Each pair has `prompt_ids`, `chosen_ids`, `rejected_ids`. Labels cover the answers and, for chosen documents, the
+    prompt too (ORPO's NLL). Adds `completion_mask` (same shape as labels), `pair_count` and `nll_tokens`.
     """
 
     def __call__(self, rows: Sequence) -> dict[str, Any]:
         import torch
 
-        pairs = _flat(rows)
-        documents, masks = [], []
+        pairs, documents, masks, prefix = _flat(rows), [], [], 0
         for side in ("chosen_ids", "rejected_ids"):
             for pair in pairs:
                 prompt, answer = list(pair["prompt_ids"]), list(pair[side])
                 labels = prompt if side == "chosen_ids" else [IGNORE] * len(prompt)
                 documents.append({"input_ids": prompt + answer, "labels": labels + answer})
                 masks.append([0] * len(prompt) + [1] * len(answer))
-        prefix = 0
         if self.share and self.layout == "packed" and pairs:  # an answer is never part of the prefix
             prefix = min(shareable(documents, trained_prefix=True), *(len(p["prompt_ids"]) - 1 for p in pairs))
             prefix = prefix if prefix >= MIN_PREFIX else 0
         batch = self._batch(pairs, documents, prefix)
-        masks = masks or [[0]]
         if self.layout == "packed":
-            flat = [0] * prefix + [m for mask in masks for m in mask[prefix:]]
-            batch["completion_mask"] = torch.tensor([flat])
+            flat = [[0] * prefix + [m for mask in masks for m in mask[prefix:]] or [0]]
         else:
             width = batch["input_ids"].shape[1]
-            batch["completion_mask"] = torch.tensor([mask + [0] * (width - len(mask)) for mask in masks])
+            flat = [mask + [0] * (width - len(mask)) for mask in masks or [[0]]]
+        batch["completion_mask"] = torch.tensor(flat)
         batch["pair_count"] = len(pairs)
         batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
         return batch

@@ -1,4 +1,4 @@
-"""One probing step before training: it corrects the plan, and finds in seconds what would run out of memory after an hour.
+"""One probing step before training: it corrects the plan, and finds in seconds what would run out of memory later.
 
 The row with the most tokens goes forward and back through the job's own trainer; no weight and no random state changes.
 """
@@ -17,12 +17,11 @@ from helpers.errors import TunebookError
 from helpers.planner import cost_model
 from helpers.planner.estimates import Plan
 from helpers.planner.plan import grades_of, waits_in_main_memory
-from helpers.train import config, distributed
+from helpers.train import config, distributed, methods
 
 
 def run(job: Any) -> Plan:
-    """The plan of a built `job.TrainJob`, corrected by one row; with too little memory more activations are checkpointed
-    until the row fits.
+    """The plan of a built `job.TrainJob`, corrected by one row; more activations are checkpointed until the row fits.
 
     Raises TunebookError when nothing is left to checkpoint. Sharded jobs (FSDP2) are not probed: their model is put
     together only inside the training loop. DPO, KTO and SimPO are not either.
@@ -39,14 +38,14 @@ def run(job: Any) -> Plan:
 
 
 def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
-    """{peak_gib, tokens_per_s}: memory of the heaviest row and the median time of three ordinary ones; on a CPU time of one."""
+    """{peak_gib, tokens_per_s}: memory of the heaviest row, median speed of three ordinary ones; on a CPU of one."""
     cuda = plan.card.capability is not None
     sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
     median = len(order) // 2
     ordinary = [trainer.rows[i] for i in order[max(0, median - 1) : median + 2]]
-    # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows are
-    # accumulated; a CPU's touches its memory for the first time.
+    # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows
+    # are accumulated; a CPU's touches its memory for the first time.
     rows = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if cuda else ordinary[-2:]
     speeds = []
     device, training = trainer.accelerator.device, model.training
@@ -86,7 +85,7 @@ def _now(cuda: bool) -> float:
 
 
 def _lighter(job: Any, plan: Plan) -> Plan:
-    """The plan with the next grade of activation checkpointing, set on the model. Raises TunebookError when there is none."""
+    """The plan with the next grade of activation checkpointing, set on the model; TunebookError when there is none."""
     s = plan.option.setting
     for layers, offload, tile in grades_of(plan.shape.layers):
         setting = replace(s, recompute=layers, offload=offload, tile_mlp=tile)
@@ -98,12 +97,11 @@ def _lighter(job: Any, plan: Plan) -> Plan:
             f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; "
             "lower max_length or row_tokens, or set recompute to 'offload'."
         )
-    job.checkpoint_activations(setting)
+    methods.checkpoint_activations(job.model, setting)
     peak = cost_model.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
     offloaded = cost_model.offloaded_gib(plan.shape, setting)
     option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
-    why = (
-        f"The probing step ran out of memory with {plan.option.recompute_text} recomputed: now {option.recompute_text}."
-    )
+    why = f"The probing row did not fit with activation checkpointing of {plan.option.recompute_text}: "
+    why += f"now {option.recompute_text}."
     print(why, flush=True)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

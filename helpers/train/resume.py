@@ -1,10 +1,9 @@
 """Checkpoints that are whole or not there, resuming from the newest whole one, and their copies on a mirror.
 
-The trainer writes `checkpoints/checkpoint-N`; when everything is on disk, `seal` writes `complete.json` into it with the
-hash of every file. A folder without a matching seal was cut off by a kill or a full disk and is never loaded. A seal also
-names the data, the template and the settings that it belongs to, so that another job's checkpoint is refused.
-
-A mirror keeps them under `<mirror>/<run>/<stage>/<identity>/`, so that no two jobs share a folder there.
+The trainer writes `checkpoints/checkpoint-N`; when all of it is on disk, `seal` writes `complete.json` into it with the
+hash of every file. A folder without a matching seal was cut off by a kill or a full disk and is never loaded. A seal
+also names the data, the template and the settings that it belongs to, so that another job's checkpoint is refused.
+A mirror keeps them under `<mirror>/<run>/<stage>/<identity>/`: no two jobs share a folder there.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ WORDS = {"data": "The data", "template": "The chat template", "tokenizer": "The 
 MIRRORED = 3  # newest checkpoints kept on a mirror
 # accelerate's names in a sharded run's checkpoint, and transformers' own
 SHARDED_WEIGHTS, SHARDED_OPTIMIZER, WHOLE_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt"
+FULL = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
 
 
 def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
@@ -41,9 +41,6 @@ def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
         "tokenizer": tokenizer_hash(tokenizer),
         "settings": {k: v for k, v in params.as_dict().items() if k not in FREE},
     }
-
-
-# ---------------------------------------------------------------- seals
 
 
 def seal(folder: Path, of: dict[str, Any]) -> None:
@@ -71,8 +68,8 @@ def sealed(folder: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise TunebookError(
-            f"{folder} cannot be read ({error.strerror or error}); it is left as it is. Make it readable and run the same "
-            "command again, or set resume to 'never' to start over."
+            f"{folder} cannot be read ({error.strerror or error}); it is left as it is. Make it readable and run the "
+            "same command again, or set resume to 'never' to start over."
         ) from error
     return found
 
@@ -104,17 +101,14 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
             print(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
             shutil.rmtree(checkpoint)
             continue
-        for what, name in WORDS.items():
-            if found.get(what) != of[what]:
-                raise TunebookError(
-                    f"{name} changed since {checkpoint} was written, so the run cannot be resumed; set resume to 'never' "
-                    "to start over with what is there now, or put the earlier one back."
-                )
+        changed = next((name for what, name in WORDS.items() if found.get(what) != of[what]), "")
         differ = sorted(k for k in of["settings"] if found["settings"].get(k) != of["settings"][k])
-        if differ:
+        if changed or differ:
+            written = f"{checkpoint} was written"
+            why = f"{changed} changed since {written}" if changed else f"{written} with another {', '.join(differ)}"
             raise TunebookError(
-                f"{checkpoint} was written with another {', '.join(differ)}; set resume to 'never' to start over, or put "
-                "the earlier values back. To train an adapter further with new settings, name it in start_from."
+                f"{why}, so the run cannot be resumed; put the earlier one back, or set resume to 'never' to start "
+                "over. To train an adapter further, name it in start_from."
             )
         return checkpoint
     return None
@@ -124,28 +118,23 @@ def must_resume(stage: runs.Stage) -> None:
     """Refuse, with resume "must", a stage that would start over; what stands in its folder stays there."""
     if stage.resumed or stage.done:
         return
-    try:
-        before = json.loads((stage.path / "plan.json").read_text())
-    except (OSError, ValueError):
-        before = None
-    if before is None or (stage.path / "manifest.json").exists():
+    plan = stage.path / "plan.json"
+    if not plan.is_file() or (stage.path / "manifest.json").exists():
         raise TunebookError(
             f"resume is 'must' and {stage.path} holds no unfinished run to resume; set resume to 'auto' to begin one."
         )
+    before = json.loads(plan.read_text())
     differ = [k for k, v in stage.params.as_dict().items() if k != "resume" and before["params"].get(k) != v]
-    changed = " and ".join(s for s, m in stage.parents.items() if before["parents"].get(s) != m.sha256)
-    why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed} stage changed since"
+    changed = [name for name, parent in stage.parents.items() if before["parents"].get(name) != parent.sha256]
+    why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed[0]} stage changed since"
     raise TunebookError(
-        f"resume is 'must' and the unfinished run in {stage.path} cannot be resumed: {why}. Put it back as it was, or set "
-        "resume to 'never' to start over."
+        f"resume is 'must' and the unfinished run in {stage.path} cannot be resumed: {why}. Put it back as it was, or "
+        "set resume to 'never' to start over."
     )
 
 
-# ---------------------------------------------------------------- the mirror
-
-
 class Mirror:
-    """This job's folder on a mounted drive. Nothing is deleted there but whole checkpoints that carry the job's own seal."""
+    """This job's folder on a mounted drive. Only whole checkpoints with the job's own seal are ever deleted there."""
 
     def __init__(self, root: str, stage: runs.Stage, of: dict[str, Any]) -> None:
         place = Path(root).expanduser() / stage.params.run / runs.FOLDERS[stage.name]
@@ -154,12 +143,11 @@ class Mirror:
     def check(self) -> None:
         """Raises TunebookError when nothing can be written there."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            runs.write_atomic(self.folder / ".writable", "")
+            runs.write_atomic(self.folder / ".writable", "").unlink()
         except (OSError, TunebookError) as error:
             raise TunebookError(
-                f"mirror is set and {self.folder} cannot be written ({error}); mount the drive, name another folder, or "
-                "leave mirror empty."
+                f"mirror is set and {self.folder} cannot be written ({error}); mount the drive, name another folder, "
+                "or leave mirror empty."
             ) from error
 
     def put(self, checkpoint: Path, log: Path) -> None:
@@ -171,31 +159,25 @@ class Mirror:
         try:
             shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns(SEAL), dirs_exist_ok=True)
             runs.write_atomic(place / SEAL, (checkpoint / SEAL).read_bytes())
-            if log.is_file():
-                runs.write_atomic(self.folder / log.name, log.read_bytes())
-            whole = [old for old in numbered(self.folder) if self._ours(sealed(old))]
-            for old in whole[MIRRORED:]:
+            shutil.copy2(log, self.folder)
+            for old in [p for p in numbered(self.folder) if self._ours(p)][MIRRORED:]:
                 shutil.rmtree(old)
         except (OSError, TunebookError) as error:
             print(f"{checkpoint.name} could not be copied to the mirror {self.folder} ({error}); training continues.")
 
     def fetch(self, checkpoints: Path) -> Path | None:
-        """Bring the newest whole checkpoint back into `checkpoints`; None when the mirror holds none of this job."""
+        """Bring the newest whole checkpoint and the log back; None when the mirror holds none of this job."""
         for checkpoint in numbered(self.folder):
-            if self._ours(sealed(checkpoint)):
-                place = checkpoints / checkpoint.name
-                shutil.copytree(checkpoint, place, dirs_exist_ok=True)
-                if (self.folder / "log.jsonl").is_file():
-                    shutil.copy2(self.folder / "log.jsonl", checkpoints.parent / "log.jsonl")
+            if self._ours(checkpoint):
+                shutil.copytree(checkpoint, checkpoints / checkpoint.name, dirs_exist_ok=True)
+                shutil.copy2(self.folder / "log.jsonl", checkpoints.parent)
                 print(f"{checkpoint.name} is brought back from {self.folder}.")
-                return place
+                return checkpoints / checkpoint.name
         return None
 
-    def _ours(self, found: dict[str, Any] | None) -> bool:
+    def _ours(self, checkpoint: Path) -> bool:
+        found = sealed(checkpoint)
         return found is not None and all(found.get(k) == v for k, v in self.of.items())
-
-
-# ---------------------------------------------------------------- checkpoints of one process and of several
 
 
 class ReadsMovedCheckpoints:
@@ -206,15 +188,13 @@ class ReadsMovedCheckpoints:
     """
 
     model: Any
+    optimizer: Any
+    lr_scheduler: Any
     is_fsdp_enabled: bool
-
-    def moved(self, folder: str | Path | None) -> bool:
-        """True for a checkpoint of the other kind."""
-        return folder is not None and (Path(folder) / SHARDED_WEIGHTS).is_file() != self.is_fsdp_enabled
 
     def load_moved(self, folder: str, model: Any = None) -> bool:
         """Put the trained weights of a checkpoint of the other kind into the model; False when it is of this kind."""
-        if not self.moved(folder):
+        if not self._moved(folder):
             return False
         model = self.model if model is None else model
         if not self.is_fsdp_enabled:
@@ -225,30 +205,31 @@ class ReadsMovedCheckpoints:
 
         saved = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
         # PEFT leaves the adapter's name out of what it saves.
-        adapter = hasattr(model, "peft_config")
-        names = {name.replace(".default", ""): name for name in model.state_dict()} if adapter else {}
+        names = {name.replace(".default", ""): name for name in model.state_dict()}
         state = {names.get(k, k): v for k, v in saved.items()}
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
         return True
 
     def load_moved_optimizer(self, folder: str) -> bool:
         """The same for the states of optimizer and schedule."""
-        if not self.moved(folder):
+        if not self._moved(folder):
             return False
-        optimizer, scheduler = self.optimizer, self.lr_scheduler  # type: ignore[attr-defined]
         names = {id(weight): name for name, weight in self.model.named_parameters()}
-        ordered = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+        ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
         if self.is_fsdp_enabled:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
             state = _renamed(_tensors(Path(folder) / WHOLE_OPTIMIZER), dict(enumerate(ordered)))
-            own = getattr(optimizer, "optimizer", optimizer)  # PyTorch's inside accelerate's
+            own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
             set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
         else:
             places = {name: number for number, name in enumerate(ordered)}
-            optimizer.load_state_dict(_renamed(_tensors(Path(folder) / SHARDED_OPTIMIZER), places))
-        scheduler.load_state_dict(_tensors(Path(folder) / "scheduler.pt"))
+            self.optimizer.load_state_dict(_renamed(_tensors(Path(folder) / SHARDED_OPTIMIZER), places))
+        self.lr_scheduler.load_state_dict(_tensors(Path(folder) / "scheduler.pt"))
         return True
+
+    def _moved(self, folder: str) -> bool:
+        return (Path(folder) / SHARDED_WEIGHTS).is_file() != self.is_fsdp_enabled
 
 
 def _renamed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
@@ -263,16 +244,19 @@ def _tensors(file: Path) -> dict[str, Any]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-# ---------------------------------------------------------------- a full disk
-
-
 @contextlib.contextmanager
 def disk_full_is_a_message(folder: Path) -> Iterator[None]:
-    """Turn what libraries raise on a full disk into a message; the checkpoint that was being written has no seal."""
+    """Turn what libraries raise on a full disk, a quota or a file-size limit into a message.
+
+    The checkpoint that was being written has no seal and is removed.
+    """
     try:
         yield
     except Exception as error:  # every library wraps the system's error in its own; anything else is raised again
-        if not is_disk_full(error):
+        cause: BaseException | None = error
+        while cause and not _says_full(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
             raise
         for checkpoint in numbered(folder)[:1]:
             if not (checkpoint / SEAL).exists():
@@ -283,13 +267,7 @@ def disk_full_is_a_message(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what it was raised from, says that the disk (or a quota or a file-size limit) is full."""
-    signs = ("no space left", "disk quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
-    signs += ("pytorchstreamwriter failed writing", "iostream error")
-    while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or any(sign in str(error).lower() for sign in signs):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _says_full(error: BaseException) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(words in str(error).lower() for words in (*FULL, "streamwriter failed writing", "iostream error"))

@@ -1,8 +1,8 @@
 """TRL's trainers over the rows of notebook 01, which come tokenised, with exactly one end of turn.
 
-SFT and ORPO run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch is
-one row of `packing.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any way,
-over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are TRL's own, padded.
+SFT and ORPO run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch
+is one row of `packing.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any
+way, over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are TRL's own, padded.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from helpers.train.rows import lengths_of
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
 PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits
-SUMS = "nll tokens pairs preference log_odds_ratio log_odds_chosen margins correct chosen rejected".split()
 
 
 class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpoints, Trainer):
     """What both packed trainers share. `use_rows` must be called before `train` or `evaluate`."""
+
+    control: Any
 
     def use_rows(
         self, train: PackedRows, held_out: PackedRows | None, collator: RowCollator, fused: bool = True
@@ -78,7 +79,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpo
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out means over every trained token (or pair), whatever the rows: `<prefix>_loss` and what `measure` adds."""
+        """Held-out means over every trained token (or pair), whatever the rows: `<prefix>_loss` and the other means."""
         started, model = time.monotonic(), self.model_wrapped if self.is_in_train else self.model
         was_training = self.model.training
         model.eval()
@@ -87,7 +88,8 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpo
             inputs = compat.on_device(self, {k: v for k, v in inputs.items() if k not in EXTRA})
             with self.accelerator.autocast():
                 for name, value in self.measure(model, inputs).items():
-                    totals[name] = totals.get(name, 0.0) + value.double()
+                    number = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device)
+                    totals[name] = totals.get(name, 0.0) + number
         sums = self.accelerator.reduce(torch.stack(list(totals.values())), "sum").tolist()
         means = self.means(dict(zip(totals, sums, strict=True)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in means.items()}
@@ -155,13 +157,13 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         return batches, torch.tensor(self.step_tokens)
 
     def forward_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(summed nll of prompts and chosen, mean log-probability of each chosen, of each rejected answer): (), (pairs,), (pairs,)."""
+        """(summed nll of prompts and chosen answers, mean log-probability of each chosen answer, of each rejected one):
+        shapes (), (pairs,), (pairs,)."""
         pairs, mask, labels = inputs["pair_count"], inputs["completion_mask"], inputs["labels"]
         known = {k: v for k, v in inputs.items() if k not in (*EXTRA, "pair_count", "completion_mask", "nll_tokens")}
         logps = model(**known, token_logps=True, use_cache=False).logps
         if not pairs:
-            nothing = logps.sum() * 0.0
-            return nothing, logps.new_zeros(0), logps.new_zeros(0)
+            return logps.sum() * 0.0, logps.new_zeros(0), logps.new_zeros(0)
         answered = F.pad(mask[:, 1:], (0, 1)) * (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
         values = (logps, logps * answered, answered.to(logps.dtype))
         if logps.shape[0] == 1:
@@ -180,43 +182,36 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         nll, chosen, rejected = self.forward_pairs(model, inputs)
         loss, metrics = nll, {}
         if len(chosen):
-            preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
-            loss = nll / self.step_tokens - preference.sum() / self.step_pairs
-            metrics = {
-                "nll_loss": nll / inputs["nll_tokens"],
-                "log_odds_ratio": log_ratio,
-                "log_odds_chosen": log_odds,
-                "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
-                "rewards/accuracies": (chosen > rejected).float().mean(),
-                "logps/chosen": chosen.mean(),
-                "logps/rejected": rejected.mean(),
-            }
-        # Read only when they are logged: waiting for the GPU here would leave it idle while the backward pass is launched.
-        self.store_metrics({k: v.detach() for k, v in metrics.items()}, train_eval="train")
+            sums = self._sums(nll, chosen, rejected, inputs["nll_tokens"])
+            loss = nll / self.step_tokens - sums["preference"] / self.step_pairs
+            metrics = {k: v.detach() for k, v in self.means(sums).items() if k != "loss"}
+        # Read only when they are logged: waiting for the GPU here would leave it idle before the backward pass.
+        self.store_metrics(metrics, train_eval="train")
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
 
-    def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         nll, chosen, rejected = self.forward_pairs(model, inputs)
-        if not len(chosen):  # the same names in every process, one with empty rows only among them
-            return dict.fromkeys(SUMS, nll)
-        preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
-        pairs = torch.tensor(float(len(chosen)), device=nll.device)
-        values = (
-            nll,
-            torch.tensor(float(inputs["nll_tokens"]), device=nll.device),
-            pairs,
-            preference.sum(),
-            log_ratio * pairs,
-            log_odds * pairs,
-            (chosen_rewards - rejected_rewards).sum(),
-            (chosen > rejected).float().sum(),
-            chosen.sum(),
-            rejected.sum(),
-        )
-        return dict(zip(SUMS, values, strict=True))
+        sums = self._sums(nll, chosen, rejected, inputs["nll_tokens"])
+        # The same names in every process, one whose rows are empty among them.
+        return sums if len(chosen) else dict.fromkeys(sums, 0.0)
 
-    def means(self, sums: dict[str, float]) -> dict[str, float]:
+    def _sums(self, nll: Any, chosen: Any, rejected: Any, tokens: int) -> dict[str, Any]:
+        preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
+        return {
+            "nll": nll,
+            "tokens": tokens,
+            "pairs": len(chosen),
+            "preference": preference.sum(),
+            "log_odds_ratio": log_ratio * len(chosen),
+            "log_odds_chosen": log_odds * len(chosen),
+            "margins": (chosen_rewards - rejected_rewards).sum(),
+            "correct": (chosen > rejected).sum(),
+            "chosen": chosen.sum(),
+            "rejected": rejected.sum(),
+        }
+
+    def means(self, sums: dict[str, Any]) -> dict[str, Any]:
         pairs, nll = sums["pairs"], sums["nll"] / sums["tokens"]
         return {
             "loss": nll - sums["preference"] / pairs,
@@ -251,7 +246,7 @@ class PairsSimPOTrainer(CPOTrainer):
 
 
 def unpaired(pairs: Any, group: int) -> Any:
-    """KTO's rows: every answer alone with its label, and for the divergence another answer of the same group of `group` rows."""
+    """KTO's rows: every answer alone with its label, and for the divergence its neighbour's of the `group` rows."""
     if pairs is None:
         return None
     rows: list[dict[str, Any]] = []
@@ -259,11 +254,10 @@ def unpaired(pairs: Any, group: int) -> Any:
         for side in ("chosen", "rejected"):
             answer = {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"]}
             rows.append({**answer, "label": side == "chosen"})
-    for start in range(0, len(rows), group):
-        part = rows[start : start + group]
-        answers = [row["completion_ids"] for row in part]
-        for row, other in zip(part, answers[-1:] + answers[:-1], strict=True):
-            row["KL_completion_ids"] = other
+    for number, row in enumerate(rows):
+        start = number - number % group
+        other = start + (number - start - 1) % min(group, len(rows) - start)
+        row["KL_completion_ids"] = rows[other]["completion_ids"]
     return Dataset.from_list(rows)
 
 
@@ -272,91 +266,76 @@ def unpaired(pairs: Any, group: int) -> Any:
 
 def make(job: Any, model: Any, precision: config.Precision) -> Any:
     """The trainer of a `job.TrainJob`, its rows in place."""
-    loss = config.loss_of(job.params)
-    trainer = _packed(job, model, precision, loss) if loss in ("sft", "orpo") else _padded(job, model, precision, loss)
+    loss, plan = config.loss_of(job.params), job.planned
+    if loss in ("sft", "orpo"):
+        given = config.arguments(job.stage, precision, len(job.train_rows), len(job.held_out or ()), plan.accumulation)
+        trainer = _made(job, model, *(_orpo if loss == "orpo" else _sft)(job.params, given))
+        compat.shard(trainer)
+        _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
+    else:
+        trainer = _padded(job, model, precision, loss)
+    methods.keep_in_fp32(model)
     trainer.optimizer = methods.lora_plus(model, job.params, trainer.args)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.LiveCurve` speaks for it
     return trainer
 
 
-def _packed(job: Any, model: Any, precision: config.Precision, loss: str) -> Any:
-    params, plan, world = job.params, job.planned, distributed.world().size
-    given = config.arguments(job.stage, precision, len(job.train_rows), len(job.held_out or ()), plan.accumulation)
-    if loss == "orpo":
-        arguments = ORPOConfig(**given, beta=params.beta, max_length=params.max_length, disable_dropout=False)
-    else:
-        arguments = SFTConfig(
-            **given,
-            loss_type="nll",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-            neftune_noise_alpha=params.neftune_alpha or None,
-        )
-    trainer = (RowORPOTrainer if loss == "orpo" else RowSFTTrainer)(
+def _made(job: Any, model: Any, kind: Any, arguments: Any, train: Any = None, held_out: Any = None) -> Any:
+    return kind(
         model=model,
         args=compat.use_one_gpu(arguments),
-        train_dataset=job.train_rows,
-        eval_dataset=job.held_out,
+        train_dataset=job.train_rows if train is None else train,
+        eval_dataset=job.held_out if train is None else held_out,
         processing_class=job.tokenizer,
     )
-    compat.shard(trainer)
-    methods.keep_in_fp32(model)
-    layout = {"world_size": world, "padded": not plan.packed}
-    train = PackedRows(
-        job.train_rows,
-        batch_size=params.batch_size,
-        accumulation=plan.accumulation,
-        seed=params.seed,
-        lengths=lengths_of(job.train_rows, not plan.packed),
-        budget=plan.row_tokens or None,
-        **layout,
-    )
-    held_out = job.held_out and PackedRows(
-        job.held_out,
-        batch_size=min(params.batch_size, 8) * world,
-        accumulation=1,
-        shuffle=False,
-        lengths=lengths_of(job.held_out, not plan.packed),
-        **layout,
-    )
+
+
+def _sft(params: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "loss_type": "nll"}
+    return RowSFTTrainer, SFTConfig(**given, **prepared, neftune_noise_alpha=params.neftune_alpha or None)
+
+
+def _orpo(params: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    return RowORPOTrainer, ORPOConfig(**given, beta=params.beta, max_length=params.max_length, disable_dropout=False)
+
+
+def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowCollator]) -> None:
+    """Give the trainer its rows, packed as the plan says, and prove on the model that they do not see each other."""
+    params, plan, world = job.params, job.planned, distributed.world().size
+
+    def rows(examples: Any, batch_size: int, **given: Any) -> PackedRows:
+        lengths, padded = lengths_of(examples, not plan.packed), not plan.packed
+        return PackedRows(examples, batch_size=batch_size, world_size=world, lengths=lengths, padded=padded, **given)
+
+    budget = plan.row_tokens or None
+    train = rows(job.train_rows, params.batch_size, accumulation=plan.accumulation, seed=params.seed, budget=budget)
+    held_out = None
+    if job.held_out is not None:
+        held_out = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
     share = plan.packed and plan.backend == "hf" and plan.attention == packed_attention.SDPA
-    collator = (PairCollator if loss == "orpo" else RowCollator)(
-        job.tokenizer.pad_token_id, "packed" if plan.packed else "padded", share
-    )
+    layout = "packed" if plan.packed else "padded"
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    trainer.use_rows(train, held_out, collator, fused=not can_fuse(causal))
+    trainer.use_rows(train, held_out, collator(job.tokenizer.pad_token_id, layout, share), not can_fuse(causal))
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing
         model.for_training()
     elif plan.packed:
         with trainer.accelerator.autocast():
             packed_attention.check_boundaries(model)
-    return trainer
 
 
 def _padded(job: Any, model: Any, precision: config.Precision, loss: str) -> Any:
-    """DPO, KTO or SimPO. Starting from an adapter, the reference of DPO and KTO is a copy of it; else it is the base."""
+    """DPO, KTO or SimPO. Starting from an adapter, the reference of DPO and KTO is a copy of it; else the base."""
     params, train, held_out = job.params, job.train_rows, job.held_out
     micro = min(params.batch_size, PAIRS)
     accumulation = math.ceil(params.batch_size / micro)
     given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
     rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
     given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
-    given |= {"beta": params.beta, "disable_dropout": False, "max_length": None}
-    kind: Any = PairsDPOTrainer
+    given |= {"beta": params.beta, "disable_dropout": False}
     if loss == "dpo":
-        arguments = DPOConfig(**given)
-    elif loss == "kto":
-        kind, arguments = RowsKTOTrainer, KTOConfig(**given, train_sampling_strategy="sequential")
-        train, held_out = unpaired(train, rows), unpaired(held_out, rows)
-    else:
-        given |= {"max_length": params.max_length, "loss_type": "simpo", "cpo_alpha": 0.0}
-        kind, arguments = PairsSimPOTrainer, CPOConfig(**given, simpo_gamma=params.simpo_gamma)
-    trainer = kind(
-        model=model,
-        args=compat.use_one_gpu(arguments),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=job.tokenizer,
-    )
-    methods.keep_in_fp32(model)
-    return trainer
+        return _made(job, model, PairsDPOTrainer, DPOConfig(**given, max_length=None))
+    if loss == "kto":
+        arguments = KTOConfig(**given, max_length=None, train_sampling_strategy="sequential")
+        return _made(job, model, RowsKTOTrainer, arguments, unpaired(train, rows), unpaired(held_out, rows))
+    given |= {"max_length": params.max_length, "loss_type": "simpo", "cpo_alpha": 0.0}
+    return _made(job, model, PairsSimPOTrainer, CPOConfig(**given, simpo_gamma=params.simpo_gamma))

@@ -1,8 +1,8 @@
 """Unsloth as the second training backend: the same parameters, the same trainers, the same outputs.
 
 Unsloth patches transformers and has to be imported before it, so `import_first` runs first thing in a training process
-(`notebook.start` and `python -m helpers.train` call it). It is optional: its licences (Apache-2.0 with AGPL and LGPL parts)
-stay with whoever installs it. Its statistics stay off and it makes no call home.
+(`notebook.start` and `python -m helpers.train` call it). It is optional: its licences (Apache-2.0 with AGPL and LGPL
+parts) stay with whoever installs it. Its statistics stay off and it makes no call home.
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ from helpers.model.loading import resolve_model
 from helpers.planner import gpus
 from helpers.planner.plan import choose_backend
 
-QUIET = {
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    "UNSLOTH_AUTO_INSTALL": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-}
+QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
+QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def decide(params: Any) -> str:
     """ "hf" or "unsloth": what the planner will choose, told by its own function before transformers is imported.
 
-    The kind of model is read from its config.json; torch is asked for the GPU only where everything else speaks for Unsloth.
-    Raises TunebookError for backend "unsloth" where it cannot train.
+    The model type is read from config.json; torch is asked for the GPU only where all else speaks for Unsloth. Raises
+    TunebookError for backend "unsloth" where it cannot train.
     """
     if params.backend == "hf" or (params.backend == "auto" and importlib.util.find_spec("unsloth") is None):
         return "hf"
     try:
         known = runs.load(params.run, "data", verify=False).data["model"]
-        folder = resolve_model(params.model).path if params.model else Path(known["path"])
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(resolve_model(params.model).path if params.model else Path(known["path"]))
     except (TunebookError, OSError, KeyError):  # the job says what is missing when it is opened
         return params.backend.replace("auto", "hf")
     model_type = config.get("text_config", {}).get("model_type") or config.get("model_type", "")
-    values = params.as_dict()
 
     def chosen(card: gpus.Card) -> str:
-        return choose_backend(params.backend, card, model_type, values)[0]
+        return choose_backend(params.backend, card, model_type, params.as_dict())[0]
 
     if chosen(gpus.named("T4")) == "hf":  # not even on the oldest GPU
         return "hf"
     return chosen(gpus.named(params.plan_for) if params.plan_for else gpus.here())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    return json.loads((folder / "config.json").read_text())
 
 
 def import_first(params: Any) -> bool:
@@ -66,16 +65,16 @@ def import_first(params: Any) -> bool:
         return True
     if "transformers" in sys.modules:
         raise TunebookError(
-            "Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel and "
-            "run from the first cell, or set backend to hf."
+            "Unsloth has to be imported before transformers, which this process has loaded already; restart the kernel "
+            "and run from the first cell, or set backend to hf."
         )
     os.environ.update(QUIET)
     try:
         import unsloth  # noqa: F401  it patches the libraries when it is imported
     except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
+        why = str(error).splitlines()[0][:200]
         raise TunebookError(
-            f"Unsloth cannot be imported ({str(error).splitlines()[0][:200]}); set backend to hf, or install the versions "
-            "in requirements.txt."
+            f"Unsloth cannot be imported ({why}); set backend to hf, or install the versions in requirements.txt."
         ) from error
     return True
 
@@ -83,18 +82,17 @@ def import_first(params: Any) -> bool:
 def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, list[str]]:
     """(model with its adapter, notes) for a job's source and parameters.
 
-    The head's loss is `helpers.model.chunked_loss`, as in the other backend, so that the trainers do not see a difference.
+    The head's loss is `helpers.model.chunked_loss`, as in the other backend: the trainers do not see a difference.
     Activations are checkpointed and offloaded to host memory, Unsloth's own way.
     """
     if "unsloth" not in sys.modules:
-        raise TunebookError(
-            "Unsloth is not imported; start the job through notebook.start or python -m helpers.train, which import it first."
-        )
+        raise TunebookError("Unsloth has to be imported first; begin with notebook.start, or python -m helpers.train.")
+    from peft import PeftModel
     from unsloth import FastLanguageModel
 
     from helpers.model import chunked_loss
 
-    config = json.loads((source.path / "config.json").read_text())
+    config = read_config(source.path)
     longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
     model, _ = FastLanguageModel.from_pretrained(
         str(source.path),
@@ -104,8 +102,6 @@ def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, li
         trust_remote_code=False,
     )
     if adapter is not None:
-        from peft import PeftModel
-
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
         model = FastLanguageModel.for_training(model) or model
     else:
@@ -121,15 +117,9 @@ def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, li
             random_state=params.seed,
             use_rslora=params.rslora,
         )
-    causal = model.get_base_model()
-    if why := chunked_loss.can_fuse(causal):
+    if why := chunked_loss.can_fuse(model.get_base_model()):
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
-    chunked_loss.install(causal)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
+    chunked_loss.install(model.get_base_model())
     version = sys.modules["unsloth"].__version__
-    return model, [
-        f"Unsloth {version}: its kernels and offloaded activation checkpointing",
-        "cross-entropy without whole logits",
-    ]
+    note = f"Unsloth {version}: its kernels and offloaded activation checkpointing, cross-entropy without whole logits"
+    return model, [note]

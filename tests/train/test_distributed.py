@@ -1,16 +1,17 @@
-"""One process or two, data parallel or sharded: the same rows a step, the same losses, and checkpoints that move between them."""
+"""One process or two, data parallel or sharded: the same rows a step, the same losses, checkpoints that move."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import train_data
 
+from helpers import machine, runs
 from helpers import params as parameters
-from helpers import runs
-from helpers.errors import TunebookError
-from helpers.train import distributed
+from helpers.train import distributed, preference
 
 SMALL = {
     "epochs": 1.0,
@@ -47,11 +48,28 @@ def trained(runs_root, narrow_llama, tokenizer, run, processes, **changes):
     return go(run, processes, **changes)
 
 
+def torchrun(stage, values, processes):
+    """Exit status and output of a training stage in several processes, as its user would start it."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    given = [x for name, value in values.as_dict().items() for x in ("-p", name, str(value))]
+    done = subprocess.run(
+        [*start, "-m", "helpers.train", "--stage", stage, *given],
+        cwd=machine.PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout
+
+
 def go(run, processes, **changes):
     """Train the run's SFT stage here, or in that many processes; returns its folder."""
     values = parameters.resolve("sft", {**SMALL, "run": run, **changes})
     if processes > 1:
-        return distributed.launch("sft", values, processes, timeout_s=240)
+        status, said = torchrun("sft", values, processes)
+        assert status == 0, said[-3000:]
+        return runs.folder(run, "sft")
     from helpers.train.__main__ import train
 
     train("sft", values)
@@ -104,9 +122,30 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
-def test_a_failing_process_ends_in_its_own_sentence(runs_root, narrow_llama, tokenizer, two_cores):
-    with pytest.raises(TunebookError, match=r"in 2 processes failed: .*run"):
-        distributed.launch("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2, timeout_s=120)
+def test_a_sharded_run_writes_sample_answers_and_does_not_wait_for_ever(runs_root, untied_llama, tokenizer, two_cores):
+    folder = trained(runs_root, untied_llama, tokenizer, "samples", 2, method="lora", sample_every=2, max_steps=2)
+    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in written} == {2} and len(written) == 4
+
+
+def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_others(
+    runs_root, narrow_llama, tokenizer, two_cores
+):
+    one = train_data.pair_rows(tokenizer, 1, seed=1)
+    for run in ("alone", "pair"):
+        train_data.data_stage(run, narrow_llama, tokenizer, held_out_pairs=one)
+    given = {**SMALL, "start_from": "base", "max_steps": 2, "eval_steps": 2}
+    alone = preference.run(parameters.resolve("orpo", {**given, "run": "alone"}))
+    status, said = torchrun("orpo", parameters.resolve("orpo", {**given, "run": "pair"}), 2)
+    assert status == 0, said[-3000:]
+    both = runs.load("pair", "orpo").metrics
+    for name in ("eval_loss", "held_out_margins", "log_odds_chosen"):
+        assert both[name] == pytest.approx(alone.metrics[name], rel=1e-3, abs=1e-4), name
+
+
+def test_a_failing_process_ends_in_its_own_message(runs_root, narrow_llama, tokenizer, two_cores):
+    status, said = torchrun("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2)
+    assert status and "TunebookError: Stage 'data' of the run 'nothing-here' has not been run yet" in said
 
 
 def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):

@@ -1,4 +1,4 @@
-"""Packing leaves the optimizer's batch as it was asked for, whatever the rows, the accumulation or the number of GPUs."""
+"""Packing leaves the optimizer's batch as asked, whatever the rows, the accumulation or the number of GPUs."""
 
 import random
 

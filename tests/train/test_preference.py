@@ -1,4 +1,4 @@
-"""Preference training: ORPO's identity against TRL's own arithmetic, direction, dropped pairs, and the losses beside it."""
+"""Preference training: ORPO against TRL's own arithmetic, direction, dropped pairs, and the losses beside it."""
 
 import json
 import math
@@ -217,3 +217,18 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
 def test_a_preference_setting_that_cannot_work_is_refused(given):
     with pytest.raises(TunebookError, match=r"This cannot work"):
         config.check(parameters.resolve("orpo", given), (9, 0) if "backend" in given else None)
+
+
+@pytest.mark.parametrize("held_out", [0, 1], ids=["none was drawn", "the only one is too long"])
+def test_without_a_held_out_pair_it_trains_and_says_that_there_is_no_figure(
+    runs_root, narrow_llama, tokenizer, capsys, held_out
+):
+    pairs = [
+        {**pair, "prompt_ids": pair["prompt_ids"] * 9} for pair in train_data.pair_rows(tokenizer, held_out, seed=1)
+    ]
+    train_data.data_stage("r", narrow_llama, tokenizer, held_out_pairs=pairs)
+    job = trained(early_stopping=2)
+    assert "No pair is held out: this run will have no held-out figure" in capsys.readouterr().out
+    assert job.held_out is None and "eval_loss" not in job.result and "no held-out rows" in repr(job.train())
+    assert "none: no rows were held out" in repr(job.summary()) and len(job.margins().axes) == 3
+    assert "eval_loss" not in job.finish().metrics

@@ -73,8 +73,8 @@ def test_intervals_follow_a_shortened_run(prepared):
     from helpers.train import config
 
     job = prepared(max_steps=40, schedule="wsd").build()
-    config.shorten(job.trainer.args, job.params, 10)
+    job._set_length(10)
     assert (job.trainer.args.max_steps, job.trainer.args.eval_steps, job.trainer.args.save_steps) == (10, 2, 2)
     assert job.trainer.args.lr_scheduler_kwargs == {"num_decay_steps": 2}
     with pytest.raises(TunebookError, match="best checkpoint"):
-        config.intervals(10, train_data.settings("sft", save_steps=3, eval_steps=2))
+        config.timetable(0, train_data.settings("sft", save_steps=3, eval_steps=2), 10)

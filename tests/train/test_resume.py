@@ -161,6 +161,52 @@ def test_a_lost_run_folder_is_brought_back_from_the_mirror(data, tmp_path, capsy
     assert losses(again)[0] == list(range(1, 13))
 
 
+def test_runs_and_stages_that_share_a_mirror_keep_their_checkpoints(data, tmp_path, narrow_llama, tokenizer):
+    drive = tmp_path / "drive"
+    foreign = drive / "r" / "02_qlora_sft" / "checkpoint-999"  # an earlier program's, or somebody's own
+    foreign.mkdir(parents=True)
+    first = interrupt(10, mirror=str(drive))
+    train_data.data_stage("r2", narrow_llama, tokenizer)
+    for given in ({"learning_rate": 5e-4}, {"run": "r2"}):
+        run(mirror=str(drive), max_steps=20, save_steps=4, **given)
+    kept = resume.Mirror(str(drive), first.stage, first.identity).folder
+    assert [p.name for p in resume.numbered(kept)] == ["checkpoint-8", "checkpoint-4"] and foreign.is_dir()
+    found = [[p.name for p in resume.numbered(log.parent)] for log in drive.rglob("log.jsonl")]
+    assert sorted(found) == [["checkpoint-20", "checkpoint-16", "checkpoint-12"]] * 2 + [
+        ["checkpoint-8", "checkpoint-4"]
+    ]
+
+
+def test_a_mirror_that_cannot_be_written_is_found_before_training(data, tmp_path):
+    (tmp_path / "drive").write_text("a file")
+    with pytest.raises(TunebookError, match=r"mirror is set and .* cannot be written .*mount the drive"):
+        run(mirror=str(tmp_path / "drive"))
+    assert not (runs.folder("r", "sft") / "log.jsonl").exists()
+
+
+def test_a_mirror_that_fills_up_is_announced_and_the_training_ends_well(data, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume.shutil, "copytree", full)
+    job = run(mirror=str(tmp_path / "drive"), max_steps=8)
+    said = capsys.readouterr().out
+    assert job.result["steps"] == 8 and said.count("could not be copied to the mirror") == 2
+    assert "No space left on device); training continues" in said
+
+
+def test_a_checkpoint_that_cannot_be_read_is_kept_and_said(data, monkeypatch):
+    job = interrupt(6)
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(runs, "sha256_file", broken)
+    with pytest.raises(TunebookError, match=r"checkpoint-4 cannot be read \(Input/output error\); it is left as it is"):
+        resume.newest(job.checkpoints, job.identity)
+    assert [p.name for p in resume.numbered(job.checkpoints)] == ["checkpoint-4"]
+
+
 def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, narrow_llama, tokenizer):
     first = run(max_steps=6)
     held = first.trainer.evaluate()["eval_loss"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -100,9 +101,7 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
 
 
 def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
-    text = tokenizer(
-        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-    )["input_ids"]
+    text = tokenizer("one two three four five six seven eight nine ten " * 2)["input_ids"]
     same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
     assert prefix_sharing.shareable(same) == 0
     masked = [{"input_ids": [*text, n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
@@ -208,6 +207,46 @@ def test_curves_are_drawn_from_the_log(data, tmp_path):
     assert plots.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
 
 
+# ---------------------------------------------------------------- the notebook's steps
+
+
+def test_nothing_is_written_or_set_aside_before_the_first_step(data):
+    trained(max_steps=1).finish()
+    manifest = (runs.folder("r", "sft") / "manifest.json").read_bytes()
+    job = prepared(max_steps=2)
+    assert "steps" in repr(job.plan()) and "SELECT" in repr(job.first_row()) and "32" in repr(job.left_out())
+    assert (runs.folder("r", "sft") / "manifest.json").read_bytes() == manifest
+    with pytest.raises(TunebookError, match="has not been trained"):
+        job.summary()
+    job.train()
+    assert not (runs.folder("r", "sft") / "manifest.json").exists()
+
+
+def test_a_step_called_twice_shows_the_first_and_a_finished_run_shows_everything_from_disk(data, monkeypatch):
+    job = trained()
+    weights, first = flat(job.model).clone(), job.train()
+    assert job.train() is first and torch.equal(flat(job.model), weights) and job.trainer.state.global_step == 3
+    shown = {name: repr(getattr(job, name)()) for name in ("plan", "first_row", "summary", "answers")}
+    assert job.answers() is job.answers() and job.figure() is job.figure()
+    assert len((job.stage.path / "samples.jsonl").read_text().splitlines()) == 4
+    manifest = job.finish()
+    assert job.finish() is manifest
+    monkeypatch.setattr(sft, "base_model", lambda *given: pytest.fail("a finished run needs no model"))
+    again = prepared()
+    assert repr(again.train()) == repr(first) and again.finish().sha256 == manifest.sha256
+    assert {name: repr(getattr(again, name)()) for name in shown} == shown
+    assert again.figure()._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_finished_job_lets_go_of_its_model(data):
+    job = trained()
+    model, trainer, optimizer = (weakref.ref(x) for x in (job.model, job.trainer, job.trainer.optimizer))
+    job.finish()
+    assert model() is None and trainer() is None and optimizer() is None
+    with pytest.raises(TunebookError, match="no longer in memory"):
+        job.answers()
+
+
 # ---------------------------------------------------------------- methods
 
 
@@ -238,6 +277,8 @@ def test_every_method_trains_and_can_be_kept(data, given):
         "model/model.safetensors" if given.get("method") in ("full", "freeze") else "adapter/adapter_model.safetensors"
     )
     assert kept in manifest.data["artifacts"]
+    whole = given.get("method") in ("full", "freeze")
+    assert ("trained in fp32, as asked, and written in bf16" in manifest.data["notes"]) == whole
 
 
 def test_frozen_layers_stay_as_they_were(data, narrow_llama):
@@ -289,6 +330,7 @@ REFUSED = [
     ({"method": "full", "precision": "auto"}, (7, 5)),
     ({"backend": "unsloth"}, None),
     ({"backend": "unsloth", "dora": True}, (8, 0)),
+    ({"precision": "fp32", "backend": "unsloth"}, (8, 0)),
     ({"early_stopping": 2, "best_checkpoint": False}, None),
     ({"neftune_alpha": 5.0}, None),
     ({"warmup_ratio": 1.0}, None),

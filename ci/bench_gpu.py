@@ -1,11 +1,11 @@
 """The GPU benchmark: this project's own training jobs beside the rivals' recipes, every arm in one run.
 
-    python ci/bench_gpu.py all OUT --tokenizer DIR --data DIR [--gpus 2]     every arm, JSON lines into OUT/results.jsonl
+    python ci/bench_gpu.py all OUT --tokenizer DIR --data DIR [--gpus 2]   every arm, into OUT/results.jsonl
     python ci/bench_gpu.py make MODEL --tokenizer DIR                        the random 8B Llama, 16-bit and NF4
     python ci/bench_gpu.py sft|orpo|context|planner ...                      one of our arms (all calls these)
 
-A random-init Llama-3.1-8B, rank 16 on all linear layers, LLaMA-Factory's alpaca_en_demo.json and dpo_en_demo.json. Weights
-do not change speed. Our arms are whole jobs (`python -m helpers.train`) with trainer, logging and checkpoints on; their
+A random-init Llama-3.1-8B, rank 16 on all linear layers, LLaMA-Factory's alpaca_en_demo.json and dpo_en_demo.json:
+weights do not change speed. Our arms are whole jobs (`python -m helpers.train`) with logging and checkpoints; their
 tokens/s are non-padding tokens over the wall time of the steps after the third, checkpoint included. `--tiny` makes a
 dry run of everything that a CPU can do.
 """
@@ -108,7 +108,7 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
 def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, killed_on: int = 0, **changes) -> None:
     """One whole training job in its own process(es); prints its speed, peak, losses and the planner's errors.
 
-    killed_on: begin on that many GPUs, kill it after its first checkpoint, and go on with `processes`.
+    killed_on: begin on that many GPUs, kill it after its first checkpoint, and resume with `processes`.
     """
     from helpers import params, runs
 
@@ -186,7 +186,7 @@ def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:
     )
     command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the child writes
     child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
     child.log = log
     return child
@@ -234,7 +234,7 @@ def run_all(given: argparse.Namespace) -> None:
             "TUNEBOOK_RUNS": str(Path(given.model) / "runs"),
             "PYTHONUNBUFFERED": "1",
         }
-        log = open(out / f"{name}.log", "w")
+        log = open(out / f"{name}.log", "w")  # noqa: SIM115  open as long as the child writes
         return subprocess.Popen(
             [sys.executable, *command], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
         )

@@ -280,11 +280,11 @@ def longest_rows(
     lengths=(2048, 8192, 16384, 32768),
     tries: int = 3,
 ) -> None:
-    """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it promises.
+    """Peak memory of `step(tokens)` at some lengths, the straight line through them, and rows tried at what it says.
 
     A ballast tensor leaves exactly the limit free, because some libraries size their buffers by what is free. Rows over
-    `longest_whole`, whose step would take minutes, run through `few_layers(tokens)`: every weight is in its place, and as
-    layer inputs wait in main memory, two layers need what all of them need.
+    `longest_whole`, whose step would take minutes, run through `few_layers(tokens)`: every weight is in its place, and
+    as layer inputs are offloaded to host memory, two layers need what all of them need.
     """
     import torch
 

@@ -3,7 +3,7 @@
     python ci/bench_train.py [--run default] [--steps 6]
 
 Takes the rows of a finished data stage. tokens_per_s counts every token of the rows that were trained on, however often
-it was worked out: a beginning that eight rows share counts eight times, padding never.
+it was computed: a prefix that eight rows share counts eight times, padding never.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from helpers import machine, params, runs
 
 # (stage, what is changed, name): the default, then the same without one of its parts.
 ARMS = (
-    ("sft", {}, "nf4, common beginnings shared"),
-    ("sft", {"method": "lora"}, "bf16, common beginnings shared"),
+    ("sft", {}, "nf4, shared prefixes"),
+    ("sft", {"method": "lora"}, "bf16, shared prefixes"),
     ("sft", {"share": False}, "nf4, packed"),
     ("sft", {"packing": False}, "nf4, padded"),
-    ("orpo", {}, "nf4 ORPO, common beginnings shared"),
+    ("orpo", {}, "nf4 ORPO, shared prefixes"),
     ("orpo", {"packing": False}, "nf4 ORPO, padded"),
 )
 

@@ -85,8 +85,8 @@ def use_one_gpu(arguments: Any) -> Any:
 def shard(trainer: Any) -> None:
     """Finish the sharding that the trainer's `fsdp` arguments ask for; call it before the model is wrapped.
 
-    accelerate shards on accelerators only: on CPUs its state is set to the same here. Losses, log-probabilities and sums
-    of gradients stay in fp32, where accelerate's policy rounds them to the 16 bits that the products are in.
+    accelerate shards on accelerators only: on CPUs its state is set to the same here. Losses, log-probabilities and
+    sums of gradients stay in fp32, where accelerate's policy rounds them to the 16 bits that the products are in.
     """
     if trainer.args.fsdp_plugin_args is None:
         return

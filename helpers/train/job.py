@@ -188,7 +188,7 @@ class TrainJob(steps.Job):
         self._trained()
         return plots.training_curves(self.lines(), self.title)
 
-    @steps.step
+    @steps.look
     def answers(self, count: int = 4) -> display.Html:
         """Greedy answers to held-out prompts beside their references; also in samples.jsonl."""
         self._trained()

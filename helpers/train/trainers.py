@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.data_utils import unpair_preference_dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from datasets import Dataset
 from helpers import compat
 from helpers.model import packed_attention
 from helpers.model.chunked_loss import can_fuse, per_document
@@ -246,57 +246,64 @@ class PairsSimPOTrainer(CPOTrainer):
 
 
 def unpaired(pairs: Any, group: int) -> Any:
-    """KTO's rows: every answer alone with its label, and for the divergence its neighbour's of the `group` rows."""
-    if pairs is None:
-        return None
-    rows: list[dict[str, Any]] = []
-    for pair in pairs:
-        for side in ("chosen", "rejected"):
-            answer = {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"]}
-            rows.append({**answer, "label": side == "chosen"})
-    for number, row in enumerate(rows):
-        start = number - number % group
-        other = start + (number - start - 1) % min(group, len(rows) - start)
-        row["KL_completion_ids"] = rows[other]["completion_ids"]
-    return Dataset.from_list(rows)
+    """KTO's rows: every answer alone with its label, and for the divergence another answer of the same `group` rows."""
+    names = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
+    rows = unpair_preference_dataset(pairs.select_columns(list(names)).rename_columns(names), batch_size=group // 2)
+    rows = rows.rename_columns({"prompt": "prompt_ids", "completion": "completion_ids"})
+
+    def mismatched(batch: dict[str, list]) -> dict[str, list]:
+        return {"KL_completion_ids": [batch["completion_ids"][-1], *batch["completion_ids"][:-1]]}
+
+    return rows.map(mismatched, batched=True, batch_size=group)
 
 
 # ---------------------------------------------------------------- a job's trainer
 
 
 def make(job: Any, model: Any, precision: config.Precision) -> Any:
-    """The trainer of a `job.TrainJob`, its rows in place."""
-    loss, plan = config.loss_of(job.params), job.planned
-    if loss in ("sft", "orpo"):
-        given = config.arguments(job.stage, precision, len(job.train_rows), len(job.held_out or ()), plan.accumulation)
-        trainer = _made(job, model, *(_orpo if loss == "orpo" else _sft)(job.params, given))
-        compat.shard(trainer)
-        _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
+    """The trainer of a `job.TrainJob`, its rows in place.
+
+    Starting from an adapter, the reference of DPO and KTO is a copy of it; else it is the base.
+    """
+    params, loss, train, held_out = job.params, config.loss_of(job.params), job.train_rows, job.held_out
+    packed = loss in ("sft", "orpo")
+    micro = 1 if packed else min(params.batch_size, PAIRS)
+    accumulation = job.planned.accumulation if packed else math.ceil(params.batch_size / micro)
+    given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
+    given["max_length"] = params.max_length if loss in ("orpo", "simpo") else None
+    if loss != "sft":
+        given |= {"beta": params.beta, "disable_dropout": False}
+    rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
+    if not packed:
+        given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
+    kind: Any
+    if loss == "sft":
+        given |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "neftune_noise_alpha": params.neftune_alpha or None}
+        kind, arguments = RowSFTTrainer, SFTConfig(**given, loss_type="nll")
+    elif loss == "orpo":
+        kind, arguments = RowORPOTrainer, ORPOConfig(**given)
+    elif loss == "dpo":
+        kind, arguments = PairsDPOTrainer, DPOConfig(**given)
+    elif loss == "kto":
+        kind, arguments = RowsKTOTrainer, KTOConfig(**given, train_sampling_strategy="sequential")
+        train, held_out = (None if pairs is None else unpaired(pairs, rows) for pairs in (train, held_out))
     else:
-        trainer = _padded(job, model, precision, loss)
-    methods.keep_in_fp32(model)
-    trainer.optimizer = methods.lora_plus(model, job.params, trainer.args)
-    trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.LiveCurve` speaks for it
-    return trainer
-
-
-def _made(job: Any, model: Any, kind: Any, arguments: Any, train: Any = None, held_out: Any = None) -> Any:
-    return kind(
+        given |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": params.simpo_gamma}
+        kind, arguments = PairsSimPOTrainer, CPOConfig(**given)
+    trainer = kind(
         model=model,
         args=compat.use_one_gpu(arguments),
-        train_dataset=job.train_rows if train is None else train,
-        eval_dataset=job.held_out if train is None else held_out,
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=job.tokenizer,
     )
-
-
-def _sft(params: Any, given: dict[str, Any]) -> tuple[Any, Any]:
-    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "loss_type": "nll"}
-    return RowSFTTrainer, SFTConfig(**given, **prepared, neftune_noise_alpha=params.neftune_alpha or None)
-
-
-def _orpo(params: Any, given: dict[str, Any]) -> tuple[Any, Any]:
-    return RowORPOTrainer, ORPOConfig(**given, beta=params.beta, max_length=params.max_length, disable_dropout=False)
+    methods.keep_in_fp32(model)
+    if packed:
+        compat.shard(trainer)
+        _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
+    trainer.optimizer = methods.lora_plus(model, params, trainer.args)
+    trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.LiveCurve` speaks for it
+    return trainer
 
 
 def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowCollator]) -> None:
@@ -321,21 +328,3 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowColla
     elif plan.packed:
         with trainer.accelerator.autocast():
             packed_attention.check_boundaries(model)
-
-
-def _padded(job: Any, model: Any, precision: config.Precision, loss: str) -> Any:
-    """DPO, KTO or SimPO. Starting from an adapter, the reference of DPO and KTO is a copy of it; else the base."""
-    params, train, held_out = job.params, job.train_rows, job.held_out
-    micro = min(params.batch_size, PAIRS)
-    accumulation = math.ceil(params.batch_size / micro)
-    given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
-    rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
-    given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
-    given |= {"beta": params.beta, "disable_dropout": False}
-    if loss == "dpo":
-        return _made(job, model, PairsDPOTrainer, DPOConfig(**given, max_length=None))
-    if loss == "kto":
-        arguments = KTOConfig(**given, max_length=None, train_sampling_strategy="sequential")
-        return _made(job, model, RowsKTOTrainer, arguments, unpaired(train, rows), unpaired(held_out, rows))
-    given |= {"max_length": params.max_length, "loss_type": "simpo", "cpo_alpha": 0.0}
-    return _made(job, model, PairsSimPOTrainer, CPOConfig(**given, simpo_gamma=params.simpo_gamma))

@@ -21,6 +21,7 @@ from helpers import cache
 from helpers.errors import TunebookError
 from helpers.evaluate.session import Session
 from helpers.gguf.runner import GgufModel
+from helpers.model.loading import hub_error
 from helpers.storage import write_atomic
 
 GENERAL_TASK = "general_knowledge"
@@ -97,10 +98,7 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
                 verbosity="ERROR",
             )
     except (ConnectionError, FileNotFoundError) as error:
-        raise TunebookError(
-            f"The data of {', '.join(tasks)} is not on this machine and no hub is reachable ({str(error)[:160]}); "
-            "use tasks over local files."
-        ) from error
+        raise hub_error(error, f"the data of {', '.join(tasks)}") from error
     except RuntimeError as error:
         raise TunebookError(f"{', '.join(tasks)} could not be run ({str(error).strip()[:200]}).") from error
     return {

@@ -114,43 +114,31 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     def has(*kinds: type) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
+    mirror = "try again later, or set HF_ENDPOINT to a mirror."
     if code in (errno.ENOSPC, errno.EDQUOT):
-        return TunebookError(
-            f"No space left on the disk for {what} in {constants.HF_HUB_CACHE}; free some room, or set HF_HOME to "
-            "another disk."
-        )
+        folder = constants.HF_HUB_CACHE
+        return TunebookError(f"No space left on the disk for {what} in {folder}; free some, or set HF_HOME elsewhere.")
     if code in (errno.EACCES, errno.EROFS, errno.EPERM):
         return TunebookError(f"{constants.HF_HUB_CACHE} cannot be written; set HF_HOME to a folder that can.")
     if has(errors.GatedRepoError) or status == 403:
-        return TunebookError(
-            f"The hub does not let you read {what}: accept its terms on its page, then log in with `hf auth login` "
-            "(or set HF_TOKEN)."
-        )
+        remedy = "accept its terms on its page, then log in with `hf auth login` (or set HF_TOKEN)."
+        return TunebookError(f"The hub does not let you read {what}: {remedy}")
     if has(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
-        return TunebookError(
-            f"The hub does not know {what}, or it is private; check the spelling, or log in with `hf auth login`."
-        )
+        remedy = "check the spelling, or log in with `hf auth login`."
+        return TunebookError(f"The hub does not know {what}, or it is private; {remedy}")
     if status == 401:
-        return TunebookError(
-            f"The hub does not accept your token for {what} (HTTP 401); log in again with `hf auth login`."
-        )
+        return TunebookError(f"The hub does not accept your token for {what} (HTTP 401); run `hf auth login` again.")
     if status == 429:
         return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); wait, or `hf auth login`.")
     if status:
-        return HubUnreachable(
-            f"The hub failed on {what} (HTTP {status}); try again later, or set HF_ENDPOINT to a mirror."
-        )
+        return HubUnreachable(f"The hub failed on {what} (HTTP {status}); {mirror}")
     if has(errors.OfflineModeIsEnabled):
         return HubUnreachable(f"HF_HUB_OFFLINE is set, so {what} was not asked for; unset it, or name a local folder.")
     if has(httpx.TimeoutException, TimeoutError):
-        return HubUnreachable(
-            f"The hub did not answer in time about {what}; try again, or set HF_ENDPOINT to a mirror."
-        )
+        return HubUnreachable(f"The hub did not answer in time about {what}; {mirror}")
     if has(httpx.TransportError, ConnectionError, errors.LocalEntryNotFoundError):
-        return HubUnreachable(
-            f"No hub is reachable for {what}, which is not on this machine; connect, set HF_ENDPOINT to a mirror, or "
-            "name a local folder."
-        )
+        remedy = "connect, set HF_ENDPOINT to a mirror, or name a local folder."
+        return HubUnreachable(f"No hub is reachable for {what}, which is not on this machine; {remedy}")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return TunebookError(f"{what[0].upper()}{what[1:]} cannot be downloaded ({type(error).__name__}: {said}).")
 
@@ -205,10 +193,10 @@ def mend_padding(tokenizer: Any) -> None:
     """Give the tokenizer a padding token that is not the end of sequence, out of the tokens that it has."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
-    known = tokenizer.get_vocab()
+    known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}  # no ordinary words
     spare = sorted((t for t in known if "reserved" in t or "unused" in t), key=known.__getitem__)
     for token in (*PADDING, tokenizer.unk_token, "<unk>", *spare):
-        if token and token in known and known[token] != tokenizer.eos_token_id:
+        if known.get(token, tokenizer.eos_token_id) != tokenizer.eos_token_id:
             tokenizer.pad_token = token
             return
     raise TunebookError(

@@ -170,3 +170,18 @@ def test_fp32_becomes_bf16_only_where_nobody_asked_for_it_and_aloud(tiny_llama, 
     assert loading.load_model(tiny_llama).dtype == torch.bfloat16
     assert "loaded in bf16" in capsys.readouterr().out
     assert loading.load_model(tiny_llama, dtype="fp32").dtype == torch.float32
+
+
+def test_padding_is_never_an_ordinary_word():
+    """A tokenizer whose padding, end and unknown token are one, and that knows the word "reserved"."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>": 0, "reserved": 1, "a": 2}
+    one = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "</s>")
+    backend = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    with pytest.raises(TunebookError, match="pad token of its own"):
+        loading.mend_padding(PreTrainedTokenizerFast(tokenizer_object=backend, **one))
+    spare = PreTrainedTokenizerFast(tokenizer_object=backend, **one, extra_special_tokens=["<|reserved_7|>"])
+    loading.mend_padding(spare)
+    assert spare.pad_token == "<|reserved_7|>"

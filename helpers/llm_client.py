@@ -164,7 +164,7 @@ class Client:
     @property
     def model(self) -> str:
         """The model's name on the server."""
-        return self.entry["id"]
+        return self.endpoint.model or self.entry["id"]
 
     @functools.cached_property
     def served(self) -> str:
@@ -183,7 +183,7 @@ class Client:
             except Exception as error:
                 raise TunebookError(self._said(error)) from None
             tokens = (choice.get("logprobs") or {}).get("content") or []
-            record |= {"text": choice["message"]["content"], "logprobs": [token["logprob"] for token in tokens]}
+            record |= {"text": choice["message"]["content"], "logprobs": [token.get("logprob") or 0.0 for token in tokens]}
             break
         known = (self.answers and self.answers.get("servers")) or {}
         for name, one in known.items():
@@ -214,6 +214,8 @@ class Client:
         def head() -> Reply:
             request, key, future = waiting.popleft()
             record = future.result() if future else self._known(key)
+            if self.answers:
+                asked.pop(key, None)  # from here on it is among the kept answers
             if record.get("failed") and (patience == 1 or (self._gone and not self._answered)):
                 raise TunebookError(record["error"] if patience == 1 else self._gone)
             return _reply(request, record, kept=future is None)

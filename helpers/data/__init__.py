@@ -1,1 +1,1 @@
-"""Data preparation: sources → formats → cleaning → mixing → split → chat template → parquet, with nothing lost uncounted."""
+"""Data preparation: sources, formats, cleaning, mixing, split, chat template, parquet; nothing is lost uncounted."""

@@ -20,7 +20,7 @@ from typing import Any
 from helpers import cache, machine
 from helpers.data.chat_template import Template
 from helpers.data.labels import Encoded, Encoder, spelt_out
-from helpers.data.lengths import Fitter, LengthReport, expanded, propose
+from helpers.data.lengths import Fitter, expanded, propose
 from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, Row
 from helpers.display import Html, percent, shown
@@ -32,7 +32,6 @@ from helpers.storage import disk_error
 TRAINED = ("train", "eval")
 LOST = ".encoding.jsonl"
 WATCHED_ROWS = 20_000  # about ten seconds: with a progress bar
-COUNTS = ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
 
 
 def splits(
@@ -74,44 +73,37 @@ def splits(
 
 def _trained(tables: Mapping[str, Table], template: Template, p: DataParams, folder: Path) -> dict[str, Any]:
     """Write train.parquet and eval.parquet; what was lost stands in LOST."""
-    limit = p.max_length or _proposed(tables, template, p.train_on)
-    lost = Rejects(folder / LOST)
-    whole = LengthReport(limit, p.over_long)
-    found: dict[str, Any] = {"splits": {}, "written": {}, "notes": {}, "examples": {}, "max_length": limit}
-    rows: Counter[str] = Counter()
+    limit, lost = p.max_length or _proposed(tables, template, p.train_on), Rejects(folder / LOST)
+    encoder = Encoder(template, p.train_on, lost)
+    fitter = Fitter(encoder, limit, p.over_long, lost)
+    rows: Counter[str] = Counter()  # by source, as are the tokens
     tokens: Counter[str] = Counter()
-
-    def counted(batches: Iterable[list[Encoded]], trained: Counter[str]) -> Iterator[dict[str, Any]]:
-        for batch in batches:
-            for one in batch:
-                rows[one.row["source"]] += 1
-                tokens[one.row["source"]] += len(one.ids)
-                trained.update(tokens=len(one.ids), trained_tokens=one.trained, trained_turns=len(one.ends))
-            yield _token_columns(batch)
-
+    found: dict[str, Any] = {"splits": {}, "written": {}, "max_length": limit}
     for name in TRAINED:
-        encoder = Encoder(template, p.train_on, lost)
-        fitter = Fitter(encoder, limit, p.over_long, lost)
         trained: Counter[str] = Counter()
         table: Iterable[list[Row]] = tables[name]
         if len(tables[name]) > WATCHED_ROWS:
             table = machine.progress(table, f"tokenising {name}", -(-len(tables[name]) // BATCH_ROWS))
-        columns = counted(fitter.fit(encoder.encode(table)), trained)
-        found["written"][name] = write(folder / f"{name}.parquet", "tokens", columns)
+
+        def columns(batch: list[Encoded], trained: Counter[str] = trained) -> dict[str, Any]:
+            for one in batch:
+                rows[one.row["source"]] += 1
+                tokens[one.row["source"]] += len(one.ids)
+                trained.update(tokens=len(one.ids), trained_tokens=one.trained, trained_turns=len(one.ends))
+            return _token_columns(batch)
+
+        fitting = map(columns, fitter.fit(encoder.encode(table)))
+        found["written"][name] = write(folder / f"{name}.parquet", "tokens", fitting)
         found["splits"][name] = {"rows": found["written"][name], **trained}
-        whole.lengths.update(fitter.report.lengths)
-        for count in COUNTS:
-            setattr(whole, count, getattr(whole, count) + getattr(fitter.report, count))
-        found["notes"] = dict(Counter(found["notes"]) + encoder.notes)
-        found["examples"] |= encoder.examples
     lost.close()
-    found["mixture"] = [
+    mixture = [
         {"source": name, "rows": count, "tokens": tokens[name]}
         | {"row_share": count / rows.total(), "token_share": tokens[name] / tokens.total()}
         for name, count in rows.items()
     ]
-    histogram = {str(length): count for length, count in sorted(whole.lengths.items())}
-    return found | {"lengths": whole.as_dict(), "histogram": histogram}
+    histogram = {str(length): count for length, count in sorted(fitter.report.lengths.items())}
+    counted = {"mixture": mixture, "lengths": fitter.report.as_dict(), "histogram": histogram}
+    return found | counted | {"notes": dict(encoder.notes), "examples": encoder.examples}
 
 
 def _proposed(tables: Mapping[str, Table], template: Template, train_on: str) -> int:

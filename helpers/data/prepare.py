@@ -111,12 +111,8 @@ class Job(StageJob):
         p = self.params
         if not spec:
             return sources.Reading(Table().close(), [])
-        cut: dict[str, Any] = {
-            "tokens": p.chunk_tokens,
-            "overlap": p.chunk_overlap,
-            "least_chars": p.min_document_chars,
-        }
-        cut["tokenizer"] = lambda: self.tokenizer
+        cut: dict[str, Any] = {"tokenizer": lambda: self.tokenizer, "least_chars": p.min_document_chars}
+        cut |= {"tokens": p.chunk_tokens, "overlap": p.chunk_overlap}
         options = {"format": format, "columns": columns, "info": p.dataset_info, "unanswerable": p.unanswerable}
         return sources.read(spec, self.rejects, documents=cut, **options)
 

@@ -1,4 +1,4 @@
-"""Preference rows from sft rows whose answer is a query: chosen is that query, rejected one that was run and answers wrongly."""
+"""Preference rows from sft rows whose answer is a query: chosen is that query, rejected one that answers wrongly."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def reject_queries(
     max_steps: int = 5_000_000,
     timeout_s: float = 2.0,
 ) -> Iterator[list[Row]]:
-    """`meta` says what is wrong with the rejected query ("why"). Dropped with a reason: rows whose query does not run, rows for
-    which no wrong query was proposed."""
+    """`meta` says what is wrong with the rejected query ("why"). Dropped with a reason: rows whose query does
+    not run, rows for which no wrong query was proposed."""
     propose = proposals or negatives.planted_mistakes(database)
     conn = sqlite.open_readonly(database)
     limits = {"max_rows": 1_000, "max_steps": max_steps, "timeout_s": timeout_s}

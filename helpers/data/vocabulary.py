@@ -20,8 +20,8 @@ WORD = re.compile(r"[^\W\d_]\w*")
 def report(tokenizer: Any, texts: Iterable[str], other: Any = None) -> dict[str, dict[str, Any] | None]:
     """{"this": figures, "other": figures or None} for about two million characters of `texts`.
 
-    Figures: name, vocabulary size, texts, characters, tokens, tokens_per_character, bytes_per_token, unknown_share (tokens
-    without a piece of their own), pieces_per_word.
+    Figures: name, vocabulary size, texts, characters, tokens, tokens_per_character, bytes_per_token, unknown_share
+    (tokens without a piece of their own), pieces_per_word.
     """
     sample, size = [], 0
     for text in texts:
@@ -77,10 +77,10 @@ def _figures(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[int]:
     """Add tokens to `tokenizer` and rows for them to `model`; returns their ids, in the order of `tokens`.
 
-    Each new row of the embedding, and of an output layer of its own, starts as the mean of the rows of the pieces that the
-    token is cut into now (Hewitt 2021). model: None prepares a tokenizer alone (the data stage). tokens: a list, or a
-    parameter's "<sql>, kilohertz"; those of the form <|…|> become special ones. Raises TunebookError for a token that is one
-    already, that holds white space at an end, or that is too long.
+    Each new row of the embedding, and of an output layer of its own, starts as the mean of the rows of the pieces that
+    the token is cut into now (Hewitt 2021). model: None prepares a tokenizer alone (the data stage). tokens: a list, or
+    a parameter's "<sql>, kilohertz"; those of the form <|…|> become special ones. Raises TunebookError for a token that
+    is one already, that holds white space at an end, or that is too long.
     """
     parts = (part.strip() for part in tokens.split(",")) if isinstance(tokens, str) else tokens
     tokens = list(dict.fromkeys(part for part in parts if part))
@@ -88,8 +88,8 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[
     for token in tokens:
         if token != token.strip() or len(token) > 100:
             raise TunebookError(
-                f"{token[:100]!r} in add_tokens cannot become a token: it has white space at its ends, or is longer than "
-                "100 characters."
+                f"{token[:100]!r} in add_tokens cannot become a token: it has white space at its ends, or is longer "
+                "than 100 characters."
             )
         pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1 and (token in known or tokenizer.decode(pieces).strip() == token):

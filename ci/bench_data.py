@@ -4,8 +4,8 @@
     python ci/bench_data.py near pipeline           some of: near, injection, rendering, pipeline, memory
     python ci/bench_data.py memory --large 1000000  peak memory at 100,000 and at a million rows
 
-The texts are made of 30,000 invented words in the frequencies of a natural language, so no data is needed. Every figure is taken in a process of
-its own, for its peak memory to be its own.
+The texts are made of 30,000 invented words in the frequencies of a natural language, so no data is needed. Every figure is taken
+in a process of its own, for its peak memory to be its own.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Words:
 
 
 def near(rows: int) -> None:
-    """Documents of 150 words, one in twenty planted again with changed words so that its Jaccard similarity is 0.9 on average."""
+    """Documents of 150 words, one in twenty planted again with changed words: Jaccard similarity 0.9 on average."""
     from helpers.data import dedup
     from helpers.data.turns import BATCH_ROWS
 
@@ -140,15 +140,17 @@ def sets(text: str) -> set[tuple[str, ...]]:
 
 
 def injection(rows: int) -> None:
-    """Questions planted in training rows: wrapped anew, in capitals, with other punctuation; and how many rows are flagged without cause."""
+    """Questions planted in training rows: wrapped anew, in other case and punctuation; and rows flagged without cause."""
     from helpers.data import decontamination
     from helpers.data.tables import StepReport
     from helpers.data.turns import batches, make_row
 
     words = Words(2)
-    chat = lambda question, at: make_row(
-        "sft", [{"role": "user", "content": question}, {"role": "assistant", "content": words.text(40)}], row=at
-    )
+
+    def chat(question: str, at: int) -> dict:
+        answer = {"role": "assistant", "content": words.text(40)}
+        return make_row("sft", [{"role": "user", "content": question}, answer], row=at)
+
     rows = min(rows, 20_000)
     carriers = [chat(words.text(80), i) for i in range(rows)]
     han = [chr(code) for code in range(0x4E00, 0x5600)]
@@ -164,15 +166,16 @@ def injection(rows: int) -> None:
         began = time.perf_counter()
         kept = sum(map(len, decontamination.decontaminate(batches(carriers), report, [asked])))
         wall = time.perf_counter() - began
-        say("decontamination", script=script, questions=len(asked), injection_recall=recall, false_per_1000=1_000 * (rows - kept) / rows,
-            documents_per_s=rows / wall)  # fmt: skip
+        false = 1_000 * (rows - kept) / rows
+        found = {"injection_recall": recall, "false_per_1000": false, "documents_per_s": rows / wall}
+        say("decontamination", script=script, questions=len(asked), **found)
 
 
 # ---------------------------------------------------------------- rendering
 
 
 def rendering(rows: int) -> None:
-    """Rendering, tokenising, masking and checking against a plain batched datasets.map of the same template, turn about, best of three."""
+    """Rendering, tokenising, masking and checking against a plain batched datasets.map, turn about, best of three."""
     from datasets import Dataset, disable_caching, disable_progress_bars
     from helpers.data import chat_template as templates
     from helpers.data.labels import Encoder
@@ -247,7 +250,7 @@ def alpaca(rows: int, seed: int = 4) -> Iterator[dict]:
 
 
 def pipeline(rows: int) -> None:
-    """From a jsonl file to parquet with template, masks, exact and near duplicates, decontamination, statistics and report."""
+    """From a jsonl file to parquet with template, masks, duplicates, decontamination, statistics and report."""
     with tempfile.TemporaryDirectory(prefix="tunebook-bench-") as folder:
         source, tests = Path(folder) / "train.jsonl", Path(folder) / "test.jsonl"
         for path, count, seed in ((source, rows, 4), (tests, 1_000, 5)):
@@ -273,6 +276,7 @@ def stage(folder: str) -> None:
     began = time.perf_counter()
     values = {"dataset": f"{folder}/train.jsonl", "test_dataset": f"{folder}/test.jsonl", "max_length": 1024}
     values |= {"preference_dataset": "", "database": ""}
+    pages = {"preview": data_page.preview, "write": data_page.write}
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -281,7 +285,7 @@ def stage(folder: str) -> None:
         for name in STEPS:
             at = time.perf_counter()
             begin_peak()
-            getattr(data_page, name)(job) if hasattr(data_page, name) else getattr(job, name)()
+            pages[name](job) if name in pages else getattr(job, name)()
             seconds[name], peaks[name] = round(time.perf_counter() - at, 2), round(peak_gib(), 3)
     written = job.encoded["written"]["train"]
     wall, cpu = time.perf_counter() - began, time.process_time()

@@ -4,8 +4,8 @@
     python ci/bench_data.py near pipeline           some of: near, injection, rendering, pipeline, memory
     python ci/bench_data.py memory --large 1000000  peak memory at 100,000 and at a million rows
 
-The texts are made of 30,000 invented words in the frequencies of a natural language, so no data is needed. Every figure is taken
-in a process of its own, for its peak memory to be its own.
+The texts are made of 30,000 invented words in the frequencies of a natural language, so no data is needed. Every
+figure is taken in a process of its own, for its peak memory to be its own.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def sets(text: str) -> set[tuple[str, ...]]:
 
 
 def injection(rows: int) -> None:
-    """Questions planted in training rows: wrapped anew, in other case and punctuation; and rows flagged without cause."""
+    """Questions planted in training rows: wrapped anew, in other case and punctuation; and false alarms."""
     from helpers.data import decontamination
     from helpers.data.tables import StepReport
     from helpers.data.turns import batches, make_row

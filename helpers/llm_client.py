@@ -183,7 +183,10 @@ class Client:
             except Exception as error:
                 raise TunebookError(self._said(error)) from None
             tokens = (choice.get("logprobs") or {}).get("content") or []
-            record |= {"text": choice["message"]["content"], "logprobs": [token.get("logprob") or 0.0 for token in tokens]}
+            record |= {
+                "text": choice["message"]["content"],
+                "logprobs": [token.get("logprob") or 0.0 for token in tokens],
+            }
             break
         known = (self.answers and self.answers.get("servers")) or {}
         for name, one in known.items():

@@ -1,4 +1,4 @@
-"""A proxy before an OpenAI-compatible server: it counts the questions and answers the first ones itself, with faults."""
+"""A proxy before an OpenAI-compatible server: counts the questions, answers the first ones itself, with faults."""
 
 import http.server
 import json

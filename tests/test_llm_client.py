@@ -1,4 +1,4 @@
-"""The client of endpoints: a real llama.cpp server with the real default model, and a proxy that counts and disturbs."""
+"""The client of endpoints, with a real llama.cpp server and a proxy that counts and disturbs."""
 
 import json
 
@@ -147,11 +147,15 @@ def test_the_estimate_counts_before_anything_is_asked():
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ({"score": 2}, ""), ([], "not of type 'object'"), ({}, "'score' is a required property"),
-        ({"score": "2"}, "not of type 'integer'"), ({"score": True}, "not of type 'integer'"), ({"score": 9}, "9 is not one of"),
+        ({"score": 2}, ""),
+        ([], "not of type 'object'"),
         (None, "not of type 'object'"),
+        ({}, "'score' is a required property"),
+        ({"score": "2"}, "not of type 'integer'"),
+        ({"score": True}, "not of type 'integer'"),
+        ({"score": 9}, "9 is not one of"),
     ],
-)  # fmt: skip
+)
 def test_answers_are_held_to_the_schema_again(value, why):
     found = breaks(value, MARK)
     assert found == "" if not why else why in found

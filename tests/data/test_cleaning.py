@@ -1,4 +1,4 @@
-"""Cleaning steps: what they mend, what they remove, and what they must leave alone; every removal counted with an example."""
+"""Cleaning steps: what they mend, remove and must leave alone; every removal counted with an example."""
 
 import pytest
 
@@ -137,9 +137,12 @@ def test_lengths_in_tokens(tokenizer):
 # ---------------------------------------------------------------- repetition
 
 PROSE = (
-    "The river rises in the hills above the town and runs south for sixty miles before it meets the sea. Fishermen have worked "
-    "its lower course since the Middle Ages, and a small fleet still leaves the harbour every morning. In winter the banks flood, "
-    "and the lowest street is closed to traffic until the water has gone. A museum beside the old bridge tells the story of the "
+    "The river rises in the hills above the town and runs south for sixty miles before it meets the sea. "
+    "Fishermen have worked "
+    "its lower course since the Middle Ages, and a small fleet still leaves the harbour every morning. "
+    "In winter the banks flood, "
+    "and the lowest street is closed to traffic until the water has gone. A museum beside the old bridge "
+    "tells the story of the "
     "great flood of 1872, when half of the houses were lost, and of the engineers who built the dam that followed it."
 )
 CHINESE = (

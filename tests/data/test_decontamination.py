@@ -1,4 +1,4 @@
-"""Evaluation questions are found in training rows, however they are wrapped, and rows that merely share a prompt are kept."""
+"""Evaluation questions are found in training rows however they are wrapped; rows that share a prompt are kept."""
 
 import math
 import random

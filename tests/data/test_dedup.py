@@ -1,4 +1,4 @@
-"""Shingles, exact and near-duplicates: what is planted is found, what only looks alike is kept, memory stays on disk."""
+"""Shingles, exact and near-duplicates: what is planted is found, what only looks alike is kept."""
 
 import random
 import time
@@ -124,7 +124,7 @@ def test_exact_duplicates_compare_the_whole_example():
 
 @pytest.fixture(scope="module")
 def planted():
-    """4,000 texts of 150 words, and for 400 of them a copy with two words changed: Jaccard about 0.92, never below 0.9."""
+    """4,000 texts of 150 words, and for 400 a copy with two words changed: Jaccard about 0.92, never below 0.9."""
     rng = random.Random(5)
     texts = [" ".join(rng.choices(WORDS, k=150)) for _ in range(4_000)]
     copies = {}

@@ -1,4 +1,4 @@
-"""The chat contract: own template only, end of turn trained, prompt tokens as the model will see them, nothing injected, nothing lost."""
+"""The chat contract: own template only, end of turn trained, prompts as the model will see them, nothing lost."""
 
 import copy
 import json
@@ -16,27 +16,35 @@ from helpers.errors import TunebookError
 
 QWEN = (  # rewrites earlier turns without their thinking, as Qwen3's does
     "{%- if tools %}{{ '<|im_start|>system\n' ~ (tools | tojson) ~ '<|im_end|>\n' }}{%- endif %}"
-    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last "
+    "= loop.index0 %}{%- endif %}{%- endfor %}"
     "{%- for m in messages %}{%- if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{%- if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
-    "{%- for c in m.tool_calls or [] %}{{ '<tool_call>' ~ (c.function | tojson) ~ '</tool_call>' }}{%- endfor %}{{ '<|im_end|>\n' }}"
+    "{%- if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}{{ "
+    "m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{%- for c in m.tool_calls or [] %}{{ '<tool_call>' ~ (c.function | tojson) ~ '</tool_call>' }}{%- "
+    "endfor %}{{ '<|im_end|>\n' }}"
     "{%- elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' ~ m.content ~ '</tool_response><|im_end|>\n' }}"
     "{%- else %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
 NO_SYSTEM = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system "
+    "role') }}{% endif %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "<repo_name>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<file_sep>\n{% endfor %}"
     "{% if add_generation_prompt %}<repo_name>model\n{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant{{ ' #' ~ (messages | length - loop.index) }}\n"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant{{ ' #' ~ (messages | "
+    "length - loop.index) }}\n"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant #0\n{% endif %}"
 )
-PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt "
+    "%}assistant: {% endif %}"
+)
 
 
 def talk(*contents, system=None):
@@ -253,7 +261,10 @@ def test_rendering_leaves_alarms_and_memory_limits_of_this_process_alone(tokeniz
 def test_a_row_that_a_template_hangs_on_is_rejected_alone_and_a_template_that_always_hangs_is_given_up(
     tokenizer, monkeypatch
 ):
-    hanging = "{% for m in messages %}{% if m.content == 'hang' %}{% set x = 9**(999999999 + loop.index) %}{% endif %}{% endfor %}"
+    hanging = (
+        "{% for m in messages %}{% if m.content == 'hang' %}{% set x = 9**(999999999 + loop.index) %}{% "
+        "endif %}{% endfor %}"
+    )
     tok = with_template(tokenizer, hanging + tokenizer.chat_template)
     monkeypatch.setattr(templates, "PROBE_SECONDS", 1.0)
     monkeypatch.setattr(templates.render, "__defaults__", (1.0,))

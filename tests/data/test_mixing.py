@@ -1,4 +1,4 @@
-"""Mixing: shares are met, nothing is taken twice, every part of the stream holds the mixture, and the report says what came of it."""
+"""Mixing: shares are met, nothing is taken twice, every part of the stream holds the mixture."""
 
 import random
 

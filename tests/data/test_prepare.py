@@ -1,4 +1,4 @@
-"""Notebook 01's steps on real rows: what is written, what stops the job and with which sentence, what comes from the cache."""
+"""Notebook 01's steps on real rows: what is written, what stops the job, what comes from the cache."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Personal data with a form is masked, without a network; what has no form is said to be missed. Toxicity is a scorer's business."""
+"""Personal data with a form is masked without a network, what has none is said to be missed; toxicity by a scorer."""
 
 import socket
 

@@ -18,8 +18,10 @@ from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
 
 TEXTS = [
-    "The Eiffel Tower was completed in 1889 in Paris. It is 330 metres tall and was built by the company of the engineer Gustave Eiffel.",
-    "Honey bees live in colonies of up to 60,000 bees. A colony has one queen, which lays up to 2,000 eggs a day in summer.",
+    "The Eiffel Tower was completed in 1889 in Paris. It is 330 metres tall and was built by the company "
+    "of the engineer Gustave Eiffel.",
+    "Honey bees live in colonies of up to 60,000 bees. A colony has one queen, which lays up to 2,000 "
+    "eggs a day in summer.",
     "The river Danube flows through ten countries and ends in the Black Sea. It is 2,850 kilometres long.",
 ]
 DOCUMENTS = [
@@ -196,8 +198,9 @@ def test_poor_pairs_have_a_reason(question, answer, why):
 
 
 def test_overlap_orders_answers_by_their_nearness():
-    score = [synthetic.overlap("q", "The Danube flows into the Black Sea.", a) for a in
-             ("The Danube flows into the Black Sea.", "It flows into the Black Sea", "Into a sea", "Potatoes")]  # fmt: skip
+    reference = "The Danube flows into the Black Sea."
+    answers = (reference, "It flows into the Black Sea", "Into a sea", "Potatoes")
+    score = [synthetic.overlap("q", reference, answer) for answer in answers]
     assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
     assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
         "问", "多瑙河流入黑海", "我不知道"

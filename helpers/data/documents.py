@@ -33,13 +33,7 @@ BREAKS = ("\n\n", "\n", ". ", "。", " ")
 
 
 def chunks(
-    file: Path,
-    rejects: Rejects,
-    where: str,
-    tokenizer: Callable[[], Any],
-    tokens: int = 384,
-    overlap: int = 32,
-    least_chars: int = 100,
+    file: Path, rejects: Rejects, where: str, tokenizer: Callable[[], Any], tokens: int, overlap: int, least_chars: int
 ) -> Iterator[tuple[int, dict]]:
     """(number of the piece from 1, {"text", "document", "piece"}) for one document.
 

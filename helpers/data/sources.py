@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import json
 import os
 import re
@@ -116,22 +117,22 @@ def find(spec: str, info: str = "") -> list[Source]:
     path = path / INFO if path.is_dir() else path
     named = _described_sets(path) if path.is_file() or info else {}
     found = [source for part in parts for source in _find_part(part, named)]
-    taken: Counter = Counter()
+    names: list[str] = []
     places: dict[str, set[Path]] = {}
     for source in found:
+        numbered = itertools.chain([source.name], (f"{source.name}-{number}" for number in itertools.count(2)))
+        names.append(next(name for name in numbered if name not in names))
         if source.file is not None:
             places.setdefault(source.file.name, set()).add(source.file.absolute())
-    for number, source in enumerate(found):
-        name, where = source.name, source.hub
-        while taken[name]:
-            taken[source.name] += 1
-            name = f"{source.name}-{taken[source.name]}"
-        taken[name] += 1
-        if source.file is not None:  # its name, with its folders where several have that name
-            same = places[where := source.file.name]
-            where = where if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
-        found[number] = replace(source, name=name, where=where)
-    return found
+    return [replace(source, name=name, where=_where(source, places)) for source, name in zip(found, names, strict=True)]
+
+
+def _where(source: Source, places: dict[str, set[Path]]) -> str:
+    """A hub id, or a file's name, with its folders where several files have that name."""
+    if source.file is None:
+        return source.hub
+    same = places[source.file.name]
+    return source.file.name if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
 
 
 def _existing(text: str) -> Path | None:
@@ -142,20 +143,19 @@ def _existing(text: str) -> Path | None:
 def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if part in named:
         return _of_entry(part, named[part])
-    path, hub = _existing(part), HUB.fullmatch(part)
-    if path is not None and path.is_dir():
-        return [source for file in _files_in(path) for source in _of_file(file)]
+    path, hub, found = _existing(part), HUB.fullmatch(part), []
     if path is not None:
-        if files.kind(path) not in READABLE:
-            kinds = ", ".join(READABLE)
-            raise TunebookError(f"{path.name} is not read as data; {kinds} are, also with .gz or .zst.")
-        return _of_file(path)
-    if hub is None and any(sign in part for sign in "*?["):
+        found = _files_in(path) if path.is_dir() else [path]
+        if files.kind(found[0]) not in READABLE:
+            raise TunebookError(f"{path.name} is not read as data; {', '.join(READABLE)} are, also with .gz or .zst.")
+    elif hub is None and any(sign in part for sign in "*?["):
         for root in (Path.cwd(), machine.PROJECT):
             matches = map(Path, sorted(glob.glob(str(root / Path(part).expanduser()), recursive=True)))
-            if found := [file for file in matches if file.is_file() and files.kind(file) in READABLE]:
-                return [source for file in found for source in _of_file(file)]
-        raise TunebookError(f"No readable file matches {part!r}; check the pattern and its folder ({Path.cwd()}).")
+            found = found or [file for file in matches if file.is_file() and files.kind(file) in READABLE]
+        if not found:
+            raise TunebookError(f"No readable file matches {part!r}; check the pattern and its folder ({Path.cwd()}).")
+    if found:
+        return [source for file in found for source in _of_file(file)]
     is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
     if hub is not None and not is_file_name:
         given: dict[str, Any] = {name: value for name, value in hub.groupdict().items() if value}
@@ -170,21 +170,19 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
 
 def _files_in(folder: Path) -> list[Path]:
     """The files below a folder that can be read, hidden ones left out."""
-    every = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    every = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    known = [file for file in every if files.kind(file) in READABLE and file.name != INFO]
+    every = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    every = [file for file in every if not any(part.startswith(".") for part in file.parts)]
+    known = [folder / file for file in every if files.kind(file) in READABLE and file.name != INFO]
     if not known:
-        kinds = ", ".join(READABLE)
-        found = f"has no file that can be read ({kinds}, also with .gz or .zst)"
+        found = f"has no file that can be read ({', '.join(READABLE)}, also with .gz or .zst)"
         raise TunebookError(f"The folder {folder} {found}; it has {len(every)} others.")
     return known
 
 
 def _of_file(file: Path) -> list[Source]:
     if (file.parent / INFO).is_file():
-        described = _described_sets(file.parent / INFO)
-        for name, entry in described.items():
-            if entry.get("file") == file:
+        for name, entry in _described_sets(file.parent / INFO).items():
+            if entry["file"] == Path(os.path.abspath(file)):
                 return _of_entry(name, entry)
     return [Source(file.name.rsplit(files.kind(file), 1)[0] or file.name, file=file)]
 
@@ -204,7 +202,7 @@ def _described_sets(path: Path) -> dict[str, Described]:
         raise TunebookError(f"{path} is not a dataset_info.json; a JSON object of dataset names was expected.")
     for entry in described.values():
         name = entry.get("file_name")
-        entry["file"] = Path(os.path.normpath(path.parent / name)) if isinstance(name, str) and name else None
+        entry["file"] = Path(os.path.abspath(path.parent / name)) if isinstance(name, str) and name else None
         entry["info"] = path
     return described
 
@@ -227,7 +225,7 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
     if file is None:
         given = {key: entry[key] for key in ("subset", "split", "folder") if entry.get(key)}
         return [Source(name, hub=hub, shape=shape, limit=limit, **given)]
-    if not file.is_relative_to(os.path.normpath(path.parent)):
+    if not file.is_relative_to(os.path.abspath(path.parent)):
         raise TunebookError(f"Dataset {name!r} in {path} names {file}, outside of its folder; copy the file into it.")
     if not file.exists():
         raise TunebookError(f"The file {file} of the set {name!r} in {path} is not there; put it there.")

@@ -11,6 +11,7 @@ from helpers.data.tables import Rejects
 from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
+CUT = {"tokens": 384, "overlap": 32, "least_chars": 100}
 SENTENCE = "The river runs through {} countries and many people live on its banks. "
 
 
@@ -63,7 +64,7 @@ def read_one(tmp_path, name, content, tokenizer, **options):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     rejects = Rejects(limit=1.0)
     try:
-        reading = read(str(tmp_path / name), rejects, documents={"tokenizer": lambda: tokenizer, **options})
+        reading = read(str(tmp_path / name), rejects, documents={"tokenizer": lambda: tokenizer, **CUT, **options})
         return [row["messages"][0]["content"] for row in reading.table.rows()], rejects
     except TunebookError as error:
         assert name in str(error)

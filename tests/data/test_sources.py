@@ -323,7 +323,9 @@ def test_a_source_that_is_not_there_ends_with_a_sentence(tmp_path, spec, said):
         read(spec.format(folder=tmp_path), Rejects())
 
 
-def test_a_set_described_outside_of_its_folder_is_refused_and_the_hub_librarys_description_is_no_obstacle(tmp_path):
+def test_a_set_described_outside_of_its_folder_is_refused_and_the_hub_librarys_description_is_no_obstacle(
+    tmp_path, monkeypatch
+):
     (tmp_path / "secret.jsonl").write_text(GOOD)
     folder = tmp_path / "data"
     folder.mkdir()
@@ -332,6 +334,10 @@ def test_a_set_described_outside_of_its_folder_is_refused_and_the_hub_librarys_d
         (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": name}}))
         with pytest.raises(TunebookError, match="outside of its folder"):
             read("rows", Rejects(), info=str(folder))
+    monkeypatch.chdir(folder)
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "../secret.jsonl"}}))
+    with pytest.raises(TunebookError, match="outside of its folder"):
+        read("rows", Rejects(), info="dataset_info.json")
     (folder / "dataset_info.json").write_text(json.dumps({"features": {}, "splits": {}, "citation": ""}))
     assert len(read(str(folder / "rows.jsonl"), Rejects()).table) == 1
 

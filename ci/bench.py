@@ -3,8 +3,8 @@
     python ci/bench.py [--run NAME] [--params FILE]    runs notebooks 01 to 05 anew, then prints
     python ci/bench.py --run NAME --read               prints the figures of a run that is there
 
-Training tokens/s count every token that is not padding; evaluation questions/s count generation and execution together, without
-model loading; peak memory is each notebook process's own.
+Training tokens/s count every token that is not padding; evaluation questions/s count generation and execution
+together, without model loading; peak memory is each notebook process's own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     for line in figures(run):
         print(json.dumps(line))
     gpu = machine.gpu()
-    here = {"GPU": gpu.name if gpu else "none", "CPU cores": os.cpu_count(), "memory, GiB": machine.total_memory_gib()}
+    here = {"GPU": gpu.name if gpu else "none", "CPU cores": os.cpu_count()}
     print(json.dumps({"figure": "setting", **here, **machine.versions()["versions"]}))
     return 0
 

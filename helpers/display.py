@@ -6,7 +6,6 @@ shown in a stage's folder and `load` brings it back.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -115,11 +114,6 @@ def percent(share: Any, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if finite(share) else "–"
 
 
-def points(difference: Any) -> str:
-    """A difference of shares in percentage points, with its sign: +31.2."""
-    return f"{100 * difference:+.1f}" if finite(difference) else "–"
-
-
 def interval(low: Any, high: Any, unit: str = "share") -> str:
     """A confidence interval: 12.1 – 24.2 %."""
     if not (finite(low) and finite(high)):
@@ -165,11 +159,6 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return buffer.getvalue()
-
-
-def data_url(content: bytes, kind: str = "image/png") -> str:
-    """Bytes as a data: URL, for pages that stand alone."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def save(value: Any, folder: Path, name: str) -> None:

@@ -113,12 +113,6 @@ def code_hash(notebook: str = "") -> str:
 # ---------------------------------------------------------------- memory
 
 
-def total_memory_gib() -> float:
-    """Host memory in GiB: the machine's, or less where this process's container may not have it all."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(min([whole, *(limit for limit, _ in _container_memory())]) / 2**30, 1)
-
-
 def free_memory_gib() -> float:
     """Host memory that can be had now, in GiB: what the system has and every container around this process allows.
 

@@ -18,7 +18,7 @@ if workers := os.environ.get(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 # The files that take longest, longest first: started first, they leave no worker alone at the end.
-SLOWEST = ("test_pipeline", "test_preference", "test_resume", "test_pipeline_stopped", "test_sft")
+SLOWEST = ("test_twice", "test_pipeline", "test_preference", "test_resume", "test_pipeline_stopped", "test_sft")
 
 
 def pytest_collection_modifyitems(items):

@@ -64,7 +64,6 @@ def test_control_groups_of_version_one_are_read_too(tmp_path, monkeypatch):
         "4:memory:/docker/0123\n0::/",
     )
     assert machine.free_memory_gib() == 3
-    assert machine.total_memory_gib() == 4
 
 
 def test_without_a_container_the_systems_own_answer_counts(tmp_path, monkeypatch):

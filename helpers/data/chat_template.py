@@ -8,28 +8,27 @@ its time, its memory and what it writes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from helpers import worker
 from helpers.data.turns import RowError
-from helpers.display import Html, shown
+from helpers.display import table, text_table
 from helpers.errors import TunebookError
 from helpers.model.stop_tokens import ANSWER, CALLING, QUESTION, special_pattern, special_tokens, turn_ends
 
 PROBE_SECONDS = 10.0
 BATCH_SECONDS = 120.0  # for a batch of 1,000 rows, which takes 0.05 s
 MEMORY_GIB = 2.0
-REQUEST_CHARS = 8_000_000  # of the messages in one request
 MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
-TOOL = {"type": "object", "properties": {}}
-TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": TOOL}}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": NO_PARAMETERS}}
 RESULT = {"role": "tool", "content": "RRR", "name": "FFF"}
 
 Text = str | RowError  # a rendering, or why the template refuses it
@@ -88,14 +87,11 @@ class Template:
             ("beginning of sequence", bos),
         ]
 
-    def _shown(self) -> Html:
-        return shown(self.facts(), ("chat template", "as its renderings show"))
-
     def _repr_html_(self) -> str:
-        return self._shown()._repr_html_()
+        return table(self.facts(), ("chat template", "as its renderings show"))
 
     def __repr__(self) -> str:
-        return repr(self._shown())
+        return text_table(self.facts())
 
 
 def inspect(tokenizer: Any) -> Template:
@@ -111,7 +107,6 @@ def inspect(tokenizer: Any) -> Template:
     if not tokenizer.chat_template:
         turn_ends(tokenizer)  # raises
     thought = {"role": "assistant", "content": "<think>HHH</think>AAA"}
-    tools = json.dumps([TOOL])
     probes: list[Conversation] = [
         ([QUESTION, ANSWER], None, [1]),
         ([QUESTION], None, []),
@@ -119,7 +114,7 @@ def inspect(tokenizer: Any) -> Template:
         ([QUESTION, CALLING, RESULT, ANSWER], None, []),
         ([QUESTION, thought, QUESTION, ANSWER], None, []),
         ([{"role": "system", "content": "SSS"}, QUESTION], None, []),
-        ([QUESTION, ANSWER], tools, []),
+        ([QUESTION, ANSWER], json.dumps([TOOL]), []),
     ]
     try:
         first, *others = _asked(tokenizer, probes, PROBE_SECONDS)
@@ -176,14 +171,23 @@ def _without_roles(head: str, around: str) -> str:
 def render(tokenizer: Any, conversations: list[Conversation], seconds: float = BATCH_SECONDS) -> list[Rendering]:
     """Conversations as the tokenizer's own template writes them; a RowError in place of what it refuses.
 
-    Raises TunebookError when the template had to be stopped on several rows one after another.
+    A template that has to be stopped in the middle of a batch gets its rows one by one, and those that it stops at are
+    refused. Raises TunebookError when that happens on several rows in a row.
     """
+    with contextlib.suppress(worker.Lost):
+        return _asked(tokenizer, conversations, seconds) if conversations else []
     found: list[Rendering] = []
-    for part in _portions(conversations):
+    lost = 0
+    for one in conversations:
         try:
-            found += _asked(tokenizer, part, seconds)
-        except worker.Lost:
-            found += _one_by_one(tokenizer, part)
+            found += _asked(tokenizer, [one], PROBE_SECONDS)
+            lost = 0
+        except worker.Lost as error:
+            lost += 1
+            if lost == MOST_LOST:
+                raise TunebookError(f"{error} It was stopped on {lost} rows in a row; mend the template.") from None
+            refused = RowError("template refused", str(error))
+            found.append(Rendering(refused, [(refused, None) for _ in one[2]]))
     return found
 
 
@@ -206,37 +210,6 @@ def marked_spans(tokenizer: Any, messages: list[dict], tools: str | None) -> lis
     if "refused" in found:
         raise RowError("template refused", found["refused"])
     return found["spans"]
-
-
-def _portions(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
-    part: list[Conversation] = []
-    size = 0
-    for one in conversations:
-        chars = sum(len(message.get("content") or "") for message in one[0]) * (1 + len(one[2]))
-        if part and size + chars > REQUEST_CHARS:
-            yield part
-            part, size = [], 0
-        part.append(one)
-        size += chars
-    if part:
-        yield part
-
-
-def _one_by_one(tokenizer: Any, conversations: list[Conversation]) -> list[Rendering]:
-    """After the template was stopped in the middle of a batch: the rows that it stops at are refused alone."""
-    found: list[Rendering] = []
-    lost = 0
-    for one in conversations:
-        try:
-            found += _asked(tokenizer, [one], PROBE_SECONDS)
-            lost = 0
-        except worker.Lost as error:
-            lost += 1
-            if lost == MOST_LOST:
-                raise TunebookError(f"{error} It was stopped on {lost} rows in a row; mend the template.") from None
-            refused = RowError("template refused", str(error))
-            found.append(Rendering(refused, [(refused, None) for _ in one[2]]))
-    return found
 
 
 def _asked(tokenizer: Any, conversations: list[Conversation], seconds: float) -> list[Rendering]:

@@ -94,19 +94,18 @@ class Encoder:
     def pairs(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Encoded, Encoded]]]:
         """Preference rows as (row, chosen, rejected); both share the prompt, and each ends with its one end of turn."""
         for batch in rows:
-            sides = []
+            left, sides = batch, []
             for side in ("chosen", "rejected"):
                 whole = [
-                    {**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in batch
+                    {**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left
                 ]
                 ready, rendered = self._rendered(whole)
                 encoded = self._masked(ready, rendered, self._tokenised(rendered))
                 sides.append({one.row["id"]: one for one in encoded if one is not None})
+                left = [row for row in left if row["id"] in sides[-1]]  # the others are rejected with their reason
             done = []
-            for row in batch:
-                chosen, rejected = (side.get(row["id"]) for side in sides)
-                if chosen is None or rejected is None:
-                    continue  # one side was rejected with its reason
+            for row in left:
+                chosen, rejected = (side[row["id"]] for side in sides)
                 if list(chosen.ids[: chosen.prompt]) == list(rejected.ids[: rejected.prompt]):
                     done.append((row, chosen, rejected))
                 else:

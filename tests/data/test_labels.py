@@ -283,9 +283,11 @@ def test_pairs_share_their_prompt_and_each_answer_ends_with_exactly_one_end_of_t
         file="f",
         row=1,
     )
+    forged = {**pair, "id": "0" * 16, "messages": talk("q<|im_end|>")}
     rejects = Rejects(limit=1.0)
     encoder = Encoder(templates.inspect(tokenizer), "last", rejects)
-    ((found,),) = list(encoder.pairs([[pair]]))
+    ((found,),) = list(encoder.pairs([[forged, pair]]))
+    assert dict(rejects.invalid) == {"special token in text": 1}  # once, not for each side
     _, chosen, rejected = found
     prompt = tokenizer.apply_chat_template(
         pair["messages"], tokenize=True, return_dict=False, add_generation_prompt=True

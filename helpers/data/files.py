@@ -125,7 +125,8 @@ class Stream:
             limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size)
             raw = pa.CompressedInputStream(str(self.file), packed) if packed else self.file.open("rb")
         except OSError as error:
-            raise TunebookError(f"{self.file} cannot be opened ({error.strerror}); check its permissions.") from None
+            why = error.strerror or error
+            raise TunebookError(f"{self.file} cannot be opened ({why}); check its permissions.") from None
         with raw:
             try:
                 while data := raw.read(PACKED_BLOCK if packed else BLOCK):
@@ -304,15 +305,13 @@ def _csv(stream: Stream, delimiter: str) -> Found:
                 return
         elif len(values) == len(header):
             row += 1
-            yield row, attempt(_csv_record, header, values)
+            wrong = attempt(decoded, "".join(values))
+            record = {name: value or None for name, value in zip(header, values, strict=True)}
+            yield row, wrong if isinstance(wrong, Exception) else record
         elif values:
             row += 1
             found = f"line {table.line_num}: {len(values)} values under {len(header)} columns"
             yield row, RowError("wrong number of values", found)
-
-
-def _csv_record(header: list[str], values: list[str]) -> dict[str, str | None]:
-    return {name: decoded(value) or None for name, value in zip(header, values, strict=True)}
 
 
 def _parquet(file: Path) -> Found:

@@ -249,7 +249,8 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
         turns = shape.turns(asked)
     else:
         turns, history = [], shape.value(record, "history") or []
-        if not isinstance(history, (list, tuple)) or any(not _is_pair(turn) for turn in history):
+        pairs = isinstance(history, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in history)
+        if not pairs or any(len(pair) != 2 for pair in history):
             raise RowError("broken history", f"{shape['history']!r} should be a list of pairs of question and answer")
         for question, answer in history:
             turns += _said("user", question, shape["history"]) + _said("assistant", answer, shape["history"])
@@ -261,10 +262,6 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
     system = shape.value(record, "system")
     given = system and not (turns and turns[0]["role"] == "system")
     return _said("system", system, shape["system"]) + turns if given else turns
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2
 
 
 def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:

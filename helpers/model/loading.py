@@ -304,27 +304,24 @@ def _fitting(path: Path, name: str) -> Any:
 
 
 def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
-    """`model` with the PEFT adapter of a folder, in fp32 when it is `trainable`, every tensor from its file.
+    """`model` with the PEFT adapter of a folder, every tensor from its file.
 
     Raises TunebookError for a damaged adapter, one of another base, and one that lacks tensors, by name.
     """
-    import torch
     from peft import PeftConfig, get_peft_model
 
     check_adapter(adapter)
     with reading("The adapter", adapter, f"it does not fit this base: {ADAPTER_REMEDY}"):
         config = PeftConfig.from_pretrained(adapter)
-        config.inference_mode = not trainable
+        config.inference_mode, base = not trainable, config.base_model_name_or_path
         wrapped = get_peft_model(model, config)
+        config.base_model_name_or_path = base  # PEFT puts the folder's name in its place
         found = wrapped.load_adapter(adapter, "default", is_trainable=trainable)
     if wrong := [*found.missing_keys, *found.unexpected_keys]:
         raise TunebookError(
             f"The adapter in {adapter} does not fit this base: {_names(wrong)} is missing or belongs to no layer; "
             f"{ADAPTER_REMEDY}"
         )
-    for weight in wrapped.parameters():
-        if trainable and weight.requires_grad:
-            weight.data = weight.data.to(torch.float32)
     return wrapped
 
 

@@ -112,7 +112,7 @@ class Plan:
         """The plan for fewer (or more) optimizer steps of the same kind."""
         return replace(self, steps=steps, tokens=round(self.tokens * steps / self.steps))
 
-    def held_against(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
+    def compared_with(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
         """The plan compared with the whole run: `.errors` has those of the first estimate and, under `after_probe`,
         those that the probing step left."""
         first = replace(self, memory_scale=1.0, time_scale=1.0, errors={}).correct(peak_gib, tokens_per_s)

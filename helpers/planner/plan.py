@@ -143,7 +143,7 @@ def grades_of(layers: int) -> list[tuple[int, bool, int]]:
     return [*((layers * part // 4, False, 0) for part in range(5)), (layers, True, 0), (layers, True, TILE)]
 
 
-def waits_in_main_memory(shape: Shape, s: Setting, card: gpus.Card, world: int = 1) -> bool:
+def offload_fits(shape: Shape, s: Setting, card: gpus.Card, world: int = 1) -> bool:
     """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
     need = world * (cost_model.offloaded_gib(shape, s) + cost_model.HOST_GIB)
     return not s.offload or not card.host_gib or need <= card.host_gib
@@ -234,7 +234,7 @@ class _Search:
             seconds *= 1.02
         peak = cost_model.peak_gib(self.shape, s)
         need = self.need(peak)
-        fits = need <= self.card.total_gib and waits_in_main_memory(self.shape, s, self.card, self.world)
+        fits = need <= self.card.total_gib and offload_fits(self.shape, s, self.card, self.world)
         spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else self.card.spread
         offloaded = cost_model.offloaded_gib(self.shape, s)
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
@@ -303,7 +303,7 @@ class _Search:
             return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
         setting = smallest.setting
         larger = [known for known in gpus.CARDS.values() if known.total_gib >= smallest.need_gib]
-        larger = [known for known in larger if waits_in_main_memory(self.shape, setting, known, self.world)]
+        larger = [known for known in larger if offload_fits(self.shape, setting, known, self.world)]
         if not larger:
             return f"{what}; use a smaller model or several GPUs."
         names = ", ".join(known.name for known in sorted(larger, key=lambda known: known.total_gib))

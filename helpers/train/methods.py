@@ -11,7 +11,7 @@ from helpers import compat
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
 from helpers.model import packed_attention, prefix_sharing
-from helpers.model.loading import ModelSource, load_model, load_tokenizer, template_hash
+from helpers.model.loading import ModelSource, load_adapter, load_model, load_tokenizer, template_hash
 from helpers.train import config, unsloth_backend
 
 
@@ -42,7 +42,7 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
     if params.method in ("full", "freeze"):
         _free_weights(model, params)
     elif job.adapter:
-        model = _load_adapter(model, job.adapter)
+        model = load_adapter(model, job.adapter, trainable=True)
     else:
         model = _new_adapter(model, params, job.source, added)
         if (
@@ -146,19 +146,6 @@ def _free_weights(model: Any, params: Any) -> None:
         if count > len(layers):
             raise TunebookError(f"freeze_layers is {count} and the model has {len(layers)} layers; lower it.")
         layers[-count:].requires_grad_(True)
-
-
-def _load_adapter(model: Any, folder: Path) -> Any:
-    """The adapter in `folder` on `model`, trainable."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise TunebookError(
-            f"The adapter in {folder} does not fit this base model ({str(error).splitlines()[0][:200]}); "
-            "start from an adapter that was trained on it."
-        ) from error
 
 
 def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:

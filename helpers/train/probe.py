@@ -16,7 +16,7 @@ from helpers import compat
 from helpers.errors import TunebookError
 from helpers.planner import cost_model
 from helpers.planner.estimates import Plan
-from helpers.planner.plan import grades_of, waits_in_main_memory
+from helpers.planner.plan import grades_of, offload_fits
 from helpers.train import config, distributed, methods
 
 
@@ -90,7 +90,7 @@ def _lighter(job: Any, plan: Plan) -> Plan:
     for layers, offload, tile in grades_of(plan.shape.layers):
         setting = replace(s, recompute=layers, offload=offload, tile_mlp=tile)
         more = (layers, offload, tile) > (s.recompute, s.offload, s.tile_mlp)
-        if plan.backend == "hf" and more and waits_in_main_memory(plan.shape, setting, plan.card, plan.world_size):
+        if plan.backend == "hf" and more and offload_fits(plan.shape, setting, plan.card, plan.world_size):
             break
     else:
         raise TunebookError(

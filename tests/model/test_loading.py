@@ -133,6 +133,8 @@ def adapter(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(loading.load_model(tiny_llama, dtype="fp32"), config).save_pretrained(folder)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(saved | {"base_model_name_or_path": "somebody/base"}))
     return folder
 
 
@@ -141,6 +143,7 @@ def test_an_adapter_is_loaded_whole_or_refused_by_name(tiny_llama, adapter, tmp_
 
     tensors = load_file(adapter / "adapter_model.safetensors")
     model = loading.load_adapter(loading.load_model(tiny_llama, dtype="fp32"), adapter, trainable=True)
+    assert model.peft_config["default"].base_model_name_or_path == "somebody/base"
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == tensors.keys() and all((trained[n] == tensors[n]).all() for n in tensors)
     name = sorted(tensors)[0]

@@ -67,8 +67,12 @@ def escape(text: object) -> str:
 def table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
     """A small HTML table; every cell is escaped."""
 
+    def cell(value: Any, tag: str) -> str:
+        wrap = ";overflow-wrap:anywhere" if len(str(value)) > 40 else ""  # a long word must not widen the page
+        return f"<{tag} style='text-align:left{wrap}'>{escape(value)}</{tag}>"
+
     def line(cells: Iterable[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+        return f"<tr>{''.join(cell(value, tag) for value in cells)}</tr>"
 
     names = list(header)
     return f"<table>{line(names, 'th') if names else ''}{''.join(line(r, 'td') for r in rows)}</table>"

@@ -131,7 +131,8 @@ def curves(lines: Lines, names: Sequence[str], title: str = "", columns: int = 1
     from matplotlib.ticker import MaxNLocator
 
     said = ", ".join(f"{CURVES[n].title.lower()} {_trend(series(lines, n)[1])}" for n in names)
-    figure, panels = _figure(f"{title or 'Curves'} by step: {said}", -(-len(names) // columns), columns)
+    width = 4.6 if columns < 3 else 3.5
+    figure, panels = _figure(f"{title or 'Curves'} by step: {said}", -(-len(names) // columns), columns, width)
     if title:
         figure.suptitle(label(title), fontsize=11, color=INK)
     for panel, name in zip(panels, names, strict=False):
@@ -187,7 +188,7 @@ def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: 
         panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
     panel.set_xlim(0, max(top, min(max_length, 2 * top)) * 1.03)
     panel.set(xlabel="tokens in a row", ylabel="rows")
-    panel.legend(frameon=False, labelcolor=INK)
+    panel.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 

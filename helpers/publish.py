@@ -124,54 +124,27 @@ def _name_there(kind: str, artifact: str) -> str:
 # ---------------------------------------------------------------- upload
 
 
-def staged(run: str, repository: Repository) -> Path:
-    """A folder that looks like the repository: links to the run's files, the card, the adapter's config with a hub id.
-
-    It stays at runs/<run>/publish/<kind>: links cost no room, and the same call finds the same files again.
-    """
-    folder = runs.folder(run, "data").parent / "publish" / repository.kind
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {name for name, _, _ in repository.files} | {"README.md"}
-    for old in [p for p in folder.rglob("*") if p.is_symlink() or p.is_file()]:
-        if old.relative_to(folder).as_posix() not in wanted:
-            old.unlink()
-    for name, source, _ in repository.files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "adapter_config.json" and repository.base:  # a path of this machine would load nowhere else
-            config = json.loads(source.read_text(encoding="utf-8")) | {"base_model_name_or_path": repository.base}
-            _write_if_new(target, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        elif not (target.is_symlink() and target.resolve() == source.resolve()):
-            target.unlink(missing_ok=True)
-            target.symlink_to(source.resolve())
-    _write_if_new(folder / "README.md", repository.card)
-    return folder
-
-
-def _write_if_new(path: Path, text: str) -> None:
-    """Write a small file atomically; an equal one is left alone."""
-    if path.is_symlink() or not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.unlink(missing_ok=True)
-        runs.write_atomic(path, text)
-
-
 def _upload(run: str, repository: Repository, private: bool) -> str:
-    """Create the repository and upload its folder; huggingface_hub skips what is there already. Returns its address."""
+    """Create the repository and commit its files; a blob that the hub has is not sent again. Returns its address."""
     import httpx
-    from huggingface_hub import HfApi, constants, errors, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
 
     token, name = get_token(), repository.name
     if not token:
         raise TunebookError(
             "No token for the hub is on this machine; run `hf auth login`, or set HF_TOKEN in the environment."
         )
-    folder = staged(run, repository)
+    content: dict[str, Path | bytes] = {there: here for there, here, _ in repository.files}
+    content["README.md"] = repository.card.encode()
+    if repository.base and isinstance(config := content.get("adapter_config.json"), Path):
+        named = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": repository.base}
+        content["adapter_config.json"] = json.dumps(named, indent=2, sort_keys=True).encode()  # no path of this machine
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     api = HfApi(token=token, endpoint=endpoint)
     try:
         url = api.create_repo(name, repo_type="model", private=private, exist_ok=True)
-        message = f"{repository.kind} of run {run}"
-        api.upload_folder(repo_id=name, folder_path=folder, repo_type="model", commit_message=message)
+        adds = [CommitOperationAdd(there, str(c) if isinstance(c, Path) else c) for there, c in content.items()]
+        api.create_commit(name, adds, commit_message=f"{repository.kind} of run {run}")
         return str(url)
     except errors.HfHubHTTPError as error:
         status = error.response.status_code

@@ -5,6 +5,7 @@ Missing or damaged stages never stop a report: what is not there becomes a sente
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -277,48 +278,47 @@ def _log(facts: Facts, path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the training rows
 
 
-def row_lengths(facts: Facts) -> dict[int, int]:
-    """Tokens in a training row → rows; empty when there is no such file."""
+def _train_rows(facts: Facts, columns: list[str], count: int | None = None) -> Any:
+    """Columns of train.parquet, of the first `count` rows or of all, as a pyarrow table; None when it cannot be read."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     path = facts.stages["data"].path / "train.parquet"
-    if not path.is_file():
-        return {}
     try:
-        column = pq.read_table(path, columns=["completion_mask"])["completion_mask"]
-    except (pa.ArrowException, OSError, KeyError) as error:
-        facts.warnings.append(f"train.parquet cannot be read ({error}).")
+        file = pq.ParquetFile(path)
+        batches = file.iter_batches(batch_size=count or 65_536, columns=columns)
+        return pa.Table.from_batches([next(batches)] if count else list(batches))
+    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
+        if path.is_file():
+            facts.warnings.append(f"train.parquet cannot be read ({error}).")
+        return None
+
+
+def row_lengths(facts: Facts) -> dict[int, int]:
+    """Tokens in a training row → rows; empty when there is no such file."""
+    import pyarrow.compute as pc
+
+    table = _train_rows(facts, ["completion_mask"])
+    if table is None:
         return {}
-    return {e["values"]: e["counts"] for e in pc.value_counts(pc.list_value_length(column)).to_pylist()}
+    counts = pc.value_counts(pc.list_value_length(table["completion_mask"])).to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
 
 
 def examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
     """The first training rows as (text, trained) pieces, decoded from the ids that training saw; [] without them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from tokenizers import Tokenizer
 
-    path = facts.stages["data"].path / "train.parquet"
     places = [Path(str(facts.model.get("path", "")))]
     places += [facts.stages[s].path / "adapter" for s in ("sft", "orpo") if s in facts.stages]
     vocabulary = next((p / "tokenizer.json" for p in places if (p / "tokenizer.json").is_file()), None)
-    if vocabulary is None or not path.is_file():
+    table = _train_rows(facts, ["input_ids", "completion_mask"], count)
+    if vocabulary is None or table is None:
         return []
-    try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=count, columns=["input_ids", "completion_mask"])
-        rows = next(batches).to_pylist()
-        tokenizer = Tokenizer.from_file(str(vocabulary))
-    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
-        facts.warnings.append(f"The training rows cannot be shown ({error}).")
-        return []
+    tokenizer = Tokenizer.from_file(str(vocabulary))
     shown = []
-    for row in rows:
-        pieces: list[tuple[list[int], bool]] = []
-        for token, trained in zip(row["input_ids"], row["completion_mask"], strict=True):
-            if not pieces or pieces[-1][1] != bool(trained):
-                pieces.append(([], bool(trained)))
-            pieces[-1][0].append(token)
+    for row in table.to_pylist():
+        marked = itertools.groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda pair: pair[1])
+        pieces = [([token for token, _ in pairs], bool(trained)) for trained, pairs in marked]
         shown.append([(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in pieces])
     return shown

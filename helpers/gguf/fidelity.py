@@ -172,12 +172,9 @@ class Reference:
         (Path(self.folder.name) / "reference.json").write_text(json.dumps(content))
 
 
-def measure(
-    reference: Reference, path: Path, kind: str, weights_kl: float | None = None, library: str | Path = ""
-) -> Result:
+def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
     """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
     request = {"reference": reference.folder.name, "path": str(path), "kind": kind, "budget": BUDGETS[kind]}
-    request["library"] = str(library)
     name = f"llama.cpp with {path.name}"
     result = Result(**worker.run("helpers.gguf.probes:measure", request, wall_s=None, name=name))
     if weights_kl is not None:

@@ -47,15 +47,14 @@ class Vocabulary:
     Raises TunebookError for a file that is missing, damaged or not understood. A context manager; `close` frees it.
     """
 
-    def __init__(self, path: str | Path, library: str | Path = ""):
-        self._load(Path(path), library, only_vocabulary=True)
+    _only_vocabulary = True
 
-    def _load(self, path: Path, library: str | Path, only_vocabulary: bool) -> None:
-        self.path = path
-        header.check(path)
-        self.lib = lib = llama_structs.library(library or libraries.for_running())
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        header.check(self.path)
+        self.lib = lib = llama_structs.library(libraries.for_running())
         lib.log.clear()
-        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(only_vocabulary))
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(self._only_vocabulary))
         if not self._model:
             raise TunebookError(
                 f"llama.cpp cannot load {path}: {lib.said()}. Export it again, or use a newer llama.cpp."
@@ -78,25 +77,19 @@ class Vocabulary:
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`. add_special: with the model's own BOS; parse_special: "<|im_end|>" is one token."""
         data = text.encode()
-        size = len(data) + 8
+        size = len(data) + 8  # more than one token a byte there cannot be
         ids = (c.c_int32 * size)()
         found = self.lib.llama_tokenize(self.vocab, data, len(data), ids, size, add_special, parse_special)
-        if found < 0:
-            raise TunebookError(
-                f"llama.cpp needs {-found} tokens for a text of {len(data)} bytes, more than one a byte; its tokenizer is damaged."
-            )
-        return list(ids[:found])
+        return list(ids[: max(found, 0)])
 
-    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
-        """Text of token ids; special: control tokens are written out."""
-        array = (c.c_int32 * max(len(ids), 1))(*ids)
-        size = 64 + 32 * len(ids)
-        for _ in range(2):
-            buffer = c.create_string_buffer(size)
-            found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, size, False, special)
-            if found >= 0:
-                break
-            size = -found
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without control tokens."""
+        array, size = (c.c_int32 * max(len(ids), 1))(*ids), 64 + 32 * len(ids)
+        buffer = c.create_string_buffer(size)
+        found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, size, False, False)
+        if found < 0:  # that many bytes are needed
+            buffer = c.create_string_buffer(-found)
+            found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, -found, False, False)
         return buffer.raw[:found].decode("utf-8", "replace")
 
     def is_end(self, token_id: int) -> bool:
@@ -112,51 +105,54 @@ class Vocabulary:
 class LlamaCpp(Vocabulary):
     """A GGUF file loaded by llama.cpp; a context manager.
 
-    context: tokens that all sequences share; parallel: answers generated at once; library: a libllama, "" for the packaged one
-    or the user's own; adapter: a GGUF adapter applied to it. Raises TunebookError for a file that is missing, damaged or not
-    understood.
+    context: most tokens that all sequences may share, 0 for as many as are needed; parallel: answers generated at once;
+    adapter: a GGUF adapter applied to it. Raises TunebookError for a file that is missing, damaged or not understood.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        context: int = 4096,
-        parallel: int = 8,
-        library: str | Path = "",
-        adapter: str | Path = "",
-    ):
-        self._ctx = None
-        self._server: Server | None = None
-        self._load(Path(path), library, only_vocabulary=False)
-        self.parallel, self.context, lib = parallel, context, self.lib
-        params = lib.context_params(context, BATCH, parallel + 1)  # one more: the shared prefix
-        self._ctx = lib.llama_init_from_model(self._model, params)
-        if not self._ctx:
-            self.close()
-            raise TunebookError(
-                f"llama.cpp has no memory for a context of {context} tokens of {self.path.name}: {lib.said()}. "
-                "Ask for a shorter context."
-            )
-        taken = lib.llama_n_ctx_seq(self._ctx) == lib.llama_n_ctx(self._ctx)
-        if not taken or lib.llama_n_seq_max(self._ctx) != parallel + 1:
-            raise TunebookError(f"{lib.path} did not take the context parameters; use the library that set-up fetches.")
-        lib.llama_set_n_threads(self._ctx, llama_structs.threads(), llama_structs.threads())
-        if adapter:
-            self._apply(Path(adapter))
-        self._memory = lib.llama_get_memory(self._ctx)
-        self._batch = _Arrays(BATCH)
+    _only_vocabulary = False
 
-    def _apply(self, adapter: Path) -> None:
-        """Apply a GGUF adapter to the model, which frees it."""
-        header.check(adapter)
-        loaded = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
-        if not loaded or self.lib.llama_set_adapters_lora(self._ctx, (c.c_void_p * 1)(loaded), 1, (c.c_float * 1)(1.0)):
-            self.close()
+    def __init__(self, path: str | Path, context: int = 0, parallel: int = 8, adapter: Path | None = None):
+        super().__init__(path)
+        self._limit, self.parallel, self.context = context, parallel, 0
+        self._ctx: Any = None
+        self._server: Server | None = None
+        self._batch = _Arrays(BATCH)
+        self._adapter = None
+        if adapter:
+            header.check(adapter)
+            self._adapter = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
+            self._require(self._adapter, f"the adapter {adapter} does not fit; name the base it was trained on")
+
+    def _require(self, good: Any, what: str) -> None:
+        if not good:
+            raise TunebookError(f"llama.cpp with {self.path.name}: {what}. It said: {self.lib.said()}.")
+
+    def _room(self, tokens: int) -> None:
+        """A context of `tokens` at least; what was in a smaller one is gone."""
+        if tokens <= self.context:
+            return
+        if self._limit and tokens > self._limit:
             raise TunebookError(
-                f"The adapter {adapter} does not fit {self.path.name}: {self.lib.said()}. Name the base it was trained on."
+                f"{tokens} tokens with what is to be answered does not fit the context of {self._limit}; ask for more."
             )
+        if self._ctx:
+            self.lib.llama_free(self._ctx)
+        lib, self.context = self.lib, self._limit or -(-tokens // 256) * 256
+        params = lib.context_params(self.context, BATCH, self.parallel + 1)  # one more: the shared prefix
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        self._require(self._ctx, f"no memory for a context of {self.context} tokens; ask for a shorter one")
+        taken = lib.llama_n_ctx_seq(self._ctx) == lib.llama_n_ctx(self._ctx)
+        taken &= lib.llama_n_seq_max(self._ctx) == self.parallel + 1
+        self._require(taken, f"{lib.path} did not take the context parameters; use the library that set-up fetches")
+        lib.llama_set_n_threads(self._ctx, llama_structs.threads(), llama_structs.threads())
+        if self._adapter:
+            lora = (c.c_void_p * 1)(self._adapter)
+            status = lib.llama_set_adapters_lora(self._ctx, lora, 1, (c.c_float * 1)(1.0))
+            self._require(not status, "the adapter does not fit; name the base it was trained on")
+        self._memory = lib.llama_get_memory(self._ctx)
 
     def close(self) -> None:
+        """Free everything. A second call does nothing."""
         if self._server is not None:
             self._server.stop()
             self._server = None
@@ -188,63 +184,72 @@ class LlamaCpp(Vocabulary):
 
     def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
         """The same in pieces of up to `chunk` rows (at most BATCH), so that a long text needs little memory."""
-        if len(token_ids) > self.context:
-            raise TunebookError(
-                f"A text of {len(token_ids)} tokens does not fit the context of {self.context}; cut it or ask for more."
-            )
+        self._room(len(token_ids))
         self.lib.llama_memory_clear(self._memory, True)
         for start in range(0, len(token_ids), chunk):
             piece = token_ids[start : start + chunk]
             self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
             yield self._rows(0, len(piece))
 
+    def score(self, prompt: list[int], completion: list[int]) -> tuple[list[float], bool]:
+        """The natural log-probability of every completion token, and whether each was the most likely one."""
+        import numpy as np
+
+        ids, first, at, greedy = prompt + completion, max(len(prompt) - 1, 0), 0, True
+        values: list[float] = []
+        for logits in self.iter_logits(ids[:-1]):
+            rows: np.ndarray = logits[max(first - at, 0) :].astype(np.float64)
+            target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
+            if len(target):
+                top = rows.max(-1)
+                chosen = rows[np.arange(len(target)), target]
+                values += (chosen - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
+                greedy &= bool((rows.argmax(-1) == target).all())
+            at += len(logits)
+        return values, greedy
+
     def _rows(self, index: int, count: int = 1) -> np.ndarray:
         """Logits of `count` neighbours in the batch, all of them wanted: llama.cpp keeps these in one piece. (count, vocab)"""
         import numpy as np
 
         pointer = self.lib.llama_get_logits_ith(self._ctx, index)
-        if not pointer:
-            raise TunebookError(f"llama.cpp gave no logits for {self.path.name}: {self.lib.said()}.")
+        self._require(pointer, "no logits came")
         return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Run (token, position, sequence, logits wanted) through the model."""
         status = self.lib.llama_decode(self._ctx, self._batch.fill(entries))
-        if status:
-            full = "its context is full; ask for a longer one or fewer answers at once"
-            why = full if status == 1 else self.lib.said()
-            raise TunebookError(f"llama.cpp stopped on {self.path.name} (status {status}): {why}.")
+        self._require(not status, f"it stopped with status {status}" + " (its context is full)" * (status == 1))
 
     # ------------------------------------------------------------ answers
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Sequence[int]],
         max_tokens: int = 128,
         stop: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 17,
         done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts, `parallel` at a time, each ending by itself, at a stop text or at `max_tokens`.
+        """Completions in the order of the prompts (token ids), `parallel` at a time, each ending by itself, at a stop text or
+        at `max_tokens`.
 
-        prompts: rendered texts (control tokens parsed, nothing added) or token ids. The tokens that all prompts begin with
-        are computed once and shared, so that a long common system prompt costs next to nothing. temperature 0: greedy; above, a draw
-        depends on the seed and the prompt, not on its neighbours. done(index, answer) is called as each is finished.
+        The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs next to
+        nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its neighbours.
+        done(index, completion) is called as each is finished.
         """
         import numpy as np
 
-        rows = [self.tokenize(p) if isinstance(p, str) else list(map(int, p)) for p in prompts]
-        for row in rows:
-            if not row or len(row) + max_tokens > self.context:
-                raise TunebookError(
-                    f"A prompt of {len(row)} tokens with {max_tokens} to answer does not fit the context of {self.context}."
-                )
+        rows = [list(p) for p in prompts]
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
         answers: dict[int, Completion] = {}
-        shared = self._share_prefix(rows)
-        room = max(1, (self.context - shared) // max((len(r) - shared + max_tokens for r in rows), default=1))
-        free = list(range(min(self.parallel, room)))
+        shared = _common_length(rows)
+        longest, most = max(map(len, rows), default=0) + max_tokens, min(self.parallel, len(rows))
+        wanted = shared + most * (longest - shared)
+        self._room(max(longest, min(wanted, self._limit or wanted)))
+        self._read_prefix(rows[0][:shared] if rows else [])
+        free = list(range(max(1, min(most, (self.context - shared) // (longest - shared)))))
         active: dict[int, _Row] = {}
         queue = iter(range(len(rows)))
         while True:
@@ -266,19 +271,12 @@ class LlamaCpp(Vocabulary):
                     free.append(slot)
                     self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
-    def _share_prefix(self, rows: list[list[int]]) -> int:
-        """Compute the common prefix of all prompts in the spare sequence; returns its length, always short of the shortest prompt."""
+    def _read_prefix(self, tokens: list[int]) -> None:
+        """Compute what all prompts begin with in the spare sequence."""
         self.lib.llama_memory_clear(self._memory, True)
-        length = 0
-        if len(rows) > 1:
-            low, high = min(rows), max(rows)
-            limit = min(len(low), len(high), *(len(r) - 1 for r in rows))
-            while length < limit and low[length] == high[length]:
-                length += 1
-        for start in range(0, length, BATCH):
-            piece = rows[0][start : min(start + BATCH, length)]
+        for start in range(0, len(tokens), BATCH):
+            piece = tokens[start : start + BATCH]
             self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
-        return length
 
     def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
         """One batch over all active rows, the rows that are generating first; logits of those that are through their prompt."""
@@ -308,6 +306,14 @@ class LlamaCpp(Vocabulary):
         if len(row.out) >= max_tokens:
             return Completion(self.detokenize(row.out), row.out, "length")
         return None
+
+
+def _common_length(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with, always short of the shortest; 0 for a row alone."""
+    if len(rows) < 2:
+        return 0
+    same = [a == b for a, b in zip(min(rows), max(rows), strict=False)]  # what these two share, all do
+    return min([*(i for i, equal in enumerate(same) if not equal), *(len(r) - 1 for r in rows)])
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

@@ -96,10 +96,7 @@ def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
     folder = Path(request["reference"])
     reference = json.loads((folder / "reference.json").read_text())
     result = Result(request["kind"], reference_perplexity=reference["perplexity"])
-    prompts, limit = reference["prompts"], reference["max_tokens"]
-    longest = max(sum(len(p) + limit for p in prompts), *map(len, reference["rows"]))
-    context = -(-(longest + 8) // 256) * 256
-    with LlamaCpp(request["path"], context, max(len(prompts), 1), request["library"]) as runtime:
+    with LlamaCpp(request["path"], parallel=max(len(reference["prompts"]), 1)) as runtime:
         _token_ids(runtime, reference, result)
         _prompts(runtime, reference, result)
         _logits(runtime, reference, folder / "logprobs.f32", result, request["budget"])

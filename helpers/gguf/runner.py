@@ -85,12 +85,11 @@ class GgufModel:
 
 
 class Served:
-    """The child's side: opens the file again where a longer context is needed."""
+    """The child's side."""
 
     def __init__(self, path: str, end_of_turn: str):
-        self._path, self._end_text, self._context = path, end_of_turn, 512
-        self._runtime = LlamaCpp(path, self._context, PARALLEL)
-        if not self._runtime.chat_template:
+        self._end_text, self._model = end_of_turn, LlamaCpp(path, parallel=PARALLEL)
+        if not self._model.chat_template:
             raise TunebookError(
                 f"{path} has no chat template inside, so nobody can know how to prompt it; export it again."
             )
@@ -101,64 +100,36 @@ class Served:
             return self.generate(arguments[0], arguments[1], event)
         return getattr(self, method)(*arguments)
 
-    def _need(self, context: int) -> LlamaCpp:
-        if context > self._context:
-            self._context = -(-context // 256) * 256
-            self._runtime.close()
-            self._runtime = LlamaCpp(self._path, self._context, PARALLEL)
-        return self._runtime
-
     def encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        ids = self.tokenize(self._runtime.apply_template(messages), add_special=True)
+        ids = self.tokenize(self._model.apply_template(messages), add_special=True)
         doubled = len(ids) > 1 and ids[0] == ids[1] and ids[:1] == self.tokenize("", add_special=True)[:1]
         return ids[1:] if doubled else ids
 
     def tokens(self, text: str, end: bool) -> list[int]:
-        ids = self._runtime.tokenize(text, parse_special=False)
-        return ids + (self._runtime.tokenize(self._end_text) if end and self._end_text else [])
+        ids = self._model.tokenize(text, parse_special=False)
+        return ids + (self._model.tokenize(self._end_text) if end and self._end_text else [])
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
-        return self._runtime.tokenize(text, add_special=add_special)
+        return self._model.tokenize(text, add_special)
 
     def ends(self) -> list[int]:
-        return self._runtime.end_ids
+        return self._model.end_ids
 
     def generate(self, prompts: list[list[int]], decoding: list[Any], event: worker.Event) -> None:
         """The longest prompts first."""
-        how = Decoding(*decoding)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        low, high = min(prompts, default=[]), max(prompts, default=[])  # what these two share, all do
-        shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-        longest = max(map(len, prompts), default=0) - shared + how.max_new_tokens + 8
-        runtime = self._need(shared + min(PARALLEL, len(prompts)) * longest)
 
         def finish(place: int, made: Completion) -> None:
             stopped = made.finish == "stop"
             event([order[place], made.text.strip(), len(made.token_ids) + stopped, stopped])
 
+        tokens, temperature, seed = decoding
         rows = [prompts[i] for i in order]
-        runtime.generate(rows, max_tokens=how.max_new_tokens, temperature=how.temperature, seed=how.seed, done=finish)
+        self._model.generate(rows, tokens, temperature=temperature, seed=seed, done=finish)
 
     def score(self, pairs: list[list[list[int]]]) -> list[tuple[list[float], bool]]:
-        import numpy as np
-
-        found = []
-        for prompt, completion in pairs:
-            ids = prompt + completion
-            first, at, values, greedy = max(len(prompt) - 1, 0), 0, [], True
-            for logits in self._need(len(ids)).iter_logits(ids[:-1]):
-                rows: np.ndarray = logits[max(first - at, 0) :].astype(np.float64)
-                target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
-                if len(target):
-                    top = rows.max(-1)
-                    chosen = rows[np.arange(len(target)), target]
-                    values += (chosen - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
-                    greedy &= bool((rows.argmax(-1) == target).all())
-                at += len(logits)
-            found.append((values, greedy))
-        return found
+        return [self._model.score(prompt, completion) for prompt, completion in pairs]
 
     def continue_text(self, text: str, max_tokens: int, stop: list[str], temperature: float) -> str:
         ids = self.tokenize(text, add_special=True)
-        runtime = self._need(len(ids) + max_tokens + 8)
-        return runtime.generate([ids], max_tokens=max_tokens, stop=stop, temperature=temperature)[0].text
+        return self._model.generate([ids], max_tokens, stop, temperature)[0].text

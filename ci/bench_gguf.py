@@ -71,7 +71,7 @@ def adapter_for(base: Path, folder: Path) -> None:
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
     request = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(out), "imatrix": ""}
-    request["type"] = quantize.TYPES[kind][0]
+    request["type"] = quantize.TYPES[kind].number
     work = f"from helpers.gguf import llama_structs\nstarted = time.time()\nllama_structs.quantize({request!r})"
     return step(work)["seconds"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from helpers import display, plots
-from helpers.gguf.fidelity import BUDGETS, Result
-from helpers.gguf.quantize import Quantised
+from helpers.gguf.probes import Result
+from helpers.gguf.quantize import TYPES, Quantised
 
 CLOSE = 0.1  # mean KL, nats a token, up to which a file's answers are practically the merged model's
 FEW = 0.02  # a task score this far below the best counts as good as the best, however many questions there were
@@ -83,6 +83,6 @@ def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
         if r.task_score is not None:
             low, high = binomtest(round(r.task_score * r.task_count), r.task_count).proportion_ci(method="wilson")
             score = (r.task_score, float(low), float(high))
-        allowed = BUDGETS[r.type][0]
+        allowed = TYPES[r.type].kl
         points.append(plots.FilePoint(r.type, sizes[r.type], r.mean_kl, r.weights_kl, allowed, score))
     return plots.file_sizes(points, max((r.task_count for r in results), default=0))

@@ -190,7 +190,7 @@ class ExportJob(steps.Job):
         found = {
             "text": self.text,
             "merge": self.merge_check,
-            "budgets": {r.type: list(fidelity.BUDGETS[r.type]) for r in self.results},
+            "budgets": {r.type: quantize.TYPES[r.type][2:] for r in self.results},
             "files": [r.as_dict() for r in self.results],
             "sizes": [f.as_dict() for f in self.files],
         }

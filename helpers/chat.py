@@ -95,7 +95,7 @@ class Column:
 
 
 class Chat:
-    """The widgets and their buttons. `view` is what a notebook displays; `send`, `stop` and `wait` do what the buttons do."""
+    """The widgets and their buttons. `view` is what a notebook displays; `send` and `stop` do what the buttons do."""
 
     def __init__(
         self, servers: Mapping[str, Server | str], system: str = "", temperature: float = 0.0, max_tokens: int = 256
@@ -160,17 +160,18 @@ class Chat:
 
 
 def show(servers: Any, system: str = "", temperature: float = 0.0, max_tokens: int = 256) -> Chat:
-    """A chat with one server (or OpenAI-compatible URL), or with several side by side: {"base": server, "tuned": server}."""
+    """A chat with one server or OpenAI-compatible URL, or with several side by side, as name -> server."""
     if not isinstance(servers, Mapping):
         servers = {getattr(getattr(servers, "path", None), "stem", "model"): servers}
     return Chat(servers, system, temperature, max_tokens)
 
 
 def offer(gguf: str | Path, base: str | Path = "", system: str = "") -> Chat | None:
-    """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where that is to be had.
+    """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where that is to
+    be had.
 
-    base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a file). Headless
-    it starts nothing and prints the command that serves the file.
+    base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a
+    file). Headless it starts nothing and prints the command that serves the file.
     """
     if not machine.interactive():
         print(f"To talk to it: python -m helpers.serve {gguf}")

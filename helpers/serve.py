@@ -3,8 +3,8 @@
     python -m helpers.serve myrun                 the recommended GGUF of the run `myrun`
     python -m helpers.serve model-q4_k_m.gguf --port 8080 --context 4096
 
-In a notebook `serve.start("myrun")` gives a running server with its `url` and ends with the kernel; any OpenAI client works
-against `url + "/v1"`. The process itself is `helpers.gguf.server`; here is what a person needs around it.
+In a notebook `serve.start("myrun")` gives a running server with its `url` and ends with the kernel; any OpenAI client
+works against `url + "/v1"`. The process itself is `helpers.gguf.server`; here is what a person needs around it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def start(
 ) -> Server:
     """Start a server and wait until it is healthy; the same call again gives the server that already runs.
 
-    what: a GGUF file, a folder with one, or the name of a run. port: 0 takes a free one. context: tokens of each of `parallel`
-    conversations at once; 0 takes the model's, at most 4096. type: of a run with several files, the one to serve ("q4_k_m").
-    temperature: for clients that ask for none; 0 is how the scores were measured.
-    Raises TunebookError when the file is missing or damaged, the port is taken, or the memory would not be enough.
+    what: a GGUF file, a folder with one, or the name of a run. port: 0 takes a free one. context: tokens of each of
+    `parallel` conversations at once; 0 takes the model's, at most 4096. type: of a run with several files, the one to
+    serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured. Raises
+    TunebookError when the file is missing or damaged, the port is taken, or the memory would not be enough.
     """
     path = find(what, type)
     context, _ = plan(path, context, parallel)
@@ -54,7 +54,7 @@ def client(server: Server | str) -> Any:
 
 
 def find(what: str | Path, type: str = "") -> Path:
-    """The GGUF file meant by a path, a folder or a run's name. Raises TunebookError that lists what could have been meant."""
+    """The GGUF file meant by a path, a folder or a run's name. Raises TunebookError with what could be meant."""
     path = Path(what).expanduser()
     if path.suffix == ".gguf" or path.is_file():
         return path
@@ -79,7 +79,8 @@ def find(what: str | Path, type: str = "") -> Path:
 
 
 def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
-    """Context in tokens and the memory in GiB that serving will take: weights, and 16-bit keys and values of the whole context.
+    """Context in tokens and the memory in GiB that serving will take: weights, and 16-bit keys and values of the
+    whole context.
 
     Raises TunebookError for a damaged file, a context the model cannot have, or more memory than is free.
     """
@@ -106,7 +107,8 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
         fits = int((free - fixed) / max(per_token, 1e-12))
         advice = f"a context of {fits} tokens would fit" if fits >= 256 else "take a smaller quantisation"
         raise TunebookError(
-            f"Serving {path.name} with {parallel} × {context} tokens needs {need:.1f} GiB and {free:.1f} GiB are free; {advice}."
+            f"Serving {path.name} with {parallel} × {context} tokens needs {need:.1f} GiB and {free:.1f} GiB are free; "
+            f"{advice}."
         )
     return context, need
 
@@ -114,11 +116,12 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
 def describe(server: Server) -> str:
     """What other programs need to use a running server."""
     url, model = f"{server.url}/v1", json.dumps(server.path.stem)
+    create = f"openai.OpenAI(base_url={url!r}, api_key='none').chat.completions.create"
     return (
         f"{server.path.name} is served at {url}\n"
-        f"  Python      openai.OpenAI(base_url={url!r}, api_key='none').chat.completions.create(model={model}, messages=[…])\n"
+        f"  Python      {create}(model={model}, messages=[…])\n"
         f"  Open WebUI  Settings > Connections > OpenAI API: URL {url}, key none\n"
-        f"              or OPENAI_API_BASE_URL={url} OPENAI_API_KEY=none open-webui serve --host 127.0.0.1 --port 3000\n"
+        f"              or OPENAI_API_BASE_URL={url} OPENAI_API_KEY=none open-webui serve --host 127.0.0.1\n"
         f"  health      {server.url}/health"
     )
 

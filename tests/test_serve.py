@@ -175,7 +175,8 @@ def test_a_bad_command_prints_a_sentence_and_no_traceback(runs_root):
 
 def test_the_server_ends_with_the_process_that_started_it(gguf):
     """A kernel that is killed outright leaves no server behind."""
-    code = f"from helpers import serve; s = serve.start({str(gguf)!r}, context=256); print(s.url, flush=True); import time; time.sleep(600)"
+    code = f"import time; from helpers import serve; s = serve.start({str(gguf)!r}, context=256)"
+    code += "; print(s.url, flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as kernel:
         url = kernel.stdout.readline().strip()
         urllib.request.urlopen(url + "/health").close()

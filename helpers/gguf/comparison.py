@@ -14,9 +14,11 @@ FEW = 0.02  # a task score this far below the best counts as good as the best, h
 
 
 def recommend(files: Sequence[Quantised], results: Sequence[Result]) -> dict[str, str]:
-    """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as well as the best.
+    """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as well as the
+    best.
 
-    "As well" allows for chance: with few questions two files differ by a standard error of their difference for no reason.
+    "As well" allows for chance: with few questions two files differ by a standard error of their difference for no
+    reason.
     """
     by_type = {r.type: r for r in results}
     sound = [(f, by_type[f.type]) for f in files if f.type in by_type and not by_type[f.type].failed]

@@ -1,7 +1,9 @@
-"""From a Hugging Face folder to a GGUF file in 16 bits, by llama.cpp's own converter; from a PEFT adapter to a GGUF adapter.
+"""From a Hugging Face folder to a GGUF file in 16 bits, by llama.cpp's own converter; from a PEFT adapter to a GGUF
+adapter.
 
-The converter (packaged, pinned by hash) brings a top-level `gguf` of its own version, and some of its model classes would
-run a folder's Python code. So it runs in a process of its own, offline, on a folder without any reference to foreign code.
+The converter (packaged, pinned by hash) brings a top-level `gguf` of its own version, and some of its model classes
+would run a folder's Python code. So it runs in a process of its own, offline, on a folder without any reference to
+foreign code.
 """
 
 from __future__ import annotations
@@ -25,21 +27,14 @@ from helpers.model.weights import check_adapter, shards
 
 TYPES_16 = ("f16", "bf16")
 COPIED = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
+    *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
 
 
 def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> Path:
-    """Write `out` from the folder `model` (config, safetensors, tokenizer), whole or not at all. outtype: "f16" or "bf16".
+    """Write `out` from the folder `model` (config, safetensors, tokenizer), whole or not at all. outtype: "f16" or
+    "bf16".
 
     Raises TunebookError with what the converter said.
     """
@@ -99,7 +94,7 @@ def _run(folder: Path, model: Path, options: list[str]) -> Path:
         return out
     if "pre-tokenizer was not recognized" in done.stderr:
         raise TunebookError(
-            f"The tokenizer in {model} splits text in a way that llama.cpp's converter does not know, so a GGUF of it would "
+            f"The tokenizer in {model} splits text in a way llama.cpp's converter does not know: its GGUF would "
             "read other tokens than were trained; keep the base's own tokenizer, with its tokens only added to."
         )
     if "is not supported" in done.stderr or "not supported!" in done.stderr:
@@ -113,9 +108,9 @@ def _run(folder: Path, model: Path, options: list[str]) -> Path:
 def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
     """Write the adapter alone as `out`, for llama.cpp's `--lora`: its base stays one file that many adapters share.
 
-    model: the folder that `f16`, its 16-bit GGUF, was converted from; names and row orders are read off the two. Ranks may
-    differ between layers and rsLoRA scales otherwise, so each layer's own scale is written into B. Raises TunebookError for
-    adapters that llama.cpp's form cannot hold: DoRA, saved modules, trained tokens, trained biases.
+    model: the folder that `f16`, its 16-bit GGUF, was converted from; names and row orders are read off the two.
+    Ranks may differ between layers and rsLoRA scales otherwise, so each layer's own scale is written into B. Raises
+    TunebookError for adapters that llama.cpp's form cannot hold: DoRA, saved modules, trained tokens, trained biases.
     """
     from peft import PeftConfig
     from peft.utils.other import get_pattern_key
@@ -136,7 +131,7 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
     for layer in layers:
         if layer not in places:
             raise TunebookError(
-                f"The adapter in {adapter} cannot be written as a GGUF adapter: the converter splits or reshapes {layer}; "
+                f"The adapter in {adapter} cannot be a GGUF adapter: the converter splits or reshapes {layer}; "
                 "export the merged model instead."
             )
         a: Any = tensors[f"{layer}.lora_A.weight"].astype("float32")

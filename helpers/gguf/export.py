@@ -1,8 +1,8 @@
 """Notebook 04, step by step: choose, merge, convert, quantise, prove.
 
-Everything is made in `work/` first and takes its place only when whole, so that a killed run leaves no scraps among the
-artefacts and the same command resumes after the last finished file. What shall not be kept stays in `work/`, which is removed
-when the manifest is written.
+Everything is made in `work/` first and takes its place only when whole, so that a killed run leaves no scraps among
+the artefacts and the same command resumes after the last finished file. What shall not be kept stays in `work/`,
+which is removed when the manifest is written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the base, `adapter` trained on it (None for a base or a wholly trained model) and what it is merged onto."""
+    """The base, the adapter trained on it (None for a base or a wholly trained model) and what it is merged onto."""
 
     base: loading.ModelSource
     adapter: Path | None
@@ -103,7 +103,7 @@ class ExportJob(steps.Job):
 
     @steps.look
     def check(self) -> display.Html:
-        """What will be exported, and preflight with this run's own quantisations; raises when the export cannot succeed."""
+        """What will be exported, and preflight with this run's quantisations; raises when that cannot succeed."""
         source, onto = self.source, {"16bit": "the 16-bit base", "nf4": "the base as 4-bit NormalFloat gave it back"}
         rows = [
             ("base", f"{source.base.name} ({source.base.revision})"),
@@ -161,7 +161,7 @@ class ExportJob(steps.Job):
 
     @steps.step
     def prove(self) -> display.Html:
-        """Compare the 16-bit file and every quantisation with the merged model; write fidelity.json; raise when a gate fails."""
+        """Every file compared with the merged model, in fidelity.json and as a table; raises when a gate fails."""
         self.convert()
         started = time.monotonic()
         rows = self._rows("eval.parquet", self.params.fidelity_tokens)
@@ -311,7 +311,7 @@ class ExportJob(steps.Job):
         return {"tokens": at, "mean_kl": max(mean_kl, 0.0), "top1": top1}
 
     def _task_scores(self) -> None:
-        """Execution accuracy of every file on test questions, where the run has them and a database, as notebook 05 judges."""
+        """Execution accuracy on test questions, where the run has them and a database, as notebook 05 judges."""
         data, count = self.stage.parents["data"].path, self.params.task_questions
         if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
             return
@@ -333,14 +333,14 @@ class ExportJob(steps.Job):
 
 
 def _source(stage: runs.Stage, params: GgufParams) -> Source:
-    """The latest trained stage, or the one that `export` names; raises TunebookError where it is not there or has another base."""
+    """The latest trained stage, or the one that `export` names. Raises TunebookError without it or its base."""
     wanted = params.export
     trained = ("orpo", "sft") if wanted == "auto" else (wanted,)
     trained_by = next((name for name in trained if name in stage.parents), "base")
     if trained_by != wanted and wanted != "auto":
         raise TunebookError(
-            f"export is {wanted!r}, but this run has no finished stage of that name; run its notebook first, or set export to "
-            "'auto'."
+            f"export is {wanted!r}, but this run has no finished stage of that name; run its notebook, or set "
+            "export='auto'."
         )
     manifest = stage.parents.get(trained_by)
     known = (manifest.data.get("model") if manifest else None) or {}
@@ -348,7 +348,7 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
     if known.get("revision") and known["revision"] != base.revision:
         raise TunebookError(
             f"The run was trained on {known['name']} at revision {known['revision'][:12]} and this machine has "
-            f"{base.revision[:12]}; merging into other weights would give another model. Fetch that revision, or train again."
+            f"{base.revision[:12]}: merged, they give another model. Fetch that revision, or train again."
         )
     if manifest is None:
         return Source(base, None, "base", "16bit")

@@ -1,8 +1,10 @@
-"""Is the GGUF file the model that was trained? Measured in the llama.cpp runtime, against the merged model in high precision.
+"""Is the GGUF file the model that was trained? Measured in the llama.cpp runtime, against the merged model in high
+precision.
 
-Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each quantised
-file's unpacked weights are then run in the same model, so that what the smaller weights cost and what the runtime's arithmetic
-costs are distinguished; the files themselves are measured one after another in a process without torch (`probes.measure`).
+Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each
+quantised file's unpacked weights are then run in the same model, so that what the smaller weights cost and what the
+runtime's arithmetic costs are distinguished; the files themselves are measured one after another in a process without
+torch (`probes.measure`).
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from helpers.model.stop_tokens import stop_tokens
 
 
 class Reference:
-    """The merged model in float32 (bfloat16 where that does not fit), its log-probabilities and answers on held-out text.
+    """The merged model in float32 (bfloat16 where that does not fit), its log-probabilities and answers on held-out
+    text.
 
-    merged: the model folder; rows: token ids of held-out conversations; prompts: token ids to answer; conversations: messages
-    of the job, for the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x vocabulary, until
-    `close`. Raises TunebookError where no row has two tokens.
+    merged: the model folder; rows: token ids of held-out conversations; prompts: token ids to answer; conversations:
+    messages of the job, for the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x
+    vocabulary, until `close`. Raises TunebookError where no row has two tokens.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Reference:
         self.rows, self.prompts = [list(r) for r in rows if len(r) > 1], [list(p) for p in prompts]
         if not self.rows:
             raise TunebookError(
-                "There is no held-out text of two tokens or more to compare on; prepare the data with an evaluation part."
+                "There is no text of two tokens or more to compare on; prepare the data with an evaluation part."
             )
         self.folder = tempfile.TemporaryDirectory(prefix="fidelity.", dir=work)
         self.model: Any = _load(merged)
@@ -61,10 +64,11 @@ class Reference:
         self._write(conversations, math.exp(min(loss, 700.0)))
 
     def weights_kl(self, file: Path, source: Path) -> float | None:
-        """Mean KL divergence of the trained model with the weights of `file`, unpacked by gguf's own code, in nats a token.
+        """Mean KL divergence of the trained model with the weights of `file`, unpacked by gguf's own code, in nats a
+        token.
 
-        source: the 16-bit GGUF that `file` was quantised from. None where the trained model is not in float32, or its weights
-        are not matrices that the converter took over row by row. The model's own weights are gone afterwards.
+        source: the 16-bit GGUF that `file` was quantised from. None where the trained model is not in float32, or its
+        weights are not matrices that the converter took over row by row. The model's own weights are gone afterwards.
         """
         import torch
         from gguf import dequantize
@@ -157,8 +161,8 @@ class Reference:
 
 def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
     """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
-    request = {"reference": reference.folder.name, "path": str(path), "kind": kind}
-    bounds = {"most_kl": TYPES[kind].kl, "least_top1": TYPES[kind].top1}
+    gates = {"kind": kind, "most_kl": TYPES[kind].kl, "least_top1": TYPES[kind].top1}
+    request = {"reference": reference.folder.name, "path": str(path), **gates}
     name = f"llama.cpp with {path.name}"
     result = Result(**worker.run("helpers.gguf.probes:measure", request, wall_s=None, name=name))
     if weights_kl is not None:
@@ -171,8 +175,8 @@ def require(results: Sequence[Result]) -> None:
     broken = [f"{r.type}: {gate} ({why})" for r in results for gate, why in r.failed.items()]
     if broken:
         raise TunebookError(
-            f"The exported files are not the model that was trained. {'; '.join(broken)}. The files stay for inspection and "
-            "nothing reads them; export again, or allow it with fidelity_gates=False after reading fidelity.json."
+            f"The exported files are not the model that was trained. {'; '.join(broken)}. The files stay for "
+            "inspection and nothing reads them; export again, or read fidelity.json and set fidelity_gates=False."
         )
 
 
@@ -180,7 +184,7 @@ def require(results: Sequence[Result]) -> None:
 
 
 def logprobs(model: Any, row: Sequence[int]) -> Any:
-    """Natural log-probabilities of what follows each token of `row` but the last: float32 (len(row) - 1, vocabulary)."""
+    """Natural log-probabilities of what follows each token but the last: float32 (len(row) - 1, vocabulary)."""
     import torch
 
     with torch.inference_mode():
@@ -198,7 +202,7 @@ def divergence(wanted: Any, got: Any) -> Any:
 
 
 def _load(merged: Path) -> Any:
-    """The merged model in float32 or, where that does not fit, in bfloat16; on the CPU where the GPU has no room for either."""
+    """The merged model in float32, in bfloat16 where that does not fit; on the CPU where the GPU has no room."""
     size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
     room = machine.free_gpu_gib() or 0.0
     on_gpu = 1.2 * size + 1 < room

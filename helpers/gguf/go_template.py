@@ -1,9 +1,9 @@
 """A chat template in Go's text/template, derived from the tokenizer's Jinja by asking it, then compared with it.
 
-Ollama renders prompts with a Go template, never with the Jinja that a model was trained with. The Jinja is not read: it is
-rendered on conversations of marker words, the literals between the markers become the Go template, and both are compared
-on every shape of conversation below. So any template made of turns is found (ChatML, Llama 3, Mistral, Gemma, Phi), and
-one that is not made of turns is refused with the reason.
+Ollama renders prompts with a Go template, never with the Jinja that a model was trained with. The Jinja is not read:
+it is rendered on conversations of marker words, the literals between the markers become the Go template, and both are
+compared on every shape of conversation below. So any template made of turns is found (ChatML, Llama 3, Mistral,
+Gemma, Phi), and one that is not made of turns is refused with the reason.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ class Inexpressible(Exception):
 
 
 def jinja_renderer(tokenizer: Any) -> Render:
-    """render(messages, generation=True, tools=None, begun=False) -> the Jinja's text, or None where the template refuses.
+    """render(messages, generation=True, tools=None, begun=False) -> the Jinja's text, or None where the template
+    refuses.
 
-    begun: the last message is the beginning of an answer. A BOS that the tokenizer itself will put first is cut off, as Ollama
-    and llama.cpp do. The template runs in a process that can be ended.
+    begun: the last message is the beginning of an answer. A BOS that the tokenizer itself will put first is cut off,
+    as Ollama and llama.cpp do. The template runs in a process that can be ended.
     """
     bos, ids = tokenizer.bos_token, tokenizer("a").input_ids
     adds = bool(bos) and ids[:1] == [tokenizer.bos_token_id]
@@ -151,7 +152,7 @@ def derive(render: Render, bos: str = "") -> Turns:
 
 
 def collate(messages: Sequence[Message]) -> list[Message]:
-    """Ollama's own first step (template/template.go): consecutive messages of one role become one, a blank line between."""
+    """Ollama's own first step (template/template.go): consecutive messages of one role become one."""
     merged: list[Message] = []
     for message in messages:
         if merged and merged[-1]["role"] == message["role"] != "tool":
@@ -195,7 +196,7 @@ def takes_tools(render: Render) -> bool:
 def _gaps(
     render: Render, pairs: Sequence[tuple[str, str]], generation: bool = True, missing: list[Any] | None = None
 ) -> list[str]:
-    """The literals before, between and after the markers. `missing` is answered where the template refuses the conversation."""
+    """The literals before, between and after the markers; `missing` where the template refuses."""
     text = render(_chat(pairs), generation=generation)
     if text is None and missing is not None:
         return missing

@@ -1,4 +1,4 @@
-"""What a GGUF file says about itself: metadata, tensors, sizes. A damaged or truncated file is refused with one message."""
+"""What a GGUF file says about itself: metadata, tensors, sizes. A damaged or truncated file is refused."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class _Reader(GGUFReader):
 
 @dataclass(frozen=True)
 class Summary:
-    """metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: in file order, without their
-    data; bytes: size of the file.
+    """metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: in file order,
+    without their data; bytes: size of the file.
     """
 
     metadata: dict[str, Any]
@@ -68,7 +68,7 @@ class Summary:
 
 
 def check(path: str | Path) -> Summary:
-    """Header of a GGUF file. Raises TunebookError when it is missing, not GGUF, damaged or shorter than its tensors say."""
+    """Header of a GGUF file. Raises TunebookError when it is missing, damaged or shorter than its tensors say."""
     path = Path(path)
     if not path.is_file():
         raise TunebookError(f"There is no file {path}; run notebook 04 to export the model, or correct the path.")

@@ -1,8 +1,9 @@
-"""Where llama.cpp's code comes from, without a compiler: prebuilt libraries and the packaged converter, pinned by sha256.
+"""Where llama.cpp's code comes from, without a compiler: prebuilt libraries and the packaged converter, pinned by
+sha256.
 
-The library inside the `xllamacpp` package runs models, here and in the server that people get, but leaves out the quantising
-function. The prebuilt one that `setup` fetches has it (glibc 2.34 or newer). A build of the user's own (`$TUNEBOOK_LLAMA_CPP`,
-which notebook 04's `llama_cpp` sets) takes the place of both.
+The library inside the `xllamacpp` package runs models, here and in the server that people get, but leaves out the
+quantising function. The prebuilt one that `setup` fetches has it (glibc 2.34 or newer). A build of the user's own
+(`$TUNEBOOK_LLAMA_CPP`, which notebook 04's `llama_cpp` sets) takes the place of both.
 
     python -m helpers.gguf.libraries        fetch what is missing, then say what was found
 """
@@ -37,9 +38,11 @@ DISK_FULL = re.compile(
 
 
 def setup() -> dict[str, str]:
-    """Fetch what is missing and return where each part is. Safe to repeat; a killed set-up leaves no half-unpacked folder.
+    """Fetch what is missing and return where each part is. Safe to repeat; a killed set-up leaves no half-unpacked
+    folder.
 
-    Raises TunebookError when the converter cannot be fetched; where the prebuilt library does not fit, nothing is quantised.
+    Raises TunebookError when the converter cannot be fetched; where the prebuilt library does not fit, nothing is
+    quantised.
     """
     found = {"converter": str(converter()), "runs models": str(for_running())}
     libc, version = platform.libc_ver()
@@ -72,7 +75,7 @@ def own_build() -> Path | None:
 
 
 def for_running() -> Path:
-    """The library that answers: the user's build, else the one inside the `xllamacpp` package, which is also the server's."""
+    """The library that answers: the user's build, else the one inside `xllamacpp`, which is also the server's."""
     spec = importlib.util.find_spec("xllamacpp")
     packaged = sorted(Path(spec.origin).parent.glob("xllamacpp*.so")) if spec and spec.origin else []
     if not packaged:
@@ -86,9 +89,10 @@ def for_quantizing() -> Path | None:
 
 
 def failure(what: str, log: str, status: int = 0) -> TunebookError:
-    """llama.cpp's failure while `what` ("quantising x to q8_0") as one message, with its own last lines and what to do."""
+    """llama.cpp's failure while `what` ("quantising x to q8_0") as one message, with its own words."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]
-    said = " / ".join(lines[-3:])[-400:] or f"status {status}"
+    told = [line for line in lines if "error" in line.lower()][:1] + lines[-2:]  # the first error is the cause
+    said = " / ".join(dict.fromkeys(told))[:600] or f"status {status}"
     if DISK_FULL.search(log):
         return TunebookError(f"No space left on the disk while {what}; free some room and resume. llama.cpp: {said}")
     killed = "it was killed, most likely because the memory is full" if status in (-9, 137) else said
@@ -152,8 +156,8 @@ def _pip_install(package: tuple[str, str, str], target: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(f"{name}=={version} --hash=sha256:{digest}\n")
         file.flush()
-        options = "--quiet --no-deps --require-hashes --no-compile --disable-pip-version-check --target".split()
-        _run([sys.executable, "-m", "pip", "install", *options, str(target), "-r", file.name])
+        options = ["--quiet", "--no-deps", "--require-hashes", "--no-compile", "--disable-pip-version-check"]
+        _run([sys.executable, "-m", "pip", "install", *options, "--target", str(target), "-r", file.name])
 
 
 def _run(command: list[str], cwd: str | None = None) -> None:

@@ -209,7 +209,7 @@ class LlamaCpp(Vocabulary):
         return values, greedy
 
     def _rows(self, index: int, count: int = 1) -> np.ndarray:
-        """Logits of `count` neighbours in the batch, all of them wanted: llama.cpp keeps these in one piece. (count, vocab)"""
+        """Logits of `count` neighbours in the batch, which llama.cpp keeps in one piece: (count, vocab)."""
         import numpy as np
 
         pointer = self.lib.llama_get_logits_ith(self._ctx, index)
@@ -232,12 +232,12 @@ class LlamaCpp(Vocabulary):
         seed: int = 17,
         done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts (token ids), `parallel` at a time, each ending by itself, at a stop text or
-        at `max_tokens`.
+        """Completions in the order of the prompts (token ids), `parallel` at a time, each ending by itself, at a stop
+        text or at `max_tokens`.
 
-        The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs next to
-        nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its neighbours.
-        done(index, completion) is called as each is finished.
+        The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs
+        next to nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its
+        neighbours. done(index, completion) is called as each is finished.
         """
         import numpy as np
 
@@ -279,7 +279,7 @@ class LlamaCpp(Vocabulary):
             self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
 
     def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
-        """One batch over all active rows, the rows that are generating first; logits of those that are through their prompt."""
+        """One batch over all active rows, generating rows first; logits of those that are through their prompt."""
         entries: list[tuple[int, int, int, bool]] = []
         ready: list[tuple[int, int]] = []
         for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):

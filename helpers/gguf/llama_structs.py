@@ -157,7 +157,7 @@ class Library:
         at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
         if head != (512, 2048, 512, 1) or at is None:
             raise TunebookError(
-                f"{self.path} lays out its context parameters otherwise than the builds of llama.cpp that are known here "
+                f"{self.path} lays out its context parameters otherwise than the builds of llama.cpp known here "
                 f"({head} first, kv_unified at {at}); leave llama_cpp empty, or name another build."
             )
         struct.pack_into("<4I", block.bytes, 0, n_ctx, n_batch, min(n_batch, 512), n_seq_max)
@@ -177,8 +177,8 @@ def _load_ggml(folder: Path) -> c.CDLL | None:
 
 
 def threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the container's
-    quota leave."""
+    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the
+    container's quota leave."""
     if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

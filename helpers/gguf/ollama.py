@@ -1,7 +1,7 @@
 """What other runtimes need to run the exported model as it was trained: an Ollama Modelfile, and exact commands.
 
-The Modelfile is explicit (template in Go, stops, context, sampling), because Ollama's own guess replaces the model's template
-by a stock one. The template is derived and compared in `helpers.gguf.go_template`.
+The Modelfile is explicit (template in Go, stops, context, sampling), because Ollama's own guess replaces the model's
+template by a stock one. The template is derived and compared in `helpers.gguf.go_template`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LONGEST_CONTEXT = (
 )
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 NO_GO = (
-    "The chat template cannot be said in Ollama's Go template: {}. Serve the GGUF with llama.cpp or the merged model with vLLM, "
-    "which run the Jinja itself."
+    "The chat template cannot be said in Ollama's Go template: {}. Serve the GGUF with llama.cpp or the merged model "
+    "with vLLM, which run the Jinja itself."
 )
 
 
@@ -80,10 +80,10 @@ def write(
 ) -> Modelfile:
     """Write the Modelfile for `gguf` to `out` and compare its template with the model's own on every shape.
 
-    merged: the 16-bit model folder with tokenizer and chat template. name: what the model shall be called there. context:
-    tokens; 0 takes the model's, at most 8192. Sampling is generation_config.json's, greedy where that says nothing: so it was
-    measured. system: a SYSTEM line, "" leaves the template's own default.
-    Raises TunebookError for a missing template, an unusable path or a name that a shell or Ollama would trip over.
+    merged: the 16-bit model folder with tokenizer and chat template. name: what the model shall be called there.
+    context: tokens; 0 takes the model's, at most 8192. Sampling is generation_config.json's, greedy where that says
+    nothing: so it was measured. system: a SYSTEM line, "" leaves the template's own default. Raises TunebookError for
+    a missing template, an unusable path or a name that a shell or Ollama would trip over.
     """
     check_name(name)
     if not gguf.is_file():
@@ -105,7 +105,7 @@ def write(
 
 
 def from_tokenizer(tokenizer: Any) -> Modelfile:
-    """The Go template of a tokenizer and its comparison, without a file. `reason` is set where it cannot be said in Go."""
+    """The Go template of a tokenizer and its comparison, without a file; `reason` where it cannot be said in Go."""
     render = go_template.jinja_renderer(tokenizer)
     try:
         turns = go_template.derive(render, tokenizer.bos_token or "")
@@ -121,10 +121,7 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
     if turns.system_place == "none":
         notes.append("The model's template takes no system prompt; a SYSTEM line or system message is not printed.")
     if go_template.takes_tools(render):
-        notes.append(
-            "Tools are not in this template: Go writes their JSON differently. Recent Ollama renders tool calls with the "
-            "GGUF's own Jinja."
-        )
+        notes.append("Go writes tools differently: recent Ollama renders them with the GGUF's own Jinja instead.")
     if "strftime_now" in str(tokenizer.chat_template):
         notes.append("The model's template prints today's date; this one prints the date on which it was written.")
     broken = ", ".join(c.shape for c in different if c.needed)
@@ -132,7 +129,7 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
 
 
 def stops(tokenizer: Any, merged: Path) -> list[str]:
-    """Texts at which every runtime shall stop: the end of an assistant turn, the end of sequence, generation_config's ends."""
+    """Texts at which every runtime shall stop: the ends of a turn, of the sequence, of generation_config."""
     ids = stop_tokens(tokenizer, _json(merged / "generation_config.json").get("eos_token_id"))
     return [tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(tokenizer)]
 
@@ -141,8 +138,8 @@ def check_name(name: str) -> None:
     """Raises TunebookError for a model name that a shell, a path or Ollama would trip over."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,79}", name):
         raise TunebookError(
-            f"model_name is {name!r}, which is not a valid name for Ollama and its like; use small letters, digits, '.', '_' "
-            "and '-', at most 80."
+            f"model_name is {name!r}, which is not a valid name for Ollama and its like; use at most 80 small letters, "
+            "digits, '.', '_' and '-'."
         )
 
 

@@ -1,7 +1,8 @@
-"""Will this model survive the export? Asked before training: architecture, tokenizer, added tokens, end of turn, disk, memory.
+"""Will this model survive the export? Asked before training: architecture, tokenizer, added tokens, end of turn,
+disk, memory.
 
-The tokenizer is converted for real, without weights, and read back by llama.cpp; the answer is cached by content, so that only
-the first stage of a run pays for it (about 10 s).
+The tokenizer is converted for real, without weights, and read back by llama.cpp; the answer is cached by content, so
+that only the first stage of a run pays for it (about 10 s).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Check = tuple[str, bool, str]
 
 @dataclass(repr=False)
 class Report:
-    """checks: (what, whether it is well, what was found); needs: step -> (disk, memory) in GiB; free_gib: of (disk, memory)."""
+    """checks: (what, whether it is well, what was found); needs: step -> (disk, memory) in GiB; free_gib: of both."""
 
     model: str
     checks: list[Check] = field(default_factory=list)
@@ -49,8 +50,8 @@ class Report:
         """Raises TunebookError with every problem; returns itself when there is none."""
         if self.problems:
             raise TunebookError(
-                f"{self.model} could be trained but not exported to GGUF. {' '.join(self.problems)} Choose another base or "
-                "fewer quantisations, or skip this check with export_check=False and keep the adapter."
+                f"{self.model} could be trained but not exported to GGUF. {' '.join(self.problems)} Choose another "
+                "base or fewer quantisations, or skip this check with export_check=False and keep the adapter."
             )
         return self
 
@@ -72,8 +73,8 @@ class Report:
 def check(source: Any, params: Any = None, adapter: Path | None = None, where: Path | None = None) -> Report:
     """A `Report` on a model source (or folder). Nothing is raised for what is merely unfit: see `Report.require`.
 
-    params: of the export when they are known, else its defaults count. adapter: its tokenizer counts when it brings one.
-    where: folder to be written to, for the free disk.
+    params: of the export when they are known, else its defaults count. adapter: its tokenizer counts when it brings
+    one. where: folder to be written to, for the free disk.
     """
     base = Path(getattr(source, "path", source))
     report = Report(str(getattr(source, "name", base)))
@@ -141,15 +142,15 @@ def _token_ids(vocabulary: Vocabulary, tokenizer: Any) -> list[Check]:
     found = f"{len(probes.TEXTS)} texts in many scripts give the same token ids in llama.cpp"
     if differ is not None:
         found = (
-            f"llama.cpp reads {differ[:30]!r} as {vocabulary.tokenize(differ)[:8]}, training reads {ids(differ)[:8]}; the GGUF "
-            "would see other tokens. Merges or normalisation got lost: keep the base's own tokenizer files."
+            f"llama.cpp reads {differ[:30]!r} as {vocabulary.tokenize(differ)[:8]}, training reads {ids(differ)[:8]}. "
+            "Merges or normalisation got lost: keep the base's own tokenizer files."
         )
     added = [str(t) for t in tokenizer.added_tokens_decoder.values()]
     lost = [t for t in added if vocabulary.tokenize(t) != ids(t)]
     kept = f"all {len(added)} are kept"
     if lost:
         kept = (
-            f"{len(lost)} of {len(added)} added tokens are not one token in llama.cpp, {lost[0]!r} first; add them with "
+            f"{len(lost)} of {len(added)} are not one token in llama.cpp, {lost[0]!r} first; add them with "
             "special=True and normalized=False."
         )
     return [("tokenizer", differ is None, found), ("added tokens", not lost, kept)]

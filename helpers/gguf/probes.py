@@ -1,8 +1,9 @@
 """What a GGUF file is measured on, and the measurement itself in the llama.cpp runtime, in a process without torch.
 
-Texts and conversations on which its tokenizer and template must agree with the trained model's; then the four gates. The
-divergence is what llama.cpp's own perplexity tool computes, with the trained model as the reference instead of another GGUF:
-sum over the vocabulary of p (ln p - ln q), p the trained model's next-token distribution, in nats a token.
+Texts and conversations on which its tokenizer and template must agree with the trained model's; then the four gates.
+The divergence is what llama.cpp's own perplexity tool computes, with the trained model as the reference instead of
+another GGUF: sum over the vocabulary of p (ln p - ln q), p the trained model's next-token distribution, in nats a
+token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.gguf.llama_cpp import LlamaCpp
 
-# A top-1 token counts as changed only when the reference preferred it by more than this: a tie broken the other way is no error.
+# A top-1 token counts as changed when the reference preferred it by more than this; a tie may break the other way.
 TIE_NATS = 1e-2
 _KEPT = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TEXTS: list[str] = _KEPT["texts"]
@@ -44,7 +45,7 @@ def token_texts(tokenizer: Any) -> list[str]:
 
 
 def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tuple[str | None, str]:
-    """The prompt of the tokenizer's own template, with the generation prompt; (None, why) where the template has no such shape."""
+    """The prompt of the tokenizer's own template; (None, why) where the template has no such shape."""
     try:
         text = chat_template.prompt(tokenizer, messages, tools)
         if tools and text == chat_template.prompt(tokenizer, messages):
@@ -62,9 +63,11 @@ def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tu
 
 @dataclass
 class Result:
-    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> what was found.
+    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> what was
+    found.
 
-    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest of the divergence.
+    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest of the
+    divergence.
     """
 
     type: str
@@ -92,7 +95,7 @@ class Result:
 
 
 def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
-    """`Result.as_dict` of the GGUF file request["path"] against what `fidelity.Reference` wrote to request["reference"]."""
+    """`Result` of the file request["path"] against what `fidelity.Reference` wrote to request["reference"]."""
     folder = Path(request["reference"])
     reference = json.loads((folder / "reference.json").read_text())
     result = Result(request["kind"], reference_perplexity=reference["perplexity"])
@@ -114,13 +117,13 @@ def _token_ids(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> 
                 at = _first_difference(mine, theirs)
                 near = slice(max(0, at - 1), at + 3)
                 result.failed["token ids"] = (
-                    f"{text[:40]!r} is read as {mine[near]} from token {at} on where the trained model had {theirs[near]}"
+                    f"{text[:40]!r} is read as {mine[near]} from token {at} on, the trained model had {theirs[near]}"
                 )
                 return
 
 
 def _prompts(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> None:
-    """The same conversation through the trained tokenizer's template and llama.cpp's server: one text, one list of ids."""
+    """One conversation through the trained tokenizer's template and llama.cpp's server: one text, one list of ids."""
     bos, bos_text = reference["bos"], reference["bos_text"]
     for shape, messages, tools, text, why, ids in reference["conversations"]:
         if text is None:
@@ -175,8 +178,8 @@ def _logits(runtime: LlamaCpp, reference: dict[str, Any], kept: Path, result: Re
     most, least = request["most_kl"], request["least_top1"]
     if not math.isfinite(result.mean_kl) or result.mean_kl > most or result.top1 < least:
         result.failed["logits"] = (
-            f"mean KL {result.mean_kl:.3g} (at most {most:g}), top-1 agreement {result.top1:.1%} (at least {least:.1%}) "
-            f"over {result.tokens} tokens"
+            f"mean KL {result.mean_kl:.3g} (at most {most:g}), top-1 agreement {result.top1:.1%} (at least {least:.1%})"
+            f" over {result.tokens} tokens"
         )
 
 
@@ -187,7 +190,7 @@ def _answers(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> No
     result.answers, result.stopped = len(made), sum(m.finish == "stop" for m in made)
     result.same_answers = sum(m.token_ids == ids for m, (ids, _) in zip(made, theirs, strict=True))
     result.reference_stopped = sum(stopped for _, stopped in theirs)
-    # A file that runs on where the trained model stops is the classic failure; one answer in four may differ by rounding.
+    # The classic failure is a file that runs on where the trained model stops; one answer in four may differ.
     if result.reference_stopped - result.stopped > max(1, len(made) // 4):
         result.failed["stopping"] = (
             f"{result.stopped} of {len(made)} answers end by themselves within {reference['max_tokens']} tokens, "

@@ -1,7 +1,8 @@
-"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own: a crash there ends that process only.
+"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own: a crash there ends that process
+only.
 
-An importance matrix of the training data (each column's mean square of inputs) makes the quantisers weigh a column's rounding
-error by it.
+An importance matrix of the training data (each column's mean square of inputs) makes the quantisers weigh a column's
+rounding error by it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from helpers.gguf import header, libraries, tensor_map
 
 
 class Type(NamedTuple):
-    """A GGUF type: llama.cpp's file type number (enum llama_ftype in llama.h), bits per weight on a large model, and what the
-    fidelity gates allow: mean KL divergence in nats at most, top-1 agreement at least.
+    """A GGUF type: llama.cpp's file type number (enum llama_ftype in llama.h), bits per weight on a large model, and
+    what the fidelity gates allow: mean KL divergence in nats at most, top-1 agreement at least.
 
-    f16 is the proof that the chain is right; the others' bounds are two to three times what SmolLM2-135M shows (93 % of top-1
-    tokens kept by q8_0 on 250 tokens), which loses more to each type than larger models do.
+    f16 is the proof that the chain is right; the others' bounds are two to three times what SmolLM2-135M shows (93 %
+    of top-1 tokens kept by q8_0 on 250 tokens), which loses more to each type than larger models do.
     """
 
     number: int
@@ -54,7 +55,7 @@ FALLBACK_OF |= dict.fromkeys(("Q4_0", "IQ4_NL"), "Q2_K/Q3_K")
 
 @dataclass(frozen=True)
 class Quantised:
-    """One finished file. types: tensors of each type; fallback: {"Q4_K → Q5_0": count} where the width allowed no K-quant."""
+    """A finished file. types: tensors of each; fallback: {"Q4_K → Q5_0": count} where the width allowed no K-quant."""
 
     type: str
     path: Path
@@ -78,8 +79,8 @@ def parse_types(text: str) -> list[str]:
 
 
 def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) -> Quantised:
-    """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what `importance`
-    wrote. Raises TunebookError with llama.cpp's own message.
+    """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what
+    `importance` wrote. Raises TunebookError with llama.cpp's own message.
     """
     started, library = time.monotonic(), libraries.for_quantizing()
     if library is None:
@@ -122,8 +123,8 @@ def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:
 def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path) -> Path:
     """Write the importance matrix `out` in llama.cpp's GGUF form (NAME.in_sum2 and NAME.counts for each tensor).
 
-    merged: the model folder that `f16` was converted from; rows: token ids of training conversations. Gathered in torch;
-    llama.cpp's own `imatrix` tool gathers the same sums in its runtime.
+    merged: the model folder that `f16` was converted from; rows: token ids of training conversations. Gathered in
+    torch; llama.cpp's own `imatrix` tool gathers the same sums in its runtime.
     """
     import numpy as np
     import torch

@@ -1,7 +1,8 @@
-"""A GGUF model in a process of its own: a crash of llama.cpp costs that model only, and its threads don't wait for torch's.
+"""A GGUF model in a process of its own: a crash of llama.cpp costs that model only, and its threads don't wait for
+torch's.
 
-Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own tokenizer: what
-is judged is the whole chain that a person downloads.
+Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own
+tokenizer: what is judged is the whole chain that a person downloads.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Ids = Sequence[int]
 class GgufModel:
     """The parent's side; the same methods as a Hugging Face model in evaluation. Close it.
 
-    path: the file; end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). Raises TunebookError, with the
-    runtime's last lines when its process ends.
+    path: the file; end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). Raises TunebookError,
+    with the runtime's last lines when its process ends.
     """
 
     path_note = "llama.cpp"
@@ -72,8 +73,8 @@ class GgufModel:
         return [answers[i] for i in range(len(prompts))]
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[list[float], bool]]:
-        """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the runtime's logits,
-        and whether every one was the most likely token."""
+        """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the
+        runtime's logits, and whether every one was the most likely token."""
         return self._ask("score", [[list(prompt), list(completion)] for prompt, completion in pairs])
 
     def logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[list[float]]:

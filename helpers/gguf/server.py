@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,16 +16,16 @@ from typing import Any, NoReturn, Self
 
 from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf import header, llama_structs
+from helpers.gguf import header, libraries, llama_structs
 
 
 class Server:
     """A running server, a context manager. url: "http://127.0.0.1:PORT"; port; process.
 
-    path: a GGUF file; port: 0 for any free one; context: tokens of each of `parallel` conversations; alias: the model name that
-    clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8); warmup: run the model once at the start,
-    so that the first answer comes as soon as the next. Raises TunebookError when the file or the port is not usable, with
-    llama.cpp's own last lines.
+    path: a GGUF file; port: 0 for any free one; context: tokens of each of `parallel` conversations; alias: the model
+    name that clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8); warmup: run the model
+    once at the start, so that the first answer comes as soon as the next. Raises TunebookError when the file or the
+    port is not usable, with llama.cpp's own last lines.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Server:
             self._child = worker.Worker("helpers.gguf.server:Running", start=settings, name=name, start_timeout_s=300)
         except TunebookError as error:
             raise TunebookError(
-                f"{error} It was to have a context of {parallel} × {context} tokens; ask for a shorter context, a smaller "
+                f"{error} It was to have a context of {parallel} × {context} tokens; ask for a shorter one, a smaller "
                 "quantisation or another port."
             ) from error
         self.process, self.url = self._child.process, self._child.started
@@ -132,8 +131,8 @@ class Running:
         try:
             self._server = xllamacpp.Server(p)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            print(" ".join(str(error).split()), file=sys.stderr, flush=True)
-            os._exit(1)  # what llama.cpp printed before, and this line, become the message
+            said = os.pread(2, 8000, 0).decode("utf-8", "replace")  # the file that helpers.worker gives it
+            raise libraries.failure(f"starting a server for {path}", f"{said}\n{error}") from None
         self.started = self._server.listening_address
 
     def __call__(self, request: Any, event: worker.Event) -> None:

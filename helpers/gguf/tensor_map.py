@@ -1,7 +1,9 @@
-"""Where a model's matrices stand in the GGUF file that was converted from it: by which name, and in which order of rows.
+"""Where a model's matrices stand in the GGUF file that was converted from it: by which name, and in which order of
+rows.
 
-The converter renames tensors and sometimes (Llama's rotary embedding) reorders rows. Names come from gguf's own table; orders are
-found by comparing the rows of the 16-bit file with the model's, so that no architecture needs code of its own.
+The converter renames tensors and sometimes (Llama's rotary embedding) reorders rows. Names come from gguf's own
+table; orders are found by comparing the rows of the 16-bit file with the model's, so that no architecture needs code
+of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Place(NamedTuple):
 
 
 def names(summary: header.Summary, layers: Iterable[str]) -> dict[str, str]:
-    """Layer name in transformers -> tensor name in the GGUF file; layers that the file has not under one name are left out."""
+    """Layer name in transformers -> tensor name in the GGUF file, for the layers that it has under one name."""
     architecture = summary.metadata.get("general.architecture")
     known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if known is None:

@@ -1,4 +1,4 @@
-"""Small random models of many architectures, width 256 so that real K-quants appear, with tokenizers that the converter knows."""
+"""Small random models of many architectures, of width 256 as K-quants need, with tokenizers of known kinds."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SIZE = {
 
 
 def make(architecture: str, folder: Path, tokenizer) -> Path:
-    """A model of `architecture` ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3") with random weights in `folder`."""
+    """A model of `architecture` (a key of `kinds`) with random weights in `folder`."""
     import torch
     import transformers as t
 

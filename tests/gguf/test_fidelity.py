@@ -1,4 +1,4 @@
-"""The exported file is the model: converted, quantised and run by llama.cpp's own code, on real K-quants and real tokenizers."""
+"""The exported file is the model: converted, quantised and run by llama.cpp's own code, with real tokenizers."""
 
 import json
 import shutil
@@ -14,6 +14,7 @@ import pytest
 from helpers.errors import TunebookError
 from helpers.gguf import convert, fidelity, header, preflight, quantize
 from helpers.gguf.llama_cpp import LlamaCpp
+from helpers.gguf.runner import GgufModel
 from helpers.gguf.server import Server
 
 TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
@@ -90,7 +91,7 @@ def test_f16_passes_every_gate(reference, f16):
 
 
 def test_what_the_weights_cost_is_told_from_what_the_runtime_costs(tiny_llama, tokenizer, f16, tmp_path):
-    """The q8_0 file is of the same weights as the q4_k_m one, so its unpacked weights must come out far closer, whatever llama.cpp computes."""
+    """The two files have the same weights, so those of q8_0 must come out far closer, whatever llama.cpp computes."""
     with closing(fidelity.Reference(tiny_llama, [tokenizer(TEXT)["input_ids"]], work=tmp_path)) as made:
         found = {}
         for kind in ("q4_k_m", "q8_0"):
@@ -142,6 +143,18 @@ def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
             LlamaCpp(tmp_path / name)
     with pytest.raises(TunebookError, match="There is no file"):
         LlamaCpp(tmp_path / "none.gguf")
+
+
+def test_what_llama_cpp_itself_says_stands_in_the_message(f16, tmp_path):
+    foreign = edit(f16, tmp_path / "foreign.gguf", a=(b"llama", b"xlama"))
+    for use in (
+        lambda: LlamaCpp(foreign),
+        lambda: Server(foreign),
+        lambda: GgufModel(foreign),
+        lambda: quantize.quantize(foreign, tmp_path / "q8.gguf", "q8_0"),
+    ):
+        with pytest.raises(TunebookError, match="unknown model architecture: 'xlama'"):
+            use()
 
 
 def test_a_full_disk_leaves_no_partial_file_and_the_same_call_then_succeeds(f16, tmp_path):

@@ -1,5 +1,7 @@
 """Claims about the Modelfile: its Go template, rendered by Go's own engine, prints what the model's Jinja prints."""
 
+# ruff: noqa: E501  (templates are easier to compare in their own lines)
+
 import copy
 import json
 import shutil

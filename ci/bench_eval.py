@@ -1,6 +1,6 @@
-"""Figures of evaluation, one JSON line each: `python ci/bench_eval.py [--questions 150] [--gguf FILE] [--skip-pipeline]`.
+"""Figures of evaluation, one JSON line each: `python ci/bench_eval.py [--questions 150] [--gguf FILE]`.
 
-generation     questions/s of transformers.pipeline at its best batch size, of ours on the same weights, of llama.cpp on a GGUF
+generation     questions/s of transformers.pipeline at its best batch size, of ours on these weights and on a GGUF
 bootstrap      seconds for 10,000 resamples of 1,000 paired items
 structure      sqlglot canonical forms a second
 report         seconds to build the page of a finished run (--run NAME)
@@ -36,7 +36,7 @@ def say(figure: str, value: float, unit: str, **setting: object) -> None:
 
 
 class Spent:
-    """Wall and processor seconds of a block, children included; on a busy machine neither compares well, the former not at all."""
+    """Wall and processor seconds of a block, children included; on a busy machine neither compares well."""
 
     def __init__(self, count: int):
         self.count = count

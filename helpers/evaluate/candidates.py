@@ -1,8 +1,7 @@
 """Who is judged: the base, what this run trained and exported, and any other model, GGUF file or endpoint by name.
 
-HF candidates hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as stage 04
-merges it into the file it exports. A processor without bfloat16 computes with the same weights in fp32. NF4 is how training
-saves memory; on a CPU it costs time and answers nothing faster.
+HF candidates hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as
+stage 04 merges it into the file it exports. A CPU without bfloat16 computes with the same weights in fp32.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Candidate:
     """One judged model.
 
     kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); url, model: an
-    endpoint's. made_by: the stage of this run whose training it holds, "base" for the untrained, "" for others. made_from: name
-    of the candidate that it was exported from. onto: what the adapter is merged into, "16bit" or "nf4" for one that was fitted
-    to the rounded weights. trouble: why it cannot be judged, known already while looking for it.
+    endpoint's. made_by: the stage of this run whose training it holds, "base" for the untrained, "" for others.
+    made_from: name of the candidate that it was exported from. onto: what the adapter is merged into, "16bit" or "nf4".
+    trouble: why it cannot be judged, known already while looking for it.
     """
 
     name: str
@@ -71,14 +70,15 @@ def find(
 ) -> list[Candidate]:
     """The candidates named in `wanted` (in that order, those that the run has), then those in `extra`.
 
-    stages: stage key → its finished stage. extra: `name=what` separated by commas; what is a model folder, hub id, .gguf file,
-    adapter folder, or http(s)://host/v1#model. model: the base, where the run's manifests should not decide.
+    extra: `name=what` separated by commas; what is a model folder, hub id, .gguf file, adapter folder, or
+    http(s)://host/v1#model. model: the base, where the run's manifests should not decide.
     Raises TunebookError for a word that names no candidate and for a name used twice.
     """
     names = [w.strip() for w in wanted.split(",") if w.strip()]
     if unknown := [word for word in names if word not in ROLES]:
         raise TunebookError(
-            f"candidates names {unknown[0]!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into extra_candidates."
+            f"candidates names {unknown[0]!r}; it takes {', '.join(ROLES)}, separated by commas. Others go into "
+            "extra_candidates."
         )
     made: dict[str, list[Candidate]] = {}
     if {"base", "sft", "orpo"} & set(names):

@@ -10,7 +10,7 @@ job.finish()                         the manifest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,10 @@ from helpers.tasks import questions, text_metrics
 from helpers.tasks.answers import Answer, Decoding
 from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
 
+UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "structural", "result")) | {
+    "error": "",
+    "detail": "",
+}
 KINDS = {
     "text_to_sql": "text-to-SQL, scored by execution",
     "references": "answers against references",
@@ -44,7 +48,7 @@ def open(params: EvalParams) -> Evaluation:
 
 
 class Evaluation(steps.Job):
-    """stage: the eval stage; its parents are the finished stages before it. findings: all that was measured; found: scores.json."""
+    """findings: all that was measured; found: scores.json."""
 
     def __init__(self, stage: Stage):
         super().__init__(stage)
@@ -76,14 +80,13 @@ class Evaluation(steps.Job):
         tokenizer = loading.load_tokenizer(first) if first else None
         self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
         self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
+        f = self.findings = Findings(p, kind, self._task(kind, len(items), data), items, judged)
         trained = stage.parents.get("orpo") or stage.parents.get("sft")
-        self.findings = Findings(p, kind, self._task(kind, len(items), data), items, [], judged)
-        self.findings.contamination, held = _contamination(items, data, p.contamination_share)
-        self.findings.trained = {"rank": trained.params.get("rank") if trained else None}
-        self.findings.trained["replay"] = data.params.get("replay_share")
-        self.findings.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
+        f.trained = {"rank": trained and trained.params.get("rank"), "replay": data.params.get("replay_share")}
+        f.contamination, held = _contamination(items, data, p.contamination_share)
+        f.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
         if kind == "text_to_sql":
-            self.findings.task["n_nonempty"] = sum(bool(row["nonempty"]) for row in self.findings.rows)
+            f.task["n_nonempty"] = sum(bool(row["nonempty"]) for row in f.rows)
 
     def _task(self, kind: str, count: int, data: Manifest) -> dict[str, Any]:
         p = self.params
@@ -92,27 +95,20 @@ class Evaluation(steps.Job):
             "references": text_metrics.METRICS[p.reference_metric],
             "none": "not scored",
         }[kind]
-        return {
-            "kind": kind,
-            "metric": "accuracy",
-            "label": label,
-            "n": count,
-            "n_nonempty": None,
-            "seeds": self.seeds,
+        task = {"kind": kind, "metric": "accuracy", "label": label, "n": count, "n_nonempty": None}
+        task |= {"seeds": self.seeds, "resampling_seed": p.seed, "template_hash": self.template_hash}
+        return task | {
             "decoding": {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature},
-            "template_hash": self.template_hash,
             "data": f"{data.path.name}/test.parquet",
-            "data_sha256": data.data["artifacts"].get("test.parquet", {}).get("sha256", ""),
+            "data_sha256": data.data["artifacts"]["test.parquet"]["sha256"],
             "database": f"{data.path.name}/{self.database.name}" if self.database else None,
-            "resampling_seed": p.seed,
         }
 
     def _row(self, item: questions.Item, contaminated: bool | None) -> dict[str, Any]:
         """An item's line in answers.jsonl, still without answers and without long columns of the data."""
         sql = self._sql_judge(item)
-        short = {k: v for k, v in item.meta.items() if v is None or isinstance(v, (bool, int, float, str))}
         row: dict[str, Any] = {key: getattr(item, key) for key in ("id", "question", "system", "reference", "cluster")}
-        row["meta"] = {k: v for k, v in short.items() if len(str(v)) <= 200}
+        row["meta"] = {k: v for k, v in item.meta.items() if not isinstance(v, (list, dict)) and len(str(v)) <= 200}
         row["nonempty"] = sql.nonempty(item.reference) if sql else None
         row["gold"] = scoring.shown(sql.gold(item.reference)[0]) if sql else None
         return {**row, "contaminated": contaminated}
@@ -128,8 +124,9 @@ class Evaluation(steps.Job):
 
     @steps.step
     def measure(self) -> Html:
-        """Ask every candidate everything. One that cannot be loaded or run is left out with its reason; the others are asked."""
+        """Ask every candidate everything. One that cannot be loaded or run is left out with its reason."""
         f = self.findings
+        f.measured, f.skipped, f.warnings = {}, {}, []
         for candidate in f.candidates:
             try:
                 with Session(candidate, "answers", self.params.precision, self.end_of_turn) as session:
@@ -152,9 +149,7 @@ class Evaluation(steps.Job):
         p, m, kind = self.params, Measured(), session.candidate.kind
         name, prompts = session.candidate.name, [i.prompt for i in self.findings.items]
         for seed in self.seeds:
-            label = f"{name}, {self.findings.kind.replace('_', '-')}" + (
-                f", seed {seed}" if len(self.seeds) > 1 else ""
-            )
+            label = f"{name}, {self.findings.kind.replace('_', '-')}" + f", seed {seed}" * (len(self.seeds) > 1)
             answers, speed = session.answers(prompts, Decoding(p.max_new_tokens, p.temperature, seed), label)
             entries = [self._score(item, answer) for item, answer in zip(self.findings.items, answers, strict=True)]
             known = [e["score"] for e in entries if e["score"] is not None]
@@ -163,8 +158,8 @@ class Evaluation(steps.Job):
                 m.entries, m.speed = entries, speed
         if failed := [e["detail"] for e in m.entries if e["error"] == "no_answer"]:
             self.findings.warnings.append(
-                f"{name} gave no answer to {len(failed)} of {len(prompts)} questions; they count as wrong. First reason: "
-                f"{failed[0].rstrip('.')}."
+                f"{name} gave no answer to {len(failed)} of {len(prompts)} questions; they count as wrong. First "
+                f"reason: {failed[0].rstrip('.')}."
             )
         if self.more_tasks and kind != "endpoint":
             m.tasks |= harness.run(session, self.more_tasks, self.include, p.harness_limit, p.seed)
@@ -179,16 +174,7 @@ class Evaluation(steps.Job):
         return m
 
     def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
-        entry: dict[str, Any] = {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
-        entry |= {
-            "sql": None,
-            "score": None,
-            "valid": None,
-            "structural": None,
-            "result": None,
-            "error": "",
-            "detail": "",
-        }
+        entry = UNSCORED | {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
         if sql := self._sql_judge(item):
             entry |= sql.score(answer.text, item.reference, answer.stopped)
         elif self.findings.kind == "references":
@@ -196,39 +182,32 @@ class Evaluation(steps.Job):
         return entry | ({"error": "no_answer", "detail": answer.failed, "valid": None} if answer.failed else {})
 
     def _sql_judge(self, item: questions.Item) -> scoring.Judge | None:
-        """What scores the item's queries; None where its own schema cannot be read, so that the item stays undefined."""
+        """What scores the item's queries; None where its own schema cannot be read: the item stays undefined."""
         if self.findings.kind != "text_to_sql":
             return None
         key = "" if self.database else item.id
-        if key not in self._judges:
+        if key not in self._judges and self.database:
+            self._judges[key] = scoring.Judge([sqlite.open_readonly(self.database)])
+        elif key not in self._judges:
             try:
-                made_up = (
-                    None if self.database else made_up_database.databases(item.schema, item.reference, self.params.seed)
-                )
+                made = made_up_database.databases(item.schema, item.reference, self.params.seed)
+                self._judges[key] = scoring.Judge(made)
             except TunebookError:
-                made_up = []
-            connections = [sqlite.open_readonly(self.database)] if self.database else made_up
-            self._judges[key] = scoring.Judge(connections) if connections else None
+                self._judges[key] = None
         return self._judges[key]
 
     def _judge(self) -> dict[str, Any] | None:
-        """The verdicts of `params.judge` on every candidate against the first; a judge that cannot be asked is a warning."""
+        """The judge's verdicts on every candidate against the first; a judge that cannot be asked is a warning."""
         p, (baseline, *others) = self.params, self.findings.measured.items()
         url, _, model = p.judge.partition("#")
 
-        def pairs(measured: Measured) -> Iterator[judge.Pair]:
+        def pairs(measured: Measured) -> list[judge.Pair]:
             both = zip(self.findings.items[: p.judge_limit], baseline[1].entries, measured.entries, strict=False)
-            for item, a, b in both:
-                yield {
-                    "question": item.question,
-                    "reference": item.reference,
-                    "baseline": a["text"],
-                    "candidate": b["text"],
-                }
+            return [judge.Pair(i.question, i.reference, a["text"], b["text"]) for i, a, b in both]
 
-        asked = {name: list(pairs(measured)) for name, measured in others}
+        asked = {name: pairs(measured) for name, measured in others}
         try:
-            cost = judge.check_budget([p for some in asked.values() for p in some], p.judge_budget)
+            cost = judge.check_budget([pair for some in asked.values() for pair in some], p.judge_budget)
             tokens = cost["input_tokens"] + cost["output_tokens"]
             print(f"The judge is asked {cost['calls']} times, about {tokens:,} tokens.")
             answers = cache.Answers("answers", cache.key("judge", url, model))
@@ -256,14 +235,12 @@ class Evaluation(steps.Job):
     @steps.step
     def figure(self) -> Any:
         """Each candidate's score with its interval, and its file's size beside it."""
-        found = self._measured()
-        bars = []
-        for c in found["candidates"]:
-            score = c["scores"].get("accuracy") or {}
-            if score.get("value") is not None:
+        task, bars = self._measured()["task"], []
+        for c in self.found["candidates"]:
+            if (score := c["scores"].get("accuracy", {})).get("value") is not None:
                 kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
                 bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
-        label = f"{found['task']['label']}, % of {found['task']['n']} questions (95 % interval)"
+        label = f"{task['label']}, % of {task['n']} questions (95 % interval)"
         return self._saved(plots.scores(bars, label), "scores.png")
 
     @steps.step

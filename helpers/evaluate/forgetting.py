@@ -1,8 +1,7 @@
 """What fine-tuning cost: loss on general text, easy general questions, refusals and manners, before and after.
 
-The base is measured on its own weights, loaded afresh and never wrapped by an adapter, and every token is predicted from those
-before it. Both sound obvious; a published script got both wrong (labels not shifted, the baseline taken from the wrapped
-model), so both have a test.
+The base is measured on its own weights, never wrapped by an adapter, and every token is predicted from those before it.
+Both sound obvious; a published script got both wrong, so both have a test.
 """
 
 from __future__ import annotations
@@ -23,64 +22,54 @@ from helpers.tasks.answers import Decoding
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
 TASK = "general knowledge"
+SHARES = {"refusal_rate": "refusals", "manners": "chat manners"}
 
 
 def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file that have text in `column`. Raises TunebookError with the line that cannot be read."""
-    rows = []
+    rows, place = [], 0
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        for line in Path(path).read_text(encoding="utf-8").split("\n"):
+            place += 1
+            if line.strip():
+                rows.append(json.loads(line))
+                rows[-1][column].strip()[0]  # text, and some of it
     except (OSError, UnicodeDecodeError) as error:
         raise TunebookError(
             f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter "
             "empty."
         ) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise ValueError(f"{column!r} is empty")
-        except (ValueError, KeyError, TypeError) as error:
-            raise TunebookError(
-                f"Line {number} of {path} is not a JSON object with text in {column!r} ({error}); mend or remove it."
-            ) from error
-        rows.append(row)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TunebookError(
+            f"Line {place} of {path} is not a JSON object with text in {column!r} ({error}); mend or remove it."
+        ) from error
     if not rows:
         raise TunebookError(f"{path} holds no row; name a file with at least one, or leave the parameter empty.")
     return rows
 
 
 def text_loss(session: Session, texts: Sequence[str]) -> dict[str, Any]:
-    """Cross-entropy in nats per token over all tokens, its perplexity, and bits per UTF-8 byte, which compares across tokenizers.
-
-    per_text: (nats, tokens) of each, for the paired interval.
+    """Cross-entropy in nats per token over all tokens, its perplexity, and bits per UTF-8 byte, which compares across
+    tokenizers. per_text: (nats, tokens) of each, for the paired interval.
     """
     per_text = session.text_losses(texts)
     nats, tokens = sum(n for n, _ in per_text), sum(t for _, t in per_text)
-    return {
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 50)),
-        "n": len(texts),
-        "tokens": tokens,
-        "bits_per_byte": nats / math.log(2) / sum(len(t.encode()) for t in texts),
-        "per_text": per_text,
-    }
+    size = sum(len(t.encode()) for t in texts)
+    found = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 50)), "n": len(texts), "tokens": tokens}
+    return {**found, "bits_per_byte": nats / math.log(2) / size, "per_text": per_text}
 
 
 def chat(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """refusal_rate over prompts that should be refused, manners over small talk: shares that pass, with their number n."""
+    """refusal_rate over prompts to be refused, manners over small talk: shares that pass; n: how many were asked."""
     prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     answers, _ = session.answers(prompts, Decoding(CHAT_TOKENS), f"{session.candidate.name}, manners")
-    found: dict[str, Any] = {"n": len(rows)}
-    for kind, name, passes in (
-        ("refusal", "refusal_rate", instructions.refuses),
-        ("manners", "manners", instructions.mannerly),
-    ):
+
+    def share(kind: str, passes: Any) -> float | None:
         passed = [passes(a.text) for r, a in zip(rows, answers, strict=True) if r.get("kind") == kind and not a.failed]
-        found[name] = sum(passed) / len(passed) if passed else None
-    return found
+        return sum(passed) / len(passed) if passed else None
+
+    rates = share("refusal", instructions.refuses), share("manners", instructions.mannerly)
+    return {"refusal_rate": rates[0], "manners": rates[1], "n": len(rows)}
 
 
 def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
@@ -102,56 +91,48 @@ def judge(
 ) -> dict[str, Any]:
     """scores.json's `forgetting`: each candidate against the baseline, its verdict, and advice when one fails.
 
-    Each of losses (of general text), chats and tasks (candidate → {task: share right}) may be empty. loss_increase: nats per
-    token that general text may lose; task_drop: share that general tasks, refusals and manners may lose. rank, replay: what
-    this run was trained with, for the advice.
+    losses, chats and tasks (candidate → {task: share right}) are independent, each may be empty. loss_increase: nats a
+    token that general text may lose; task_drop: share that general tasks, refusals and manners may lose. rank, replay:
+    what this run was trained with, for the advice.
     """
     found = {}
     for name in dict.fromkeys([*losses, *chats, *tasks]):
-        loss, talk, before = losses.get(name), chats.get(name, {}), chats.get(baseline, {})
-        record: dict[str, Any] = dict.fromkeys(
-            ("loss", "perplexity", "n", "tokens", "bits_per_byte", "change", "low", "high")
-        )
+        record: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "n", "tokens", "bits_per_byte"))
+        record |= {"change": None, "low": None, "high": None}
         drops, kept = [], "kept what it knew"
-        if loss is not None and baseline in losses:
-            record |= {k: v for k, v in loss.items() if k != "per_text"}
-            delta, low, high = change(losses[baseline]["per_text"], loss["per_text"])
+        if name in losses and baseline in losses:
+            record |= {k: v for k, v in losses[name].items() if k != "per_text"}
+            delta, low, high = change(losses[baseline]["per_text"], losses[name]["per_text"])
             record |= {"change": delta, "low": low, "high": high}
             kept += f": general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
             if delta > loss_increase:
                 drops.append(f"general text costs {delta:.2f} nats a token more (allowed {loss_increase:.2f})")
-        known = tasks.get(baseline, {})
-        here = {t: {"base": known[t], "value": v} for t, v in tasks.get(name, {}).items() if t in known}
-        pairs: list[tuple[str, float | None, float | None]] = [(t, v["base"], v["value"]) for t, v in here.items()]
-        pairs += [(label, before.get(k), talk.get(k)) for k, label in SHARES.items()]
-        drops += [
-            f"{label} fell from {100 * a:.0f} to {100 * b:.0f} %"
-            for label, a, b in pairs
-            if a is not None and b is not None and a - b > task_drop
-        ]
+        talk, known = chats.get(name, {}), tasks.get(baseline, {})
+        record |= {k: talk.get(k) for k in SHARES}
+        record["tasks"] = {t: {"base": known[t], "value": v} for t, v in tasks.get(name, {}).items() if t in known}
+        pairs: list[tuple[str, Any, Any]] = [(t, v["base"], v["value"]) for t, v in record["tasks"].items()]
+        pairs += [(label, chats.get(baseline, {}).get(k), talk.get(k)) for k, label in SHARES.items()]
+        for label, before, after in pairs:
+            if None not in (before, after) and before - after > task_drop:
+                drops.append(f"{label} fell from {100 * before:.0f} to {100 * after:.0f} %")
         sentence = "forgot: " + "; ".join(drops) if drops else kept
-        record |= {k: talk.get(k) for k in SHARES} | {"tasks": here, "passed": not drops}
-        found[name] = {**record, "sentence": "the measure before training" if name == baseline else sentence}
+        record |= {"passed": not drops, "sentence": "the measure before training" if name == baseline else sentence}
+        found[name] = record
     failed = [n for n, f in found.items() if not f["passed"]]
-    return {
-        "baseline": baseline,
-        "threshold": {"loss_increase": loss_increase, "task_drop": task_drop},
-        "candidates": found,
-        "advice": advice(failed, rank, replay) if failed else [],
-    }
-
-
-SHARES = {"refusal_rate": "refusals", "manners": "chat manners"}
+    threshold = {"loss_increase": loss_increase, "task_drop": task_drop}
+    said = advice(failed, rank, replay) if failed else []
+    return {"baseline": baseline, "threshold": threshold, "candidates": found, "advice": said}
 
 
 def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> list[str]:
     """What to change in notebooks 01 and 02, the surest first."""
     share = max(0.1, min(0.5, 2 * (replay or 0.05)))
     now = f", now {replay:.2f}" if replay is not None else ""
+    lower = f" from {rank} to {max(4, rank // 2)}" if rank else ""
     return [
-        f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, and "
-        f"replay_share = {share:.2f} in notebook 01{now}).",
-        f"Lower rank{f' from {rank} to {max(4, rank // 2)}' if rank else ''} and halve the learning rate in notebook 02: a smaller "
-        "step forgets less (Biderman et al. 2024, https://arxiv.org/abs/2405.09673).",
-        "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds and say so.",
+        f"{', '.join(failed)}: mix {100 * share:.0f} % general conversations into the training data (replay_dataset, "
+        f"and replay_share = {share:.2f} in notebook 01{now}).",
+        f"Lower rank{lower} and halve the learning rate in notebook 02: a smaller step forgets less "
+        "(Biderman et al. 2024, https://arxiv.org/abs/2405.09673).",
+        "If the model is only ever asked this one task, forgetting may be a fair price: raise the thresholds.",
     ]

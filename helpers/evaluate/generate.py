@@ -1,4 +1,4 @@
-"""Answers of a Hugging Face model to many prompts: length-sorted batches, shared prefixes read once, finished rows let go.
+"""Answers of a Hugging Face model to many prompts: sorted batches, shared prefixes read once, finished rows let go.
 
 `HfModel`, `helpers.gguf.runner.GgufModel` and `helpers.evaluate.session.RemoteModel` have the same three methods:
 `encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)` (not the last one).
@@ -86,7 +86,7 @@ class HfModel:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Without gradients; what torch says when it cannot run the model (no memory, a fault of the GPU) as a TunebookError."""
+        """Without gradients; what torch raises when it cannot run the model (no memory) as a TunebookError."""
         import torch
 
         try:
@@ -101,7 +101,7 @@ class HfModel:
     def _score(
         self, pairs: Sequence[tuple[Ids, Ids]], shared: int, members: list[int], found: list[list[float]]
     ) -> None:
-        """Fill in `found` for `members`, whose prompts share their first `shared` tokens; each keeps one more, which predicts."""
+        """Fill in `found` for `members`, whose prompts share `shared` tokens; each keeps one more, which predicts."""
         import torch
 
         tails = {i: [*pairs[i][0][shared:], *pairs[i][1]] for i in members}
@@ -148,7 +148,7 @@ class HfModel:
         decoding: Decoding,
         finish: Callable,
     ) -> None:
-        """One batch: read what follows the shared prefix, (rows, longest), then a token a row at a time until all have ended."""
+        """One batch: read what follows the shared prefix, then a token a row at a time until all have ended."""
         import torch
 
         limit, draws = decoding.max_new_tokens, Draws(decoding, [prompts[i] for i in batch])
@@ -189,7 +189,7 @@ class HfModel:
         self.model(input_ids=self._tensor([list(ids)]), use_cache=False, logits_to_keep=1)
 
     def _rows(self, longest: int, shared: int, limit: int) -> int:
-        """How many answers at once: as many as their keys and values, and the attention scores of their prompts, have room for."""
+        """How many answers at once: as many as their keys, values and attention scores have room for."""
         import torch
 
         config, device = self.model.config.get_text_config(), self.model.device
@@ -288,7 +288,7 @@ class HfModel:
 
 
 class Draws:
-    """Chooses tokens: the most likely one, or a seeded draw that depends on the prompt and not on its neighbours in the batch."""
+    """Chooses tokens: the most likely one, or a seeded draw that depends on the prompt and not on its batch."""
 
     def __init__(self, decoding: Decoding, prompts: Sequence[Ids]):
         import numpy as np
@@ -310,7 +310,7 @@ class Draws:
 
 
 def groups(prompts: Sequence[Ids]) -> Iterator[tuple[int, list[int]]]:
-    """(length of the shared prefix, indices) of prompts that begin alike; each prompt keeps at least one token of its own.
+    """(length of the shared prefix, indices) of prompts that begin alike; each keeps at least one token of its own.
 
     Sorted token by token, neighbours share the most; a cut goes where they share less than half of the shorter one.
     Groups of fewer than four are read together under whatever prefix they all have in common.

@@ -1,8 +1,7 @@
-"""Standard tasks by lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness): offline, for HF weights and for GGUF.
+"""Standard tasks by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), offline, for HF weights and GGUF.
 
-HF weights go through the library's own `HFLM`, so scores equal the library's to the last digit. Its `gguf` model is broken
-against current llama.cpp servers (issue 4158 there), and `gguf_file=` scores dequantised weights in torch; here a GGUF is
-scored from the logits of the llama.cpp runtime itself.
+HF weights go through the library's own `HFLM`, so scores equal the library's to the last digit. Its `gguf` model is
+broken against current llama.cpp servers (issue 4158 there); here a GGUF is scored from llama.cpp's own logits.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import json
 import logging
 import os
 import random
@@ -29,32 +29,20 @@ BATCH, BOOTSTRAP = 16, 1000
 
 
 def general_task(questions: Path, folder: Path) -> str:
-    """Write the YAML of a multiple-choice task over JSON lines of `question`, `choices`, `answer` (index from 0); returns its name."""
-    import yaml
-
-    task = {
-        "task": GENERAL_TASK,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(Path(questions).resolve())}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metadata": {"version": 1.0},
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }
-    write_atomic(folder / f"{GENERAL_TASK}.yaml", yaml.safe_dump(task, sort_keys=False))
+    """Write the task over JSON lines of `question`, `choices`, `answer` (from 0) into `folder`; returns its name."""
+    template = Path(__file__).with_name(f"{GENERAL_TASK}.yaml").read_text()
+    named = template.replace("QUESTIONS", json.dumps(str(Path(questions).resolve())))
+    write_atomic(folder / f"{GENERAL_TASK}.yaml", named)
     return GENERAL_TASK
 
 
 def run(
     session: Session, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
 ) -> dict[str, Any]:
-    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}} of one candidate; kept in the cache by the tasks' content.
+    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}; kept in the cache by the tasks' content.
 
-    tasks: names the library knows or YAML files in `include`. Offline, tasks over local files only. Raises TunebookError for an
-    unknown task, for data that is not on this machine, and for an endpoint, which gives no probabilities.
+    tasks: names the library knows or YAML files in `include`. Raises TunebookError for an unknown task, for data that
+    is not on this machine, and for an endpoint, which gives no probabilities.
     """
     if session.candidate.kind == "endpoint":
         raise TunebookError(
@@ -73,10 +61,14 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
     import lm_eval
     import numpy as np
     import torch
+    from lm_eval.models.huggingface import HFLM
 
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
-    found_tasks = known(tasks, include)
-    model = _runtime_model(reader) if isinstance(reader, GgufModel) else _weights_model(reader)
+    manager = known(tasks, include)
+    if isinstance(reader, GgufModel):
+        model = _runtime_model(reader)
+    else:
+        model = HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=BATCH)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -84,7 +76,7 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
     bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
     try:
         with bars:
-            loaded = found_tasks.load(list(tasks))
+            loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
@@ -121,7 +113,7 @@ def known(tasks: Sequence[str], include: Path | None) -> Any:
         manager = TaskManager(verbosity="ERROR", include_path=path)
     if unknown := [t for t in tasks if t not in manager.all_tasks]:
         raise TunebookError(
-            f"harness_tasks: lm-eval knows no task {unknown[0]!r}; name one of its tasks or a YAML task in harness_include."
+            f"harness_tasks: lm-eval knows no task {unknown[0]!r}; name one of its own or a YAML in harness_include."
         )
     return manager
 
@@ -137,12 +129,6 @@ def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         label = metric if filtered == "none" else f"{metric} ({filtered})"
         found[label] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
     return found
-
-
-def _weights_model(reader: Any) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=BATCH)
 
 
 def _runtime_model(reader: GgufModel) -> Any:

@@ -1,8 +1,8 @@
 """Linear layers on a CPU with their weights laid out once for the matrix kernels, instead of anew at every call.
 
-PyTorch hands a weight to its matrix library as it lies in memory, and the library rearranges it in every call; with a few dozen
-rows that costs as much as a third of the product. Here oneDNN arranges each weight once, as PyTorch's own compiler does for a
-frozen model. Measured on one AVX2 core with 64 rows: 31 instead of 22 GFLOPS (1536 x 576), 33 instead of 22 (49152 x 576).
+PyTorch hands a weight to its matrix library as it lies in memory, and the library rearranges it in every call; with a
+few dozen rows that costs a third of the product. Here oneDNN arranges each weight once, as PyTorch's own compiler does
+for a frozen model. On one AVX2 core with 64 rows: 31 instead of 22 GFLOPS (1536 x 576), 33 instead of 22 (49152 x 576).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_SHARE = 0.25  # of the free memory that the second copy of the weights may 
 
 
 class PackedWeights:
-    """`with PackedWeights(model):` runs the model's linear layers on rearranged weights, where that is possible (`layers`).
+    """`with PackedWeights(model):` runs the linear layers on rearranged weights, where that is possible (`layers`).
 
     The model's own weights stay as they are, so outside of the block nothing has changed.
     """

@@ -1,4 +1,4 @@
-"""Does the model prefer the chosen answer: on held-out pairs, by probability and, where answers can be compared, by what it says."""
+"""Does the model prefer the chosen answer of held-out pairs, by its probability."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def log_odds(mean_logp: float) -> float:
 
 
 def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """accuracy: share of pairs whose chosen answer has the higher mean token log-probability (end of turn included); log_odds: mean
-    difference of the log-odds, with intervals. The undefined (an empty completion) is left out and n says how many count."""
+    """accuracy: share of pairs whose chosen answer has the higher mean token log-probability, end of turn included;
+    log_odds: mean difference of the log-odds. An empty completion is left out; n: how many pairs count."""
     both = session.completion_logprobs([(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")])
     odds = [log_odds(total / count) if count and math.isfinite(total) else None for total, count in both]
     margins = _differences(odds[1::2], odds[::2])

@@ -41,10 +41,8 @@ def scores(found: dict[str, Any]) -> Html:
 def comparisons(found: dict[str, Any]) -> Html:
     rows = []
     for c in found["comparisons"]:
-        counts = f"{c['wins']} / {c['losses']} / {c['ties']}"
-        rows.append(
-            (f"{c['candidate']} against {c['baseline']}", c["sentence"], counts, f"{c['p_holm']:.2g}", c["test"])
-        )
+        who, counts = f"{c['candidate']} against {c['baseline']}", f"{c['wins']} / {c['losses']} / {c['ties']}"
+        rows.append((who, c["sentence"], counts, f"{c['p_holm']:.2g}", c["test"]))
     head = ("comparison", "result", "won / lost / tied", "p (Holm)", "test")
     return display.shown(rows, head) if rows else display.said("One candidate alone: there is nothing to compare.")
 
@@ -60,15 +58,14 @@ def forgetting(found: dict[str, Any]) -> Html:
     record = found["forgetting"]
     if record is None:
         return display.said(
-            "Not measured: general_text, general_chat and general_tasks are empty, or the base was left out."
+            "Not measured: general_text, general_chat and general_tasks are empty, or there is no base."
         )
-    rows = []
+    rows, tasks = [], list(record["candidates"][record["baseline"]]["tasks"])
     for name, f in record["candidates"].items():
         verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
         measured = [f"{f[k]:{form}}" if f[k] is not None else "" for k, form in (("loss", ".3f"), ("change", "+.3f"))]
-        shares = [*(t["value"] for t in f["tasks"].values()), f["refusal_rate"], f["manners"]]
+        shares = [*(f["tasks"].get(t, {}).get("value") for t in tasks), f["refusal_rate"], f["manners"]]
         rows.append((name, verdict, *measured, *(display.percent(s, 0) for s in shares), f["sentence"]))
-    tasks = list(next(iter(record["candidates"].values()))["tasks"])
     head = ("candidate", "verdict", "general text, nats/token", "change", *tasks, "refusals", "manners", "in words")
     return display.shown(rows, head) + display.said(*(f"→ {a}" for a in record["advice"]))
 

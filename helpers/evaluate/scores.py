@@ -1,7 +1,7 @@
-"""From what was measured to scores.json and answers.jsonl: intervals, comparisons, verdicts, and the sentences people read.
+"""From what was measured to scores.json and answers.jsonl: intervals, comparisons, verdicts, sentences.
 
-The report, the model card and the notebook read these two files and nothing else, so a number has one source. Their shape is in
-scores.schema.json; `write` and `read` check it.
+The report, the model card and the notebook read these two files and nothing else, so a number has one source. Their
+shape is in scores.schema.json; `write` and `read` check it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ERROR_KINDS = {
 
 @dataclass
 class Measured:
-    """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: the share right of each seed;
-    loss, chat, preference: of forgetting and preferences; tasks: of the harness."""
+    """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: the share right of each
+    seed; loss, chat, preference: of forgetting and preferences; tasks: of the harness."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     speed: dict[str, Any] = field(default_factory=dict)
@@ -52,14 +52,14 @@ class Measured:
 
 @dataclass
 class Findings:
-    """Everything that an evaluation measured. rows: answers.jsonl without the answers; measured, skipped: by candidate."""
+    """Everything that an evaluation measured. rows: answers.jsonl without answers; measured, skipped: by candidate."""
 
     params: EvalParams
     kind: str
     task: dict[str, Any]
     items: list[questions.Item]
-    rows: list[dict[str, Any]]
     candidates: list[Candidate]
+    rows: list[dict[str, Any]] = field(default_factory=list)
     contamination: dict[str, Any] | None = None
     trained: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Measured] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Findings:
         pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
         return statistics.settle(
             [
-                statistics.pair(a, b, values[a], values[b], "accuracy", clusters, self.params.seed)
+                statistics.pair(a, b, values[a], values[b], clusters, self.params.seed)
                 for a, b in dict.fromkeys(pairs)
                 if a != b and {a, b} <= values.keys()
             ]
@@ -197,7 +197,7 @@ class Findings:
         return found
 
     def _ship(self, scores: dict[str, Any], clusters: list[str] | None) -> dict[str, str] | None:
-        """The smallest export that is not worse than the best candidate beyond chance (paired, 95 % interval), if it beats the base."""
+        """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""
         ready = [c for c in scores["candidates"] if _value(c) >= 0]
         files = [c for c in ready if c["role"] in ("gguf", "merged")] or [
             c for c in ready if c["role"] in ("sft", "orpo")
@@ -208,7 +208,7 @@ class Findings:
         beats = {c["candidate"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == base}
         for file in sorted(files, key=lambda c: c["size_bytes"] or 0):
             ours, top = self.measured[file["name"]].values, self.measured[best["name"]].values
-            pair = statistics.pair(best["name"], file["name"], top, ours, "accuracy", clusters, self.params.seed)
+            pair = statistics.pair(best["name"], file["name"], top, ours, clusters, self.params.seed)
             if file["name"] in beats and (file is best or pair is None or pair["high"] >= 0):
                 close = "" if file is best else f", within chance of the best ({best['name']}, {_percent(best)})"
                 size = f"{display.size(file['size_bytes'])}, " if file["size_bytes"] else ""
@@ -230,10 +230,8 @@ class Findings:
                 hide = f": differences under {100 * worst:.0f} points can hide." if worst else "."
                 said.append(f"Only {n} questions{hide}")
         if (scores["contamination"] or {}).get("contaminated"):
-            said.append(
-                f"{scores['contamination']['contaminated']} of {n} questions stand in the training data; accuracy_clean "
-                "leaves them out."
-            )
+            held = scores["contamination"]["contaminated"]
+            said.append(f"{held} of {n} questions stand in the training data; accuracy_clean leaves them out.")
         forgot = (scores["forgetting"] or {}).get("candidates", {})
         return said + [f"{name} {f['sentence']}." for name, f in forgot.items() if not f["passed"]]
 
@@ -321,7 +319,8 @@ def check(scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
             raise TunebookError(f"{name} {place}: {error.message[:200]}; run 05_evaluation again.")
     if scores["schema_version"] != SCHEMA_VERSION:
         raise TunebookError(
-            f"{SCORES} has schema version {scores['schema_version']}, this version reads {SCHEMA_VERSION}; run 05_evaluation again."
+            f"{SCORES} has schema version {scores['schema_version']}, this version reads {SCHEMA_VERSION}; run "
+            "05_evaluation again."
         )
     names = [c["name"] for c in scores["candidates"]]
     if len(set(names)) != len(names):

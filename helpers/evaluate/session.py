@@ -1,4 +1,4 @@
-"""One candidate at work: every question goes through the cache, and its weights are loaded only when something is not in it."""
+"""One candidate at work: every question goes through the cache, its weights are loaded only for what is not in it."""
 
 from __future__ import annotations
 
@@ -32,22 +32,18 @@ Conversation = list[dict[str, str]]
 
 
 class Session:
-    """`with Session(candidate) as s: s.answers(...)`. place: where answers are kept, a folder or its name in the cache.
+    """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
+    the cache; end: text of the token that ends a turn, for GGUF files.
 
     What an endpoint answered belongs to the model that the server serves now, whatever its address and name.
     """
 
     def __init__(
-        self,
-        candidate: Candidate,
-        place: str | Path = "answers",
-        precision: str = "auto",
-        end_of_turn: str = "",
-        quiet: bool = False,
+        self, candidate: Candidate, place: str | Path, precision: str = "auto", end: str = "", quiet: bool = False
     ):
         if candidate.trouble:
             raise TunebookError(candidate.trouble)
-        self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end_of_turn, quiet
+        self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end, quiet
         self._reader: Any = None
         if candidate.kind == "endpoint":
             servers = Answers(place, cache.key("endpoint", candidate.url, candidate.model))
@@ -77,7 +73,7 @@ class Session:
     def answers(
         self, prompts: Sequence[Conversation], decoding: Decoding, label: str = ""
     ) -> tuple[list[Answer], dict[str, Any]]:
-        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept, so a rerun asks again.
+        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept.
 
         The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
         """
@@ -105,7 +101,7 @@ class Session:
         return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
 
     def completion_logprobs(self, pairs: Sequence[tuple[Conversation, str]]) -> list[tuple[float, int]]:
-        """(sum of log-probabilities in nats, tokens) of each completion after its conversation, its end of turn included."""
+        """(summed log-probabilities in nats, tokens) of each completion behind its conversation, end of turn too."""
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
@@ -115,8 +111,7 @@ class Session:
         return self._kept(keys, [len(text) for _, text in pairs], work, "preference")
 
     def text_losses(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens. Every token is predicted from those
-        before it; the first one is not counted."""
+        """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens but the very first."""
 
         def work(batch: list[int]) -> list[tuple[float, int]]:
             rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
@@ -132,7 +127,7 @@ class Session:
         return self.store.get(name)
 
     def _kept(self, keys: list[str], sizes: list[int], work: Any, what: str) -> list[Any]:
-        """Values of all keys; those not known come from `work`, longest first, so that a batch holds texts of about the same size."""
+        """Values of all keys; those not known come from `work`, the longest first: a batch holds texts of one size."""
         missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
         if not missing:
             return [tuple(self.store.get(k)) for k in keys]
@@ -154,7 +149,7 @@ class Session:
 
 
 def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | GgufModel:
-    """The candidate, loaded: an object with encode, tokens, generate, logprobs and close. TunebookError when it cannot be."""
+    """The candidate, loaded. Raises TunebookError when it cannot be."""
     path, adapter = candidate.path, candidate.adapter
     assert path is not None
     if candidate.kind == "gguf":
@@ -176,7 +171,7 @@ def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | 
 
 
 class RemoteModel:
-    """An OpenAI-compatible server behind the methods of a model: a question that fails costs its own answer, never the run.
+    """An OpenAI-compatible server behind the methods of a model: a question that fails costs its own answer only.
 
     url: such as http://127.0.0.1:8080/v1; model: its name there, "" for the first that /models lists.
     servers: where it is kept what the server serves; None for a client that needs no identity.
@@ -198,8 +193,8 @@ class RemoteModel:
     def generate(
         self, prompts: Sequence[Conversation], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
     ) -> list[Answer]:
-        """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the others fail
-        with that reason or, where nothing was ever answered, TunebookError is raised."""
+        """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the
+        others fail with that reason or, where nothing was ever answered, TunebookError is raised."""
         how = None, decoding.max_new_tokens, decoding.temperature, decoding.seed
         answers: list[Answer] = []
         for place, reply in enumerate(self.client.ask((Request(p, *how) for p in prompts), patience=GIVE_UP)):
@@ -212,8 +207,8 @@ class RemoteModel:
 
     def tokens(self, text: str, end: bool = False) -> Any:
         raise TunebookError(
-            f"The endpoint {self.client.endpoint} gives no probabilities of a given text; loss and preference need the weights "
-            "or a GGUF."
+            f"The endpoint {self.client.endpoint} gives no probabilities of a given text; loss and preference need the "
+            "weights or a GGUF."
         )
 
 

@@ -32,7 +32,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def share(values: Values, unit: str = "share", clusters: Clusters = None, seed: int = 17) -> dict[str, Any]:
     """A score of scores.json: the mean of the defined values with its 95 % interval.
 
-    Right or wrong values have Wilson's interval; others, and those in clusters, a bootstrap interval (whole clusters resampled).
+    Right or wrong values have Wilson's interval; others, and those in clusters, a bootstrap interval.
     """
     kept = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
     if not kept:
@@ -51,7 +51,7 @@ def bootstrap(
 ) -> np.ndarray:
     """Means of `resamples` resamples of values (items,): items drawn with replacement, or whole clusters of them.
 
-    sizes (items,): what the sum of the values is divided by instead of their number. scipy's bootstrap knows no clusters.
+    sizes (items,): what the sum is divided by instead of the number of items. scipy's bootstrap knows no clusters.
     """
     sums = np.asarray(values, np.float64)
     if clusters is not None:
@@ -87,7 +87,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for how many there are (Holm 1979): valid under any dependence, never weaker than Bonferroni."""
+    """p-values corrected for their number (Holm 1979): valid under any dependence, never weaker than Bonferroni."""
     adjusted, running = [0.0] * len(values), 0.0
     for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
         running = max(running, min(1.0, (len(values) - rank) * values[i]))
@@ -119,15 +119,9 @@ def detectable(differences: Any, clusters: Clusters = None) -> float:
 
 
 def pair(
-    baseline: str,
-    candidate: str,
-    a: Values,
-    b: Values,
-    metric: str = "accuracy",
-    clusters: Clusters = None,
-    seed: int = 17,
+    baseline: str, candidate: str, a: Values, b: Values, clusters: Clusters = None, seed: int = 17
 ) -> dict[str, Any] | None:
-    """One comparison of scores.json: candidate b minus baseline a, on the items where both have a score; None when there are none."""
+    """One comparison of scores.json: candidate b minus baseline a, on the items that both have a score for, if any."""
     both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
     if not both:
         return None
@@ -145,7 +139,7 @@ def pair(
     else:
         tail = min((draws <= 0).mean(), (draws >= 0).mean())
         p, test = float(min(1.0, 2 * max(tail, 1 / len(draws)))), "paired bootstrap" + (" by cluster" if groups else "")
-    found = {"metric": metric, "baseline": baseline, "candidate": candidate, "n": len(both), "test": test}
+    found = {"metric": "accuracy", "baseline": baseline, "candidate": candidate, "n": len(both), "test": test}
     found |= {"difference": float(difference.mean()), "low": low, "high": high, "p": p}
     found |= {"wins": wins, "losses": losses, "ties": len(both) - wins - losses}
     return {**found, "detectable": detectable(difference, groups)}
@@ -157,11 +151,9 @@ def settle(comparisons: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]
     settled = []
     for one, p in zip(known, holm([c["p"] for c in known]), strict=True):
         sure = p < 1 - LEVEL
-        if one["wins"] + one["losses"] == 0:
-            verdict = "identical"
-        else:
-            sided = {"better": one["low"] > 0, "worse": one["high"] < 0}
-            verdict = next((word for word, holds in sided.items() if sure and holds), "no clear difference")
+        verdict = "identical" if one["wins"] + one["losses"] == 0 else "no clear difference"
+        if sure and (one["low"] > 0 or one["high"] < 0):
+            verdict = "better" if one["low"] > 0 else "worse"
         settled.append({**one, "p_holm": p, "verdict": verdict, "sentence": _sentence(one, verdict)})
     return settled
 

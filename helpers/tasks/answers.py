@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn. temperature 0 is greedy; `seed` matters above 0 only; max_new_tokens counts the end of turn."""
+    """How answers are drawn. temperature 0 is greedy, without a seed; max_new_tokens counts the end of turn."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -21,7 +21,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without special tokens and outer blanks; tokens: how many were generated; stopped: ended its turn by itself;
+    """text: without special tokens and outer blanks; tokens: how many were generated; stopped: it ended its turn;
     failed: why there is no answer (endpoints), else ""."""
 
     text: str

@@ -1,4 +1,4 @@
-"""Does an answer do what was asked, as far as no judge is needed to see it: format, length, language, and stopping by itself."""
+"""Does an answer do what was asked, as far as no judge is needed: format, length, language, stopping by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 REFUSAL = re.compile(
     r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
     r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}"
-    r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer|discuss)"
+    r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer"
+    r"|discuss)"
     r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b"
     r"|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
     re.IGNORECASE | re.DOTALL,
@@ -73,7 +74,7 @@ FORMATS: dict[str, Check] = {"json": _is_json, "number": _is_number, "list": _is
 def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Check]:
     """Named checks of one item: what its columns ask for, else what its reference shows.
 
-    Columns: format ("json", "list", "sql", "number"), max_words, min_words, language, must_include (a text or a list), regex.
+    Columns: format ("json", "list", "sql", "number"), max_words, min_words, language, must_include, regex.
     """
     found: dict[str, Check] = {}
     shown = (name for name in ("json", "number", "list") if reference.strip() and FORMATS[name](reference))

@@ -1,4 +1,4 @@
-"""Answers against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each per item in 0 to 1."""
+"""Answers against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each from 0 to 1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def normal(text: str) -> str:
-    """Lower case, without punctuation, English articles and extra blanks, as SQuAD's own script compares (Rajpurkar et al. 2016)."""
+    """Lower case, without punctuation, English articles and extra blanks, as SQuAD compares (Rajpurkar et al. 2016)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
 

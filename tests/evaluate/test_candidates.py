@@ -1,4 +1,4 @@
-"""Claims about how candidates are asked: fast decoding equals transformers', the cache, endpoints, GGUF, forgetting, harness."""
+"""Claims about how candidates are asked: fast decoding, the cache, endpoints, GGUF, forgetting, harness."""
 
 import contextlib
 import itertools
@@ -18,7 +18,10 @@ from helpers.evaluate import candidates, forgetting, generate, harness, preferen
 from helpers.tasks.answers import Decoding
 
 PROJECT = Path(__file__).resolve().parents[2]
-SCHEMA = "Answer with one query. Tables: countries(name, capital, area), rivers(name, length, mouth), cities(name, country, population)."
+SCHEMA = (
+    "Answer with one query. Tables: countries(name, capital, area), rivers(name, length, mouth), "
+    "cities(name, country, population)."
+)
 
 
 def conversations(count, systems=1):
@@ -352,7 +355,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
 def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
     task, folder = general
     candidate = candidates.Candidate("gguf f16", "gguf", "gguf", "x", tiny_gguf)
-    with session.Session(candidate, tmp_path, end_of_turn="<|im_end|>", quiet=True) as s:
+    with session.Session(candidate, tmp_path, end="<|im_end|>", quiet=True) as s:
         found = harness.run(s, [task], folder, limit=8)
         ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
         assert s.reader.tokens("Question: What do bees make?\nAnswer: honey") == ids

@@ -17,7 +17,8 @@ def database(tmp_path_factory):
     path = tmp_path_factory.mktemp("sql") / "rivers.sqlite"
     conn = sqlite3.connect(path)
     conn.executescript(
-        "CREATE TABLE rivers (name TEXT, country TEXT, length INTEGER); CREATE TABLE cities (name TEXT, river TEXT, people INTEGER);"
+        "CREATE TABLE rivers (name TEXT, country TEXT, length INTEGER);"
+        "CREATE TABLE cities (name TEXT, river TEXT, people INTEGER);"
     )
     conn.executemany(
         "INSERT INTO rivers VALUES (?, ?, ?)", [(f"river {i}", f"country {i % 5}", 100 + 37 * i) for i in range(40)]
@@ -126,7 +127,8 @@ def test_a_plausible_mistake_is_preferred_to_an_empty_one_and_that_to_a_failing_
 
 def test_hostile_and_endless_candidates_are_contained(database):
     before = database.read_bytes()
-    evil = ["DROP TABLE rivers", "DELETE FROM rivers", "ATTACH 'x.db' AS x", "SELECT 1; DELETE FROM rivers", "", "not sql",
+    evil = ["DROP TABLE rivers", "DELETE FROM rivers", "ATTACH 'x.db' AS x", "SELECT 1; DELETE FROM rivers",
+            "", "not sql",
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"]  # fmt: skip
     made, _ = reject(GOLD[:1], database, proposals=lambda gold, rng: evil, max_steps=100_000)
     assert made[0]["meta"]["why"].startswith("it fails")

@@ -134,7 +134,8 @@ def test_results_shown_are_small_and_plain_json(judge):
         ),
         (
             "SELECT c.name FROM cities c JOIN rivers r ON c.river = r.name WHERE a = 1 AND b = 2 AND d = 3",
-            "SELECT cities.name FROM cities INNER JOIN rivers ON rivers.name = cities.river WHERE d = 3 AND a = 1 AND b = 2",
+            "SELECT cities.name FROM cities INNER JOIN rivers ON rivers.name = cities.river "
+            "WHERE d = 3 AND a = 1 AND b = 2",
             True,
         ),
         ("SELECT max(area) FROM countries", "SELECT min(area) FROM countries", False),

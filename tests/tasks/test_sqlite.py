@@ -1,4 +1,4 @@
-"""helpers.tasks.text_to_sql.sqlite: nothing but reading gets through, every limit holds, and answers are compared fairly."""
+"""The sandbox for queries: nothing but reading gets through, every limit holds, and answers are compared fairly."""
 
 import sqlite3
 

@@ -1,8 +1,8 @@
 """Databases for questions that come with CREATE TABLE and no data: seeded, small, holding what the reference looks for.
 
-Each column gets the literals that the reference compares it with, their near neighbours, and other values of its type, so that
-the reference returns rows on some database and a wrong query differs on some. Agreement on all of them is "execution
-agreement": necessary for being right, not proof of it (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
+Each column gets the literals that the reference compares it with, their near neighbours, and other values of its type:
+the reference returns rows on some database and a wrong query differs on some. Agreement on all of them is necessary for
+being right, not proof of it (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def parse(schema: str) -> Tables:
             found[tree.this.this.name] = columns
     if not found:
         raise TunebookError(
-            f"No CREATE TABLE could be read in {schema[:80]!r}; without tables no query can be run. Mend the row's schema."
+            f"No CREATE TABLE could be read in {schema[:80]!r}; without tables no query can be run. Mend the schema."
         )
     return found
 
 
 def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
-    """{column in lower case: values that the reference compares it with}; "" holds literals that stand beside no column."""
+    """{column in lower case: values that the reference compares it with}; "" holds literals beside no column."""
     import sqlglot
     from sqlglot import errors, exp
 

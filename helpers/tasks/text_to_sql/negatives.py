@@ -1,6 +1,6 @@
 """Rejected queries for preference pairs: queries that were run and answer wrongly, not ones that merely look different.
 
-Proposals come from a model (any function) or from small mistakes planted in the gold query; each is executed on a read-only
+Proposals come from any function or from small mistakes planted in the gold query; each is executed on a read-only
 connection with limits. What answers like the gold query is no mistake and is never rejected.
 """
 
@@ -28,10 +28,10 @@ class NoMistake(Exception):
 def rejected(
     conn: sqlite3.Connection, gold: str, proposals: Proposals, rng: random.Random, **limits: Any
 ) -> tuple[str, str]:
-    """(a wrong query near `gold`, what is wrong with it). Raises NoMistake when gold does not run or nothing wrong was proposed.
+    """(a wrong query near `gold`, what is wrong with it). Raises NoMistake where there is none.
 
-    It is one of the five wrong queries nearest to gold (always the nearest would teach a single kind of mistake): those that
-    run and return rows where there are such, else those that return none, which is easier to see, else those that fail.
+    One of the five nearest to gold (always the nearest would teach a single kind of mistake): of those that return
+    rows where there are such, else of those that return none, which is easier to see, else of those that fail.
     """
     truth = sqlite.execute(conn, gold, **limits)
     if not truth.ok:
@@ -65,7 +65,7 @@ def _difference(right: list[tuple], wrong: list[tuple]) -> str:
 
 
 def planted_mistakes(database: str | Path) -> Proposals:
-    """Proposals made from a gold query: another aggregate, comparison, column, value, direction or join, a lost condition.
+    """Proposals made from a gold query: another aggregate, comparison, column, value, direction, join, no condition.
 
     Raises TunebookError when the database cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Text-to-SQL by execution: run the model's query and the reference on the same read-only database and compare the answers.
+"""Text-to-SQL by execution: run the model's query and the reference on the same read-only database and compare.
 
 Order counts only under the reference's ORDER BY. Empty equals empty is free credit (49 % of WikiSQL's references return
 nothing), so accuracy on references that return rows is reported apart. Where only CREATE TABLE is known, the databases
@@ -42,14 +42,13 @@ ERROR_KINDS = {
     "wrong_count": "another number of rows",
     "wrong_values": "right shape, other values",
 }
-_KINDS = {"denied": "forbidden", "statements": "syntax", "syntax": "syntax", "steps": "timeout", "timeout": "timeout"}
-_KINDS |= {"rows": "too_large", "size": "too_large"}
+_KINDS = {"denied": "forbidden", "statements": "syntax", "steps": "timeout", "rows": "too_large", "size": "too_large"}
 
 
 def extract(text: str) -> str | None:
-    """The query in an answer: a fenced block, else from the first SQL verb at the start of a line or sentence; None if none.
+    """The query in an answer: a fenced block, else from the first SQL verb at the start of a line or sentence, if any.
 
-    Generous on purpose, the same for every candidate: a base model that explains its query is not failed for the explanation.
+    Generous on purpose: a base model that explains its query is not failed for the explanation.
     """
     fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
     body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text
@@ -76,7 +75,7 @@ class Judge:
     def __init__(self, connections: Sequence[sqlite3.Connection]):
         if not connections:
             raise TunebookError(
-                "There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in the prompts."
+                "There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in prompts."
             )
         self.connections = list(connections)
         self._gold: dict[str, list[sqlite.Result]] = {}
@@ -126,7 +125,7 @@ def _error_kind(result: sqlite.Result) -> str:
         return "unknown_table"
     if result.kind == "schema" and "column" in result.error:
         return "unknown_column"
-    return _KINDS.get(result.kind, "runtime")
+    return result.kind if result.kind in ERROR_KINDS else _KINDS.get(result.kind, "runtime")
 
 
 def _difference(mine: sqlite.Result, gold: sqlite.Result) -> tuple[str, str]:
@@ -164,7 +163,7 @@ def shown(result: sqlite.Result) -> dict[str, Any] | None:
 
 
 def same_structure(query: str, reference: str) -> bool | None:
-    """Whether both have one canonical form; None when the reference cannot be parsed, False when only the query cannot."""
+    """Whether both have one canonical form; None when the reference cannot be parsed."""
     gold = canonical(reference)
     return None if gold is None else canonical(query) == gold
 
@@ -173,19 +172,19 @@ def same_structure(query: str, reference: str) -> bool | None:
 def canonical(query: str) -> str | None:
     """The canonical text of one query, None when sqlglot cannot parse it.
 
-    Names lose their case and quotes, table aliases become table names, output aliases go, operands of AND, OR, =, <>, + and *
-    are put in order, `>` is turned into `<`. It misses rewrites (a join for an IN): a match means much, a mismatch little.
+    Names lose their case and quotes, table aliases become table names, output aliases go, sqlglot's `simplify` puts the
+    operands of AND, OR and comparisons in order. It misses rewrites: a match means much, a mismatch little.
     """
     import sqlglot
-    from sqlglot import errors
+    from sqlglot.errors import SqlglotError
+    from sqlglot.optimizer.simplify import simplify
 
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
     if len(query) > 20_000:
         return None
     try:
-        tree = sqlglot.parse_one(query, read="sqlite")
-        return _ordered(_plain_names(tree)).sql(dialect="sqlite", comments=False)
-    except (errors.SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
+        return simplify(_plain_names(sqlglot.parse_one(query, read="sqlite"))).sql(dialect="sqlite", comments=False)
+    except (SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
         return None
 
 
@@ -216,31 +215,4 @@ def _plain_names(tree: Any) -> Any:
     for join in tree.find_all(exp.Join):
         if (join.kind or "").upper() == "INNER":
             join.set("kind", None)
-    return tree
-
-
-def _ordered(tree: Any) -> Any:
-    from sqlglot import exp
-
-    def turned(node: Any) -> Any:
-        if isinstance(node, exp.Paren) and isinstance(node.this, (exp.Column, exp.Literal)):
-            return node.this
-        if isinstance(node, exp.GT):
-            return exp.LT(this=node.expression, expression=node.this)
-        if isinstance(node, exp.GTE):
-            return exp.LTE(this=node.expression, expression=node.this)
-        return node
-
-    tree = tree.transform(turned)
-    nodes = [n for n in tree.walk() if isinstance(n, (exp.And, exp.Or, exp.EQ, exp.NEQ, exp.Add, exp.Mul))]
-    for node in reversed(nodes):
-        chain = isinstance(node, (exp.And, exp.Or))
-        if chain and isinstance(node.parent, type(node)):
-            continue  # the whole chain is sorted from its top
-        parts = list(node.flatten()) if chain else [node.this, node.expression]
-        left, *middle, last = sorted((p.copy() for p in parts), key=lambda p: p.sql(dialect="sqlite"))
-        for part in middle:
-            left = type(node)(this=left, expression=part)
-        node.set("this", left)
-        node.set("expression", last)
     return tree

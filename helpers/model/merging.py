@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import compat, runs
+from helpers import compat, display
 from helpers.errors import TunebookError
 from helpers.model.loading import ADAPTER_REMEDY, load_config, load_tokenizer
 from helpers.model.weights import check_adapter, reading, shapes, shards, write_safetensors
+from helpers.storage import disk_error, write_json
 
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 PREFIX = "base_model.model."
@@ -36,19 +37,17 @@ class Merged:
     untied: bool
 
     def __repr__(self) -> str:
-        changed = f"{self.changed} of {self.tensors} tensors changed"
-        what = changed if self.tensors else "merged before this run was resumed"
-        untied = "; the output layer is no longer shared" if self.untied else ""
-        return f"{self.bytes / 2**20:.0f} MiB in {self.path}: {what}{untied}"
+        untied = "; the output layer is no longer shared" * self.untied
+        what = f"{self.changed} of {self.tensors} tensors changed{untied}" if self.tensors else "merged before"
+        return f"{display.size(self.bytes)} in {self.path}: {what}"
 
 
-def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit", tokenizer: Path | None = None) -> Merged:
+def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> Merged:
     """Write `out`, a model folder with the base's shards with the adapter merged in, and the tokenizer; whole or not.
 
     base: folder of the 16-bit base model; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or
     "nf4" to merge onto the weights after a round trip through 4-bit NormalFloat, which is the base that QLoRA training
-    saw. tokenizer: folder to take the tokenizer from when the adapter has none. Raises TunebookError for a damaged
-    adapter, one of another base, or a base that exists only quantised.
+    saw. Raises TunebookError for a damaged adapter, one of another base, or a base that exists only quantised.
     """
     config = read_config(base)
     files = shards(base)
@@ -62,8 +61,8 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit", toke
             with _few_threads():
                 tensors, size = merger.write(files, partial)
         except OSError as error:
-            raise runs.disk_error(error, out) from error
-        _write_rest(base, adapter, tokenizer, partial, config, merger)
+            raise disk_error(error, out) from error
+        _write_rest(base, adapter, partial, config, merger)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -166,7 +165,7 @@ class _Merger:
             )
         if [f.name for f in files] != ["model.safetensors"]:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            runs.write_json(out / "model.safetensors.index.json", index)
+            write_json(out / "model.safetensors.index.json", index)
         return len(weight_map), size
 
     def _entries(self, shard: Path) -> Iterator[tuple[str, tuple[int, ...], tuple[str, str]]]:
@@ -234,16 +233,14 @@ def _embedding_names(model: Any) -> tuple[str, str]:
 # ---------------------------------------------------------------- files
 
 
-def _write_rest(
-    base: Path, adapter: Path | None, tokenizer: Path | None, out: Path, config: Any, merger: _Merger
-) -> None:
+def _write_rest(base: Path, adapter: Path | None, out: Path, config: Any, merger: _Merger) -> None:
     """Config, generation settings, licence and tokenizer beside the weights."""
     config.dtype = merger.dtype
     if merger.untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     config.save_pretrained(out)
-    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
-    load_tokenizer(own or tokenizer or base).save_pretrained(out)
+    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
+    load_tokenizer(own).save_pretrained(out)
     for name in (*COPIED, "tokenizer.model"):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)

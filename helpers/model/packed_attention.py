@@ -172,13 +172,13 @@ def mask_unless_packed(*args: Any, attention_mask: Any = None, **kwargs: Any) ->
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-def packed_varlen(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
+def packed_varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **row):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None.
 
     row: cu_seq_lens_q and max_length_q of `row_tensors`.
     """
     if row.get("cu_seq_lens_q") is None:
-        return _unpacked(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
+        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **row)
     if dropout:
         raise TunebookError(
             f"The model asks for attention dropout {dropout}, which variable-length FlashAttention does not do; set "
@@ -201,13 +201,13 @@ def packed_varlen(module, query, key, value, mask, dropout=0.0, scaling=None, sl
     return attend(query, key, value, ends, ends, longest, longest, **options).view(batch, tokens, heads, head), None
 
 
-def packed_sdpa(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
+def packed_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **row):
     """The same as `packed_varlen`, one document at a time: Σ length² work, no (tokens, tokens) mask."""
     import torch
 
     lengths = row.get("document_lengths")
     if lengths is None and row.get("cu_seq_lens_q") is None:
-        return _unpacked(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
+        return _unpacked(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **row)
     lengths = row["cu_seq_lens_q"].diff().tolist() if lengths is None else list(lengths)
     parts = zip(*(t.split(lengths, dim=2) for t in (query, *repeat_heads(query, key, value))), strict=True)
     outs = [causal_sdpa(q, k, v, sliding_window, dropout_p=dropout, scale=scaling) for q, k, v in parts]

@@ -90,7 +90,7 @@ def register() -> str:
     return NAME
 
 
-def shared_prefix(module, query, key, value, mask, dropout=0.0, scaling=None, sliding_window=None, **row):
+def shared_prefix(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **row):
     """query (1, heads, tokens, head), key and value (1, kv_heads, tokens, head) → (1, tokens, heads, head), None.
 
     row: prefix_length and suffix_index of `shared_tensors`; without them this is `packed_attention.packed_sdpa`.
@@ -99,7 +99,9 @@ def shared_prefix(module, query, key, value, mask, dropout=0.0, scaling=None, sl
     from torch.nn.functional import scaled_dot_product_attention
 
     if not row.get("prefix_length"):
-        return packed_attention.packed_sdpa(module, query, key, value, mask, dropout, scaling, sliding_window, **row)
+        return packed_attention.packed_sdpa(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window, **row
+        )
     prefix, index = row["prefix_length"], row["suffix_index"]
     key, value = repeat_heads(query, key, value)
     common_query, common_key, common_value = (t[:, :, :prefix] for t in (query, key, value))

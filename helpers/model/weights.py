@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.runs import disk_error
+from helpers.storage import disk_error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from helpers import display, locks, machine
+from helpers import display, machine, storage
 from helpers.errors import TunebookError
 from helpers.params import Params
 from helpers.storage import disk_error, hash_json, sha256_file, write_atomic, write_json  # noqa: F401
@@ -185,7 +185,7 @@ class Stage:
         self.check()
         if int(os.environ.get("RANK", "0")):  # torchrun: the first process has begun the work for all
             return False
-        locks.take(run_folder(self.params.run), self.name)
+        storage.lock(run_folder(self.params.run), self.name)
         if self.begun:  # a step that failed let go of the lock, and another process may have had it
             if not _unfinished(self.path, self._plan):
                 unlock(self.params.run, self.name)
@@ -289,7 +289,7 @@ def unlock(run: str, stage: str) -> None:
     """Let go of the lock on a stage that this process holds, for a process that it starts; nothing happens without
     one.
     """
-    locks.release(run_folder(run), stage)
+    storage.unlock(run_folder(run), stage)
 
 
 def is_done(stage: str, params: Params) -> Manifest | None:

@@ -175,17 +175,9 @@ def _end(process: subprocess.Popen) -> None:
     process.stdout.close()  # type: ignore[union-attr]
 
 
-def run(
-    function: str,
-    request: Any,
-    *,
-    wall_s: float | None,
-    cpu_s: float | None = None,
-    memory_gib: float | None = None,
-    name: str = "",
-) -> Any:
-    """One call of `function(request, event)` in a fresh child. Raises what `Worker.ask` raises."""
-    with Worker(function, name=name, cpu_s=cpu_s, memory_gib=memory_gib) as child:
+def run(function: str, request: Any, *, wall_s: float | None, name: str = "", **limits: Any) -> Any:
+    """One call of `function(request, event)` in a fresh child; limits: Worker's. Raises what `Worker.ask` raises."""
+    with Worker(function, name=name, **limits) as child:
         return child.ask(request, timeout_s=wall_s)
 
 

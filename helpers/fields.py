@@ -87,9 +87,7 @@ def _number(text: str) -> Any:
 
 
 def param(default: V, help: str, unit: str = "", choices: str = "", advanced: bool = False, **more: Any) -> V:
-    """A dataclass field that is a parameter of the notebook's form. choices: separated by blanks; more: Param's other
-    fields.
-    """
+    """A dataclass field that is a parameter of the form. choices: separated by blanks; more: Param's other fields."""
     described = Param("", default, help, unit, choices=tuple(choices.split()), advanced=advanced, **more)
     return field(default=default, kw_only=True, metadata={"param": described})
 

@@ -286,9 +286,7 @@ def open_stage(name: str, params: Params, needs: tuple[str, ...] | None = None) 
 
 
 def unlock(run: str, stage: str) -> None:
-    """Let go of the lock on a stage that this process holds, for a process that it starts; nothing happens without
-    one.
-    """
+    """Let go of the lock on a stage that this process holds, for a process that it starts."""
     storage.unlock(run_folder(run), stage)
 
 

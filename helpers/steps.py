@@ -1,10 +1,10 @@
 """A stage's work in steps: each is done once, however often its cell is run, and shown again from what it left.
 
     class SftJob(steps.Job):
-        @steps.step                 the cell's call: begins the stage if that has not happened, works, keeps what it
-        showed def train(self): ...
+        @steps.step                 the cell's call: begins the stage, works, keeps what it showed
+        def train(self): ...
 
-        @steps.look                 shows something before work begins; sets nothing aside, writes nothing
+        @steps.look                 shows something before the work; sets nothing aside, writes nothing
         def plan(self): ...
 
 A step called a second time returns what it returned the first time. In a stage that is finished with the same

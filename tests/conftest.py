@@ -71,7 +71,7 @@ def tiny_llama(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def narrow_llama(tokenizer, tmp_path_factory):
-    """Folder of a random Llama of width 64, to be trained: nearly all its arithmetic is the vocabulary's, a quarter of tiny_llama's."""
+    """Folder of a random Llama of width 64, to be trained: its arithmetic is a quarter of tiny_llama's."""
     return random_llama(
         tmp_path_factory.mktemp("narrow_llama"),
         tokenizer,
@@ -83,7 +83,7 @@ def narrow_llama(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def untied_llama(tokenizer, tmp_path):
-    """The same with an output head of its own, as larger models have: sharding puts that into a group of its own."""
+    """The same with an output head of its own, as larger models have: sharding puts it into a group of its own."""
     return random_llama(
         tmp_path / "untied",
         tokenizer,
@@ -96,7 +96,7 @@ def untied_llama(tokenizer, tmp_path):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """A short run of all five notebooks, one for all workers and not to be changed: (finished command, folder of runs)."""
+    """A short run of all five notebooks for all workers, not to be changed: (finished command, folder of runs)."""
     import short_run
 
     base = tmp_path_factory.getbasetemp()

@@ -1,4 +1,4 @@
-"""The notebooks themselves: all five through papermill on the real model, and the parameter sets that come with them."""
+"""The notebooks themselves: all five through papermill on the real model, and the parameter sets with them."""
 
 import json
 import re

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries, tensor_map
+from helpers.gguf import header, libraries
 from helpers.model import merging
 from helpers.model.weights import check_adapter, shards
 
@@ -126,8 +126,8 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
         )
     lora = PeftConfig.from_pretrained(adapter)
     layers = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
-    places = tensor_map.places(layers, _weight_of(model), f16)
-    found: dict[str, tuple[Any, Any]] = {}
+    places = header.places(layers, _weight_of(model), f16)
+    arrays: dict[str, Any] = {}
     for layer in layers:
         if layer not in places:
             raise TunebookError(
@@ -142,11 +142,8 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
         in_file = b.copy()
         if order is not None:
             in_file[order] = b
-        found[name] = (a, in_file)
-    top = max(len(a) for a, _ in found.values())  # llama.cpp multiplies by alpha / rank of the layer
-    arrays = {f"{n}.lora_a": a for n, (a, _) in found.items()}
-    arrays |= {f"{n}.lora_b": b * (len(a) / top) for n, (a, b) in found.items()}
-    metadata = {"adapter.type": "lora", "adapter.lora.alpha": float(top)}
+        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": in_file}
+    metadata = {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # 0: llama.cpp does not scale B again
     partial = out.with_name(f".{out.name}.partial")
     header.write(partial, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
     os.replace(partial, out)

@@ -19,7 +19,7 @@ from typing import Any
 
 from helpers import display, machine, runs, steps
 from helpers.errors import TunebookError
-from helpers.gguf import comparison, convert, fidelity, libraries, ollama, preflight, quantize
+from helpers.gguf import convert, fidelity, libraries, ollama, preflight, quantize
 from helpers.gguf.fidelity import Result
 from helpers.gguf.quantize import Quantised
 from helpers.gguf.runner import GgufModel
@@ -92,7 +92,7 @@ class ExportJob(steps.Job):
     def best(self) -> Path:
         """The recommended file, or the first where none passes its gates."""
         done = self.stage.done
-        found = done.metrics["recommended"] if done else comparison.recommend(self.files, self.results)
+        found = done.metrics["recommended"] if done else fidelity.recommend(self.files, self.results)
         return self.file(found["type"] or self.kinds[0])
 
     def file(self, kind: str) -> Path:
@@ -197,13 +197,13 @@ class ExportJob(steps.Job):
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:
             fidelity.require(self.results)
-        return comparison.table(self.files, self.results, self.merge_check, self.text)
+        return fidelity.table(self.files, self.results, self.merge_check, self.text)
 
     @steps.step
     def figure(self) -> Any:
         """Size against divergence and, where it was measured, against the task score."""
         self.prove()
-        drawn = comparison.figure(self.files, self.results)
+        drawn = fidelity.figure(self.files, self.results)
         display.save_figure(self.stage, drawn, "fidelity.png")
         return drawn
 
@@ -236,7 +236,7 @@ class ExportJob(steps.Job):
             "merge": self.merge_check,
             "seconds": self.seconds,
             "files": {f.type: f.as_dict() | {"fidelity": by_type.get(f.type)} for f in self.files},
-            "recommended": comparison.recommend(self.files, self.results),
+            "recommended": fidelity.recommend(self.files, self.results),
         }
         manifest = self.stage.finish(metrics, extra={"modelfile": modelfile.as_dict()})
         shutil.rmtree(self.work, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries, tensor_map
+from helpers.gguf import header, libraries
 
 
 class Type(NamedTuple):
@@ -133,7 +133,7 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
 
     model = load_model(merged).eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = tensor_map.names(header.check(f16), layers)
+    names = header.tensor_names(header.check(f16), layers)
     if not names:
         raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
     arrays: dict[str, Any] = {}

@@ -282,7 +282,6 @@ def test_the_server_answers_on_loopback_and_ends(q8):
 
 
 def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
-    from helpers.gguf import comparison
     from helpers.gguf.fidelity import Result
     from helpers.gguf.quantize import Quantised
 
@@ -292,7 +291,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
         )
 
     def best(*pairs):
-        return comparison.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
+        return fidelity.recommend([f for f, _ in pairs], [r for _, r in pairs])["type"]
 
     small, wide, large = (
         file("q4_k_m", 100, 0.06, 0.5, 24),
@@ -303,7 +302,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
-    figure = comparison.figure([small[0], large[0]], [small[1], large[1]])
+    figure = fidelity.figure([small[0], large[0]], [small[1], large[1]])
     assert "24 questions" in figure.axes[1].get_ylabel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.data.turns import BATCH_ROWS, EXAMPLE_CHARS, Row, batches, shown
+from helpers.data.turns import EXAMPLE_CHARS, Row, batches, shown
 from helpers.errors import TunebookError
 
 SPILL_ROWS = 20_000  # a table of more rows lives on disk; 20,000 rows of 1 kB are about 60 MB as Python objects
@@ -26,7 +27,7 @@ def open_parquet(path: Path) -> Any:
 
 
 class Table:
-    """Rows that can be read many times, in order: in memory while few, in a temporary parquet file when many.
+    """Rows that can be read many times, in order: in memory while few, in a temporary file when many.
 
     `Table.collect(batches)` drains an iterator of batches; iterating gives batches again; `len` counts rows.
     Memory stays flat however many rows there are; the file goes away with the table.
@@ -49,8 +50,18 @@ class Table:
     def append(self, batch: list[Row]) -> None:
         self.rows_total += len(batch)
         self._held.extend(batch)
-        if self._writer is not None or len(self._held) > self.spill_rows:
+        if len(self._held) > self.spill_rows:
             self._spill()
+
+    def _spill(self) -> None:
+        import pyarrow as pa
+
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tunebook-rows-")
+            self._writer = pa.CompressedOutputStream(f"{self._folder.name}/rows.jsonl.zst", "zstd")
+        for row in self._held:
+            self._writer.write(_compact(row).encode() + b"\n")
+        self._held = []
 
     def close(self) -> Table:
         """The table, which can now be read."""
@@ -60,48 +71,25 @@ class Table:
             self._writer = None
         return self
 
-    def _spill(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if self._writer is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="tunebook-rows-")
-            schema = pa.schema([("id", pa.string()), ("source", pa.string()), ("row", pa.large_string())])
-            self._writer = pq.ParquetWriter(self._path, schema, compression="zstd", compression_level=1)
-        for batch in batches(self._held):
-            lines = [{"id": row["id"], "source": row["source"], "row": _compact(row)} for row in batch]
-            self._writer.write_table(pa.Table.from_pylist(lines, self._writer.schema))
-        self._held = []
-
-    @property
-    def _path(self) -> Path:
-        assert self._folder is not None
-        return Path(self._folder.name) / "rows.parquet"
-
     def __len__(self) -> int:
         return self.rows_total
 
     def __iter__(self) -> Iterator[list[Row]]:
-        if self._folder is None:
-            yield from batches(self._held)
-            return
-        with open_parquet(self._path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=["row"]):
-                yield [json.loads(text) for text in batch.column(0).to_pylist()]
-
-    def ids_and_sources(self) -> Iterator[tuple[str, str]]:
-        """(id, source) of every row, without reading the rest of it."""
-        if self._folder is None:
-            yield from ((row["id"], row["source"]) for row in self._held)
-            return
-        with open_parquet(self._path) as file:
-            for batch in file.iter_batches(batch_size=10 * BATCH_ROWS, columns=["id", "source"]):
-                yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+        return batches(self.rows())
 
     def rows(self) -> Iterator[Row]:
         """One row after another."""
-        for batch in self:
-            yield from batch
+        if self._folder is None:
+            yield from self._held
+            return
+        import pyarrow as pa
+
+        with pa.CompressedInputStream(f"{self._folder.name}/rows.jsonl.zst", "zstd") as packed:
+            yield from map(json.loads, io.BufferedReader(packed, 2**20))
+
+    def ids_and_sources(self) -> Iterator[tuple[str, str]]:
+        """(id, source) of every row."""
+        return ((row["id"], row["source"]) for row in self.rows())
 
 
 @dataclass

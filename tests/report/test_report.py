@@ -36,6 +36,7 @@ def root(whole_run, tmp_path_factory):
 def changed(root, tmp_path, monkeypatch):
     """A copy of the whole run that a test may spoil; its folder."""
     monkeypatch.setenv("TUNEBOOK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(plots, "CURVES", {"loss": plots.CURVES["loss"]})  # enough where curves are not the matter
     return samples.copy(root / "atlas", tmp_path / "runs" / "atlas")
 
 
@@ -457,8 +458,6 @@ def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes
 
 
 def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
-    for stage in ("02_qlora_sft", "03_orpo_alignment"):  # their curves are not what this is about
-        shutil.rmtree(changed / stage)
     scores, answers = samples.evaluation(changed)
     for key in ("ship", "forgetting", "harness", "preference", "instructions", "judge", "contamination", "seeds"):
         samples.write_evaluation(changed, {**scores, key: None}, answers)

@@ -114,7 +114,7 @@ class DataParams(Params):
         "E-mail, phone, payment card, IBAN, IP address: count, mask, or drop the row",
         choices="off count mask drop",
     )
-    toxicity: str = more("none", "Scorer: module:function, transformers:model, or an endpoint http://host/v1#model")
+    toxicity: str = more("none", "Scorer: transformers:model, an endpoint http://host/v1#model, or a registered name")
     toxicity_threshold: float = more(0.5, "Score from which a row is dropped", high=1)
     weights: str = more("", "Mixture: share of each source, name=2,other=1; empty: every row")
     caps: str = more("", "Maximum rows of a source, name=1000,other=50")

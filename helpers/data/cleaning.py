@@ -196,15 +196,15 @@ def drop_repetitive(rows: Iterable[list[Row]], report: StepReport, most: float =
     return report.sift(rows, judge)
 
 
-def repeated_shares(texts: list[str], least: int = 40) -> np.ndarray:
-    """Share of the shingles of every text that occurred before in it, float64 (texts,); 0 for fewer than `least`."""
+def repeated_shares(texts: list[str], minimum: int = 40) -> np.ndarray:
+    """Share of the shingles of every text that occurred before in it, float64 (texts,); 0 for fewer than `minimum`."""
     flat, offsets = shingles(texts, words=5, chars=8, symbols=False)  # a ruled table is no repetition
     sizes = np.diff(offsets)
     place: np.ndarray = np.repeat(np.arange(len(texts), dtype=np.uint64), sizes)
     keys = np.sort(place << np.uint64(40) | flat >> np.uint64(24))
     again = keys[1:][keys[1:] == keys[:-1]] >> np.uint64(40)
     repeats = np.bincount(again.astype(np.int64), minlength=len(texts))
-    return np.where(sizes >= least, repeats / np.maximum(sizes, 1), 0.0)
+    return np.where(sizes >= minimum, repeats / np.maximum(sizes, 1), 0.0)
 
 
 def drop_gibberish(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:

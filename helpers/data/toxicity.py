@@ -1,4 +1,4 @@
-"""Toxicity through a scorer of the user's choice. None is shipped: a word list is no scorer, and a model is a choice.
+"""Toxicity through a scorer of the user's choice. None is shipped: a word list does not score, and a model is a choice.
 
 scorer = "transformers:unitary/toxic-bert"       a local classifier, by folder or hub id; "…#toxic" picks its label
          "http://127.0.0.1:8080/v1#model-name"   any OpenAI-compatible endpoint, asked for a mark
@@ -7,7 +7,6 @@ scorer = "transformers:unitary/toxic-bert"       a local classifier, by folder o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 
 from helpers.cache import Answers
@@ -26,7 +25,7 @@ ASK = (
 )
 MARK = {"type": "integer", "enum": list(range(SCALE + 1))}
 SCHEMA = {"type": "object", "properties": {"score": MARK}, "required": ["score"]}
-MAX_CHARS = 4_000  # a scorer sees the beginning of longer texts
+MAX_CHARS = 4_000  # a scorer sees the start of longer texts
 
 
 def drop_toxic(
@@ -91,38 +90,30 @@ def _endpoint(name: str, answers: Answers | None) -> Scorer:
 
 
 def _classifier(name: str) -> Scorer:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import pipeline
 
     name, _, label = name.partition("#")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).eval()
+        classify = pipeline("text-classification", name, model_kwargs={"use_safetensors": True}, device="cpu")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise TunebookError(
             f"The toxicity classifier {name!r} could not be loaded ({reason}); name a local folder or a hub id."
         ) from error
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    wanted = [i for i, have in enumerate(labels) if (have == label if label else have.lower() not in HARMLESS)]
-    single = model.config.problem_type == "single_label_classification"
-    if not wanted or (len(wanted) == len(labels) and single and not label):
+    config = classify.model.config
+    labels = list(config.id2label.values())
+    wanted = {have for have in labels if (have == label if label else have.lower() not in HARMLESS)}
+    several = config.problem_type == "multi_label_classification"
+    if not wanted or (len(wanted) == len(labels) > 1 and not several):
         raise TunebookError(
             f"It is not clear which label of {name!r} means toxic; name one of {', '.join(labels)} as "
             f"'transformers:{name}#label'."
         )
-    exclusive = model.config.problem_type != "multi_label_classification" and len(wanted) < len(labels)
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) - 2, 512)
+    longest = min(classify.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512) - 2, 512)
 
     def score(texts: list[str]) -> list[float]:
-        values: list[float] = []
-        with torch.inference_mode():
-            for at in range(0, len(texts), 32):
-                part = texts[at : at + 32]
-                fed = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-                logits = model(**fed).logits.float()  # (batch, labels)
-                shares = logits.softmax(-1)[:, wanted].sum(-1) if exclusive else logits.sigmoid()[:, wanted].amax(-1)
-                values += shares.tolist()
-        return [value if math.isnan(value) else min(max(value, 0.0), 1.0) for value in values]
+        found = classify(texts, top_k=None, batch_size=32, truncation=True, max_length=longest)
+        marks = [[one["score"] for one in every if one["label"] in wanted] for every in found]
+        return [max(one) if several else min(sum(one), 1.0) for one in marks]
 
     return score

@@ -133,10 +133,14 @@ class Seal(TrainerCallback):
 
             torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
-            self.on_train_end(args, state, control)
+            self.wait()
             self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for the last checkpoint's seal and raise what it raised."""
         if self.pending:
             self.pending.result()
 
@@ -179,7 +183,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[d
 
     if not prompts:
         return []
-    if isinstance(model, FSDPModule):  # the weights outside the layers are whole only inside a registered method
+    if isinstance(model, FSDPModule) and "generate" not in vars(model):  # its outer weights are whole in it only
         register_fsdp_forward_method(model, "generate")
     stops, training, state = stop_tokens(tokenizer), model.training, torch.get_rng_state()
     device = next(model.parameters()).device

@@ -157,17 +157,12 @@ class TrainJob(steps.Job):
     def train(self) -> display.Html:
         """Train to the end, from the newest whole checkpoint where there is one."""
         self.build()
-        start = self._checkpoint()
-        if start is not None:
-            print(f"Resuming from {start.name}.")
-            self._set_length(resume.total_steps(start))
-        else:
-            self._probe()
-        with resume.disk_full_is_a_message(self.checkpoints):
-            if start is not None and resume.step_of(start) >= self.trainer.args.max_steps:
-                self._take_finished(start)
-            else:
-                self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+        try:
+            with resume.disk_full_is_a_message(self.checkpoints):
+                self._train()
+        except BaseException:  # the cell may be run again: not on top of what these weights were trained to
+            self._free()
+            raise
         self.result = r = self._outcome()
         held_out = f"held-out loss {r['eval_loss']:.3f}" if "eval_loss" in r else "no held-out rows"
         losses = f"loss {r['first_loss']:.3f} → {r['last_loss']:.3f}, {held_out}"
@@ -250,6 +245,21 @@ class TrainJob(steps.Job):
 
         return callbacks.read(self.log)
 
+    def _train(self) -> None:
+        start = self._checkpoint()
+        if start is None:
+            self._probe()
+        else:
+            print(f"Resuming from {start.name}.")
+            self._set_length(resume.total_steps(start))
+        try:
+            if start is not None and resume.step_of(start) >= self.trainer.args.max_steps:
+                self._take_finished(start)
+            else:
+                self.trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            self.seal.wait()
+
     def build(self) -> TrainJob:
         """Load the model and make the trainer, once."""
         if self.trainer is not None:
@@ -271,7 +281,8 @@ class TrainJob(steps.Job):
         self.trainer.add_callback(callbacks.Guard(self.trainer, precision.fp16))
         self.trainer.add_callback(callbacks.LiveCurve(self.log, lambda: [*self.figures().values()][-1]))
         self.trainer.add_callback(self._samples(4, self.params.sample_every))
-        self.trainer.add_callback(callbacks.Seal(self.identity, self.log, mirror))
+        self.seal = callbacks.Seal(self.identity, self.log, mirror)
+        self.trainer.add_callback(self.seal)
         if self.params.early_stopping and self.held_out is not None:
             self.trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
         return self
@@ -290,7 +301,7 @@ class TrainJob(steps.Job):
         """The whole checkpoint to resume from, or None to begin at the beginning."""
         if self.params.resume == "never":
             return None
-        found = resume.newest(self.checkpoints, self.identity) if self.stage.resumed else None
+        found = resume.newest(self.checkpoints, self.identity)
         mirror = self._mirror()
         return mirror.fetch(self.checkpoints) if mirror and found is None else found
 

@@ -78,6 +78,17 @@ def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path
     assert runs.load("r", "sft").metrics["steps"] == 24
 
 
+def test_a_cell_that_was_stopped_and_is_run_again_resumes_and_does_not_train_on_top(data, capsys):
+    whole = losses(run())[1]
+    shutil.rmtree(runs.folder("r", "sft"))
+    runs.unlock("r", "sft")
+    job = interrupt(6)
+    assert job.model is None and job.trainer is None
+    job.train()
+    assert "Resuming from checkpoint-4" in capsys.readouterr().out
+    assert losses(job)[0] == list(range(1, 13)) and losses(job)[1] == pytest.approx(whole, abs=1e-4)
+
+
 def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
     job = interrupt(10)
     newest, older = resume.numbered(job.checkpoints)

@@ -76,7 +76,7 @@ def go(run, processes, **changes):
     return runs.folder(run, "sft")
 
 
-def test_two_processes_give_the_losses_of_one_and_their_checkpoint_goes_on_in_one(
+def test_two_processes_give_the_losses_of_one_and_their_checkpoint_resumes_in_one(
     runs_root, narrow_llama, tokenizer, two_cores
 ):
     one = losses(trained(runs_root, narrow_llama, tokenizer, "one", 1))

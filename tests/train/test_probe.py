@@ -57,7 +57,7 @@ def test_max_minutes_ends_the_run_and_its_schedule_at_the_steps_that_fit(prepare
     assert resume.total_steps(job.checkpoints / "checkpoint-1") == 1
 
 
-def test_a_run_bounded_in_time_goes_on_with_the_steps_it_began_with(prepared):
+def test_a_run_bounded_in_time_resumes_with_the_steps_it_began_with(prepared):
     job = prepared(max_minutes=100.0, save_steps=2, max_steps=6)
     job.build()
     job.trainer.args.max_steps = 4  # what a slower processor would have decided

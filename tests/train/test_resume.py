@@ -53,7 +53,7 @@ def interrupt(step, **given):
     return job
 
 
-def test_a_killed_run_goes_on_with_the_same_rows_rates_and_losses(data, tmp_path, capsys):
+def test_a_killed_run_resumes_with_the_same_rows_rates_and_losses(data, tmp_path, capsys):
     whole = run(max_steps=24, epochs=6)
     expected, rates = losses(whole)[1], plots.series(callbacks.read(whole.log), "learning_rate")[1]
     assert len(expected) == 24
@@ -122,7 +122,7 @@ def test_another_jobs_checkpoint_is_refused(data):
         resume.newest(job.checkpoints, {**job.identity, "settings": {**job.identity["settings"], "learning_rate": 1.0}})
 
 
-def test_must_goes_on_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
+def test_must_resumes_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
     with pytest.raises(TunebookError, match="holds no unfinished run"):
         run(resume="must")
     job = interrupt(6)
@@ -143,7 +143,7 @@ def test_never_begins_anew(data, capsys):
     assert "Resuming from" not in capsys.readouterr().out and losses(job)[0] == list(range(1, 13))
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_same_command_goes_on(data, tmp_path, capsys):
+def test_a_full_disk_ends_with_a_message_and_the_same_command_resumes(data, tmp_path, capsys):
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(settings(max_steps=8, best_checkpoint=False).as_dict()))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -308,7 +308,7 @@ def test_fp16s_first_overflows_are_let_pass_and_lasting_ones_are_not():
         callbacks.Guard().on_log(None, state, None, overflow)
 
 
-def test_the_command_line_ends_bad_input_with_a_sentence(runs_root, tmp_path, capsys):
+def test_the_command_line_ends_bad_input_with_a_message(runs_root, tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
     bad.write_text("rank: [1\n")
     for arguments, words in (

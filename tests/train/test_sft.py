@@ -64,7 +64,7 @@ def loss_and_gradient(model, batch):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def test_rows_with_a_shared_beginning_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
+def test_rows_with_a_shared_prefix_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
     documents = train_data.sft_rows(tokenizer, 6)
     shared = packing.RowCollator(tokenizer.pad_token_id, share=True)([documents])
     assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
@@ -100,7 +100,7 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
     assert all(label != -100 for label in every[0]["labels"])
 
 
-def test_a_beginning_is_shared_only_up_to_the_first_trained_token(tokenizer):
+def test_a_prefix_is_shared_only_up_to_the_first_trained_token(tokenizer):
     text = tokenizer("one two three four five six seven eight nine ten " * 2)["input_ids"]
     same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
     assert prefix_sharing.shareable(same) == 0

@@ -45,9 +45,8 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
         model = load_adapter(model, job.adapter, trainable=True)
     else:
         model = _new_adapter(model, params, job.source, added)
-        if (
-            params.init == "pissa"
-        ):  # PEFT subtracts its start when the adapter is written: PiSSA took it out of the base
+        if params.init == "pissa":
+            # PEFT subtracts the start when the adapter is written: PiSSA took it out of the base.
             model.peft_config["default"].init_lora_weights = True
             model.save_pretrained(job.pissa, safe_serialization=True)
             notes.append("PiSSA: the adapter is written as plain LoRA of twice the rank, for the base as it was")

@@ -35,18 +35,15 @@ PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold
 
 
 class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpoints, Trainer):
-    """What both packed trainers share. `use_rows` must be called before `train` or `evaluate`."""
+    """What both packed trainers share; `make` sets its attributes. fused: `model.chunked_loss` is in the model."""
 
     control: Any
-
-    def use_rows(
-        self, train: PackedRows, held_out: PackedRows | None, collator: RowCollator, fused: bool = True
-    ) -> None:
-        """fused: `model.chunked_loss` is installed in the model."""
-        self.rows, self.held_out_rows, self.row_collator, self.fused = train, held_out, collator, fused
-        self.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
-        self.step_rows: list[tuple[list[str], torch.Tensor]] = []
-        self.trained_tokens = 0
+    rows: PackedRows
+    held_out_rows: PackedRows | None
+    row_collator: RowCollator
+    fused: bool
+    step_rows: list[tuple[list[str], torch.Tensor]]  # ids and loss of the step's rows so far
+    trained_tokens: int
 
     def _loader(self, rows: Any) -> Any:
         pinned = torch.cuda.is_available()
@@ -314,15 +311,16 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowColla
         lengths, padded = lengths_of(examples, not plan.packed), not plan.packed
         return PackedRows(examples, batch_size=batch_size, world_size=world, lengths=lengths, padded=padded, **given)
 
-    budget = plan.row_tokens or None
-    train = rows(job.train_rows, params.batch_size, accumulation=plan.accumulation, seed=params.seed, budget=budget)
-    held_out = None
+    epoch = {"accumulation": plan.accumulation, "seed": params.seed, "budget": plan.row_tokens or None}
+    trainer.rows, trainer.held_out_rows = rows(job.train_rows, params.batch_size, **epoch), None
     if job.held_out is not None:
-        held_out = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
+        trainer.held_out_rows = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
     share = plan.packed and plan.backend == "hf" and plan.attention == packed_attention.SDPA
     layout = "packed" if plan.packed else "padded"
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    trainer.use_rows(train, held_out, collator(job.tokenizer.pad_token_id, layout, share), not can_fuse(causal))
+    trainer.row_collator, trainer.fused = collator(job.tokenizer.pad_token_id, layout, share), not can_fuse(causal)
+    trainer.step_rows, trainer.trained_tokens = [], 0
+    trainer.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing
         model.for_training()
     elif plan.packed:

@@ -16,7 +16,7 @@ from typing import Any
 
 from helpers import runs
 from helpers.errors import TunebookError
-from helpers.model.loading import resolve_model
+from helpers.model.loading import load_adapter, resolve_model
 from helpers.planner import gpus
 from helpers.planner.plan import choose_backend
 
@@ -87,7 +87,6 @@ def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, li
     """
     if "unsloth" not in sys.modules:
         raise TunebookError("Unsloth has to be imported first; begin with notebook.start, or python -m helpers.train.")
-    from peft import PeftModel
     from unsloth import FastLanguageModel
 
     from helpers.model import chunked_loss
@@ -102,7 +101,7 @@ def load(source: Any, params: Any, adapter: Path | None = None) -> tuple[Any, li
         trust_remote_code=False,
     )
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = load_adapter(model, adapter, trainable=True)
         model = FastLanguageModel.for_training(model) or model
     else:
         modules = params.target_modules

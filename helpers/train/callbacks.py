@@ -128,7 +128,7 @@ class Seal(TrainerCallback):
         self.pending: Future[None] | None = None
 
     def on_save(self, args, state, control, **kwargs):
-        if distributed.world().size > 1:
+        if distributed.size() > 1:
             import torch
 
             torch.distributed.barrier()  # every process has written its part
@@ -166,7 +166,7 @@ class Samples(TrainerCallback):
     def write(self, model: Any, step: int) -> list[dict[str, Any]]:
         """{step, id, prompt, answer, stopped, reference} of every prompt; the file's lines of this step go."""
         found = [{"step": step, **row} for row in answers(model, self.tokenizer, self.prompts)]
-        if found and distributed.world().first:
+        if found and distributed.first():
             lines = [line for line in read(self.path) if line["step"] != step] + found
             self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
             print(f"step {step}: {found[0]['answer']!r}", flush=True)

@@ -10,65 +10,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from helpers.errors import TunebookError
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all. rank 0 writes; local_rank picks the GPU."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
+def size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def world() -> World:
-    """What torchrun says in the environment; a single process without it."""
-    said = os.environ
-    return World(int(said.get("RANK", 0)), int(said.get("WORLD_SIZE", 1)), int(said.get("LOCAL_RANK", 0)))
+def first() -> bool:
+    """True in the process that writes."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
-def setup() -> World:
+def setup() -> None:
     """Take this process's GPU and join the others; nothing for a single process.
 
     Raises TunebookError when there are more processes than GPUs.
     """
-    me = world()
-    if me.size == 1:
-        return me
+    if size() == 1:
+        return
     import torch
     import torch.distributed as dist
 
-    gpus = torch.cuda.device_count()
-    if gpus and me.local_rank >= gpus:
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and local_rank >= gpus:
         raise TunebookError(
-            f"Process {me.local_rank} has no GPU of its own: this machine has {gpus}; start torchrun with "
+            f"Process {local_rank} has no GPU of its own: this machine has {gpus}; start torchrun with "
             f"--nproc-per-node {gpus}."
         )
     if gpus:
-        torch.cuda.set_device(me.local_rank)
+        torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
-    return me
 
 
 def shared(make: Callable[[], Any]) -> Any:
     """What `make` returns in the first process, in every process; its TunebookError too."""
-    me = world()
-    if me.size == 1:
+    if size() == 1:
         return make()
     import torch.distributed as dist
 
     box: list[Any] = [None, None]
-    if me.first:
+    if first():
         try:
             box = [make(), None]
         except TunebookError as error:
@@ -81,7 +68,7 @@ def shared(make: Callable[[], Any]) -> Any:
 
 def leave() -> None:
     """Wait for the others and end the group, so that no process dies under another's collective."""
-    if world().size > 1:
+    if size() > 1:
         import torch.distributed as dist
 
         dist.destroy_process_group()
@@ -89,7 +76,7 @@ def leave() -> None:
 
 def sharded(method: str) -> bool:
     """True when this job is sharded (FSDP2) rather than data parallel."""
-    return world().size > 1 and method != "qlora"
+    return size() > 1 and method != "qlora"
 
 
 def options(method: str) -> dict[str, Any]:
@@ -119,6 +106,6 @@ def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
         if adapter_only and name not in trained and "lora_" not in name and "modules_to_save" not in name:
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world().first:
+        if first():
             found[name] = whole.detach().cpu()
     return found

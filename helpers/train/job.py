@@ -46,7 +46,7 @@ def open_stage(name: str, params: TrainingParams, needs: tuple[str, ...] | None 
         stage = runs.stage(name, params, needs)
         if params.resume == "must":
             resume.must_resume(stage)
-        if distributed.world().size > 1 and not stage.done:
+        if distributed.size() > 1 and not stage.done:
             stage.begin()
         return stage
 
@@ -56,12 +56,9 @@ def open_stage(name: str, params: TrainingParams, needs: tuple[str, ...] | None 
 def base_model(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any]:
     """(source, tokenizer) of the base that the data was rendered for; TunebookError for another chat template."""
     known = data.data.get("model") or {}
-    if params.model:
-        source = resolve_model(params.model)
-    elif known.get("origin") == "folder":
-        source = resolve_model(known["path"])
-    else:
-        source = resolve_model(known["name"], known.get("revision", "") if known.get("origin") == "hub" else "")
+    from_hub, from_folder = (known.get("origin") == origin and not params.model for origin in ("hub", "folder"))
+    name = params.model or known["path" if from_folder else "name"]
+    source = resolve_model(name, known.get("revision", "") if from_hub else "")
     os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
     warnings.filterwarnings("ignore", NO_HUB)
     tokenizer = load_tokenizer(source)
@@ -81,7 +78,7 @@ def plan_for(params: Any, examples: Any, source: ModelSource, adapter: Path | No
     if params.export_check:
         preflight.check(source, adapter=adapter, where=stage.path).require()
     lengths, padded = rows.lengths_of(examples), rows.lengths_of(examples, padded=True)
-    world = distributed.world().size
+    world = distributed.size()
 
     def planned(values: Any) -> Plan:
         return planner.plan(values, lengths, source, world_size=world, padded_lengths=padded)
@@ -107,7 +104,7 @@ def first(held_out: Any, count: int) -> Any:
 # ---------------------------------------------------------------- the job
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainJob(steps.Job):
     """A training run. A finished stage needs its folder only: every step shows what it left there.
 
@@ -206,7 +203,7 @@ class TrainJob(steps.Job):
         with resume.disk_full_is_a_message(self.checkpoints):
             sharded = distributed.sharded(self.params.method)
             whole = distributed.whole_state(self.model, adapter_only=kind == "adapter") if sharded else None
-            if not distributed.world().first:
+            if not distributed.first():
                 return None
             methods.save(self.model, self.tokenizer, self.stage.path / kind, self.pissa, whole)
             for name, figure in self.figures().items():
@@ -233,7 +230,17 @@ class TrainJob(steps.Job):
             },
         )
 
+    def run(self) -> runs.Manifest | None:
+        """Every step but the answers, for runs without a notebook: one that is opened afterwards shows them."""
+        for step in (self.plan, self.first_row, self.left_out, self.train, self.summary, *self.curves()):
+            step()
+        return self.finish()
+
     # ---------------------------------------------------------------- how a step does it
+
+    def curves(self) -> list[Any]:
+        """The looks that draw the log."""
+        return [self.figure]
 
     def figures(self) -> dict[str, Any]:
         """The figures that a finished stage keeps, by file name; the last one is drawn live."""
@@ -270,7 +277,7 @@ class TrainJob(steps.Job):
 
         self.stage.begin()
         mirror = self._mirror()
-        if mirror and distributed.world().first:
+        if mirror and distributed.first():
             mirror.check()
         gpu = machine.gpu()
         precision = config.precision_of(gpu.capability if gpu else None, self.params.precision)

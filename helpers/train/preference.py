@@ -27,6 +27,9 @@ class PreferenceJob(TrainJob):
         self._trained()
         return plots.preference_curves(self.lines(), self.title)
 
+    def curves(self) -> list[Any]:
+        return [self.figure, self.margins]
+
     def figures(self) -> dict[str, Any]:
         return {**super().figures(), "margins.png": plots.preference_curves(self.lines(), self.title)}
 
@@ -74,7 +77,5 @@ def _sft_adapter(sft: runs.Manifest) -> Path:
 
 
 def run(params: OrpoParams) -> runs.Manifest | None:
-    """Open, train and finish in one go."""
-    job = open(params)
-    job.train()
-    return job.finish()
+    """The whole job in one go."""
+    return open(params).run()

@@ -33,7 +33,5 @@ def open(params: SftParams) -> TrainJob:
 
 
 def run(params: SftParams) -> runs.Manifest | None:
-    """Open, train and finish in one go."""
-    job = open(params)
-    job.train()
-    return job.finish()
+    """The whole job in one go."""
+    return open(params).run()

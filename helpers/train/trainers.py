@@ -305,7 +305,7 @@ def make(job: Any, model: Any, precision: config.Precision) -> Any:
 
 def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowCollator]) -> None:
     """Give the trainer its rows, packed as the plan says, and prove on the model that they do not see each other."""
-    params, plan, world = job.params, job.planned, distributed.world().size
+    params, plan, world = job.params, job.planned, distributed.size()
 
     def rows(examples: Any, batch_size: int, **given: Any) -> PackedRows:
         lengths, padded = lengths_of(examples, not plan.packed), not plan.packed

@@ -76,6 +76,9 @@ def test_a_killed_run_resumes_with_the_same_rows_rates_and_losses(data, tmp_path
     assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
     assert plots.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
     assert runs.load("r", "sft").metrics["steps"] == 24
+    shown = sft.open(settings(max_steps=24, epochs=6))  # in a notebook that is opened afterwards
+    assert shown.stage.done and "24 steps" in repr(shown.plan()) and "24 steps" in repr(shown.train())
+    assert "q0-0" in shown.first_row()._repr_html_() and shown.figure()._repr_png_()
 
 
 def test_a_cell_that_was_stopped_and_is_run_again_resumes_and_does_not_train_on_top(data, capsys):

@@ -224,20 +224,13 @@ def _read_scores(facts: Facts) -> None:
     except (TunebookError, KeyError, TypeError, AttributeError) as error:
         facts.warnings.append(f"The evaluation's files cannot be used: {error}")
         return
-    said = list(facts.scores["warnings"])
-    skipped = [c for c in facts.candidates if c["status"] == "skipped"]
-    first = [
-        f"{c['name']} was skipped: {c['reason'] or 'no reason given'}" for c in skipped if c["name"] not in str(said)
-    ]
     base = (facts.baseline or {}).get("name")
-    for c in facts.scores["comparisons"]:
-        if (c["verdict"], c["metric"], c["baseline"]) == ("worse", "accuracy", base):
-            said.append(f"{c['candidate']} is worse than {c['baseline']}: {c['sentence']}.")
-    for name, found in ((facts.scores["forgetting"] or {}).get("candidates") or {}).items():
-        sentence = found.get("sentence") or "general"
-        if found.get("passed") is False and not any(name in w and sentence in w for w in said):
-            said.append(f"{name} lost general ability: {found.get('sentence', '')}")
-    facts.warnings = first + said + facts.warnings
+    worse = [
+        f"{c['candidate']} is worse than {c['baseline']}: {c['sentence']}."
+        for c in facts.scores["comparisons"]
+        if (c["verdict"], c["metric"], c["baseline"]) == ("worse", "accuracy", base)
+    ]
+    facts.warnings = facts.scores["warnings"] + worse + facts.warnings
 
 
 def _read_fidelity(facts: Facts) -> None:
@@ -279,7 +272,7 @@ def _log(facts: Facts, path: Path) -> list[dict[str, Any]]:
 
 
 def _train_rows(facts: Facts, columns: list[str], count: int | None = None) -> Any:
-    """Columns of train.parquet, of the first `count` rows or of all, as a pyarrow table; None when it cannot be read."""
+    """Columns of train.parquet, first `count` rows or all, as a pyarrow table; None when it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

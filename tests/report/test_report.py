@@ -137,8 +137,8 @@ def test_a_short_real_run_has_every_part_and_no_gap_in_words(root, visit):
 
 def test_warnings_come_first_each_once(root, visit):
     said = visit(root / "atlas" / "report.html").locator("#warnings li").all_inner_texts()
-    assert said[0] == "gguf q2_k was skipped: the file is truncated"
-    assert any("8-grams" in w for w in said) and any("sft lost general ability" in w for w in said)
+    assert said[0] == "gguf q2_k was left out: the file is truncated"
+    assert any("training data" in w for w in said) and any("sft forgot" in w for w in said)
     assert len(said) == len(set(said))
 
 
@@ -343,7 +343,7 @@ def test_the_model_cards_numbers_are_the_reports(root):
     assert head["model-index"][0]["results"][0]["metrics"][0]["value"] == round(accuracy["value"], 4)
     kl = facts.gather("atlas").files["q8_0"]["mean_kl"]
     assert f"{100 * accuracy['value']:.1f} %" in text and f"{kl:.4g}" in text
-    assert "gguf q2_k was skipped" in text
+    assert "gguf q2_k was left out" in text
     assert "QLoRA supervised fine-tuning and then ORPO preference tuning" in text
     assert str(root) not in text
 
@@ -387,7 +387,7 @@ def test_a_sweep_is_one_page_with_what_differs_and_a_line_a_run(root, visit):
         all(n in page.locator("#sweep").inner_text() for n in names)
         and "accuracy" in page.locator("#sweep svg text").all_text_contents()
     )
-    assert "all runs: gguf q2_k was skipped" in page.locator("#warnings").inner_text()
+    assert "all runs: gguf q2_k was left out" in page.locator("#warnings").inner_text()
     assert (
         visit(root / "compare.html", viewport={"width": 360, "height": 700}).evaluate(
             "document.documentElement.scrollWidth"

@@ -128,8 +128,6 @@ def preference_curves(lines: Lines, title: str = "Preferences") -> Any:
 
 def curves(lines: Lines, names: Sequence[str], title: str = "", columns: int = 1) -> Any:
     """A panel for each of `names` (keys of CURVES)."""
-    from matplotlib.ticker import MaxNLocator
-
     said = ", ".join(f"{CURVES[n].title.lower()} {_trend(series(lines, n)[1])}" for n in names)
     width = 4.6 if columns < 3 else 3.5
     figure, panels = _figure(f"{title or 'Curves'} by step: {said}", -(-len(names) // columns), columns, width)
@@ -151,7 +149,7 @@ def curves(lines: Lines, names: Sequence[str], title: str = "", columns: int = 1
         if curve.floor is not None and (values or held_out[1]):
             panel.set_ylim(bottom=curve.floor, top=curve.ceiling)
         panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     return figure
@@ -308,12 +306,14 @@ def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]
 
 def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
     """One curve for each run, smoothed where it has many points. runs: name → (steps, values)."""
-    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()), width=7.2)
+    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()))
     for number, (name, (steps, values)) in enumerate(runs.items()):
-        colour, style = PALETTE[number % len(PALETTE)], ("-", "--", ":")[number // len(PALETTE) % 3]
-        drawn = smoothed(values) if len(values) > 30 else values  # a few held-out points are shown as they are
-        panel.plot(*_thinned(steps, drawn), color=colour, linestyle=style, label=label(name))
+        few = len(values) <= 30  # held-out points: shown as they are
+        style = {"color": PALETTE[number % len(PALETTE)], "linestyle": ("-", "--", ":")[number // len(PALETTE) % 3]}
+        drawn = _thinned(steps, values if few else smoothed(values))
+        panel.plot(*drawn, marker="o" if few else "", markersize=4, label=label(name), **style)
     panel.set(title=label(title), xlabel="step", ylabel=unit)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(frameon=False, fontsize=8, labelcolor=INK)
     return figure
 

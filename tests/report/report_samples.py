@@ -53,11 +53,10 @@ def seal(folder, change=None):
 
 def set_params(run, stage, **values):
     """Say that a stage ran with other values; the stages after it are sealed again."""
-    for name, folder in runs.FOLDERS.items():
-        seal(run / folder, (lambda data: data["params"].update(values)) if name == stage else None)
     used = yaml.safe_load((run / runs.FOLDERS[stage] / "params.yaml").read_text())
     (run / runs.FOLDERS[stage] / "params.yaml").write_text(yaml.safe_dump({**used, **values}))
-    seal(run / runs.FOLDERS[stage])
+    for name, folder in runs.FOLDERS.items():
+        seal(run / folder, (lambda data: data["params"].update(values)) if name == stage else None)
 
 
 def evaluation(run):

@@ -204,9 +204,8 @@ def quantize(request: dict[str, Any], _: object = None) -> None:
         rows = _read_importance(request["imatrix"])
         pointers = [Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()]
         table = (Importance * (len(rows) + 1))(*pointers)
-        struct.pack_into(
-            "<Q", block.bytes, 24, c.addressof(table)
-        )  # after four numbers and six flags, on a multiple of 8
+        # the pointer stands after four numbers and six flags, on a multiple of 8
+        struct.pack_into("<Q", block.bytes, 24, c.addressof(table))
     if function(request["source"].encode(), request["out"].encode(), c.byref(block)):
         raise TunebookError(loaded.said())
 
@@ -216,11 +215,6 @@ def _read_importance(path: str) -> dict[str, Any]:
     import numpy as np
     from gguf import GGUFReader
 
-    tensors = {t.name: t.data for t in GGUFReader(path).tensors}
-    return {
-        n.removesuffix(".in_sum2"): np.ascontiguousarray(
-            (v / max(float(tensors[n.replace(".in_sum2", ".counts")].flat[0]), 1.0)).ravel(), dtype=np.float32
-        )
-        for n, v in tensors.items()
-        if n.endswith(".in_sum2")
-    }
+    tensors = {t.name: t.data.ravel() for t in GGUFReader(path).tensors}
+    names = [n.removesuffix(".counts") for n in tensors if n.endswith(".counts")]
+    return {n: np.ascontiguousarray(tensors[f"{n}.in_sum2"] / max(tensors[f"{n}.counts"][0], 1)) for n in names}

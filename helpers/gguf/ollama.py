@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,51 +146,37 @@ def check_name(name: str) -> None:
 
 def _commands(merged: Path, gguf: Path, name: str, made: Modelfile) -> dict[str, str]:
     """Exact commands for this very model: runtime -> shell lines. All of them listen on this machine alone."""
-    q, context = shlex.quote, made.parameters["num_ctx"]
     sampling = {k.replace("repeat_", "repetition_"): v for k, v in made.parameters.items() if k != "num_ctx"}
     body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "stop": made.stops, **sampling}
+    values = {"merged": merged, "gguf": gguf, "name": name, "sampling": sampling, "body": body}
+    values |= {"modelfile": made.path, "context": made.parameters["num_ctx"]}
     template = merged / "chat_template.jinja"
-    found = {}
-    if made.path:
-        found["Ollama"] = f"ollama create {q(name)} -f {q(str(made.path))}\nollama run {q(name)}"
-    found["vLLM"] = (
-        f"vllm serve {q(str(merged))} --served-model-name {q(name)} --host 127.0.0.1 --max-model-len {context}"
-        + (f" --chat-template {q(str(template))}" if template.is_file() else "")
-        + f" --override-generation-config {q(json.dumps(sampling))}\n"
-        "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
-        f"-d {q(json.dumps(body, ensure_ascii=False))}"
-    )
-    found["LM Studio"] = (
-        f"lms import --copy --user-repo tunebook/{q(name)} {q(str(gguf))}\n"
-        f"lms load {q(name)} --context-length {context}\nlms server start --port 1234\n"
-        "# prompt template: the GGUF's own Jinja (My Models > Prompt Template > Default); stop strings: "
-        + " ".join(made.stops)
-    )
-    found["llama.cpp"] = f"python -m helpers.serve {q(str(gguf))} --port 8080 --context {context}"
-    found["Open WebUI"] = (
-        found["llama.cpp"] + "\nWEBUI_AUTH=False ENABLE_OLLAMA_API=False OPENAI_API_BASE_URL=http://127.0.0.1:8080/v1 "
-        "OPENAI_API_KEY=none open-webui serve --host 127.0.0.1 --port 3000"
-    )
-    return found
+    text = _rendered("runtimes.j2", **values, template=template if template.is_file() else None)
+    parts = [part.partition("\n") for part in re.split("(?m)^== ", text)[1:]]
+    return {runtime: commands.rstrip() for runtime, _, commands in parts}
 
 
 def _text(made: Modelfile, gguf: Path, out: Path, system: str) -> str:
     path = Path(os.path.relpath(gguf.resolve(), out.resolve().parent)).as_posix()
     if not path.isprintable() or '"' in path:
-        raise TunebookError(
-            f"The file name {path!r} cannot stand in a Modelfile; rename it without quotes and line ends."
-        )
+        raise TunebookError(f"A Modelfile cannot hold the file name {path!r}; rename it without quotes and line ends.")
     if '"""' in made.template + "\n" + system:
         raise TunebookError(
             "The template or system prompt holds three double quotes in a row, which a Modelfile cannot carry; "
             "take them out of the system prompt."
         )
-    lines = ["# Template, stops and context are explicit: Ollama's own guess would change the prompt of the training."]
-    lines += [f"# Note: {n}" for n in made.notes]
-    lines += [f"FROM {path if path.startswith('../') else f'./{path}'}", f'TEMPLATE """{made.template}"""']
-    lines += [f"PARAMETER stop {json.dumps(s, ensure_ascii=False) if chr(34) not in s else s}" for s in made.stops]
-    lines += [f"PARAMETER {k} {v}" for k, v in made.parameters.items()]
-    return "\n".join([*lines, *([f'SYSTEM """{system}"""'] if system else []), ""])
+    path = path if path.startswith("../") else f"./{path}"
+    return _rendered("modelfile.j2", **vars(made) | {"gguf": path, "system": system})
+
+
+def _rendered(file: str, **values: Any) -> str:
+    """Shell lines or a Modelfile from a template of this folder; nothing in it is HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    made = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, **options)
+    made.filters |= {"q": lambda value: shlex.quote(str(value)), "json": partial(json.dumps, ensure_ascii=False)}
+    return made.get_template(file).render(**values)
 
 
 def _sampling(merged: Path) -> dict[str, float]:

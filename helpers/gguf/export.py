@@ -224,7 +224,7 @@ class ExportJob(steps.Job):
         """The adapter where it was asked for, then the manifest; what shall not be kept goes last, with `work/`."""
         modelfile, adapter = self.modelfile(), self.source.adapter
         if adapter and "adapter" in self.outputs:
-            self._make(self.stage.path / "adapter", partial(_copy_adapter, adapter))
+            self._make(self.stage.path / "adapter", partial(shutil.copytree, adapter))
         if adapter and "adapter_gguf" in self.outputs:
             write = partial(convert.convert_adapter, adapter, self.merged, self.f16)
             self._make(self.stage.path / "adapter.gguf", write)
@@ -358,11 +358,3 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
     check_adapter(manifest.path / "adapter")
     onto = params.merge_onto if params.merge_onto != "auto" else manifest.data.get("merge_onto") or "16bit"
     return Source(base, manifest.path / "adapter", trained_by, onto)
-
-
-def _copy_adapter(adapter: Path, out: Path) -> None:
-    """PEFT writes its sets in any order; sorted, two identical runs have one hash."""
-    shutil.copytree(adapter, out)
-    config = json.loads((out / "adapter_config.json").read_text())
-    texts = {k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
-    runs.write_json(out / "adapter_config.json", config | texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.storage import disk_error
+from helpers.storage import disk_error, write_json
 
 
 @contextmanager
@@ -60,6 +60,14 @@ def count_weights(base: Path) -> tuple[int, int]:
     """(weights of the model, weights of its largest tensor), from the headers of its files."""
     counts = [math.prod(shape) for shard in shards(base) for shape in shapes(shard).values()]
     return sum(counts), max(counts)
+
+
+def sort_adapter_config(adapter: Path) -> None:
+    """PEFT writes its sets of names in any order; sorted, the adapters of two identical runs have one hash."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    texts = {k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
+    write_json(file, config | texts)
 
 
 def check_adapter(adapter: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
 from helpers.model import packed_attention, prefix_sharing
 from helpers.model.loading import ModelSource, load_adapter, load_model, load_tokenizer, template_hash
+from helpers.model.weights import sort_adapter_config
 from helpers.train import config, unsloth_backend
 
 
@@ -208,6 +209,7 @@ def save(model: Any, tokenizer: Any, folder: Path, pissa: Path, whole: dict[str,
         if model.peft_config["default"].trainable_token_indices:
             extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
+        sort_adapter_config(partial)
     else:
         state = whole or model.state_dict()
         state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state.items()}

@@ -30,7 +30,7 @@ def test_five_notebooks_end_in_a_table_of_scores_and_a_report(whole):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tail = done.stdout[done.stdout.index("The run took") :]
     for candidate in ("base", "sft", "orpo", "gguf q8_0"):
-        assert re.search(rf"^{candidate}\s+\d+\.\d%\s+\d+\.\d% – \d+\.\d%\s+\d+\.\d%\s+\d+", tail, re.M), tail
+        assert re.search(rf"^{candidate}\s+\d+\.\d %\s+\d+\.\d – \d+\.\d %\s+\d+\.\d %\s+\d+", tail, re.M), tail
     report = Path(re.search(r"^Report: (.+)$", tail, re.M).group(1))
     page = report.read_text()
     assert len(page.encode()) < 3_000_000 and "<html" in page

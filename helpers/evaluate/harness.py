@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,8 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
     Its `simple_evaluate` would also ask git and pip about this machine, which prints errors outside of a checkout.
     """
     import lm_eval
-    import numpy as np
-    import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import set_seed
 
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1" if os.environ.get("HF_HUB_OFFLINE") == "1" else "0")
     manager = known(tasks, include)
@@ -69,9 +67,7 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
         model = _runtime_model(reader)
     else:
         model = HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=BATCH)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    set_seed(seed)
     # The small default task is done in seconds; the library's bars would fill the notebook. Longer tasks show them.
     bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
     try:
@@ -81,22 +77,14 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=seed)
-            found = lm_eval.evaluate(
-                lm=model,
-                task_dict=loaded,
-                limit=limit or None,
-                bootstrap_iters=BOOTSTRAP,
-                log_samples=False,
-                verbosity="ERROR",
-            )
+            how = {"bootstrap_iters": BOOTSTRAP, "log_samples": False, "verbosity": "ERROR"}
+            found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit or None, **how)
     except (ConnectionError, FileNotFoundError) as error:
         raise hub_error(error, f"the data of {', '.join(tasks)}") from error
     except RuntimeError as error:
         raise TunebookError(f"{', '.join(tasks)} could not be run ({str(error).strip()[:200]}).") from error
-    return {
-        task: {"n": int(found["n-samples"].get(task, {}).get("effective", 0)), "metrics": _metrics(values)}
-        for task, values in found["results"].items()
-    }
+    counts = {task: int(sizes["effective"]) for task, sizes in found["n-samples"].items()}
+    return {t: {"n": counts.get(t, 0), "metrics": _metrics(values)} for t, values in found["results"].items()}
 
 
 def known(tasks: Sequence[str], include: Path | None) -> Any:

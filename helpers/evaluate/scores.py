@@ -34,10 +34,13 @@ ERROR_KINDS = {
 
 @dataclass
 class Measured:
-    """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: the share right of each
-    seed; loss, chat, preference: of forgetting and preferences; tasks: of the harness."""
+    """What one candidate answered. entries: an answer of answers.jsonl for each item; metrics: of text_metrics.
+
+    by_seed: the share right of each seed; loss, chat, preference: of forgetting and preferences; tasks: of the harness.
+    """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
     speed: dict[str, Any] = field(default_factory=dict)
     by_seed: dict[str, float | None] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
@@ -69,52 +72,51 @@ class Findings:
 
     def answers(self) -> list[dict[str, Any]]:
         """answers.jsonl."""
-        entries = {
-            name: [{k: v for k, v in e.items() if k != "metrics"} for e in m.entries]
-            for name, m in self.measured.items()
-        }
+        entries = self._of("entries")
         return [{**row, "answers": {n: e[i] for n, e in entries.items()}} for i, row in enumerate(self.rows)]
+
+    def _of(self, what: str) -> dict[str, Any]:
+        """One part of what was measured, of the candidates that have it."""
+        return {name: value for name, m in self.measured.items() if (value := getattr(m, what))}
 
     def scores(self) -> dict[str, Any]:
         """scores.json."""
-        baseline = next(iter(self.measured))
-        clusters = questions.clusters(self.items)
-        seed = self.params.seed
-        metas, references = [i.meta for i in self.items], [i.reference for i in self.items]
+        baseline, clusters = next(iter(self.measured)), questions.clusters(self.items)
 
         def share(values: Any) -> dict[str, Any]:
-            return statistics.share(values, clusters=clusters, seed=seed)
+            return statistics.share(values, clusters=clusters, seed=self.params.seed)
 
         def apart(values: list[float | None], key: str, wanted: bool) -> dict[str, Any]:
             return share([v if row[key] is wanted else None for v, row in zip(values, self.rows, strict=True)])
 
-        pairs = preferences.win_rates({n: m.preference for n, m in self.measured.items() if m.preference}, baseline)
-        forgot = self._forgetting(baseline)
-        followed: dict[str, dict[str, Any]] = {}
+        pairs = preferences.win_rates(self._of("preference"), baseline)
+        followed: dict[str, Any] = {}
+        harnessed: dict[str, Any] = {}
         records = []
         for candidate in self.candidates:
             name = candidate.name
-            record = {
-                key: getattr(candidate, key) for key in ("name", "role", "kind", "source", "made_by", "size_bytes")
-            }
+            said = ("name", "role", "kind", "source", "made_by", "size_bytes")
+            record = {key: getattr(candidate, key) for key in said}
             record |= {"status": "skipped", "reason": "", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
             records.append(record)
             if name in self.skipped:
                 record["reason"] = self.skipped[name]
                 continue
             m = self.measured[name]
-            passed = instructions.score(m.entries, metas, references, self.kind)
+            passed = instructions.score(m.entries, self.items, self.kind)
             followed[name] = {check: statistics.share(values) for check, values in passed.items()}
             found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
             if self.kind == "text_to_sql":
                 found["accuracy_nonempty"] = apart(m.values, "nonempty", True)
                 found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
             elif self.kind == "references":
-                found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
+                found |= {k: share([v[k] for v in m.metrics]) for k in text_metrics.METRICS}
             if self.contamination and self.contamination["contaminated"]:
                 found["accuracy_clean"] = apart(m.values, "contaminated", False)
             found |= {f"instructions/{check}": score for check, score in followed[name].items()}
             for task, result in m.tasks.items():
+                shown = harnessed.setdefault(task, {"n": result["n"], "metrics": {}})
+                shown["metrics"][name] = result["metrics"]
                 for metric, v in result["metrics"].items():
                     found[f"harness/{task}/{metric}"] = _plain(v["value"], result["n"], "share", v["stderr"])
             preferred = pairs.get(name, {})
@@ -127,10 +129,6 @@ class Findings:
             errors = Counter(e["error"] for e in m.entries if e["error"])
             record |= {"status": "scored", "scores": found, "speed": m.speed, "errors": dict(errors.most_common())}
             record["groups"] = questions.groups(self.items, m.values)
-        harnessed: dict[str, Any] = {}
-        for name, m in self.measured.items():
-            for task, result in m.tasks.items():
-                harnessed.setdefault(task, {"n": result["n"], "metrics": {}})["metrics"][name] = result["metrics"]
         contamination = self.contamination and {
             **self.contamination,
             "candidates": {
@@ -144,7 +142,7 @@ class Findings:
             "task": self.task,
             "candidates": records,
             "comparisons": self._comparisons(baseline, clusters),
-            "forgetting": forgot,
+            "forgetting": self._forgetting(baseline),
             "harness": harnessed or None,
             "preference": pairs or None,
             "instructions": followed,
@@ -160,48 +158,34 @@ class Findings:
         values = {n: m.values for n, m in self.measured.items()}
         pairs = [(baseline, name) for name in values]
         pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
-        return statistics.settle(
-            [
-                statistics.pair(a, b, values[a], values[b], clusters, self.params.seed)
-                for a, b in dict.fromkeys(pairs)
-                if a != b and {a, b} <= values.keys()
-            ]
-        )
+        known = [(a, b) for a, b in dict.fromkeys(pairs) if a != b and {a, b} <= values.keys()]
+        seed = self.params.seed
+        return statistics.settle([statistics.pair(a, b, values[a], values[b], clusters, seed) for a, b in known])
 
     def _forgetting(self, baseline: str) -> dict[str, Any] | None:
-        measured = {n: m for n, m in self.measured.items() if m.loss or m.chat or harness.GENERAL_TASK in m.tasks}
-        if baseline not in measured:
+        losses, chats, p = self._of("loss"), self._of("chat"), self.params
+        asked = {n: t[harness.GENERAL_TASK] for n, t in self._of("tasks").items() if harness.GENERAL_TASK in t}
+        tasks = {n: {forgetting.TASK: task["metrics"]["acc"]["value"]} for n, task in asked.items()}
+        if baseline not in {**losses, **chats, **tasks}:
             return None
-        general = {n: m.tasks[harness.GENERAL_TASK] for n, m in measured.items() if harness.GENERAL_TASK in m.tasks}
-        return forgetting.judge(
-            baseline,
-            {n: m.loss for n, m in measured.items() if m.loss},
-            {n: m.chat for n, m in measured.items() if m.chat},
-            {n: {forgetting.TASK: task["metrics"]["acc"]["value"]} for n, task in general.items()},
-            self.params.loss_increase,
-            self.params.task_drop,
-            **self.trained,
-        )
+        return forgetting.judge(baseline, losses, chats, tasks, p.loss_increase, p.task_drop, **self.trained)
 
     def _seeds(self) -> dict[str, Any] | None:
         if len(self.task["seeds"]) < 2:
             return None
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, m in self.measured.items():
             known = [v for v in m.by_seed.values() if v is not None]
-            spread = {
-                "mean": numbers.fmean(known) if known else None,
-                "sd": numbers.stdev(known) if known[1:] else None,
-            }
-            found[name] = {seed: {"accuracy": v} for seed, v in m.by_seed.items()} | spread
+            found[name] = {seed: {"accuracy": v} for seed, v in m.by_seed.items()}
+            found[name]["mean"] = numbers.fmean(known) if known else None
+            found[name]["sd"] = numbers.stdev(known) if known[1:] else None
         return found
 
     def _ship(self, scores: dict[str, Any], clusters: list[str] | None) -> dict[str, str] | None:
         """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""
         ready = [c for c in scores["candidates"] if _value(c) >= 0]
-        files = [c for c in ready if c["role"] in ("gguf", "merged")] or [
-            c for c in ready if c["role"] in ("sft", "orpo")
-        ]
+        exported, trained = ([c for c in ready if c["role"] in r] for r in (("gguf", "merged"), ("sft", "orpo")))
+        files = exported or trained
         if not files:
             return None
         best, base = max(ready, key=_value), ready[0]["name"]
@@ -222,9 +206,7 @@ class Findings:
         if self.kind != "none":
             columns = zip(*(m.values for m in self.measured.values()), strict=True)
             if broken := sum(all(v is None for v in values) for values in columns):
-                said.append(
-                    f"{broken} of {n} items have a reference that cannot be scored; they are left out of every figure."
-                )
+                said.append(f"{broken} of {n} items have a reference that cannot be scored; they count nowhere.")
             if n < SMALL:
                 worst = max((c["detectable"] for c in scores["comparisons"]), default=None)
                 hide = f": differences under {100 * worst:.0f} points can hide." if worst else "."

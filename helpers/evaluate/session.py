@@ -82,20 +82,19 @@ class Session:
         missing = [i for i in range(len(prompts)) if i not in found]
         speed_key = cache.key("speed", sorted(keys))
         if missing:
-            bar = self._bar(label or self.candidate.name, len(prompts), len(found))
             reader, started = self.reader, time.monotonic()
+            with self._bar(label or self.candidate.name, len(prompts), len(found)) as bar:
 
-            def done(place: int, answer: Answer) -> None:
-                if not answer.failed:
-                    self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
-                bar.update()
+                def done(place: int, answer: Answer) -> None:
+                    if not answer.failed:
+                        self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
+                    bar.update()
 
-            made = reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
+                made = reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
             found |= dict(zip(missing, made, strict=True))
-            bar.close()
-            seconds = time.monotonic() - started
-            rate = len(missing) / max(seconds, 1e-9)
-            self.store.put(speed_key, {"seconds": round(seconds, 3), "items_per_s": round(rate, 3)})
+            seconds = max(time.monotonic() - started, 1e-3)
+            speed = {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / seconds, 3)}
+            self.store.put(speed_key, speed)
         answers = [found[i] for i in range(len(prompts))]
         speed = self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0}
         return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
@@ -103,21 +102,21 @@ class Session:
     def completion_logprobs(self, pairs: Sequence[tuple[Conversation, str]]) -> list[tuple[float, int]]:
         """(summed log-probabilities in nats, tokens) of each completion behind its conversation, end of turn too."""
 
-        def work(batch: list[int]) -> list[tuple[float, int]]:
-            rows = [(self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)) for i in batch]
-            return [(sum(v), len(v)) for v in self.reader.logprobs(rows)]
+        def row(i: int) -> tuple[list[int], list[int]]:
+            return self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)
 
         keys = [cache.key("completion", messages, text) for messages, text in pairs]
-        return self._kept(keys, [len(text) for _, text in pairs], work, "preference")
+        return self._sums(keys, [len(text) for _, text in pairs], row, "preference")
 
     def text_losses(self, texts: Sequence[str]) -> list[tuple[float, int]]:
         """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens but the very first."""
 
-        def work(batch: list[int]) -> list[tuple[float, int]]:
-            rows = [self.reader.tokens(texts[i])[:WINDOW] for i in batch]
-            return [(-sum(v), len(v)) for v in self.reader.logprobs([(ids[:1], ids[1:]) for ids in rows])]
+        def row(i: int) -> tuple[list[int], list[int]]:
+            ids = self.reader.tokens(texts[i])[:WINDOW]
+            return ids[:1], ids[1:]
 
-        return self._kept([cache.key("text", t, WINDOW) for t in texts], [len(t) for t in texts], work, "general text")
+        sums = self._sums([cache.key("text", t, WINDOW) for t in texts], [len(t) for t in texts], row, "general text")
+        return [(-logprob, count) for logprob, count in sums]
 
     def kept(self, name: Any, make: Callable[[Any], Any]) -> Any:
         """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
@@ -126,26 +125,22 @@ class Session:
             self.store.put(name, make(self.reader))
         return self.store.get(name)
 
-    def _kept(self, keys: list[str], sizes: list[int], work: Any, what: str) -> list[Any]:
-        """Values of all keys; those not known come from `work`, the longest first: a batch holds texts of one size."""
+    def _sums(self, keys: list[str], sizes: list[int], row: Callable, what: str) -> list[tuple[float, int]]:
+        """Sums and counts of the log-probabilities of rows (prompt ids, completion ids), those of one size together."""
         missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
-        if not missing:
-            return [tuple(self.store.get(k)) for k in keys]
-        bar = self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing))
-        for start in range(0, len(missing), KEPT_AT_ONCE):
-            batch = missing[start : start + KEPT_AT_ONCE]
-            for i, value in zip(batch, work(batch), strict=True):
-                self.store.put(keys[i], list(value))
-                bar.update()
-        bar.close()
+        with self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing)) as bar:
+            for start in range(0, len(missing), KEPT_AT_ONCE):
+                batch = missing[start : start + KEPT_AT_ONCE]
+                for i, values in zip(batch, self.reader.logprobs([row(i) for i in batch]), strict=True):
+                    self.store.put(keys[i], [sum(values), len(values)])
+                    bar.update()
         return [tuple(self.store.get(k)) for k in keys]
 
-    def _bar(self, label: str, total: int, initial: int) -> Any:
+    def _bar(self, label: str, total: int, known: int) -> Any:
         from tqdm import tqdm
 
-        return tqdm(
-            desc=label, total=total, initial=initial, mininterval=2, ncols=90, file=sys.stdout, disable=self.quiet
-        )
+        quiet = self.quiet or known == total
+        return tqdm(desc=label, total=total, initial=known, mininterval=2, ncols=90, file=sys.stdout, disable=quiet)
 
 
 def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | GgufModel:

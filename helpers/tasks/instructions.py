@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from helpers.tasks.questions import Item
+
 REFUSAL = re.compile(
     r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
     r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}"
@@ -102,15 +104,13 @@ def checks_for(meta: dict[str, Any], reference: str, kind: str) -> dict[str, Che
     return found
 
 
-def score(
-    answers: Sequence[dict[str, Any]], metas: Sequence[dict[str, Any]], references: Sequence[str], kind: str
-) -> dict[str, list[bool | None]]:
+def score(answers: Sequence[dict[str, Any]], items: Sequence[Item], kind: str) -> dict[str, list[bool | None]]:
     """Check name → whether each answer passes, over the items it applies to. "stops" and "no loops" apply to all."""
     values: dict[str, list[bool | None]] = {
         "stops by itself": [a["stopped"] for a in answers],
         "no loops": [not repeats(a["text"]) for a in answers],
     }
-    for answer, meta, reference in zip(answers, metas, references, strict=True):
-        for name, check in checks_for(meta, reference, kind).items():
+    for answer, item in zip(answers, items, strict=True):
+        for name, check in checks_for(item.meta, item.reference, kind).items():
             values.setdefault(name, []).append(check(answer["text"]))
     return values

@@ -1,26 +1,45 @@
-"""Who is judged: the base, what this run trained and exported, and any other model, GGUF file or endpoint by name.
+"""Who is judged, and one candidate at work: every question goes through the cache.
 
-HF candidates hold the 16-bit weights that people deploy: a stage's adapter is merged into the 16-bit base in memory, as
-stage 04 merges it into the file it exports. A CPU without bfloat16 computes with the same weights in fp32.
+The base, what this run trained and exported, and any other model, GGUF file or endpoint by name. HF candidates hold the
+16-bit weights that people deploy: an adapter is merged into the 16-bit base in memory, as stage 04 does.
+A CPU without bfloat16 computes with the same weights in fp32.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
-from collections.abc import Mapping
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helpers import cache, machine
+from helpers.cache import Answers
+from helpers.data import vocabulary
 from helpers.errors import TunebookError
-from helpers.llm_client import shown_url
-from helpers.model import loading
+from helpers.evaluate.generate import HfModel
+from helpers.gguf.runner import GgufModel
+from helpers.llm_client import Client, Endpoint, Request, shown_url
+from helpers.model import loading, merging
 from helpers.runs import Manifest
+from helpers.tasks.answers import Answer, Decoding
 
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
 _WEIGHTS = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
+#: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
+TROUBLE = (TunebookError, OSError, MemoryError)
+WINDOW = 1024  # tokens of a text that loss is measured over at most
+KEPT_AT_ONCE = 64  # texts or completions after which the results are written down
+GIVE_UP = 5  # failures in a row after which a server that never answered is taken for gone
+ANSWER_CHARS = 65536  # an answer longer than this is nonsense and is cut
+Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -86,22 +105,21 @@ def find(
         made["base"] = [base]
         made |= {stage: [_trained(stage, stages[stage], base)] for stage in ("sft", "orpo") if stage in stages}
     if "gguf" in stages:
-        exported = stages["gguf"]
-        folder, last = exported.path, exported.metrics["trained_by"]
-        merged = Candidate("merged", "merged", "hf", f"{folder.name}/merged", folder / "merged")
+        folder, last = stages["gguf"].path, stages["gguf"].metrics["trained_by"]
+
+        def exported(name: str, kind: str, path: Path) -> Candidate:
+            source = f"{folder.name}/{path.name}"
+            return Candidate(name, name.split()[0], kind, source, path, made_by=last, made_from=last)
+
         if any((folder / "merged").glob("*.safetensors")):
-            made["merged"] = [_exported(merged, last)]
-        made["gguf"] = [
-            _exported(
-                Candidate(f"gguf {p.stem.removeprefix('model-')}", "gguf", "gguf", f"{folder.name}/{p.name}", p), last
-            )
-            for p in sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
-        ]
+            made["merged"] = [exported("merged", "hf", folder / "merged")]
+        files = sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
+        made["gguf"] = [exported(f"gguf {p.stem.removeprefix('model-')}", "gguf", p) for p in files]
     found = [c for word in dict.fromkeys(names) for c in made.get(word, [])]
     found += [_other(text.strip()) for text in extra.split(",") if text.strip()]
-    twice = [c.name for i, c in enumerate(found) if c.name in {d.name for d in found[:i]}]
-    if twice:
-        raise TunebookError(f"Two candidates are called {twice[0]!r}; give the extra one another name.")
+    name, count = Counter(c.name for c in found).most_common(1)[0] if found else ("", 0)
+    if count > 1:
+        raise TunebookError(f"Two candidates are called {name!r}; give the extra one another name.")
     if not found:
         raise TunebookError(
             f"There is nothing to judge: of {', '.join(names) or 'no candidate'} this run has none; "
@@ -110,15 +128,9 @@ def find(
     return found
 
 
-def _exported(candidate: Candidate, stage: str) -> Candidate:
-    """stage: "sft", "orpo" or "base" (nothing was trained)."""
-    return replace(candidate, made_by=stage, made_from=stage)
-
-
 def _base(stages: Mapping[str, Manifest], model: str) -> Candidate:
-    known: dict[str, Any] = next(
-        (m.data["model"] for s, m in stages.items() if s != "gguf" and m.data.get("model")), {}
-    )
+    used = [stages[s].data.get("model") for s in ("sft", "orpo", "data") if s in stages]
+    known: dict[str, Any] = next(filter(None, used), {})
     name = model or known.get("name") or loading.DEFAULT_MODEL
     if not model and known and (Path(known["path"]) / "config.json").is_file():
         return Candidate("base", "base", "hf", name, Path(known["path"]), made_by="base")
@@ -165,3 +177,187 @@ def _resolved(candidate: Candidate, model: str) -> Candidate:
         return replace(candidate, path=loading.resolve_model(model).path)
     except TunebookError as error:
         return replace(candidate, trouble=str(error))
+
+
+# ---------------------------------------------------------------- one candidate at work
+
+
+class Session:
+    """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
+    the cache; end: text of the token that ends a turn, for GGUF files.
+
+    What an endpoint answered belongs to the model that the server serves now, whatever its address and name.
+    """
+
+    def __init__(
+        self, candidate: Candidate, place: str | Path, precision: str = "auto", end: str = "", quiet: bool = False
+    ):
+        if candidate.trouble:
+            raise TunebookError(candidate.trouble)
+        self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end, quiet
+        self._reader: Any = None
+        if candidate.kind == "endpoint":
+            servers = Answers(place, cache.key("endpoint", candidate.url, candidate.model))
+            self._reader = RemoteModel(candidate.url, candidate.model, servers)
+        content = self._reader.client.served if self._reader else candidate.content(precision)
+        self.store = Answers(place, cache.key(content))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def reader(self) -> Any:
+        """The loaded model; loads it on first use."""
+        if self._reader is None:
+            self._reader = reader(self.candidate, self.precision, self.end_of_turn)
+        return self._reader
+
+    def answers(
+        self, prompts: Sequence[Conversation], decoding: Decoding, label: str = ""
+    ) -> tuple[list[Answer], dict[str, Any]]:
+        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept.
+
+        The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
+        """
+        keys = [cache.key("answer", prompt, decoding.key()) for prompt in prompts]
+        found = {i: Answer(*value) for i, key in enumerate(keys) if (value := self.store.get(key)) is not None}
+        missing = [i for i in range(len(prompts)) if i not in found]
+        speed_key = cache.key("speed", sorted(keys))
+        if missing:
+            reader, started = self.reader, time.monotonic()
+            with self._bar(label or self.candidate.name, len(prompts), len(found)) as bar:
+
+                def done(place: int, answer: Answer) -> None:
+                    if not answer.failed:
+                        self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
+                    bar.update()
+
+                made = reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
+            found |= dict(zip(missing, made, strict=True))
+            seconds = max(time.monotonic() - started, 1e-3)
+            speed = {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / seconds, 3)}
+            self.store.put(speed_key, speed)
+        answers = [found[i] for i in range(len(prompts))]
+        speed = self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0}
+        return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
+
+    def completion_logprobs(self, pairs: Sequence[tuple[Conversation, str]]) -> list[tuple[float, int]]:
+        """(summed log-probabilities in nats, tokens) of each completion behind its conversation, end of turn too."""
+
+        def row(i: int) -> tuple[list[int], list[int]]:
+            return self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)
+
+        keys = [cache.key("completion", messages, text) for messages, text in pairs]
+        return self._sums(keys, [len(text) for _, text in pairs], row, "preference")
+
+    def text_losses(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+        """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens but the very first."""
+
+        def row(i: int) -> tuple[list[int], list[int]]:
+            ids = self.reader.tokens(texts[i])[:WINDOW]
+            return ids[:1], ids[1:]
+
+        sums = self._sums([cache.key("text", t, WINDOW) for t in texts], [len(t) for t in texts], row, "general text")
+        return [(-logprob, count) for logprob, count in sums]
+
+    def kept(self, name: Any, make: Callable[[Any], Any]) -> Any:
+        """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
+        name = cache.key("kept", name)
+        if self.store.get(name) is None:
+            self.store.put(name, make(self.reader))
+        return self.store.get(name)
+
+    def _sums(self, keys: list[str], sizes: list[int], row: Callable, what: str) -> list[tuple[float, int]]:
+        """Sums and counts of the log-probabilities of rows (prompt ids, completion ids), those of one size together."""
+        missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
+        with self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing)) as bar:
+            for start in range(0, len(missing), KEPT_AT_ONCE):
+                batch = missing[start : start + KEPT_AT_ONCE]
+                for i, values in zip(batch, self.reader.logprobs([row(i) for i in batch]), strict=True):
+                    self.store.put(keys[i], [sum(values), len(values)])
+                    bar.update()
+        return [tuple(self.store.get(k)) for k in keys]
+
+    def _bar(self, label: str, total: int, known: int) -> Any:
+        from tqdm import tqdm
+
+        quiet = self.quiet or known == total
+        return tqdm(desc=label, total=total, initial=known, mininterval=2, ncols=90, file=sys.stdout, disable=quiet)
+
+
+def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | GgufModel:
+    """The candidate, loaded. Raises TunebookError when it cannot be."""
+    path, adapter = candidate.path, candidate.adapter
+    assert path is not None
+    if candidate.kind == "gguf":
+        return GgufModel(path, end_of_turn)
+    if adapter is not None and candidate.onto == "nf4":
+        with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
+            merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
+            return HfModel(loading.load_model(merged, dtype=precision), loading.load_tokenizer(merged))
+    model, tokenizer = loading.load_model(path, dtype=precision), loading.load_tokenizer(path)
+    if adapter is not None:
+        if (adapter / "tokenizer.json").is_file():
+            tokenizer = loading.load_tokenizer(adapter)
+            vocabulary.fit(model, tokenizer)  # tokens may have been added
+        model = loading.load_adapter(model, adapter).merge_and_unload()
+        if precision == "auto" and model.dtype == loading.dtype("fp32"):
+            for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
+                weight.data = weight.data.to(loading.dtype("bf16")).float()
+    return HfModel(model, tokenizer)
+
+
+class RemoteModel:
+    """An OpenAI-compatible server behind the methods of a model: a question that fails costs its own answer only.
+
+    url: such as http://127.0.0.1:8080/v1; model: its name there, "" for the first that /models lists.
+    servers: where it is kept what the server serves; None for a client that needs no identity.
+    """
+
+    path_note = "OpenAI-compatible endpoint"
+
+    def __init__(self, url: str, model: str = "", servers: Answers | None = None, **options: Any):
+        options = {"key_name": key_name(), "concurrency": 8, "retries": 2, "timeout_s": 60.0, **options}
+        self.client = Client(Endpoint(url, model, **options), servers)
+
+    def close(self) -> None:
+        self.client.__exit__()
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> Conversation:
+        """The messages as they are: the server renders them."""
+        return [dict(m) for m in messages]
+
+    def generate(
+        self, prompts: Sequence[Conversation], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
+        """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the
+        others fail with that reason or, where nothing was ever answered, TunebookError is raised."""
+        how = None, decoding.max_new_tokens, decoding.temperature, decoding.seed
+        answers: list[Answer] = []
+        for place, reply in enumerate(self.client.ask((Request(p, *how) for p in prompts), patience=GIVE_UP)):
+            answers.append(
+                Answer(reply.text[:ANSWER_CHARS].strip(), reply.completion_tokens, reply.finished, reply.error)
+            )
+            if done:
+                done(place, answers[-1])
+        return answers
+
+    def tokens(self, text: str, end: bool = False) -> Any:
+        raise TunebookError(
+            f"The endpoint {self.client.endpoint} gives no probabilities of a given text; loss and preference need the "
+            "weights or a GGUF."
+        )
+
+
+def key_name() -> str:
+    """The environment variable that holds the key of endpoints; the key itself is never printed or stored."""
+    return "TUNEBOOK_API_KEY" if os.environ.get("TUNEBOOK_API_KEY") else "OPENAI_API_KEY"

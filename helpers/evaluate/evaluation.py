@@ -20,8 +20,8 @@ from helpers.display import Html
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, harness, judge, preferences, score_tables
 from helpers.evaluate import scores as results
+from helpers.evaluate.candidates import TROUBLE, Session, key_name
 from helpers.evaluate.scores import Findings, Measured
-from helpers.evaluate.session import TROUBLE, Session, key_name
 from helpers.llm_client import Client, Endpoint
 from helpers.model import loading
 from helpers.model.stop_tokens import end_of_turn

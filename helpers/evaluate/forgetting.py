@@ -16,7 +16,7 @@ import numpy as np
 
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
-from helpers.evaluate.session import Session
+from helpers.evaluate.candidates import Session
 from helpers.tasks import instructions
 from helpers.tasks.answers import Decoding
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from helpers import cache
 from helpers.errors import TunebookError
-from helpers.evaluate.session import Session
+from helpers.evaluate.candidates import Session
 from helpers.gguf.runner import GgufModel
 from helpers.model.loading import hub_error
 from helpers.storage import write_atomic

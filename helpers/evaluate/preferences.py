@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.evaluate import statistics
-from helpers.evaluate.session import Session
+from helpers.evaluate.candidates import Session
 
 
 def read(path: Path, limit: int = 0) -> list[dict[str, Any]]:

@@ -87,12 +87,12 @@ def clusters(items: Sequence[Item]) -> list[str] | None:
 
 def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean score by the columns "kind" and "origin", where the data has them."""
-    found = {}
-    for column in ("kind", "origin"):
-        values: dict[str, list[float]] = {}
-        for item, score in zip(items, scores, strict=True):
+    values: dict[str, dict[str, list[float]]] = {}
+    for item, score in zip(items, scores, strict=True):
+        for column in ("kind", "origin"):
             if score is not None and isinstance(item.meta.get(column), (str, int)):
-                values.setdefault(str(item.meta[column]), []).append(score)
-        if values:
-            found[column] = {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(values.items())}
-    return found
+                values.setdefault(column, {}).setdefault(str(item.meta[column]), []).append(score)
+    return {
+        column: {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(found.items())}
+        for column, found in values.items()
+    }

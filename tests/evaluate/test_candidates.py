@@ -14,7 +14,7 @@ import pytest
 
 from helpers.cache import Answers
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, forgetting, generate, harness, preferences, session
+from helpers.evaluate import candidates, forgetting, generate, harness, preferences
 from helpers.tasks.answers import Decoding
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -116,10 +116,8 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
 def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
     import torch
 
-    from helpers.evaluate.packed_weights import PackedWeights
-
     ids = torch.tensor([tiny.encode(conversations(1)[0])])
-    arranged = PackedWeights(tiny.model)
+    arranged = generate.PackedWeights(tiny.model)
     assert len(arranged.layers) == 7 * 2 + 1
     with torch.inference_mode():
         plain = tiny.model(ids).logits
@@ -216,7 +214,7 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
     texts = [r["text"] for r in forgetting.read_lines(PROJECT / "datasets" / "general_text.jsonl", "text")[:4]]
     found = {}
     for candidate in (as_candidate(lively, "sft", adapter), as_candidate(lively, "base")):
-        with session.Session(candidate, tmp_path, "fp32", quiet=True) as s:
+        with candidates.Session(candidate, tmp_path, "fp32", quiet=True) as s:
             found[candidate.name] = forgetting.text_loss(s, texts)
     direct = [-sum(v) for v in tiny.logprobs([(tiny.tokens(t)[:1], tiny.tokens(t)[1:]) for t in texts])]
     assert [n for n, _ in found["base"]["per_text"]] == pytest.approx(direct, rel=1e-4)
@@ -276,15 +274,15 @@ def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path
 
 def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(lively, tmp_path):
     ask = conversations(6)
-    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         first, speed = s.answers(ask, Decoding(6))
         assert speed["from_cache"] == 0 and s._reader is not None
         file = s.store.path
-    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         again, speed = s.answers(ask, Decoding(6))
         assert again == first and speed["from_cache"] == 6 and s._reader is None
     file.write_bytes(file.read_bytes()[:-30].rsplit(b"\n", 2)[0] + b'\n{"k": "torn')
-    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         assert s.answers(ask, Decoding(6))[0] == first
         assert s.answers(ask, Decoding(7))[1]["from_cache"] == 0  # another decoding is another question
 
@@ -307,7 +305,7 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         {"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"}
         for i, c in enumerate(conversations(5))
     ]
-    with session.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
         found = preferences.score(s, pairs)
     prompt = tiny.encode(pairs[0]["prompt"])
     odds = []
@@ -335,7 +333,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
     from lm_eval.tasks import TaskManager
 
     task, folder = general
-    with session.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s:
         ours = harness.run(s, [task], folder, limit=16)
     own = lm_eval.simple_evaluate(
         model="hf",
@@ -355,7 +353,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
 def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
     task, folder = general
     candidate = candidates.Candidate("gguf f16", "gguf", "gguf", "x", tiny_gguf)
-    with session.Session(candidate, tmp_path, end="<|im_end|>", quiet=True) as s:
+    with candidates.Session(candidate, tmp_path, end="<|im_end|>", quiet=True) as s:
         found = harness.run(s, [task], folder, limit=8)
         ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
         assert s.reader.tokens("Question: What do bees make?\nAnswer: honey") == ids
@@ -376,7 +374,7 @@ def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny
 
 def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp_path, general):
     with (
-        session.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s,
+        candidates.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s,
         pytest.raises(TunebookError, match="knows no task 'nonesuch'"),
     ):
         harness.run(s, ["nonesuch"], general[1])
@@ -464,7 +462,7 @@ def hostile(monkeypatch):
 
 
 def ask(url, count=1, **options):
-    model = session.RemoteModel(url, "m", retries=0, **options)
+    model = candidates.RemoteModel(url, "m", retries=0, **options)
     return model.generate([[{"role": "user", "content": f"hi {i}"}] for i in range(count)], Decoding(5))
 
 
@@ -515,7 +513,7 @@ def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
         candidate = candidates.find({}, "", f"served={url}#m")[0]
 
         def answers():
-            with session.Session(candidate, tmp_path, quiet=True) as s:
+            with candidates.Session(candidate, tmp_path, quiet=True) as s:
                 found, speed = s.answers(conversations(3), Decoding(6))
             return {a.text for a in found}, speed["from_cache"]
 
@@ -534,6 +532,6 @@ def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
         candidate = candidates.find({}, "", f"served={url}")[0]
         assert candidate.kind == "endpoint"
-        with session.Session(candidate, tmp_path, quiet=True) as s:
+        with candidates.Session(candidate, tmp_path, quiet=True) as s:
             answers, _ = s.answers(conversations(3), Decoding(6))
     assert all(a.text and not a.failed for a in answers)

@@ -12,7 +12,7 @@ import pytest
 from helpers import display, params, report, runs
 from helpers.data import decontamination
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, evaluation, judge, session, statistics
+from helpers.evaluate import candidates, evaluation, judge, statistics
 from helpers.evaluate import scores as scores_json
 from helpers.tasks import instructions, text_metrics
 
@@ -245,13 +245,13 @@ def test_forgetting_is_measured_where_there_are_weights(judged):
 
 def test_another_evaluation_of_the_same_models_loads_none_of_them_again(judged, monkeypatch):
     job, _, _, _ = judged
-    monkeypatch.setattr(session, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
+    monkeypatch.setattr(candidates, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
     again = evaluation.open(params.resolve("eval", {**job.params.as_dict(), "task_drop": 0.2}))
     assert again.stage.done is None
     monkeypatch.setattr(again.stage, "begin", lambda: False)
     for candidate in again.findings.candidates:
         if not candidate.trouble:
-            with session.Session(candidate, "answers", end=again.end_of_turn, quiet=True) as s:
+            with candidates.Session(candidate, "answers", end=again.end_of_turn, quiet=True) as s:
                 measured = again._measure(s)
             first = job.findings.measured[candidate.name]
             assert measured.entries == first.entries and measured.speed["from_cache"] == 60

@@ -129,9 +129,10 @@ def _error_kind(result: sqlite.Result) -> str:
 
 
 def _difference(mine: sqlite.Result, gold: sqlite.Result) -> tuple[str, str]:
-    rows = f"{len(mine.rows)} row{'' if len(mine.rows) == 1 else 's'}"
+    rows, columns = (
+        f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(mine.rows), "row"), (len(mine.columns), "column"))
+    )
     if len(mine.columns) != len(gold.columns):
-        columns = f"{len(mine.columns)} column{'' if len(mine.columns) == 1 else 's'}"
         return "wrong_columns", f"{columns} instead of {len(gold.columns)}"
     if sqlite.same_answer("", gold.rows, mine.rows):
         return "wrong_order", "the rows are right, their order is not"

@@ -40,12 +40,10 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What one query did.
+    """What one query did: its rows (none when it failed) and columns.
 
-    rows: list of tuples (empty when it failed). columns: their names. error: SQLite's message or the limit
-    that was hit, "" when it ran. kind: "ok", or why it failed: "syntax", "schema" (no such table, column or
-    function), "denied" (anything but reading), "statements" (none, or more than one), "parameters" (unbound ?),
-    "steps", "timeout", "rows", "size", "error".
+    error: SQLite's message or the limit that was hit. kind: "ok", or why it failed: one of `_KINDS`, or the limit
+    "steps", "timeout", "rows" or "size"; "statements": none, or more than one.
     """
 
     rows: list[tuple] = field(default_factory=list)
@@ -105,9 +103,8 @@ def execute(
 ) -> Result:
     """Run one SELECT on a connection of `open_readonly`; never raises for what the query does.
 
-    max_steps counts SQLite's virtual-machine instructions (20 million are about a second), so a verdict does not
-    depend on how busy the machine is; timeout_s is the second fence. A query with more than max_rows rows, or
-    more than max_bytes of values, fails with kind "rows" or "size" rather than with a part of its answer.
+    max_steps counts SQLite's virtual-machine instructions (20 million are about a second), so a verdict does not depend
+    on how busy the machine is. A query with more rows or bytes fails rather than giving a part of its answer.
     """
     if not isinstance(sql, str) or not sql.strip():
         return Result(error="no statement", kind="statements")
@@ -129,8 +126,7 @@ def execute(
         cursor = conn.execute(sql)
         if cursor.description is None:
             return Result(error="the statement returns no rows", kind="statements")
-        rows: list[tuple] = []
-        size = 0
+        rows, size = list[tuple](), 0
         for row in cursor:
             size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
             if len(rows) >= max_rows:
@@ -162,9 +158,8 @@ def quote(name: str) -> str:
 def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
     """Whether two row lists answer `gold_sql` alike: as multisets, in order only under a top-level ORDER BY.
 
-    Column names do not count, column order does. Numbers are compared at nine significant digits, 1 equals 1.0,
-    and text never equals a number. The multiset rule is that of the Spider test suite
-    (Zhong et al. 2020, https://arxiv.org/abs/2010.02840), which is stricter than a set of distinct rows.
+    never equals a number. Multisets, as in Spider's test suite (Zhong et al. 2020, arXiv:2010.02840).
+    never equals a number. Multisets as in Spider's test suite (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
     """
     if len(rows_a) != len(rows_b):
         return False

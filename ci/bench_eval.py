@@ -21,7 +21,7 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from helpers.evaluate.generate import HfModel
-from helpers.tasks.answers import Decoding
+from helpers.tasks.questions import Decoding
 
 TOKENS = 48
 

@@ -29,7 +29,7 @@ from helpers.gguf.runner import GgufModel
 from helpers.llm_client import Client, Endpoint, Request, shown_url
 from helpers.model import loading, merging
 from helpers.runs import Manifest
-from helpers.tasks.answers import Answer, Decoding
+from helpers.tasks.questions import Answer, Decoding
 
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
 _WEIGHTS = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")

@@ -28,7 +28,7 @@ from helpers.model.stop_tokens import end_of_turn
 from helpers.params import EvalParams
 from helpers.runs import Manifest, Stage
 from helpers.tasks import questions, text_metrics
-from helpers.tasks.answers import Answer, Decoding
+from helpers.tasks.questions import Answer, Decoding
 from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
 
 UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "structural", "result")) | {

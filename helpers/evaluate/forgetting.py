@@ -18,7 +18,7 @@ from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
 from helpers.tasks import instructions
-from helpers.tasks.answers import Decoding
+from helpers.tasks.questions import Decoding
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
 TASK = "general knowledge"

@@ -19,7 +19,7 @@ from helpers.model.loading import fast_bf16
 from helpers.model.packed_attention import head_dim
 from helpers.model.prefix_sharing import common_length
 from helpers.model.stop_tokens import end_of_turn, stop_tokens
-from helpers.tasks.answers import Answer, Decoding
+from helpers.tasks.questions import Answer, Decoding
 
 ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
 CACHE_BYTES = 1 << 30  # keys and values of one batch on a CPU; a quarter of the free memory on a GPU

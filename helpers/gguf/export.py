@@ -27,7 +27,7 @@ from helpers.model import loading, merging
 from helpers.model.weights import check_adapter, count_weights
 from helpers.params import GgufParams
 from helpers.tasks import questions
-from helpers.tasks.answers import Decoding
+from helpers.tasks.questions import Decoding
 from helpers.tasks.text_to_sql import sqlite
 from helpers.tasks.text_to_sql.scoring import Judge
 

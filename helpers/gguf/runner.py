@@ -15,7 +15,7 @@ from typing import Any
 from helpers import worker
 from helpers.errors import TunebookError
 from helpers.gguf.llama_cpp import Completion, LlamaCpp
-from helpers.tasks.answers import Answer, Decoding
+from helpers.tasks.questions import Answer, Decoding
 
 PARALLEL = 32  # answers at once; on 2 cores 16 gains 15 % less, 64 nothing more
 Ids = Sequence[int]

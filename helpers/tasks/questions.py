@@ -1,4 +1,4 @@
-"""The held-out questions that a run is judged on, as stage 01 wrote them, and which task they make up."""
+"""What is asked, the held-out questions as stage 01 wrote them, and what is answered, whatever runs the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,30 @@ from helpers.errors import TunebookError
 CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
 _CREATE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
 _QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn. temperature 0 is greedy, without a seed; max_new_tokens counts the end of turn."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 17
+
+    def key(self) -> dict[str, Any]:
+        """What the answers depend on, for the cache: a greedy answer has no seed."""
+        return asdict(self) if self.temperature > 0 else {"max_new_tokens": self.max_new_tokens, "temperature": 0.0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens and outer blanks; tokens: how many were generated; stopped: it ended its turn;
+    failed: why there is no answer (endpoints), else ""."""
+
+    text: str
+    tokens: int
+    stopped: bool
+    failed: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from helpers.cache import Answers
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, generate, harness, preferences
-from helpers.tasks.answers import Decoding
+from helpers.tasks.questions import Decoding
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA = (

@@ -5,7 +5,7 @@ import train_data
 from helpers import params as parameters
 from helpers import plots
 from helpers.evaluate.generate import HfModel
-from helpers.tasks.answers import Decoding
+from helpers.tasks.questions import Decoding
 from helpers.train import callbacks, rows, sft
 
 

@@ -402,7 +402,7 @@ def test_a_damaged_gguf_is_a_sentence_and_a_runtime_that_dies_is_one_too(tmp_pat
     with pytest.raises(TunebookError, match=r"broken\.gguf"):
         GgufModel(broken)
     model = GgufModel(tiny_gguf, "<|im_end|>")
-    prompts = [model.encode(c) for c in conversations(3)]
+    prompts = [model.encode(c) for c in conversations(70)]  # more than are answered at once
     with pytest.raises(TunebookError, match=r"llama\.cpp with tiny-f16\.gguf was killed"):
         model.generate(prompts, Decoding(), done=lambda *_: model._child.process.kill())
     model.close()

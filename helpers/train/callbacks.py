@@ -219,28 +219,28 @@ class LiveCurve(TrainerCallback):
     """Draws the curves anew every 3 seconds where someone is watching; headless, a line of text every 20 seconds."""
 
     def __init__(self, log: Path, draw: Callable[[], Any]) -> None:
-        self.log, self.draw, self.every_s = log, draw, 3.0 if machine.interactive() else 20.0
+        self.log, self.draw, self.watched = log, draw, machine.interactive()
         self.last, self.handle = -math.inf, None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         now = time.monotonic()
-        if state.is_world_process_zero and now - self.last >= self.every_s:
+        if state.is_world_process_zero and now - self.last >= (3.0 if self.watched else 20.0):
             self.last = now
             self._show(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and machine.interactive():
+        if state.is_world_process_zero and self.watched:
             self._show(state)
 
     def _show(self, state: Any) -> None:
-        if machine.interactive():
+        lines = [line for line in read(self.log) if "loss" in line]
+        if self.watched and self.handle:
+            self.handle.update(self.draw())
+        elif self.watched:
             import IPython.display
 
-            if self.handle is None:
-                self.handle = IPython.display.display(self.draw(), display_id=True)
-            else:
-                self.handle.update(self.draw())
-        elif lines := [line for line in read(self.log) if "loss" in line]:
+            self.handle = IPython.display.display(self.draw(), display_id=True)
+        elif lines:
             line = lines[-1]
             at = f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}"
             left = display.duration(line.get("left_s", 0))

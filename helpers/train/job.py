@@ -12,9 +12,10 @@ import math
 import os
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from helpers import display, machine, plots, runs, steps
 from helpers.data.vocabulary import add_tokens
@@ -112,6 +113,9 @@ class TrainJob(steps.Job):
     adapter: folder of the adapter to train further.
     """
 
+    # Looks that are figures: the file that a finished stage keeps, and what draws it. The last one is drawn live.
+    drawn: ClassVar[dict[str, tuple[str, Callable[..., Any]]]] = {"figure": ("loss.png", plots.training_curves)}
+
     stage: runs.Stage
     source: ModelSource = None  # type: ignore[assignment]
     tokenizer: Any = None
@@ -177,8 +181,7 @@ class TrainJob(steps.Job):
     @steps.look
     def figure(self) -> Any:
         """The loss curves, drawn from log.jsonl."""
-        self._trained()
-        return plots.training_curves(self.lines(), self.title)
+        return self._draw("figure")
 
     @steps.look
     def answers(self, count: int = 4) -> display.Html:
@@ -206,8 +209,8 @@ class TrainJob(steps.Job):
             if not distributed.first():
                 return None
             methods.save(self.model, self.tokenizer, self.stage.path / kind, self.pissa, whole)
-            for name, figure in self.figures().items():
-                display.save_figure(self.stage, figure, name)
+            for look, (file, _) in self.drawn.items():
+                display.save_figure(self.stage, getattr(self, look)(), file)
         if kind == "model" and self.params.precision == "fp32":
             self.notes.append("trained in fp32, as asked, and written in bf16")
         plan, peak = self.planned, machine.peak_memory_gib()
@@ -232,24 +235,21 @@ class TrainJob(steps.Job):
 
     def run(self) -> runs.Manifest | None:
         """Every step but the answers, for runs without a notebook: one that is opened afterwards shows them."""
-        for step in (self.plan, self.first_row, self.left_out, self.train, self.summary, *self.curves()):
+        for step in (self.plan, self.first_row, self.left_out, self.train, self.summary):
             step()
         return self.finish()
 
     # ---------------------------------------------------------------- how a step does it
 
-    def curves(self) -> list[Any]:
-        """The looks that draw the log."""
-        return [self.figure]
-
-    def figures(self) -> dict[str, Any]:
-        """The figures that a finished stage keeps, by file name; the last one is drawn live."""
-        return {"loss.png": plots.training_curves(self.lines(), self.title)}
+    def _draw(self, look: str) -> Any:
+        return self.drawn[look][1](self.lines(), self.title)
 
     def lines(self) -> list[dict[str, Any]]:
-        """The log so far."""
+        """The log so far; raises TunebookError before there is one."""
         from helpers.train import callbacks
 
+        if not self.log.is_file():
+            raise TunebookError("The job has not been trained; call its train() first.")
         return callbacks.read(self.log)
 
     def _train(self) -> None:
@@ -286,7 +286,7 @@ class TrainJob(steps.Job):
         self.trainer = trainers.make(self, self.model, precision)
         self.trainer.add_callback(callbacks.Log(self.log, self.trainer))
         self.trainer.add_callback(callbacks.Guard(self.trainer, precision.fp16))
-        self.trainer.add_callback(callbacks.LiveCurve(self.log, lambda: [*self.figures().values()][-1]))
+        self.trainer.add_callback(callbacks.LiveCurve(self.log, lambda: self._draw([*self.drawn][-1])))
         self.trainer.add_callback(self._samples(4, self.params.sample_every))
         self.seal = callbacks.Seal(self.identity, self.log, mirror)
         self.trainer.add_callback(self.seal)

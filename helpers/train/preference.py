@@ -6,7 +6,7 @@ ORPO (arXiv:2403.07691) needs no reference model; DPO, KTO and SimPO stand besid
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from helpers import plots, runs, steps
 from helpers.errors import TunebookError
@@ -21,17 +21,12 @@ def needs(params: OrpoParams) -> tuple[str, ...]:
 
 
 class PreferenceJob(TrainJob):
+    drawn: ClassVar = {**TrainJob.drawn, "margins": ("margins.png", plots.preference_curves)}
+
     @steps.look
     def margins(self) -> Any:
         """Log odds, margin and accuracy: each step and on held-out pairs."""
-        self._trained()
-        return plots.preference_curves(self.lines(), self.title)
-
-    def curves(self) -> list[Any]:
-        return [self.figure, self.margins]
-
-    def figures(self) -> dict[str, Any]:
-        return {**super().figures(), "margins.png": plots.preference_curves(self.lines(), self.title)}
+        return self._draw("margins")
 
 
 def open(params: OrpoParams) -> PreferenceJob:

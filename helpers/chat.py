@@ -167,8 +167,7 @@ def show(servers: Any, system: str = "", temperature: float = 0.0, max_tokens: i
 
 
 def offer(gguf: str | Path, base: str | Path = "", system: str = "") -> Chat | None:
-    """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where that is to
-    be had.
+    """In a notebook that somebody watches: serve an exported file and chat with it, beside the base where possible.
 
     base: a GGUF file, or the base model's name (the default model's GGUF is at hand offline; of another, name a
     file). Headless it starts nothing and prints the command that serves the file.

@@ -79,8 +79,7 @@ def find(what: str | Path, type: str = "") -> Path:
 
 
 def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
-    """Context in tokens and the memory in GiB that serving will take: weights, and 16-bit keys and values of the
-    whole context.
+    """Context in tokens and the memory in GiB that serving takes: weights, and 16-bit keys and values of the context.
 
     Raises TunebookError for a damaged file, a context the model cannot have, or more memory than is free.
     """

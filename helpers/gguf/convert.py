@@ -1,5 +1,4 @@
-"""From a Hugging Face folder to a GGUF file in 16 bits, by llama.cpp's own converter; from a PEFT adapter to a GGUF
-adapter.
+"""From a Hugging Face folder to a 16-bit GGUF file by llama.cpp's own converter; from a PEFT adapter to a GGUF one.
 
 The converter (packaged, pinned by hash) brings a top-level `gguf` of its own version, and some of its model classes
 would run a folder's Python code. So it runs in a process of its own, offline, on a folder without any reference to
@@ -33,8 +32,7 @@ COPIED = (
 
 
 def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> Path:
-    """Write `out` from the folder `model` (config, safetensors, tokenizer), whole or not at all. outtype: "f16" or
-    "bf16".
+    """Write `out` from the model folder (config, safetensors, tokenizer), whole or not at all. outtype: of `TYPES_16`.
 
     Raises TunebookError with what the converter said.
     """

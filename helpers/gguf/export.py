@@ -270,9 +270,9 @@ class ExportJob(steps.Job):
         for batch in pq.ParquetFile(path).iter_batches(64, columns=["input_ids"]) if path.is_file() else ():
             for row in batch.column("input_ids").to_pylist():
                 cut = row[: min(room + 1, 2048)]
-                if room <= 0 or len(cut) < 2:
+                if room <= 0:
                     return rows
-                rows.append(cut)
+                rows += [cut] if len(cut) > 1 else []
                 room -= len(cut) - 1
         return rows
 
@@ -282,8 +282,7 @@ class ExportJob(steps.Job):
 
         data = self.stage.parents["data"]
         if (data.path / "test.parquet").is_file():
-            prompts = pq.read_table(data.path / "test.parquet", columns=["prompt"])["prompt"][:count].to_pylist()
-            return [[{"role": m["role"], "content": m["content"]} for m in prompt] for prompt in prompts]
+            return [item.prompt for item in questions.read(data.path / "test.parquet")[:count]]
         found = pq.read_table(data.artifact("eval.parquet"), columns=["messages"])["messages"][:count].to_pylist()
         return [json.loads(messages)[:-1] for messages in found]
 

@@ -1,5 +1,4 @@
-"""Is the GGUF file the model that was trained? Measured in the llama.cpp runtime, against the merged model in high
-precision.
+"""Is the GGUF file the model that was trained? Measured in llama.cpp, against the merged model in high precision.
 
 Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each
 quantised file's unpacked weights are then run in the same model, so that what the smaller weights cost and what the
@@ -29,8 +28,7 @@ FEW = 0.02  # a task score this far below the best counts as good as the best, h
 
 
 class Reference:
-    """The merged model in float32 (bfloat16 where that does not fit), its log-probabilities and answers on held-out
-    text.
+    """The merged model in float32 (bfloat16 where that does not fit): log-probabilities and answers on held-out text.
 
     merged: the model folder; rows: token ids of held-out conversations; prompts: token ids to answer; conversations:
     messages of the job, for the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x
@@ -67,8 +65,7 @@ class Reference:
         self._write(conversations, math.exp(min(loss, 700.0)))
 
     def weights_kl(self, file: Path, source: Path) -> float | None:
-        """Mean KL divergence of the trained model with the weights of `file`, unpacked by gguf's own code, in nats a
-        token.
+        """Mean KL, nats a token, of the trained model with the weights of `file`, unpacked by gguf's own code.
 
         source: the 16-bit GGUF that `file` was quantised from. None where the trained model is not in float32, or its
         weights are not matrices that the converter took over row by row. The model's own weights are gone afterwards.
@@ -217,8 +214,7 @@ def _load(merged: Path) -> Any:
 
 
 def recommend(files: Sequence[Quantised], results: Sequence[Result]) -> dict[str, str]:
-    """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as well as the
-    best.
+    """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as the best does.
 
     "As well" allows for chance: with few questions two files differ by a standard error of their difference for no
     reason.

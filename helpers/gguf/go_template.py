@@ -90,8 +90,7 @@ class Inexpressible(Exception):
 
 
 def jinja_renderer(tokenizer: Any) -> Render:
-    """render(messages, generation=True, tools=None, begun=False) -> the Jinja's text, or None where the template
-    refuses.
+    """render(messages, generation, tools, begun) -> the Jinja's text, or None where the template refuses.
 
     begun: the last message is the beginning of an answer. A BOS that the tokenizer itself will put first is cut off,
     as Ollama and llama.cpp do. The template runs in a process that can be ended.

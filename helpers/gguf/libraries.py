@@ -1,5 +1,4 @@
-"""Where llama.cpp's code comes from, without a compiler: prebuilt libraries and the packaged converter, pinned by
-sha256.
+"""Where llama.cpp's code comes from, without a compiler: prebuilt libraries and the converter, pinned by sha256.
 
 The library inside the `xllamacpp` package runs models, here and in the server that people get, but leaves out the
 quantising function. The prebuilt one that `setup` fetches has it (glibc 2.34 or newer). A build of the user's own
@@ -38,8 +37,7 @@ DISK_FULL = re.compile(
 
 
 def setup() -> dict[str, str]:
-    """Fetch what is missing and return where each part is. Safe to repeat; a killed set-up leaves no half-unpacked
-    folder.
+    """Fetch what is missing and return where each part is. Safe to repeat; killed, it leaves nothing half-unpacked.
 
     Raises TunebookError when the converter cannot be fetched; where the prebuilt library does not fit, nothing is
     quantised.

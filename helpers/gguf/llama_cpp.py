@@ -232,8 +232,7 @@ class LlamaCpp(Vocabulary):
         seed: int = 17,
         done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts (token ids), `parallel` at a time, each ending by itself, at a stop
-        text or at `max_tokens`.
+        """Completions of prompts (token ids), `parallel` at a time, to their end, a stop text or `max_tokens`.
 
         The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs
         next to nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its

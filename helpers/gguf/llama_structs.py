@@ -177,8 +177,7 @@ def _load_ggml(folder: Path) -> c.CDLL | None:
 
 
 def threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS where it is set, as torch does, or the cores that affinity and the
-    container's quota leave."""
+    """Threads to compute with: OMP_NUM_THREADS, as torch does, or the cores that affinity and container leave."""
     if (asked := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
         return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,4 @@
-"""Will this model survive the export? Asked before training: architecture, tokenizer, added tokens, end of turn,
-disk, memory.
+"""Will this model survive the export? Asked before training: architecture, tokenizer, end of turn, disk, memory.
 
 The tokenizer is converted for real, without weights, and read back by llama.cpp; the answer is cached by content, so
 that only the first stage of a run pays for it (about 10 s).

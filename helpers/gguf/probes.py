@@ -63,8 +63,7 @@ def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tu
 
 @dataclass
 class Result:
-    """What was found about one file. KL in nats a token; agreement and shares from 0 to 1; failed: gate -> what was
-    found.
+    """What was found about one file. KL in nats a token; shares from 0 to 1; failed: gate -> what was found.
 
     weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest of the
     divergence.

@@ -1,5 +1,4 @@
-"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process of its own: a crash there ends that process
-only.
+"""Quantise a 16-bit GGUF file with llama.cpp's own function, in a process that may crash alone.
 
 An importance matrix of the training data (each column's mean square of inputs) makes the quantisers weigh a column's
 rounding error by it.

@@ -1,5 +1,4 @@
-"""A GGUF model in a process of its own: a crash of llama.cpp costs that model only, and its threads don't wait for
-torch's.
+"""A GGUF model in a process of its own: it may crash alone, and its threads don't wait for torch's.
 
 Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own
 tokenizer: what is judged is the whole chain that a person downloads.

@@ -25,15 +25,16 @@ def speed(found: dict[str, Any]) -> Html:
 
 
 def scores(found: dict[str, Any]) -> Html:
+    named = {"valid": "valid SQL", "structural": "same structure", "stopped": "stops by itself"}
+    known = [name for name in named if any(name in c["scores"] for c in found["candidates"])]
     rows = []
     for c in found["candidates"]:
         if c["status"] == "skipped":
             rows.append((c["name"], "left out", c["reason"]))
             continue
-        accuracy = c["scores"]["accuracy"]
-        shares = [_share(c["scores"].get(name)) for name in ("valid", "structural", "stopped")]
+        accuracy, shares = c["scores"]["accuracy"], [_share(c["scores"][name]) for name in known]
         rows.append((c["name"], _share(accuracy), _interval(accuracy), *shares, display.size(c["size_bytes"])))
-    head = ("candidate", found["task"]["label"], "95 % interval", "runs", "same structure", "stops by itself", "size")
+    head = ("candidate", found["task"]["label"], "95 % interval", *(named[name] for name in known), "size")
     said = [found["headline"], *(f"⚠ {warning}" for warning in found["warnings"])]
     return display.said(*said) + display.shown(rows, head) + display.said((found["ship"] or {}).get("sentence", ""))
 

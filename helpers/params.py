@@ -114,14 +114,14 @@ class DataParams(Params):
         "E-mail, phone, payment card, IBAN, IP address: count, mask, or drop the row",
         choices="off count mask drop",
     )
-    toxicity: str = more("none", "Scorer: transformers:model, an endpoint http://host/v1#model, or a registered name")
+    toxicity: str = more("none", "Scorer: transformers:model, or a registered name")
     toxicity_threshold: float = more(0.5, "Score from which a row is dropped", high=1)
     weights: str = more("", "Mixture: share of each source, name=2,other=1; empty: every row")
     caps: str = more("", "Maximum rows of a source, name=1000,other=50")
     mix_unit: str = more("rows", "What the shares of the mixture are counted in", choices="rows tokens")
     replay_dataset: str = more("", "General data mixed in against forgetting")
     replay_share: float = more(0.0, "Its share of the whole", high=0.9)
-    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices="none questions preferences")
+    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices="none questions")
     endpoint: str = more("", "OpenAI-compatible server, http://127.0.0.1:8080/v1")
     endpoint_model: str = more("", "Name of the model there")
     endpoint_key_name: str = more("OPENAI_API_KEY", "Environment variable that holds the server's key")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from helpers.cache import Answers
 from helpers.data import decontamination, dedup
 from helpers.data.privacy import mask_personal_data
 from helpers.data.shingles import shingles
@@ -43,16 +42,16 @@ def run(
     report: Callable[[str], StepReport],
     evaluation: Table | None = None,
     tokenizer: Callable[[], Any] | None = None,
-    answers: Answers | None = None,
     measure: bool = False,
 ) -> Table:
     """Rows through every step that is switched on, in a fixed order: repair, judge, deduplicate, decontaminate.
 
-    report: gives a step of this name its account. evaluation: rows that must not be trained on. answers: keeps the
-    marks of an endpoint that scores toxicity. measure: also measure which share of planted
-    evaluation questions would be found.
+    report: gives a step of this name its account. evaluation: rows that must not be trained on. measure: also
+    measure which share of planted evaluation questions would be found.
     """
     found: Iterable[list[Row]] = rows
+    if not len(rows):
+        return rows
     if p.repair_unicode:
         found = repair_unicode(found, report("Unicode repair"))
     if p.languages:
@@ -67,7 +66,7 @@ def run(
     if p.personal_data != "off":
         found = mask_personal_data(found, report("personal data"), action=p.personal_data)
     if p.toxicity != "none":
-        found = drop_toxic(found, report("toxicity"), p.toxicity, p.toxicity_threshold, answers)
+        found = drop_toxic(found, report("toxicity"), p.toxicity, p.toxicity_threshold)
     if p.exact_duplicates:
         found = dedup.exact_duplicates(found, report("exact duplicates"))
     if p.near_duplicates:

@@ -22,7 +22,7 @@ from helpers.data.chat_template import Template
 from helpers.data.labels import Encoded, Encoder, spelt_out
 from helpers.data.lengths import Fitter, expanded, propose
 from helpers.data.tables import Rejects, Table
-from helpers.data.turns import BATCH_ROWS, Row
+from helpers.data.turns import BATCH_ROWS, PLACE, Row
 from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
@@ -208,7 +208,7 @@ def _test_columns(batch: list[Row]) -> dict[str, Any]:
     """Prompts without their answer, the answer as reference. Preference rows give their chosen answer."""
     rows = [row for row in batch if row["kind"] != "text"]
     whole = [row["messages"] + row.get("chosen", [])[-1:] for row in rows]
-    metas = [{**{name: row[name] for name in ("source", "file", "row")}, **row["meta"]} for row in rows]
+    metas = [{**{name: row[name] for name in PLACE}, **row["meta"]} for row in rows]
     return {
         "id": [row["id"] for row in rows],
         "prompt": [plain_turns(messages[:-1]) for messages in whole],

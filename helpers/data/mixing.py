@@ -66,7 +66,7 @@ def mix(
     twice, so the source that is shortest for its weight decides how much of the others is taken. Raises TunebookError
     when a share cannot be met.
     """
-    _check(sources, replay_share, unit)
+    _check(sources, replay_share)
     sizes = {name: min(len(s.table), s.cap or len(s.table)) for name, s in sources.items()}
     per_row = {name: _tokens_per_row(s.table, lengths) if unit == "tokens" else 1.0 for name, s in sources.items()}
     planned = _plan(sources, {name: size * per_row[name] for name, size in sizes.items()}, replay_share)
@@ -81,19 +81,13 @@ def mix(
         yield rows
     report.seen += sum(len(s.table) for s in sources.values())
     all_rows, all_tokens = max(1, sum(taken.values())), max(1, sum(tokens.values()))
-    report.figures["mixture"] = {
-        name: {
-            "rows": taken[name],
-            "rows_share": round(taken[name] / all_rows, 4),
-            "available": len(source.table),
-            "tokens": tokens[name],
-            "tokens_share": round(tokens[name] / all_tokens, 4),
-            "weight": source.weight,
-            "replay": source.replay,
-        }
-        for name, source in sources.items()
-    }
+    mixture: dict[str, dict[str, Any]] = {}
+    report.figures["mixture"] = mixture
     for name, source in sources.items():
+        rows_share, tokens_share = round(taken[name] / all_rows, 4), round(tokens[name] / all_tokens, 4)
+        mixture[name] = {"rows": taken[name], "rows_share": rows_share, "available": len(source.table)}
+        mixture[name] |= {"tokens": tokens[name], "tokens_share": tokens_share}
+        mixture[name] |= {"weight": source.weight, "replay": source.replay}
         if left := len(source.table) - taken[name]:
             report.dropped[f"not needed for the mixture: {name}"] += left
 
@@ -107,27 +101,17 @@ def table(mixture: Mapping[str, Mapping[str, Any]]) -> Html:
     return shown(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens"))
 
 
-def _check(sources: Mapping[str, Source], replay_share: float, unit: str) -> None:
+def _check(sources: Mapping[str, Source], replay_share: float) -> None:
     own = {name: source for name, source in sources.items() if not source.replay}
     unweighted = [name for name, source in own.items() if source.weight is None]
-    wrong = [name for name, s in sources.items() if s.weight is not None and not 0 <= s.weight < math.inf]
-    problem = ""
-    if unit not in ("rows", "tokens"):
-        problem = f"mix_unit is {unit!r}; it takes 'rows' or 'tokens'."
-    elif not 0 <= replay_share < 1:
-        problem = f"replay_share is {replay_share!r}; it takes a number from 0 up to, but not including, 1."
-    elif wrong:
-        problem = f"The weight of {wrong[0]!r} is {sources[wrong[0]].weight!r}; it takes a number of 0 or more."
-    elif unweighted and len(unweighted) < len(own):
-        problem = f"Some sources have a weight and {', '.join(unweighted)} has none; give every source one, or none."
-    elif replay_share and not any(s.replay and len(s.table) for s in sources.values()):
-        problem = (
+    if unweighted and len(unweighted) < len(own):
+        raise TunebookError(f"weights gives {', '.join(unweighted)} no weight; give every source one, or none.")
+    if replay_share and not any(source.replay and len(source.table) for source in sources.values()):
+        raise TunebookError(
             f"replay_share is {replay_share:g}, but there is no replay data; name a replay_dataset, or set it to 0."
         )
-    elif not any(len(s.table) for s in own.values()):
-        problem = "There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl."
-    if problem:
-        raise TunebookError(problem)
+    if not any(len(source.table) for source in own.values()):
+        raise TunebookError("There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl.")
 
 
 def _plan(sources: Mapping[str, Source], amounts: dict[str, float], replay_share: float) -> dict[str, float]:

@@ -25,14 +25,15 @@ from helpers.data.chat_template import Template, inspect
 from helpers.data.shingles import text_hash
 from helpers.data.split import pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
-from helpers.data.turns import Row, answer_of, make_row, text_of
-from helpers.display import Html, save_figure, shown
+from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of
+from helpers.display import Html, said, save_figure, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
 from helpers.params import DataParams
 from helpers.steps import Job as StageJob
 from helpers.steps import look, step
 
+BAD = "bad answers, kept for kto.parquet only"
 COMPANIONS = ("test_dataset", "preference_dataset", "database")
 
 
@@ -120,35 +121,27 @@ class Job(StageJob):
     def generate(self) -> Html:
         """Rows from a model behind an endpoint, and preference pairs from queries that were run, where asked for."""
         self._begin("generate")
-        made = []
-        if self.params.synthetic != "none":
-            made.append(self._synthetic())
-        if self.params.sql_negatives:
+        p, made = self.params, []
+        if p.synthetic != "none":
+            documents = Table.collect(_of_kind(self.training.table, "text"))
+            report = self.report_of("generate", "synthetic questions")
+            rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
+            self.rejects.check_rows_left(rows, "the synthetic questions")
+            others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
+            self.training_rows = Table.collect(chain(others, rows))
+            made.append(("synthetic questions", f"{len(rows):,}", f"{len(documents):,} pieces of text"))
+        if p.sql_negatives:
             database = self.database()
             if database is None:
                 raise TunebookError("sql_negatives needs a database to run the queries on; name a SQLite file.")
-            questions = Table.collect(_of_kind(("sft",), self.training.table))
+            questions = Table.collect(_of_kind(self.training.table, "sft"))
             report = self.report_of("generate", "pairs by running mistaken queries")
-            self.made_pairs = Table.collect(
-                sql_pairs.reject_queries(questions, report, database, seed=self.params.seed)
-            )
+            self.made_pairs = Table.collect(sql_pairs.reject_queries(questions, report, database, seed=p.seed))
             of = f"{len(questions):,} questions"
             made.append(("pairs with a query that answers wrongly", f"{len(self.made_pairs):,}", of))
-        none = [("No synthetic data was asked for (synthetic, sql_negatives).", "", "")]
-        return shown(made or none, ("made", "rows", "of") if made else ())
-
-    def _synthetic(self) -> tuple[str, str, str]:
-        kind = self.params.synthetic
-        documents = Table.collect(_of_kind(("text",), self.training.table))
-        report = self.report_of("generate", f"synthetic {kind}")
-        rows = synthetic.generate(self.params, documents, report, Answers(self.path / "work", "synthetic"))
-        self.rejects.check_rows_left(rows, f"the synthetic {kind}")
-        if kind == "questions":
-            others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
-            self.training_rows = Table.collect(chain(others, rows))
-        else:
-            self.made_pairs = rows
-        return f"synthetic {kind}", f"{len(rows):,}", f"{len(documents):,} pieces of text"
+        if not made:
+            return said("No synthetic data was asked for (synthetic, sql_negatives).")
+        return shown(made, ("made", "rows", "of"))
 
     # ------------------------------------------------------------ clean, mix, split
 
@@ -156,24 +149,28 @@ class Job(StageJob):
     def clean(self) -> Html:
         """The cleaning steps that the parameters ask for, on all that is trained on: rows, pairs, KTO rows, replay."""
         self._begin("clean")
-        answers = Answers(self.path / "work", "toxicity") if self.params.toxicity.startswith("http") else None
         tests = self.tests.table if len(self.tests.table) else None
 
         def cleaned(rows: Iterable[list[Row]], label: str = "") -> Table:
             table = rows if isinstance(rows, Table) else Table.collect(rows)
-            if not len(table):
-                return table
-            account, measure = functools.partial(self.report_of, "clean", label), not label
-            return cleaning.run(table, self.params, account, tests, lambda: self.tokenizer, answers, measure)
+            account = functools.partial(self.report_of, "clean", label)
+            return cleaning.run(table, self.params, account, tests, lambda: self.tokenizer, measure=not label)
 
         self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)
         found = (self.training_rows, self.preferences.table, self.made_pairs)
-        self.pair_rows = cleaned((batch for table in found for batch in _of_kind(("preference",), table)), "pairs: ")
-        self.kto_rows = cleaned(_of_kind(("kto",), self.training_rows), "kto: ")
-        self.replay_rows = cleaned(_of_kind(("sft", "text"), self.replay.table), "replay: ")
+        self.pair_rows = cleaned((batch for table in found for batch in _of_kind(table, "preference")), "pairs: ")
+        self.kto_rows = cleaned(_of_kind(self.training_rows, "kto"), "kto: ")
+        self.replay_rows = cleaned(_of_kind(self.replay.table, "sft", "text"), "replay: ")
         self.mixed = self.rows
-        return self.show_steps()
+        lines = []
+        for one in self.steps:
+            example = next(iter(one.examples.values()), {})
+            text = str(example.get("text") or f"{example.get('before')} → {example.get('after')}" if example else "")
+            removed = ", ".join(f"{reason}: {count:,}" for reason, count in one.dropped.items())
+            counts = (f"{one.seen:,}", f"{one.kept:,}", f"{one.changed:,}" if one.changed else "")
+            lines.append((one.step, *counts, removed, text[:140]))
+        return shown(lines, ("step", "rows in", "rows out", "changed", "removed", "example"))
 
     def _for_training(self) -> Iterable[list[Row]]:
         """Rows that answers are learnt from: a pair gives its chosen answer, a KTO row its good one."""
@@ -181,29 +178,16 @@ class Job(StageJob):
         if kinds <= {"sft", "text"}:
             return self.training_rows
         report = self.report_of("clean", "rows for training")
-        bad = "bad answers, kept for kto.parquet only"
+        report.figures[BAD] = 0
 
         def usable() -> Iterator[list[Row]]:
             for batch in self.training_rows:
-                report.seen += len(batch)
                 kept = [row for row in batch if row["kind"] != "kto" or row["label"]]
-                if len(kept) < len(batch):
-                    report.figures[bad] = report.figures.get(bad, 0) + len(batch) - len(kept)
-                report.kept += len(kept)
+                report.seen, report.kept = report.seen + len(batch), report.kept + len(kept)
+                report.figures[BAD] += len(batch) - len(kept)
                 yield [_as_sft(row) if row["kind"] in ("preference", "kto") else row for row in kept]
 
         return usable()
-
-    def show_steps(self) -> Html:
-        """What each cleaning step did, with one example."""
-        lines = []
-        for one in self.steps:
-            found = next(iter(one.examples.values()), {})
-            example = str(found.get("text") or f"{found.get('before')} → {found.get('after')}")[:140] if found else ""
-            removed = ", ".join(f"{reason}: {count:,}" for reason, count in one.dropped.items())
-            counts = (f"{one.seen:,}", f"{one.kept:,}", f"{one.changed:,}" if one.changed else "")
-            lines.append((one.step, *counts, removed, example))
-        return shown(lines, ("step", "rows in", "rows out", "changed", "removed", "example"))
 
     @step
     def mix(self) -> Html:
@@ -258,9 +242,8 @@ class Job(StageJob):
         sizes = [(name, f"{len(part):,}") for name, part in self.splits.items()]
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
         if len(pairs) and not len(self.pair_splits["eval"]):
-            sizes.append(
-                ("note", f"none of {len(pairs):,} pairs is held out (preference_eval_share {p.preference_eval_share})")
-            )
+            why = f"preference_eval_share {p.preference_eval_share}"
+            sizes.append(("note", f"none of {len(pairs):,} pairs is held out ({why})"))
         return shown(sizes, ("split", "rows"))
 
     def _not_asked(self, rows: Table, label: str) -> Table:
@@ -274,11 +257,10 @@ class Job(StageJob):
 
         held = {question(row) for row in self.splits["test"].rows()}
 
-        def judge(batch: list[Row]) -> Iterator[tuple[str, str] | None]:
-            return (("its question is in the test split", "") if question(row) in held else None for row in batch)
-
-        report = self.report_of("split", f"{label}: question in the test split")
-        return Table.collect(report.sift(rows, judge))
+        fault, report = ("its question is in the test split", ""), self.report_of("split", f"{label}: test questions")
+        return Table.collect(
+            report.sift(rows, lambda batch: (fault if question(row) in held else None for row in batch))
+        )
 
     # ------------------------------------------------------------ render and write
 
@@ -290,19 +272,16 @@ class Job(StageJob):
     @step
     def vocabulary(self) -> Html:
         """Tokens per character of the data, beside a second tokenizer where one is named."""
-        names = (self.params.model, self.params.compare_tokenizer)
-        other = None
+        names, other = (self.params.model, self.params.compare_tokenizer), None
         if self.params.compare_tokenizer:
             other = loading.load_tokenizer(loading.resolve_model(self.params.compare_tokenizer))
         texts = (
             "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
             for row in self.mixed.rows()
         )
-        found = vocabulary.report(self.tokenizer, texts, other)
-        for name, figures in zip(names, found.values(), strict=False):
-            if figures is not None:
-                figures["name"] = name
-        self.figures["vocabulary"] = found
+        self.figures["vocabulary"] = found = vocabulary.report(self.tokenizer, texts, other)
+        for name, figures in zip(names, filter(None, found.values()), strict=False):
+            figures["name"] = name
         header, rows = vocabulary.table(found)
         return shown(rows, header)
 
@@ -387,12 +366,12 @@ class Job(StageJob):
         )
 
 
-def _of_kind(kinds: tuple[str, ...], table: Table) -> Iterator[list[Row]]:
+def _of_kind(table: Table, *kinds: str) -> Iterator[list[Row]]:
     for batch in table:
         if found := [row for row in batch if row["kind"] in kinds]:
             yield found
 
 
 def _as_sft(row: Row) -> Row:
-    places = {name: row[name] for name in ("source", "file", "row", "meta")}
-    return make_row("sft", row["messages"] + row.get("chosen", []), tools=row.get("tools"), **places)
+    kept = {name: row[name] for name in (*PLACE, "meta")}
+    return make_row("sft", row["messages"] + row.get("chosen", []), tools=row.get("tools"), **kept)

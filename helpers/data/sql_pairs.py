@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from helpers.data.tables import StepReport
-from helpers.data.turns import Row, answer_of, make_row
+from helpers.data.turns import PLACE, Row, answer_of, make_row
 from helpers.tasks.text_to_sql import negatives, sqlite
 
 
@@ -38,7 +38,7 @@ def reject_queries(
                     continue
                 outcome = "fails" if why.startswith("it fails") else "answers differently"
                 report.figures[outcome] = report.figures.get(outcome, 0) + 1
-                places = {key: row[key] for key in ("source", "file", "row")}
+                places = {key: row[key] for key in PLACE}
                 chosen, rejected = ([{"role": "assistant", "content": text}] for text in (gold, query))
                 meta = row["meta"] | {"why": why}
                 prompt = row["messages"][:-1]

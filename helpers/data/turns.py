@@ -26,6 +26,7 @@ from typing import Any, NotRequired, TypedDict
 Row = dict[str, Any]
 BATCH_ROWS = 1000
 EXAMPLE_CHARS = 400
+PLACE = ("source", "file", "row")  # where a row came from
 ROLES = {
     "system": "system developer",
     "user": "user human",

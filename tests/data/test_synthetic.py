@@ -11,11 +11,12 @@ import pytest
 from llm_proxy import Proxy
 
 from helpers.cache import Answers
-from helpers.data import synthetic, toxicity
+from helpers.data import synthetic
 from helpers.data.tables import StepReport
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
+from helpers.params import DataParams
 
 TEXTS = [
     "The Eiffel Tower was completed in 1889 in Paris. It is 330 metres tall and was built by the company "
@@ -28,7 +29,7 @@ DOCUMENTS = [
     make_row("text", [{"role": "text", "content": t}], source="docs", file="docs.txt", row=i + 1)
     for i, t in enumerate(TEXTS)
 ]
-SMALL = synthetic.Settings(per_document=1, max_tokens=120, temperature=0.0)
+ONE = DataParams(pairs_per_document=1)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def flat(steps):
 
 def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path, capsys):
     report = StepReport("synthetic")
-    made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path), SMALL))
+    made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path), ONE, 120, 0.0))
     assert len(proxy.bodies) == len(DOCUMENTS) == report.figures["asked"] and proxy.most <= 2
     assert (
         report.seen == len(DOCUMENTS)
@@ -83,7 +84,7 @@ def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path
     assert "3 questions to ask (0 already answered)" in capsys.readouterr().out
 
     again = StepReport("synthetic")
-    assert flat(synthetic.question_answers([DOCUMENTS], again, at(proxy, tmp_path), SMALL)) == made
+    assert flat(synthetic.question_answers([DOCUMENTS], again, at(proxy, tmp_path), ONE, 120, 0.0)) == made
     assert (
         len(proxy.bodies) == len(DOCUMENTS)
         and again.figures["asked"] == 0
@@ -92,12 +93,12 @@ def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path
     assert "0 questions to ask (3 already answered)" in capsys.readouterr().out
 
 
-CUT = synthetic.Settings(per_document=1, max_tokens=24, temperature=0.0)  # answers that break off are answers too
+# Answers of 24 tokens break off; they are answers too.
 KILLED = """
 import sys; sys.path[:0] = [".", "tests"]
 from tests.data.test_synthetic import *
 client = Client(Endpoint(sys.argv[1], "smollm2", key_name="", concurrency=1), Answers(Path(sys.argv[2]), "synthetic"))
-for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), client, CUT):
+for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), client, ONE, 24, 0.0):
     pass
 """
 
@@ -115,50 +116,9 @@ def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
     asked = len(proxy.bodies)
     assert answered <= asked <= answered + 1 and asked < len(DOCUMENTS) + 1
     report = StepReport("synthetic")
-    flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path, concurrency=1), CUT))
+    flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path, concurrency=1), ONE, 24, 0.0))
     assert report.seen == len(DOCUMENTS) and report.figures["from_journal"] == answered
     assert len(proxy.bodies) - asked == len(DOCUMENTS) - answered, "only what had no answer is asked"
-
-
-def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
-    questions = [
-        make_row(
-            "sft", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], source="s", file="q", row=i
-        )
-        for i, (q, a) in enumerate([("Name a river in Europe.", "The Danube."), ("Name a colour.", "Blue.")])
-    ]
-    settings = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=0.001, good=0.0)
-    report = StepReport("pairs")
-    judged = {}
-
-    def judge(question, reference, answer):
-        judged[answer] = min(1.0, len(answer) / 500)
-        return judged[answer]
-
-    made = flat(synthetic.preference_pairs([questions], report, at(proxy, tmp_path), settings, judge))
-    assert len(proxy.bodies) == 4 and report.seen == 2 and len(made) + sum(report.dropped.values()) == 2
-    assert made, report.as_dict()
-    for row in made:
-        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert row["kind"] == "preference" and judged[chosen] > judged[rejected] and chosen != rejected
-        assert row["messages"][-1]["role"] == "user"
-    strict = StepReport("pairs")
-    impossible = synthetic.Settings(samples=2, max_tokens=40, temperature=1.0, margin=1.1, good=0.0)
-    assert flat(synthetic.preference_pairs([questions], strict, at(proxy, tmp_path), impossible, judge)) == []
-    assert len(proxy.bodies) == 4, "other margins need no new answers"
-    assert (
-        set(strict.dropped) <= {"no clear winner", "fewer than two different answers"}
-        and sum(strict.dropped.values()) == 2
-    )
-
-
-def test_an_endpoint_scores_toxicity(proxy, tmp_path):
-    messages = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "Two."}]
-    row = make_row("sft", messages, file="f", row=1)
-    answers = Answers(tmp_path, "toxicity")
-    for _ in range(2):
-        kept = flat(toxicity.drop_toxic([[row]], StepReport("t"), f"{proxy.url}#smollm2", 1.1, answers))
-        assert kept == [row] and len(proxy.bodies) == 1
 
 
 # ---------------------------------------------------------------- nothing is asked
@@ -166,16 +126,16 @@ def test_an_endpoint_scores_toxicity(proxy, tmp_path):
 
 def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(proxy, tmp_path):
     dear = at(proxy, tmp_path, price_out=1e6)
-    settings = synthetic.Settings(per_document=1, max_tokens=96, max_cost=5.0)
+    p = DataParams(pairs_per_document=1, max_cost=5.0)
     with pytest.raises(TunebookError, match=r"could cost 288.00, more than max_cost = 5.00; nothing was asked"):
-        flat(synthetic.question_answers([DOCUMENTS], StepReport("s"), dear, settings))
+        flat(synthetic.question_answers([DOCUMENTS], StepReport("s"), dear, p, 96))
     assert proxy.bodies == []
 
 
 def test_rows_that_are_no_documents_are_refused():
     row = make_row("sft", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], file="f", row=3)
     with pytest.raises(TunebookError, match="Row 3 of f is a sft row"):
-        flat(synthetic.question_answers([[row]], StepReport("s"), Client(Endpoint("http://127.0.0.1:9/v1", "m"))))
+        flat(synthetic.question_answers([[row]], StepReport("s"), Client(Endpoint("http://127.0.0.1:9/v1", "m")), ONE))
 
 
 @pytest.mark.parametrize(
@@ -195,13 +155,3 @@ def test_poor_pairs_have_a_reason(question, answer, why):
     assert synthetic.pair_fault(question.strip(), answer.strip(), TEXTS[0], seen) == why
     if not why:
         assert synthetic.pair_fault(question.upper(), answer, TEXTS[0], seen) == "question asked before"
-
-
-def test_overlap_orders_answers_by_their_nearness():
-    reference = "The Danube flows into the Black Sea."
-    answers = (reference, "It flows into the Black Sea", "Into a sea", "Potatoes")
-    score = [synthetic.overlap("q", reference, answer) for answer in answers]
-    assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
-    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
-        "问", "多瑙河流入黑海", "我不知道"
-    )

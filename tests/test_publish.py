@@ -314,7 +314,7 @@ def test_an_error_of_the_hub_is_one_message_with_its_status(run, hub):
 
 def test_an_altered_file_is_not_published(run):
     (runs.folder(run, "gguf") / "model-q8_0.gguf").write_bytes(b"GGUF" + b"9" * 7000)
-    with pytest.raises(TunebookError, match="Stage 'gguf' .* as it stands there"):
+    with pytest.raises(TunebookError, match=r"Stage 'gguf' .* as it stands there"):
         publish.plan(run, "user/atlas")
 
 

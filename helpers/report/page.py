@@ -186,9 +186,10 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     used = metrics.get("peak_gib") or manifest.get("peak_memory_gib") or 0.0
     error = (plan.get("errors") or {}).get("peak_gib")  # (predicted - measured) / measured
     planned = used * (1 + error) if display.finite(error) else None
-    named = ("backend", "attention", "quantize", "row_tokens", "accumulation", "recompute")
-    chosen = ", ".join(f"{name.replace('_', ' ')} {display.plain(plan[name])}" for name in named if name in plan)
-    words = {k: v for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str)) and len(str(v)) < 200}
+    named = {n: n.replace("_", " ") for n in ("backend", "attention", "quantize", "row_tokens", "accumulation")}
+    named["recompute"] = "layers with activation checkpointing"
+    chosen = ", ".join(f"{words} {display.plain(plan[name])}" for name, words in named.items() if name in plan)
+    flat = {k: v for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str)) and len(str(v)) < 200}
     return {
         "title": TITLES[stage],
         "figures": [plots.curves(log, [name]) for name in logged],
@@ -196,7 +197,7 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
         "used": used,
         "most": 1.1 * max(planned or 0.0, used),
         "notes": [n for n in (chosen, plan.get("reason"), *(manifest.get("notes") or [])) if n],
-        "figures_in_words": [(k, display.plain(v)) for k, v in words.items()],
+        "figures_in_words": [(k, display.plain(v)) for k, v in flat.items()],
     }
 
 

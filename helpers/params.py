@@ -121,7 +121,7 @@ class DataParams(Params):
     mix_unit: str = more("rows", "What the shares of the mixture are counted in", choices="rows tokens")
     replay_dataset: str = more("", "General data mixed in against forgetting")
     replay_share: float = more(0.0, "Its share of the whole", high=0.9)
-    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices="none questions")
+    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices="none questions preferences")
     endpoint: str = more("", "OpenAI-compatible server, http://127.0.0.1:8080/v1")
     endpoint_model: str = more("", "Name of the model there")
     endpoint_key_name: str = more("OPENAI_API_KEY", "Environment variable that holds the server's key")

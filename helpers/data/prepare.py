@@ -124,12 +124,15 @@ class Job(StageJob):
         p, made = self.params, []
         if p.synthetic != "none":
             documents = Table.collect(_of_kind(self.training.table, "text"))
-            report = self.report_of("generate", "synthetic questions")
+            report = self.report_of("generate", f"synthetic {p.synthetic}")
             rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
-            self.rejects.check_rows_left(rows, "the synthetic questions")
-            others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
-            self.training_rows = Table.collect(chain(others, rows))
-            made.append(("synthetic questions", f"{len(rows):,}", f"{len(documents):,} pieces of text"))
+            self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
+            if p.synthetic == "questions":
+                others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
+                self.training_rows = Table.collect(chain(others, rows))
+            else:
+                self.made_pairs = rows
+            made.append((f"synthetic {p.synthetic}", f"{len(rows):,}", f"{len(documents):,} pieces of text"))
         if p.sql_negatives:
             database = self.database()
             if database is None:

@@ -1,4 +1,4 @@
-"""Training data written by a model: question-answer pairs from documents.
+"""Training data written by a model: question-answer pairs from documents, preference pairs by rejection sampling.
 
 The documents are text rows, already cut into pieces. Answers are held to a JSON schema. The estimate comes before the
 first question, and what is not good enough goes to the rejects with its reason.
@@ -7,16 +7,18 @@ first question, and what is not good enough goes to the rejects with its reason.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from helpers.cache import Answers
-from helpers.data.shingles import tokens
+from helpers.data.shingles import shingles, tokens
 from helpers.data.tables import StepReport, Table
-from helpers.data.turns import BATCH_ROWS, PLACE, Row, batches, make_row, text_of
+from helpers.data.turns import BATCH_ROWS, PLACE, Row, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
-from helpers.llm_client import Client, Endpoint, Request
+from helpers.llm_client import Client, Endpoint, Reply, Request
 from helpers.params import DataParams
 
 ASK_PAIRS = (
@@ -30,6 +32,16 @@ MENTIONS_DOCUMENT = re.compile(
     re.IGNORECASE,
 )
 GROUNDED = 0.5  # share of an answer's words that the document must hold
+SAMPLES = 4  # answers drawn for each question of a preference pair
+MARGIN, GOOD = 0.2, 0.3  # how far apart chosen and rejected must be scored, and the lowest score of a chosen answer
+TEXT = {"type": "string"}
+
+Judge = Callable[[str, str, str], float]  # (question, reference, answer) → 0 to 1
+
+
+def object_of(**properties: dict) -> dict:
+    """JSON schema of an object that has these properties."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def generate(p: DataParams, documents: Table, report: StepReport, answers: Answers) -> Table:
@@ -45,7 +57,8 @@ def generate(p: DataParams, documents: Table, report: StepReport, answers: Answe
         raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
     server = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name, price_in=p.price_in, price_out=p.price_out)
     with Client(server, answers) as client:
-        return Table.collect(question_answers(documents, report, client, p))
+        rows = Table.collect(question_answers(documents, report, client, p))
+        return rows if p.synthetic == "questions" else Table.collect(preference_pairs(rows, report, client, p))
 
 
 def question_answers(
@@ -62,10 +75,8 @@ def question_answers(
     document", answers of which less than half the words are in the document. Raises TunebookError when the estimate
     exceeds `max_cost`, and when the endpoint fails.
     """
-    count, text = p.pairs_per_document, {"type": "string"}
-    pair = {"type": "object", "properties": {"question": text, "answer": text}, "required": ["question", "answer"]}
-    pairs = {"type": "array", "items": pair, "minItems": count, "maxItems": count}
-    schema = {"type": "object", "properties": {"pairs": pairs}, "required": ["pairs"]}
+    count = p.pairs_per_document
+    pairs = {"type": "array", "items": object_of(question=TEXT, answer=TEXT), "minItems": count, "maxItems": count}
 
     def requests() -> Iterator[Request]:
         for row in (row for batch in documents for row in batch):
@@ -75,17 +86,13 @@ def question_answers(
                     "(format 'text')."
                 )
             asked = [{"role": "user", "content": ASK_PAIRS.format(count=count, text=text_of(row))}]
-            yield Request(asked, schema, max_tokens, temperature, p.seed, tag=row)
+            yield Request(asked, object_of(pairs=pairs), max_tokens, temperature, p.seed, tag=row)
 
     def made() -> Iterator[Row]:
         seen: set[str] = set()
-        for reply in client.ask(requests()):
+        for reply in _replies(client, requests, report, p.max_cost):
             document = reply.request.tag
             report.seen += 1
-            figures["from_journal" if reply.kept else "asked"] += 1
-            if not reply.kept:
-                figures["prompt_tokens"] += reply.prompt_tokens
-                figures["completion_tokens"] += reply.completion_tokens
             if reply.error:
                 report.drop(document, "answer unusable", reply.error)
                 continue
@@ -100,15 +107,95 @@ def question_answers(
                     report.kept += 1
                     yield row
 
+    yield from batches(made(), BATCH_ROWS)
+
+
+def preference_pairs(
+    questions: Iterable[list[Row]],
+    report: StepReport,
+    client: Client,
+    p: DataParams,
+    judge: Judge | None = None,
+    *,
+    samples: int = SAMPLES,
+    margin: float = MARGIN,
+    good: float = GOOD,
+    max_tokens: int = 768,
+    temperature: float = 0.8,
+) -> Iterator[list[Row]]:
+    """Preference rows by rejection sampling: `samples` answers to each question, the best chosen, the worst rejected.
+
+    questions: sft rows whose last turn is the reference answer, read twice. judge: by default `overlap` with the
+    reference. Questions without a clear winner go to the rejects.
+    """
+
+    def requests() -> Iterator[Request]:
+        for row in (row for batch in questions for row in batch):
+            prompt = [{"role": m["role"], "content": m.get("content") or ""} for m in row["messages"][:-1]]
+            for sample in range(samples):
+                yield Request(prompt, object_of(answer=TEXT), max_tokens, temperature, p.seed + sample, tag=row)
+
+    def made() -> Iterator[Row]:
+        drawn: list[Reply] = []
+        for reply in _replies(client, requests, report, p.max_cost):
+            drawn.append(reply)
+            if len(drawn) < samples:
+                continue
+            row, errors = reply.request.tag, [one.error for one in drawn if one.error]
+            texts = [one.value["answer"].strip() for one in drawn if not one.error]
+            answers, drawn = list(dict.fromkeys(filter(None, texts))), []
+            report.seen += 1
+            if len(answers) < 2:
+                report.drop(row, "fewer than two different answers", next(iter(errors), ""))
+                continue
+            asked = "\n".join(m.get("content") or "" for m in row["messages"][:-1] if m["role"] != "system")
+            marks = {answer: float((judge or overlap)(asked, answer_of(row), answer)) for answer in answers}
+            best, worst = max(marks, key=marks.__getitem__), min(marks, key=marks.__getitem__)
+            detail = f"best {marks[best]:.2f}, worst {marks[worst]:.2f} of {len(answers)}"
+            if marks[best] < good:
+                report.drop(row, "no good answer", detail)
+            elif marks[best] - marks[worst] < margin:
+                report.drop(row, "no clear winner", detail)
+            else:
+                report.kept += 1
+                sides = {"chosen": best, "rejected": worst}
+                given: dict[str, Any] = {side: [{"role": "assistant", "content": sides[side]}] for side in sides}
+                scores = [round(marks[best], 3), round(marks[worst], 3)]
+                given["meta"] = {"scores": scores, "origin": f"synthetic: {client.model}"}
+                yield make_row("preference", row["messages"][:-1], **{name: row[name] for name in PLACE}, **given)
+
+    yield from batches(made(), BATCH_ROWS)
+
+
+def _replies(
+    client: Client, requests: Callable[[], Iterable[Request]], report: StepReport, max_cost: float
+) -> Iterator[Reply]:
+    """The answers, counted in the report, once the estimate was shown. Raises where the job could cost too much."""
     planned, figures = client.estimate(requests()), report.figures
-    figures |= {"estimate": str(planned), "asked": 0, "from_journal": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    figures.setdefault("estimate", []).append(str(planned))
+    figures |= {n: figures.get(n, 0) for n in ("asked", "from_journal", "prompt_tokens", "completion_tokens")}
     print(planned, flush=True)
-    if p.max_cost and planned.cost > p.max_cost:
+    if max_cost and planned.cost > max_cost:
         raise TunebookError(
-            f"The job could cost {planned.cost:,.2f}, more than max_cost = {p.max_cost:,.2f}; nothing was asked. Take "
+            f"The job could cost {planned.cost:,.2f}, more than max_cost = {max_cost:,.2f}; nothing was asked. Take "
             "fewer documents or pairs, or raise max_cost."
         )
-    yield from batches(made(), BATCH_ROWS)
+    for reply in client.ask(requests()):
+        figures["from_journal" if reply.kept else "asked"] += 1
+        if not reply.kept:
+            figures["prompt_tokens"] += reply.prompt_tokens
+            figures["completion_tokens"] += reply.completion_tokens
+        yield reply
+
+
+def overlap(question: str, reference: str, answer: str) -> float:
+    """F1 of the answer's words and word pairs (characters, in scripts without spaces) with the reference's, 0 to 1."""
+    found = []
+    for size in (1, 2):
+        flat, offsets = shingles([reference, answer], words=size, chars=size, symbols=False)
+        one, two = Counter(flat[: offsets[1]].tolist()), Counter(flat[offsets[1] :].tolist())
+        found.append(2 * (one & two).total() / max(1, one.total() + two.total()))
+    return sum(found) / 2
 
 
 def pair_fault(question: str, answer: str, document: str, seen: set[str]) -> str:

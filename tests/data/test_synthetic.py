@@ -121,6 +121,40 @@ def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
     assert len(proxy.bodies) - asked == len(DOCUMENTS) - answered, "only what had no answer is asked"
 
 
+def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
+    questions = [
+        make_row(
+            "sft", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], source="s", file="q", row=i
+        )
+        for i, (q, a) in enumerate([("Name a river in Europe.", "The Danube."), ("Name a colour.", "Blue.")])
+    ]
+    drawn = {"samples": 2, "max_tokens": 40, "temperature": 1.0, "good": 0.0}
+    report = StepReport("pairs")
+    judged = {}
+
+    def judge(question, reference, answer):
+        judged[answer] = min(1.0, len(answer) / 500)
+        return judged[answer]
+
+    made = flat(synthetic.preference_pairs([questions], report, at(proxy, tmp_path), ONE, judge, margin=0.001, **drawn))
+    assert len(proxy.bodies) == 4 and report.seen == 2 and len(made) + sum(report.dropped.values()) == 2
+    assert made, report.as_dict()
+    for row in made:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert row["kind"] == "preference" and judged[chosen] > judged[rejected] and chosen != rejected
+        assert row["messages"][-1]["role"] == "user"
+    strict = StepReport("pairs")
+    assert (
+        flat(synthetic.preference_pairs([questions], strict, at(proxy, tmp_path), ONE, judge, margin=1.1, **drawn))
+        == []
+    )
+    assert len(proxy.bodies) == 4, "other margins need no new answers"
+    assert (
+        set(strict.dropped) <= {"no clear winner", "fewer than two different answers"}
+        and sum(strict.dropped.values()) == 2
+    )
+
+
 # ---------------------------------------------------------------- nothing is asked
 
 
@@ -155,3 +189,13 @@ def test_poor_pairs_have_a_reason(question, answer, why):
     assert synthetic.pair_fault(question.strip(), answer.strip(), TEXTS[0], seen) == why
     if not why:
         assert synthetic.pair_fault(question.upper(), answer, TEXTS[0], seen) == "question asked before"
+
+
+def test_overlap_orders_answers_by_their_nearness():
+    reference = "The Danube flows into the Black Sea."
+    answers = (reference, "It flows into the Black Sea", "Into a sea", "Potatoes")
+    score = [synthetic.overlap("q", reference, answer) for answer in answers]
+    assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
+    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
+        "问", "多瑙河流入黑海", "我不知道"
+    )

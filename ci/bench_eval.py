@@ -155,7 +155,7 @@ def statistics() -> None:
     import numpy as np
 
     from helpers.evaluate import statistics
-    from helpers.tasks.text_to_sql import scoring
+    from helpers.tasks import text_to_sql
 
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
@@ -165,10 +165,10 @@ def statistics() -> None:
     queries = [
         json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()
     ]
-    scoring.canonical("SELECT 1")
+    text_to_sql.canonical("SELECT 1")
     started = time.perf_counter()
     for query in queries:
-        scoring.canonical(query)
+        text_to_sql.canonical(query)
     say("structural match", len(queries) / (time.perf_counter() - started), "queries/s", queries=len(queries))
 
 

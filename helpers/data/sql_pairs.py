@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers.data.tables import StepReport
 from helpers.data.turns import PLACE, Row, answer_of, make_row
-from helpers.tasks.text_to_sql import negatives, sqlite
+from helpers.tasks import negatives, text_to_sql
 
 
 def reject_queries(
@@ -23,7 +23,7 @@ def reject_queries(
     """`meta` says what is wrong with the rejected query ("why"). Dropped with a reason: rows whose query does
     not run, rows for which no wrong query was proposed."""
     propose = proposals or negatives.planted_mistakes(database)
-    conn = sqlite.open_readonly(database)
+    conn = text_to_sql.open_readonly(database)
     limits = {"max_rows": 1_000, "max_steps": max_steps, "timeout_s": timeout_s}
     try:
         for batch in rows:

@@ -27,9 +27,8 @@ from helpers.model import loading
 from helpers.model.stop_tokens import end_of_turn
 from helpers.params import EvalParams
 from helpers.runs import Manifest, Stage
-from helpers.tasks import questions, text_metrics
+from helpers.tasks import made_up_database, questions, text_metrics, text_to_sql
 from helpers.tasks.questions import Answer, Decoding
-from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
 
 UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "structural", "result")) | {
     "error": "",
@@ -54,7 +53,7 @@ class Evaluation(steps.Job):
         super().__init__(stage)
         self.params = cast(EvalParams, stage.params)
         self.found: dict[str, Any] = {}
-        self._judges: dict[str, scoring.Judge | None] = {}
+        self._judges: dict[str, text_to_sql.Judge | None] = {}
         if stage.done is None:
             self._prepare()
 
@@ -110,7 +109,7 @@ class Evaluation(steps.Job):
         row: dict[str, Any] = {key: getattr(item, key) for key in ("id", "question", "system", "reference", "cluster")}
         row["meta"] = {k: v for k, v in item.meta.items() if not isinstance(v, (list, dict)) and len(str(v)) <= 200}
         row["nonempty"] = sql.nonempty(item.reference) if sql else None
-        row["gold"] = scoring.shown(sql.gold(item.reference)[0]) if sql else None
+        row["gold"] = text_to_sql.shown(sql.gold(item.reference)[0]) if sql else None
         return {**row, "contaminated": contaminated}
 
     @steps.look
@@ -182,17 +181,17 @@ class Evaluation(steps.Job):
             entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
         return entry | ({"error": "no_answer", "detail": answer.failed, "valid": None} if answer.failed else {})
 
-    def _sql_judge(self, item: questions.Item) -> scoring.Judge | None:
+    def _sql_judge(self, item: questions.Item) -> text_to_sql.Judge | None:
         """What scores the item's queries; None where its own schema cannot be read: the item stays undefined."""
         if self.findings.kind != "text_to_sql":
             return None
         key = "" if self.database else item.id
         if key not in self._judges and self.database:
-            self._judges[key] = scoring.Judge([sqlite.open_readonly(self.database)])
+            self._judges[key] = text_to_sql.Judge([text_to_sql.open_readonly(self.database)])
         elif key not in self._judges:
             try:
                 made = made_up_database.databases(item.schema, item.reference, self.params.seed)
-                self._judges[key] = scoring.Judge(made)
+                self._judges[key] = text_to_sql.Judge(made)
             except TunebookError:
                 self._judges[key] = None
         return self._judges[key]

@@ -17,7 +17,7 @@ import numpy as np
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
-from helpers.tasks import instructions
+from helpers.tasks import text_metrics
 from helpers.tasks.questions import Decoding
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
@@ -68,7 +68,7 @@ def chat(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         passed = [passes(a.text) for r, a in zip(rows, answers, strict=True) if r.get("kind") == kind and not a.failed]
         return sum(passed) / len(passed) if passed else None
 
-    rates = share("refusal", instructions.refuses), share("manners", instructions.mannerly)
+    rates = share("refusal", text_metrics.refuses), share("manners", text_metrics.mannerly)
     return {"refusal_rate": rates[0], "manners": rates[1], "n": len(rows)}
 
 

@@ -19,14 +19,13 @@ from helpers.errors import TunebookError
 from helpers.evaluate import forgetting, harness, preferences, statistics
 from helpers.evaluate.candidates import Candidate
 from helpers.params import EvalParams
-from helpers.tasks import instructions, questions, text_metrics
-from helpers.tasks.text_to_sql import scoring
+from helpers.tasks import questions, text_metrics, text_to_sql
 
 SCHEMA_VERSION = 2
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 SMALL = 100  # items; below this even a large difference may hide
 ERROR_KINDS = {
-    **scoring.ERROR_KINDS,
+    **text_to_sql.ERROR_KINDS,
     "wrong": "differs from the reference",
     "no_answer": "the candidate failed to answer",
 }
@@ -103,7 +102,7 @@ class Findings:
                 record["reason"] = self.skipped[name]
                 continue
             m = self.measured[name]
-            passed = instructions.score(m.entries, self.items, self.kind)
+            passed = text_metrics.instructions(m.entries, self.items, self.kind)
             followed[name] = {check: statistics.share(values) for check, values in passed.items()}
             found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
             if self.kind == "text_to_sql":

@@ -26,10 +26,8 @@ from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
 from helpers.model.weights import check_adapter, count_weights
 from helpers.params import GgufParams
-from helpers.tasks import questions
+from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
-from helpers.tasks.text_to_sql import sqlite
-from helpers.tasks.text_to_sql.scoring import Judge
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
 HELD_OUT = "held-out rows"
@@ -315,7 +313,7 @@ class ExportJob(steps.Job):
         if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
             return
         asked = questions.read(data / "test.parquet", count, self.params.seed)
-        judge = Judge([sqlite.open_readonly(data / "database.sqlite")])
+        judge = text_to_sql.Judge([text_to_sql.open_readonly(data / "database.sqlite")])
         try:
             for result in self.results:
                 model = GgufModel(self.file(result.type))

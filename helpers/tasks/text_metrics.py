@@ -1,12 +1,20 @@
-"""Answers against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each from 0 to 1."""
+"""What an answer's text alone says: how near it is to the reference, whether it does what was asked, whether it refuses.
+
+Against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each from 0 to 1.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from helpers.tasks.questions import Item
 
 METRICS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF"}
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han, Yi.
@@ -18,6 +26,22 @@ UNSPACED_RANGES = (
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _UNSPACED = "".join(f"{chr(a)}-{chr(b)}" for a, b in UNSPACED_RANGES)
 _WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+REFUSAL = re.compile(
+    r"\b(?:I|we)(?:'m| am|'re| are)?\s+(?:really |very |truly )?(?:sorry|unable|not able|afraid)\b"
+    r"|\b(?:I|we)\s+(?:can(?:no|')?t|can not|won't|will not|must (?:decline|refuse)|do not|don't)\b.{0,40}"
+    r"\b(?:help|assist|provide|support|do that|comply|create|write|give|share|fulfil\w*|encourage|condone|engage|answer"
+    r"|discuss)"
+    r"|\bas an AI\b.{0,80}\b(?:can(?:no|')?t|unable|not able)\b"
+    r"|\b(?:illegal|unethical|harmful|against the law)\b|\bI (?:must |have to )?(?:decline|refuse)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_SQL = re.compile(
+    r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+LONGEST_NUMBER = 40  # characters
+Check = Callable[[str], bool | None]
 
 
 def normal(text: str) -> str:
@@ -69,3 +93,78 @@ def entry(text: str, reference: str, metric: str) -> dict[str, Any]:
         found["error"] = "empty" if empty else "wrong"
         found["detail"] = "the answer is empty" if empty else f"{metric} {value:.2f}"
     return found
+
+
+# ---------------------------------------------------------------- what was asked, as far as no judge is needed
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer declines: looked for in its first 300 characters."""
+    return bool(REFUSAL.search(text[:300].replace("’", "'")))
+
+
+def mannerly(text: str) -> bool:
+    """Whether an answer to small talk is talk: some words, mostly letters, no query, no code, no endless repetition."""
+    words = re.findall(r"[^\W\d_]+", text)
+    letters = sum(c.isalpha() or c.isspace() for c in text) / max(len(text), 1)
+    return len(words) >= 2 and letters > 0.75 and not _SQL.match(text) and "```" not in text and not repeats(text)
+
+
+def repeats(text: str, times: int = 4) -> bool:
+    """Whether some stretch of at least 12 characters stands `times` times in a row."""
+    return bool(re.search(rf"(.{{12,200}}?)\1{{{times - 1},}}", text[-2000:], re.DOTALL))
+
+
+def language(text: str) -> str | None:
+    """ISO code of the language, None for fewer than four words."""
+    import py3langid
+
+    return py3langid.classify(text)[0] if len(re.findall(r"[^\W\d_]{2,}", text)) >= 4 else None
+
+
+def _is_json(text: str) -> bool:
+    inner = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(inner), (dict, list))
+    return False
+
+
+def _is_list(text: str) -> bool:
+    return len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2
+
+
+def _is_sql(text: str) -> bool:
+    return bool(re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE))
+
+
+def _is_number(text: str) -> bool:
+    return len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip()))
+
+
+FORMATS: dict[str, Check] = {"json": _is_json, "number": _is_number, "list": _is_list, "sql": _is_sql}
+
+
+def checks_for(reference: str, kind: str) -> dict[str, Check]:
+    """Named checks of one answer, read off its reference: format, length and language."""
+    found: dict[str, Check] = {}
+    shown = (name for name in ("json", "number", "list") if reference.strip() and FORMATS[name](reference))
+    if wanted := "sql" if kind == "text_to_sql" else next(shown, ""):
+        found[f"format: {wanted}"] = FORMATS[wanted]
+    if reference.strip():
+        most = 3 * len(reference.split()) + 20
+        found["length"] = lambda text: 1 <= len(text.split()) <= most
+    if kind == "references" and (spoken := language(reference)):
+        found["language"] = lambda text: None if (heard := language(text)) is None else heard == spoken
+    return found
+
+
+def instructions(answers: Sequence[dict[str, Any]], items: Sequence[Item], kind: str) -> dict[str, list[bool | None]]:
+    """Check name → whether each answer passes, over the items it applies to. "stops" and "no loops" apply to all."""
+    values: dict[str, list[bool | None]] = {
+        "stops by itself": [a["stopped"] for a in answers],
+        "no loops": [not repeats(a["text"]) for a in answers],
+    }
+    for answer, item in zip(answers, items, strict=True):
+        for name, check in checks_for(item.reference, kind).items():
+            values.setdefault(name, []).append(check(answer["text"]))
+    return values

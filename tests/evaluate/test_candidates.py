@@ -255,9 +255,9 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
     ],
 )
 def test_refusals_and_manners_are_told_apart(text, refused, polite):
-    from helpers.tasks import instructions
+    from helpers.tasks import text_metrics
 
-    assert (instructions.refuses(text), instructions.mannerly(text)) == (refused, polite)
+    assert (text_metrics.refuses(text), text_metrics.mannerly(text)) == (refused, polite)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from helpers.data import sql_pairs
 from helpers.data.tables import StepReport
 from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
-from helpers.tasks.text_to_sql import negatives
-from helpers.tasks.text_to_sql import sqlite as runner
+from helpers.tasks import negatives, text_to_sql
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +70,13 @@ def test_every_planted_mistake_runs_and_answers_differently(database):
         and report.kept == report.seen == len(GOLD)
         and report.figures == {"answers differently": len(GOLD)}
     )
-    conn = runner.open_readonly(database)
+    conn = text_to_sql.open_readonly(database)
     for row, gold in zip(made, GOLD, strict=True):
         right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
         assert right == gold and row["kind"] == "preference" and row["meta"]["kind"] == "k"
         assert [m["role"] for m in row["messages"]] == ["system", "user"]
-        a, b = runner.execute(conn, right), runner.execute(conn, wrong)
-        assert a.ok and b.ok and not runner.same_answer(gold, a.rows, b.rows), (right, wrong)
+        a, b = text_to_sql.execute(conn, right), text_to_sql.execute(conn, wrong)
+        assert a.ok and b.ok and not text_to_sql.same_answer(gold, a.rows, b.rows), (right, wrong)
         assert "instead of" in row["meta"]["why"]
     conn.close()
     assert database.read_bytes() == before

@@ -5,7 +5,7 @@ import sqlite3
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.tasks.text_to_sql import sqlite
+from helpers.tasks import text_to_sql
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def database(tmp_path):
 
 @pytest.fixture
 def conn(database):
-    conn = sqlite.open_readonly(database)
+    conn = text_to_sql.open_readonly(database)
     yield conn
     conn.close()
 
 
 def test_a_select_returns_rows_and_columns(conn):
-    result = sqlite.execute(conn, "SELECT name AS n, price FROM item WHERE id <= 2 ORDER BY id;")
+    result = text_to_sql.execute(conn, "SELECT name AS n, price FROM item WHERE id <= 2 ORDER BY id;")
     assert result.ok and result.error == ""
     assert result.columns == ["n", "price"]
     assert result.rows == [("item 1", 0.5), ("item 2", 1.0)]
@@ -52,7 +52,7 @@ def test_a_select_returns_rows_and_columns(conn):
     ],
 )
 def test_ordinary_reading_is_admitted(conn, query):
-    result = sqlite.execute(conn, query)
+    result = text_to_sql.execute(conn, query)
     assert result.ok, result
     assert result.rows
 
@@ -85,11 +85,11 @@ def test_ordinary_reading_is_admitted(conn, query):
 )
 def test_everything_but_reading_is_refused_and_changes_nothing(conn, database, query):
     before = database.read_bytes()
-    result = sqlite.execute(conn, query)
+    result = text_to_sql.execute(conn, query)
     assert not result.ok and result.rows == []
     assert result.kind in ("denied", "schema", "statements"), result
     assert database.read_bytes() == before
-    assert sqlite.execute(conn, "SELECT count(*) FROM item").rows == [(501,)], "the connection must stay usable"
+    assert text_to_sql.execute(conn, "SELECT count(*) FROM item").rows == [(501,)], "the connection must stay usable"
 
 
 @pytest.mark.parametrize(
@@ -115,56 +115,56 @@ def test_everything_but_reading_is_refused_and_changes_nothing(conn, database, q
     ],
 )
 def test_a_failing_query_says_how_it_failed(conn, query, kind):
-    result = sqlite.execute(conn, query)
+    result = text_to_sql.execute(conn, query)
     assert not result.ok and result.error
     assert result.kind == kind, result
 
 
 @pytest.mark.parametrize("value", [None, 3, b"SELECT 1", ["SELECT 1"]])
 def test_what_is_no_text_is_no_statement(conn, value):
-    assert sqlite.execute(conn, value).kind == "statements"
+    assert text_to_sql.execute(conn, value).kind == "statements"
 
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
 def test_an_endless_query_is_stopped_by_steps(conn):
-    result = sqlite.execute(conn, ENDLESS, max_steps=200_000, timeout_s=60)
+    result = text_to_sql.execute(conn, ENDLESS, max_steps=200_000, timeout_s=60)
     assert result.kind == "steps" and "200000 steps" in result.error
-    assert sqlite.execute(conn, "SELECT 1").rows == [(1,)]
+    assert text_to_sql.execute(conn, "SELECT 1").rows == [(1,)]
 
 
 def test_an_endless_query_is_stopped_by_time(conn):
-    assert sqlite.execute(conn, ENDLESS, max_steps=10**15, timeout_s=0.1).kind == "timeout"
+    assert text_to_sql.execute(conn, ENDLESS, max_steps=10**15, timeout_s=0.1).kind == "timeout"
 
 
 def test_a_cross_join_is_stopped_while_rows_are_fetched(conn):
     query = "SELECT a.id FROM item a, item b, item c WHERE a.id + b.id + c.id < 0"
-    assert sqlite.execute(conn, query, max_steps=500_000).kind == "steps"
+    assert text_to_sql.execute(conn, query, max_steps=500_000).kind == "steps"
 
 
 def test_too_many_rows_fail_whole(conn):
-    assert sqlite.execute(conn, "SELECT id FROM item", max_rows=501).ok
-    result = sqlite.execute(conn, "SELECT id FROM item", max_rows=500)
+    assert text_to_sql.execute(conn, "SELECT id FROM item", max_rows=501).ok
+    result = text_to_sql.execute(conn, "SELECT id FROM item", max_rows=500)
     assert result.kind == "rows" and result.rows == []
 
 
 def test_too_many_bytes_fail_whole(conn):
-    result = sqlite.execute(conn, "SELECT printf('%900000d', id) FROM item LIMIT 50", max_bytes=5_000_000)
+    result = text_to_sql.execute(conn, "SELECT printf('%900000d', id) FROM item LIMIT 50", max_bytes=5_000_000)
     assert result.kind == "size" and result.rows == []
 
 
 def test_a_missing_file_and_a_foreign_file_are_named(tmp_path):
     with pytest.raises(TunebookError, match="was not found"):
-        sqlite.open_readonly(tmp_path / "none.sqlite")
+        text_to_sql.open_readonly(tmp_path / "none.sqlite")
     other = tmp_path / "notes.txt"
     other.write_text("not a database at all")
     with pytest.raises(TunebookError, match="is not a SQLite database"):
-        sqlite.open_readonly(other)
+        text_to_sql.open_readonly(other)
     broken = tmp_path / "broken.sqlite"
     broken.write_bytes(b"SQLite format 3\x00" + b"\xff" * 200)
     with pytest.raises(TunebookError, match="cannot be read"):
-        sqlite.open_readonly(broken)
+        text_to_sql.open_readonly(broken)
     assert not (tmp_path / "none.sqlite").exists(), "opening must not create a file"
 
 
@@ -186,20 +186,20 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path):
     ],
 )
 def test_only_a_top_level_order_by_orders(query, ordered):
-    assert sqlite.has_order(query) is ordered
+    assert text_to_sql.has_order(query) is ordered
 
 
 def test_answers_are_multisets_without_an_order():
-    assert sqlite.same_answer("SELECT a FROM t", [(1,), (2,), (2,)], [(2,), (1,), (2,)])
-    assert not sqlite.same_answer("SELECT a FROM t", [(1,), (2,), (2,)], [(1,), (1,), (2,)])
-    assert not sqlite.same_answer("SELECT a FROM t", [(1,)], [(1,), (1,)])
-    assert not sqlite.same_answer("SELECT a FROM t ORDER BY a", [(1,), (2,)], [(2,), (1,)])
-    assert sqlite.same_answer("SELECT a FROM t ORDER BY a", [(1,), (2,)], [(1,), (2,)])
+    assert text_to_sql.same_answer("SELECT a FROM t", [(1,), (2,), (2,)], [(2,), (1,), (2,)])
+    assert not text_to_sql.same_answer("SELECT a FROM t", [(1,), (2,), (2,)], [(1,), (1,), (2,)])
+    assert not text_to_sql.same_answer("SELECT a FROM t", [(1,)], [(1,), (1,)])
+    assert not text_to_sql.same_answer("SELECT a FROM t ORDER BY a", [(1,), (2,)], [(2,), (1,)])
+    assert text_to_sql.same_answer("SELECT a FROM t ORDER BY a", [(1,), (2,)], [(1,), (2,)])
 
 
 def test_values_are_compared_as_a_reader_would():
     def same(a, b):
-        return sqlite.same_answer("SELECT a", [a], [b])
+        return text_to_sql.same_answer("SELECT a", [a], [b])
 
     assert same((1,), (1.0,))
     assert same((0.1 + 0.2,), (0.3,))

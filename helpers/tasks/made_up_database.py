@@ -13,7 +13,7 @@ import sqlite3
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.tasks.text_to_sql import sqlite
+from helpers.tasks import text_to_sql
 
 DATABASES, ROWS, ATTEMPTS = 4, 24, 6
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "juniper")
@@ -32,7 +32,7 @@ def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASE
     for number in range(count):
         for attempt in range(ATTEMPTS):
             connection = _build(tables, wanted, random.Random(f"{seed}/{number}/{attempt}"))
-            if attempt == ATTEMPTS - 1 or sqlite.execute(connection, reference, max_steps=500_000).rows:
+            if attempt == ATTEMPTS - 1 or text_to_sql.execute(connection, reference, max_steps=500_000).rows:
                 break
             connection.close()
         made.append(connection)
@@ -103,11 +103,11 @@ def _build(tables: Tables, wanted: dict[str, list[Any]], rng: random.Random) -> 
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     shared = [rng.choice(_WORDS) + str(i % 7) for i in range(8)]  # one pool of text, so that joins meet
     for table, columns in tables.items():
-        names = ", ".join(sqlite.quote(c) + (" NUMERIC" if k == "number" else "") for c, k in columns.items())
-        connection.execute(f"CREATE TABLE {sqlite.quote(table)} ({names})")
+        names = ", ".join(text_to_sql.quote(c) + (" NUMERIC" if k == "number" else "") for c, k in columns.items())
+        connection.execute(f"CREATE TABLE {text_to_sql.quote(table)} ({names})")
         rows = [_row(columns, wanted, shared, rng) for _ in range(rng.randint(ROWS // 2, ROWS))]
-        connection.executemany(f"INSERT INTO {sqlite.quote(table)} VALUES ({', '.join('?' * len(columns))})", rows)
-    return sqlite.fence(connection)
+        connection.executemany(f"INSERT INTO {text_to_sql.quote(table)} VALUES ({', '.join('?' * len(columns))})", rows)
+    return text_to_sql.fence(connection)
 
 
 def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str], rng: random.Random) -> list[Any]:

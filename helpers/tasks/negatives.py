@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.tasks.text_to_sql import sqlite
+from helpers.tasks import text_to_sql
 
 Proposals = Callable[[str, random.Random], Iterable[str]]  # a gold query → queries that may be wrong
 MAX_PROPOSALS = 24
@@ -33,7 +33,7 @@ def rejected(
     One of the five nearest to gold (always the nearest would teach a single kind of mistake): of those that return
     rows where there are such, else of those that return none, which is easier to see, else of those that fail.
     """
-    truth = sqlite.execute(conn, gold, **limits)
+    truth = text_to_sql.execute(conn, gold, **limits)
     if not truth.ok:
         raise NoMistake("the right query does not run", f"{truth.kind}: {truth.error}")
     tried, seen = [], {" ".join(gold.split())}
@@ -42,10 +42,10 @@ def rejected(
         if not query or " ".join(query.split()) in seen:
             continue
         seen.add(" ".join(query.split()))
-        result = sqlite.execute(conn, query, **limits)
+        result = text_to_sql.execute(conn, query, **limits)
         if not result.ok:
             rank, why = 2, f"it fails ({result.kind}: {result.error})"
-        elif not sqlite.same_answer(gold, truth.rows, result.rows):
+        elif not text_to_sql.same_answer(gold, truth.rows, result.rows):
             rank, why = (0 if result.rows else 1), _difference(truth.rows, result.rows)
         else:
             continue
@@ -69,11 +69,13 @@ def planted_mistakes(database: str | Path) -> Proposals:
 
     Raises TunebookError when the database cannot be read.
     """
-    conn = sqlite.open_readonly(database)
+    conn = text_to_sql.open_readonly(database)
     try:
         conn.set_authorizer(None)
         tables = [name for (name,) in conn.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
-        columns = {t.lower(): [c[1] for c in conn.execute(f"PRAGMA table_info({sqlite.quote(t)})")] for t in tables}
+        columns = {
+            t.lower(): [c[1] for c in conn.execute(f"PRAGMA table_info({text_to_sql.quote(t)})")] for t in tables
+        }
     finally:
         conn.close()
     if not columns:

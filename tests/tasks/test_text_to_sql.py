@@ -8,15 +8,15 @@ import pytest
 
 from helpers.errors import TunebookError
 from helpers.evaluate.scores import ERROR_KINDS
+from helpers.tasks import made_up_database, text_to_sql
 from helpers.tasks import questions as items
-from helpers.tasks.text_to_sql import made_up_database, scoring, sqlite
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def judge():
-    found = scoring.Judge([sqlite.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
+    found = text_to_sql.Judge([text_to_sql.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
     yield found
     found.close()
 
@@ -99,7 +99,7 @@ def test_a_reference_that_fails_leaves_the_item_undefined(judge):
 
 def test_no_database_is_a_sentence():
     with pytest.raises(TunebookError, match="no database"):
-        scoring.Judge([])
+        text_to_sql.Judge([])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_no_database_is_a_sentence():
     ],
 )
 def test_the_query_is_found_inside_an_answer(answer, query):
-    assert scoring.extract(answer) == query
+    assert text_to_sql.extract(answer) == query
 
 
 def test_results_shown_are_small_and_plain_json(judge):
@@ -147,7 +147,7 @@ def test_results_shown_are_small_and_plain_json(judge):
     ],
 )
 def test_structure_ignores_writing_and_sees_meaning(query, reference, same):
-    assert scoring.same_structure(query, reference) is same
+    assert text_to_sql.same_structure(query, reference) is same
 
 
 # ------------------------------------------------------------ only CREATE TABLE is known
@@ -167,7 +167,7 @@ def test_synthetic_databases_answer_the_reference_and_tell_wrong_queries_apart()
         ),
         ('SELECT name FROM head WHERE born_state <> "Alaska"', 'SELECT name FROM head WHERE born_state = "Alaska"'),
     ]:
-        judge = scoring.Judge(made_up_database.databases(SCHEMA, reference))
+        judge = text_to_sql.Judge(made_up_database.databases(SCHEMA, reference))
         assert judge.nonempty(reference) and judge.score(reference, reference)["score"] == 1.0
         assert judge.score(wrong, reference)["score"] == 0.0
         judge.close()

@@ -1,0 +1,388 @@
+"""Text-to-SQL by execution: run SQL that nobody has read, and compare what it answers with the reference's answer.
+
+Three fences stand around a query: the file is opened read-only, SQLite's authorizer admits nothing but reading
+(https://www.sqlite.org/c3ref/set_authorizer.html), and steps, time, rows and bytes are counted. Order counts only under
+the reference's ORDER BY. Empty equals empty is free credit (49 % of WikiSQL's references return nothing), so accuracy
+on references that return rows is reported apart. Where only CREATE TABLE is known, the databases are made up
+(made_up_database.py) and agreement on all of them counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import TunebookError
+
+ALLOWED_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_log"}
+CONNECTION_LIMITS = (
+    (sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000),  # one value, so that zeroblob(1e9) cannot fill memory
+    (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
+    (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200),
+    (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 50),
+    (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+    (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
+)
+STEPS_PER_CHECK = 1_000  # SQLite calls back this often; a check costs under a microsecond
+# Result.kind from SQLite's or the sqlite3 module's message.
+_MESSAGES = (
+    ("denied", r"not authorized|authorization denied|prohibited|readonly"),
+    ("statements", r"one statement at a time"),
+    ("parameters", r"number of bindings|binding"),
+    ("schema", r"no such (table|column|function|module|collation)|ambiguous column|wrong number of arguments"),
+    ("syntax", r"syntax error|unrecognized token|incomplete input|null character|surrogates not allowed|codec"),
+    ("size", r"too big|too large|out of memory"),
+    ("error", ""),
+)
+SHOWN_ROWS, SHOWN_CHARS = 10, 200
+LIMITS: dict[str, Any] = {"max_rows": 10_000, "max_steps": 5_000_000, "timeout_s": 5.0}  # 5 million steps: 0.25 s
+_VERBS = (
+    r"(?:SELECT|WITH|VALUES|INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE|VACUUM|EXPLAIN|BEGIN"
+    r"|REINDEX|ANALYZE)"
+)
+#: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
+ERROR_KINDS = {
+    "empty": "no answer",
+    "no_sql": "no query in the answer",
+    "unfinished": "cut off before the end of its turn",
+    "syntax": "not SQL this database can parse",
+    "unknown_table": "a table that does not exist",
+    "unknown_column": "a column that does not exist",
+    "forbidden": "writes, attaches or changes settings",
+    "timeout": "stopped at the step or time limit",
+    "too_large": "returned too many rows",
+    "runtime": "failed while running",
+    "wrong_columns": "another number of columns",
+    "wrong_order": "right rows in the wrong order",
+    "wrong_count": "another number of rows",
+    "wrong_values": "right shape, other values",
+}
+_KINDS = {"denied": "forbidden", "statements": "syntax", "steps": "timeout", "rows": "too_large", "size": "too_large"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one query did: its rows (none when it failed) and columns.
+
+    error: SQLite's message or the limit that was hit. kind: "ok", or why it failed: one of `_MESSAGES`, or the limit
+    "steps", "timeout", "rows" or "size"; "statements": none, or more than one.
+    """
+
+    rows: list[tuple] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    error: str = ""
+    kind: str = "ok"
+
+    @property
+    def ok(self) -> bool:
+        return self.kind == "ok"
+
+
+def open_readonly(path: str | Path) -> sqlite3.Connection:
+    """Connection to the SQLite file at `path` on which nothing but SELECT is admitted; one thread at a time may use it.
+
+    Raises TunebookError when the file is missing or is not a SQLite database.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TunebookError(f"The database {path} was not found; name an existing SQLite file.")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head != b"SQLite format 3\x00":
+        raise TunebookError(f"{path} is not a SQLite database (it begins with {head!r}); name a .sqlite file.")
+    uri = path.resolve().as_uri() + "?mode=ro"
+    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return fence(conn)
+    except sqlite3.DatabaseError as error:
+        conn.close()
+        raise TunebookError(f"{path} cannot be read as a SQLite database ({error}); rebuild or replace it.") from error
+
+
+def fence(conn: sqlite3.Connection) -> sqlite3.Connection:
+    """Close an open connection to everything but SELECT within limits; for databases made in memory."""
+    conn.execute("PRAGMA query_only = ON")
+    conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
+    for limit, value in CONNECTION_LIMITS:
+        conn.setlimit(limit, value)
+    conn.set_authorizer(_authorize)
+    return conn
+
+
+def _authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
+    denied = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS
+    return sqlite3.SQLITE_OK if action in ALLOWED_ACTIONS and not denied else sqlite3.SQLITE_DENY
+
+
+def execute(
+    conn: sqlite3.Connection,
+    sql: str,
+    max_rows: int = 10_000,
+    max_steps: int = 20_000_000,
+    timeout_s: float = 5.0,
+    max_bytes: int = 16 << 20,
+) -> Result:
+    """Run one SELECT on a connection of `open_readonly`; never raises for what the query does.
+
+    max_steps counts SQLite's virtual-machine instructions (20 million are about a second), so a verdict does not depend
+    on how busy the machine is. A query with more rows or bytes fails rather than giving a part of its answer.
+    """
+    if not isinstance(sql, str) or not sql.strip():
+        return Result(error="no statement", kind="statements")
+    stopped, steps = "", 0
+    deadline = time.monotonic() + timeout_s
+
+    def watch() -> int:
+        nonlocal stopped, steps
+        steps += STEPS_PER_CHECK
+        if steps > max_steps:
+            stopped = "steps"
+        elif time.monotonic() > deadline:
+            stopped = "timeout"
+        return bool(stopped)
+
+    conn.set_progress_handler(watch, STEPS_PER_CHECK)
+    cursor = None
+    try:
+        cursor = conn.execute(sql)
+        if cursor.description is None:
+            return Result(error="the statement returns no rows", kind="statements")
+        rows, size = list[tuple](), 0
+        for row in cursor:
+            size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
+            if len(rows) >= max_rows:
+                return Result(error=f"more than {max_rows} rows", kind="rows")
+            if size > max_bytes:
+                return Result(error=f"more than {max_bytes} bytes of values", kind="size")
+            rows.append(tuple(row))
+        return Result(rows, [column[0] for column in cursor.description])
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
+        if stopped:
+            limit = f"{max_steps} steps" if stopped == "steps" else f"{timeout_s:g} s"
+            return Result(error=f"stopped after {limit}", kind=stopped)
+        said = str(error) or type(error).__name__
+        return Result(error=said, kind=next(kind for kind, found in _MESSAGES if re.search(found, said, re.IGNORECASE)))
+    finally:
+        if cursor is not None:
+            cursor.close()
+        conn.set_progress_handler(None, 0)
+
+
+def quote(name: str) -> str:
+    """A table's or column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+# ---------------------------------------------------------------- comparing answers
+
+
+def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
+    """Whether two row lists answer `gold_sql` alike: as multisets, in order only under a top-level ORDER BY.
+
+    Floats are compared to nine digits, 1 equals 1.0, text never equals a number. Multisets as in Spider's test suite (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
+    """
+    if len(rows_a) != len(rows_b):
+        return False
+    left, right = ([tuple(map(_canonical, row)) for row in rows] for rows in (rows_a, rows_b))
+    return left == right if has_order(gold_sql) else Counter(left) == Counter(right)
+
+
+# Literals, quoted names and comments are swallowed whole, or an ORDER BY inside one would count.
+_TOKENS = re.compile(
+    r"""(?: '(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\] | --[^\n]* | /\*.*?(?:\*/|\Z) | \s+ )
+        | ( \( | \) | \w+ | [^\w\s] )""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def has_order(sql: str) -> bool:
+    """Whether the outermost query has an ORDER BY; those in subqueries, CTEs and windows order nothing."""
+    depth, before = 0, ""
+    for token in filter(None, _TOKENS.findall(sql)):
+        depth += (token == "(") - (token == ")")
+        if depth == 0 and before == "order" and token.lower() == "by":
+            return True
+        before = token.lower() if depth == 0 else ""
+    return False
+
+
+def _canonical(value: object) -> tuple:
+    """A hashable form in which equal answers are equal: (type, value)."""
+    if isinstance(value, float):
+        value = value if value.is_integer() else float(f"{value:.9g}")
+        if value.is_integer() and abs(value) < 2**63:
+            value = int(value)
+        return ("number", value)
+    return ("number" if isinstance(value, int) else type(value).__name__, value)
+
+
+# ---------------------------------------------------------------- scoring answers
+
+
+def extract(text: str) -> str | None:
+    """The query in an answer: a fenced block, else from the first SQL verb at the start of a line or sentence, if any.
+
+    Generous on purpose: a base model that explains its query is not failed for the explanation.
+    """
+    fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
+    body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text
+    body = body.replace("```", " ").strip().removeprefix("sqlite").removeprefix("sql").strip()
+    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(
+        r"\bSELECT\b[^.]*?\bFROM\b|^[ \t]*WITH\s+\w+\s+AS\b|\bSELECT\s", body, re.IGNORECASE | re.DOTALL | re.MULTILINE
+    )
+    if not start:
+        return None
+    query = body[start.start() :]
+    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/|;", query, re.DOTALL):
+        if match.group() == ";":  # the first one outside quotes and comments
+            query = query[: match.start()]
+            break
+    return query.strip().split("\n\n")[0].strip() or None
+
+
+class Judge:
+    """Scores answers against reference queries on one or more connections of `open_readonly`.
+
+    Reference answers are computed once. A reference that fails is the data's fault: its items have no score.
+    """
+
+    def __init__(self, connections: Sequence[sqlite3.Connection]):
+        if not connections:
+            raise TunebookError(
+                "There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in prompts."
+            )
+        self.connections = list(connections)
+        self._gold: dict[str, list[Result]] = {}
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.close()
+
+    def gold(self, reference: str) -> list[Result]:
+        if reference not in self._gold:
+            self._gold[reference] = [execute(c, reference, **LIMITS) for c in self.connections]
+        return self._gold[reference]
+
+    def nonempty(self, reference: str) -> bool:
+        """Whether the reference returns at least one row with a value in it."""
+        return any(value is not None for result in self.gold(reference) for row in result.rows for value in row)
+
+    def score(self, text: str, reference: str, stopped: bool = True) -> dict[str, Any]:
+        """What answers.jsonl says of an answer: sql, score, valid, error, detail, structural, result."""
+        entry: dict[str, Any] = {"sql": None, "score": 0.0, "valid": False, "error": "", "detail": ""}
+        entry |= {"structural": False, "result": None}
+        gold = self.gold(reference)
+        if failed := next((r for r in gold if not r.ok), None):
+            detail = f"the reference itself fails: {failed.error[:SHOWN_CHARS]}"
+            return {**entry, "score": None, "valid": None, "detail": detail}
+        if not text.strip():
+            return {**entry, "error": "empty", "detail": "the answer is empty"}
+        query = extract(text)
+        if query is None:
+            return {**entry, "error": "no_sql", "detail": "no query was found in the answer"}
+        entry["sql"] = query
+        found = [execute(c, query, **LIMITS) for c in self.connections]
+        if bad := next((r for r in found if not r.ok), None):
+            kind = _error_kind(bad)
+            kind = "unfinished" if kind == "syntax" and not stopped else kind
+            return {**entry, "error": kind, "detail": bad.error[:SHOWN_CHARS]}
+        entry |= {"valid": True, "result": shown(found[0]), "structural": same_structure(query, reference)}
+        for mine, theirs in zip(found, gold, strict=True):
+            if not same_answer(reference, theirs.rows, mine.rows):
+                kind, detail = _difference(mine, theirs)
+                return {**entry, "error": kind, "detail": detail}
+        return {**entry, "score": 1.0}
+
+
+def _error_kind(result: Result) -> str:
+    if result.kind == "schema" and "no such table" in result.error:
+        return "unknown_table"
+    if result.kind == "schema" and "column" in result.error:
+        return "unknown_column"
+    return result.kind if result.kind in ERROR_KINDS else _KINDS.get(result.kind, "runtime")
+
+
+def _difference(mine: Result, gold: Result) -> tuple[str, str]:
+    rows, columns = (
+        f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(mine.rows), "row"), (len(mine.columns), "column"))
+    )
+    if len(mine.columns) != len(gold.columns):
+        return "wrong_columns", f"{columns} instead of {len(gold.columns)}"
+    if same_answer("", gold.rows, mine.rows):
+        return "wrong_order", "the rows are right, their order is not"
+    if len(mine.rows) != len(gold.rows):
+        return "wrong_count", f"{rows} instead of {len(gold.rows)}"
+    return "wrong_values", f"{rows} as expected, with other values"
+
+
+def shown(result: Result) -> dict[str, Any] | None:
+    """A result small enough to show: ten rows, long cells cut, bytes described. None for a query that failed."""
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return f"{len(value)} bytes"
+        if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+            return str(value)
+        return value[:SHOWN_CHARS] if isinstance(value, str) else value
+
+    if not result.ok:
+        return None
+    return {
+        "columns": [c[:SHOWN_CHARS] for c in result.columns[:20]],
+        "count": len(result.rows),
+        "rows": [[cell(v) for v in row[:20]] for row in result.rows[:SHOWN_ROWS]],
+    }
+
+
+def same_structure(query: str, reference: str) -> bool | None:
+    """Whether both have one canonical form, whatever they return; None when the reference cannot be parsed."""
+    gold = canonical(reference)
+    return None if gold is None else canonical(query) == gold
+
+
+@functools.lru_cache(maxsize=8192)
+def canonical(query: str) -> str | None:
+    """The query without its table and output aliases, as sqlglot normalises and simplifies it; None for no SQL.
+
+    It misses rewrites: a match means much, a mismatch little.
+    """
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.errors import SqlglotError
+    from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
+    from sqlglot.optimizer.simplify import simplify
+
+    logging.getLogger("sqlglot").setLevel(logging.ERROR)
+    try:
+        tree = normalize_identifiers(sqlglot.parse_one(query[:20_000], read="sqlite"), dialect="sqlite")
+        tables, columns = list(tree.find_all(exp.Table)), list(tree.find_all(exp.Column))
+        named = {t.alias_or_name: t.name for t in tables}
+        used = {c.name for c in columns if not isinstance(c.parent, exp.Alias)}
+        if len(set(named.values())) == len(tables):  # no table stands beside itself
+            for table in tables:
+                table.set("alias", None)
+            for column in columns:
+                name = column.table if len(tables) > 1 else ""
+                column.set("table", exp.to_identifier(named.get(name, name)) if name else None)
+        for node in tree.find_all(exp.Identifier, exp.Ordered, exp.Join, exp.Select):
+            if isinstance(node, exp.Identifier):
+                node.set("quoted", False)
+            elif isinstance(node, exp.Ordered):
+                node.set("desc", node.args.get("desc") or None)
+            elif isinstance(node, exp.Join):
+                node.set("kind", None if node.kind == "INNER" else node.kind)
+            else:
+                node.set("expressions", [e if e.alias in used else e.unalias() for e in node.expressions])
+        return simplify(tree).sql("sqlite", comments=False)
+    except (SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
+        return None

@@ -187,10 +187,10 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     unsloth_backend.import_first(values)
     import torch
 
-    from helpers.planner import cost_model, gpus
+    from helpers.planner import cost_model
     from helpers.train.packing import padded_tensors
 
-    card = gpus.here()
+    card = cost_model.card_here()
     shape = cost_model.shape_of(llama(LLAMA))
     model, _ = unsloth_backend.load(SimpleNamespace(path=Path(given.model) / "nf4"), values)
     model.train()
@@ -255,9 +255,9 @@ def planner() -> None:
     import torch
 
     from helpers.model import checkpointing
-    from helpers.planner import cost_model, gpus
+    from helpers.planner import cost_model
 
-    card, draw, loaded = gpus.here(), random.Random(7), None
+    card, draw, loaded = cost_model.card_here(), random.Random(7), None
     names = (
         "hidden_size",
         "intermediate_size",

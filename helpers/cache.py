@@ -1,4 +1,4 @@
-"""What was computed before, kept by content: entries of files and notes, logs of answers, the hashes that name both.
+"""Files written whole or not at all, hashes that name contents, and what was computed before, kept by content.
 
     get("data", key(ids, settings), into=folder)      the entry's files, verified, are copied; its note is returned
     put("data", key(ids, settings), files, note)      keep copies; the oldest entries make room
@@ -9,6 +9,8 @@ A key that leaves out what decides a result gives another result's files one day
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine
-from helpers.storage import disk_error, hash_json, sha256_file
+from helpers.errors import TunebookError
 
 KEEP_BYTES = 4 * 2**30  # of all entries together
 # What decides a model folder's answers; a README or a training log does not.
@@ -28,6 +30,53 @@ MODEL_FILES = (
     *("vocab.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
 )
 _hashes: dict[tuple[str, int, int], str] = {}
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> Path:
+    """Write a whole file or nothing: to a neighbour first, flushed to disk, then renamed over `path`."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """JSON with sorted keys, UTF-8, atomically. NaN and infinity are refused: a score that is not a number is a bug."""
+    return write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """An OSError as an error message when it means a full disk or a forbidden place, else the error itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TunebookError(
+            f"No space left on the disk while writing {path}; free some room and run the same command again, it "
+            "resumes where it stopped."
+        )
+    if error.errno in (errno.EACCES, errno.EROFS):
+        return TunebookError(f"{path} cannot be written ({error.strerror}); set TUNEBOOK_RUNS to a folder that can.")
+    return error
+
+
+# ---------------------------------------------------------------- names by content
 
 
 def folder() -> Path:

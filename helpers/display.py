@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from helpers.storage import write_atomic
+from helpers.cache import write_atomic
 
 # Characters that would hide or reorder text, or steer a terminal: shown as what they are. Tab and line end stay.
 HIDDEN: dict[int, str] = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}

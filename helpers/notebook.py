@@ -1,12 +1,20 @@
-"""What a notebook's first cell calls: read the parameters and show them."""
+"""What a notebook's first cell calls: read the parameters, show them, and where a person is watching draw sliders.
+
+Uses what ipywidgets 7.7 (Colab) and 8 share. Nothing waits for a click: a cell reads what the panel says when it runs.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from helpers import machine, panel
+from helpers import machine
 from helpers import params as parameters
+from helpers.display import escape
+from helpers.errors import TunebookError
+from helpers.fields import Param
+from helpers.params import STAGES, Params
 from helpers.train import unsloth_backend
 
 
@@ -23,5 +31,69 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
     params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
     if stage in ("sft", "orpo"):
         unsloth_backend.import_first(params)
-    display(panel.build(stage, params) if machine.interactive() else params)
+    display(panel(stage, params) if machine.interactive() else params)
     return params
+
+
+def panel(stage: str, params: Params) -> Any:
+    """The panel bound to `params`: a row of control and meaning each, the rarely needed ones folded away below."""
+    import ipywidgets as w
+
+    message = w.HTML()
+    plain = [row(p, params, message) for p in STAGES[stage] if not p.advanced]
+    advanced = [row(p, params, message) for p in STAGES[stage] if p.advanced]
+    fold = w.Accordion(children=[w.VBox(advanced)])
+    fold.set_title(0, f"{len(advanced)} more")
+    fold.selected_index = None
+    return w.VBox([w.HTML("<b>Parameters</b>: change them here, then run the cells below."), *plain, fold, message])
+
+
+def row(param: Param, params: Params, message: Any) -> Any:
+    """One control with its meaning beside it. A refused value is explained and the old one put back."""
+    import ipywidgets as w
+
+    control = widget(param, getattr(params, param.name))
+    control.description, control.style = param.name, {"description_width": "12em"}
+    control.layout = w.Layout(width="30em", max_width="100%")
+
+    def changed(event: dict[str, Any]) -> None:
+        if event["new"] == getattr(params, param.name):
+            return
+        try:
+            setattr(params, param.name, event["new"])
+            message.value = ""
+        except TunebookError as error:
+            message.value = f"<span style='color:#c33'>{escape(error)}</span>"
+            control.value = getattr(params, param.name)
+
+    control.observe(changed, names="value")
+    meaning = escape(param.help + (f" ({param.unit})" if param.unit else ""))
+    told = w.HTML(
+        f"<span style='opacity:.75; line-height:1.3; display:inline-block'>{meaning}</span>",
+        layout=w.Layout(flex="1 1 12em", min_width="12em"),
+    )
+    return w.HBox([control, told], layout=w.Layout(align_items="center", margin="1px 0"))
+
+
+def widget(param: Param, value: Any) -> Any:
+    """The fitting control: switch, list, slider (logarithmic where the parameter says so), number or text."""
+    import ipywidgets as w
+
+    if isinstance(param.default, bool):
+        return w.Checkbox(value=value, indent=True)
+    if param.choices:
+        return w.Dropdown(options=list(param.choices), value=value)
+    if isinstance(param.default, str):
+        return w.Text(value=value, continuous_update=False)
+    if param.log:
+        low, high = math.log10(param.low), math.log10(param.high)
+        quiet = {"readout_format": ".1e", "continuous_update": False}
+        return w.FloatLogSlider(value=value, base=10, min=low, max=high, step=0.05, **quiet)
+    bounds = {"value": value, "min": param.low, "max": param.high}
+    if isinstance(param.default, int):
+        if param.step:
+            return w.IntSlider(**bounds, step=param.step, continuous_update=False)
+        return w.BoundedIntText(**bounds)
+    if param.step:
+        return w.FloatSlider(**bounds, step=param.step, readout_format=".3g", continuous_update=False)
+    return w.BoundedFloatText(**bounds)

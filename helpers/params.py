@@ -52,8 +52,12 @@ class Params:
         object.__setattr__(self, "_frozen", True)
 
     def as_dict(self) -> dict[str, Value]:
-        """Name and value of what decides the stage's results: all but `again`."""
+        """Name and value of all but `again`."""
         return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name != "again"}
+
+    def deciding(self) -> dict[str, Value]:
+        """What decides the stage's results: how a killed run is resumed does not."""
+        return {name: value for name, value in self.as_dict().items() if name != "resume"}
 
     def changed(self) -> dict[str, Value]:
         """Only what differs from the defaults."""

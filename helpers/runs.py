@@ -9,23 +9,27 @@ written down.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import psutil
 import yaml
 
-from helpers import display, machine, storage
+from helpers import display, machine
+from helpers.cache import disk_error, hash_json, sha256_file, write_atomic, write_json  # noqa: F401
 from helpers.errors import TunebookError
 from helpers.params import Params
-from helpers.storage import disk_error, hash_json, sha256_file, write_atomic, write_json  # noqa: F401
 
 SCHEMA_VERSION = 1
+INHERITED = ("model", "template_hash", "tokenizer_hash")
 FOLDERS = {
     "data": "01_data_prep",
     "sft": "02_qlora_sft",
@@ -88,20 +92,17 @@ class Manifest:
             raise TunebookError(f"{path} is missing; run the {self.data['stage']} stage again to make it.")
         return path
 
-    def _rows(self) -> list[tuple[str, Any]]:
-        return [
-            ("stage", self.data["stage"]),
-            ("folder", self.path),
-            ("took", display.duration(self.data["wall_s"])),
-            ("peak memory", f"{self.data['peak_memory_gib']} GiB"),
-            ("files", len(self.data["artifacts"])),
-        ]
+    def _shown(self) -> display.Html:
+        about = self.data
+        rows = [("stage", about["stage"]), ("folder", self.path), ("took", display.duration(about["wall_s"]))]
+        rows += [("peak memory", f"{about['peak_memory_gib']} GiB"), ("files", len(about["artifacts"]))]
+        return display.shown(rows)
 
     def __repr__(self) -> str:
-        return display.text_table(self._rows())
+        return repr(self._shown())
 
     def _repr_html_(self) -> str:
-        return display.table(self._rows())
+        return self._shown().markup
 
 
 def load(run: str, stage: str, verify: bool = True) -> Manifest:
@@ -185,7 +186,7 @@ class Stage:
         self.check()
         if int(os.environ.get("RANK", "0")):  # torchrun: the first process has begun the work for all
             return False
-        storage.lock(run_folder(self.params.run), self.name)
+        lock(self.params.run, self.name)
         if self.begun:  # a step that failed let go of the lock, and another process may have had it
             if not _unfinished(self.path, self._plan):
                 unlock(self.params.run, self.name)
@@ -208,17 +209,11 @@ class Stage:
         """Let go of the lock after a failed step; the next `begin` takes it again."""
         unlock(self.params.run, self.name)
 
-    def finish(
-        self,
-        metrics: dict[str, Any],
-        template_hash: str | None = None,
-        tokenizer_hash: str | None = None,
-        model: dict[str, Any] | None = None,
-        extra: dict[str, Any] | None = None,
-    ) -> Manifest:
+    def finish(self, metrics: dict[str, Any], **about: Any) -> Manifest:
         """Hash every file, write metrics.json, then manifest.json last. The parents must still be what they were.
 
-        metrics: plain JSON numbers and strings; NaN is refused. model: name, path, revision, origin of the base model.
+        metrics: plain JSON numbers and strings; NaN is refused. about: what else the manifest holds. The base model
+        (name, path, revision, origin), its template_hash and tokenizer_hash are the parents' unless they are given.
         """
         for stage, parent in self.parents.items():
             file = parent.path / "manifest.json"
@@ -232,6 +227,8 @@ class Stage:
             name = file.relative_to(self.path).as_posix()
             if not name.startswith(UNHASHED) and not file.name.endswith(".partial") and not file.is_symlink():
                 artifacts[name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        lineage = [about, *(parent.data for parent in reversed(self.parents.values()))]
+        inherited = {key: next((d[key] for d in lineage if d.get(key)), None) for key in INHERITED}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "stage": self.name,
@@ -239,9 +236,6 @@ class Stage:
             "status": "finished",
             "params": self.params.as_dict(),
             "metrics": metrics,
-            "model": model or self._inherited("model"),
-            "template_hash": template_hash or self._inherited("template_hash"),
-            "tokenizer_hash": tokenizer_hash or self._inherited("tokenizer_hash"),
             "parents": {s: {"folder": p.path.name, "manifest_sha256": p.sha256} for s, p in self.parents.items()},
             "artifacts": artifacts,
             "wall_s": round(self.seconds, 1),
@@ -250,14 +244,12 @@ class Stage:
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "code_hash": self._code,
             **machine.versions(),
-            **(extra or {}),
+            **about,
+            **inherited,
         }
         write_json(self.path / "manifest.json", manifest)
         unlock(self.params.run, self.name)
         return load(self.params.run, self.name, verify=False)
-
-    def _inherited(self, key: str) -> Any:
-        return next((p.data[key] for p in reversed(self.parents.values()) if p.data.get(key)), None)
 
 
 def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
@@ -272,7 +264,7 @@ def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> St
         if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
-    plan = {"params": _deciding(params.as_dict()), "parents": {s: m.sha256 for s, m in parents.items()}}
+    plan = {"params": params.deciding(), "parents": {s: m.sha256 for s, m in parents.items()}}
     resumed = getattr(params, "resume", "") != "never" and _unfinished(path, plan)
     return Stage(name, params, path, parents, resumed, is_done(name, params), _plan=plan)
 
@@ -285,19 +277,18 @@ def open_stage(name: str, params: Params, needs: tuple[str, ...] | None = None) 
     return opened
 
 
-def unlock(run: str, stage: str) -> None:
-    """Let go of the lock on a stage that this process holds, for a process that it starts."""
-    storage.unlock(run_folder(run), stage)
-
-
 def is_done(stage: str, params: Params) -> Manifest | None:
     """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
     try:
         manifest = load(params.run, stage)
     except TunebookError:
         return None
-    same = not params.again and _deciding(manifest.params) == _deciding(params.as_dict())
-    if not same or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage]):
+    decided = {name: value for name, value in manifest.params.items() if name != "resume"}
+    if (
+        params.again
+        or decided != params.deciding()
+        or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage])
+    ):
         return None
     known = manifest.data["parents"]
     for parent in (p.rstrip("?") for p in PARENTS[stage]):
@@ -322,11 +313,6 @@ def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
         )
 
 
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that decide a result: how a killed run is resumed does not."""
-    return {name: value for name, value in values.items() if name != "resume"}
-
-
 def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
     """Whether an earlier run of the same plan stopped in this folder."""
     try:
@@ -344,3 +330,63 @@ def _set_aside(path: Path) -> None:
         number += 1
     path.rename(old)
     print(f"{path.name} stood here already; it is kept as {old}")
+
+
+# ---------------------------------------------------------------- locks
+
+_held: dict[Path, TextIO] = {}
+
+
+def lock(run: str, stage: str) -> None:
+    """Keep other processes off a stage of the run until `unlock` or the end of this process.
+
+    Raises TunebookError when another process works on it: two writers would mix their checkpoints.
+    """
+    path = run_folder(run) / ".locks" / stage
+    if path in _held:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - open as long as it is locked
+    except OSError as error:
+        raise disk_error(error, path) from error
+    file.seek(0)
+    owner, _, host = file.read().partition(" ")
+    if _taken(file, owner, host):
+        file.close()
+        told = f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}"
+        raise TunebookError(f"{told}; wait for it, stop it, or use another run name.")
+    file.truncate(0)
+    file.write(f"{os.getpid()} {socket.gethostname()}")
+    file.flush()
+    _held[path] = file
+
+
+def unlock(run: str, stage: str) -> None:
+    """Let go of a lock that this process holds; nothing happens when it holds none."""
+    file = _held.pop(run_folder(run) / ".locks" / stage, None)
+    if file is not None:
+        file.truncate(0)  # where nothing can be locked, the name alone says that somebody works
+        file.close()
+
+
+def _taken(file: TextIO, owner: str, host: str) -> bool:
+    """Lock the file. Where its disk has no locks (some network and mounted drives), go by the process that it names."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        print(f"{file.name} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
+    other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
+    return other and psutil.pid_exists(int(owner))
+
+
+def _forget() -> None:
+    """In a forked worker: the lock is the parent's, and ends with it."""
+    while _held:
+        _held.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_forget)

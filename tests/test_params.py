@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from helpers import fields, panel, params
+from helpers import fields, notebook, params
 from helpers.errors import TunebookError
 from helpers.runs import FOLDERS
 from tests.conftest import PROJECT
@@ -44,7 +44,7 @@ def test_every_default_passes_its_own_check_and_has_a_meaning(stage):
 def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage):
     values = params.resolve(stage)
     for param in params.STAGES[stage]:
-        control = panel.widget(param, param.default)
+        control = notebook.widget(param, param.default)
         assert (
             control.value == pytest.approx(param.default, rel=1e-6)
             if isinstance(param.default, float)
@@ -54,21 +54,21 @@ def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage
             assert 10**control.min == pytest.approx(param.low) and 10**control.max == pytest.approx(param.high)
         elif isinstance(control, (ipywidgets.IntSlider, ipywidgets.FloatSlider)):
             assert (control.min, control.max, control.step) == (param.low, param.high, param.step)
-    box = panel.row(params.find(stage, "run"), values, ipywidgets.HTML())
+    box = notebook.row(params.find(stage, "run"), values, ipywidgets.HTML())
     box.children[0].value = "another"
     assert values.run == "another"
 
 
 def test_a_slider_moved_out_of_bounds_is_put_back_and_explained():
     values, message = params.resolve("sft"), ipywidgets.HTML()
-    control = panel.row(fields.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
+    control = notebook.row(fields.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
     control.max = 10_000
     control.value = 5_000
     assert control.value == 16 and "5000" in message.value
 
 
 def test_the_learning_rate_slider_is_logarithmic():
-    assert isinstance(panel.widget(params.find("sft", "learning_rate"), 1e-4), ipywidgets.FloatLogSlider)
+    assert isinstance(notebook.widget(params.find("sft", "learning_rate"), 1e-4), ipywidgets.FloatLogSlider)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_every_stage_has_a_typed_class_of_the_same_parameters():
 
 def test_frozen_parameters_cannot_be_changed_by_a_slider_any_more():
     values, message = params.resolve("sft"), ipywidgets.HTML()
-    control = panel.row(params.find("sft", "rank"), values, message).children[0]
+    control = notebook.row(params.find("sft", "rank"), values, message).children[0]
     control.value = 32
     values.freeze()
     control.value = 64

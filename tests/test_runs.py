@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import machine, params, runs, steps, storage
+from helpers import machine, params, runs, steps
 from helpers.errors import TunebookError
 from tests.conftest import PROJECT
 
@@ -156,15 +156,15 @@ def test_a_lock_that_the_disk_does_not_know_is_said_and_the_named_process_is_loo
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(storage.fcntl, "flock", no_locks)
+    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
     finish("data")
     assert "No locks available" in capsys.readouterr().out
     path = runs_root / "r" / ".locks" / "data"
     assert path.read_text() == ""
-    path.write_text(f"{os.getppid()} {storage.socket.gethostname()}")
+    path.write_text(f"{os.getppid()} {runs.socket.gethostname()}")
     with pytest.raises(TunebookError, match=f"process {os.getppid()}"):
         finish("data")
-    path.write_text(f"999999999 {storage.socket.gethostname()}")
+    path.write_text(f"999999999 {runs.socket.gethostname()}")
     assert finish("data")
 
 

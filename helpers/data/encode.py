@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cache, machine
+from helpers.cache import disk_error
 from helpers.data.chat_template import Template
 from helpers.data.labels import Encoded, Encoder, spelt_out
 from helpers.data.lengths import Fitter, expanded, propose
@@ -27,7 +28,6 @@ from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
 from helpers.params import DataParams
-from helpers.storage import disk_error
 
 TRAINED = ("train", "eval")
 LOST = ".encoding.jsonl"

@@ -365,7 +365,7 @@ class Job(StageJob):
             template_hash=loading.template_hash(self.tokenizer),
             tokenizer_hash=loading.tokenizer_hash(self.tokenizer),
             model=self.source.as_dict(),
-            extra={"data_hash": self.encoded["data_hash"]},
+            data_hash=self.encoded["data_hash"],
         )
 
 

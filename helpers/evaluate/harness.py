@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cache
+from helpers.cache import write_atomic
 from helpers.errors import TunebookError
 from helpers.evaluate.candidates import Session
 from helpers.gguf.runner import GgufModel
 from helpers.model.loading import hub_error
-from helpers.storage import write_atomic
 
 GENERAL_TASK = "general_knowledge"
 BATCH, BOOTSTRAP = 16, 1000

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, storage
+from helpers import cache, display
 from helpers.errors import TunebookError
 from helpers.evaluate import forgetting, harness, preferences, statistics
 from helpers.evaluate.candidates import Candidate
@@ -265,9 +265,9 @@ def _headline(scores: dict[str, Any]) -> str:
 
 def write(folder: Path, scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
     check(scores, answers)
-    storage.write_json(folder / SCORES, scores)
+    cache.write_json(folder / SCORES, scores)
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
-    storage.write_atomic(folder / ANSWERS, lines.encode("utf-8", "backslashreplace"))
+    cache.write_atomic(folder / ANSWERS, lines.encode("utf-8", "backslashreplace"))
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -22,7 +22,8 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
 from helpers.model import merging
-from helpers.model.weights import check_adapter, shards
+from helpers.model.loading import check_adapter
+from helpers.model.merging import shards
 
 TYPES_16 = ("f16", "bf16")
 COPIED = (

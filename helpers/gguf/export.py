@@ -24,7 +24,8 @@ from helpers.gguf.fidelity import Result
 from helpers.gguf.quantize import Quantised
 from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
-from helpers.model.weights import check_adapter, count_weights
+from helpers.model.loading import check_adapter
+from helpers.model.merging import count_weights
 from helpers.params import GgufParams
 from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
@@ -236,7 +237,7 @@ class ExportJob(steps.Job):
             "files": {f.type: f.as_dict() | {"fidelity": by_type.get(f.type)} for f in self.files},
             "recommended": fidelity.recommend(self.files, self.results),
         }
-        manifest = self.stage.finish(metrics, extra={"modelfile": modelfile.as_dict()})
+        manifest = self.stage.finish(metrics, modelfile=modelfile.as_dict())
         shutil.rmtree(self.work, ignore_errors=True)
         return manifest
 

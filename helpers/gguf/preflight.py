@@ -19,8 +19,8 @@ from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, probes, quantize
 from helpers.gguf.llama_cpp import Vocabulary
 from helpers.model import loading, merging
+from helpers.model.merging import count_weights, shards
 from helpers.model.stop_tokens import end_of_turn
-from helpers.model.weights import count_weights, shards
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded

@@ -11,14 +11,15 @@ import errno
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers import machine
+from helpers.cache import disk_error, write_json
 from helpers.errors import TunebookError
 from helpers.model import offline
-from helpers.model.weights import check_adapter, reading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -38,6 +39,25 @@ class ModelSource:
 
     def as_dict(self) -> dict[str, str]:
         return {k: str(v) for k, v in asdict(self).items()}
+
+
+@contextmanager
+def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
+    """The one door for foreign model files: whatever a library raises on them becomes one TunebookError.
+
+    A folder that was cut off, edited or made by another version fails in libraries in dozens of ways, so every
+    exception is meant; "no space left" keeps its own message.
+    """
+    try:
+        yield
+    except TunebookError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and isinstance(disk_error(error, path), TunebookError):
+            raise disk_error(error, path) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        said = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
+        raise TunebookError(f"{what} in {path} cannot be loaded ({said}); {remedy}") from error
 
 
 # ---------------------------------------------------------------- where it is
@@ -301,6 +321,38 @@ def _fitting(path: Path, name: str) -> Any:
         print(f"The model in {path} takes {need:.1f} GiB in fp32, too much here: loaded in bf16, slow on this CPU.")
         return torch.bfloat16
     return found
+
+
+def sort_adapter_config(adapter: Path) -> None:
+    """PEFT writes its sets of names in any order; sorted, the adapters of two identical runs have one hash."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    texts = {k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
+    write_json(file, config | texts)
+
+
+def check_adapter(adapter: Path) -> dict[str, Any]:
+    """The adapter's config. Raises TunebookError when the folder is incomplete, damaged, or holds NaN."""
+    import torch
+    from safetensors import safe_open
+
+    weights = adapter / "adapter_model.safetensors"
+    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
+        pickled = (adapter / "adapter_model.bin").is_file()
+        has = "only pickled weights (adapter_model.bin), which are not read" if pickled else "no adapter"
+        raise TunebookError(
+            f"{adapter} holds {has}; expected adapter_config.json and adapter_model.safetensors, as PEFT saves them."
+        )
+    with reading("The adapter", adapter, "it is damaged: train it again or copy it again."):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        with safe_open(weights, "pt") as file:
+            bad = next((k for k in file.keys() if not torch.isfinite(file.get_tensor(k)).all()), None)  # noqa: SIM118
+    if bad:
+        raise TunebookError(
+            f"The adapter in {adapter} holds NaN or infinity in {bad}; its training diverged, so train again with a "
+            "lower learning rate."
+        )
+    return config
 
 
 def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:

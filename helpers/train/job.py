@@ -223,14 +223,12 @@ class TrainJob(steps.Job):
             template_hash=template_hash(self.tokenizer),
             tokenizer_hash=tokenizer_hash(self.tokenizer),
             model=self.source.as_dict(),
-            extra={
-                "data_counts": self.counts,
-                "plan": plan.as_dict(),
-                "notes": self.notes,
-                "trained": kind,
-                "method": self.params.method,
-                "merge_onto": "nf4" if self.params.init == "loftq" and not self.adapter else "16bit",
-            },
+            data_counts=self.counts,
+            plan=plan.as_dict(),
+            notes=self.notes,
+            trained=kind,
+            method=self.params.method,
+            merge_onto="nf4" if self.params.init == "loftq" and not self.adapter else "16bit",
         )
 
     def run(self) -> runs.Manifest | None:

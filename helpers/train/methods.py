@@ -11,8 +11,14 @@ from helpers import compat
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
 from helpers.model import packed_attention, prefix_sharing
-from helpers.model.loading import ModelSource, load_adapter, load_model, load_tokenizer, template_hash
-from helpers.model.weights import sort_adapter_config
+from helpers.model.loading import (
+    ModelSource,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    sort_adapter_config,
+    template_hash,
+)
 from helpers.train import config, unsloth_backend
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from helpers import runs
 from helpers.errors import TunebookError
 from helpers.model.loading import load_adapter, resolve_model
-from helpers.planner import gpus
+from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
@@ -40,12 +40,12 @@ def decide(params: Any) -> str:
         return params.backend.replace("auto", "hf")
     model_type = config.get("text_config", {}).get("model_type") or config.get("model_type", "")
 
-    def chosen(card: gpus.Card) -> str:
+    def chosen(card: cost_model.Card) -> str:
         return choose_backend(params.backend, card, model_type, params.as_dict())[0]
 
-    if chosen(gpus.named("T4")) == "hf":  # not even on the oldest GPU
+    if chosen(cost_model.card_named("T4")) == "hf":  # not even on the oldest GPU
         return "hf"
-    return chosen(gpus.named(params.plan_for) if params.plan_for else gpus.here())
+    return chosen(cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

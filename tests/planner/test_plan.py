@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from helpers import machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
-from helpers.planner import cost_model, gpus
+from helpers.planner import cost_model
 from helpers.planner import plan as planner
 
 # In ci/results/. The first set the constants of cost_model; the settings of the second (bench_probe.SETTINGS, and its
@@ -87,7 +87,7 @@ def test_peaks_of_settings_that_set_no_constant_are_predicted_within_five_percen
 def test_times_of_settings_that_set_no_constant_lie_within_their_error_bars(shapes, name, least):
     within = 0
     for line in measured(name):
-        shape, setting, card = shapes[line["size"]], setting_of(line), gpus.named(UNSEEN[name])
+        shape, setting, card = shapes[line["size"]], setting_of(line), cost_model.card_named(UNSEEN[name])
         square = 1.08 * line["tokens"] / line["documents"]  # documents of a third to the whole of the longest
         work, launch = cost_model.row_work(shape, setting, card, square)
         spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else card.spread
@@ -102,11 +102,11 @@ def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
     monkeypatch.setattr(machine, "gpu_share", lambda: 1.0)
     monkeypatch.setattr(machine, "free_memory_gib", lambda: 50.0)
     monkeypatch.setattr(machine, "free_gpu_gib", lambda: 78.6)
-    alone = gpus.here()
-    assert alone.total_gib == pytest.approx(79.1) and alone.tflops == gpus.named("H100").tflops
+    alone = cost_model.card_here()
+    assert alone.total_gib == pytest.approx(79.1) and alone.tflops == cost_model.card_named("H100").tflops
     assert 50 < alone.host_gib < 60, "what this process holds already is its own"
     monkeypatch.setattr(machine, "free_gpu_gib", lambda: 9.0)  # another program holds the rest
-    beside = gpus.here()
+    beside = cost_model.card_here()
     assert beside.total_gib == pytest.approx(9.0 + cost_model.CONTEXT_GIB)
     values = {"batch_size": 64, "method": "lora"}
     plan(values, LENGTHS, llama("8b"), card=alone)
@@ -115,7 +115,7 @@ def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
 
 
 def test_a_plan_keeps_the_batch_and_fits_its_card():
-    for card in gpus.CARDS:
+    for card in cost_model.CARDS:
         made = plan({"batch_size": 64, "plan_for": card, "method": "qlora"}, LENGTHS, llama("8b"))
         assert made.option.need_gib <= made.card.total_gib and made.batch_size == 64 and made.row_tokens >= max(LENGTHS)
         low, high = made.seconds[1:]
@@ -126,7 +126,9 @@ def test_a_plan_keeps_the_batch_and_fits_its_card():
 def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
     speeds = []
     for total in (12, 20, 40, 80, 139):
-        made = plan({"batch_size": 64}, LENGTHS, llama("8b"), card=replace(gpus.named("H200"), total_gib=total))
+        made = plan(
+            {"batch_size": 64}, LENGTHS, llama("8b"), card=replace(cost_model.card_named("H200"), total_gib=total)
+        )
         speeds.append(made.tokens_per_s)
     assert speeds == sorted(speeds) and made.setting.recompute == 0
 
@@ -157,7 +159,7 @@ def test_a_shorter_row_that_the_refusal_names_does_fit():
 
 
 def test_layer_inputs_are_offloaded_only_where_host_memory_has_room():
-    t4, values = gpus.named("T4"), {"batch_size": 1, "method": "qlora"}
+    t4, values = cost_model.card_named("T4"), {"batch_size": 1, "method": "qlora"}
     with pytest.raises(TunebookError, match=r"GiB of host memory a process.* rows of at most \d+ tokens fit"):
         plan(values, [60_000], llama("8b"), card=t4)
     made = plan(values, [60_000], llama("8b"), card=replace(t4, host_gib=64))
@@ -196,8 +198,11 @@ def test_an_unknown_card_is_refused_with_the_known_ones():
 
 
 def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
-    for size, batch, spread in (("360m", 8, cost_model.LAUNCH_SPREAD), ("8b", 256, gpus.named("H200").spread)):
+    for size, batch, spread in (
+        ("360m", 8, cost_model.LAUNCH_SPREAD),
+        ("8b", 256, cost_model.card_named("H200").spread),
+    ):
         made = plan({"batch_size": batch, "plan_for": "H200"}, LENGTHS, llama(size))
         middle, low, high = made.seconds
         assert (high - middle) / middle == pytest.approx(spread) and (middle - low) / middle == pytest.approx(spread)
-    assert gpus.named("H200").spread < cost_model.LAUNCH_SPREAD
+    assert cost_model.card_named("H200").spread < cost_model.LAUNCH_SPREAD

@@ -11,7 +11,7 @@ import pytest
 from helpers import machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
-from helpers.planner import gpus
+from helpers.planner import cost_model
 from helpers.planner import plan as planner
 from helpers.train import unsloth_backend
 
@@ -23,7 +23,7 @@ def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", 
         lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None,
     )
     return planner.choose_backend(
-        backend, gpus.CPU if card == "CPU" else gpus.named(card), model, {"method": "qlora", **values}
+        backend, cost_model.CPU if card == "CPU" else cost_model.card_named(card), model, {"method": "qlora", **values}
     )
 
 
@@ -70,7 +70,7 @@ def installed(monkeypatch, data):
     spec = importlib.machinery.ModuleSpec("unsloth", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    monkeypatch.setattr(gpus, "here", lambda: gpus.named("T4"))
+    monkeypatch.setattr(cost_model, "card_here", lambda: cost_model.card_named("T4"))
     return data
 
 
@@ -96,7 +96,9 @@ def test_unsloth_is_not_imported_for_a_job_that_the_planner_gives_to_the_other_b
     """transformers would be patched, and here the import itself would be refused."""
     config = json.loads((narrow_llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    monkeypatch.setattr(gpus, "here", lambda: pytest.fail("torch is asked for the GPU though nothing depends on it"))
+    monkeypatch.setattr(
+        cost_model, "card_here", lambda: pytest.fail("torch is asked for the GPU though nothing depends on it")
+    )
     assert unsloth_backend.decide(given(model=str(tmp_path), **values)) == "hf"
     assert not unsloth_backend.import_first(given(model=str(tmp_path), **values))
 
@@ -105,5 +107,5 @@ def test_the_decision_before_the_import_is_the_planners(installed, monkeypatch, 
     from helpers.planner.plan import plan
 
     for card in ("T4", "L4", "H100"):
-        monkeypatch.setattr(gpus, "here", lambda card=card: gpus.named(card))
+        monkeypatch.setattr(cost_model, "card_here", lambda card=card: cost_model.card_named(card))
         assert unsloth_backend.decide(given()) == plan(given(), [100] * 20, narrow_llama).backend

@@ -163,7 +163,6 @@ class Client:
 
     @property
     def model(self) -> str:
-        """The model's name on the server."""
         return self.endpoint.model or self.entry["id"]
 
     @functools.cached_property
@@ -183,10 +182,8 @@ class Client:
             except Exception as error:
                 raise TunebookError(self._said(error)) from None
             tokens = (choice.get("logprobs") or {}).get("content") or []
-            record |= {
-                "text": choice["message"]["content"],
-                "logprobs": [token.get("logprob") or 0.0 for token in tokens],
-            }
+            record["text"] = choice["message"]["content"]
+            record["logprobs"] = [token.get("logprob") or 0.0 for token in tokens]
             break
         known = (self.answers and self.answers.get("servers")) or {}
         for name, one in known.items():

@@ -63,11 +63,13 @@ def splits(
     rejects.check()
     if not found["written"]["train"]:
         rejects.check_rows_left([], f"the training split of {p.dataset}")
-    found["written"]["test"] = write(folder / "test.parquet", "test", map(_test_columns, tables["test"]))
+    asked = ([_test_row(row) for row in batch if row["kind"] != "text"] for batch in tables["test"])
+    found["written"]["test"] = write(folder / "test.parquet", "test", asked)
     if len(kto):
         encoder = Encoder(template, "last", rejects)
         fitting = Fitter(encoder, found["max_length"], "drop", rejects).fit(encoder.encode(kto))
-        found["written"]["kto"] = write(folder / "kto.parquet", "kto", map(_kto_columns, fitting))
+        marked = ([_kto_row(one.row) for one in batch] for batch in fitting)
+        found["written"]["kto"] = write(folder / "kto.parquet", "kto", marked)
     return found | {"cache": f"{state} {key}", "data_hash": key}
 
 
@@ -124,24 +126,24 @@ def pairs(
     """
     encoder, over = Encoder(template, "last", rejects), 0
 
-    def columns(table: Table) -> Iterator[dict[str, Any]]:
+    def fitting(table: Table) -> Iterator[list[dict[str, Any]]]:
         nonlocal over
         for batch in encoder.pairs(table):
-            fitting = []
+            kept = []
             for row, chosen, rejected in batch:
                 longest = max(len(chosen.ids), len(rejected.ids))
                 if longest <= limit:
-                    fitting.append((row, chosen, rejected))
+                    kept.append(_pair_row(row, chosen, rejected))
                     continue
                 over += 1
                 detail = f"{longest:,} tokens; max_length is {limit:,}"
                 rejects.add(row["file"], row["row"], "over max_length", detail, step="length", invalid=False)
-            yield _pair_columns(fitting)
+            yield kept
 
     written = {}
     for name, file in (("train", "preference"), ("eval", "preference_eval")):
         if len(tables["train"]) + len(tables["eval"]):
-            written[file] = write(folder / f"{file}.parquet", "preference", columns(tables[name]))
+            written[file] = write(folder / f"{file}.parquet", "preference", fitting(tables[name]))
     rejects.check()
     if written and not written["preference"]:
         raise TunebookError(f"No preference pair fits max_length = {limit}: {over:,} are longer; raise max_length.")
@@ -167,8 +169,8 @@ def schema(kind: str) -> Any:
     return pa.schema([("id", text), *columns[kind].items()])
 
 
-def write(path: Path, kind: str, batches: Iterable[dict[str, Any]]) -> int:
-    """A parquet file that grows by batches of columns under a partial name and is put in place whole; its rows."""
+def write(path: Path, kind: str, batches: Iterable[dict[str, Any] | list[dict[str, Any]]]) -> int:
+    """A parquet file that grows by batches, of columns or of rows, and is put in place whole; how many rows it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,10 +178,11 @@ def write(path: Path, kind: str, batches: Iterable[dict[str, Any]]) -> int:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with pq.ParquetWriter(partial, made, compression="zstd") as writer:
-            for columns in batches:
-                if columns["id"]:
-                    writer.write_table(pa.table(columns, schema=made))
-                    rows += len(columns["id"])
+            for batch in batches:
+                by_rows = isinstance(batch, list)
+                table = pa.Table.from_pylist(batch, made) if by_rows else pa.table(batch, schema=made)
+                writer.write_table(table)
+                rows += len(table)
         os.replace(partial, path)
     except OSError as error:
         raise disk_error(error, path) from error
@@ -204,44 +207,25 @@ def _token_columns(batch: list[Encoded]) -> dict[str, Any]:
     }
 
 
-def _test_columns(batch: list[Row]) -> dict[str, Any]:
-    """Prompts without their answer, the answer as reference. Preference rows give their chosen answer."""
-    rows = [row for row in batch if row["kind"] != "text"]
-    whole = [row["messages"] + row.get("chosen", [])[-1:] for row in rows]
-    metas = [{**{name: row[name] for name in PLACE}, **row["meta"]} for row in rows]
-    return {
-        "id": [row["id"] for row in rows],
-        "prompt": [plain_turns(messages[:-1]) for messages in whole],
-        "reference": [plain_turns(messages[-1:])[0]["content"] for messages in whole],
-        "meta": [json.dumps(meta, ensure_ascii=False) for meta in metas],
-    }
+def _test_row(row: Row) -> dict[str, Any]:
+    """A prompt without its answer, and the answer as reference. A preference row gives its chosen answer."""
+    *asked, answer = plain_turns(row["messages"] + row.get("chosen", [])[-1:])
+    meta = {**{name: row[name] for name in PLACE}, **row["meta"]}
+    found = {"id": row["id"], "prompt": asked, "reference": answer["content"]}
+    return found | {"meta": json.dumps(meta, ensure_ascii=False)}
 
 
-def _pair_columns(batch: list[tuple[Row, Encoded, Encoded]]) -> dict[str, Any]:
+def _pair_row(row: Row, chosen: Encoded, rejected: Encoded) -> dict[str, Any]:
     """Conversational columns for TRL, and the same as token ids, each answer with its one end of turn."""
-
-    def answer(one: Encoded) -> Any:
-        return one.ids[one.prompt : one.ends[-1] + 1]
-
-    return {
-        "id": [row["id"] for row, _, _ in batch],
-        "prompt": [plain_turns(row["messages"]) for row, _, _ in batch],
-        "chosen": [plain_turns(row["chosen"]) for row, _, _ in batch],
-        "rejected": [plain_turns(row["rejected"]) for row, _, _ in batch],
-        "prompt_ids": [chosen.ids[: chosen.prompt] for _, chosen, _ in batch],
-        "chosen_ids": [answer(chosen) for _, chosen, _ in batch],
-        "rejected_ids": [answer(rejected) for _, _, rejected in batch],
-    }
+    made = {"id": row["id"], "prompt": plain_turns(row["messages"]), "prompt_ids": chosen.ids[: chosen.prompt]}
+    for side, one in (("chosen", chosen), ("rejected", rejected)):
+        made |= {side: plain_turns(row[side]), f"{side}_ids": one.ids[one.prompt : one.ends[-1] + 1]}
+    return made
 
 
-def _kto_columns(batch: list[Encoded]) -> dict[str, Any]:
-    rows = [one.row for one in batch]
-    return {
-        "id": [row["id"] for row in rows],
-        "prompt": [plain_turns(row["messages"][:-1]) for row in rows],
-        "completion": [plain_turns(row["messages"][-1:]) for row in rows],
-        "label": [row["label"] for row in rows],
-    }
+def _kto_row(row: Row) -> dict[str, Any]:
+    *asked, answer = plain_turns(row["messages"])
+    return {"id": row["id"], "prompt": asked, "completion": [answer], "label": row["label"]}
 
 
 def plain_turns(messages: list[dict]) -> list[dict]:

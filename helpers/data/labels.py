@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -78,18 +79,15 @@ class Encoder:
         While one batch is tokenised (in Rust, without the interpreter's lock) the next is rendered.
         """
         with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[list[Row], list[Row], list[Rendering], Future[Any]] | None = None
-            for batch in chain(rows, [None]):
-                begun = None
-                if batch is not None:
-                    chats, rendered = self._rendered([row for row in batch if row["kind"] != "text"])
-                    begun = batch, chats, rendered, pool.submit(self._tokenised, rendered)
-                if waiting is not None:
-                    whole, chats, rendered, future = waiting
-                    yield self._texts([row for row in whole if row["kind"] == "text"]) + [
-                        one for one in self._masked(chats, rendered, future.result()) if one is not None
-                    ]
-                waiting = begun
+            begun: tuple[list[Row], list[Row], list[Rendering], Future[list[list[int]]]] | None = None
+            for batch in chain(rows, [[]]):  # the empty one pushes out the last
+                texts = [row for row in batch if row["kind"] == "text"]
+                chats, rendered = self._rendered([row for row in batch if row["kind"] != "text"])
+                following = texts, chats, rendered, pool.submit(self._tokenised, rendered)
+                if begun is not None:
+                    texts, chats, rendered, ids = begun
+                    yield self._texts(texts) + self._masked(chats, rendered, ids.result())
+                begun = following
 
     def pairs(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, Encoded, Encoded]]]:
         """Preference rows as (row, chosen, rejected); both share the prompt, and each ends with its one end of turn."""
@@ -100,24 +98,26 @@ class Encoder:
                     {**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left
                 ]
                 ready, rendered = self._rendered(whole)
-                encoded = self._masked(ready, rendered, self._tokenised(rendered))
-                sides.append({one.row["id"]: one for one in encoded if one is not None})
+                sides.append({one.row["id"]: one for one in self._masked(ready, rendered, self._tokenised(rendered))})
                 left = [row for row in left if row["id"] in sides[-1]]  # the others are rejected with their reason
             done = []
             for row in left:
                 chosen, rejected = (side[row["id"]] for side in sides)
-                if list(chosen.ids[: chosen.prompt]) == list(rejected.ids[: rejected.prompt]):
+                with self._rejecting(row):
+                    if list(chosen.ids[: chosen.prompt]) != list(rejected.ids[: rejected.prompt]):
+                        detail = "the template writes another prompt for the chosen than for the rejected answer"
+                        raise RowError("prompts differ", detail)
                     done.append((row, chosen, rejected))
-                else:
-                    detail = "the template writes another prompt for the chosen than for the rejected answer"
-                    self._reject(row, RowError("prompts differ", detail))
             yield done
 
     # ------------------------------------------------------------ one batch
 
     def _rendered(self, rows: list[Row]) -> tuple[list[Row], list[Rendering]]:
         """The rows that may be rendered, as this template can show them, and their renderings."""
-        ready = [row for row in map(self._prepared, rows) if row is not None]
+        ready = []
+        for row in rows:
+            with self._rejecting(row):
+                ready.append(self._prepared(row))
         asked = [(row["messages"], row.get("tools"), self._trained_turns(row)) for row in ready]
         return ready, render(self.template.tokenizer, asked)
 
@@ -129,17 +129,19 @@ class Encoder:
         """Plain text: the tokenizer's own beginning, every token trained, the end of sequence behind it."""
         import numpy as np
 
-        ready = [row for row in rows if self._may_be_read(row)]
-        done = []
-        for row, encoding in zip(
-            ready, self._backend.encode_batch_fast([row["messages"][0]["content"] for row in ready]), strict=True
-        ):
+        ready, done = [], []
+        for row in rows:
+            with self._rejecting(row):
+                self._may_be_read(row)
+                ready.append(row)
+        texts = [row["messages"][0]["content"] for row in ready]
+        for row, encoding in zip(ready, self._backend.encode_batch_fast(texts), strict=True):
             ids = encoding.ids if encoding.ids[-1:] == [self._eos] else [*encoding.ids, self._eos]
             done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, [len(ids) - 1]))
         return done
 
-    def _may_be_read(self, row: Row) -> bool:
-        """False, and rejected, for a row of too many characters and for one with control tokens in its text."""
+    def _may_be_read(self, row: Row) -> None:
+        """Raises RowError for a row of too many characters and for one with control tokens in its text."""
         size, texts = 0, [("the tools", row.get("tools") or "")]
         for message in row["messages"]:
             where = "the text" if row["kind"] == "text" else f"a {message['role']} turn"
@@ -148,16 +150,13 @@ class Encoder:
             size += len(content)
             if found := self.template.special_text.search(content):
                 detail = f"{where} holds {found.group()!r}, which the tokenizer reads as a control token"
-                return self._reject(row, RowError("special token in text", detail))
+                raise RowError("special token in text", detail)
         if size > MAX_CHARS:
-            detail = f"{size:,} characters; cut it into rows of at most {MAX_CHARS:,}"
-            return self._reject(row, RowError("row too long", detail))
-        return True
+            raise RowError("row too long", f"{size:,} characters; cut it into rows of at most {MAX_CHARS:,}")
 
-    def _prepared(self, row: Row) -> Row | None:
-        """The row with its tool turns as this template can show them; None when it must not be read."""
-        if not self._may_be_read(row):
-            return None
+    def _prepared(self, row: Row) -> Row:
+        """The row with its tool turns as this template can show them. Raises RowError."""
+        self._may_be_read(row)
         template, tools, messages = self.template, row.get("tools"), row["messages"]
         if tools and not template.shows_tools:
             self._note("tool list written into the system message, as the template shows none", tools)
@@ -177,16 +176,12 @@ class Encoder:
         turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i >= first]
         return turns[-1:] if self.train_on == "last" and "first" not in row else turns
 
-    def _masked(self, rows: list[Row], rendered: list[Rendering], ids: list[list[int]]) -> list[Encoded | None]:
-        """Every row with its mask; None, and rejected, where the contract is broken."""
-        tokens = _Tokens(ids, self._kinds)
-        done: list[Encoded | None] = []
+    def _masked(self, rows: list[Row], rendered: list[Rendering], ids: list[list[int]]) -> list[Encoded]:
+        """The rows with their masks; those that break the contract are rejected."""
+        tokens, done = _Tokens(ids, self._kinds), []
         for number, (row, rendering) in enumerate(zip(rows, rendered, strict=True)):
-            try:
+            with self._rejecting(row):
                 done.append(self._one_masked(row, rendering, tokens, number))
-            except RowError as error:
-                self._reject(row, error)
-                done.append(None)
         return done
 
     def _one_masked(self, row: Row, rendering: Rendering, tokens: _Tokens, number: int) -> Encoded:
@@ -198,7 +193,7 @@ class Encoder:
         ids, mask = tokens.ids[start:stop], tokens.mask[start:stop]
         if self._bos is not None and tokens.rows[number][:2] == [self._bos, self._bos]:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
-        spans = []
+        begins, ends = [], []
         for turn, (prefix, through) in zip(self._trained_turns(row), rendering.turns, strict=True):
             if isinstance(prefix, RowError):
                 raise prefix
@@ -215,15 +210,19 @@ class Encoder:
             end = tokens.end_after(start + begin, stop)
             if end < 0:
                 raise RowError("no end of turn", f"turn {turn + 1} has no {template.end_text} in its labels")
-            spans.append((begin, end + 1 - start))
+            begins.append(begin)
+            ends.append(end - start)
             content = row["messages"][turn]["content"].strip()
             if content and content not in full[len(prefix) :]:
                 self._note("the template changed an answer", content)
-        for begin, end in spans:
-            mask[begin:end] = 1
+        return self._encoded(row, ids, mask, begins, ends)
+
+    def _encoded(self, row: Row, ids: Any, mask: Any, begins: list[int], ends: list[int]) -> Encoded:
+        for begin, end in zip(begins, ends, strict=True):
+            mask[begin : end + 1] = 1
         if self.train_on == "everything":
             mask[:] = 1
-        return Encoded(row, ids, mask, spans[0][0], [end - 1 for _, end in spans])
+        return Encoded(row, ids, mask, begins[0], ends)
 
     def _boundary(self, prefix: str, tokens: _Tokens, number: int) -> int:
         """How many tokens of the row the prefix is. Raises RowError when its tokens are not the row's first tokens."""
@@ -253,7 +252,6 @@ class Encoder:
         encoding = self._backend.encode(full, add_special_tokens=False)
         if not spans:
             raise RowError("template is no prefix", "the template's marks do not fit its rendering")
-        mask: Any = np.zeros(len(ids), np.int8)
         ends, begins = [], []
         for first, behind in spans[-1:] if self.train_on == "last" else spans:
             begin, last = encoding.char_to_token(first), encoding.char_to_token(behind - 1)
@@ -263,21 +261,22 @@ class Encoder:
                 raise RowError(
                     "no end of turn", f"the template's marks leave {self.template.end_text} out of the labels"
                 )
-            mask[begin : begin + held[-1] + 1] = 1
             begins.append(begin)
             ends.append(int(begin + held[-1]))
-        if self.train_on == "everything":
-            mask[:] = 1
         self._note("masked by the template's own marks")
-        return Encoded(row, ids, mask, begins[0], ends)
+        return self._encoded(row, ids, np.zeros(len(ids), np.int8), begins, ends)
 
     def _note(self, what: str, example: str = "") -> None:
         self.notes[what] += 1
         self.examples.setdefault(what, example[:300])
 
-    def _reject(self, row: Row, error: RowError) -> bool:
-        self.rejects.add(row["file"], row["row"], error.reason, error.detail, step="chat template")
-        return False
+    @contextmanager
+    def _rejecting(self, row: Row) -> Iterator[None]:
+        """A row that breaks the contract in here is rejected with its reason."""
+        try:
+            yield
+        except RowError as error:
+            self.rejects.add(row["file"], row["row"], error.reason, error.detail, step="chat template")
 
 
 class _Tokens:

@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.data.labels import Encoded, Encoder
 from helpers.data.tables import Rejects
-from helpers.data.turns import Row, make_row
+from helpers.data.turns import PLACE, Row, make_row
 
 COVERED = 0.99  # share of the rows that the proposed length holds whole
 CANDIDATES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -157,19 +157,17 @@ class Fitter:
         best: Encoded | None = None
         for exchange in exchanges:
             longer = self._fitting(row, system + run + exchange)
-            if longer is not None:
-                run, best = run + exchange, longer
-                continue
-            if best is not None:
-                parts.append(best)
-            run, best = exchange, self._fitting(row, system + exchange)
-            if best is None:
-                return []
+            if longer is None:
+                parts += [best] if best is not None else []
+                run, longer = [], self._fitting(row, system + exchange)
+                if longer is None:
+                    return []
+            run, best = run + exchange, longer
         return [*parts, best] if best is not None else []
 
     def _fitting(self, row: Row, messages: list[dict]) -> Encoded | None:
         """These messages of the row as tokens; None when they do not fit, or cannot be rendered."""
-        kept = {name: row[name] for name in ("source", "file", "row", "tools", "meta", "label") if name in row}
+        kept = {name: row[name] for name in (*PLACE, "tools", "meta", "label") if name in row}
         encoder = Encoder(self.encoder.template, self.encoder.train_on)
         (batch,) = encoder.encode([[make_row(row["kind"], messages, **kept)]])
         return next((one for one in batch if len(one.ids) <= self.report.max_length), None)

@@ -46,8 +46,8 @@ def run(
 ) -> Table:
     """Rows through every step that is switched on, in a fixed order: repair, judge, deduplicate, decontaminate.
 
-    report: gives a step of this name its account. evaluation: rows that must not be trained on. measure: also
-    measure which share of planted evaluation questions would be found.
+    report: gives a step of this name its account. evaluation: rows that must not be trained on. measure: also measure
+    which share of planted evaluation questions would be found.
     """
     found: Iterable[list[Row]] = rows
     if not len(rows):

@@ -89,7 +89,7 @@ class Job(StageJob):
     # ------------------------------------------------------------ read and generate
 
     @step
-    def read(self) -> sources.Reading:
+    def read(self) -> Html:
         """Read every named set; rows that cannot be used are in rejected.jsonl, counted."""
         self._begin("read")
         self.database()
@@ -106,7 +106,7 @@ class Job(StageJob):
         readings = (self.training, self.tests, self.preferences, self.replay)
         self.sources = [report for reading in readings for report in reading.reports]
         self.training_rows, self.made_pairs = self.training.table, Table().close()
-        return sources.Reading(self.training.table, self.sources)
+        return sources.Reading(self.training.table, self.sources).shown()
 
     def _read(self, spec: str, format: str = "auto", columns: str = "") -> sources.Reading:
         p = self.params

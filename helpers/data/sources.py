@@ -84,6 +84,7 @@ class Reading:
     reports: list[SourceReport]
 
     def shown(self) -> display.Html:
+        """What was read from where, and as what."""
         header = ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside")
         lines = []
         for one in self.reports:
@@ -91,12 +92,6 @@ class Reading:
             aside = ", ".join(name for name, _ in one.unused.most_common(8))
             lines.append((one.name, one.where, f"{one.rows:,}", f"{one.rejected:,}", shapes, aside))
         return display.shown(lines, header)
-
-    def _repr_html_(self) -> str:
-        return self.shown().markup
-
-    def __repr__(self) -> str:
-        return self.shown().text
 
 
 # ---------------------------------------------------------------- what a spec names
@@ -118,21 +113,21 @@ def find(spec: str, info: str = "") -> list[Source]:
     named = _described_sets(path) if path.is_file() or info else {}
     found = [source for part in parts for source in _find_part(part, named)]
     names: list[str] = []
-    places: dict[str, set[Path]] = {}
+    files_of: dict[str, list[Path]] = {}
     for source in found:
         numbered = itertools.chain([source.name], (f"{source.name}-{number}" for number in itertools.count(2)))
         names.append(next(name for name in numbered if name not in names))
         if source.file is not None:
-            places.setdefault(source.file.name, set()).add(source.file.absolute())
-    return [replace(source, name=name, where=_where(source, places)) for source, name in zip(found, names, strict=True)]
+            files_of.setdefault(source.file.name, []).append(source.file.absolute())
 
+    def where(source: Source) -> str:
+        """A hub id, or a file's name, with its folders where several files have that name."""
+        if source.file is None:
+            return source.hub
+        same = set(files_of[source.file.name])
+        return source.file.name if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
 
-def _where(source: Source, places: dict[str, set[Path]]) -> str:
-    """A hub id, or a file's name, with its folders where several files have that name."""
-    if source.file is None:
-        return source.hub
-    same = places[source.file.name]
-    return source.file.name if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
+    return [replace(source, name=name, where=where(source)) for source, name in zip(found, names, strict=True)]
 
 
 def _existing(text: str) -> Path | None:
@@ -273,9 +268,18 @@ def read(
 def _rows(
     source: Source, shape: Shape | None, rejects: Rejects, report: SourceReport, unanswerable: str, options: dict
 ) -> Iterator[Row]:
+    """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
     known: dict[Any, Shape | None] = {}
-    for number, record in _records(source, rejects, options):
+    if source.file is None:
+        records = _of_hub(source)
+    elif files.kind(source.file) in documents.KINDS:
+        records = documents.chunks(source.file, rejects, source.where, **options)
+    else:
+        records = files.read(source.file, rejects, source.where)
+    for number, record in records:
+        if source.limit and number > source.limit:
+            break
         rejects.saw(1)
         try:
             fitting = _shape_of(record, shape, known, unanswerable)
@@ -297,20 +301,6 @@ def _rows(
             report.kinds[part["kind"]] += 1
             yield make_row(**part, source=source.name, file=report.where, row=number, meta=aside)
     report.rejected = rejects.invalid.total() - before
-
-
-def _records(source: Source, rejects: Rejects, options: dict) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, record) of a source. What cannot be read goes to `rejects` with its row number."""
-    if source.file is None:
-        found = _of_hub(source)
-    elif files.kind(source.file) in documents.KINDS:
-        found = documents.chunks(source.file, rejects, source.where, **options)
-    else:
-        found = files.read(source.file, rejects, source.where)
-    for number, record in found:
-        if source.limit and number > source.limit:
-            return
-        yield number, record
 
 
 def _shape_of(record: dict, named: Shape | None, known: dict[Any, Shape | None], unanswerable: str) -> Shape:

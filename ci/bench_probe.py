@@ -118,7 +118,7 @@ def stepper(model):
 def context(given: argparse.Namespace) -> None:
     """The longest row that trains within 15, 24, 40 and 80 GiB, every layer checkpointed, offloaded and tiled."""
     from helpers.model import checkpointing
-    from helpers.planner.plan import TILE
+    from helpers.planner.cost_model import TILE
 
     model, _ = random_model(LLAMA, "nf4", 16)
     checkpointing.set_recompute(model, "all", offload=True, tile_mlp=TILE)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from helpers import machine
 from helpers.errors import TunebookError
+from helpers.model.loading import fast_bf16
+from helpers.params import TrainingParams
 
 GIB = 2**30
 NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
@@ -27,6 +29,7 @@ OPTIMIZER_BYTES = {
     "adafactor": 0.1,
     "sgd": 0,
 }
+TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
@@ -193,6 +196,31 @@ class Setting:
     process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
 
 
+def base_setting(params: TrainingParams, card: Card, world: int, backend: str, flash: bool, padded: bool) -> Setting:
+    """The setting that every option varies in row tokens and activation checkpointing."""
+    cpu, qlora = card.capability is None, params.method == "qlora"
+    wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
+    answers_only = params.stage == "sft" and getattr(params, "train_on", "all") == "completion"
+    return Setting(
+        row_tokens=0,
+        quantize="nf4" if qlora else "none",
+        method=params.method,
+        rank=params.rank,
+        targets=params.target_modules,
+        optimizer=params.optimizer,
+        stage=params.stage,
+        backend=backend,
+        flash=flash,
+        padded=padded,
+        fused=not (params.dropout or params.dora),
+        trained_layers=getattr(params, "freeze_layers", 0),
+        shards=1 if qlora else world,
+        trained_share=0.6 if answers_only else 1.0,
+        number_bytes=4 if wide else 2,
+        process_gib=PROCESS_GIB + ONEDNN_GIB * (not wide) if cpu else 0.0,
+    )
+
+
 def trained_parameters(shape: Shape, s: Setting) -> int:
     """How many numbers the optimizer changes."""
     if s.method == "full":
@@ -318,3 +346,36 @@ def row_work(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[
     else:
         launch *= 1 + again * LAUNCH_AGAIN
     return seconds, launch
+
+
+def grades_of(layers: int) -> list[tuple[int, bool, int]]:
+    """(layers checkpointed, inputs offloaded to host memory, tokens of the MLP at a time), cheapest in time first."""
+    return [*((layers * part // 4, False, 0) for part in range(5)), (layers, True, 0), (layers, True, TILE)]
+
+
+def offload_fits(shape: Shape, s: Setting, card: Card, world: int = 1) -> bool:
+    """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
+    need = world * (offloaded_gib(shape, s) + HOST_GIB)
+    return not s.offload or not card.host_gib or need <= card.host_gib
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting with what it would need and take."""
+
+    setting: Setting
+    accumulation: int
+    peak_gib: float
+    need_gib: float
+    tokens_per_s: float
+    fits: bool
+    spread: float  # half-width of the time estimate, as a share of it
+    offloaded_gib: float = 0.0  # host memory that layer inputs take
+
+    @property
+    def recompute_text(self) -> str:
+        s = self.setting
+        if not s.recompute:
+            return "none"
+        where = f", inputs in host memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
+        return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")

@@ -10,42 +10,160 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from helpers import display
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
-from helpers.model.loading import fast_bf16, load_config
+from helpers.model.loading import load_config
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, row_plan
-from helpers.planner.cost_model import Setting, Shape
-from helpers.planner.estimates import Option, Plan
+from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting, grades_of, offload_fits
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
-TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
+MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
+PROBED_SPREAD = (0.03, 0.08)  # of memory and of time, once a probing step has measured them
+HEAD = ["", "backend", "base", "row tokens", "accumulation", "activation checkpointing", "peak GiB", "tokens/s", "time"]
 
 
-def choose_backend(asked: str, card: cost_model.Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """The chosen setting, its costs with error bars, the reasons, and what else was weighed."""
+
+    card: Card
+    shape: Shape
+    option: Option
+    batch_size: int
+    world_size: int
+    steps: int
+    tokens: int
+    attention: str
+    packed: bool
+    backend: str
+    reasons: tuple[str, ...]
+    alternatives: tuple[Option, ...]
+    memory_scale: float = 1.0
+    time_scale: float = 1.0
+    measured: bool = False
+    errors: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> Setting:
+        return self.option.setting
+
+    @property
+    def row_tokens(self) -> int:
+        return self.setting.row_tokens
+
+    @property
+    def accumulation(self) -> int:
+        return self.option.accumulation
+
+    @property
+    def peak_gib(self) -> float:
+        return self.option.peak_gib * self.memory_scale
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.option.tokens_per_s / self.time_scale
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Training time: expected, shortest, longest."""
+        expected = self.tokens / self.tokens_per_s
+        spread = PROBED_SPREAD[1] if self.measured else self.option.spread
+        return expected, expected * (1 - spread), expected * (1 + spread)
+
+    def correct(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
+        """The plan after a probing step that allocated `peak_gib` at most and ran at `tokens_per_s`.
+
+        Keeps the relative errors of the estimate ((predicted − measured) / measured) in `.errors`.
+        """
+        errors, memory_scale, time_scale = dict(self.errors), self.memory_scale, self.time_scale
+        if peak_gib:
+            errors["peak_gib"] = round(self.peak_gib / peak_gib - 1, 4)
+            memory_scale *= peak_gib / self.peak_gib
+        if tokens_per_s:
+            errors["tokens_per_s"] = round(self.tokens_per_s / tokens_per_s - 1, 4)
+            time_scale *= self.tokens_per_s / tokens_per_s
+        return replace(self, errors=errors, memory_scale=memory_scale, time_scale=time_scale, measured=True)
+
+    def shortened(self, steps: int) -> Plan:
+        """The plan for fewer (or more) optimizer steps of the same kind."""
+        return replace(self, steps=steps, tokens=round(self.tokens * steps / self.steps))
+
+    def compared_with(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
+        """The plan compared with the whole run: `.errors` has those of the first estimate and, under `after_probe`,
+        those that the probing step left."""
+        first = replace(self, memory_scale=1.0, time_scale=1.0, errors={}).correct(peak_gib, tokens_per_s)
+        if not self.measured:
+            return first
+        after = replace(self, errors={}).correct(peak_gib, tokens_per_s).errors
+        return replace(first, errors={**first.errors, **({"after_probe": after} if after else {})})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        of_plan = ("backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors")
+        of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
+        return {
+            "card": self.card.name,
+            **{name: getattr(self, name) for name in of_plan},
+            **{name: getattr(self.setting, name) for name in of_setting},
+            "reason": " ".join(self.reasons),
+            "peak_gib": round(self.peak_gib, 3),
+            "tokens_per_s": round(self.tokens_per_s, 1),
+            "seconds": [round(s, 1) for s in self.seconds],
+            "probed": self.measured,
+        }
+
+    def _row(self, option: Option) -> tuple[str, ...]:
+        speed = option.tokens_per_s / self.time_scale
+        state = "chosen" if option is self.option else "fits" if option.fits else "does not fit"
+        base = "4-bit" if option.setting.quantize == "nf4" else "16-bit"
+        rows = (f"{option.setting.row_tokens:,}", f"{option.accumulation}", option.recompute_text)
+        costs = (f"{option.peak_gib * self.memory_scale:.1f}", f"{speed:,.0f}", display.duration(self.tokens / speed))
+        return (state, option.setting.backend, base, *rows, *costs)
+
+    def headline(self) -> str:
+        expected, shortest, longest = map(display.duration, self.seconds)
+        spread = PROBED_SPREAD[0] if self.measured else MEMORY_SPREAD
+        return (
+            f"{self.card.name}: {self.tokens:,} tokens in {self.steps:,} steps of {self.batch_size} rows, {expected} "
+            f"({shortest} to {longest}), {self.tokens_per_s:,.0f} tokens/s, peak {self.peak_gib:.1f} GiB "
+            f"({self.peak_gib * (1 - spread):.1f} to {self.peak_gib * (1 + spread):.1f}) of {self.card.total_gib:.1f}, "
+            f"{'measured by a probing step' if self.measured else 'predicted'}."
+        )
+
+    def _shown(self) -> display.Html:
+        others = [option for option in self.alternatives if option.setting != self.setting]
+        table = display.shown([self._row(option) for option in (self.option, *others)], HEAD)
+        return display.said(self.headline(), *self.reasons) + table
+
+    def __repr__(self) -> str:  # a notebook's plain text: the dataclass's own would print every layer
+        return repr(self._shown())
+
+    def _repr_html_(self) -> str:
+        return self._shown().markup
+
+
+def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
     """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
     method, loss = params.get("method", "qlora"), params.get("loss", "sft")
-    cannot = ""
-    if card.capability is None:
-        cannot = "Unsloth needs a GPU"
-    elif method not in ("qlora", "lora"):
-        cannot = f"method {method} is not offered through Unsloth here"
-    elif loss not in ("sft", "orpo"):
-        cannot = f"loss {loss} is not offered through Unsloth here"
-    elif model_type not in UNSLOTH_MODELS:
-        cannot = f"Unsloth has no kernels for {model_type}"
-    elif params.get("dora") or params.get("init", "default") != "default":
-        cannot = "DoRA, PiSSA and LoftQ are not offered through Unsloth here"
-    elif params.get("precision") == "fp32":
-        cannot = "Unsloth computes in 16 bits and precision is fp32"
-    elif importlib.util.find_spec("unsloth") is None:
-        cannot = "Unsloth is not installed"
+    obstacles = {
+        "Unsloth needs a GPU": card.capability is None,
+        f"method {method} is not offered through Unsloth here": method not in ("qlora", "lora"),
+        f"loss {loss} is not offered through Unsloth here": loss not in ("sft", "orpo"),
+        f"Unsloth has no kernels for {model_type}": model_type not in UNSLOTH_MODELS,
+        "DoRA is not offered through Unsloth here": params.get("dora"),
+        "PiSSA and LoftQ are not offered through Unsloth here": params.get("init", "default") != "default",
+        "Unsloth computes in 16 bits and precision is fp32": params.get("precision") == "fp32",
+        "Unsloth is not installed": importlib.util.find_spec("unsloth") is None,
+    }
+    cannot = next((why for why, true in obstacles.items() if true), "")
     if asked == "unsloth" and cannot:
         raise TunebookError(f"backend is unsloth, but {cannot}; set backend to auto or hf.")
     if asked in ("hf", "unsloth"):
@@ -54,8 +172,7 @@ def choose_backend(asked: str, card: cost_model.Card, model_type: str, params: M
         return "hf", "Backend hf: packed rows through variable-length FlashAttention are the fastest on this GPU."
     if cannot:
         return "hf", f"Backend hf: {cannot}."
-    why = "this GPU has no variable-length FlashAttention, and Unsloth's kernels run on it"
-    return "unsloth", f"Backend unsloth: {why}."
+    return "unsloth", "Backend unsloth: it has kernels for this GPU, and variable-length FlashAttention has none."
 
 
 def plan(
@@ -63,7 +180,7 @@ def plan(
     lengths: Sequence[int],
     source: Any,
     world_size: int = 1,
-    card: cost_model.Card | None = None,
+    card: Card | None = None,
     padded_lengths: Sequence[int] | None = None,
 ) -> Plan:
     """The fastest setting that fits the GPU, for these parameters and these training examples.
@@ -79,7 +196,9 @@ def plan(
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     packed = kernel.packed and params.packing and backend == "hf"
-    base = _base(params, card, world_size, backend, flash=kernel.name == packed_attention.FLASH, padded=not packed)
+    base = base_setting(
+        params, card, world_size, backend, flash=kernel.name == packed_attention.FLASH, padded=not packed
+    )
     shape = cost_model.shape_of(config)
     search = _Search(params, shape, card, world_size, tuple(lengths), tuple(padded_lengths or lengths), base)
     options = [search.weigh(setting) for setting in search.settings()]
@@ -92,9 +211,8 @@ def plan(
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
-        reasons.append(
-            f"Activation checkpointing: {best.recompute_text}; {'longer rows fit' if lightest.fits else need}."
-        )
+        why = "longer rows fit" if lightest.fits else need
+        reasons.append(f"Activation checkpointing: {best.recompute_text}; {why}.")
     per_epoch = math.ceil(len(lengths) / params.batch_size)
     steps = params.max_steps or math.ceil(per_epoch * params.epochs)
     return Plan(
@@ -113,44 +231,6 @@ def plan(
     )
 
 
-def _base(
-    params: TrainingParams, card: cost_model.Card, world: int, backend: str, flash: bool, padded: bool
-) -> Setting:
-    """The setting that every option varies in row tokens and activation checkpointing."""
-    cpu, qlora = card.capability is None, params.method == "qlora"
-    wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
-    answers_only = params.stage == "sft" and getattr(params, "train_on", "all") == "completion"
-    return Setting(
-        row_tokens=0,
-        quantize="nf4" if qlora else "none",
-        method=params.method,
-        rank=params.rank,
-        targets=params.target_modules,
-        optimizer=params.optimizer,
-        stage=params.stage,
-        backend=backend,
-        flash=flash,
-        padded=padded,
-        fused=not (params.dropout or params.dora),
-        trained_layers=getattr(params, "freeze_layers", 0),
-        shards=1 if qlora else world,
-        trained_share=0.6 if answers_only else 1.0,
-        number_bytes=4 if wide else 2,
-        process_gib=cost_model.PROCESS_GIB + cost_model.ONEDNN_GIB * (not wide) if cpu else 0.0,
-    )
-
-
-def grades_of(layers: int) -> list[tuple[int, bool, int]]:
-    """(layers checkpointed, inputs offloaded to host memory, tokens of the MLP at a time), cheapest in time first."""
-    return [*((layers * part // 4, False, 0) for part in range(5)), (layers, True, 0), (layers, True, TILE)]
-
-
-def offload_fits(shape: Shape, s: Setting, card: cost_model.Card, world: int = 1) -> bool:
-    """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
-    need = world * (cost_model.offloaded_gib(shape, s) + cost_model.HOST_GIB)
-    return not s.offload or not card.host_gib or need <= card.host_gib
-
-
 @dataclass(frozen=True)
 class _Search:
     """The options for one job. tokens, padded: of each training example, for pairs of both answers with their prompts,
@@ -158,7 +238,7 @@ class _Search:
 
     params: TrainingParams
     shape: Shape
-    card: cost_model.Card
+    card: Card
     world: int
     tokens: tuple[int, ...]
     padded: tuple[int, ...]
@@ -173,14 +253,16 @@ class _Search:
         per_epoch = math.ceil(len(self.tokens) / self.params.batch_size)
         return math.ceil(self.params.max_steps / per_epoch if self.params.max_steps else self.params.epochs)
 
-    def heaviest(self, s: Setting) -> int:
-        """Tokens of the optimizer step that has the most."""
-        return _heaviest_step(self.lengths(s), self.params.batch_size, self.params.seed, self.epochs)
+    @cached_property
+    def heaviest(self) -> int:
+        """Tokens of the optimizer step that has the most; found in a quarter of a second for 100,000 rows."""
+        lengths, params = self.lengths(self.base), self.params
+        return sum(lengths[i] for i in row_plan.heaviest(lengths, params.batch_size, params.seed, self.epochs, 1)[0])
 
     def settings(self) -> Iterator[Setting]:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths(self.base))
-        useful = max(longest, math.ceil(self.heaviest(self.base) / self.world))
+        useful = max(longest, math.ceil(self.heaviest / self.world))
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
         if self.params.row_tokens:
             if self.params.row_tokens < longest:
@@ -194,15 +276,9 @@ class _Search:
         elif self.base.backend == "unsloth":
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         count = self.shape.layers
-        grades = {
-            "none": [(0, False, 0)],
-            "half": [(count // 2, False, 0)],
-            "all": [(count, False, 0)],
-            "offload": [(count, True, 0), (count, True, TILE)],
-            "auto": grades_of(count),
-        }[self.params.recompute]
-        if self.base.backend == "unsloth":
-            grades = [(count, True, 0)]
+        known = grades_of(count)
+        named = {"none": known[:1], "half": [(count // 2, False, 0)], "all": known[4:5], "offload": known[5:]}
+        grades = [(count, True, 0)] if self.base.backend == "unsloth" else named.get(self.params.recompute, known)
         for size in sizes:
             for layers, offload, tile in grades:
                 if not tile or tile < size:
@@ -223,7 +299,7 @@ class _Search:
             layout = self.layout(s)
             rows, mean_row = layout.accumulation, layout.mean_row_tokens
         else:
-            rows = max(1, math.ceil(self.heaviest(s) / s.row_tokens / self.world))
+            rows = max(1, math.ceil(self.heaviest / s.row_tokens / self.world))
             mean_row = step_tokens / self.world / rows
         s = replace(s, accumulates=rows > 1 or s.accumulates)
         square = sum(n * n for n in lengths) / sum(lengths)
@@ -232,8 +308,7 @@ class _Search:
         seconds = rows * cost_model.row_seconds(self.shape, row, self.card, square)
         # The optimizer reads and writes its state.
         seconds += cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
-        if self.world > 1:
-            seconds *= 1.02
+        seconds *= 1.02 if self.world > 1 else 1
         peak = cost_model.peak_gib(self.shape, s)
         need = self.need(peak)
         fits = need <= self.card.total_gib and offload_fits(self.shape, s, self.card, self.world)
@@ -279,15 +354,12 @@ class _Search:
         )
         if smallest.need_gib <= card.total_gib:
             host = smallest.offloaded_gib + cost_model.HOST_GIB
-            what += (
-                f", which is enough, but also {host:.1f} GiB of host memory a process for offloaded layer inputs, and "
-                f"there are {card.host_gib:.1f}"
-            )
+            what += f", which is enough, but offloaded layer inputs also take {host:.1f} GiB of host memory a process, "
+            what += f"and there are {card.host_gib:.1f}"
 
         def fits(lengths: Sequence[int] = lengths, **change: Any) -> bool:
             params = replace(self.params, recompute="auto", row_tokens=0, **change)
-            base = self.base
-            base = _base(params, card, self.world, base.backend, base.flash, base.padded)
+            base = base_setting(params, card, self.world, self.base.backend, self.base.flash, self.base.padded)
             search = replace(self, params=params, base=base, tokens=tuple(lengths), padded=tuple(lengths))
             return any(search.weigh(setting).fits for setting in search.settings())
 
@@ -303,16 +375,7 @@ class _Search:
             low, high = (middle, high) if fits([min(n, middle) for n in lengths]) else (low, middle)
         if low >= 64:
             return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
-        setting = smallest.setting
         larger = [known for known in cost_model.CARDS.values() if known.total_gib >= smallest.need_gib]
-        larger = [known for known in larger if offload_fits(self.shape, setting, known, self.world)]
-        if not larger:
-            return f"{what}; use a smaller model or several GPUs."
-        names = ", ".join(known.name for known in sorted(larger, key=lambda known: known.total_gib))
-        return f"{what}; use a GPU with more memory ({names})."
-
-
-@lru_cache(maxsize=2)
-def _heaviest_step(lengths: tuple[int, ...], batch_size: int, seed: int, epochs: int) -> int:
-    """The same for all of the settings that are weighed: found once, in a quarter of a second for 100,000 rows."""
-    return sum(lengths[i] for i in row_plan.heaviest(lengths, batch_size, seed, epochs, 1)[0])
+        names = [known.name for known in larger if offload_fits(self.shape, smallest.setting, known, self.world)]
+        remedy = f"GPU with more memory ({', '.join(names)})" if names else "smaller model or several GPUs"
+        return f"{what}; use a {remedy}."

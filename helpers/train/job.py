@@ -25,7 +25,7 @@ from helpers.model import packed_attention
 from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash, tokenizer_hash
 from helpers.params import TrainingParams
 from helpers.planner import plan as planner
-from helpers.planner.estimates import Plan
+from helpers.planner.plan import Plan
 from helpers.train import config, distributed, resume, rows
 
 IN_ROWS = 0.8  # of a run's time; the rest is optimizer, evaluations, checkpoints (0.79 and 0.85 seen on 2 cores)

@@ -62,7 +62,7 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
             notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     keep_in_fp32(model)
     notes += fused_lora.apply(model, fused_loss=packed, fused_lora=not (params.dora or params.dropout))
-    if plan.recompute:
+    if plan.setting.recompute:
         notes.append(f"activation checkpointing in {checkpoint_activations(model, plan.option.setting)} layers")
     return model, notes
 

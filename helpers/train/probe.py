@@ -15,8 +15,8 @@ import torch
 from helpers import compat
 from helpers.errors import TunebookError
 from helpers.planner import cost_model
-from helpers.planner.estimates import Plan
-from helpers.planner.plan import grades_of, offload_fits
+from helpers.planner.cost_model import grades_of, offload_fits
+from helpers.planner.plan import Plan
 from helpers.train import config, distributed, methods
 
 

@@ -26,6 +26,7 @@ SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
 OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_8bit lion adafactor sgd"
 PRECISIONS = "auto bf16 fp16 fp32"
+RECOMPUTE = "auto none half all offload"
 
 
 @dataclass(repr=False)
@@ -86,9 +87,7 @@ class DataParams(Params):
     test_dataset: str = param("datasets/atlas_test.jsonl", "Held-out questions; empty: a part of dataset")
     preference_dataset: str = param("datasets/atlas_preference.jsonl", "Preference pairs; empty: none")
     database: str = param("datasets/atlas.sqlite", "SQLite database that answers are executed on; empty: none")
-    train_on: str = param(
-        "last", "Trained tokens: the last answer, every assistant turn, or everything", choices="last all everything"
-    )
+    train_on: str = param("last", "Trained tokens: last answer, assistant turns, or all", choices="last all everything")
     max_length: int = param(512, "Longest row; 0: what the lengths propose", "tokens", high=131072, step=16)
     over_long: str = param("drop", "Rows over max_length", choices="drop split truncate")
     eval_share: float = param(0.05, "Training rows held out for the loss while training", high=0.5, step=0.01)
@@ -144,9 +143,7 @@ class TrainingParams(Params):
     """What both training stages take."""
 
     model: str = more("", "Base model; empty: the model that the data was prepared for")
-    method: str = param(
-        "qlora", "LoRA on a 4-bit or 16-bit base, every weight, or the last layers", choices="qlora lora full freeze"
-    )
+    method: str = param("qlora", "LoRA on 4 or 16 bits, every weight, last layers", choices="qlora lora full freeze")
     rank: int = param(16, "Rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = param(32, "LoRA's scaling numerator alpha", low=1, high=512, step=1)
     learning_rate: float = param(1e-3, "Peak learning rate", low=1e-7, high=0.1, log=True)
@@ -166,20 +163,14 @@ class TrainingParams(Params):
     early_stopping: int = more(0, "Stop after N evaluations without a better held-out loss; 0: never", high=1000)
     best_checkpoint: bool = more(True, "Keep the adapter with the best held-out loss instead of the last one")
     sample_every: int = more(0, "Write sample answers every N steps; 0: only at the end", "steps", high=STEPS)
-    resume: str = more(
-        "auto", "A killed run: auto resumes, must refuses to start over, never starts over", choices="auto must never"
-    )
+    resume: str = more("auto", "A killed run: resume it, insist on that, or start anew", choices="auto must never")
     mirror: str = more("", "Folder on a mounted drive that checkpoints are copied to and resumed from")
     loggers: str = more("", "Besides TensorBoard: trackio, wandb, mlflow, separated by commas")
     backend: str = more("auto", "Training code; auto: by GPU, model and length", choices="auto hf unsloth")
     precision: str = more("auto", "auto: bf16 where the GPU has it, else fp16 with fp32 adapters", choices=PRECISIONS)
     packing: bool = more(True, "Put several rows into one, without attention across them")
     row_tokens: int = more(0, "Longest packed row; 0: the planner chooses what fits", "tokens", high=MANY)
-    recompute: str = more(
-        "auto",
-        "Activation checkpointing: no layer, half, all; offload: all, with CPU offload",
-        choices="auto none half all offload",
-    )
+    recompute: str = more("auto", "Layers with activation checkpointing; offload: CPU offload too", choices=RECOMPUTE)
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")
     export_check: bool = more(True, "Refuse, before training, a model that could not be exported to GGUF afterwards")
     optimizer: str = more("adamw", "Optimizer; 8-bit and paged ones have a small state", choices=OPTIMIZERS)
@@ -189,11 +180,7 @@ class TrainingParams(Params):
     dropout: float = more(0.0, "Dropout on the adapter's input", high=0.9)
     rslora: bool = more(False, "Rank-stabilised scaling, alpha over the root of the rank")
     dora: bool = more(False, "DoRA: magnitude and direction apart")
-    init: str = more(
-        "default",
-        "Adapter initialisation: noise, principal directions (pissa), 4-bit error (loftq)",
-        choices="default pissa loftq",
-    )
+    init: str = more("default", "Adapter initialisation: noise, PiSSA, LoftQ", choices="default pissa loftq")
     lora_plus_ratio: float = more(0.0, "LoRA+: learning rate of B over that of A (paper: 16); 0: the same", high=1000)
 
 
@@ -202,9 +189,7 @@ class SftParams(TrainingParams):
     stage = "sft"
 
     freeze_layers: int = more(2, "method freeze: how many of the last layers are trained", "layers", low=1, high=1000)
-    train_on: str = more(
-        "completion", "Trained tokens: answers, or all (continued pretraining)", choices="completion all"
-    )
+    train_on: str = more("completion", "Trained tokens: answers, or all (to pretrain on)", choices="completion all")
     neftune_alpha: float = more(0.0, "NEFTune's noise on the embeddings; 0: none", high=50)
 
 
@@ -220,9 +205,7 @@ class OrpoParams(TrainingParams):
     batch_size: int = param(8, "Pairs per optimizer step", "pairs", low=1, high=4096)
     max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, step=16)
 
-    method: str = more(
-        "qlora", "LoRA on a 4-bit or 16-bit base; of an adapter: the base that it is trained on", choices="qlora lora"
-    )
+    method: str = more("qlora", "LoRA on a 4-bit or 16-bit base; of an adapter: its base", choices="qlora lora")
     rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)
@@ -239,11 +222,7 @@ class GgufParams(Params):
         "q8_0,q4_k_m",
         "GGUF types, by commas: f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m, q3_k_s, q2_k",
     )
-    merge_onto: str = param(
-        "auto",
-        "Base to merge into: 16-bit weights, or these after NF4; auto: what it was trained on",
-        choices="auto 16bit nf4",
-    )
+    merge_onto: str = param("auto", "Merge into 16-bit weights, or these after NF4", choices="auto 16bit nf4")
     imatrix: bool = param(False, "Weigh errors by an importance matrix from the training data (better below 5 bits)")
     fidelity_tokens: int = param(1000, "Held-out text that each file is compared on", "tokens", low=16, high=10**6)
     task_questions: int = param(24, "Test questions that each file answers; 0: none", high=10**6)
@@ -262,9 +241,7 @@ class GgufParams(Params):
 class EvalParams(Params):
     stage = "eval"
 
-    candidates: str = param(
-        "base,sft,orpo,gguf", "This run's models, of: base, sft, orpo, merged, gguf; separated by commas"
-    )
+    candidates: str = param("base,sft,orpo,gguf", "This run's models, of: base, sft, orpo, merged, gguf; by commas")
     extra_candidates: str = param(
         "", "Others, as name=what separated by commas: a model folder, hub id, .gguf file or http(s)://host/v1#model"
     )
@@ -283,9 +260,7 @@ class EvalParams(Params):
     task_drop: float = more(0.15, "General questions, refusals and manners may lose this share", high=1)
     forgetting_gguf: bool = more(False, "Measure forgetting and preferences on GGUF files too")
     reference_metric: str = more("f1", "What counts as right in free text", choices="exact f1 rouge_l chrf")
-    contamination_share: float = more(
-        0.5, "Share of a question's 8-grams in one training row from which it is scored apart", low=0.01, high=1
-    )
+    contamination_share: float = more(0.5, "Share of 8-grams found in training: scored apart", low=0.01, high=1)
     harness_include: str = more("", "Folder with YAML tasks of your own")
     harness_limit: int = more(0, "Items per harness task; 0: all", "items", high=10**6)
     judge_limit: int = more(50, "Pairs of answers that the judge compares", "pairs", low=1, high=10**5)

@@ -146,13 +146,12 @@ class Worker:
         if kind == "memory":
             process.kill()
             raise Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
-        status = process.wait()
+        status, cpu_s = process.wait(), self._hello["cpu_s"] or 0
+        said = f": {words}" if (words := self.last_words()) else ""
         if time.monotonic() >= until or status == -signal.SIGALRM:
             raise Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
         if status == -signal.SIGXCPU:
-            raise Lost(f"{self.name} took more than {self._hello['cpu_s']:g} s of processor time.", "time")
-        said = self.last_words()
-        said = f": {said}" if said else ""
+            raise Lost(f"{self.name} took more than {cpu_s:g} s of processor time.", "time")
         if status == -signal.SIGKILL:
             raise Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
         raise Lost(f"{self.name} ended with status {status}{said}.", "ended")
@@ -192,17 +191,27 @@ def main(target: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     requests: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(received, requests), daemon=True).start()
-    limit_s, hello = requests.get()
-    _end_with(hello["parent"])
 
     def send(kind: str, value: Any) -> None:
         sent.write(json.dumps([kind, value]).encode() + b"\n")
         sent.flush()
 
-    def answer(limit_s: float | None, work: Callable[[], Any]) -> None:
+    handler: Any = None
+    hello: dict[str, Any] = {}
+    while True:
+        limit_s, request = requests.get()
+        hello = hello or request
         _limit_time(limit_s, hello["cpu_s"])
         try:
-            send("result", work())
+            if handler is None:
+                _end_with(hello["parent"])
+                module, _, name = target.partition(":")
+                handler = getattr(importlib.import_module(module), name)
+                handler = handler(**hello["start"]) if isinstance(handler, type) else handler
+                send("result", getattr(handler, "started", None))
+                _limit_memory(hello["memory_gib"])
+            else:
+                send("result", handler(request, functools.partial(send, "event")))
         except TunebookError as error:
             send("error", str(error))
         except MemoryError:
@@ -210,21 +219,6 @@ def main(target: str) -> None:
         except Exception:
             send("bug", traceback.format_exc())
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-    handler: Any = None
-
-    def begin() -> Any:
-        nonlocal handler
-        module, _, name = target.partition(":")
-        handler = getattr(importlib.import_module(module), name)
-        handler = handler(**hello["start"]) if isinstance(handler, type) else handler
-        return getattr(handler, "started", None)
-
-    answer(limit_s, begin)
-    _limit_memory(hello["memory_gib"])
-    while True:
-        limit_s, request = requests.get()
-        answer(limit_s, functools.partial(handler, request, functools.partial(send, "event")))
 
 
 def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine
-from helpers.cache import disk_error, write_json
+from helpers.cache import disk_error, hash_json, write_json
 from helpers.errors import TunebookError
 from helpers.model import offline
 
@@ -107,9 +107,9 @@ def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
     """The hub snapshot's folder; None when it is not here, or holds no model."""
     from huggingface_hub import errors, snapshot_download
 
-    options = {"allow_patterns": FILES, "etag_timeout": 8}
+    where = {"revision": revision or None, "local_files_only": local_only}
     try:
-        path = Path(snapshot_download(name, revision=revision or None, local_files_only=local_only, **options))
+        path = Path(snapshot_download(name, allow_patterns=FILES, etag_timeout=8, **where))
     except errors.HFValidationError:
         raise TunebookError(f"{name!r} is not a valid hub id; it looks like {DEFAULT_MODEL}.") from None
     except Exception as error:
@@ -127,7 +127,9 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     import httpx
     from huggingface_hub import constants, errors
 
-    chain = list(_causes(error))
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
     status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
     code = next((e.errno for e in chain if isinstance(e, OSError) and e.errno), 0)
 
@@ -161,12 +163,6 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
         return HubUnreachable(f"No hub is reachable for {what}, which is not on this machine; {remedy}")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return TunebookError(f"{what[0].upper()}{what[1:]} cannot be downloaded ({type(error).__name__}: {said}).")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _config_hash(folder: Path) -> str:
@@ -227,18 +223,13 @@ def mend_padding(tokenizer: Any) -> None:
 
 def template_hash(tokenizer: Any) -> str:
     """sha256 of what decides how a conversation is rendered: the chat template and the special tokens it may name."""
-    parts = {
-        "template": tokenizer.chat_template,
-        "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items()) if k != "pad_token"},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+    return hash_json({"template": tokenizer.chat_template, "special": special})
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 of the tokenizer's model, pre-tokenizer and added tokens (tokenizer.json less padding and truncation)."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.update(padding=None, truncation=None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hash_json(json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None})
 
 
 # ---------------------------------------------------------------- the weights

@@ -12,7 +12,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,8 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> M
     "nf4" to merge onto the weights after a round trip through 4-bit NormalFloat, which is the base that QLoRA training
     saw. Raises TunebookError for a damaged adapter, one of another base, or a base that exists only quantised.
     """
+    import torch
+
     config = read_config(base)
     files = shards(base)
     model = _skeleton(base, config, adapter) if adapter is not None else None
@@ -58,11 +59,15 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> M
         partial = Path(temporary) / "model"
         partial.mkdir()
         merger = _Merger(model, config, onto)
+        threads = torch.get_num_threads()
+        # Small tensors gain nothing from more, and threads that wait for each other made it 4 times slower when busy.
+        torch.set_num_threads(max(1, threads // 2))
         try:
-            with _few_threads():
-                tensors, size = merger.write(files, partial)
+            tensors, size = merger.write(files, partial)
         except OSError as error:
             raise disk_error(error, out) from error
+        finally:
+            torch.set_num_threads(threads)
         _write_rest(base, adapter, partial, config, merger)
         if out.exists():
             shutil.rmtree(out)
@@ -210,7 +215,8 @@ class _Merger:
         self.input, self.output = _embedding_names(model) if model is not None else ("", "")
         self.rounded = set()
         if onto == "nf4":  # the linear layers that transformers puts into 4 bits: all but the output layer
-            self.rounded = {n for n, m in self.modules.items() if _is_linear(m) and ".lora_" not in n} - {self.output}
+            plain = {n: getattr(m, "base_layer", m) for n, m in self.modules.items() if ".lora_" not in n}
+            self.rounded = {n for n, m in plain.items() if isinstance(m, torch.nn.Linear)} - {self.output}
 
     def write(self, files: list[Path], out: Path) -> tuple[int, int]:
         """Write every shard to `out`; returns (tensors, their bytes)."""
@@ -273,12 +279,6 @@ class _Merger:
         return tensor.to(self.dtype).contiguous()
 
 
-def _is_linear(module: Any) -> bool:
-    import torch
-
-    return isinstance(getattr(module, "base_layer", module), torch.nn.Linear)
-
-
 def nf4_round_trip(tensor: Any, dtype: Any) -> Any:
     """A weight as QLoRA's forward pass saw it: 4-bit NormalFloat with double quantisation, and back, in `dtype`."""
     from bitsandbytes import functional
@@ -308,17 +308,3 @@ def _write_rest(base: Path, adapter: Path | None, out: Path, config: Any, merger
     for name in (*COPIED, "tokenizer.model"):
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """Half the cores: small tensors gain nothing from more, and on a busy machine threads that wait for each other made
-    the merge 4 times slower."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

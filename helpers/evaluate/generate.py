@@ -16,8 +16,7 @@ from helpers import machine
 from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
 from helpers.model.loading import fast_bf16
-from helpers.model.packed_attention import head_dim
-from helpers.model.prefix_sharing import common_length
+from helpers.model.packed_attention import common_length, head_dim
 from helpers.model.stop_tokens import end_of_turn, stop_tokens
 from helpers.tasks.questions import Answer, Decoding
 

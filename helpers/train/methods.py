@@ -10,7 +10,7 @@ from typing import Any
 from helpers import compat
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.model import packed_attention, prefix_sharing
+from helpers.model import packed_attention
 from helpers.model.loading import (
     ModelSource,
     load_adapter,
@@ -38,7 +38,7 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
     packed_attention.register()
     attention = plan.attention if packed else "sdpa"
     if plan.packed and attention == packed_attention.SDPA:
-        attention = prefix_sharing.register()
+        attention = packed_attention.SHARED
     quantize = "nf4" if params.method == "qlora" else "none"
     model = load_model(job.source, quantize=quantize, dtype=precision.load, attention=attention)
     model.config.use_cache = False

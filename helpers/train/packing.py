@@ -13,7 +13,7 @@
     are prompts).                                               and so on
 
 `helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` lays the row out and
-keeps its documents apart, `helpers.model.prefix_sharing` holds what all of them begin with only once.
+keeps its documents apart, or holds what all of them begin with only once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.model.packed_attention import IGNORE, example_labels, loss_positions, row_tensors
-from helpers.model.prefix_sharing import MIN_PREFIX, shareable, shared_tensors
+from helpers.model.packed_attention import (
+    IGNORE,
+    MIN_PREFIX,
+    example_labels,
+    loss_positions,
+    row_tensors,
+    shareable,
+    shared_tensors,
+)
 from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers.model import packed_attention, prefix_sharing
+from helpers.model import packed_attention
 from helpers.train.packing import PairCollator, RowCollator
 
 SIZES = {
@@ -55,7 +55,7 @@ def plain(request):
 @pytest.fixture(scope="module")
 def ours(plain):
     model = copy.deepcopy(plain)
-    model.set_attn_implementation(prefix_sharing.register())
+    model.set_attn_implementation(packed_attention.register())
     return model
 
 

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from helpers import params as parameters
 from helpers import plots, runs
 from helpers.errors import TunebookError
-from helpers.model import prefix_sharing
+from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16
 from helpers.train import callbacks, config, packing, rows, sft
 
@@ -46,7 +46,7 @@ def small(narrow_llama):
     from helpers.model import fused_lora
     from helpers.model.loading import load_model
 
-    model = load_model(narrow_llama, dtype="fp32", attention=prefix_sharing.register())
+    model = load_model(narrow_llama, dtype="fp32", attention=packed_attention.register())
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
@@ -103,9 +103,9 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
 def test_a_prefix_is_shared_only_up_to_the_first_trained_token(tokenizer):
     text = tokenizer("one two three four five six seven eight nine ten " * 2)["input_ids"]
     same = [{"input_ids": [*text, n], "labels": [*text, n]} for n in (5, 6)]
-    assert prefix_sharing.shareable(same) == 0
+    assert packed_attention.shareable(same) == 0
     masked = [{"input_ids": [*text, n], "labels": [-100] * len(text) + [n]} for n in (5, 6)]
-    assert prefix_sharing.shareable(masked) == len(text) - 1
+    assert packed_attention.shareable(masked) == len(text) - 1
 
 
 def test_one_row_of_eight_trains_like_eight_rows_of_one(data):

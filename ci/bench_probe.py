@@ -181,18 +181,18 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     from types import SimpleNamespace
 
     from helpers import params
-    from helpers.train import unsloth_backend
+    from helpers.train import methods
 
     values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
-    unsloth_backend.import_first(values)
+    methods.import_first(values)
     import torch
 
     from helpers.planner import cost_model
-    from helpers.train.packing import padded_tensors
+    from helpers.train.rows import padded_tensors
 
     card = cost_model.card_here()
     shape = cost_model.shape_of(llama(LLAMA))
-    model, _ = unsloth_backend.load(SimpleNamespace(path=Path(given.model) / "nf4"), values)
+    model, _ = methods.load_unsloth(SimpleNamespace(path=Path(given.model) / "nf4"), values)
     model.train()
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:

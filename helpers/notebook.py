@@ -15,7 +15,7 @@ from helpers.display import escape
 from helpers.errors import TunebookError
 from helpers.fields import Param
 from helpers.params import STAGES, Params
-from helpers.train import unsloth_backend
+from helpers.train import methods
 
 
 def start(stage: str, namespace: Mapping[str, Any]) -> Any:
@@ -30,7 +30,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
 
     params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
     if stage in ("sft", "orpo"):
-        unsloth_backend.import_first(params)
+        methods.import_first(params)
     display(panel(stage, params) if machine.interactive() else params)
     return params
 

@@ -14,7 +14,7 @@ import sys
 
 from helpers import params
 from helpers.errors import TunebookError
-from helpers.train import distributed, preference, sft, unsloth_backend
+from helpers.train import distributed, methods, preference, sft
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(stage: str, resolved: params.Params) -> None:
     """Train one stage, or say that it is finished already."""
-    unsloth_backend.import_first(resolved)
+    methods.import_first(resolved)
     distributed.setup()
     manifest = (preference if stage == "orpo" else sft).run(resolved)
     distributed.leave()

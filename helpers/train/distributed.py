@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m helpers.train params.yaml
 
 QLoRA runs data parallel (DDP): 4-bit weights cannot be sharded and fit anyway. LoRA on a 16-bit base and full tuning
-run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`packing.PackedRows`).
+run sharded (FSDP2). An optimizer step sees the same rows however many processes share it (`rows.PackedRows`).
 """
 
 from __future__ import annotations

@@ -151,7 +151,12 @@ class TrainJob(steps.Job):
     @steps.look
     def left_out(self) -> display.Html:
         """How many rows came, and why some were left out."""
-        table = [(part, *map(display.plain, found.values())) for part, found in self.counts.items() if found]
+
+        def told(value: Any) -> str:
+            counted = [f"{count} {reason}" for reason, count in value.items()] if isinstance(value, dict) else value
+            return (", ".join(counted) or "none") if isinstance(counted, list) else display.plain(counted)
+
+        table = [(part, *map(told, found.values())) for part, found in self.counts.items() if found]
         return display.shown(table, ("", *self.counts["train"]))
 
     @steps.step
@@ -190,8 +195,8 @@ class TrainJob(steps.Job):
         if self.model is None:
             raise TunebookError("The job is finished and its model is no longer in memory; helpers.chat talks to it.")
         found = self._samples(count).write(self.model, self.trainer.state.global_step)
-        table = [(r["prompt"], r["answer"], r["reference"], display.plain(r["stopped"])) for r in found]
-        return display.shown(table, ("prompt (its end)", "answer", "reference", "stopped by itself"))
+        table = [(r["question"], r["answer"], r["reference"], display.plain(r["stopped"])) for r in found]
+        return display.shown(table, ("question", "answer", "reference", "stopped by itself"))
 
     @steps.step
     def finish(self) -> runs.Manifest | None:
@@ -211,8 +216,6 @@ class TrainJob(steps.Job):
             methods.save(self.model, self.tokenizer, self.stage.path / kind, self.pissa, whole)
             for look, (file, _) in self.drawn.items():
                 display.save_figure(self.stage, getattr(self, look)(), file)
-        if kind == "model" and self.params.precision == "fp32":
-            self.notes.append("trained in fp32, as asked, and written in bf16")
         plan, peak = self.planned, machine.peak_memory_gib()
         speeds = [line["tokens_per_s"] for line in self.lines() if "tokens_per_s" in line]
         if speeds:  # the first steps compile kernels
@@ -312,9 +315,9 @@ class TrainJob(steps.Job):
 
     def _probe(self) -> None:
         """Correct the plan by one row, and shorten the run to what max_minutes leaves room for."""
-        from helpers.train import probe
+        from helpers.train import callbacks
 
-        self.planned = probe.run(self)
+        self.planned = callbacks.probe(self)
         minutes, whole = self.params.max_minutes, self.trainer.args.max_steps
         if self.planned.measured:
             print(self.planned.headline(), flush=True)

@@ -1,13 +1,41 @@
-"""The data stage's parquet files as training rows, every row that cannot be used counted."""
+"""The data stage's parquet files as training rows, every row that cannot be used counted; and rows as batches.
+
+    documents      a0 a1 a2    b0 b1    c0 c1 c2 c3         three examples in one row of nine tokens
+
+    input_ids      a0 a1 a2 b0 b1 c0 c1 c2 c3               mask: rows ask, columns are seen
+    position_ids    0  1  2  0  1  0  1  2  3                   a a a b b c c c c
+    labels          - a1 a2  - b1  - c1 c2 c3               a   x
+    cu_seq_lens     0        3     5           9            a   x x
+                                                            a   x x x
+    Positions begin anew in every document, nobody          b         x
+    sees another document, and the first token of           b         x x
+    each is not predicted (- is the label -100, as          c             x
+    are prompts).                                               and so on
+
+`helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` lays the row out and
+keeps its documents apart, or holds what all of them begin with only once.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from helpers.display import Html, escape
 from helpers.errors import TunebookError
-from helpers.model.packed_attention import IGNORE
+from helpers.model.packed_attention import (
+    IGNORE,
+    MIN_PREFIX,
+    example_labels,
+    loss_positions,
+    row_tensors,
+    shareable,
+    shared_tensors,
+)
+from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 from helpers.runs import Manifest
 
 
@@ -101,13 +129,18 @@ def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def prompts(rows: Any, tokenizer: Any, count: int = 4) -> list[dict[str, Any]]:
-    """The first rows as prompts to answer: id, prompt_ids, and the reference as text."""
+    """The first rows as prompts to answer: id, prompt_ids, and for people the question and the reference as text."""
+    markers = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     found = []
     for row in rows.select(range(min(count, len(rows)))):
         prompt, answer = _parts(row)
+        parts = groupby(prompt, lambda token: token in markers)
+        turns = [tokenizer.decode(list(part)).strip() for marker, part in parts if not marker]
+        turns = [turn for turn in turns if turn not in ("", "assistant", "model")]  # the answer's own heading
+        question = turns[-1].splitlines()[-1] if turns else ""
         reference = tokenizer.decode(answer, skip_special_tokens=True).strip()
         if prompt:
-            found.append({"id": row["id"], "prompt_ids": list(prompt), "reference": reference})
+            found.append({"id": row["id"], "prompt_ids": list(prompt), "question": question, "reference": reference})
     return found
 
 
@@ -125,3 +158,136 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Html:
     title = f"<p><b>{escape(row.get('id', ''))}</b>, trained tokens marked:</p>"
     shown = f"{title}<code style='white-space:pre-wrap'>{''.join(markup)}</code>"
     return Html(shown, "".join(text) + ("]" if before else ""))
+
+
+# ---------------------------------------------------------------- rows as batches
+
+
+class PackedRows:
+    """A map-style dataset whose items are rows: lists of examples that belong together.
+
+    examples: a sequence of dicts, or a Hugging Face dataset; `lengths`: their tokens, default those of `input_ids`.
+    padded: rows will be padded to their longest example, so `budget` and the evenness of rows count padding too.
+    Read in order, one row a batch, with `gradient_accumulation_steps = accumulation`, an optimizer step is exactly
+    `batch_size` examples, also when accelerate deals rows out to `world_size` processes. A step's last rows may be
+    empty: they come as one token that no loss counts.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        *,
+        batch_size: int,
+        accumulation: int,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        lengths: Sequence[int] | None = None,
+        budget: int | None = None,
+        padded: bool = False,
+    ) -> None:
+        self.examples = examples
+        self.lengths = list(lengths) if lengths is not None else [len(e["input_ids"]) for e in examples]
+        self.batch_size, self.rows_per_step = batch_size, accumulation * world_size
+        self.seed, self.shuffle, self.budget, self.padded = seed, shuffle, budget, padded
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Cut the rows of this epoch, in its own order; accelerate's data loader calls it."""
+        self.rows: list[list[int]] = []
+        for batch in epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle):
+            self.rows += batch_rows(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
+
+    def costs(self) -> list[int]:
+        """Tokens that the GPU works through for each row."""
+        return [cost([self.lengths[i] for i in row], self.padded) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        many = getattr(self.examples, "__getitems__", None)  # a dataset reads many rows at once several times as fast
+        return many(self.rows[index]) if many and self.rows[index] else [self.examples[i] for i in self.rows[index]]
+
+
+def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict[str, Any]:
+    """Documents one a row, padded on the right: input_ids, labels, attention_mask (documents, longest)."""
+    import torch
+
+    longest = max(len(d["input_ids"]) for d in documents)
+    out: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
+    for document in documents:
+        length = len(document["input_ids"])
+        pad = longest - length
+        out["input_ids"].append([*document["input_ids"], *[pad_token_id] * pad])
+        out["labels"].append([IGNORE, *document["labels"][1:], *[IGNORE] * pad])
+        out["attention_mask"].append([1] * length + [0] * pad)
+    return {k: torch.tensor(v) for k, v in out.items()}
+
+
+@dataclass
+class RowCollator:
+    """Rows of `PackedRows` (or plain examples) into one batch.
+
+    layout "packed": one row of all documents; "padded": a row per document and an attention mask, for models whose
+    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. Adds
+    `loss_positions`, and for people `row_ids` and `tokens`.
+    """
+
+    pad_token_id: int
+    layout: str = "packed"
+    share: bool = False
+
+    def __call__(self, rows: Sequence) -> dict[str, Any]:
+        examples = _flat(rows)
+        documents = [{"input_ids": list(e["input_ids"]), "labels": example_labels(e)} for e in examples]
+        prefix = shareable(documents) if self.share and self.layout == "packed" else 0
+        return self._batch(examples, documents, prefix)
+
+    def _batch(self, examples: list[dict], documents: list[dict], prefix: int) -> dict[str, Any]:
+        """documents: dicts with input_ids and labels; none at all: one token that no loss counts."""
+        shown = documents or [{"input_ids": [self.pad_token_id], "labels": [IGNORE]}]
+        if prefix:
+            batch = shared_tensors(shown, prefix)
+        else:
+            batch = row_tensors(shown) if self.layout == "packed" else padded_tensors(shown, self.pad_token_id)
+        batch["loss_positions"] = loss_positions(batch["labels"])
+        batch["row_ids"] = [str(e.get("id", "")) for e in examples]
+        batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
+        return batch
+
+
+class PairCollator(RowCollator):
+    """Preference pairs into one batch of 2n documents: chosen of every pair, then rejected of every pair.
+
+    Each pair has `prompt_ids`, `chosen_ids`, `rejected_ids`. Labels cover the answers and, for chosen documents, the
+    prompt too (ORPO's NLL). Adds `completion_mask` (same shape as labels), `pair_count` and `nll_tokens`.
+    """
+
+    def __call__(self, rows: Sequence) -> dict[str, Any]:
+        import torch
+
+        pairs, documents, masks, prefix = _flat(rows), [], [], 0
+        for side in ("chosen_ids", "rejected_ids"):
+            for pair in pairs:
+                prompt, answer = list(pair["prompt_ids"]), list(pair[side])
+                labels = prompt if side == "chosen_ids" else [IGNORE] * len(prompt)
+                documents.append({"input_ids": prompt + answer, "labels": labels + answer})
+                masks.append([0] * len(prompt) + [1] * len(answer))
+        if self.share and self.layout == "packed" and pairs:  # an answer is never part of the prefix
+            prefix = min(shareable(documents, trained_prefix=True), *(len(p["prompt_ids"]) - 1 for p in pairs))
+            prefix = prefix if prefix >= MIN_PREFIX else 0
+        batch = self._batch(pairs, documents, prefix)
+        if self.layout == "packed":
+            flat = [[0] * prefix + [m for mask in masks for m in mask[prefix:]] or [0]]
+        else:
+            width = batch["input_ids"].shape[1]
+            flat = [mask + [0] * (width - len(mask)) for mask in masks or [[0]]]
+        batch["completion_mask"] = torch.tensor(flat)
+        batch["pair_count"] = len(pairs)
+        batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
+        return batch
+
+
+def _flat(rows: Sequence) -> list[dict]:
+    return [example for row in rows for example in (row if isinstance(row, list) else [row])]

@@ -1,7 +1,7 @@
 """TRL's trainers over the rows of notebook 01, which come tokenised, with exactly one end of turn.
 
 SFT and ORPO run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch
-is one row of `packing.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any
+is one row of `rows.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any
 way, over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are TRL's own, padded.
 """
 
@@ -27,8 +27,7 @@ from helpers.model import packed_attention
 from helpers.model.chunked_loss import can_fuse, per_document
 from helpers.model.packed_attention import IGNORE
 from helpers.train import config, distributed, methods, resume
-from helpers.train.packing import PackedRows, PairCollator, RowCollator
-from helpers.train.rows import lengths_of
+from helpers.train.rows import PackedRows, PairCollator, RowCollator, lengths_of
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
 PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits

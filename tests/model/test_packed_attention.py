@@ -7,7 +7,7 @@ import pytest
 from helpers import compat
 from helpers.errors import TunebookError
 from helpers.model import checkpointing, chunked_loss, fused_lora, packed_attention
-from helpers.train import packing
+from helpers.train import rows as training_rows
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def agree(one, other, bound):
 
 
 def test_packed_loss_and_gradients_are_those_of_padded_rows(pair, documents):
-    apart = gradients(pair[1], [packing.RowCollator(0, "padded")([documents])])
-    agree(gradients(pair[0], [packing.RowCollator(0)([documents])]), apart, 1e-4)
-    agree(gradients(pair[0], [packing.RowCollator(0, "padded")([documents])]), apart, 1e-4)
+    apart = gradients(pair[1], [training_rows.RowCollator(0, "padded")([documents])])
+    agree(gradients(pair[0], [training_rows.RowCollator(0)([documents])]), apart, 1e-4)
+    agree(gradients(pair[0], [training_rows.RowCollator(0, "padded")([documents])]), apart, 1e-4)
 
 
 def test_one_row_of_all_equals_a_row_each(pair, documents):
-    whole = gradients(pair[0], [packing.RowCollator(0)([documents])])
-    agree(gradients(pair[0], [packing.RowCollator(0)([[d]]) for d in documents]), whole, 1e-4)
+    whole = gradients(pair[0], [training_rows.RowCollator(0)([documents])])
+    agree(gradients(pair[0], [training_rows.RowCollator(0)([[d]]) for d in documents]), whole, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_one_row_of_all_equals_a_row_each(pair, documents):
     [(2, False, 0), ("all", False, 0), ("all", True, 0), ("all", True, 16), (0, False, 16)],
 )
 def test_recomputing_changes_no_gradient(pair, documents, layers, offload, tile):
-    batch = [packing.RowCollator(0)([documents])]
+    batch = [training_rows.RowCollator(0)([documents])]
     checkpointing.set_recompute(pair[0], 0)
     plain = gradients(pair[0], batch)
     try:
@@ -102,7 +102,7 @@ def test_recomputing_changes_no_gradient(pair, documents, layers, offload, tile)
 def test_token_logps_are_the_log_softmax_of_the_logits(pair, documents):
     import torch
 
-    batch = packing.RowCollator(0)([documents])
+    batch = training_rows.RowCollator(0)([documents])
     with torch.no_grad():
         found = pair[0](**batch, token_logps=True).logps[0]
         logits = pair[0](**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0].float()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.model import packed_attention
-from helpers.train.packing import PairCollator, RowCollator
+from helpers.train.rows import PairCollator, RowCollator
 
 SIZES = {
     "vocab_size": 300,

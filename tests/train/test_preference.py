@@ -10,7 +10,7 @@ import train_data
 from helpers import params as parameters
 from helpers import plots
 from helpers.errors import TunebookError
-from helpers.train import callbacks, config, packing, preference, rows, sft
+from helpers.train import callbacks, config, preference, rows, sft
 
 
 def settings(**given):
@@ -50,7 +50,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
 
     job = prepared().build()
     trainer, pairs = job.trainer, [job.train_rows[i] for i in range(5)]
-    padded = packing.padded_tensors(
+    padded = rows.padded_tensors(
         [
             {"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
             for s in ("chosen_ids", "rejected_ids")
@@ -67,7 +67,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
     with torch.no_grad():
         expected, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, trainer.model, own)
         for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-            batch = packing.PairCollator(tokenizer.pad_token_id, layout, share)([pairs])
+            batch = rows.PairCollator(tokenizer.pad_token_id, layout, share)([pairs])
             assert bool(batch.get("prefix_length")) == (share and layout == "packed")
             trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -115,6 +115,8 @@ def test_over_long_empty_and_equal_pairs_are_left_out_and_counted(runs_root, nar
     assert job.counts["train"]["pairs"] == 12 and len(job.train_rows) == 9
     assert job.counts["train"]["left out"] == {"over 256 tokens": 1, "chosen is empty": 1, "chosen equals rejected": 1}
     assert job.counts["train"]["left out ids"] == ["p0-0", "p0-1", "p0-2"]
+    table = repr(job.left_out())
+    assert "1 over 256 tokens, 1 chosen is empty" in table and "none" in table and "{" not in table and "[" not in table
     with pytest.raises(TunebookError, match=r"has no pair to train on .*; raise max_length"):
         prepared(max_length=16)
     manifest = trained(max_length=256).finish()

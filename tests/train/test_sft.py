@@ -14,7 +14,7 @@ from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16
-from helpers.train import callbacks, config, packing, rows, sft
+from helpers.train import callbacks, config, rows, sft
 
 
 def settings(**given):
@@ -66,7 +66,7 @@ def loss_and_gradient(model, batch):
 
 def test_rows_with_a_shared_prefix_have_the_loss_and_gradient_of_separate_rows(small, tokenizer):
     documents = train_data.sft_rows(tokenizer, 6)
-    shared = packing.RowCollator(tokenizer.pad_token_id, share=True)([documents])
+    shared = rows.RowCollator(tokenizer.pad_token_id, share=True)([documents])
     assert shared["prefix_length"] > 40 and shared["input_ids"].shape[1] < 0.6 * shared["tokens"]
     count = sum(sum(d["completion_mask"]) for d in documents)
     small.zero_grad()
@@ -79,7 +79,7 @@ def test_rows_with_a_shared_prefix_have_the_loss_and_gradient_of_separate_rows(s
         expected += loss.item()
     gradient = torch.cat([p.grad.flatten() for p in small.parameters() if p.requires_grad])
     for layout, share in (("packed", True), ("packed", False), ("padded", False)):
-        loss, found = loss_and_gradient(small, packing.RowCollator(tokenizer.pad_token_id, layout, share)([documents]))
+        loss, found = loss_and_gradient(small, rows.RowCollator(tokenizer.pad_token_id, layout, share)([documents]))
         assert loss == pytest.approx(expected, rel=1e-4), (layout, share)
         assert (found - gradient).norm() < 1e-4 * gradient.norm(), (layout, share)
 
@@ -149,6 +149,8 @@ def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, narr
     config = json.loads((manifest.path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(narrow_llama) and config["r"] == 4
     written = [json.loads(line) for line in (manifest.path / "samples.jsonl").read_text().splitlines()]
+    asked = [question for question, _, _ in train_data.questions(4, seed=1)]
+    assert [row["question"] for row in written[:4]] == asked, "the question alone, without the schema"
     assert {row["step"] for row in written} == {3, 6} and all(row["reference"].startswith("SELECT") for row in written)
     assert manifest.metrics["trained_tokens"] > 0 and manifest.data["plan"]["errors"]
     assert runs.load("r", "sft").data["template_hash"] == data.data["template_hash"]
@@ -193,7 +195,7 @@ def test_the_checkpoint_with_the_best_held_out_loss_is_kept_and_a_stale_run_stop
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
     job = prepared().build()
     whole = job.trainer.evaluate()["eval_loss"]
-    job.trainer.held_out_rows = packing.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
+    job.trainer.held_out_rows = rows.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 
@@ -278,7 +280,7 @@ def test_every_method_trains_and_can_be_kept(data, given):
     )
     assert kept in manifest.data["artifacts"]
     whole = given.get("method") in ("full", "freeze")
-    assert ("trained in fp32, as asked, and written in bf16" in manifest.data["notes"]) == whole
+    assert ("the model's weights are trained in fp32 and written in bf16" in manifest.data["notes"]) == whole
 
 
 def test_frozen_layers_stay_as_they_were(data, narrow_llama):

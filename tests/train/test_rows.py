@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.planner import row_plan
-from helpers.train import packing
 from helpers.train import rows as training_rows
 
 
@@ -32,7 +31,7 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
     examples = [{"input_ids": [n] * draw.randint(5, 90)} for n in range(50)]
     lengths = [len(e["input_ids"]) for e in examples]
     layout = row_plan.plan_rows(lengths, 8, 200, world_size, seed=3, epochs=2)
-    rows = packing.PackedRows(
+    rows = training_rows.PackedRows(
         examples, batch_size=8, accumulation=layout.accumulation, world_size=world_size, seed=3, budget=200
     )
     for epoch in range(2):
@@ -62,16 +61,16 @@ def test_a_row_restarts_positions_and_never_predicts_across_documents():
 
 def test_an_empty_row_trains_nothing():
     for layout in ("packed", "padded"):
-        batch = packing.RowCollator(0, layout)([[]])
+        batch = training_rows.RowCollator(0, layout)([[]])
         assert (batch["labels"] == -100).all() and batch["input_ids"].numel() == 1
 
 
 def test_pairs_come_as_all_chosen_and_then_all_rejected():
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
-    batch = packing.PairCollator(0)([[pair, pair]])
+    batch = training_rows.PairCollator(0)([[pair, pair]])
     assert batch["document_lengths"] == (3, 3, 4, 4) and batch["pair_count"] == 2
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1]]
-    padded = packing.PairCollator(0, "padded")([[pair]])
+    padded = training_rows.PairCollator(0, "padded")([[pair]])
     assert padded["completion_mask"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]] and padded["attention_mask"].sum() == 7
 
 
@@ -105,7 +104,7 @@ def test_padded_rows_count_their_padding(lengths, budget, rows):
 def test_padded_rows_put_like_lengths_together():
     lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
     layout = row_plan.plan_rows(lengths, 8, 4000, padded=True)
-    rows = packing.PackedRows(
+    rows = training_rows.PackedRows(
         [{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1
     )
     assert layout.accumulation == 2 and max(rows.costs()) == layout.max_row_tokens == 4000

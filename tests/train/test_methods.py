@@ -13,7 +13,7 @@ from helpers import params as parameters
 from helpers.errors import TunebookError
 from helpers.planner import cost_model
 from helpers.planner import plan as planner
-from helpers.train import unsloth_backend
+from helpers.train import methods
 
 
 def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", **values):
@@ -75,15 +75,15 @@ def installed(monkeypatch, data):
 
 
 def test_backend_hf_and_machines_without_unsloth_need_no_early_import(data):
-    assert not unsloth_backend.import_first(given(backend="hf"))
-    assert not unsloth_backend.import_first(given())
+    assert not methods.import_first(given(backend="hf"))
+    assert not methods.import_first(given())
 
 
 def test_a_late_import_is_a_message(installed):
     assert "transformers" in sys.modules
     for backend in ("auto", "unsloth"):
         with pytest.raises(TunebookError, match="restart the kernel"):
-            unsloth_backend.import_first(given(backend=backend))
+            methods.import_first(given(backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_unsloth_is_not_imported_for_a_job_that_the_planner_gives_to_the_other_b
     monkeypatch.setattr(
         cost_model, "card_here", lambda: pytest.fail("torch is asked for the GPU though nothing depends on it")
     )
-    assert unsloth_backend.decide(given(model=str(tmp_path), **values)) == "hf"
-    assert not unsloth_backend.import_first(given(model=str(tmp_path), **values))
+    assert methods.decide(given(model=str(tmp_path), **values)) == "hf"
+    assert not methods.import_first(given(model=str(tmp_path), **values))
 
 
 def test_the_decision_before_the_import_is_the_planners(installed, monkeypatch, narrow_llama):
@@ -108,4 +108,4 @@ def test_the_decision_before_the_import_is_the_planners(installed, monkeypatch, 
 
     for card in ("T4", "L4", "H100"):
         monkeypatch.setattr(cost_model, "card_here", lambda card=card: cost_model.card_named(card))
-        assert unsloth_backend.decide(given()) == plan(given(), [100] * 20, narrow_llama).backend
+        assert methods.decide(given()) == plan(given(), [100] * 20, narrow_llama).backend

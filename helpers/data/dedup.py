@@ -175,28 +175,25 @@ class NearIndex:
 
     def _components(self, subset: np.ndarray, measure: _Measure) -> np.ndarray:
         """First row of the component of every row of the ascending `subset`, linked by measured pairs."""
-        parent = array("i", range(len(subset)))
-        roots = np.frombuffer(parent, np.int32)  # the same memory; after each band every row points at its root
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
 
-        def root(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
-
+        size = len(subset)
+        roots: np.ndarray = np.arange(size)  # after each band every row points at the first row it is linked to
         for file in self._bands:
             file.flush()
             file.seek(0)
             keys = np.fromfile(file, np.uint64, self.rows)
-            left, right = _candidates(keys if len(subset) == self.rows else keys[subset])
+            left, right = _candidates(keys if size == self.rows else keys[subset])
             apart = roots[left] != roots[right]
             left, right = left[apart], right[apart]
             close = measure(subset[left], subset[right])
-            for a, b in zip(left[close].tolist(), right[close].tolist(), strict=True):
-                a, b = root(a), root(b)
-                parent[max(a, b)] = min(a, b)
-            while (roots != (above := roots[roots])).any():
-                roots[:] = above
+            if close.any():
+                links = coo_array((close[close], (roots[left[close]], roots[right[close]])), (size, size))
+                component = connected_components(links, directed=False)[1][roots]
+                first: np.ndarray = np.full(component.max() + 1, size)
+                np.minimum.at(first, component, np.arange(size))
+                roots = first[component]
         return subset[roots]
 
 

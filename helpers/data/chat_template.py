@@ -27,6 +27,7 @@ MEMORY_GIB = 2.0
 MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
+MEND = "Choose another model, or mend the template."
 NO_PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": NO_PARAMETERS}}
 RESULT = {"role": "tool", "content": "RRR", "name": "FFF"}
@@ -102,7 +103,7 @@ def inspect(tokenizer: Any) -> Template:
     """
     if isinstance(tokenizer.chat_template, dict):
         raise TunebookError(
-            "The tokenizer has several chat templates under names; keep the one to train with as chat_template.jinja."
+            "The tokenizer has several chat templates; keep the one to train with as chat_template.jinja."
         )
     if not tokenizer.chat_template:
         turn_ends(tokenizer)  # raises
@@ -119,13 +120,11 @@ def inspect(tokenizer: Any) -> Template:
     try:
         first, *others = _asked(tokenizer, probes, PROBE_SECONDS)
     except worker.Lost as lost:
-        raise TunebookError(f"{lost} Choose another model, or mend the template.") from None
+        raise TunebookError(f"{lost} {MEND}") from None
     full, prompt_open, prompt = _needed(first.full), _needed(first.turns[0][0]), _needed(others[0].full)
     called, result, thinking, system, tooled = (one.full if isinstance(one.full, str) else "" for one in others[1:])
     if "AAA" not in full or "QQQ" not in full:
-        raise TunebookError(
-            "The chat template leaves out the question or the answer; choose another model, or mend the template."
-        )
+        raise TunebookError(f"The chat template leaves out the question or the answer. {MEND}")
     known = {json.dumps([QUESTION, ANSWER]): full, json.dumps([QUESTION, CALLING]): called}
     pattern = special_pattern(tokenizer)
     bare = pattern.sub("", prompt[: prompt.index("QQQ")])
@@ -151,10 +150,7 @@ def inspect(tokenizer: Any) -> Template:
 
 def _needed(text: Text) -> str:
     if isinstance(text, RowError):
-        raise TunebookError(
-            f"The chat template cannot render a question and an answer: {text.detail}. Choose another model, or mend "
-            "the template."
-        )
+        raise TunebookError(f"The chat template cannot render a question and an answer: {text.detail}. {MEND}")
     return text
 
 

@@ -114,10 +114,8 @@ def keep_languages(rows: Iterable[list[Row]], report: StepReport, languages: str
     identifier = _identifier()
     known = set(identifier.labels)
     if not wanted or wanted - known:
-        raise TunebookError(
-            f"languages is {languages!r}; it takes codes that py3langid knows, separated by commas: "
-            f"{', '.join(sorted(known))}."
-        )
+        takes = f"codes that py3langid knows: {', '.join(sorted(known))}"
+        raise TunebookError(f"languages is {languages!r}; it takes {takes}.")
     found: Counter[str] = Counter()
 
     def judge(batch: list[Row]) -> Iterator[Fault]:

@@ -28,6 +28,7 @@ MAX_UNPACKED = 2**30
 BLOCK = 2**20
 PACKED_BLOCK = 2**14  # what is lost before a damage
 PACKED = {".gz": "gzip", ".zst": "zstd"}
+BROKEN = "malformed JSON"
 HOLDERS = ("data", "rows", "train", "examples", "instances")  # keys under which an object holds the list of rows
 ENCODINGS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
 ENCODINGS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -36,7 +37,7 @@ codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # 
 UNDECODED = re.compile("[\ud800-\udfff]")
 BETWEEN = re.compile(r"[ \t\r\n,]*")
 TWO_LINES = re.compile(r"\s*(\S[^\n]*)\n\s*(\S)")
-Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the exception that says why nothing does)
+Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the RowError that says why nothing does)
 
 
 def kind(file: Path) -> str:
@@ -56,25 +57,18 @@ def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]
     else:
         rows = _json(stream, ending == ".json")
 
-    def lost(number: int, found: Any) -> None:
-        reason, detail = "malformed JSON", str(found)
-        if isinstance(found, RowError):
-            reason, detail = found.reason, found.detail
-        elif isinstance(found, RecursionError):
-            reason, detail = "nested too deeply", "lists and objects are nested past the parser's limit"
-        elif not isinstance(found, Exception):
-            detail = f"the row is {type(found).__name__}; a JSON object of columns was expected"
-            reason = "not an object"
-        rejects.add(where, number, reason, detail)
-        rejects.saw(1)
-
     for number, record in rows:
         if isinstance(record, dict):
             yield number, record
-        else:
-            lost(number, record)
+            continue
+        if not isinstance(record, RowError):
+            found = f"the row is {type(record).__name__}; a JSON object of columns was expected"
+            record = RowError("not an object", found)
+        rejects.add(where, number, record.reason, record.detail)
+        rejects.saw(1)
     if stream.problem:
-        lost(number + 1, RowError("file ends early", f"{stream.problem}; the rows before are read"))
+        rejects.add(where, number + 1, "file ends early", f"{stream.problem}; the rows before are read")
+        rejects.saw(1)
 
 
 # ---------------------------------------------------------------- text
@@ -140,11 +134,15 @@ class Stream:
 
 
 def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns, or the exception that says why a row cannot be used."""
+    """What `work` returns, or the RowError that says why a row cannot be used."""
     try:
         return work(*arguments)
-    except (ValueError, RecursionError, RowError) as error:
+    except RowError as error:
         return error
+    except RecursionError:
+        return RowError("nested too deeply", "lists and objects are nested past the parser's limit")
+    except ValueError as error:
+        return RowError(BROKEN, str(error))
 
 
 def decoded(text: str) -> str:
@@ -190,7 +188,7 @@ class Decoder(json.JSONDecoder):
         return made
 
     def _constant(self, name: str) -> None:
-        self.problem = RowError("malformed JSON", f"{name} is not a JSON value")
+        self.problem = RowError(BROKEN, f"{name} is not a JSON value")
 
 
 def _inside(value: Any) -> list:
@@ -209,12 +207,12 @@ def _json(stream: Stream, one_value: bool) -> Found:
     stream.blocks = itertools.chain([head] if head else [], stream.blocks)
     start, two = head.lstrip()[:1], TWO_LINES.match(head)
     line, below = (two[1].rstrip(), two[2]) if two else ("", "")
-    if start == "[" and (one_value or isinstance(attempt(json.loads, line), Exception)):
+    if start == "[" and (one_value or isinstance(attempt(json.loads, line), RowError)):
         return _json_list(stream)
     if start == "{" and one_value and not (line.endswith("}") and below == "{"):
         return _json_object(stream)
     if start and start not in "[{" and one_value:
-        return iter([(1, ValueError(f"the file begins with {start!r}; a list or an object was expected"))])
+        return iter([(1, RowError(BROKEN, f"the file begins with {start!r}; a list or an object was expected"))])
     return stream.lines(Decoder().parse)
 
 
@@ -229,27 +227,24 @@ def _json_list(stream: Stream) -> Found:
             if buffer[position : position + 1] == "]":
                 rest = itertools.chain([buffer[position + 1 :]], stream.blocks)
                 if behind := next((text.strip() for text in rest if text.strip()), ""):
-                    yield number + 1, ValueError(f"{behind[:60]!r} stands behind the end of the list")
+                    yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
                 return
             if position == len(buffer):
                 break
             decoder.problem, size = None, len(buffer) - position
-            try:
-                value, end = decoder.raw_decode(buffer, position)
-            except RecursionError as error:
-                yield number + 1, error
-                return
-            except ValueError as error:
-                if block and size <= MAX_LINE:  # it may end in the next block
+            found = attempt(decoder.raw_decode, buffer, position)
+            if isinstance(found, RowError):
+                if found.reason == BROKEN and block and size <= MAX_LINE:  # it may end in the next block
                     wanted = 2 * size
                     break
-                yield number + 1, ValueError(f"{error}; nothing after row {number} of {stream.file.name} could be read")
+                yield number + 1, RowError(found.reason, f"{found.detail}; nothing after row {number} could be read")
                 return
+            value, end = found
             number, wanted = number + 1, 0
             yield number, attempt(decoder.checked, value, buffer[position:end])
             position = end
     if not stream.problem:
-        yield number + 1, ValueError("the list is not closed: the file ends early")
+        yield number + 1, RowError(BROKEN, "the list is not closed: the file ends early")
 
 
 def _json_object(stream: Stream) -> Found:
@@ -258,10 +253,8 @@ def _json_object(stream: Stream) -> Found:
     for block in stream.blocks:
         text += block
         if len(text) > MAX_LINE:
-            yield (
-                1,
-                RowError("line too long", f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"),
-            )
+            found = f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"
+            yield 1, RowError("line too long", found)
             return
     value = attempt(Decoder().parse, text)
     held = [item for key, item in value.items() if key in HOLDERS] if isinstance(value, dict) else []
@@ -277,7 +270,7 @@ def _csv(stream: Stream, delimiter: str) -> Found:
 
     def lines() -> Iterator[str]:
         for number, line in stream.lines(str, empty=True):
-            if isinstance(line, Exception):
+            if isinstance(line, RowError):
                 raise csv.Error(f"line {number} is too long; nothing after it could be read")
             yield from io.StringIO(line + "\n", newline="")  # a bare \r ends a line too
 
@@ -307,7 +300,7 @@ def _csv(stream: Stream, delimiter: str) -> Found:
             row += 1
             wrong = attempt(decoded, "".join(values))
             record = {name: value or None for name, value in zip(header, values, strict=True)}
-            yield row, wrong if isinstance(wrong, Exception) else record
+            yield row, wrong if isinstance(wrong, RowError) else record
         elif values:
             row += 1
             found = f"line {table.line_num}: {len(values)} values under {len(header)} columns"

@@ -201,11 +201,8 @@ class Encoder:
             if not (kept and full.startswith(prefix)):
                 if template.has_markers:
                     return self._by_marks(row, full, ids)
-                raise RowError(
-                    "template is no prefix",
-                    f"the template writes turn {turn + 1} otherwise once others follow it than when the model has to "
-                    "say it; train_on='last' avoids this",
-                )
+                found = f"the template writes turn {turn + 1} otherwise once others follow it"
+                raise RowError("template is no prefix", f"{found}; train_on='last' avoids this")
             begin = self._boundary(prefix, tokens, number)
             end = tokens.end_after(start + begin, stop)
             if end < 0:
@@ -237,11 +234,8 @@ class Encoder:
             if len(self._tails) < MOST_TAILS:
                 self._tails[tail] = known
         if ids[begin : begin + len(known)] != known:
-            raise RowError(
-                "answer runs into the prompt",
-                "the first token of the answer joins the last of the prompt, often because the answer begins with "
-                "white space",
-            )
+            why = "the first token of the answer joins the last of the prompt; does it begin with white space?"
+            raise RowError("answer runs into the prompt", why)
         return begin + len(known)
 
     def _by_marks(self, row: Row, full: str, ids: Any) -> Encoded:
@@ -258,9 +252,7 @@ class Encoder:
             # The end of turn may stand right behind the marks.
             held: Any = np.flatnonzero(self._kinds[ids[begin : last + 2]] == 2)
             if not len(held):
-                raise RowError(
-                    "no end of turn", f"the template's marks leave {self.template.end_text} out of the labels"
-                )
+                raise RowError("no end of turn", f"the template's marks leave {self.template.end_text} out")
             begins.append(begin)
             ends.append(int(begin + held[-1]))
         self._note("masked by the template's own marks")

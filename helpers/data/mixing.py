@@ -45,20 +45,13 @@ def numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
         except ValueError:
             found[name] = -1.0
         if name not in names or not 0 <= found[name] < math.inf:
-            raise TunebookError(
-                f"{parameter} has {part!r}; it takes source=number pairs separated by commas, with the sources "
-                f"{', '.join(names)}."
-            )
+            wanted = f"source=number pairs separated by commas, with the sources {', '.join(names)}"
+            raise TunebookError(f"{parameter} has {part!r}; it takes {wanted}.")
     return found
 
 
 def mix(
-    sources: Mapping[str, Source],
-    report: StepReport,
-    replay_share: float,
-    unit: str,
-    lengths: Count,
-    seed: int = 17,
+    sources: Mapping[str, Source], report: StepReport, replay_share: float, unit: str, lengths: Count, seed: int = 17
 ) -> Iterator[list[Row]]:
     """Rows of all sources in one stream, every part of which holds about the same mixture.
 
@@ -107,9 +100,7 @@ def _check(sources: Mapping[str, Source], replay_share: float) -> None:
     if unweighted and len(unweighted) < len(own):
         raise TunebookError(f"weights gives {', '.join(unweighted)} no weight; give every source one, or none.")
     if replay_share and not any(source.replay and len(source.table) for source in sources.values()):
-        raise TunebookError(
-            f"replay_share is {replay_share:g}, but there is no replay data; name a replay_dataset, or set it to 0."
-        )
+        raise TunebookError(f"replay_share is {replay_share:g}, but there is no replay data; name a replay_dataset.")
     if not any(len(source.table) for source in own.values()):
         raise TunebookError("There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl.")
 
@@ -122,9 +113,7 @@ def _plan(sources: Mapping[str, Source], amounts: dict[str, float], replay_share
         total = min((amounts[name] / s.weight for name, s in own.items() if s.weight), default=0.0)
         if total == 0:
             empty = ", ".join(name for name, s in own.items() if s.weight and not amounts[name]) or "every weight is 0"
-            raise TunebookError(
-                f"The mixture cannot be made: {empty} has no row left; set its weight to 0 or mend the source."
-            )
+            raise TunebookError(f"There is nothing to mix: {empty} has no row left; set its weight to 0.")
         planned |= {name: (s.weight or 0.0) * total for name, s in own.items()}
     if replay_share:
         wanted = sum(planned.values()) * replay_share / (1 - replay_share)

@@ -99,10 +99,8 @@ class Job(StageJob):
         self.replay = self._read(self.params.replay_dataset)
         for row in self.preferences.table.rows():
             if row["kind"] != "preference":
-                raise TunebookError(
-                    f"preference_dataset has a row of another kind ({row['file']}, row {row['row']}: {row['kind']}); "
-                    "every row needs a prompt, a chosen and a rejected answer."
-                )
+                found = f"{row['file']}, row {row['row']} of preference_dataset is of the kind {row['kind']}"
+                raise TunebookError(f"{found}; every row needs a prompt, a chosen and a rejected answer.")
         readings = (self.training, self.tests, self.preferences, self.replay)
         self.sources = [report for reading in readings for report in reading.reports]
         self.training_rows, self.made_pairs = self.training.table, Table().close()
@@ -326,9 +324,7 @@ class Job(StageJob):
             raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
         with found.open("rb") as file:
             if file.read(16) != b"SQLite format 3\x00":
-                raise TunebookError(
-                    f"database is {name}, which is not a SQLite file; name one that sqlite3 opens, or leave it empty."
-                )
+                raise TunebookError(f"database is {name}, which is not a SQLite file; name one, or leave it empty.")
         return found
 
     def metrics(self) -> dict[str, Any]:

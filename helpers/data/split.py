@@ -28,27 +28,18 @@ def split_of(key: str, eval_share: float, test_share: float) -> str:
     return "test" if place < test_share else "eval" if place >= 1 - eval_share else "train"
 
 
-class Groups:
-    """Sets of keys that must not be parted, joined pair by pair; `key` names a set by the smallest key in it."""
+def smallest_linked(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """For every name in `pairs` the smallest of the names that it is linked to, through others too."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._parent
-
-    def key(self, name: str) -> str:
-        root = name
-        while (above := self._parent.get(root, root)) != root:
-            root = above
-        while (above := self._parent.get(name, name)) != root:
-            self._parent[name], name = root, above
-        return root
-
-    def join(self, one: str, other: str) -> None:
-        one, other = sorted((self.key(one), self.key(other)))
-        self._parent[other] = one
-        self._parent.setdefault(one, one)
+    names = sorted({name for pair in pairs for name in pair})
+    places = {name: place for place, name in enumerate(names)}
+    ends = np.array([[places[one], places[other]] for one, other in pairs], np.int64).reshape(-1, 2).T
+    links = coo_array((np.ones(len(pairs), bool), (ends[0], ends[1])), (len(names), len(names)))
+    components = connected_components(links, directed=False)[1].tolist() if names else []
+    smallest: dict[int, str] = {}
+    return {name: smallest.setdefault(part, name) for name, part in zip(names, components, strict=True)}
 
 
 def split(
@@ -64,23 +55,23 @@ def split(
     pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column of no row.
     """
     table = rows if isinstance(rows, Table) else Table.collect(rows)
-    groups, found = Groups(), not group_by or not len(table)
-    for one, other in together:
-        groups.join(one, other)
+    linked, found = list(together), not group_by or not len(table)
+    near = {name for pair in linked for name in pair}
     for row in table.rows() if group_by else ():
         value = group_value(row, group_by)
         found |= value is not None
-        if value is not None and row["id"] in groups:
-            groups.join(row["id"], value)
+        if value is not None and row["id"] in near:
+            linked.append((row["id"], value))
     if not found:
         columns = ", ".join(sorted(next(table.rows())["meta"])) or "none"
         raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {columns}.")
-    tables = {name: Table() for name in SPLITS}
+    keys, tables = smallest_linked(linked), {name: Table() for name in SPLITS}
     for batch in table:
         parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
         for row in batch:
-            key = row["id"] if row["id"] in groups else group_value(row, group_by) or row["id"]
-            parts[split_of(groups.key(key), eval_share, 0.0 if row["kind"] == "text" else test_share)].append(row)
+            name = row["id"] if row["id"] in keys else group_value(row, group_by) or row["id"]
+            asked = 0.0 if row["kind"] == "text" else test_share
+            parts[split_of(keys.get(name, name), eval_share, asked)].append(row)
         for name, part in parts.items():
             tables[name].append(part)
     return {name: part.close() for name, part in tables.items()}

@@ -51,7 +51,7 @@ def generate(p: DataParams, documents: Table, report: StepReport, answers: Answe
     """
     if not p.endpoint or not p.endpoint_model:
         raise TunebookError(
-            f"synthetic is {p.synthetic!r}, which needs endpoint (such as http://127.0.0.1:8080/v1) and endpoint_model."
+            f"synthetic is {p.synthetic!r}, which needs endpoint (http://host:8080/v1) and endpoint_model."
         )
     if not len(documents):
         raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
@@ -81,10 +81,8 @@ def question_answers(
     def requests() -> Iterator[Request]:
         for row in (row for batch in documents for row in batch):
             if row["kind"] != "text":
-                raise TunebookError(
-                    f"Row {row['row']} of {row['file']} is a {row['kind']} row; questions are made from documents "
-                    "(format 'text')."
-                )
+                found = f"Row {row['row']} of {row['file']} is a {row['kind']} row"
+                raise TunebookError(f"{found}; questions are made from documents (format 'text').")
             asked = [{"role": "user", "content": ASK_PAIRS.format(count=count, text=text_of(row))}]
             yield Request(asked, object_of(pairs=pairs), max_tokens, temperature, p.seed, tag=row)
 
@@ -176,10 +174,8 @@ def _replies(
     figures |= {n: figures.get(n, 0) for n in ("asked", "from_journal", "prompt_tokens", "completion_tokens")}
     print(planned, flush=True)
     if max_cost and planned.cost > max_cost:
-        raise TunebookError(
-            f"The job could cost {planned.cost:,.2f}, more than max_cost = {max_cost:,.2f}; nothing was asked. Take "
-            "fewer documents or pairs, or raise max_cost."
-        )
+        found = f"The job could cost {planned.cost:,.2f}, more than max_cost = {max_cost:,.2f}"
+        raise TunebookError(f"{found}; nothing was asked. Take fewer documents or pairs, or raise max_cost.")
     for reply in client.ask(requests()):
         figures["from_journal" if reply.kept else "asked"] += 1
         if not reply.kept:

@@ -20,10 +20,7 @@ MAX_CHARS = 4_000  # a scorer sees the start of longer texts
 
 
 def drop_toxic(
-    rows: Iterable[list[Row]],
-    report: StepReport,
-    scorer: str | Scorer,
-    threshold: float = 0.5,
+    rows: Iterable[list[Row]], report: StepReport, scorer: str | Scorer, threshold: float = 0.5
 ) -> Iterator[list[Row]]:
     """Drop rows whose conversation (without system prompt) scores at least `threshold`, 0 to 1.
 
@@ -37,10 +34,8 @@ def drop_toxic(
         found = score(["\n".join(spoken(row))[:MAX_CHARS] for row in batch])
         for row, value in zip(batch, [*found, *[None] * (len(batch) - len(found))], strict=False):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise TunebookError(
-                    f"The toxicity scorer gave {value!r} for row {row['row']} of {row['file']}; it must give one "
-                    "number from 0 to 1 for each text. Choose another scorer, or set toxicity to 'none'."
-                )
+                why = f"The toxicity scorer gave {value!r} for row {row['row']} of {row['file']}"
+                raise TunebookError(f"{why}; it must give one number from 0 to 1 for each text. Choose another.")
             report.figures["highest_score"] = max(report.figures["highest_score"], round(float(value), 3))
             yield ("toxic", f"score {value:.2f}, threshold {threshold:g}") if value >= threshold else None
 
@@ -54,10 +49,8 @@ def load_scorer(name: str) -> Scorer:
     kind, _, place = name.partition(":")
     if kind == "transformers":
         return _classifier(place)
-    raise TunebookError(
-        f"The toxicity scorer is {shown_url(name)!r}; it takes 'none', 'transformers:model' or a "
-        f"registered name ({', '.join(SCORERS) or 'there is none'})."
-    )
+    known = ", ".join(SCORERS) or "there is none"
+    raise TunebookError(f"toxicity is {shown_url(name)!r}; it takes transformers:model or a registered name ({known}).")
 
 
 def _classifier(name: str) -> Scorer:
@@ -68,18 +61,15 @@ def _classifier(name: str) -> Scorer:
         classify = pipeline("text-classification", name, model_kwargs={"use_safetensors": True}, device="cpu")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise TunebookError(
-            f"The toxicity classifier {name!r} could not be loaded ({reason}); name a local folder or a hub id."
-        ) from error
+        found = f"The toxicity classifier {name!r} could not be loaded ({reason})"
+        raise TunebookError(f"{found}; name a local folder or a hub id.") from error
     config = classify.model.config
     labels = list(config.id2label.values())
     wanted = {have for have in labels if (have == label if label else have.lower() not in HARMLESS)}
     several = config.problem_type == "multi_label_classification"
     if not wanted or (len(wanted) == len(labels) > 1 and not several):
-        raise TunebookError(
-            f"It is not clear which label of {name!r} means toxic; name one of {', '.join(labels)} as "
-            f"'transformers:{name}#label'."
-        )
+        found = f"It is not clear which label of {name!r} means toxic"
+        raise TunebookError(f"{found}; name one of {', '.join(labels)} as 'transformers:{name}#label'.")
     longest = min(classify.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512) - 2, 512)
 
     def score(texts: list[str]) -> list[float]:

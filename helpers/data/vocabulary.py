@@ -87,15 +87,11 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[
     known, cut = tokenizer.get_vocab(), []
     for token in tokens:
         if token != token.strip() or len(token) > 100:
-            raise TunebookError(
-                f"{token[:100]!r} in add_tokens cannot become a token: it has white space at its ends, or is longer "
-                "than 100 characters."
-            )
+            found = "it has white space at its ends, or is longer than 100 characters"
+            raise TunebookError(f"{token[:100]!r} in add_tokens cannot become a token: {found}.")
         pieces = tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1 and (token in known or tokenizer.decode(pieces).strip() == token):
-            raise TunebookError(
-                f"{token!r} is a token of this tokenizer already (id {pieces[0]}); leave it out of add_tokens."
-            )
+            raise TunebookError(f"{token!r} in add_tokens is a token of this tokenizer already (id {pieces[0]}).")
         cut.append(pieces)
     if not tokens:
         return []

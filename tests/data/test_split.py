@@ -5,7 +5,7 @@ import random
 import pytest
 
 from helpers.data.dedup import near_duplicate_groups
-from helpers.data.split import SPLITS, Groups, pairs_of, split, split_of
+from helpers.data.split import SPLITS, pairs_of, smallest_linked, split, split_of
 from helpers.data.tables import Table
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError
@@ -96,10 +96,8 @@ def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
 
 
 def test_groups_are_joined_across_chains():
-    groups = Groups()
-    for one, other in (("d", "c"), ("b", "a"), ("c", "b"), ("x", "y")):
-        groups.join(one, other)
-    assert {groups.key(name) for name in "abcd"} == {"a"} and groups.key("y") == "x" and groups.key("alone") == "alone"
+    keys = smallest_linked([("d", "c"), ("b", "a"), ("c", "b"), ("x", "y")])
+    assert keys == {**dict.fromkeys("abcd", "a"), "x": "x", "y": "x"} and smallest_linked([]) == {}
 
 
 def test_plain_text_asks_no_question_and_is_never_held_out_for_the_test():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -290,12 +291,10 @@ def is_done(stage: str, params: Params) -> Manifest | None:
         or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage])
     ):
         return None
-    known = manifest.data["parents"]
-    for parent in (p.rstrip("?") for p in PARENTS[stage]):
-        file = folder(params.run, parent) / "manifest.json"
-        if file.is_file() and sha256_file(file) != known.get(parent, {}).get("manifest_sha256"):
-            return None
-    return manifest
+    known = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
+    files = {p.rstrip("?"): folder(params.run, p.rstrip("?")) / "manifest.json" for p in PARENTS[stage]}
+    same = all(sha256_file(file) == known.get(parent) for parent, file in files.items() if file.is_file())
+    return manifest if same else None
 
 
 def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
@@ -325,10 +324,8 @@ def _set_aside(path: Path) -> None:
     """Keep what stands in `path` under a free neighbouring name. An empty folder is just used."""
     if not path.exists() or not any(path.iterdir()):
         return
-    number = 1
-    while (old := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    path.rename(old)
+    names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    old = path.rename(next(name for name in names if not name.exists()))
     print(f"{path.name} stood here already; it is kept as {old}")
 
 

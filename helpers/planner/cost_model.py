@@ -19,16 +19,8 @@ GIB = 2**30
 NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
 CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
-# Bytes per trained element of the optimizer's state.
-OPTIMIZER_BYTES = {
-    "adamw": 8,
-    "adamw_8bit": 2.03,
-    "paged_adamw": 0,
-    "paged_adamw_8bit": 0,
-    "lion": 4,
-    "adafactor": 0.1,
-    "sgd": 0,
-}
+# Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1}
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
@@ -233,15 +225,15 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
 
 def state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state on one GPU."""
-    trained = trained_parameters(shape, s)
+    trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES.get(s.optimizer, 0)
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
     if s.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
-        state = trained * (masters + 4 + OPTIMIZER_BYTES[s.optimizer])
+        state = trained * (masters + 4 + optimizer)
     else:
         # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
-        state = trained * (4 + 4 * s.accumulates + OPTIMIZER_BYTES[s.optimizer])
+        state = trained * (4 + 4 * s.accumulates + optimizer)
     if s.shards > 1 and s.quantize != "nf4":
         return (base + state) / s.shards + 3 * 2 * shape.linear_parameters / shape.layers
     return base + state

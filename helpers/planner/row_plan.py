@@ -26,8 +26,6 @@ class Layout:
     """How an epoch is cut: rows that one process works through per optimizer step, and how full they are."""
 
     accumulation: int
-    rows_per_step: int
-    steps_per_epoch: int
     max_row_tokens: int
     mean_row_tokens: float
 
@@ -139,8 +137,7 @@ def plan_rows(
     accumulation = math.ceil(max(len(fit([lengths[i] for i in batch], budget)) for batch in batches) / world_size)
     rows = [row for b in batches for row in batch_rows(b, lengths, accumulation * world_size, budget, padded)]
     loads = [cost([lengths[i] for i in row], padded) for row in rows]
-    steps = math.ceil(len(lengths) / batch_size)
-    return Layout(accumulation, accumulation * world_size, steps, max(loads), sum(loads) / len(loads))
+    return Layout(accumulation, max(loads), sum(loads) / len(loads))
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

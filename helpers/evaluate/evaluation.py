@@ -18,7 +18,7 @@ from helpers import cache, display, machine, plots, runs, steps
 from helpers.data import decontamination
 from helpers.display import Html
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, forgetting, harness, judge, preferences, score_tables
+from helpers.evaluate import candidates, forgetting, harness, preferences, score_tables
 from helpers.evaluate import scores as results
 from helpers.evaluate.candidates import TROUBLE, Session, key_name
 from helpers.evaluate.scores import Findings, Measured
@@ -201,18 +201,18 @@ class Evaluation(steps.Job):
         p, (baseline, *others) = self.params, self.findings.measured.items()
         url, _, model = p.judge.partition("#")
 
-        def pairs(measured: Measured) -> list[judge.Pair]:
+        def pairs(measured: Measured) -> list[preferences.Pair]:
             both = zip(self.findings.items[: p.judge_limit], baseline[1].entries, measured.entries, strict=False)
-            return [judge.Pair(i.question, i.reference, a["text"], b["text"]) for i, a, b in both]
+            return [preferences.Pair(i.question, i.reference, a["text"], b["text"]) for i, a, b in both]
 
         asked = {name: pairs(measured) for name, measured in others}
         try:
-            cost = judge.check_budget([pair for some in asked.values() for pair in some], p.judge_budget)
+            cost = preferences.check_budget([pair for some in asked.values() for pair in some], p.judge_budget)
             tokens = cost["input_tokens"] + cost["output_tokens"]
             print(f"The judge is asked {cost['calls']} times, about {tokens:,} tokens.")
             answers = cache.Answers("answers", cache.key("judge", url, model))
             with Client(Endpoint(url, model, key_name(), concurrency=8, retries=2, timeout_s=60), answers) as client:
-                found = {name: judge.compare_answers(client, some, p.seed) for name, some in asked.items()}
+                found = {name: preferences.compare_answers(client, some, p.seed) for name, some in asked.items()}
                 verdicts = [{"baseline": baseline[0], "candidate": name, **one} for name, one in found.items()]
                 return {"model": client.model, "estimate": cost, "pairs": verdicts}
         except (TunebookError, OSError) as error:

@@ -162,7 +162,7 @@ class HfModel:
         positions = (shared + torch.arange(width, device=ids.device)).expand(rows, -1)
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
         logits = logits[torch.arange(rows, device=ids.device), where]
-        state.phase, state.used = "answer", width
+        state.used = width
         alive, position = list(range(rows)), shared + mask.sum(1)
         written: list[list[int]] = [[] for _ in range(rows)]
         for step in range(limit):
@@ -189,7 +189,7 @@ class HfModel:
 
     def _read_prefix(self, ids: Ids) -> None:
         """Read what all prompts begin with; its keys and values stay in the open `prefix_cache.decoding`."""
-        self.model(input_ids=self._tensor([list(ids)]), use_cache=False, logits_to_keep=1)
+        self.model(input_ids=self._pad([ids])[0], use_cache=False, logits_to_keep=1)
 
     def _rows(self, longest: int, shared: int, limit: int) -> int:
         """How many answers at once: as many as their keys, values and attention scores have room for."""
@@ -215,7 +215,7 @@ class HfModel:
             return
         if self._packed is None:
             self._packed = PackedWeights(self.model)
-            ids, half = self._tensor([list(prompt)]), len(prompt) // 2
+            ids, half = self._pad([prompt])[0], len(prompt) // 2
             plain = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
             with self._packed, prefix_cache.decoding(self.model) as state:
                 if half:
@@ -244,7 +244,7 @@ class HfModel:
         if decoding.temperature > 0:
             options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
         for batch in _chunks(order, [len(p) + decoding.max_new_tokens for p in prompts], BATCH_TOKENS):
-            ids, mask = self._pad([prompts[i] for i in batch], left=True)
+            ids, mask = self._pad([prompts[i] for i in batch], "left")
             torch.manual_seed(decoding.seed)
             out = self.model.generate(
                 input_ids=ids,
@@ -272,22 +272,15 @@ class HfModel:
         if not all(map(len, prompts)):
             raise TunebookError("A prompt has no tokens; every question needs some text.")
 
-    def _pad(self, rows: Sequence[Ids], left: bool = False) -> tuple[Any, Any]:
+    def _pad(self, rows: Sequence[Ids], side: str = "right") -> tuple[Any, Any]:
         """(ids, mask) of shape (rows, longest), 0 in the mask where a row is padded."""
-        pads = [max(map(len, rows)) - len(row) for row in rows]
-        both = [
-            ([self.pad] * n, list(row)) if left else (list(row), [self.pad] * n)
-            for row, n in zip(rows, pads, strict=True)
-        ]
-        mask = [
-            [0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n for row, n in zip(rows, pads, strict=True)
-        ]
-        return self._tensor([first + second for first, second in both]), self._tensor(mask)
-
-    def _tensor(self, rows: list[list[int]]) -> Any:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        return torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        padded = pad_sequence(ids, True, self.pad, side)
+        mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
+        return padded.to(self.model.device), mask.to(self.model.device)
 
 
 class Draws:

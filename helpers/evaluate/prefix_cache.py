@@ -8,6 +8,9 @@ one matrix product for the whole batch, and the softmax runs over prefix and suf
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +35,12 @@ def supports(model: Any) -> bool:
 class State:
     """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
     (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
-    allowed: bool (rows, capacity), the suffix columns that belong to the row and are not padding; places: their
-    positions (rows, capacity), counted from the end of the prefix."""
+    allowed: bool (rows, capacity), the suffix columns that belong to the row and are not padding, None while the prefix
+    is read; places: their positions (rows, capacity), counted from the end of the prefix."""
 
-    phase: str = "prefix"
     prefix: dict[int, tuple] = field(default_factory=dict)
     suffix: dict[int, tuple] = field(default_factory=dict)
     used: int = 0
-    capacity: int = 0
     allowed: Any = None
     places: Any = None
 
@@ -47,61 +48,57 @@ class State:
         """A new batch. mask: (rows, width), 0 where a prompt is padded on the right; answer: tokens that may follow."""
         from torch.nn.functional import pad
 
-        self.phase, self.used, self.capacity, self.suffix = "prompt", 0, mask.shape[1] + answer, {}
+        self.used, self.suffix = 0, {}
         self.allowed = pad(mask.bool(), (0, answer), value=True)
         self.places = self.allowed.cumsum(1) - 1
 
-    def seen(self, tokens: int, window: int | None, prefix: int) -> tuple[Any, Any]:
-        """What the `tokens` newest columns see of the suffix and of the prefix, bool (rows, tokens, columns) each;
-        None for all of the prefix."""
+    def seen(self, tokens: int, window: int | None, prefix: int) -> Any:
+        """bool (rows, tokens, prefix + suffix): what the `tokens` newest columns see."""
         import torch
 
         end = self.used + tokens
-        queries = self.places[:, self.used : end]
-        own = visible(queries, self.places[:, :end], window) & self.allowed[:, None, :end]
-        before = torch.arange(-prefix, 0, device=own.device)
-        return own, visible(queries, before.expand(len(own), -1), window) if window and prefix else None
+        before = torch.arange(-prefix, 0, device=self.places.device).expand(len(self.places), -1)
+        places = torch.cat([before, self.places[:, :end]], dim=1)
+        allowed = torch.cat([torch.ones_like(before, dtype=torch.bool), self.allowed[:, :end]], dim=1)
+        return visible(self.places[:, self.used : end], places, window) & allowed[:, None]
 
     def keep(self, stay: list[int]) -> list[int]:
         """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so
         that little is copied. Returns which old row each new place holds."""
         import torch
 
-        count = len(stay)
-        holes, movers = sorted(set(range(count)) - set(stay)), [p for p in stay if p >= count]
-        order = [*range(count)]
-        if holes:
-            to, of = (torch.tensor(places, device=self.allowed.device) for places in (holes, movers))
-            self.allowed[to], self.places[to] = self.allowed[of], self.places[of]
-            for keys, values in self.suffix.values():
-                keys[to, :, : self.used] = keys[of, :, : self.used]
-                values[to, :, : self.used] = values[of, :, : self.used]
-            for hole, mover in zip(holes, movers, strict=True):
-                order[hole] = mover
+        count, staying = len(stay), set(stay)
+        movers = iter(place for place in stay if place >= count)
+        order = [place if place in staying else next(movers) for place in range(count)]
+        holes = [place for place in range(count) if order[place] != place]
+        to, of = (
+            torch.tensor(p, device=self.allowed.device, dtype=torch.long) for p in (holes, [order[h] for h in holes])
+        )
+        for tensor in (self.allowed, self.places):
+            tensor[to] = tensor[of]
+        for pair in self.suffix.values():
+            for tensor in pair:
+                tensor[to, :, : self.used] = tensor[of, :, : self.used]
         self.allowed, self.places = self.allowed[:count], self.places[:count]
         self.suffix = {layer: (keys[:count], values[:count]) for layer, (keys, values) in self.suffix.items()}
         return order
 
 
-class decoding:
-    """`with decoding(model) as state:` routes the model's attention through `state`, and puts it back afterwards."""
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[State]:
+    """Routes the model's attention through a `State`, and puts it back afterwards."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
 
-    def __init__(self, model: Any):
-        self.model = model
-
-    def __enter__(self) -> State:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface
-
-        state = State()
-        AttentionInterface.register(NAME, lambda module, *a, **k: attention(state, module, *a, **k))
-        AttentionMaskInterface.register(NAME, lambda *a, **k: None)
-        self.before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
-        return state
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.set_attn_implementation(self.before)
+    state = State()
+    AttentionInterface.register(NAME, functools.partial(attention, state))
+    AttentionMaskInterface.register(NAME, lambda *a, **k: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield state
+    finally:
+        model.set_attn_implementation(before)
 
 
 def attention(
@@ -120,41 +117,30 @@ def attention(
     import torch
 
     rows, heads, tokens, dim = query.shape
-    kv_heads, layer = key.shape[1], module.layer_idx
-    if state.phase == "prefix":
+    kv_heads, layer, end = key.shape[1], module.layer_idx, state.used + tokens
+    if state.allowed is None:
         state.prefix[layer] = (key, value)
-    elif state.phase == "prompt":
-        shape = (rows, kv_heads, state.capacity, dim)
-        state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-    if state.phase != "prefix":
-        keys, values = state.suffix[layer]
-        keys[:, :, state.used : state.used + tokens] = key
-        values[:, :, state.used : state.used + tokens] = value
-    if state.phase == "prefix" or (state.phase == "prompt" and layer not in state.prefix):
+    else:
+        if layer not in state.suffix:
+            shape = (rows, kv_heads, state.allowed.shape[1], dim)
+            state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        for kept, new in zip(state.suffix[layer], (key, value), strict=True):
+            kept[:, :, state.used : end] = new
+    if state.allowed is None or (state.used == 0 and layer not in state.prefix):
         # Right padding under a causal mask: no real token ever sees a pad.
         out = causal_sdpa(query, *repeat_heads(query, key, value), sliding_window, scale=scaling)
         return out.transpose(1, 2), None
-    groups, end = heads // kv_heads, state.used + tokens
-    keys, values = keys[:, :, :end], values[:, :, :end]
-    width = state.prefix[layer][0].shape[2] if layer in state.prefix else 0
-    seen, seen_before = state.seen(tokens, sliding_window, width)
-    grouped = query.reshape(rows, kv_heads, groups * tokens, dim)
+    keys, values = (kept[:, :, :end] for kept in state.suffix[layer])
+    before, before_values = state.prefix.get(layer, (key[:1, :, :0], value[:1, :, :0]))
+    width, many = before.shape[2], heads // kv_heads * tokens
+    grouped = query.reshape(rows, kv_heads, many, dim)
+    flat = grouped.transpose(0, 1).reshape(kv_heads, rows * many, dim)
+    shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, many, width).transpose(0, 1)
+    scores = torch.cat([shared, grouped @ keys.transpose(-1, -2)], dim=-1)
+    hidden = ~state.seen(tokens, sliding_window, width).repeat(1, heads // kv_heads, 1)[:, None]
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     scale = dim**-0.5 if scaling is None else scaling
-
-    def hide(scores: Any, allowed: Any) -> Any:
-        return scores.masked_fill(~allowed.repeat(1, groups, 1)[:, None], torch.finfo(scores.dtype).min)
-
-    own = hide(grouped @ keys.transpose(-1, -2), seen)
-    if not width:
-        out = torch.softmax(own * scale, dim=-1, dtype=torch.float32).to(query.dtype) @ values
-    else:
-        before, before_values = state.prefix[layer]
-        flat = grouped.transpose(0, 1).reshape(kv_heads, rows * groups * tokens, dim)
-        shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, groups * tokens, width).transpose(0, 1)
-        if seen_before is not None:
-            shared = hide(shared, seen_before)
-        weights = torch.softmax(torch.cat([shared, own], dim=-1) * scale, dim=-1, dtype=torch.float32).to(query.dtype)
-        flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * groups * tokens, width)
-        common = (flat @ before_values[0]).view(kv_heads, rows, groups * tokens, dim).transpose(0, 1)
-        out = common + weights[..., width:] @ values
-    return out.reshape(rows, kv_heads, groups, tokens, dim).reshape(rows, heads, tokens, dim).transpose(1, 2), None
+    weights = torch.softmax(scores * scale, dim=-1, dtype=torch.float32).to(query.dtype)
+    flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * many, width)
+    out = (flat @ before_values[0]).view(kv_heads, rows, many, dim).transpose(0, 1) + weights[..., width:] @ values
+    return out.reshape(rows, heads, tokens, dim).transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""What an answer's text alone says: how near it is to the reference, whether it does what was asked, whether it refuses.
+"""What an answer's text alone says: is it near the reference, does it do what was asked, does it refuse.
 
 Against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each from 0 to 1.
 """

@@ -189,7 +189,8 @@ def quote(name: str) -> str:
 def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
     """Whether two row lists answer `gold_sql` alike: as multisets, in order only under a top-level ORDER BY.
 
-    Floats are compared to nine digits, 1 equals 1.0, text never equals a number. Multisets as in Spider's test suite (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
+    Floats are compared to nine digits, 1 equals 1.0, text never equals a number. Multisets as in Spider's test suite
+    (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
     """
     if len(rows_a) != len(rows_b):
         return False

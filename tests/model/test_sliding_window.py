@@ -158,7 +158,7 @@ def test_decoding_behind_a_cached_prefix_keeps_the_window(plain):
         logits = model(input_ids=ids, position_ids=24 + torch.arange(21).expand(3, -1), use_cache=False).logits
         for row, n in enumerate(widths):
             found[row].append(logits[row, :n])
-        state.phase, state.used = "answer", 21
+        state.used = 21
         rows = [0, 1, 2]
         for step in range(8):
             if step == 4:  # the first row is finished; another moves into its place

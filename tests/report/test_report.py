@@ -478,7 +478,6 @@ def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
                 "win_rate": 0.7,
                 "low": 0.55,
                 "high": 0.82,
-                "length_controlled": None,
                 "order_agreement": 0.9,
                 "failed": 1,
             }

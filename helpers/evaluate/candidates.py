@@ -250,39 +250,21 @@ class Session:
         speed = self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0}
         return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
 
-    def completion_logprobs(self, pairs: Sequence[tuple[Conversation, str]]) -> list[tuple[float, int]]:
-        """(summed log-probabilities in nats, tokens) of each completion behind its conversation, end of turn too."""
-
-        def row(i: int) -> tuple[list[int], list[int]]:
-            return self.reader.encode(pairs[i][0]), self.reader.tokens(pairs[i][1], end=True)
-
-        keys = [cache.key("completion", messages, text) for messages, text in pairs]
-        return self._sums(keys, [len(text) for _, text in pairs], row, "preference")
-
-    def text_losses(self, texts: Sequence[str]) -> list[tuple[float, int]]:
-        """(summed cross-entropy in nats, tokens predicted) of each text's first WINDOW tokens but the very first."""
-
-        def row(i: int) -> tuple[list[int], list[int]]:
-            ids = self.reader.tokens(texts[i])[:WINDOW]
-            return ids[:1], ids[1:]
-
-        sums = self._sums([cache.key("text", t, WINDOW) for t in texts], [len(t) for t in texts], row, "general text")
-        return [(-logprob, count) for logprob, count in sums]
-
-    def kept(self, name: Any, make: Callable[[Any], Any]) -> Any:
-        """A plain JSON value by name, made by `make(reader)` when it is not in the cache."""
-        name = cache.key("kept", name)
-        if self.store.get(name) is None:
-            self.store.put(name, make(self.reader))
-        return self.store.get(name)
-
-    def _sums(self, keys: list[str], sizes: list[int], row: Callable, what: str) -> list[tuple[float, int]]:
-        """Sums and counts of the log-probabilities of rows (prompt ids, completion ids), those of one size together."""
-        missing = sorted((i for i, k in enumerate(keys) if self.store.get(k) is None), key=lambda i: -sizes[i])
+    def logprobs(self, asked: Sequence[tuple[Conversation, str]], what: str) -> list[tuple[float, int]]:
+        """(summed log-probabilities in nats, tokens) of each text behind its conversation, end of turn included; behind
+        no conversation of its first WINDOW tokens but the very first."""
+        keys = [cache.key("logprobs", messages, text, WINDOW) for messages, text in asked]
+        missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
+        missing.sort(key=lambda i: -len(asked[i][1]))  # those of one size together
         with self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing)) as bar:
             for start in range(0, len(missing), KEPT_AT_ONCE):
                 batch = missing[start : start + KEPT_AT_ONCE]
-                for i, values in zip(batch, self.reader.logprobs([row(i) for i in batch]), strict=True):
+                rows = []
+                for messages, text in (asked[i] for i in batch):
+                    ids = self.reader.tokens(text, end=bool(messages))
+                    row = (self.reader.encode(messages), ids) if messages else (ids[:1], ids[1:WINDOW])
+                    rows.append(row)
+                for i, values in zip(batch, self.reader.logprobs(rows), strict=True):
                     self.store.put(keys[i], [sum(values), len(values)])
                     bar.update()
         return [tuple(self.store.get(k)) for k in keys]
@@ -350,12 +332,6 @@ class RemoteModel:
             if done:
                 done(place, answers[-1])
         return answers
-
-    def tokens(self, text: str, end: bool = False) -> Any:
-        raise TunebookError(
-            f"The endpoint {self.client.endpoint} gives no probabilities of a given text; loss and preference need the "
-            "weights or a GGUF."
-        )
 
 
 def key_name() -> str:

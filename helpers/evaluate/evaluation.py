@@ -154,7 +154,6 @@ class Evaluation(steps.Job):
             known = [e["score"] for e in entries if e["score"] is not None]
             m.by_seed[str(seed)] = sum(known) / len(known) if known else None
             if seed == self.seeds[0]:
-                m.metrics = [e.pop("metrics", {}) for e in entries]
                 m.entries, m.speed = entries, speed
         if failed := [e["detail"] for e in m.entries if e["error"] == "no_answer"]:
             self.findings.warnings.append(

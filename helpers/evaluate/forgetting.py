@@ -34,14 +34,10 @@ def read_lines(path: Path, column: str) -> list[dict[str, Any]]:
             if line.strip():
                 rows.append(json.loads(line))
                 rows[-1][column].strip()[0]  # text, and some of it
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise TunebookError(
-            f"{path} cannot be read ({error}); name a JSON-lines file with a column {column!r}, or leave the parameter "
-            "empty."
-        ) from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TunebookError(
-            f"Line {place} of {path} is not a JSON object with text in {column!r} ({error}); mend or remove it."
+            f"Line {place} of {path} is not a JSON object with text in {column!r} ({error}); mend or remove it, name "
+            "another file, or leave the parameter empty."
         ) from error
     if not rows:
         raise TunebookError(f"{path} holds no row; name a file with at least one, or leave the parameter empty.")
@@ -52,7 +48,7 @@ def text_loss(session: Session, texts: Sequence[str]) -> dict[str, Any]:
     """Cross-entropy in nats per token over all tokens, its perplexity, and bits per UTF-8 byte, which compares across
     tokenizers. per_text: (nats, tokens) of each, for the paired interval.
     """
-    per_text = session.text_losses(texts)
+    per_text = [(-logprob, n) for logprob, n in session.logprobs([([], text) for text in texts], "general text")]
     nats, tokens = sum(n for n, _ in per_text), sum(t for _, t in per_text)
     size = sum(len(t.encode()) for t in texts)
     found = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 50)), "n": len(texts), "tokens": tokens}

@@ -25,13 +25,14 @@ from helpers.model.loading import hub_error
 
 GENERAL_TASK = "general_knowledge"
 BATCH, BOOTSTRAP = 16, 1000
+LOCAL = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # what own tasks consist of
 
 
 def general_task(questions: Path, folder: Path) -> str:
     """Write the task over JSON lines of `question`, `choices`, `answer` (from 0) into `folder`; returns its name."""
-    template = Path(__file__).with_name(f"{GENERAL_TASK}.yaml").read_text()
-    named = template.replace("QUESTIONS", json.dumps(str(Path(questions).resolve())))
-    write_atomic(folder / f"{GENERAL_TASK}.yaml", named)
+    task = Path(__file__).with_name(f"{GENERAL_TASK}.yaml").read_text()
+    task = task.replace("QUESTIONS", json.dumps(str(Path(questions).resolve())))
+    write_atomic(folder / f"{GENERAL_TASK}.yaml", f"{task}# questions: {cache.file_hash(questions)}\n")
     return GENERAL_TASK
 
 
@@ -48,8 +49,12 @@ def run(
             "Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
             "name the weights or the GGUF file."
         )
-    name = ["harness", importlib.metadata.version("lm-eval"), list(tasks), _content(include), limit, seed]
-    return session.kept(name, lambda reader: evaluate(reader, tasks, include, limit, seed))
+    version = importlib.metadata.version("lm-eval")
+    content = cache.content_hash(include, LOCAL) if include else ""
+    key = cache.key("harness", version, list(tasks), content, limit, seed)
+    if session.store.get(key) is None:
+        session.store.put(key, evaluate(session.reader, tasks, include, limit, seed))
+    return session.store.get(key)
 
 
 def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
@@ -149,19 +154,3 @@ def _runtime_model(reader: GgufModel) -> Any:
             return found
 
     return RuntimeLM()
-
-
-def _content(include: Path | None) -> list[str]:
-    """Hashes of the local YAML files and of the data files named in them."""
-    import yaml
-
-    found = []
-    for file in sorted(Path(include).rglob("*.y*ml")) if include else []:
-        found.append(cache.file_hash(file))
-        try:
-            named = yaml.safe_load(file.read_text()).get("dataset_kwargs", {}).get("data_files", [])
-        except (yaml.YAMLError, AttributeError):
-            continue  # a YAML with the library's own tags: its text is among the hashes already
-        paths = named.values() if isinstance(named, dict) else [named] if isinstance(named, str) else named
-        found += [cache.file_hash(str(path)) for path in paths if Path(str(path)).is_file()]
-    return found

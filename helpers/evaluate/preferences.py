@@ -55,7 +55,7 @@ def log_odds(mean_logp: float) -> float:
 def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """accuracy: share of pairs whose chosen answer has the higher mean token log-probability, end of turn included;
     log_odds: mean difference of the log-odds. An empty completion is left out; n: how many pairs count."""
-    both = session.completion_logprobs([(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")])
+    both = session.logprobs([(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")], "preference")
     odds = [log_odds(total / count) if count and math.isfinite(total) else None for total, count in both]
     margins = _differences(odds[1::2], odds[::2])
     margin = statistics.share(margins, "nats")

@@ -9,8 +9,6 @@ from helpers import display
 from helpers.display import Html
 from helpers.evaluate.scores import ERROR_KINDS
 
-ANSWER = "white-space:pre-wrap;overflow-wrap:anywhere;max-width:44em;margin:2px 0"
-RIGHT, WRONG, GREY = "#2a9d6f", "#d1495b", "#8a8f98"
 SHOWN_CHARS, SHOWN_ITEMS = 400, 4
 
 
@@ -95,31 +93,20 @@ def sides(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     wrong = [r for r in sorted(rows, key=gain) if (r["answers"][last]["score"] or 0) < 0.5]
     shown = display.said("" if won or wrong else "No answer to show.")
     for title, group in ((f"{last} at its best", won), (f"{last} at its worst", wrong)):
-        for number, row in enumerate(group[:SHOWN_ITEMS]):
-            shown += _item(row, names, "" if number else title)
+        lines: list[tuple[str, ...]] = []
+        for row in group[:SHOWN_ITEMS]:
+            lines += [("question", row["question"]), ("reference", row["reference"])]
+            for name in names:
+                answer = row["answers"][name]
+                mark = "✓" if answer["score"] and not answer["error"] else "✗"
+                lines.append((name, answer["text"][:SHOWN_CHARS], mark, answer["detail"]))
+        if lines:
+            shown += display.said(title) + display.shown(lines)
     return shown
 
 
-def _item(row: dict[str, Any], names: Sequence[str], title: str) -> Html:
-    markup = [f"<h4>{display.escape(title)}</h4>" if title else ""]
-    markup.append(f"<p style='margin:8px 0 2px'><b>{display.escape(row['question'])}</b></p>")
-    markup.append(f"<div style='{ANSWER};color:{GREY}'>reference: {display.escape(row['reference'])}</div>")
-    text = [title, row["question"]]
-    for name in names:
-        answer = row["answers"][name]
-        mark, colour = ("✓", RIGHT) if answer["score"] and not answer["error"] else ("✗", WRONG)
-        why = f" ({answer['detail']})" if answer["detail"] else ""
-        said = f"{name}: {answer['text'][:SHOWN_CHARS]}"
-        text.append(display.clean(f"  {mark} {said}{why}"))
-        markup.append(
-            f"<div style='{ANSWER}'><span style='color:{colour}'>{mark}</span> {display.escape(said)}"
-            f"<span style='color:{colour}'>{display.escape(why)}</span></div>"
-        )
-    return Html("".join(markup), "\n".join(filter(None, text)))
-
-
 def _share(score: dict[str, Any] | None) -> str:
-    return display.percent(score["value"]) if score and score["value"] is not None else ""
+    return display.percent(score["value"]) if score else ""
 
 
 def _interval(score: dict[str, Any]) -> str:

@@ -33,13 +33,12 @@ ERROR_KINDS = {
 
 @dataclass
 class Measured:
-    """What one candidate answered. entries: an answer of answers.jsonl for each item; metrics: of text_metrics.
+    """What one candidate answered. entries: an answer of answers.jsonl for each item.
 
     by_seed: the share right of each seed; loss, chat, preference: of forgetting and preferences; tasks: of the harness.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
     speed: dict[str, Any] = field(default_factory=dict)
     by_seed: dict[str, float | None] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
@@ -109,7 +108,7 @@ class Findings:
                 found["accuracy_nonempty"] = apart(m.values, "nonempty", True)
                 found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
             elif self.kind == "references":
-                found |= {k: share([v[k] for v in m.metrics]) for k in text_metrics.METRICS}
+                found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
             if self.contamination and self.contamination["contaminated"]:
                 found["accuracy_clean"] = apart(m.values, "contaminated", False)
             found |= {f"instructions/{check}": score for check, score in followed[name].items()}
@@ -291,21 +290,11 @@ def _validator(part: str) -> Any:
 
 def check(scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
     """Raise TunebookError naming the first place where the two files leave their schema."""
-    for name, value, part in [
-        (SCORES, scores, ""),
-        *((f"{ANSWERS} line {i}", a, "answers") for i, a in enumerate(answers, 1)),
-    ]:
+    lines = ((f"{ANSWERS} line {number}", line, "answers") for number, line in enumerate(answers, 1))
+    for name, value, part in ((SCORES, scores, ""), *lines):
         for error in _validator(part).iter_errors(value):
             place = "/".join(map(str, error.absolute_path))
             raise TunebookError(f"{name} {place}: {error.message[:200]}; run 05_evaluation again.")
-    if scores["schema_version"] != SCHEMA_VERSION:
-        raise TunebookError(
-            f"{SCORES} has schema version {scores['schema_version']}, this version reads {SCHEMA_VERSION}; run "
-            "05_evaluation again."
-        )
-    names = [c["name"] for c in scores["candidates"]]
-    if len(set(names)) != len(names):
-        raise TunebookError(f"{SCORES} names a candidate twice ({', '.join(names)}); give one of them another name.")
     unknown = {a["error"] for row in answers for a in row["answers"].values()} - {"", *ERROR_KINDS}
     if unknown:
         raise TunebookError(f"{ANSWERS} has the unknown error kind {unknown.pop()!r}; known: {', '.join(ERROR_KINDS)}.")

@@ -28,20 +28,63 @@ logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 class CheckpointsOfEitherKind:
     """Mixin for a transformers Trainer: one process loads what a sharded run (FSDP2) saved, and the other way round.
 
-    Overrides private methods of Trainer; its class has `load_moved` and `load_moved_optimizer` (helpers.train.resume).
+    A sharded run keeps weights and optimizer state whole, but under accelerate's file names and keyed by parameter,
+    where one process keys them by position. Overrides private methods of Trainer; nothing but tensors is unpickled.
     """
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.load_moved(resume_from_checkpoint, model):  # type: ignore[attr-defined]
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+    def _of_the_other_kind(self: Any, folder: Path) -> bool:
+        return (folder / "pytorch_model_fsdp.bin").is_file() != self.is_fsdp_enabled
 
-    def _load_best_model(self) -> None:
-        if not self.load_moved(self.state.best_model_checkpoint):  # type: ignore[attr-defined]
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
+        if not self._of_the_other_kind(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        elif self.is_fsdp_enabled:
+            from safetensors.torch import load_file
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            saved = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+            # PEFT leaves the adapter's name out of what it saves.
+            names = {name.replace(".default", ""): name for name in model.state_dict()}
+            state = {names.get(k, k): v for k, v in saved.items()}
+            set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        else:
+            model.load_state_dict(_tensors(folder / "pytorch_model_fsdp.bin"), strict=False)
+
+    def _load_best_model(self: Any) -> None:
+        if self._of_the_other_kind(Path(self.state.best_model_checkpoint)):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
             super()._load_best_model()  # type: ignore[misc]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.load_moved_optimizer(checkpoint):  # type: ignore[attr-defined]
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._of_the_other_kind(folder := Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+            state = _keyed(_tensors(folder / "optimizer.pt"), dict(enumerate(ordered)))
+            own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
+            set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
+        else:
+            places = {name: number for number, name in enumerate(ordered)}
+            self.optimizer.load_state_dict(_keyed(_tensors(folder / "optimizer.bin"), places))
+        self.lr_scheduler.load_state_dict(_tensors(folder / "scheduler.pt"))
+
+
+def _keyed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with its parameters under other keys."""
+    groups = [{**group, "params": [key[k] for k in group["params"]]} for group in state["param_groups"]]
+    return {"state": {key[k]: v for k, v in state["state"].items()}, "param_groups": groups}
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class RowsAsTheyAre:
@@ -104,15 +147,6 @@ def shard(trainer: Any) -> None:
         state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
-def four_bit_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name in the base model, layer) of every 4-bit LoRA layer of a PEFT model."""
-    from peft.tuners.lora.bnb import Linear4bit
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            yield name.removeprefix("base_model.model."), layer
-
-
 # ---------------------------------------------------------------- used by helpers.model
 
 
@@ -148,8 +182,8 @@ def liger_kernels(model: Any) -> str:
     return "liger RMSNorm, rotary embedding and activation"
 
 
-def lora_linears(model: Any) -> Iterator[Any]:
-    """PEFT's plain and 4-bit LoRA linear layers, without variants such as DoRA."""
+def lora_linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the base model, layer) of PEFT's plain and 4-bit LoRA linear layers, without variants such as DoRA."""
     from peft.tuners.lora import Linear
 
     kinds = [Linear]
@@ -157,10 +191,10 @@ def lora_linears(model: Any) -> Iterator[Any]:
         from peft.tuners.lora.bnb import Linear4bit
 
         kinds.append(Linear4bit)
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         plain = type(layer) in kinds and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", False))
         if plain and "Embedding" not in type(layer.get_base_layer()).__name__:
-            yield layer
+            yield name.removeprefix("base_model.model."), layer
 
 
 def plain_adapter(layer: Any) -> str:

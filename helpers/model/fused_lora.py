@@ -80,7 +80,7 @@ def _lora_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def fuse_lora(model: Any) -> int:
     """Give every plain or 4-bit LoRA linear layer the fused forward; returns how many."""
-    layers = [layer for layer in compat.lora_linears(model) if getattr(layer, "_own_forward", None) is None]
+    layers = [layer for _, layer in compat.lora_linears(model) if getattr(layer, "_own_forward", None) is None]
     for layer in layers:
         layer._own_forward = layer.forward
         layer.forward = types.MethodType(_lora_forward, layer)

@@ -36,7 +36,7 @@ def train(stage: str, resolved: params.Params) -> None:
     """Train one stage, or say that it is finished already."""
     methods.import_first(resolved)
     distributed.setup()
-    manifest = (preference if stage == "orpo" else sft).run(resolved)
+    manifest = (preference if stage == "orpo" else sft).open(resolved).run()
     distributed.leave()
     if manifest:
         print(f"Finished in {manifest.data['wall_s']} s: {manifest.path}")

@@ -30,6 +30,7 @@ from helpers.train import config, distributed, methods, resume
 
 SCALER_STEPS = 10  # fp16's loss scale starts too high on purpose: its first steps overflow and are skipped
 ZERO_STEPS = 3  # steps in a row without any gradient before a run is called dead
+DIVERGED, HIGH_STEPS = 3.0, 10  # so many times the lowest smoothed loss, for so many steps, is a divergence
 ANSWER_TOKENS = 96  # of a sample answer
 
 
@@ -87,8 +88,8 @@ class Log(TrainerCallback):
 class Guard(TrainerCallback):
     """Stops a run that cannot come right and names the rows of that step: NaN, no gradient, or a loss that diverges."""
 
-    def __init__(self, trainer: Any = None, fp16: bool = False, factor: float = 3.0, over: int = 10) -> None:
-        self.trainer, self.fp16, self.factor, self.over = trainer, fp16, factor, over
+    def __init__(self, trainer: Any = None, fp16: bool = False) -> None:
+        self.trainer, self.fp16 = trainer, fp16
         self.smooth, self.lowest, self.high, self.zeros, self.skipped = math.nan, math.inf, 0, 0, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -111,8 +112,8 @@ class Guard(TrainerCallback):
             self._stop(state, f"no weight had a gradient in {ZERO_STEPS} steps", remedy)
         self.smooth = loss if math.isnan(self.smooth) else 0.9 * self.smooth + 0.1 * loss
         self.lowest = min(self.lowest, self.smooth)
-        self.high = self.high + 1 if self.smooth > self.factor * max(self.lowest, 0.5) else 0
-        if self.high >= self.over:
+        self.high = self.high + 1 if self.smooth > DIVERGED * max(self.lowest, 0.5) else 0
+        if self.high >= HIGH_STEPS:
             what = f"the loss rose from {self.lowest:.2f} to {self.smooth:.2f} and stayed there"
             self._stop(state, what, "lower learning_rate or raise warmup_ratio")
 
@@ -200,16 +201,9 @@ def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[d
     bf16 = device.type == "cpu" and fast_bf16() and model.dtype != torch.float32
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model.generate(
-            **given,
-            do_sample=False,
-            max_new_tokens=ANSWER_TOKENS,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        ends = {"max_new_tokens": ANSWER_TOKENS, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+        out = model.generate(**given, **greedy, **ends)
     model.train(training)
     torch.set_rng_state(state)
     rows = []

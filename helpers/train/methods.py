@@ -43,7 +43,7 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
     import transformers
 
     import datasets
-    from helpers.model import fused_lora
+    from helpers.model import checkpointing, fused_lora
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -63,7 +63,12 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
     if added:
         notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")
     if params.method in ("full", "freeze"):
-        _free_weights(model, params)
+        model.requires_grad_(params.method == "full")
+        if params.method == "freeze":
+            layers, count = checkpointing.decoder_layers(model), params.freeze_layers
+            if count > len(layers):
+                raise TunebookError(f"freeze_layers is {count} and the model has {len(layers)} layers; lower it.")
+            layers[-count:].requires_grad_(True)
         notes.append("the model's weights are trained in fp32 and written in bf16")
     elif job.adapter:
         model = load_adapter(model, job.adapter, trainable=True)
@@ -147,8 +152,10 @@ def _loftq(model: Any, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             files |= dict.fromkeys(opened.keys(), file)
-    for name, layer in compat.four_bit_layers(model):
+    for name, layer in compat.lora_linears(model):
         weight = layer.get_base_layer().weight
+        if not hasattr(weight, "quant_state"):
+            continue
         with safe_open(files[f"{name}.weight"], "pt") as opened:
             exact = opened.get_tensor(f"{name}.weight").to(weight.device, torch.float32)
         lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
@@ -157,18 +164,6 @@ def _loftq(model: Any, folder: Path) -> None:
         root = (s[:rank] / layer.scaling["default"]).sqrt()
         layer.lora_A["default"].weight.data = (root[:, None] * v[:, :rank].T).contiguous()
         layer.lora_B["default"].weight.data = (u[:, :rank] * root).contiguous()
-
-
-def _free_weights(model: Any, params: Any) -> None:
-    """All weights trainable, or those of the last decoder layers (method "freeze")."""
-    from helpers.model.checkpointing import decoder_layers
-
-    model.requires_grad_(params.method == "full")
-    if params.method == "freeze":
-        layers, count = decoder_layers(model), params.freeze_layers
-        if count > len(layers):
-            raise TunebookError(f"freeze_layers is {count} and the model has {len(layers)} layers; lower it.")
-        layers[-count:].requires_grad_(True)
 
 
 def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
@@ -257,10 +252,11 @@ def decide(params: Any) -> str:
         return "hf"
     try:
         known = runs.load(params.run, "data", verify=False).data["model"]
-        config = read_config(resolve_model(params.model).path if params.model else Path(known["path"]))
+        folder = resolve_model(params.model).path if params.model else Path(known["path"])
+        base = json.loads((folder / "config.json").read_text())
     except (TunebookError, OSError, KeyError):  # the job says what is missing when it is opened
         return params.backend.replace("auto", "hf")
-    model_type = config.get("text_config", {}).get("model_type") or config.get("model_type", "")
+    model_type = base.get("text_config", {}).get("model_type") or base.get("model_type", "")
 
     def chosen(card: cost_model.Card) -> str:
         return choose_backend(params.backend, card, model_type, params.as_dict())[0]
@@ -268,11 +264,6 @@ def decide(params: Any) -> str:
     if chosen(cost_model.card_named("T4")) == "hf":  # not even on the oldest GPU
         return "hf"
     return chosen(cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json."""
-    return json.loads((folder / "config.json").read_text())
 
 
 def import_first(params: Any) -> bool:
@@ -313,8 +304,8 @@ def load_unsloth(source: Any, params: Any, adapter: Path | None = None) -> tuple
 
     from helpers.model import chunked_loss
 
-    config = read_config(source.path)
-    longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    base = json.loads((source.path / "config.json").read_text())
+    longest = base.get("max_position_embeddings") or base.get("text_config", {}).get("max_position_embeddings")
     model, _ = FastLanguageModel.from_pretrained(
         str(source.path),
         max_seq_length=params.max_length if params.stage == "orpo" else int(longest or 4096),

@@ -69,8 +69,3 @@ def _sft_adapter(sft: runs.Manifest) -> Path:
             f"to 'base' and name its model folder ({sft.path / 'model'}) as model."
         )
     return sft.path / "adapter"
-
-
-def run(params: OrpoParams) -> runs.Manifest | None:
-    """The whole job in one go."""
-    return open(params).run()

@@ -27,8 +27,6 @@ SEAL = "complete.json"
 FREE = ("resume", "mirror", "loggers", "keep_checkpoints", "plan_for")
 WORDS = {"data": "The data", "template": "The chat template", "tokenizer": "The tokenizer"}
 MIRRORED = 3  # newest checkpoints kept on a mirror
-# accelerate's names in a sharded run's checkpoint, and transformers' own
-SHARDED_WEIGHTS, SHARDED_OPTIMIZER, WHOLE_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt"
 FULL = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
 
 
@@ -118,18 +116,15 @@ def must_resume(stage: runs.Stage) -> None:
     """Refuse, with resume "must", a stage that would start over; what stands in its folder stays there."""
     if stage.resumed or stage.done:
         return
-    plan = stage.path / "plan.json"
-    if not plan.is_file() or (stage.path / "manifest.json").exists():
-        raise TunebookError(
-            f"resume is 'must' and {stage.path} holds no unfinished run to resume; set resume to 'auto' to begin one."
-        )
-    before = json.loads(plan.read_text())
-    differ = [k for k, v in stage.params.as_dict().items() if k != "resume" and before["params"].get(k) != v]
-    changed = [name for name, parent in stage.parents.items() if before["parents"].get(name) != parent.sha256]
-    why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed[0]} stage changed since"
+    plan, why = stage.path / "plan.json", "there is no unfinished run"
+    if plan.is_file() and not (stage.path / "manifest.json").exists():
+        before = json.loads(plan.read_text())
+        differ = [k for k, v in stage.params.as_dict().items() if k != "resume" and before["params"].get(k) != v]
+        changed = [name for name, parent in stage.parents.items() if before["parents"].get(name) != parent.sha256]
+        why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed[0]} stage changed since"
     raise TunebookError(
-        f"resume is 'must' and the unfinished run in {stage.path} cannot be resumed: {why}. Put it back as it was, or "
-        "set resume to 'never' to start over."
+        f"resume is 'must' and the run in {stage.path} cannot be resumed: {why}. Put it back as it was, or set resume "
+        "to 'auto' to begin one ('never' to begin over an unfinished one)."
     )
 
 
@@ -178,70 +173,6 @@ class Mirror:
     def _ours(self, checkpoint: Path) -> bool:
         found = sealed(checkpoint)
         return found is not None and all(found.get(k) == v for k, v in self.of.items())
-
-
-class ReadsMovedCheckpoints:
-    """Mixin for a trainer: what a sharded run (FSDP2) wrote, a single process reads, and the other way round.
-
-    A sharded run keeps weights and optimizer state whole but under its own file names and keyed by parameter; a single
-    process keys them by position. Nothing is unpickled but tensors.
-    """
-
-    model: Any
-    optimizer: Any
-    lr_scheduler: Any
-    is_fsdp_enabled: bool
-
-    def load_moved(self, folder: str, model: Any = None) -> bool:
-        """Put the trained weights of a checkpoint of the other kind into the model; False when it is of this kind."""
-        if not self._moved(folder):
-            return False
-        model = self.model if model is None else model
-        if not self.is_fsdp_enabled:
-            model.load_state_dict(_tensors(Path(folder) / SHARDED_WEIGHTS), strict=False)
-            return True
-        from safetensors.torch import load_file
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        saved = {k: v for file in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(file).items()}
-        # PEFT leaves the adapter's name out of what it saves.
-        names = {name.replace(".default", ""): name for name in model.state_dict()}
-        state = {names.get(k, k): v for k, v in saved.items()}
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        return True
-
-    def load_moved_optimizer(self, folder: str) -> bool:
-        """The same for the states of optimizer and schedule."""
-        if not self._moved(folder):
-            return False
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-            state = _renamed(_tensors(Path(folder) / WHOLE_OPTIMIZER), dict(enumerate(ordered)))
-            own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
-            set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            places = {name: number for number, name in enumerate(ordered)}
-            self.optimizer.load_state_dict(_renamed(_tensors(Path(folder) / SHARDED_OPTIMIZER), places))
-        self.lr_scheduler.load_state_dict(_tensors(Path(folder) / "scheduler.pt"))
-        return True
-
-    def _moved(self, folder: str) -> bool:
-        return (Path(folder) / SHARDED_WEIGHTS).is_file() != self.is_fsdp_enabled
-
-
-def _renamed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with its parameters under other keys."""
-    groups = [{**group, "params": [key[k] for k in group["params"]]} for group in state["param_groups"]]
-    return {"state": {key[k]: v for k, v in state["state"].items()}, "param_groups": groups}
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    import torch
-
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager

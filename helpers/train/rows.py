@@ -214,20 +214,19 @@ def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict[str, An
     """Documents one a row, padded on the right: input_ids, labels, attention_mask (documents, longest)."""
     import torch
 
-    longest = max(len(d["input_ids"]) for d in documents)
-    out: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
-    for document in documents:
-        length = len(document["input_ids"])
-        pad = longest - length
-        out["input_ids"].append([*document["input_ids"], *[pad_token_id] * pad])
-        out["labels"].append([IGNORE, *document["labels"][1:], *[IGNORE] * pad])
-        out["attention_mask"].append([1] * length + [0] * pad)
-    return {k: torch.tensor(v) for k, v in out.items()}
+    def padded(rows: list[list[int]], filler: int) -> Any:
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, filler)
+
+    return {
+        "input_ids": padded([d["input_ids"] for d in documents], pad_token_id),
+        "labels": padded([[IGNORE, *d["labels"][1:]] for d in documents], IGNORE),
+        "attention_mask": padded([[1] * len(d["input_ids"]) for d in documents], 0),
+    }
 
 
 @dataclass
 class RowCollator:
-    """Rows of `PackedRows` (or plain examples) into one batch.
+    """Rows of `PackedRows` into one batch.
 
     layout "packed": one row of all documents; "padded": a row per document and an attention mask, for models whose
     attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. Adds
@@ -239,7 +238,7 @@ class RowCollator:
     share: bool = False
 
     def __call__(self, rows: Sequence) -> dict[str, Any]:
-        examples = _flat(rows)
+        examples = [example for row in rows for example in row]
         documents = [{"input_ids": list(e["input_ids"]), "labels": example_labels(e)} for e in examples]
         prefix = shareable(documents) if self.share and self.layout == "packed" else 0
         return self._batch(examples, documents, prefix)
@@ -267,7 +266,7 @@ class PairCollator(RowCollator):
     def __call__(self, rows: Sequence) -> dict[str, Any]:
         import torch
 
-        pairs, documents, masks, prefix = _flat(rows), [], [], 0
+        pairs, documents, masks, prefix = [pair for row in rows for pair in row], [], [], 0
         for side in ("chosen_ids", "rejected_ids"):
             for pair in pairs:
                 prompt, answer = list(pair["prompt_ids"]), list(pair[side])
@@ -287,7 +286,3 @@ class PairCollator(RowCollator):
         batch["pair_count"] = len(pairs)
         batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
         return batch
-
-
-def _flat(rows: Sequence) -> list[dict]:
-    return [example for row in rows for example in (row if isinstance(row, list) else [row])]

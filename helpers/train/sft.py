@@ -9,7 +9,6 @@ job.finish()               adapter/, log.jsonl, loss.png, tensorboard/, and the 
 
 from __future__ import annotations
 
-from helpers import runs
 from helpers.params import SftParams
 from helpers.train import methods, rows
 from helpers.train.job import TrainJob, base_model, first, open_stage, plan_for
@@ -30,8 +29,3 @@ def open(params: SftParams) -> TrainJob:
         held_out = first(held_out, params.eval_rows)
     plan = plan_for(params, train, source, adapter, stage)
     return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter)
-
-
-def run(params: SftParams) -> runs.Manifest | None:
-    """The whole job in one go."""
-    return open(params).run()

@@ -26,14 +26,14 @@ from helpers import compat
 from helpers.model import packed_attention
 from helpers.model.chunked_loss import can_fuse, per_document
 from helpers.model.packed_attention import IGNORE
-from helpers.train import config, distributed, methods, resume
+from helpers.train import config, distributed, methods
 from helpers.train.rows import PackedRows, PairCollator, RowCollator, lengths_of
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
 PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits
 
 
-class PackedRowsTrainer(compat.CheckpointsOfEitherKind, resume.ReadsMovedCheckpoints, Trainer):
+class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     """What both packed trainers share; `make` sets its attributes. fused: `model.chunked_loss` is in the model."""
 
     control: Any
@@ -201,24 +201,16 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
             "preference": preference.sum(),
             "log_odds_ratio": log_ratio * len(chosen),
             "log_odds_chosen": log_odds * len(chosen),
-            "margins": (chosen_rewards - rejected_rewards).sum(),
-            "correct": (chosen > rejected).sum(),
-            "chosen": chosen.sum(),
-            "rejected": rejected.sum(),
+            "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+            "rewards/accuracies": (chosen > rejected).sum(),
+            "logps/chosen": chosen.sum(),
+            "logps/rejected": rejected.sum(),
         }
 
     def means(self, sums: dict[str, Any]) -> dict[str, Any]:
         pairs, nll = sums["pairs"], sums["nll"] / sums["tokens"]
-        return {
-            "loss": nll - sums["preference"] / pairs,
-            "nll_loss": nll,
-            "log_odds_ratio": sums["log_odds_ratio"] / pairs,
-            "log_odds_chosen": sums["log_odds_chosen"] / pairs,
-            "rewards/margins": sums["margins"] / pairs,
-            "rewards/accuracies": sums["correct"] / pairs,
-            "logps/chosen": sums["chosen"] / pairs,
-            "logps/rejected": sums["rejected"] / pairs,
-        }
+        of_pairs = {name: value / pairs for name, value in sums.items() if name not in ("nll", "tokens", "pairs")}
+        return {"loss": nll - of_pairs.pop("preference"), "nll_loss": nll, **of_pairs}
 
 
 class PairsDPOTrainer(compat.RowsAsTheyAre, DPOTrainer):
@@ -255,6 +247,15 @@ def unpaired(pairs: Any, group: int) -> Any:
 
 # ---------------------------------------------------------------- a job's trainer
 
+# Trainer, its arguments' class, and the arguments that a loss always has.
+LOSSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "sft": (RowSFTTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_type": "nll"}),
+    "orpo": (RowORPOTrainer, ORPOConfig, {}),
+    "dpo": (PairsDPOTrainer, DPOConfig, {}),
+    "kto": (RowsKTOTrainer, KTOConfig, {"train_sampling_strategy": "sequential"}),
+    "simpo": (PairsSimPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+}
+
 
 def make(job: Any, model: Any, precision: config.Precision) -> Any:
     """The trainer of a `job.TrainJob`, its rows in place.
@@ -266,29 +267,22 @@ def make(job: Any, model: Any, precision: config.Precision) -> Any:
     micro = 1 if packed else min(params.batch_size, PAIRS)
     accumulation = job.planned.accumulation if packed else math.ceil(params.batch_size / micro)
     given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
-    given["max_length"] = params.max_length if loss in ("orpo", "simpo") else None
-    if loss != "sft":
-        given |= {"beta": params.beta, "disable_dropout": False}
     rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
     if not packed:
         given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
-    kind: Any
+    given["max_length"] = params.max_length if loss in ("orpo", "simpo") else None
     if loss == "sft":
-        given |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "neftune_noise_alpha": params.neftune_alpha or None}
-        kind, arguments = RowSFTTrainer, SFTConfig(**given, loss_type="nll")
-    elif loss == "orpo":
-        kind, arguments = RowORPOTrainer, ORPOConfig(**given)
-    elif loss == "dpo":
-        kind, arguments = PairsDPOTrainer, DPOConfig(**given)
-    elif loss == "kto":
-        kind, arguments = RowsKTOTrainer, KTOConfig(**given, train_sampling_strategy="sequential")
-        train, held_out = (None if pairs is None else unpaired(pairs, rows) for pairs in (train, held_out))
+        given["neftune_noise_alpha"] = params.neftune_alpha or None
     else:
-        given |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": params.simpo_gamma}
-        kind, arguments = PairsSimPOTrainer, CPOConfig(**given)
+        given |= {"beta": params.beta, "disable_dropout": False}
+    if loss == "simpo":
+        given["simpo_gamma"] = params.simpo_gamma
+    if loss == "kto":
+        train, held_out = (None if pairs is None else unpaired(pairs, rows) for pairs in (train, held_out))
+    kind, settings, fixed = LOSSES[loss]
     trainer = kind(
         model=model,
-        args=compat.use_one_gpu(arguments),
+        args=compat.use_one_gpu(settings(**given, **fixed)),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,

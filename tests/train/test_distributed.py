@@ -135,7 +135,7 @@ def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_ot
     for run in ("alone", "pair"):
         train_data.data_stage(run, narrow_llama, tokenizer, held_out_pairs=one)
     given = {**SMALL, "start_from": "base", "max_steps": 2, "eval_steps": 2}
-    alone = preference.run(parameters.resolve("orpo", {**given, "run": "alone"}))
+    alone = preference.open(parameters.resolve("orpo", {**given, "run": "alone"})).run()
     status, said = torchrun("orpo", parameters.resolve("orpo", {**given, "run": "pair"}), 2)
     assert status == 0, said[-3000:]
     both = runs.load("pair", "orpo").metrics

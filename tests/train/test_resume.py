@@ -126,7 +126,7 @@ def test_another_jobs_checkpoint_is_refused(data):
 
 
 def test_must_resumes_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
-    with pytest.raises(TunebookError, match="holds no unfinished run"):
+    with pytest.raises(TunebookError, match="there is no unfinished run"):
         run(resume="must")
     job = interrupt(6)
     with pytest.raises(TunebookError, match=r"its parameters differ \(.*learning_rate.*\)"):

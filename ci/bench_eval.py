@@ -144,10 +144,10 @@ def generation(count: int, gguf: str, skip: bool) -> None:
 
 def exported(model: Path, folder: Path) -> Path:
     """A Q8_0 file of the model, made for the measurement."""
-    from helpers.gguf import convert, quantize
+    from helpers.gguf import convert
 
     convert.convert(model, folder / "model-f16.gguf")
-    quantize.quantize(folder / "model-f16.gguf", folder / "model-q8_0.gguf", "q8_0")
+    convert.quantize(folder / "model-f16.gguf", folder / "model-q8_0.gguf", "q8_0")
     return folder / "model-q8_0.gguf"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers.gguf import libraries, quantize
+from helpers.gguf import convert, libraries
 
 STEP = """
 import json, resource, sys, time
@@ -70,8 +70,8 @@ def adapter_for(base: Path, folder: Path) -> None:
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
     request = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(out), "imatrix": ""}
-    request["type"] = quantize.TYPES[kind].number
-    work = f"from helpers.gguf import llama_structs\nstarted = time.time()\nllama_structs.quantize({request!r})"
+    request["type"] = convert.TYPES[kind].number
+    work = f"from helpers.gguf import libraries\nstarted = time.time()\nlibraries.quantize({request!r})"
     return step(work)["seconds"]
 
 
@@ -101,7 +101,7 @@ def main() -> None:
             times, alone = [], []
             for _ in range(5):
                 started = time.time()
-                quantize.quantize(f16, work / f"{kind}.gguf", kind)
+                convert.quantize(f16, work / f"{kind}.gguf", kind)
                 times.append(time.time() - started)
                 alone.append(bare_seconds(f16, work / "alone.gguf", kind))
             peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)

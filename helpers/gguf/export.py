@@ -19,9 +19,9 @@ from typing import Any
 
 from helpers import display, machine, runs, steps
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, libraries, ollama, preflight, quantize
+from helpers.gguf import convert, fidelity, libraries, ollama, preflight
+from helpers.gguf.convert import Quantised
 from helpers.gguf.fidelity import Result
-from helpers.gguf.quantize import Quantised
 from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
 from helpers.model.loading import check_adapter
@@ -51,7 +51,7 @@ def open(params: GgufParams) -> ExportJob:
     if params.llama_cpp:
         # for every process from here on: what quantises, what the gates run and what serves is then one build
         os.environ[libraries.OWN_BUILD] = params.llama_cpp
-    kinds = quantize.parse_types(params.quantizations)
+    kinds = convert.parse_types(params.quantizations)
     outputs = [t.strip() for t in params.outputs.split(",") if t.strip()]
     unknown = next((o for o in outputs if o not in OUTPUTS), None)
     if unknown or not outputs:
@@ -141,10 +141,10 @@ class ExportJob(steps.Job):
         matrix = self.stage.path / "imatrix.gguf" if self.params.imatrix and small else None
         if matrix:
             trained = self._rows("train.parquet", self.params.imatrix_tokens)
-            self._make(matrix, partial(quantize.importance, self.merged, self.f16, trained))
+            self._make(matrix, partial(convert.importance, self.merged, self.f16, trained))
         for kind in machine.progress(small, "Quantising"):
-            self._make(self.file(kind), partial(quantize.quantize, self.f16, kind=kind, imatrix=matrix))
-        self.files = [quantize.describe(self.file(k), k, self.seconds.get(k, 0)) for k in self.kinds]
+            self._make(self.file(kind), partial(convert.quantize, self.f16, kind=kind, imatrix=matrix))
+        self.files = [convert.describe(self.file(k), k, self.seconds.get(k, 0)) for k in self.kinds]
         rows = [
             (
                 f.type,
@@ -189,7 +189,7 @@ class ExportJob(steps.Job):
         found = {
             "text": self.text,
             "merge": self.merge_check,
-            "budgets": {r.type: quantize.TYPES[r.type][2:] for r in self.results},
+            "budgets": {r.type: convert.TYPES[r.type][2:] for r in self.results},
             "files": [r.as_dict() for r in self.results],
             "sizes": [f.as_dict() for f in self.files],
         }

@@ -18,8 +18,8 @@ from typing import Any
 from helpers import display, machine, plots, worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes
+from helpers.gguf.convert import TYPES, Quantised
 from helpers.gguf.probes import Result
-from helpers.gguf.quantize import TYPES, Quantised
 from helpers.model.loading import load_model, load_tokenizer
 from helpers.model.stop_tokens import stop_tokens
 

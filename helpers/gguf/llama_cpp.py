@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries, llama_structs
+from helpers.gguf import header, libraries
 from helpers.gguf.server import Server
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Vocabulary:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         header.check(self.path)
-        self.lib = lib = llama_structs.library(libraries.for_running())
+        self.lib = lib = libraries.library(libraries.for_running())
         lib.log.clear()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(self._only_vocabulary))
         if not self._model:
@@ -144,7 +144,7 @@ class LlamaCpp(Vocabulary):
         taken = lib.llama_n_ctx_seq(self._ctx) == lib.llama_n_ctx(self._ctx)
         taken &= lib.llama_n_seq_max(self._ctx) == self.parallel + 1
         self._require(taken, f"{lib.path} did not take the context parameters; use the library that set-up fetches")
-        lib.llama_set_n_threads(self._ctx, llama_structs.threads(), llama_structs.threads())
+        lib.llama_set_n_threads(self._ctx, libraries.threads(), libraries.threads())
         if self._adapter:
             lora = (c.c_void_p * 1)(self._adapter)
             status = lib.llama_set_adapters_lora(self._ctx, lora, 1, (c.c_float * 1)(1.0))
@@ -334,7 +334,7 @@ class _Arrays:
         self.seq_pointers = (c.POINTER(c.c_int32) * size)(*[c.cast(s, c.POINTER(c.c_int32)) for s in self.seq])
         self.wanted = (c.c_int8 * size)()
 
-    def fill(self, entries: list[tuple[int, int, int, bool]]) -> llama_structs.Batch:
+    def fill(self, entries: list[tuple[int, int, int, bool]]) -> libraries.Batch:
         for i, (token, position, sequence, wanted) in enumerate(entries):
             self.token[i], self.pos[i], self.seq[i][0], self.wanted[i] = token, position, sequence, wanted
-        return llama_structs.Batch(len(entries), self.token, None, self.pos, self.count, self.seq_pointers, self.wanted)
+        return libraries.Batch(len(entries), self.token, None, self.pos, self.count, self.seq_pointers, self.wanted)

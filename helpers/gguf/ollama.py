@@ -1,35 +1,239 @@
 """What other runtimes need to run the exported model as it was trained: an Ollama Modelfile, and exact commands.
 
-The Modelfile is explicit (template in Go, stops, context, sampling), because Ollama's own guess replaces the model's
-template by a stock one. The template is derived and compared in `helpers.gguf.go_template`.
+The Modelfile is explicit (template, stops, context, sampling), because Ollama's own guess replaces the model's
+template by a stock one, and Ollama renders prompts with a template in Go's text/template, never with the Jinja that a
+model was trained with. The Jinja is not read: it is rendered on conversations of marker words, the literals between
+the markers become the Go template, and both are compared on every shape of conversation. So any template made of turns
+is found (ChatML, Llama 3, Mistral, Gemma, Phi), and one that is not made of turns is refused with the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from helpers import display
+from helpers.data import chat_template
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
-from helpers.gguf import go_template
+from helpers.gguf.probes import QUESTION, SHAPES, TOOL
 from helpers.model import loading
 from helpers.model.stop_tokens import stop_tokens
 from helpers.runs import write_atomic
 
-LONGEST_CONTEXT = (
-    8192  # tokens; a context costs memory in every runtime, so a model's millions are not asked for by default
-)
+LONGEST_CONTEXT = 8192  # tokens asked for by default: a context costs memory in every runtime
+PRE = "<pre style='font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere'>"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 NO_GO = (
     "The chat template cannot be said in Ollama's Go template: {}. Serve the GGUF with llama.cpp or the merged model "
     "with vLLM, which run the Jinja itself."
 )
+Message = dict[str, str]
+Render = Callable[..., "str | None"]
+S, U1, A1, U2, A2, U3 = "MarkSystem", "MarkUserOne", "MarkAnswerOne", "MarkUserTwo", "MarkAnswerTwo", "MarkUserThree"
+CONTENT, SYSTEM = object(), object()  # the message's own text; the first message's
+CONDITIONS = {
+    "first": "eq $i 0",
+    "first two": "le $i 1",
+    "last": "$last",
+    "not last": "not $last",
+    "after system": 'eq (index $.Messages 0).Role "system"',
+    "system": 'eq .Role "system"',
+    "user": 'eq .Role "user"',
+    "assistant": 'eq .Role "assistant"',
+    "not system": 'ne .Role "system"',
+    "not assistant": 'ne .Role "assistant"',
+}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a template prints around each message. `before` and `after` go by role: "system", "user", "assistant"."""
+
+    start: str  # printed once, before everything
+    without_system: str  # printed when the first message is not the system's: a default system prompt, or nothing
+    before: dict[str, str]
+    after: dict[str, str]
+    generation: str  # printed after the last message, where the model goes on
+    system_place: str  # "own" turn, "first_user" or "last_user" (inside that turn), or "none" (refused or ignored)
+
+    def pieces(self) -> list[tuple[tuple[str, ...], Any]]:
+        """(CONDITIONS that must hold, text or CONTENT or SYSTEM) in the order of printing, for every message."""
+        own, before, after = self.system_place == "own", self.before, self.after
+        spot = {"first_user": ("first two",), "last_user": ("last",)}.get(self.system_place)
+        inside = [before["system"], SYSTEM, after["system"]] if spot else []
+        pieces: list[tuple[tuple[str, ...], Any]] = [(("first",), self.start)]
+        pieces += [(("first", "not system") if own else ("first",), self.without_system)]
+        pieces += [(("system",), what) for what in (before["system"], CONTENT, after["system"]) if own]
+        pieces += [(("user",), before["user"]), *((("user", "after system", *(spot or ())), what) for what in inside)]
+        pieces += [(("user",), CONTENT), (("user",), after["user"])]
+        pieces += [(("assistant",), before["assistant"]), (("assistant",), CONTENT)]
+        pieces += [(("assistant", "not last"), after["assistant"]), (("last", "not assistant"), self.generation)]
+        return [piece for piece in pieces if piece[1] != ""]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """What the Go template prints: the same pieces in Python, so that a machine without Go can check it."""
+        out = []
+        for i, message in enumerate(messages):
+            role, last = message["role"], i == len(messages) - 1
+            holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
+            holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
+            holds |= {"after system"} if messages[0]["role"] == "system" else set()
+            text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
+            out += [text_of.get(what, what) for conditions, what in self.pieces() if holds.issuperset(conditions)]
+        return "".join(out)
+
+    def go(self) -> str:
+        """The same as text for Ollama's TEMPLATE. Literals are quoted, so that no line end is lost to Go's trimming."""
+        said = {CONTENT: ".Content", SYSTEM: "(index $.Messages 0).Content"}
+        lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
+        for conditions, what in self.pieces():
+            tests = [CONDITIONS[c] for c in conditions]
+            test = tests[0] if len(tests) == 1 else "and " + " ".join(f"({t})" for t in tests)
+            lines.append(f"{{{{- if {test} }}}}{{{{ {said.get(what) or _quoted(what)} }}}}{{{{ end }}}}")
+        return "\n".join([*lines, "{{- end }}"])
+
+
+class Inexpressible(Exception):
+    """The Jinja template is not made of turns that a Go template over role and content can print; says why."""
+
+
+def jinja_renderer(tokenizer: Any) -> Render:
+    """render(messages, generation, tools, begun) -> the Jinja's text, or None where the template refuses.
+
+    begun: the last message is the beginning of an answer. A BOS that the tokenizer itself will put first is cut off,
+    as Ollama and llama.cpp do. The template runs in a process that can be ended.
+    """
+    bos, ids = tokenizer.bos_token, tokenizer("a").input_ids
+    adds = bool(bos) and ids[:1] == [tokenizer.bos_token_id]
+
+    def render(messages: Sequence[Message], generation: bool = True, tools: Any = None, begun: bool = False) -> Any:
+        turns = [len(messages)] if generation and not begun else []
+        asked = (list(messages), json.dumps(tools) if tools else None, turns)
+        made = chat_template.render(tokenizer, [asked], chat_template.PROBE_SECONDS)[0]
+        text = made.turns[0][0] if turns else made.full
+        if isinstance(text, RowError):
+            return None
+        if begun and (start := messages[-1]["content"].strip()) in text:
+            text = text[: text.rindex(start) + len(start)]
+        return text.removeprefix(bos) if adds else text
+
+    return render
+
+
+def derive(render: Render, bos: str = "") -> Turns:
+    """Find the literals around every turn by rendering marker words. Raises Inexpressible with the reason."""
+    turns = [("user", U1), ("assistant", A1), ("user", U2), ("assistant", A2), ("user", U3)]
+    head, ua, au, ua_again, au_again, tail = _gaps(render, turns)
+    if (ua, au) != (ua_again, au_again):
+        raise Inexpressible("it prints later turns differently from earlier ones")
+    user_end = _gaps(render, turns[:1], generation=False, missing=[None, ""])[-1]
+    answer_end = _gaps(render, turns[:2], generation=False, missing=[None, None, ""])[-1]
+    # what is printed only at the very end of a conversation (Phi) is in no gap: then split where the turns are alike
+    before_user = au.removeprefix(answer_end)
+    if not au.startswith(answer_end) or not head.endswith(before_user):
+        before_user = _common_end(au, head)
+    after_user = user_end if ua.startswith(user_end) and tail.startswith(user_end) else _common_start(ua, tail)
+    opening = head[: len(head) - len(before_user)]
+    before = {"user": before_user, "assistant": ua[len(after_user) :], "system": ""}
+    after = {"user": after_user, "assistant": au[: len(au) - len(before_user)], "system": ""}
+    place = "none"
+    with_system = [("system", S), *turns[:1]]
+    start = ""
+    if S in (render(_chat(with_system)) or ""):
+        lead, between, _ = _gaps(render, with_system)
+        if between.endswith(before_user) and before_user:
+            place, after["system"] = "own", between[: len(between) - len(before_user)]
+            start = bos if bos and opening == bos and lead.startswith(bos) else ""
+            before["system"], opening = lead[len(start) :], opening[len(start) :]
+        elif lead.startswith(opening + before_user):
+            before["system"], after["system"] = lead[len(opening + before_user) :], between
+            later = render(_chat([("system", S), *turns[:3]])) or ""
+            place = "first_user" if 0 <= later.find(S) < later.find(U1) else "last_user"
+        else:
+            raise Inexpressible("it prints the system prompt neither in a turn of its own nor inside a user's turn")
+    return Turns(start, opening, before, after, tail[len(after_user) :], place)
+
+
+def collate(messages: Sequence[Message]) -> list[Message]:
+    """Ollama's own first step (template/template.go): consecutive messages of one role become one."""
+    merged: list[Message] = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"] != "tool":
+            merged[-1] = {**message, "content": merged[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            merged.append(dict(message))
+    return merged
+
+
+@dataclass(frozen=True)
+class Check:
+    """One shape of conversation: what both templates made of it. jinja None: the Jinja refuses such a conversation."""
+
+    shape: str
+    needed: bool
+    jinja: str | None
+    go: str
+
+    @property
+    def equal(self) -> bool:
+        return self.jinja == self.go
+
+
+def _chat(pairs: Sequence[tuple[str, str]]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def _gaps(
+    render: Render, pairs: Sequence[tuple[str, str]], generation: bool = True, missing: list[Any] | None = None
+) -> list[str]:
+    """The literals before, between and after the markers; `missing` where the template refuses."""
+    text = render(_chat(pairs), generation=generation)
+    if text is None and missing is not None:
+        return missing
+    if text is None:
+        raise Inexpressible("it refuses a conversation of plain user and assistant turns")
+    gaps = []
+    for _, mark in pairs:
+        head, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise Inexpressible("it does not print every message exactly once and in order")
+        gaps.append(head)
+    return [*gaps, text]
+
+
+def _common_start(a: str, b: str) -> str:
+    """Compared by control tokens, line ends and what is between, so that a common part never ends inside a token."""
+    return "".join(_shared(_cut(a), _cut(b)))
+
+
+def _common_end(a: str, b: str) -> str:
+    return "".join(_shared(_cut(a)[::-1], _cut(b)[::-1])[::-1])
+
+
+def _shared(a: list[str], b: list[str]) -> list[str]:
+    return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
+
+
+def _cut(text: str) -> list[str]:
+    return [p for p in re.split(r"(<[^<>\s]+>|\[/?[A-Z_]+\]|\n)", text) if p]
+
+
+def _quoted(literal: str) -> str:
+    """A Go string."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in literal) + '"'
+
+
+# ---------------------------------------------------------------- the Modelfile
 
 
 @dataclass(repr=False)
@@ -42,7 +246,7 @@ class Modelfile:
 
     reason: str = ""
     template: str = ""
-    checks: list[go_template.Check] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     path: Path | None = None
     stops: list[str] = field(default_factory=list)
@@ -68,7 +272,7 @@ class Modelfile:
     def _repr_html_(self) -> str:
         lines = [display.table(self._rows(), ("conversation", "Go template against Jinja"))]
         lines += [f"<p>{display.escape(text)}</p>" for text in (self.reason, *self.notes) if text]
-        lines += [f"<h4>{display.escape(k)}</h4><pre>{display.escape(v)}</pre>" for k, v in self.commands.items()]
+        lines += [f"<h4>{display.escape(k)}</h4>{PRE}{display.escape(v)}</pre>" for k, v in self.commands.items()]
         return "".join(lines)
 
     def __repr__(self) -> str:
@@ -98,7 +302,8 @@ def write(
     made = from_tokenizer(tokenizer)
     longest = _json(merged / "config.json").get("max_position_embeddings")
     made.parameters = {"num_ctx": context or min(longest or 4096, LONGEST_CONTEXT), **_sampling(merged)}
-    made.stops = stops(tokenizer, merged)
+    ends = stop_tokens(tokenizer, _json(merged / "generation_config.json").get("eos_token_id"))
+    made.stops = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
     if not made.reason:
         made.path = write_atomic(out, _text(made, gguf, out, system))
     made.commands = _commands(merged, gguf, name, made)
@@ -107,12 +312,15 @@ def write(
 
 def from_tokenizer(tokenizer: Any) -> Modelfile:
     """The Go template of a tokenizer and its comparison, without a file; `reason` where it cannot be said in Go."""
-    render = go_template.jinja_renderer(tokenizer)
+    render = jinja_renderer(tokenizer)
     try:
-        turns = go_template.derive(render, tokenizer.bos_token or "")
-    except go_template.Inexpressible as error:
+        turns = derive(render, tokenizer.bos_token or "")
+    except Inexpressible as error:
         return Modelfile(NO_GO.format(error))
-    checks = go_template.compare(render, turns)
+    checks = [
+        Check(shape, needed, render(messages, begun=shape == "answer begun"), turns.render(collate(messages)))
+        for shape, (messages, needed) in SHAPES.items()
+    ]
     different = [c for c in checks if not c.equal and c.jinja is not None]
     why = {
         "blanks at the edges": " (the Jinja trims every message, Go cannot)",
@@ -121,18 +329,12 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
     notes = [f"The prompt differs from the training one for: {c.shape}{why.get(c.shape, '')}." for c in different]
     if turns.system_place == "none":
         notes.append("The model's template takes no system prompt; a SYSTEM line or system message is not printed.")
-    if go_template.takes_tools(render):
+    if render(QUESTION, tools=[TOOL]) not in (None, render(QUESTION)):
         notes.append("Go writes tools differently: recent Ollama renders them with the GGUF's own Jinja instead.")
     if "strftime_now" in str(tokenizer.chat_template):
         notes.append("The model's template prints today's date; this one prints the date on which it was written.")
     broken = ", ".join(c.shape for c in different if c.needed)
     return Modelfile(NO_GO.format(f"the prompts differ for {broken}") if broken else "", turns.go(), checks, notes)
-
-
-def stops(tokenizer: Any, merged: Path) -> list[str]:
-    """Texts at which every runtime shall stop: the ends of a turn, of the sequence, of generation_config."""
-    ids = stop_tokens(tokenizer, _json(merged / "generation_config.json").get("eos_token_id"))
-    return [tokenizer.convert_ids_to_tokens(i) for i in ids if i < len(tokenizer)]
 
 
 def check_name(name: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from helpers import cache, display, machine, runs
 from helpers import params as parameters
 from helpers.errors import TunebookError
-from helpers.gguf import convert, libraries, probes, quantize
+from helpers.gguf import convert, libraries, probes
 from helpers.gguf.llama_cpp import Vocabulary
 from helpers.model import loading, merging
 from helpers.model.merging import count_weights, shards
@@ -188,9 +188,9 @@ def _sizes(base: Path, text: Any, params: Any, where: Path, report: Report) -> N
         "merge into 16 bits": (n16, PROCESS_GIB + 10 * largest_gib),
         "16-bit GGUF": (n16, PROCESS_GIB + 6 * largest_gib),
     }
-    for kind in quantize.parse_types(params.quantizations):
+    for kind in convert.parse_types(params.quantizations):
         if kind not in convert.TYPES_16:
-            report.needs[kind] = (weights * quantize.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib)
+            report.needs[kind] = (weights * convert.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib)
     folder = next(p for p in [where, *where.absolute().parents] if p.exists())
     disk, memory = report.free_gib = (shutil.disk_usage(folder).free / GIB, machine.free_memory_gib())
     context = 2 * 2 * text.num_hidden_layers * text.hidden_size * 4096 / GIB

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self
 
 from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries, llama_structs
+from helpers.gguf import header, libraries
 
 
 class Server:
@@ -127,7 +127,7 @@ class Running:
         if temperature is not None:
             p.sampling.temp = temperature
         if "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores
-            p.cpuparams.n_threads = p.cpuparams_batch.n_threads = llama_structs.threads()
+            p.cpuparams.n_threads = p.cpuparams_batch.n_threads = libraries.threads()
         try:
             self._server = xllamacpp.Server(p)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:

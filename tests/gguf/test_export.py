@@ -9,7 +9,7 @@ import train_data
 from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
-from helpers.gguf import convert, export, quantize
+from helpers.gguf import convert, export
 
 SMALL = {"run": "r", "quantizations": "q8_0", "fidelity_tokens": 60, "fidelity_answers": 1, "fidelity_gates": False}
 
@@ -79,7 +79,7 @@ def test_killed_in_any_step_the_same_command_resumes_and_no_scraps_become_artefa
     for module, name in (
         (export.merging, "merge"),
         (convert, "convert"),
-        (quantize, "quantize"),
+        (convert, "quantize"),
         (convert, "convert_adapter"),
         (runs.Stage, "finish"),
     ):
@@ -91,7 +91,7 @@ def test_killed_in_any_step_the_same_command_resumes_and_no_scraps_become_artefa
     def not_again(*_, **__):
         raise AssertionError("it was done already")
 
-    for module, name in ((export.merging, "merge"), (convert, "convert"), (quantize, "quantize")):
+    for module, name in ((export.merging, "merge"), (convert, "convert"), (convert, "quantize")):
         monkeypatch.setattr(module, name, not_again)
     manifest = finished(export.open(settings()))
     assert not [name for name in manifest.data["artifacts"] if "_scrap" in name]

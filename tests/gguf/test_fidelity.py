@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, header, preflight, quantize
+from helpers.gguf import convert, fidelity, header, preflight
 from helpers.gguf.llama_cpp import LlamaCpp
 from helpers.gguf.runner import GgufModel
 from helpers.gguf.server import Server
@@ -41,7 +41,7 @@ def f16(tiny_llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def q8(f16):
-    return quantize.quantize(f16, f16.with_name("q8.gguf"), "q8_0").path
+    return convert.quantize(f16, f16.with_name("q8.gguf"), "q8_0").path
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def tensors(path):
 def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path):
     sizes = []
     for kind, wanted in WANTED.items():
-        made = quantize.quantize(f16, tmp_path / f"{kind}.gguf", kind)
+        made = convert.quantize(f16, tmp_path / f"{kind}.gguf", kind)
         assert made.types.get(wanted, 0) >= 6 and not made.fallback
         sizes.append(made.bytes)
     assert sizes[0] < f16.stat().st_size and sizes == sorted(sizes, reverse=True)
@@ -77,8 +77,8 @@ def test_narrow_rows_are_named_as_fallbacks():
         return SimpleNamespace(shape=shape, tensor_type=SimpleNamespace(name=kind))
 
     tensors = [tensor("Q5_0", 576, 576), tensor("F32", 576), tensor("Q6_K", 1536, 576)]
-    assert quantize.fallbacks(tensors, "q4_k_m") == {"Q4_K → Q5_0": 1}
-    assert quantize.fallbacks(tensors, "q8_0") == {}
+    assert convert.fallbacks(tensors, "q4_k_m") == {"Q4_K → Q5_0": 1}
+    assert convert.fallbacks(tensors, "q8_0") == {}
 
 
 def test_f16_passes_every_gate(reference, f16):
@@ -95,7 +95,7 @@ def test_what_the_weights_cost_is_told_from_what_the_runtime_costs(tiny_llama, t
     with closing(fidelity.Reference(tiny_llama, [tokenizer(TEXT)["input_ids"]], work=tmp_path)) as made:
         found = {}
         for kind in ("q4_k_m", "q8_0"):
-            file = quantize.quantize(f16, tmp_path / f"{kind}.gguf", kind).path
+            file = convert.quantize(f16, tmp_path / f"{kind}.gguf", kind).path
             weights = made.weights_kl(file, f16)
             found[kind] = fidelity.measure(made, file, kind, weights)
         assert 0 < found["q8_0"].weights_kl < 0.1 * found["q4_k_m"].weights_kl
@@ -151,7 +151,7 @@ def test_what_llama_cpp_itself_says_stands_in_the_message(f16, tmp_path):
         lambda: LlamaCpp(foreign),
         lambda: Server(foreign),
         lambda: GgufModel(foreign),
-        lambda: quantize.quantize(foreign, tmp_path / "q8.gguf", "q8_0"),
+        lambda: convert.quantize(foreign, tmp_path / "q8.gguf", "q8_0"),
     ):
         with pytest.raises(TunebookError, match="unknown model architecture: 'xlama'"):
             use()
@@ -166,18 +166,18 @@ def test_a_full_disk_leaves_no_partial_file_and_the_same_call_then_succeeds(f16,
         pytest.skip("this machine does not allow a small file system for the test")
     try:
         with pytest.raises(TunebookError, match="disk"):
-            quantize.quantize(f16, small / "q8.gguf", "q8_0")
+            convert.quantize(f16, small / "q8.gguf", "q8_0")
         assert not list(small.iterdir())
         subprocess.run(["mount", "-o", "remount,size=200m", str(small)], check=True)
-        assert quantize.quantize(f16, small / "q8.gguf", "q8_0").path.is_file()
+        assert convert.quantize(f16, small / "q8.gguf", "q8_0").path.is_file()
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
 def test_unknown_types_and_outputs_are_refused():
     with pytest.raises(TunebookError, match="q9_k"):
-        quantize.parse_types("q8_0, q9_k")
-    assert quantize.parse_types(" Q4_K_M,q8_0,q8_0") == ["q4_k_m", "q8_0"]
+        convert.parse_types("q8_0, q9_k")
+    assert convert.parse_types(" Q4_K_M,q8_0,q8_0") == ["q4_k_m", "q8_0"]
 
 
 def test_batched_answers_share_a_prefix_and_equal_single_ones(f16, tokenizer):
@@ -210,9 +210,9 @@ def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer
 
 
 def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, tokenizer, tmp_path):
-    matrix = quantize.importance(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
-    plain = quantize.quantize(f16, tmp_path / "plain.gguf", "q2_k")
-    weighed = quantize.quantize(f16, tmp_path / "weighed.gguf", "q2_k", matrix)
+    matrix = convert.importance(tiny_llama, f16, [tokenizer(TEXT * 4)["input_ids"]], tmp_path / "imatrix.gguf")
+    plain = convert.quantize(f16, tmp_path / "plain.gguf", "q2_k")
+    weighed = convert.quantize(f16, tmp_path / "weighed.gguf", "q2_k", matrix)
     before, after = tensors(plain.path), tensors(weighed.path)
     differing = [n for n in before if before[n] != after[n]]
     assert len(differing) >= 14 and plain.bytes == pytest.approx(weighed.bytes, rel=0.01)
@@ -252,7 +252,7 @@ def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tm
     path = tmp_path / "f16.gguf"
     convert.convert(folder, path)
     rows = [chosen(TEXT)["input_ids"][:60]]
-    q4 = quantize.quantize(path, tmp_path / "q4.gguf", "q4_k_m")
+    q4 = convert.quantize(path, tmp_path / "q4.gguf", "q4_k_m")
     with closing(fidelity.Reference(folder, rows, [rows[0][:10]], max_tokens=4, work=tmp_path)) as made:
         result = fidelity.measure(made, path, "f16")
         weights = made.weights_kl(q4.path, path)
@@ -282,8 +282,8 @@ def test_the_server_answers_on_loopback_and_ends(q8):
 
 
 def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
+    from helpers.gguf.convert import Quantised
     from helpers.gguf.fidelity import Result
-    from helpers.gguf.quantize import Quantised
 
     def file(kind, megabytes, kl, score, count, **more):
         return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0), Result(

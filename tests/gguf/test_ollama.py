@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import go_template, ollama
+from helpers.gguf import ollama
 
 ENGINE = "@evertdespiegeleer/go-template@1.0.2"  # Go's text/template, compiled to WebAssembly
 SCRIPT = """
@@ -152,7 +152,7 @@ def go(tmp_path_factory):
                 {
                     "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
                     "Response": "",
-                    "Messages": [{"Role": m["role"], "Content": m["content"]} for m in go_template.collate(messages)],
+                    "Messages": [{"Role": m["role"], "Content": m["content"]} for m in ollama.collate(messages)],
                 },
             ]
             for template, messages in jobs
@@ -170,7 +170,7 @@ def go(tmp_path_factory):
 def families(tokenizer, go):
     """name -> (what was derived, Go's own rendering of every shape); one process of the engine for all."""
     made = {name: ollama.from_tokenizer(family(tokenizer, name)) for name in FAMILIES}
-    texts = iter(go([(m.template, go_template.SHAPES[c.shape][0]) for m in made.values() for c in m.checks]))
+    texts = iter(go([(m.template, ollama.SHAPES[c.shape][0]) for m in made.values() for c in m.checks]))
     return {name: (m, [next(texts) for _ in m.checks]) for name, m in made.items()}
 
 

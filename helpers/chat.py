@@ -70,9 +70,7 @@ class Column:
                     self.note = f"cut off at {max_tokens} tokens"
             if self.note == "…":
                 self.note = f"{pieces} tokens, {pieces / max(time.monotonic() - began, 1e-6):.0f} a second"
-        except (
-            Exception
-        ) as error:  # whatever the network or the server does belongs here, and the other column continues
+        except Exception as error:  # whatever the network or the server does; the other column continues
             self.note = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
         finally:
             if not answer["content"]:

@@ -186,4 +186,4 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     """`items` with a text progress bar that is written at most every two seconds, so that notebooks stay small."""
     from tqdm import tqdm
 
-    return iter(tqdm(items, desc=label, total=total, mininterval=2, dynamic_ncols=False, ncols=90, file=sys.stdout))
+    return iter(tqdm(items, label, total, leave=False, mininterval=2, dynamic_ncols=False, ncols=90, file=sys.stdout))

@@ -135,12 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--context", type=int, default=0, help="tokens of a conversation; 0 takes the model's, at most 4096")
     add("--parallel", type=int, default=1, help="conversations at once")
     add("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="for clients that ask for none; 0 is how the scores were measured",
-    )
+    add("--temperature", type=float, default=0.0, help="for clients that ask for none; 0 as the scores were measured")
     # a shell that starts it in the background hands interrupts down ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -259,8 +259,9 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
 def describe(path: Path, kind: str, wall_s: float = 0.0) -> Quantised:
     """Size, types and fallbacks of a file that is there."""
     summary = header.check(path)
-    bits, fallen = round(summary.bits_per_weight, 3), fallbacks(summary.tensors, kind)
-    return Quantised(kind, path, summary.bytes, bits, summary.types(), fallen, round(wall_s, 2))
+    bits, types = round(summary.bits_per_weight, 3), Counter(t.tensor_type.name for t in summary.tensors)
+    fallen = fallbacks(summary.tensors, kind)
+    return Quantised(kind, path, summary.bytes, bits, dict(types.most_common()), fallen, round(wall_s, 2))
 
 
 def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:

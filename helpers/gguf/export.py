@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,22 +113,16 @@ class ExportJob(steps.Job):
             ("files", ", ".join(self.kinds)),
             ("kept", ", ".join(self.outputs)),
         ]
-        what = display.shown(rows, ("to export", ""))
         report = preflight.check(source.base, self.params, source.adapter, self.stage.path).require()
-        return display.Html(what.markup + report._repr_html_(), f"{what.text}\n\n{report!r}")
+        return display.shown(rows, ("to export", "")) + report.shown()
 
     @steps.step
     def merge(self) -> merging.Merged:
         """Adapter into base, in 16 bits, tensor by tensor."""
-        made: list[merging.Merged] = []
-
-        def make(out: Path) -> None:
-            made.append(merging.merge(self.source.base.path, self.source.adapter, out, self.source.onto))
-
-        self._make(self.merged, make)
-        changed, tensors, untied = (made[0].changed, made[0].tensors, made[0].untied) if made else (0, 0, False)
+        source = self.source
+        made = self._make(self.merged, lambda out: merging.merge(source.base.path, source.adapter, out, source.onto))
         size = sum(f.stat().st_size for f in self.merged.glob("*.safetensors"))
-        return merging.Merged(self.merged, changed, tensors, size, untied)
+        return replace(made, path=self.merged) if made else merging.Merged(self.merged, 0, 0, size, False)
 
     @steps.step
     def convert(self) -> display.Html:
@@ -174,23 +169,21 @@ class ExportJob(steps.Job):
             for q in asked[: self.params.fidelity_answers]
         ]
         files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
-        reference = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
-        try:
+        made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
+        with closing(made) as reference:
             small = [k for k in files if k not in convert.TYPES_16]
             weights = {kind: reference.weights_kl(files[kind], self.f16) for kind in small}
-            reference.free()
+            reference.model = None  # what the files are measured against is on disk
             self.merge_check = self._merge_check(reference)
             watched = machine.progress(list(files.items()), "Comparing with the trained model")
             self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
-        finally:
-            reference.close()
         self._task_scores()
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)
         found = {
             "text": self.text,
             "merge": self.merge_check,
             "budgets": {r.type: convert.TYPES[r.type][2:] for r in self.results},
-            "files": [r.as_dict() for r in self.results],
+            "files": [asdict(r) for r in self.results],
             "sizes": [f.as_dict() for f in self.files],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)
@@ -227,7 +220,7 @@ class ExportJob(steps.Job):
         if adapter and "adapter_gguf" in self.outputs:
             write = partial(convert.convert_adapter, adapter, self.merged, self.f16)
             self._make(self.stage.path / "adapter.gguf", write)
-        by_type = {r.type: r.as_dict() for r in self.results}
+        by_type = {r.type: asdict(r) for r in self.results}
         metrics = {
             "base": self.base,
             "trained_by": self.source.trained_by,
@@ -250,15 +243,16 @@ class ExportJob(steps.Job):
         fresh.mkdir(parents=True)
         return fresh
 
-    def _make(self, final: Path, make: Callable[[Path], Any]) -> None:
-        """`final`, made by `make(path)` in `_fresh` and moved; skipped where it is there already."""
+    def _make(self, final: Path, make: Callable[[Path], Any]) -> Any:
+        """`final`, made by `make(path)` in `_fresh` and moved; None where it is there already."""
         if final.exists():
-            return
+            return None
         fresh, started = self._fresh(), time.monotonic()
-        make(fresh / final.name)
+        made = make(fresh / final.name)
         os.replace(fresh / final.name, final)
         name = final.name.removeprefix("model-").removesuffix(".gguf")
         self.seconds[{"merged": "merge"}.get(name, name)] = round(time.monotonic() - started, 2)
+        return made
 
     def _rows(self, name: str, tokens: int) -> list[list[int]]:
         """Token ids of whole conversations of the data stage until `tokens` are reached, the last one cut."""
@@ -294,19 +288,15 @@ class ExportJob(steps.Job):
         if source.adapter is None or needed_gib > machine.free_memory_gib():
             return {}  # a second model in float32 does not fit; the gates on the files themselves remain
         base = loading.load_model(source.base, quantize="nf4" if source.onto == "nf4" else "none", dtype="fp32")
-        rows = len(loading.load_tokenizer(self.merged))
+        rows = len(reference.tokenizer)
         if rows > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(rows, mean_resizing=False)
         model = loading.load_adapter(base, source.adapter).eval()
-        kept, at, kl, same = reference.open(), 0, [], []
-        for row in reference.rows[:2]:
-            mine = fidelity.logprobs(model, row).cpu()
-            theirs = kept[at : at + len(mine)]
-            kl.append(fidelity.divergence(mine, theirs))
-            same.append(mine.argmax(1) == theirs.argmax(1))
-            at += len(mine)
-        mean_kl, top1 = float(torch.cat(kl).mean()), float(torch.cat(same).float().mean())
-        return {"tokens": at, "mean_kl": max(mean_kl, 0.0), "top1": top1}
+        mine = torch.cat([fidelity.logprobs(model, row).cpu() for row in reference.rows[:2]])
+        theirs = reference.open()[: len(mine)]
+        mean_kl = float(fidelity.divergence(mine, theirs).mean())
+        same = (mine.argmax(1) == theirs.argmax(1)).float()
+        return {"tokens": len(mine), "mean_kl": max(mean_kl, 0.0), "top1": float(same.mean())}
 
     def _task_scores(self) -> None:
         """Execution accuracy on test questions, where the run has them and a database, as notebook 05 judges."""
@@ -314,20 +304,14 @@ class ExportJob(steps.Job):
         if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
             return
         asked = questions.read(data / "test.parquet", count, self.params.seed)
-        judge = text_to_sql.Judge([text_to_sql.open_readonly(data / "database.sqlite")])
-        try:
+        with closing(text_to_sql.Judge([text_to_sql.open_readonly(data / "database.sqlite")])) as judge:
             for result in self.results:
-                model = GgufModel(self.file(result.type))
-                try:
+                with closing(GgufModel(self.file(result.type))) as model:
                     answers = model.generate([model.encode(q.prompt) for q in asked], Decoding())
-                finally:
-                    model.close()
                 scores = [judge.score(a.text, q.reference)["score"] for a, q in zip(answers, asked, strict=True)]
                 known = [s for s in scores if s is not None]
                 result.task_score = round(sum(known) / len(known), 4) if known else None
                 result.task_count = len(known)
-        finally:
-            judge.close()
 
 
 def _source(stage: runs.Stage, params: GgufParams) -> Source:

@@ -88,12 +88,8 @@ class Reference:
             with torch.no_grad():
                 weight.copy_(values if order is None else values[torch.from_numpy(order)])
         kept = self.open()
-        pieces = ((kept[at : at + len(row) - 1], logprobs(self.model, row)) for at, row in self._by_row())
-        return max(sum(float(divergence(theirs, mine).sum()) for theirs, mine in pieces) / len(kept), 0.0)
-
-    def free(self) -> None:
-        """Give the model's memory back; what the files are measured against is on disk."""
-        self.model = None
+        pieces = [divergence(kept[at : at + len(row) - 1], logprobs(self.model, row)) for at, row in self._by_row()]
+        return max(float(torch.cat(pieces).mean()), 0.0)
 
     def close(self) -> None:
         self.folder.cleanup()
@@ -203,6 +199,9 @@ def divergence(wanted: Any, got: Any) -> Any:
 
 def _load(merged: Path) -> Any:
     """The merged model in float32, in bfloat16 where that does not fit; on the CPU where the GPU has no room."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
     room = machine.free_gpu_gib() or 0.0
     on_gpu = 1.2 * size + 1 < room
@@ -262,16 +261,15 @@ def table(
         }
         for r in results
     ]
-    shown, best = display.shown([list(r.values()) for r in rows], list(rows[0])), recommend(files, results)
-    said = [f"Compared on {text}."]
+    best, merge = recommend(files, results), ""
     if merge_check:
-        said.append(
+        merge = (
             f"Adapter and base against the merged model: mean KL {merge_check['mean_kl']:.2g}, same top-1 token "
             f"{display.percent(merge_check['top1'])} over {merge_check['tokens']} tokens."
         )
-    said.append(f"Recommended: {best['type']}, {best['why']}." if best["type"] else best["why"])
-    below = " ".join(said)
-    return display.Html(f"{shown.markup}<p><b>{display.escape(below)}</b></p>", f"{shown.text}\n{below}")
+    last = f"Recommended: {best['type']}, {best['why']}." if best["type"] else best["why"]
+    shown = display.shown([list(r.values()) for r in rows], list(rows[0]))
+    return shown + display.said(f"Compared on {text}.", merge, last)
 
 
 def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,10 +60,6 @@ class Summary:
     def bits_per_weight(self) -> float:
         """Bits of tensor data per weight; the header and the tokenizer are left out."""
         return 8 * sum(int(t.n_bytes) for t in self.tensors) / max(sum(int(t.n_elements) for t in self.tensors), 1)
-
-    def types(self) -> dict[str, int]:
-        """How many tensors have each type, most frequent first."""
-        return dict(Counter(t.tensor_type.name for t in self.tensors).most_common())
 
 
 def check(path: str | Path) -> Summary:

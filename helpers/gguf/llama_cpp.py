@@ -96,7 +96,6 @@ class Vocabulary:
         """Whether llama.cpp stops at this token by itself."""
         return self.lib.llama_vocab_is_eog(self.vocab, token_id)
 
-    @property
     def end_ids(self) -> list[int]:
         """All tokens at which llama.cpp stops by itself."""
         return [i for i in range(self.n_vocab) if self.is_end(i)]

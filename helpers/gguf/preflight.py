@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
 Check = tuple[str, bool, str]
 
 
-@dataclass(repr=False)
+@dataclass
 class Report:
     """checks: (what, whether it is well, what was found); needs: step -> (disk, memory) in GiB; free_gib: of both."""
 
@@ -54,19 +55,12 @@ class Report:
             )
         return self
 
-    def _tables(self) -> list[display.Html]:
+    def shown(self) -> display.Html:
+        """The checks, and below them what every step needs."""
         checks = [(what, "yes" if good else "NO", found) for what, good, found in self.checks]
         sizes = [(s, *map(display.number, need)) for s, need in [*self.needs.items(), ("free here", self.free_gib)]]
-        return [
-            display.shown(checks, ("fit for export", "", "found")),
-            display.shown(sizes, ("step", "disk, GiB", "memory, GiB")),
-        ]
-
-    def _repr_html_(self) -> str:
-        return "".join(t.markup for t in self._tables())
-
-    def __repr__(self) -> str:
-        return "\n".join(t.text for t in self._tables())
+        below = display.shown(sizes, ("step", "disk, GiB", "memory, GiB"))
+        return display.shown(checks, ("fit for export", "", "found")) + below
 
 
 def check(source: Any, params: Any = None, adapter: Path | None = None, where: Path | None = None) -> Report:
@@ -127,54 +121,49 @@ def _examine(base: Path, folder: Path, tokenizer: Any) -> list[Check]:
         except TunebookError as error:
             return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
         with vocabulary:
-            checks = [*_token_ids(vocabulary, tokenizer), _template(tokenizer)]
-            if checks[-1][1]:  # without a template there are no turns
-                checks.append(_end_of_turn(vocabulary, tokenizer))
-            return checks
+            return list(_compared(vocabulary, tokenizer))
 
 
-def _token_ids(vocabulary: Vocabulary, tokenizer: Any) -> list[Check]:
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _compared(vocabulary: Vocabulary, tokenizer: Any) -> Iterator[Check]:
+    """Token ids, added tokens, template and end of turn in llama.cpp against the trained tokenizer's."""
 
-    differ = next((t for t in probes.TEXTS if vocabulary.tokenize(t) != ids(t)), None)
+    def differing(texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
+        both = [(t, vocabulary.tokenize(t), tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+        return [(text, mine, theirs) for text, mine, theirs in both if mine != theirs]
+
     found = f"{len(probes.TEXTS)} texts in many scripts give the same token ids in llama.cpp"
-    if differ is not None:
+    wrong = differing(probes.TEXTS)
+    for text, mine, theirs in wrong[:1]:
         found = (
-            f"llama.cpp reads {differ[:30]!r} as {vocabulary.tokenize(differ)[:8]}, training reads {ids(differ)[:8]}. "
-            "Merges or normalisation got lost: keep the base's own tokenizer files."
+            f"llama.cpp reads {text[:30]!r} as {mine[:8]}, training reads {theirs[:8]}. Merges or normalisation got "
+            "lost: keep the base's own tokenizer files."
         )
+    yield "tokenizer", not wrong, found
     added = [str(t) for t in tokenizer.added_tokens_decoder.values()]
-    lost = [t for t in added if vocabulary.tokenize(t) != ids(t)]
-    kept = f"all {len(added)} are kept"
-    if lost:
-        kept = (
-            f"{len(lost)} of {len(added)} are not one token in llama.cpp, {lost[0]!r} first; add them with "
-            "special=True and normalized=False."
-        )
-    return [("tokenizer", differ is None, found), ("added tokens", not lost, kept)]
-
-
-def _template(tokenizer: Any) -> Check:
+    lost = differing(added)
+    found = f"{len(lost)} of {len(added)} are not one token in llama.cpp, {lost[0][0]!r} first; " if lost else ""
+    found += "add them with special=True and normalized=False." if lost else f"all {len(added)} are kept"
+    yield "added tokens", not lost, found
     if not tokenizer.chat_template:
         found = "the tokenizer has none, so no runtime could know how to prompt the model; use an instruct model."
-        return ("chat template", False, found)
-    text, why = probes.render(tokenizer, probes.QUESTION, None)
-    if text is None:
+        yield "chat template", False, found
+        return
+    plain, why = probes.render(tokenizer, probes.QUESTION, None)
+    if plain is None:
         found = f"it does not render a plain question ({why}); mend chat_template.jinja in the base's folder."
-        return ("chat template", False, found)
+        yield "chat template", False, found
+        return
     skipped = [s for s, (m, t) in probes.conversations().items() if probes.render(tokenizer, m, t)[0] is None]
-    return ("chat template", True, "renders in a sandbox" + (f"; it has no {', '.join(skipped)}" if skipped else ""))
-
-
-def _end_of_turn(vocabulary: Vocabulary, tokenizer: Any) -> Check:
+    yield "chat template", True, "renders in a sandbox" + (f"; it has no {', '.join(skipped)}" if skipped else "")
     try:
         token = end_of_turn(tokenizer)
     except TunebookError as error:
-        return ("end of turn", False, str(error))
-    text, ends = tokenizer.convert_ids_to_tokens(token), vocabulary.is_end(token)
+        yield "end of turn", False, str(error)
+        return
+    ends = vocabulary.is_end(token)
     no = "ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
-    return ("end of turn", ends, f"{text} {'ends an answer in llama.cpp, too' if ends else no}")
+    said = "ends an answer in llama.cpp, too" if ends else no
+    yield "end of turn", ends, f"{tokenizer.convert_ids_to_tokens(token)} {said}"
 
 
 # ---------------------------------------------------------------- sizes

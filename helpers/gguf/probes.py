@@ -89,9 +89,6 @@ class Result:
     task_count: int = 0  # questions behind it
     failed: dict[str, str] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
     """`Result` of the file request["path"] against what `fidelity.Reference` wrote to request["reference"]."""
@@ -103,7 +100,7 @@ def measure(request: dict[str, Any], _: object = None) -> dict[str, Any]:
         _prompts(runtime, reference, result)
         _logits(runtime, reference, folder / "logprobs.f32", result, request)
         _answers(runtime, reference, result)
-    return result.as_dict()
+    return asdict(result)
 
 
 def _token_ids(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> None:
@@ -136,10 +133,7 @@ def _prompts(runtime: LlamaCpp, reference: dict[str, Any], result: Result) -> No
         mine = runtime.tokenize(got, add_special=True)
         if mine[:1] == [bos] and ids[:1] != [bos]:
             mine = mine[1:]
-        got, text = (
-            got.removeprefix(bos_text),
-            text.removeprefix(bos_text),
-        )  # the runtime may write it as a token instead
+        got, text = got.removeprefix(bos_text), text.removeprefix(bos_text)  # the runtime may write it as a token
         if mine != ids or got != text:
             at = _first_difference(got, text)
             near = slice(max(0, at - 12), at + 24)

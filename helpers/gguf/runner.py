@@ -33,10 +33,7 @@ class GgufModel:
     def __init__(self, path: Path, end_of_turn: str = ""):
         self.path, start = Path(path), {"path": str(path), "end_of_turn": end_of_turn}
         self._child = worker.Worker("helpers.gguf.runner:Served", start=start, name=f"llama.cpp with {self.path.name}")
-
-    def close(self) -> None:
-        """End the process; a second call does nothing."""
-        self._child.close()
+        self.close = self._child.close
 
     def _ask(self, method: str, *arguments: Any, on_event: worker.Event | None = None) -> Any:
         return self._child.ask([method, *arguments], on_event, timeout_s=None)
@@ -55,7 +52,7 @@ class GgufModel:
 
     def ends(self) -> list[int]:
         """Ids of the tokens that end an answer."""
-        return self._ask("ends")
+        return self._ask("end_ids")
 
     def generate(
         self, prompts: Sequence[Ids], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
@@ -68,13 +65,13 @@ class GgufModel:
             if done:
                 done(value[0], answers[value[0]])
 
-        self._ask("generate", [list(p) for p in prompts], astuple(decoding), on_event=event)
+        self._ask("answer", [list(p) for p in prompts], *astuple(decoding), on_event=event)
         return [answers[i] for i in range(len(prompts))]
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[list[float], bool]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the
         runtime's logits, and whether every one was the most likely token."""
-        return self._ask("score", [[list(prompt), list(completion)] for prompt, completion in pairs])
+        return [self._ask("score", list(prompt), list(completion)) for prompt, completion in pairs]
 
     def logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[list[float]]:
         return [values for values, _ in self.score(pairs)]
@@ -84,52 +81,39 @@ class GgufModel:
         return self._ask("continue_text", text, max_tokens, list(stop), temperature)
 
 
-class Served:
-    """The child's side."""
+class Served(LlamaCpp):
+    """The child's side: a request is the name of a method and its arguments."""
 
     def __init__(self, path: str, end_of_turn: str):
-        self._end_text, self._model = end_of_turn, LlamaCpp(path, parallel=PARALLEL)
-        if not self._model.chat_template:
+        super().__init__(path, parallel=PARALLEL)
+        self._end = end_of_turn
+        if not self.chat_template:
             raise TunebookError(
                 f"{path} has no chat template inside, so nobody can know how to prompt it; export it again."
             )
 
     def __call__(self, request: list[Any], event: worker.Event) -> Any:
         method, *arguments = request
-        if method == "generate":
-            return self.generate(arguments[0], arguments[1], event)
+        self._event: Any = event
         return getattr(self, method)(*arguments)
 
     def encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        ids = self.tokenize(self._model.apply_template(messages), add_special=True)
+        ids = self.tokenize(self.apply_template(messages), add_special=True)
         doubled = len(ids) > 1 and ids[0] == ids[1] and ids[:1] == self.tokenize("", add_special=True)[:1]
         return ids[1:] if doubled else ids
 
     def tokens(self, text: str, end: bool) -> list[int]:
-        ids = self._model.tokenize(text, parse_special=False)
-        return ids + (self._model.tokenize(self._end_text) if end and self._end_text else [])
+        return self.tokenize(text, parse_special=False) + (self.tokenize(self._end) if end and self._end else [])
 
-    def tokenize(self, text: str, add_special: bool) -> list[int]:
-        return self._model.tokenize(text, add_special)
-
-    def ends(self) -> list[int]:
-        return self._model.end_ids
-
-    def generate(self, prompts: list[list[int]], decoding: list[Any], event: worker.Event) -> None:
+    def answer(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int) -> None:
         """The longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
         def finish(place: int, made: Completion) -> None:
             stopped = made.finish == "stop"
-            event([order[place], made.text.strip(), len(made.token_ids) + stopped, stopped])
+            self._event([order[place], made.text.strip(), len(made.token_ids) + stopped, stopped])
 
-        tokens, temperature, seed = decoding
-        rows = [prompts[i] for i in order]
-        self._model.generate(rows, tokens, temperature=temperature, seed=seed, done=finish)
-
-    def score(self, pairs: list[list[list[int]]]) -> list[tuple[list[float], bool]]:
-        return [self._model.score(prompt, completion) for prompt, completion in pairs]
+        self.generate([prompts[i] for i in order], max_tokens, temperature=temperature, seed=seed, done=finish)
 
     def continue_text(self, text: str, max_tokens: int, stop: list[str], temperature: float) -> str:
-        ids = self.tokenize(text, add_special=True)
-        return self._model.generate([ids], max_tokens, stop, temperature)[0].text
+        return self.generate([self.tokenize(text, add_special=True)], max_tokens, stop, temperature)[0].text

@@ -40,8 +40,12 @@ class Server:
     ):
         self.path = Path(path)
         header.check(self.path)
-        if port:
-            _refuse_taken(port)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError as error:
+            raise TunebookError(
+                f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one."
+            ) from None
         settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel}
         settings |= {"alias": alias or self.path.stem, "temperature": temperature, "warmup": warmup}
         name = f"llama.cpp's server for {self.path.name}"
@@ -64,10 +68,9 @@ class Server:
     def post(self, where: str, body: dict[str, Any], timeout_s: float = 600) -> dict[str, Any]:
         """POST JSON, read JSON. Raises TunebookError with the server's own message."""
         data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + where, data, kind)
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(self.url + where, data, kind), timeout=timeout_s
-            ) as reply:
+            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             text = error.read().decode("utf-8", "replace").strip()[:300]
@@ -96,17 +99,6 @@ class Server:
         self._child.close()
 
 
-def _refuse_taken(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise TunebookError(
-                f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one."
-            ) from None
-
-
 class Running:
     """Body of the server's process; `started` is the address."""
 
@@ -117,12 +109,8 @@ class Running:
         p.model.path, p.model_alias = path, {alias}
         p.hostnames, p.port = ["127.0.0.1"], port
         p.n_ctx, p.n_parallel, p.warmup = context, parallel, warmup
-        p.use_jinja, p.offline, p.ui, p.verbosity = (
-            True,
-            True,
-            False,
-            1,
-        )  # 1: errors, which the message of a failure quotes
+        p.use_jinja, p.offline, p.ui = True, True, False
+        p.verbosity = 1  # errors, which the message of a failure quotes
         p.cors_origins = ""  # no web page may read from it
         if temperature is not None:
             p.sampling.temp = temperature

@@ -70,10 +70,8 @@ def publish(
     """Upload a run's results, or list what would be uploaded.
 
     name: "user/name" of the merged model's repository; the others add -lora and -GGUF. what: of "adapter", "merged",
-    "gguf"; kinds that the run does not have are left out. licence, data_licence: written into the cards.
-
-    Raises TunebookError for a run without such results, altered files, a bad name, a missing or refused token, or a hub
-    that cannot be reached; an interrupted upload is resumed by the same call.
+    "gguf"; kinds that the run does not have are left out. licence, data_licence: written into the cards. An
+    interrupted upload is resumed by the same call.
     """
     what = tuple(what)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,60}/[A-Za-z0-9][\w.-]{0,80}", name) or ".." in name or "--" in name:

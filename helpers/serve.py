@@ -31,8 +31,7 @@ def start(
 
     what: a GGUF file, a folder with one, or the name of a run. port: 0 takes a free one. context: tokens of each of
     `parallel` conversations at once; 0 takes the model's, at most 4096. type: of a run with several files, the one to
-    serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured. Raises
-    TunebookError when the file is missing or damaged, the port is taken, or the memory would not be enough.
+    serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured.
     """
     path = find(what, type)
     context, _ = plan(path, context, parallel)

@@ -181,9 +181,7 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
             in_file[order] = b
         arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": in_file}
     metadata = {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # 0: llama.cpp does not scale B again
-    partial = out.with_name(f".{out.name}.partial")
-    header.write(partial, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
-    os.replace(partial, out)
+    header.write(out, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
     return out
 
 
@@ -208,7 +206,8 @@ def _weight_of(model: Path) -> Callable[[str], Any]:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A finished file. types: tensors of each; fallback: {"Q4_K → Q5_0": count} where the width allowed no K-quant."""
+    """A finished file. bits_per_weight: of tensor data, without header and tokenizer; types: tensors of each;
+    fallback: {"Q4_K → Q5_0": count} where the width allowed no K-quant."""
 
     type: str
     path: Path
@@ -259,9 +258,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
 def describe(path: Path, kind: str, wall_s: float = 0.0) -> Quantised:
     """Size, types and fallbacks of a file that is there."""
     summary = header.check(path)
-    bits, types = round(summary.bits_per_weight, 3), Counter(t.tensor_type.name for t in summary.tensors)
+    types = Counter(t.tensor_type.name for t in summary.tensors)
+    bits = 8 * sum(int(t.n_bytes) for t in summary.tensors) / sum(int(t.n_elements) for t in summary.tensors)
     fallen = fallbacks(summary.tensors, kind)
-    return Quantised(kind, path, summary.bytes, bits, dict(types.most_common()), fallen, round(wall_s, 2))
+    return Quantised(kind, path, summary.bytes, round(bits, 3), dict(types.most_common()), fallen, round(wall_s, 2))
 
 
 def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:
@@ -304,8 +304,6 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
         for row in rows:
             model(torch.tensor([list(row)], device=model.device))
     metadata = {"imatrix.datasets": ["training data"], "imatrix.chunk_count": len(rows), "imatrix.chunk_size": 512}
-    partial = out.with_name(f".{out.name}.partial")
     tensors = {n: np.asarray(v, dtype=np.float32).reshape(1, -1) for n, v in arrays.items()}
-    header.write(partial, "imatrix", "imatrix", metadata, tensors)
-    os.replace(partial, out)
+    header.write(out, "imatrix", "imatrix", metadata, tensors)
     return out

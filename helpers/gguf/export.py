@@ -32,7 +32,6 @@ from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
 
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
-HELD_OUT = "held-out rows"
 TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter the files"
 
 
@@ -71,7 +70,7 @@ class ExportJob(steps.Job):
         self.results: list[Result] = []
         self.merge_check: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self.text = HELD_OUT
+        self.text = "held-out rows"
         if stage.done:
             self.base = stage.done.metrics["base"]
             shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed after its manifest
@@ -82,11 +81,6 @@ class ExportJob(steps.Job):
     @property
     def merged(self) -> Path:
         return self._place("merged", "merged" in self.outputs)
-
-    @property
-    def f16(self) -> Path:
-        """The 16-bit GGUF that everything is quantised from."""
-        return self.file("f16")
 
     @property
     def best(self) -> Path:
@@ -136,9 +130,9 @@ class ExportJob(steps.Job):
         matrix = self.stage.path / "imatrix.gguf" if self.params.imatrix and small else None
         if matrix:
             trained = self._rows("train.parquet", self.params.imatrix_tokens)
-            self._make(matrix, partial(convert.importance, self.merged, self.f16, trained))
+            self._make(matrix, partial(convert.importance, self.merged, self.file("f16"), trained))
         for kind in machine.progress(small, "Quantising"):
-            self._make(self.file(kind), partial(convert.quantize, self.f16, kind=kind, imatrix=matrix))
+            self._make(self.file(kind), partial(convert.quantize, self.file("f16"), kind=kind, imatrix=matrix))
         self.files = [convert.describe(self.file(k), k, self.seconds.get(k, 0)) for k in self.kinds]
         rows = [
             (
@@ -172,7 +166,7 @@ class ExportJob(steps.Job):
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
         with closing(made) as reference:
             small = [k for k in files if k not in convert.TYPES_16]
-            weights = {kind: reference.weights_kl(files[kind], self.f16) for kind in small}
+            weights = {kind: reference.weights_kl(files[kind], self.file("f16")) for kind in small}
             reference.model = None  # what the files are measured against is on disk
             self.merge_check = self._merge_check(reference)
             watched = machine.progress(list(files.items()), "Comparing with the trained model")
@@ -218,7 +212,7 @@ class ExportJob(steps.Job):
         if adapter and "adapter" in self.outputs:
             self._make(self.stage.path / "adapter", partial(shutil.copytree, adapter))
         if adapter and "adapter_gguf" in self.outputs:
-            write = partial(convert.convert_adapter, adapter, self.merged, self.f16)
+            write = partial(convert.convert_adapter, adapter, self.merged, self.file("f16"))
             self._make(self.stage.path / "adapter.gguf", write)
         by_type = {r.type: asdict(r) for r in self.results}
         metrics = {

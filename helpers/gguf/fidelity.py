@@ -30,9 +30,8 @@ FEW = 0.02  # a task score this far below the best counts as good as the best, h
 class Reference:
     """The merged model in float32 (bfloat16 where that does not fit): log-probabilities and answers on held-out text.
 
-    merged: the model folder; rows: token ids of held-out conversations; prompts: token ids to answer; conversations:
-    messages of the job, for the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x
-    vocabulary, until `close`. Raises TunebookError where no row has two tokens.
+    rows: token ids of held-out conversations; prompts: token ids to answer; conversations: messages of the job, for the
+    prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x vocabulary, until `close`.
     """
 
     def __init__(

@@ -48,18 +48,11 @@ class _Reader(GGUFReader):
 
 @dataclass(frozen=True)
 class Summary:
-    """metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: in file order,
-    without their data; bytes: size of the file.
-    """
+    """metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: without their data."""
 
     metadata: dict[str, Any]
     tensors: list[ReaderTensor]
     bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of tensor data per weight; the header and the tokenizer are left out."""
-        return 8 * sum(int(t.n_bytes) for t in self.tensors) / max(sum(int(t.n_elements) for t in self.tensors), 1)
 
 
 def check(path: str | Path) -> Summary:
@@ -86,9 +79,8 @@ def _checked(path: Path, size: int, _: int) -> Summary:
         raise TunebookError(f"{path} is truncated: {error}; export it again, or download it again.") from error
     except (struct.error, EOFError, LookupError, TypeError, ValueError, OverflowError, MemoryError) as error:
         why = "its header breaks off" if isinstance(error, struct.error) else str(error) or type(error).__name__
-        raise TunebookError(
-            f"{path} is not a readable GGUF file ({why}); export it again, or download it again."
-        ) from error
+        again = "export it again, or download it again."
+        raise TunebookError(f"{path} is not a readable GGUF file ({why}); {again}") from error
     # a view of the mapped file would keep a deleted file's bytes on the disk
     tensors_alone = [t._replace(shape=np.array(t.shape), data=None, field=None) for t in reader.tensors]
     return Summary({name: _value(field) for name, field in reader.fields.items()}, tensors_alone, size)

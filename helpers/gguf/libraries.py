@@ -43,11 +43,7 @@ DISK_FULL = re.compile(
 
 
 def setup() -> dict[str, str]:
-    """Fetch what is missing and return where each part is. Safe to repeat; killed, it leaves nothing half-unpacked.
-
-    Raises TunebookError when the converter cannot be fetched; where the prebuilt library does not fit, nothing is
-    quantised.
-    """
+    """Fetch what is missing and return where each part is; where the prebuilt library does not fit, it is left out."""
     found = {"converter": str(converter()), "runs models": str(for_running())}
     libc, version = platform.libc_ver()
     if platform.machine() == "x86_64" and libc == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 34):
@@ -55,9 +51,8 @@ def setup() -> dict[str, str]:
             _unpacked(_library_folder(), _fetch_library)
         except TunebookError as error:
             found["note"] = str(error)
-    return found | {
-        "quantises": str(for_quantizing() or "nothing here; set TUNEBOOK_LLAMA_CPP to a build of llama.cpp")
-    }
+    found["quantises"] = str(for_quantizing() or f"nothing here; set {OWN_BUILD} to a build of llama.cpp")
+    return found
 
 
 def converter() -> Path:
@@ -242,10 +237,7 @@ SIGNATURES = {
 
 
 class Library:
-    """One loaded libllama. Its functions are attributes; `said()` gives its last messages, for error messages.
-
-    runs: load the processor's variant of the arithmetic, too, which quantising does without.
-    """
+    """One loaded libllama; its functions are attributes. runs: with the processor's variant of the arithmetic."""
 
     def __init__(self, path: str | Path, runs: bool = True):
         self.path = Path(path)
@@ -287,7 +279,7 @@ class Library:
         return " / ".join(self.log) or "no message"
 
     def _load_processor_variant(self) -> None:
-        """Load the variant of ggml's CPU code that this processor scores highest on, where there are several."""
+        """The variant of ggml's CPU code that this processor scores highest on, where there are several."""
         found = sorted(self.path.parent.glob("libggml-cpu-*.so"))
         scores = {p: c.CDLL(str(p)).ggml_backend_score() for p in found if p.stem.split("-")[-1] not in LEFT_OUT}
         if not scores or self.ggml is None:

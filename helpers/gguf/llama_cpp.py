@@ -84,12 +84,10 @@ class Vocabulary:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids, without control tokens."""
-        array, size = (c.c_int32 * max(len(ids), 1))(*ids), 64 + 32 * len(ids)
-        buffer = c.create_string_buffer(size)
-        found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, size, False, False)
-        if found < 0:  # that many bytes are needed
+        array, found = (c.c_int32 * max(len(ids), 1))(*ids), -(64 + 32 * len(ids))
+        while found < 0:  # that many bytes are needed
             buffer = c.create_string_buffer(-found)
-            found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, -found, False, False)
+            found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, len(buffer), False, False)
         return buffer.raw[:found].decode("utf-8", "replace")
 
     def is_end(self, token_id: int) -> bool:
@@ -175,14 +173,8 @@ class LlamaCpp(Vocabulary):
 
     # ------------------------------------------------------------ logits
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits after each token: float32 (len(token_ids), vocab)."""
-        import numpy as np
-
-        return np.concatenate(list(self.iter_logits(token_ids)))
-
     def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
-        """The same in pieces of up to `chunk` rows (at most BATCH), so that a long text needs little memory."""
+        """Logits after each token, float32 (tokens, vocab), in pieces of up to `chunk` rows (at most BATCH)."""
         self._room(len(token_ids))
         self.lib.llama_memory_clear(self._memory, True)
         for start in range(0, len(token_ids), chunk):
@@ -246,7 +238,10 @@ class LlamaCpp(Vocabulary):
         longest, most = max(map(len, rows), default=0) + max_tokens, min(self.parallel, len(rows))
         wanted = shared + most * (longest - shared)
         self._room(max(longest, min(wanted, self._limit or wanted)))
-        self._read_prefix(rows[0][:shared] if rows else [])
+        self.lib.llama_memory_clear(self._memory, True)
+        for start in range(0, shared, BATCH):  # what all prompts begin with, in the spare sequence
+            piece = rows[0][start : min(start + BATCH, shared)]
+            self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
         free = list(range(max(1, min(most, (self.context - shared) // (longest - shared)))))
         active: dict[int, _Row] = {}
         queue = iter(range(len(rows)))
@@ -268,13 +263,6 @@ class LlamaCpp(Vocabulary):
                     del active[slot]
                     free.append(slot)
                     self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
-
-    def _read_prefix(self, tokens: list[int]) -> None:
-        """Compute what all prompts begin with in the spare sequence."""
-        self.lib.llama_memory_clear(self._memory, True)
-        for start in range(0, len(tokens), BATCH):
-            piece = tokens[start : start + BATCH]
-            self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
 
     def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
         """One batch over all active rows, generating rows first; logits of those that are through their prompt."""

@@ -140,8 +140,8 @@ def derive(render: Render, bos: str = "") -> Turns:
     # what is printed only at the very end of a conversation (Phi) is in no gap: then split where the turns are alike
     before_user = au.removeprefix(answer_end)
     if not au.startswith(answer_end) or not head.endswith(before_user):
-        before_user = _common_end(au, head)
-    after_user = user_end if ua.startswith(user_end) and tail.startswith(user_end) else _common_start(ua, tail)
+        before_user = _common((au, head), -1)
+    after_user = user_end if ua.startswith(user_end) and tail.startswith(user_end) else _common((ua, tail), 1)
     opening = head[: len(head) - len(before_user)]
     before = {"user": before_user, "assistant": ua[len(after_user) :], "system": ""}
     after = {"user": after_user, "assistant": au[: len(au) - len(before_user)], "system": ""}
@@ -210,21 +210,11 @@ def _gaps(
     return [*gaps, text]
 
 
-def _common_start(a: str, b: str) -> str:
-    """Compared by control tokens, line ends and what is between, so that a common part never ends inside a token."""
-    return "".join(_shared(_cut(a), _cut(b)))
-
-
-def _common_end(a: str, b: str) -> str:
-    return "".join(_shared(_cut(a)[::-1], _cut(b)[::-1])[::-1])
-
-
-def _shared(a: list[str], b: list[str]) -> list[str]:
-    return [x for x, y in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
-
-
-def _cut(text: str) -> list[str]:
-    return [p for p in re.split(r"(<[^<>\s]+>|\[/?[A-Z_]+\]|\n)", text) if p]
+def _common(texts: tuple[str, str], step: int) -> str:
+    """What two texts begin with (step 1) or end with (-1), in whole control tokens, line ends and pieces between."""
+    cut = ([p for p in re.split(r"(<[^<>\s]+>|\[/?[A-Z_]+\]|\n)", text) if p][::step] for text in texts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*cut, strict=False))
+    return "".join([piece for piece, _ in same][::step])
 
 
 def _quoted(literal: str) -> str:
@@ -285,10 +275,8 @@ def write(
 ) -> Modelfile:
     """Write the Modelfile for `gguf` to `out` and compare its template with the model's own on every shape.
 
-    merged: the 16-bit model folder with tokenizer and chat template. name: what the model shall be called there.
     context: tokens; 0 takes the model's, at most 8192. Sampling is generation_config.json's, greedy where that says
-    nothing: so it was measured. system: a SYSTEM line, "" leaves the template's own default. Raises TunebookError for
-    a missing template, an unusable path or a name that a shell or Ollama would trip over.
+    nothing: so it was measured. system: a SYSTEM line, "" leaves the template's own default.
     """
     check_name(name)
     if not gguf.is_file():
@@ -301,8 +289,12 @@ def write(
         )
     made = from_tokenizer(tokenizer)
     longest = _json(merged / "config.json").get("max_position_embeddings")
-    made.parameters = {"num_ctx": context or min(longest or 4096, LONGEST_CONTEXT), **_sampling(merged)}
-    ends = stop_tokens(tokenizer, _json(merged / "generation_config.json").get("eos_token_id"))
+    config = _json(merged / "generation_config.json")
+    drawn = SAMPLING if config.get("do_sample") is not False else ("repetition_penalty",)
+    sampling = {"temperature": 0} | {k: config[k] for k in drawn if isinstance(config.get(k), (int, float))}
+    made.parameters = {"num_ctx": context or min(longest or 4096, LONGEST_CONTEXT)}
+    made.parameters |= {k.replace("repetition_", "repeat_"): value for k, value in sampling.items()}
+    ends = stop_tokens(tokenizer, config.get("eos_token_id"))
     made.stops = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
     if not made.reason:
         made.path = write_atomic(out, _text(made, gguf, out, system))
@@ -379,13 +371,6 @@ def _rendered(file: str, **values: Any) -> str:
     made = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, **options)
     made.filters |= {"q": lambda value: shlex.quote(str(value)), "json": partial(json.dumps, ensure_ascii=False)}
     return made.get_template(file).render(**values)
-
-
-def _sampling(merged: Path) -> dict[str, float]:
-    config = _json(merged / "generation_config.json")
-    drawn = SAMPLING if config.get("do_sample") is not False else ("repetition_penalty",)
-    values = {k: config[k] for k in drawn if isinstance(config.get(k), (int, float))}
-    return {k.replace("repetition_", "repeat_"): v for k, v in ({"temperature": 0} | values).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

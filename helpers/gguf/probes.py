@@ -65,8 +65,7 @@ def render(tokenizer: Any, messages: list[dict], tools: list[dict] | None) -> tu
 class Result:
     """What was found about one file. KL in nats a token; shares from 0 to 1; failed: gate -> what was found.
 
-    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest of the
-    divergence.
+    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest.
     """
 
     type: str

@@ -6,11 +6,8 @@ with Server("model-q8_0.gguf") as s:
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -22,10 +19,9 @@ from helpers.gguf import header, libraries
 class Server:
     """A running server, a context manager. url: "http://127.0.0.1:PORT"; port; process.
 
-    path: a GGUF file; port: 0 for any free one; context: tokens of each of `parallel` conversations; alias: the model
-    name that clients see; temperature: for clients that ask for none (None: llama.cpp's 0.8); warmup: run the model
-    once at the start, so that the first answer comes as soon as the next. Raises TunebookError when the file or the
-    port is not usable, with llama.cpp's own last lines.
+    port: 0 for any free one; context: tokens of each of `parallel` conversations; alias: the model name that clients
+    see; temperature: for clients that ask for none (None: llama.cpp's 0.8); warmup: run the model once at the start,
+    so that the first answer comes as soon as the next.
     """
 
     def __init__(
@@ -67,25 +63,25 @@ class Server:
 
     def post(self, where: str, body: dict[str, Any], timeout_s: float = 600) -> dict[str, Any]:
         """POST JSON, read JSON. Raises TunebookError with the server's own message."""
-        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + where, data, kind)
+        import httpx
+
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            text = error.read().decode("utf-8", "replace").strip()[:300]
-            raise TunebookError(f"llama.cpp's server refused {where} for {self.path.name}: {text}") from error
-        except OSError as error:
+            reply = httpx.post(self.url + where, json=body, timeout=timeout_s, trust_env=False)
+        except httpx.HTTPError as error:
             raise TunebookError(
                 f"llama.cpp's server for {self.path.name} does not answer ({error}; {self._child.last_words()}); "
                 "start it again."
             ) from error
+        if reply.is_error:
+            raise TunebookError(f"llama.cpp's server refused {where} for {self.path.name}: {reply.text.strip()[:300]}")
+        return reply.json()
 
     def healthy(self) -> bool:
+        import httpx
+
         try:
-            with urllib.request.urlopen(self.url + "/health", timeout=5) as reply:
-                return reply.status == 200
-        except OSError:
+            return httpx.get(self.url + "/health", timeout=5, trust_env=False).is_success
+        except httpx.HTTPError:
             return False
 
     def wait(self) -> NoReturn:

@@ -183,7 +183,8 @@ def peak_memory_gib() -> float:
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """`items` with a text progress bar that is written at most every two seconds, so that notebooks stay small."""
+    """`items` with a text progress bar that leaves no line behind; none where nobody watches, for a file keeps them."""
     from tqdm import tqdm
 
-    return iter(tqdm(items, label, total, leave=False, mininterval=2, dynamic_ncols=False, ncols=90, file=sys.stdout))
+    unwatched = bool(os.environ.get("TUNEBOOK_HEADLESS"))
+    return iter(tqdm(items, label, total, leave=False, mininterval=2, ncols=90, file=sys.stdout, disable=unwatched))

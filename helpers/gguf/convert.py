@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 from helpers import worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
-from helpers.model import merging
+from helpers.model import loading, merging
 from helpers.model.loading import check_adapter, load_model
-from helpers.model.merging import shards
 
 TYPES_16 = ("f16", "bf16")
 COPIED = (
@@ -111,10 +110,8 @@ def _copy(model: Path, where: Path) -> Iterator[Path]:
             if file.name not in ("config.json", "tokenizer_config.json"):
                 shutil.copyfile(file, folder / file.name)
                 continue
-            try:
+            with loading.reading("The model's settings", file, "download or merge the model again."):
                 value = json.loads(file.read_text())
-            except ValueError:
-                raise TunebookError(f"{file} is not valid JSON; download or merge the model again.") from None
             value.pop("auto_map", None)
             (folder / file.name).write_text(json.dumps(value, ensure_ascii=False))
         yield folder
@@ -163,7 +160,7 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
         )
     lora = PeftConfig.from_pretrained(adapter)
     layers = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
-    places = header.places(layers, _weight_of(model), f16)
+    places = header.places(layers, merging.weight_reader(model), f16)
     arrays: dict[str, Any] = {}
     for layer in layers:
         if layer not in places:
@@ -183,22 +180,6 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
     metadata = {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # 0: llama.cpp does not scale B again
     header.write(out, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
     return out
-
-
-def _weight_of(model: Path) -> Callable[[str], Any]:
-    """Layer name -> its weight, read from the folder's safetensors when it is asked for."""
-    from safetensors import safe_open
-
-    shard_of: dict[str, Path] = {}
-    for shard in shards(model):
-        with safe_open(shard, "pt") as file:
-            shard_of |= dict.fromkeys(file.keys(), shard)
-
-    def weight_of(layer: str) -> Any:
-        with safe_open(shard_of[f"{layer}.weight"], "pt") as file:
-            return file.get_tensor(f"{layer}.weight")
-
-    return weight_of
 
 
 # ---------------------------------------------------------------- quantised

@@ -374,7 +374,5 @@ def _rendered(file: str, **values: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with loading.reading("The export's settings", path, "export the model again."):
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise TunebookError(f"{path} is not valid JSON ({error}); export the model again.") from error

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,19 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     with reading("The file of weights", file, "it is damaged: download or copy it again."), safe_open(file, "pt") as f:
         return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118  not a dict
+
+
+def weight_reader(base: Path) -> Callable[[str], Any]:
+    """Layer name -> its weight, read from the folder's safetensors when it is asked for."""
+    from safetensors import safe_open
+
+    shard_of = {name: shard for shard in shards(base) for name in shapes(shard)}
+
+    def weight_of(layer: str) -> Any:
+        with safe_open(shard_of[f"{layer}.weight"], "pt") as file:
+            return file.get_tensor(f"{layer}.weight")
+
+    return weight_of
 
 
 def count_weights(base: Path) -> tuple[int, int]:

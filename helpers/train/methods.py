@@ -19,7 +19,7 @@ from typing import Any
 from helpers import compat, runs
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.model import packed_attention
+from helpers.model import merging, packed_attention
 from helpers.model.loading import (
     ModelSource,
     load_adapter,
@@ -146,18 +146,13 @@ def _loftq(model: Any, folder: Path) -> None:
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
-    from safetensors import safe_open
 
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
+    weight_of = merging.weight_reader(folder)
     for name, layer in compat.lora_linears(model):
         weight = layer.get_base_layer().weight
         if not hasattr(weight, "quant_state"):
             continue
-        with safe_open(files[f"{name}.weight"], "pt") as opened:
-            exact = opened.get_tensor(f"{name}.weight").to(weight.device, torch.float32)
+        exact = weight_of(name).to(weight.device, torch.float32)
         lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
         rank = layer.r["default"]
         u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=8)

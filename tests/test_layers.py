@@ -79,8 +79,8 @@ def test_every_file_has_a_stem_of_its_own_and_at_most_400_lines():
 
 def test_the_package_stays_small():
     """What it came to after the move; the goal is 100 files and 17,000 lines, and neither figure may ever rise."""
-    assert len(FILES) <= 106
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 20_800
+    assert len(FILES) <= 102
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= 20_500
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,24 @@ def chromium():
         if path := shutil.which(name):
             return path
     pytest.skip("no Chromium on this machine (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def server(smollm2):
+    """llama.cpp's real server on the default model."""
+    from helpers.gguf.server import Server
+    from helpers.model import offline
+
+    with Server(offline.wheel_gguf(), parallel=2, context=1024) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(server):
+    """A proxy before it that counts what is asked."""
+    from llm_proxy import Proxy
+
+    made = Proxy(server.url)
+    yield made
+    made.shutdown()
+    made.server_close()

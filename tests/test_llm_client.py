@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from llm_proxy import Proxy
 
 from helpers.cache import Answers
 from helpers.errors import TunebookError
@@ -11,23 +10,6 @@ from helpers.llm_client import Client, Endpoint, Request, breaks, shown_url
 
 MARK = {"type": "object", "properties": {"score": {"type": "integer", "enum": [1, 2, 3]}}, "required": ["score"]}
 NOWHERE = Endpoint("http://127.0.0.1:9/v1", "m", retries=0)
-
-
-@pytest.fixture(scope="module")
-def server(smollm2):
-    from helpers.gguf.server import Server
-    from helpers.model import offline
-
-    with Server(offline.wheel_gguf(), parallel=2, context=1024) as running:
-        yield running
-
-
-@pytest.fixture
-def proxy(server):
-    made = Proxy(server.url)
-    yield made
-    made.shutdown()
-    made.server_close()
 
 
 @pytest.fixture

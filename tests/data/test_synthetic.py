@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from llm_proxy import Proxy
 
 from helpers.cache import Answers
 from helpers.data import synthetic
@@ -30,23 +29,6 @@ DOCUMENTS = [
     for i, t in enumerate(TEXTS)
 ]
 ONE = DataParams(pairs_per_document=1)
-
-
-@pytest.fixture(scope="module")
-def server(smollm2):
-    from helpers.gguf.server import Server
-    from helpers.model import offline
-
-    with Server(offline.wheel_gguf(), parallel=2, context=1024) as running:
-        yield running
-
-
-@pytest.fixture
-def proxy(server):
-    made = Proxy(server.url)
-    yield made
-    made.shutdown()
-    made.server_close()
 
 
 def at(proxy, folder, **options):

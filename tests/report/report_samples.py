@@ -16,7 +16,8 @@ from helpers.evaluate import statistics
 
 PROJECT = Path(__file__).parents[2]
 NASTY = "</pre><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
-NASTY += "\x00\x1b[31m\u202e&amp; {{ x }} $a_1$\ud800"
+NASTY += "w" * 200 + "\x00\x1b[31m\u202e&amp; {{ x }} $a_1$\ud800"
+WIDE_FONT = "* { font-family: 'DejaVu Sans Mono', monospace !important; letter-spacing: .06em !important }"
 CHANCES = {"base": 0.12, "sft": 0.57, "orpo": 0.6, "gguf q8_0": 0.59}
 
 
@@ -130,3 +131,24 @@ def enlarge(run, seed=0, lift=0.0, items=180):
     scores["warnings"].append(f"sft {forgetting['sentence']}.")
     write_evaluation(run, scores, answers)
     return run
+
+
+def over_the_edge(page):
+    """What is wider than an open page at the widths of a desk and of phones, in its own fonts and in much wider ones."""
+    found = []
+    for font in ("own fonts", "wide fonts"):
+        if font == "wide fonts":
+            page.add_style_tag(content=WIDE_FONT)
+        for width in (1100, 390, 360, 320):
+            page.set_viewport_size({"width": width, "height": 800})
+            scrolls = page.evaluate("document.documentElement.scrollWidth")
+            wider = page.evaluate(
+                """width => [...document.body.querySelectorAll("*")]
+                  .filter(e => e.checkVisibility() && e.getBoundingClientRect().right > width + 0.5)
+                  .filter(e => !e.parentElement.closest("svg, .scroll"))
+                  .map(e => `${e.tagName}.${e.className}: ${e.textContent.slice(0, 60)}`)""",
+                width,
+            )
+            if scrolls > width or wider:
+                found.append((font, width, scrolls, wider[:6]))
+    return found

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import report_samples as samples
 
 from helpers import params
 from helpers.data import prepare
@@ -22,7 +23,7 @@ def hostile(tmp_path_factory, smollm2):
     rows += [{"prompt": f"{i} {ATTACK}", "chosen": ATTACK, "rejected": f"no {ATTACK}"} for i in range(20)] + [
         {"question": ATTACK, "answer": None}
     ]
-    path = folder / "<img src=x onerror=alert(3)>.jsonl"
+    path = folder / f"<img src=x onerror=alert(3)>{'w' * 90}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNEBOOK_RUNS", str(folder / "runs"))
@@ -124,8 +125,9 @@ def test_the_pages_fit_a_desk_and_a_phone_and_can_be_read_in_light_and_dark(host
         said = []
         view.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
         for name in ("report.html", "preview.html"):
+            view.set_viewport_size({"width": width, "height": 900})
             view.goto((job.path / name).as_uri())
-            assert view.evaluate("document.documentElement.scrollWidth") <= width
+            assert samples.over_the_edge(view) == []
             colours = view.evaluate(COLOURS)
             assert min(contrast(*pair) for pair in colours) >= 4.5
         browser.close()

@@ -180,7 +180,7 @@ def test_gained_and_lost_agree_with_the_answers(root, visit):
             assert page.locator(".item", has_text=f"· {row['id']}").get_attribute("data-group") == group
 
 
-def test_hostile_answers_are_text_and_nothing_else(changed, visit):
+def test_hostile_answers_are_text_and_nothing_else(changed, root, visit):
     scores, answers = samples.evaluation(changed)
     for row in answers[:40]:
         row["question"] = row["system"] = row["reference"] = samples.NASTY
@@ -202,6 +202,10 @@ def test_hostile_answers_are_text_and_nothing_else(changed, visit):
     shown = page.locator("#answers .item .side pre", has_text="script").first.inner_text()
     assert "<script>" in shown and "␀" in shown and "␛" in shown and "⟨U+202E⟩" in shown
     assert "<script>" not in (changed / "MODEL_CARD.md").read_text().replace("\\<", "")
+    assert samples.over_the_edge(page) == []
+    long_name = "rank4_" + "w" * 50
+    samples.copy(root / "rank4", changed.parent / long_name)
+    assert samples.over_the_edge(visit(report.compare(["atlas", long_name]))) == []
 
 
 def test_a_script_that_got_in_all_the_same_would_not_run(root, tmp_path, visit):
@@ -217,7 +221,7 @@ def test_a_script_that_got_in_all_the_same_would_not_run(root, tmp_path, visit):
 @pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (360, "light"), (360, "dark")])
 def test_nothing_runs_over_the_edge_and_text_stands_out_in_every_scheme(root, visit, width, scheme):
     page = visit(root / "atlas" / "report.html", viewport={"width": width, "height": 800}, color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert samples.over_the_edge(page) == []
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
     for selector in ("body", ".muted", ".ok", ".no", "th", "#warnings li", "svg text"):
@@ -388,12 +392,7 @@ def test_a_sweep_is_one_page_with_what_differs_and_a_line_a_run(root, visit):
         and "accuracy" in page.locator("#sweep svg text").all_text_contents()
     )
     assert "all runs: gguf q2_k was left out" in page.locator("#warnings").inner_text()
-    assert (
-        visit(root / "compare.html", viewport={"width": 360, "height": 700}).evaluate(
-            "document.documentElement.scrollWidth"
-        )
-        <= 360
-    )
+    assert samples.over_the_edge(page) == []
 
 
 def test_runs_scored_on_different_tests_are_not_put_side_by_side_in_silence(changed, root, monkeypatch):

@@ -2,7 +2,6 @@
 
 generation     questions/s of transformers.pipeline at its best batch size, of ours on these weights and on a GGUF
 bootstrap      seconds for 10,000 resamples of 1,000 paired items
-structure      sqlglot canonical forms a second
 report         seconds to build the page of a finished run (--run NAME)
 """
 
@@ -155,21 +154,12 @@ def statistics() -> None:
     import numpy as np
 
     from helpers.evaluate import statistics
-    from helpers.tasks import text_to_sql
 
     rng = np.random.default_rng(0)
     a, b = rng.random(1000), rng.random(1000)
     started = time.perf_counter()
     statistics.pair("a", "b", a.tolist(), b.tolist())
     say("paired bootstrap", time.perf_counter() - started, "s", resamples=statistics.RESAMPLES, items=1000)
-    queries = [
-        json.loads(line)["sql"] for line in (PROJECT / "datasets" / "atlas_train.jsonl").read_text().splitlines()
-    ]
-    text_to_sql.canonical("SELECT 1")
-    started = time.perf_counter()
-    for query in queries:
-        text_to_sql.canonical(query)
-    say("structural match", len(queries) / (time.perf_counter() - started), "queries/s", queries=len(queries))
 
 
 def page(run: str) -> None:

@@ -76,22 +76,6 @@ def propose(lengths: Sequence[int]) -> int:
     return min(next((size for size in CANDIDATES if size >= needed), (needed + 1023) // 1024 * 1024), longest)
 
 
-def choices(lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """For each usual `max_length`: rows that would be over it, and the tokens lost with them."""
-    import numpy as np
-
-    values, proposed, rows = np.sort(np.asarray(lengths, np.int64)), propose(lengths), []
-    for size in sorted({*CANDIDATES, proposed}) if len(values) else ():
-        over = values[np.searchsorted(values, size, side="right") :]
-        share, lost = len(over) / len(values), int(over.sum())
-        if share < 0.9 or size == proposed:
-            found = {"max_length": size, "rows_over": len(over), "share_over": share, "tokens_lost": lost}
-            rows.append(found | {"proposed": size == proposed})
-        if not len(over):
-            break
-    return rows
-
-
 class Fitter:
     """Makes encoded rows fit `max_length` tokens, by dropping, splitting or truncating those that do not."""
 

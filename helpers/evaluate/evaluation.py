@@ -30,10 +30,7 @@ from helpers.runs import Manifest, Stage
 from helpers.tasks import made_up_database, questions, text_metrics, text_to_sql
 from helpers.tasks.questions import Answer, Decoding
 
-UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "structural", "result")) | {
-    "error": "",
-    "detail": "",
-}
+UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "result")) | {"error": "", "detail": ""}
 KINDS = {
     "text_to_sql": "text-to-SQL, scored by execution",
     "references": "answers against references",

@@ -23,7 +23,7 @@ def speed(found: dict[str, Any]) -> Html:
 
 
 def scores(found: dict[str, Any]) -> Html:
-    named = {"valid": "valid SQL", "structural": "same structure", "stopped": "stops by itself"}
+    named = {"valid": "valid SQL", "stopped": "stops by itself"}
     known = [name for name in named if any(name in c["scores"] for c in found["candidates"])]
     rows = []
     for c in found["candidates"]:

@@ -106,7 +106,7 @@ class Findings:
             found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
             if self.kind == "text_to_sql":
                 found["accuracy_nonempty"] = apart(m.values, "nonempty", True)
-                found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
+                found["valid"] = statistics.share([e["valid"] for e in m.entries])
             elif self.kind == "references":
                 found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
             if self.contamination and self.contamination["contaminated"]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from helpers import display, plots, steps
 from helpers.data import vocabulary
-from helpers.data.lengths import choices, expanded
 from helpers.data.tables import open_parquet
 from helpers.report import shell
 from helpers.runs import write_atomic
@@ -110,7 +109,6 @@ def write(job: Any) -> display.Html:
         "sources": job.sources,
         "steps": job.steps,
         "lengths": plots.lengths(encoded["histogram"], *marks),
-        "choices": choices(expanded(encoded["histogram"])),
         "vocabulary": vocabulary.table(job.figures["vocabulary"]) if "vocabulary" in job.figures else None,
         "template": job.template().facts(),
         "reasons": [(reason, count, job.rejects.first[reason]) for reason, count in reasons],

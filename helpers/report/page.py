@@ -19,7 +19,6 @@ LABELS = {
     "accuracy_nonempty": "gold not empty",
     "accuracy_clean": "clean items",
     "valid": "query runs",
-    "structural": "same structure",
     "exact": "exact match",
     "f1": "token F1",
     "rouge_l": "ROUGE-L",

@@ -9,8 +9,6 @@ on references that return rows is reported apart. Where only CREATE TABLE is kno
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
 import sqlite3
 import time
@@ -279,9 +277,8 @@ class Judge:
         return any(value is not None for result in self.gold(reference) for row in result.rows for value in row)
 
     def score(self, text: str, reference: str, stopped: bool = True) -> dict[str, Any]:
-        """What answers.jsonl says of an answer: sql, score, valid, error, detail, structural, result."""
-        entry: dict[str, Any] = {"sql": None, "score": 0.0, "valid": False, "error": "", "detail": ""}
-        entry |= {"structural": False, "result": None}
+        """What answers.jsonl says of an answer: sql, score, valid, error, detail, result."""
+        entry: dict[str, Any] = {"sql": None, "score": 0.0, "valid": False, "error": "", "detail": "", "result": None}
         gold = self.gold(reference)
         if failed := next((r for r in gold if not r.ok), None):
             detail = f"the reference itself fails: {failed.error[:SHOWN_CHARS]}"
@@ -297,7 +294,7 @@ class Judge:
             kind = _error_kind(bad)
             kind = "unfinished" if kind == "syntax" and not stopped else kind
             return {**entry, "error": kind, "detail": bad.error[:SHOWN_CHARS]}
-        entry |= {"valid": True, "result": shown(found[0]), "structural": same_structure(query, reference)}
+        entry |= {"valid": True, "result": shown(found[0])}
         for mine, theirs in zip(found, gold, strict=True):
             if not same_answer(reference, theirs.rows, mine.rows):
                 kind, detail = _difference(mine, theirs)
@@ -343,47 +340,3 @@ def shown(result: Result) -> dict[str, Any] | None:
         "count": len(result.rows),
         "rows": [[cell(v) for v in row[:20]] for row in result.rows[:SHOWN_ROWS]],
     }
-
-
-def same_structure(query: str, reference: str) -> bool | None:
-    """Whether both have one canonical form, whatever they return; None when the reference cannot be parsed."""
-    gold = canonical(reference)
-    return None if gold is None else canonical(query) == gold
-
-
-@functools.lru_cache(maxsize=8192)
-def canonical(query: str) -> str | None:
-    """The query without its table and output aliases, as sqlglot normalises and simplifies it; None for no SQL.
-
-    It misses rewrites: a match means much, a mismatch little.
-    """
-    import sqlglot
-    from sqlglot import exp
-    from sqlglot.errors import SqlglotError
-    from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
-    from sqlglot.optimizer.simplify import simplify
-
-    logging.getLogger("sqlglot").setLevel(logging.ERROR)
-    try:
-        tree = normalize_identifiers(sqlglot.parse_one(query[:20_000], read="sqlite"), dialect="sqlite")
-        tables, columns = list(tree.find_all(exp.Table)), list(tree.find_all(exp.Column))
-        named = {t.alias_or_name: t.name for t in tables}
-        used = {c.name for c in columns if not isinstance(c.parent, exp.Alias)}
-        if len(set(named.values())) == len(tables):  # no table stands beside itself
-            for table in tables:
-                table.set("alias", None)
-            for column in columns:
-                name = column.table if len(tables) > 1 else ""
-                column.set("table", exp.to_identifier(named.get(name, name)) if name else None)
-        for node in tree.find_all(exp.Identifier, exp.Ordered, exp.Join, exp.Select):
-            if isinstance(node, exp.Identifier):
-                node.set("quoted", False)
-            elif isinstance(node, exp.Ordered):
-                node.set("desc", node.args.get("desc") or None)
-            elif isinstance(node, exp.Join):
-                node.set("kind", None if node.kind == "INNER" else node.kind)
-            else:
-                node.set("expressions", [e if e.alias in used else e.unalias() for e in node.expressions])
-        return simplify(tree).sql("sqlite", comments=False)
-    except (SqlglotError, RecursionError, ValueError, AttributeError, TypeError):
-        return None

@@ -28,7 +28,6 @@ from helpers.planner import plan as planner
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, resume, rows
 
-IN_ROWS = 0.8  # of a run's time; the rest is optimizer, evaluations, checkpoints (0.79 and 0.85 seen on 2 cores)
 NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
 
 
@@ -254,19 +253,24 @@ class TrainJob(steps.Job):
         return callbacks.read(self.log)
 
     def _train(self) -> None:
-        start = self._checkpoint()
+        start, whole = self._checkpoint(), self.trainer.args.max_steps
         if start is None:
             self._probe()
         else:
             print(f"Resuming from {start.name}.")
-            self._set_length(resume.total_steps(start))
+            for name in ("eval_steps", "save_steps"):
+                setattr(self.trainer.args, name, resume.trainer_state(start)[name])
         try:
-            if start is not None and resume.step_of(start) >= self.trainer.args.max_steps:
+            if start is not None and resume.step_of(start) >= resume.trainer_state(start)["max_steps"]:
                 self._take_finished(start)
             else:
                 self.trainer.train(resume_from_checkpoint=str(start) if start else None)
         finally:
             self.seal.wait()
+        total = self.trainer.state.max_steps
+        if total < whole:
+            self.planned = self.planned.shortened(total)
+            self.notes.append(f"{total} of {whole} steps, what fits into {self.params.max_minutes:g} minutes")
 
     def build(self) -> TrainJob:
         """Load the model and make the trainer, once."""
@@ -274,8 +278,9 @@ class TrainJob(steps.Job):
             return self
         from transformers import EarlyStoppingCallback
 
-        from helpers.train import callbacks, methods, trainers
+        from helpers.train import callbacks, deadline, methods, trainers
 
+        self.deadline = deadline.Deadline(self.params.max_minutes * 60)
         self.stage.begin()
         mirror = self._mirror()
         if mirror and distributed.first():
@@ -285,6 +290,8 @@ class TrainJob(steps.Job):
         self.model, notes = methods.load(self, precision)
         self.notes = [precision.reason, *notes]
         self.trainer = trainers.make(self, self.model, precision)
+        if self.params.max_minutes:
+            self.trainer.add_callback(self.deadline)
         self.trainer.add_callback(callbacks.Log(self.log, self.trainer))
         self.trainer.add_callback(callbacks.Guard(self.trainer, precision.fp16))
         self.trainer.add_callback(callbacks.LiveCurve(self.log, lambda: self._draw([*self.drawn][-1])))
@@ -314,28 +321,23 @@ class TrainJob(steps.Job):
         return mirror.fetch(self.checkpoints) if mirror and found is None else found
 
     def _probe(self) -> None:
-        """Correct the plan by one row, and shorten the run to what max_minutes leaves room for."""
-        from helpers.train import callbacks
+        """Correct the plan by a few rows, and end the run where max_minutes is over, as far as can be said now."""
+        from helpers.train import deadline
 
-        self.planned = callbacks.probe(self)
+        self.planned = deadline.probe(self)
         minutes, whole = self.params.max_minutes, self.trainer.args.max_steps
         if self.planned.measured:
             print(self.planned.headline(), flush=True)
         elif minutes:
-            print("This kind of training is not probed: max_minutes goes by the plan's estimate.", flush=True)
-        per_step = self.planned.tokens / self.planned.steps / self.planned.tokens_per_s
-        fits = distributed.shared(lambda: max(1, int(minutes * 60 * IN_ROWS / per_step)))
-        if minutes and fits < whole:
-            print(f"{fits} of {whole} steps fit into max_minutes {minutes:g}: the schedule ends there.", flush=True)
-            self.notes.append(f"{fits} steps, what fits into {minutes:g} minutes")
-            self._set_length(fits)
-
-    def _set_length(self, total: int) -> None:
-        """Let the run and its schedule end after this many optimizer steps."""
-        if total != self.trainer.args.max_steps:
-            for name, value in config.timetable(0, self.params, total).items():
-                setattr(self.trainer.args, name, value)
-            self.planned = self.planned.shortened(total)
+            print("This kind of training is not probed: max_minutes begins with the plan's estimate.", flush=True)
+        if not minutes:
+            return
+        limit = self.deadline
+        limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self, limit.left))
+        if limit.total < whole:
+            print(f"{limit.total} of {whole} steps fit into max_minutes {minutes:g}: the schedule ends there.")
+        times = config.timetable(0, self.params, limit.total)
+        self.trainer.args.eval_steps, self.trainer.args.save_steps = times["eval_steps"], times["save_steps"]
 
     def _take_finished(self, checkpoint: Path) -> None:
         """The weights of a run that was killed after its last step: the trainer's own loop would add one more."""

@@ -83,9 +83,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def total_steps(checkpoint: Path) -> int:
-    """Optimizer steps of the whole run that a checkpoint belongs to."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint: max_steps, the steps of the whole run, among much else."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())
 
 
 def newest(folder: Path, of: dict[str, Any]) -> Path | None:

@@ -2,7 +2,7 @@
 
 job = sft.open(params)     checks, base, rows, plan: nothing is loaded or written
 job.train()                the model in 4 bits and an adapter on it (`methods`), TRL's trainer on packed rows
-                           (`trainers`, `rows`), one probing row (`callbacks`), then the loop, or the rest of one that
+                           (`trainers`, `rows`), probing rows (`deadline`), then the loop, or the rest of one that
                            was killed (`resume`)
 job.finish()               adapter/, log.jsonl, loss.png, tensorboard/, and the manifest last
 """

@@ -175,8 +175,8 @@ def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
 
 def test_a_loss_that_is_not_probed_is_bounded_by_the_plans_estimate(data, capsys):
     job = trained(loss="dpo", max_steps=8, max_minutes=1e-6, batch_size=2, best_checkpoint=False)
-    assert job.result["steps"] == 1 == job.trainer.args.max_steps and not job.planned.measured
-    assert "goes by the plan's estimate" in capsys.readouterr().out
+    assert job.result["steps"] == 1 == job.trainer.state.max_steps and not job.planned.measured
+    assert "begins with the plan's estimate" in capsys.readouterr().out
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):

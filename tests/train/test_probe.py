@@ -1,13 +1,16 @@
-"""The probing step before training: what it corrects, what it leaves alone, and how it bounds a run's time."""
+"""How long a run takes: the probing rows before it, and the steps that fit into a time, estimated anew as it goes."""
 
+import itertools
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import train_data
 
-from helpers.errors import TunebookError
-from helpers.train import resume, sft
+from helpers import runs
+from helpers.train import deadline, resume, sft
 
 SMALL = {
     "batch_size": 4,
@@ -51,30 +54,114 @@ def test_max_minutes_ends_the_run_and_its_schedule_at_the_steps_that_fit(prepare
     job = prepared(max_minutes=1e-6, save_steps=1)
     job.train()
     lines = [json.loads(line) for line in job.log.read_text().splitlines()]
-    assert job.result["steps"] == 1 == job.trainer.args.max_steps and job.planned.steps == 1
+    assert job.result["steps"] == 1 == job.trainer.state.max_steps and job.planned.steps == 1
     assert any("what fits into" in note for note in job.notes)
     assert [line["step"] for line in lines if "loss" in line] == [1]
-    assert resume.total_steps(job.checkpoints / "checkpoint-1") == 1
+    assert resume.trainer_state(job.checkpoints / "checkpoint-1")["max_steps"] == 1
 
 
-def test_a_run_bounded_in_time_resumes_with_the_steps_it_began_with(prepared):
-    job = prepared(max_minutes=100.0, save_steps=2, max_steps=6)
-    job.build()
-    job.trainer.args.max_steps = 4  # what a slower processor would have decided
-    job._probe = lambda: None
-    job.train()
-    again = prepared(max_minutes=100.0, save_steps=2, max_steps=6)
-    assert again.stage.resumed
-    again.train()
-    assert again.trainer.args.max_steps == 4 and again.result["steps"] == 4
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
-def test_intervals_follow_a_shortened_run(prepared):
-    from helpers.train import config
+def play(seconds, guess, step_s, pause_s=4.0, whole=1000):
+    """(seconds that a run takes, rates of its linear schedule, totals that it decided) on a machine whose steps take
+    `step_s(time)` and whose evaluations `pause_s`; the first estimate of a step was `guess`."""
+    clock = Clock()
+    limit = deadline.Deadline(seconds, clock)
+    limit.total, limit.pause_s = min(whole, deadline.steps_that_fit(seconds, guess, 2.0, 20)), 2.0
+    course = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / whole])
+    args = SimpleNamespace(eval_strategy="steps")
+    state = SimpleNamespace(global_step=0, max_steps=whole, save_steps=20, eval_steps=20, stateful_callbacks={})
+    control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+    limit.on_train_begin(args, state, control, lr_scheduler=course)
+    rates, totals = [course.lr_lambdas[0](0)], [state.max_steps]
+    while not control.should_training_stop:
+        clock.now += step_s(clock.now)
+        state.global_step += 1
+        control.should_training_stop = state.global_step >= state.max_steps
+        control.should_evaluate = control.should_training_stop or state.global_step % 20 == 0
+        limit.on_step_end(args, state, control)
+        rates.append(course.lr_lambdas[0](state.global_step))
+        totals.append(state.max_steps)
+        clock.now += pause_s * control.should_evaluate
+    return clock.now, rates, totals
 
-    job = prepared(max_steps=40, schedule="wsd").build()
-    job._set_length(10)
-    assert (job.trainer.args.max_steps, job.trainer.args.eval_steps, job.trainer.args.save_steps) == (10, 2, 2)
-    assert job.trainer.args.lr_scheduler_kwargs == {"num_decay_steps": 2}
-    with pytest.raises(TunebookError, match="best checkpoint"):
-        config.timetable(0, train_data.settings("sft", save_steps=3, eval_steps=2), 10)
+
+@pytest.mark.parametrize(
+    ("guess", "step_s", "within"),
+    [
+        (1.0, lambda time: 1.5, 0.03),  # the probing row was measured on a machine that was idle
+        (3.0, lambda time: 1.5, 0.03),  # or on a busy one
+        (1.0, lambda time: 1.0 if time < 100 else 2.0, 0.05),  # it becomes busy
+        (1.0, lambda time: 2.0 if time < 100 else 1.0, 0.05),
+        (0.2, lambda time: 25.0, 0.12),  # a few long steps
+    ],
+)
+def test_a_run_ends_when_its_time_is_over_whatever_the_first_estimate_was(guess, step_s, within):
+    took, rates, totals = play(240.0, guess, step_s)
+    assert took == pytest.approx(240.0, rel=within)
+    assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.0, abs=1e-9)
+    falls = [a - b for a, b in itertools.pairwise(rates)]
+    assert all(fall > 0 for fall in falls)
+    if within < 0.1:  # no jump: each fall is what one step of a run of one of the decided lengths has, or near
+        assert max(falls) < 4 / min(totals)
+
+
+def test_a_run_with_time_to_spare_makes_every_step_of_its_epochs_and_no_more():
+    took, _, totals = play(10_000.0, 1.0, lambda time: 1.0, whole=100)
+    assert set(totals) == {100} and took == 100 + 5 * 4
+    assert play(200.0, 5.0, lambda time: 1.0, whole=100)[2][-1] == 100, "what it was too careful about is taken back"
+
+
+def test_steps_leave_room_for_evaluations_and_checkpoints():
+    assert deadline.steps_that_fit(100.0, 1.0, 0.0, 10) == 100
+    assert deadline.steps_that_fit(100.0, 1.0, 10.0, 10) == 45
+    assert deadline.steps_that_fit(1.0, 10.0, 0.0, 1) == 1
+
+
+def test_a_run_bounded_in_time_resumes_with_the_schedule_that_it_had_decided(prepared, monkeypatch):
+    given = {"max_minutes": 1.0, "save_steps": 3, "epochs": 6.0, "schedule": "linear", "warmup_ratio": 0.0}
+    clock, seconds = Clock(), {"step": 3.0}
+    monkeypatch.setattr(deadline, "first_estimate", lambda job, left: (20, 0.0))
+
+    def timed(stop):
+        """A run in which every step takes `seconds`, ended after `stop`."""
+        from transformers import TrainerCallback
+
+        class Time(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                clock.now += seconds["step"]
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == stop:
+                    raise KeyboardInterrupt
+
+        job = prepared(**given).build()
+        job.deadline.clock, job.deadline.began = clock, clock()
+        job.trainer.add_callback(Time())
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                job.train()
+            runs.unlock("r", "sft")
+        else:
+            job.train()
+        return job
+
+    def logged(job):
+        lines = [line for line in map(json.loads, job.log.read_text().splitlines()) if "loss" in line]
+        return {(line["step"], line["of_steps"]): line["learning_rate"] for line in lines}
+
+    seconds["step"] = 5.0  # twelve in a minute
+    whole = timed(0)
+    assert whole.result["steps"] == 12 == whole.planned.steps and "12 of 36 steps" in whole.notes[-1]
+    expected = logged(whole)
+    assert list(expected) == [(1, 20), *((step, 12) for step in range(2, 13))]
+    shutil.rmtree(whole.stage.path)
+    runs.unlock("r", "sft")
+    timed(7)
+    again = timed(0)
+    assert again.stage.resumed and logged(again) == pytest.approx(expected)

@@ -1,0 +1,213 @@
+"""How fast a job is and how many of its steps fit into `max_minutes`: measured before it, and again as it goes.
+
+`probe`: before training, the row with the most tokens (on a GPU) and ordinary ones go forward and back through the
+job's own trainer. It corrects the plan and finds in seconds what would run out of memory later; no weight and no random
+state changes. What it says of a run's length is a first estimate, since a row is not a step and the machine may become
+busy. `Deadline` estimates anew from the steps that were made, at the shares of the time in `REVIEWS`, and stretches or
+shortens what is left of the schedule:
+
+    learning rate   /‾‾‾‾-.._               the schedule is a function of the share of the run that is done, and that
+                   /     :   `-. .          share goes on from where it is, faster or slower: no jump in the rate, and
+                  /      :      `-. ` .     the run ends where the schedule does
+                         review   new  old
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from helpers import compat
+from helpers.errors import TunebookError
+from helpers.planner import cost_model
+from helpers.planner.cost_model import grades_of, offload_fits
+from helpers.planner.plan import Plan
+from helpers.train import config, distributed, methods, rows
+
+REVIEWS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the time at which the number of steps is estimated anew
+STEP, FORWARD, SAVE_S = 1.1, 0.4, 1.0  # a step over its rows; forward alone; a checkpoint: until they are measured
+
+
+def steps_that_fit(left_s: float, step_s: float, pause_s: float, every: int) -> int:
+    """Steps, one at least, that fit into `left_s` with a pause (evaluation, checkpoint) after each `every` and last."""
+    return max(1, int((left_s - pause_s) / (step_s + pause_s / every)))
+
+
+class Deadline(TrainerCallback, ExportableState):
+    """Ends a run and its schedule when `seconds` are over; every decision is in the checkpoint, for a resumed run.
+
+    total: steps that are to be made; pause_s: estimate of an evaluation with its checkpoint. anchors: (step, share of
+    the schedule done there) of every decision.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock, self.began = seconds, clock, clock()
+        self.total, self.pause_s, self.before, self.reviewed = 0, 0.0, 0.0, 0
+        self.anchors: list[tuple[int, float]] = [(0, 0.0)]
+        self.plain: list[float] = []  # seconds from the end of one step to that of the next
+        self.paused: list[float] = []  # the same, of those with an evaluation or a checkpoint between
+        self.last, self.pausing = 0.0, False
+
+    @property
+    def elapsed(self) -> float:
+        return self.before + self.clock() - self.began
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.elapsed
+
+    def state(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("total", "pause_s", "anchors", "reviewed")}
+        return {"args": {"seconds": self.seconds}, "attributes": {**kept, "before": self.elapsed}}
+
+    def done(self, step: float) -> float:
+        """Share of the schedule that is behind a step."""
+        steps, shares = zip(*self.anchors, (self.total, 1.0), strict=True)
+        return float(np.interp(step, steps, shares))
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        saved = state.stateful_callbacks.setdefault("Deadline", self.state()) if state.global_step else self.state()
+        for name, value in saved["attributes"].items() if state.global_step else ():
+            setattr(self, name, value)
+        whole, state.max_steps = state.max_steps, self.total
+
+        def in_time(rate: Callable[[float], float]) -> Callable[[int], float]:
+            return lambda step: rate(self.done(step) * whole)
+
+        self.whole, lr_scheduler.lr_lambdas = whole, [in_time(rate) for rate in lr_scheduler.lr_lambdas]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = self.elapsed
+        if self.last:  # the first step of a process prepares kernels and memory
+            (self.paused if self.pausing else self.plain).append(now - self.last)
+        self.last, self.pausing = now, control.should_evaluate or control.should_save
+        if control.should_training_stop:
+            return
+        every = min(state.save_steps, state.eval_steps if args.eval_strategy != "no" else state.save_steps)
+        total = distributed.shared(lambda: self._review(state.global_step, now, every))  # by the first one's clock
+        if total != self.total:
+            print(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.", flush=True)
+            self.anchors.append((state.global_step, self.done(state.global_step)))
+            self.total = state.max_steps = total
+
+    def _review(self, step: int, now: float, every: int) -> int:
+        """The number of steps, decided anew where it is time to."""
+        due = sum(now >= share * self.seconds for share in REVIEWS)
+        if due == self.reviewed or not (self.plain or self.paused):
+            return self.total
+        self.reviewed = due
+        recent = self.plain[len(self.plain) // 2 :] or self.paused  # the machine as it is now
+        step_s = statistics.mean(recent)
+        pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused and self.plain else self.pause_s
+        return min(self.whole, step + steps_that_fit(self.seconds - now, step_s, pause_s, every))
+
+
+def first_estimate(job: Any, left_s: float) -> tuple[int, float]:
+    """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
+    plan, held_out = job.planned, job.held_out
+    step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
+    pause_s = SAVE_S + (FORWARD * sum(rows.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
+    total = plan.steps
+    for _ in range(3):  # how often it pauses depends on how long it is
+        times = config.timetable(0, job.params, total)
+        every = min(times["save_steps"], times["eval_steps"])
+        total = min(plan.steps, steps_that_fit(left_s, step_s, pause_s, every))
+    return total, pause_s
+
+
+# ---------------------------------------------------------------- the probing row
+
+
+def probe(job: Any) -> Plan:
+    """The plan of a built `job.TrainJob`, corrected by one row; more activations are checkpointed until the row fits.
+
+    Raises TunebookError when nothing is left to checkpoint. Sharded jobs (FSDP2) are not probed: their model is put
+    together only inside the training loop. DPO, KTO and SimPO are not either.
+    """
+    plan = job.planned
+    if distributed.sharded(job.params.method) or config.loss_of(job.params) not in ("sft", "orpo"):
+        return plan
+    while True:
+        try:
+            return plan.correct(**_measure(job.trainer, job.model, plan))
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            plan = _lighter(job, plan)
+
+
+def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
+    """{peak_gib, tokens_per_s}: memory of the heaviest row, median speed of three ordinary ones; on a CPU of two."""
+    cuda = plan.card.capability is not None
+    sizes = trainer.rows.costs()
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    median = len(order) // 2
+    ordinary = [trainer.rows[i] for i in order[max(0, median - 1) : median + 2]]
+    # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows
+    # are accumulated; a CPU's touches its memory for the first time.
+    sample = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if cuda else ordinary
+    speeds = []
+    device, training = trainer.accelerator.device, model.training
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            for row in sample:
+                if plan.accumulation == 1:
+                    model.zero_grad(set_to_none=True)
+                batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
+                inputs = compat.on_device(trainer, batches[0])
+                tokens, began = inputs["tokens"], _now(cuda)
+                with trainer.accelerator.autocast():
+                    loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+                loss.backward()
+                speeds.append(tokens / (_now(cuda) - began))
+                del loss, inputs, batches
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        trainer.trained_tokens = 0
+        compat.drop_metrics(trainer)
+    speed = statistics.median(speeds[3:] if cuda else speeds[1:]) * plan.world_size
+    if not cuda:
+        return {"peak_gib": None, "tokens_per_s": speed}
+    setting = plan.option.setting  # the optimizer's state comes with the first real step
+    state = cost_model.trained_parameters(plan.shape, setting) * cost_model.OPTIMIZER_BYTES[setting.optimizer]
+    return {"peak_gib": (torch.cuda.max_memory_allocated() + state) / 2**30, "tokens_per_s": speed}
+
+
+def _now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _lighter(job: Any, plan: Plan) -> Plan:
+    """The plan with the next grade of activation checkpointing, set on the model; TunebookError when there is none."""
+    s = plan.option.setting
+    for layers, offload, tile in grades_of(plan.shape.layers):
+        setting = replace(s, recompute=layers, offload=offload, tile_mlp=tile)
+        more = (layers, offload, tile) > (s.recompute, s.offload, s.tile_mlp)
+        if plan.backend == "hf" and more and offload_fits(plan.shape, setting, plan.card, plan.world_size):
+            break
+    else:
+        raise TunebookError(
+            f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; "
+            "lower max_length or row_tokens, or set recompute to 'offload'."
+        )
+    methods.checkpoint_activations(job.model, setting)
+    peak = cost_model.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
+    offloaded = cost_model.offloaded_gib(plan.shape, setting)
+    option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
+    why = f"The probing row did not fit with activation checkpointing of {plan.option.recompute_text}: "
+    why += f"now {option.recompute_text}."
+    print(why, flush=True)
+    return replace(plan, option=option, reasons=(*plan.reasons, why))

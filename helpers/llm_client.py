@@ -11,23 +11,20 @@ were given (`Client.served`): another model behind the same address gets none of
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from helpers import cache
 from helpers.errors import TunebookError
 
-CHARS_PER_TOKEN = 3.5  # English prose has about 4.5 to a token, code 3, Chinese 1.5
-REPLY_BYTES = 8 << 20  # a longer reply is nonsense
-PROBE = [{"role": "user", "content": "Introduce yourself in one sentence, then count from one to ten in words."}]
+WINDOW = 16  # questions for each connection that are read ahead
 SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
 
 
@@ -36,8 +33,8 @@ class Endpoint:
     """Where to ask, and how.
 
     model: its name there, "" for the first that the server lists. key_name: the environment variable that holds the
-    key, "" for none; the key itself is neither printed nor written. timeout_s: for one whole answer. retries: of
-    refused or broken connections, heeding Retry-After. price_in, price_out: per million tokens.
+    key, "" for none; the key itself is neither printed nor written. timeout_s: of silence while an answer is awaited.
+    retries: of refused or broken connections, heeding Retry-After.
     """
 
     base_url: str
@@ -46,8 +43,6 @@ class Endpoint:
     concurrency: int = 4
     retries: int = 5
     timeout_s: float = 300.0
-    price_in: float = 0.0
-    price_out: float = 0.0
 
     def __str__(self) -> str:
         address = shown_url(self.base_url)
@@ -80,6 +75,9 @@ class Request:
         return sent
 
 
+PROBE = Request([{"role": "user", "content": "Introduce yourself, then count to ten in words."}], None, 24, 0.0)
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer. value: its JSON where there is a schema. error: why it cannot be used. finished: it ended by itself.
@@ -95,23 +93,6 @@ class Reply:
     kept: bool
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a job costs at most, known before the first question; 3.5 characters are taken for a token."""
-
-    requests: int
-    kept: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.requests:,} questions to ask ({self.kept:,} already answered), about {self.prompt_tokens:,} tokens "
-            f"in and at most {self.completion_tokens:,} out: at most {self.cost:,.2f} at the endpoint's prices"
-        )
-
-
 def openai_client(base_url: str) -> Any:
     """An `openai.OpenAI` client of an OpenAI-compatible server, for a person at the keyboard: no cache, no retries."""
     import openai
@@ -120,7 +101,7 @@ def openai_client(base_url: str) -> Any:
 
 
 class Client:
-    """A connection to one server. answers: where its answers are kept; None keeps them for this run only."""
+    """A connection to one server. answers: where its answers are kept; None keeps them for no longer than a window."""
 
     def __init__(self, endpoint: Endpoint, answers: cache.Answers | None = None) -> None:
         import openai
@@ -153,13 +134,12 @@ class Client:
             listed = [one.model_dump() for one in self._openai.models.list().data]
         except openai.NotFoundError:
             pass
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise TunebookError(self._said(error)) from None
         if not (wanted or listed):
             raise TunebookError(f"The endpoint {self.endpoint} lists no models; name one as url#model.")
         entry = next((one for one in listed if one["id"] == wanted or not wanted), {"id": wanted})
-        fresh = time.time() - float(entry.get("created") or 0) < 60  # llama.cpp and vLLM write the time of the request
-        return {name: value for name, value in entry.items() if name != "created" or not fresh}
+        return {name: value for name, value in entry.items() if name != "created"}  # often the time of the request
 
     @property
     def model(self) -> str:
@@ -173,18 +153,17 @@ class Client:
         """
         import openai
 
-        record: dict[str, Any] = {"entry": self.entry, "text": "", "logprobs": []}
-        for extra in ({"logprobs": True}, {}):
+        create = functools.partial(self._openai.chat.completions.create, **PROBE.body(self.model))
+        record: dict[str, Any] = {"entry": self.entry}
+        try:
             try:
-                choice = self._reply(**Request(PROBE, None, 24, 0.0).body(self.model), **extra)["choices"][0]
+                choice = create(logprobs=True).choices[0]
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                continue
-            except Exception as error:
-                raise TunebookError(self._said(error)) from None
-            tokens = (choice.get("logprobs") or {}).get("content") or []
-            record["text"] = choice["message"]["content"]
-            record["logprobs"] = [token.get("logprob") or 0.0 for token in tokens]
-            break
+                choice = create().choices[0]
+            record["text"] = choice.message.content
+            record["logprobs"] = [one.logprob for one in (choice.logprobs and choice.logprobs.content) or []]
+        except Exception as error:
+            raise TunebookError(self._said(error)) from None
         known = (self.answers and self.answers.get("servers")) or {}
         for name, one in known.items():
             pairs = zip(one["logprobs"], record["logprobs"], strict=False)
@@ -208,44 +187,23 @@ class Client:
         the first failure raises TunebookError; with more, failures are their replies' errors, and only a server that
         never answered at all raises.
         """
-        waiting: deque[tuple[Request, str, Future[dict[str, Any]] | None]] = deque()
-        asked: dict[str, Future[dict[str, Any]]] = {}  # a question asked twice in one run is sent once
-
-        def head() -> Reply:
-            request, key, future = waiting.popleft()
-            record = future.result() if future else self._known(key)
-            if self.answers:
-                asked.pop(key, None)  # from here on it is among the kept answers
-            if record.get("failed") and (patience == 1 or (self._gone and not self._answered)):
-                raise TunebookError(record["error"] if patience == 1 else self._gone)
-            return _reply(request, record, kept=future is None)
-
+        waiting = iter(requests)
         with ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="endpoint") as pool:
-            try:
-                for request in requests:
-                    key = self._key(request)
-                    if key not in asked and not self._known(key):
-                        asked[key] = pool.submit(self._work, request, key, patience)
-                    waiting.append((request, key, asked.get(key)))
-                    if len(waiting) >= 4 * self.endpoint.concurrency:
-                        yield head()
-                while waiting:
-                    yield head()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)  # what is under way has been paid for: it is kept
+            while window := list(itertools.islice(waiting, WINDOW * self.endpoint.concurrency)):
+                keys = [self._key(request) for request in window]
+                new = {key: one for key, one in zip(keys, window, strict=True) if not self._known(key)}
+                ask = functools.partial(self._work, patience=patience)
+                given = dict(zip(new, pool.map(ask, new, new.values()), strict=True))
+                for key, request in zip(keys, window, strict=True):
+                    record = given.get(key) or self._known(key)
+                    if record.get("failed") and (patience == 1 or (self._gone and not self._answered)):
+                        raise TunebookError(record["error"] if patience == 1 else self._gone)
+                    yield _reply(request, record, kept=key not in given)
 
-    def estimate(self, requests: Iterable[Request]) -> Estimate:
-        """Count what `ask` would ask. Sends none of the questions."""
-        asked = kept = prompt = completion = 0
-        for request in requests:
-            if self.answers and self._known(self._key(request)):
-                kept += 1
-                continue
-            asked += 1
-            prompt += round(sum(len(message["content"]) for message in request.messages) / CHARS_PER_TOKEN)
-            completion += request.max_tokens
-        cost = (prompt * self.endpoint.price_in + completion * self.endpoint.price_out) / 1e6
-        return Estimate(asked, kept, prompt, completion, cost)
+    def count(self, requests: Iterable[Request]) -> tuple[int, int]:
+        """How many of the questions `ask` would send, and how many were answered before."""
+        known = [bool(self._known(self._key(request))) for request in requests]
+        return known.count(False), known.count(True)
 
     def _key(self, request: Request) -> str:
         return cache.key(self.served if self.answers else "", request.body(self.model))
@@ -253,17 +211,17 @@ class Client:
     def _known(self, key: str) -> dict[str, Any]:
         return (self.answers and self.answers.get(key)) or {}
 
-    def _work(self, request: Request, key: str, patience: int) -> dict[str, Any]:
+    def _work(self, key: str, request: Request, patience: int) -> dict[str, Any]:
         """In a thread: one question, kept when it was answered."""
         import openai
 
         if self._gone:
             return {"failed": True, "error": self._gone}
         try:
-            reply = self._reply(**request.body(self.model))
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            record = {"text": choice["message"]["content"] + "", "finished": choice.get("finish_reason") == "stop"}
-            record |= {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+            reply = self._openai.chat.completions.create(**request.body(self.model))
+            choice, usage = reply.choices[0], reply.usage
+            record = {"text": choice.message.content + "", "finished": choice.finish_reason == "stop"}
+            record |= {n: int(getattr(usage, n, 0) or 0) for n in ("prompt_tokens", "completion_tokens")}
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             record = {"error": f"the server refused the question: {_short(error)}"}
         except Exception as error:  # whatever a server may send: the question fails with it, not the run
@@ -278,21 +236,6 @@ class Client:
             self.answers.put(key, record)
         return record
 
-    def _reply(self, **asked: Any) -> dict[str, Any]:
-        """The reply as JSON, read piece by piece: a server that sends a byte now and then meets the time limit too."""
-        import openai
-
-        body = bytearray()
-        with self._openai.chat.completions.with_streaming_response.create(**asked) as reply:
-            deadline = time.monotonic() + self.endpoint.timeout_s
-            for piece in reply.iter_bytes():
-                body += piece
-                if time.monotonic() > deadline:
-                    raise openai.APITimeoutError(reply.http_request)
-                if len(body) > REPLY_BYTES:
-                    raise ValueError(f"the reply is longer than {REPLY_BYTES:,} bytes")
-        return json.loads(body)
-
     def _said(self, error: Exception) -> str:
         """What went wrong, and what to do about it."""
         import openai
@@ -303,7 +246,7 @@ class Client:
         if status == 404:
             return f"{who} was not found ({_short(error)}); check the model's name and the address, which ends in /v1."
         if isinstance(error, openai.APITimeoutError):
-            return f"{who} gave no whole answer within {who.timeout_s:g} s; what was answered is kept."
+            return f"{who} gave no answer within {who.timeout_s:g} s; what was answered is kept."
         if isinstance(error, openai.APIConnectionError):
             return f"{who} does not answer (tried {times} times); start the server and run again."
         if status:

@@ -8,7 +8,7 @@ import urllib.request
 
 from helpers import llm_client
 
-PROBE = llm_client.PROBE[0]["content"].encode()
+PROBE = llm_client.PROBE.messages[0]["content"].encode()
 
 
 class Proxy(http.server.ThreadingHTTPServer):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from helpers import llm_client
 from helpers.cache import Answers
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint, Request, breaks, shown_url
@@ -119,11 +120,16 @@ def test_answers_of_another_model_on_the_same_port_are_not_used_again(proxy, tmp
     assert ask(True) == first, "and those of the first model are used when it is back"
 
 
-def test_the_estimate_counts_before_anything_is_asked():
-    asking = Client(Endpoint("http://127.0.0.1:9/v1", "m", price_in=1.0, price_out=10.0))
-    planned = asking.estimate(marks(["x" * 350] * 2))
-    assert (planned.requests, planned.prompt_tokens, planned.completion_tokens) == (2, 200, 48)
-    assert planned.cost == pytest.approx((200 + 480) / 1e6)
+def test_questions_are_counted_before_any_is_asked(proxy, book):
+    asking = client(proxy, book)
+    list(asking.ask(short(1)))
+    assert asking.count(short(3)) == (2, 1) and len(proxy.bodies) == 1
+
+
+def test_more_questions_than_are_read_ahead_come_back_in_order(proxy, book, monkeypatch):
+    monkeypatch.setattr(llm_client, "WINDOW", 1)
+    replies = list(client(proxy, book).ask(short(5)))
+    assert [r.request.messages[0]["content"] for r in replies] == list("01234") and proxy.most == 2
 
 
 @pytest.mark.parametrize(

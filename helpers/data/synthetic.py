@@ -1,7 +1,7 @@
 """Training data written by a model: question-answer pairs from documents, preference pairs by rejection sampling.
 
-The documents are text rows, already cut into pieces. Answers are held to a JSON schema. The estimate comes before the
-first question, and what is not good enough goes to the rejects with its reason.
+The documents are text rows, already cut into pieces. Answers are held to a JSON schema. How many questions there are is
+said before the first, and what is not good enough goes to the rejects with its reason.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def generate(p: DataParams, documents: Table, report: StepReport, answers: Answe
         )
     if not len(documents):
         raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
-    server = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name, price_in=p.price_in, price_out=p.price_out)
-    with Client(server, answers) as client:
+    with Client(Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name), answers) as client:
         rows = Table.collect(question_answers(documents, report, client, p))
         return rows if p.synthetic == "questions" else Table.collect(preference_pairs(rows, report, client, p))
 
@@ -72,8 +71,8 @@ def question_answers(
     """Question-answer rows from text rows, which are read twice.
 
     Dropped with a reason: answers that break the schema, empty ones, questions asked before, pairs that speak of "the
-    document", answers of which less than half the words are in the document. Raises TunebookError when the estimate
-    exceeds `max_cost`, and when the endpoint fails.
+    document", answers of which less than half the words are in the document. Raises TunebookError when the endpoint
+    fails.
     """
     count = p.pairs_per_document
     pairs = {"type": "array", "items": object_of(question=TEXT, answer=TEXT), "minItems": count, "maxItems": count}
@@ -88,7 +87,7 @@ def question_answers(
 
     def made() -> Iterator[Row]:
         seen: set[str] = set()
-        for reply in _replies(client, requests, report, p.max_cost):
+        for reply in _replies(client, requests, report):
             document = reply.request.tag
             report.seen += 1
             if reply.error:
@@ -135,7 +134,7 @@ def preference_pairs(
 
     def made() -> Iterator[Row]:
         drawn: list[Reply] = []
-        for reply in _replies(client, requests, report, p.max_cost):
+        for reply in _replies(client, requests, report):
             drawn.append(reply)
             if len(drawn) < samples:
                 continue
@@ -165,17 +164,12 @@ def preference_pairs(
     yield from batches(made(), BATCH_ROWS)
 
 
-def _replies(
-    client: Client, requests: Callable[[], Iterable[Request]], report: StepReport, max_cost: float
-) -> Iterator[Reply]:
-    """The answers, counted in the report, once the estimate was shown. Raises where the job could cost too much."""
-    planned, figures = client.estimate(requests()), report.figures
-    figures.setdefault("estimate", []).append(str(planned))
+def _replies(client: Client, requests: Callable[[], Iterable[Request]], report: StepReport) -> Iterator[Reply]:
+    """The answers, counted in the report, once it was said how many questions there are."""
+    new, kept = client.count(requests())
+    print(f"{new:,} questions to ask ({kept:,} already answered).", flush=True)
+    figures = report.figures
     figures |= {n: figures.get(n, 0) for n in ("asked", "from_journal", "prompt_tokens", "completion_tokens")}
-    print(planned, flush=True)
-    if max_cost and planned.cost > max_cost:
-        found = f"The job could cost {planned.cost:,.2f}, more than max_cost = {max_cost:,.2f}"
-        raise TunebookError(f"{found}; nothing was asked. Take fewer documents or pairs, or raise max_cost.")
     for reply in client.ask(requests()):
         figures["from_journal" if reply.kept else "asked"] += 1
         if not reply.kept:

@@ -140,14 +140,6 @@ def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
 # ---------------------------------------------------------------- nothing is asked
 
 
-def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(proxy, tmp_path):
-    dear = at(proxy, tmp_path, price_out=1e6)
-    p = DataParams(pairs_per_document=1, max_cost=5.0)
-    with pytest.raises(TunebookError, match=r"could cost 288.00, more than max_cost = 5.00; nothing was asked"):
-        flat(synthetic.question_answers([DOCUMENTS], StepReport("s"), dear, p, 96))
-    assert proxy.bodies == []
-
-
 def test_rows_that_are_no_documents_are_refused():
     row = make_row("sft", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], file="f", row=3)
     with pytest.raises(TunebookError, match="Row 3 of f is a sft row"):

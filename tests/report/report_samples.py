@@ -134,7 +134,7 @@ def enlarge(run, seed=0, lift=0.0, items=180):
 
 
 def over_the_edge(page):
-    """What is wider than an open page at the widths of a desk and of phones, in its own fonts and in much wider ones."""
+    """What is wider than an open page at the widths of a desk and of phones, in its own fonts and in wider ones."""
     found = []
     for font in ("own fonts", "wide fonts"):
         if font == "wide fonts":

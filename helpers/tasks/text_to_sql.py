@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,22 +32,25 @@ CONNECTION_LIMITS = (
     (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
 )
 STEPS_PER_CHECK = 1_000  # SQLite calls back this often; a check costs under a microsecond
-# Result.kind from SQLite's or the sqlite3 module's message.
+# Why a query failed, a key of ERROR_KINDS, from SQLite's or the sqlite3 module's message.
 _MESSAGES = (
-    ("denied", r"not authorized|authorization denied|prohibited|readonly"),
-    ("statements", r"one statement at a time"),
-    ("parameters", r"number of bindings|binding"),
-    ("schema", r"no such (table|column|function|module|collation)|ambiguous column|wrong number of arguments"),
-    ("syntax", r"syntax error|unrecognized token|incomplete input|null character|surrogates not allowed|codec"),
-    ("size", r"too big|too large|out of memory"),
-    ("error", ""),
+    ("forbidden", r"not authorized|authorization denied|prohibited|readonly"),
+    (
+        "syntax",
+        r"one statement at a time|syntax error|unrecognized token|incomplete input|null character|surrogates|codec",
+    ),
+    ("unknown_table", r"no such table"),
+    ("unknown_column", r"no such column|ambiguous column"),
+    ("too_large", r"too big|too large|out of memory"),
+    ("runtime", ""),
 )
 SHOWN_ROWS, SHOWN_CHARS = 10, 200
-LIMITS: dict[str, Any] = {"max_rows": 10_000, "max_steps": 5_000_000, "timeout_s": 5.0}  # 5 million steps: 0.25 s
 _VERBS = (
     r"(?:SELECT|WITH|VALUES|INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE|VACUUM|EXPLAIN|BEGIN"
     r"|REINDEX|ANALYZE)"
 )
+# Up to the first semicolon outside quotes and comments.
+_STATEMENT = r"""(?:'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|[^;])*"""
 #: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
 ERROR_KINDS = {
     "empty": "no answer",
@@ -64,15 +68,13 @@ ERROR_KINDS = {
     "wrong_count": "another number of rows",
     "wrong_values": "right shape, other values",
 }
-_KINDS = {"denied": "forbidden", "statements": "syntax", "steps": "timeout", "rows": "too_large", "size": "too_large"}
 
 
 @dataclass(frozen=True)
 class Result:
     """What one query did: its rows (none when it failed) and columns.
 
-    error: SQLite's message or the limit that was hit. kind: "ok", or why it failed: one of `_MESSAGES`, or the limit
-    "steps", "timeout", "rows" or "size"; "statements": none, or more than one.
+    error: SQLite's message or the limit that was hit. kind: "ok", or why it failed, a key of `ERROR_KINDS`.
     """
 
     rows: list[tuple] = field(default_factory=list)
@@ -126,59 +128,63 @@ def execute(
     conn: sqlite3.Connection,
     sql: str,
     max_rows: int = 10_000,
-    max_steps: int = 20_000_000,
+    max_steps: int = 5_000_000,
     timeout_s: float = 5.0,
     max_bytes: int = 16 << 20,
 ) -> Result:
     """Run one SELECT on a connection of `open_readonly`; never raises for what the query does.
 
-    max_steps counts SQLite's virtual-machine instructions (20 million are about a second), so a verdict does not depend
+    max_steps counts SQLite's virtual-machine instructions (5 million are about 0.25 s), so a verdict does not depend
     on how busy the machine is. A query with more rows or bytes fails rather than giving a part of its answer.
     """
     if not isinstance(sql, str) or not sql.strip():
-        return Result(error="no statement", kind="statements")
+        return Result(error="no statement", kind="syntax")
     stopped, steps = "", 0
     deadline = time.monotonic() + timeout_s
 
-    def watch() -> int:
+    def watch() -> bool:
         nonlocal stopped, steps
         steps += STEPS_PER_CHECK
         if steps > max_steps:
-            stopped = "steps"
+            stopped = f"{max_steps} steps"
         elif time.monotonic() > deadline:
-            stopped = "timeout"
+            stopped = f"{timeout_s:g} s"
         return bool(stopped)
 
     conn.set_progress_handler(watch, STEPS_PER_CHECK)
-    cursor = None
     try:
-        cursor = conn.execute(sql)
-        if cursor.description is None:
-            return Result(error="the statement returns no rows", kind="statements")
-        rows, size = list[tuple](), 0
-        for row in cursor:
-            size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
-            if len(rows) >= max_rows:
-                return Result(error=f"more than {max_rows} rows", kind="rows")
-            if size > max_bytes:
-                return Result(error=f"more than {max_bytes} bytes of values", kind="size")
-            rows.append(tuple(row))
-        return Result(rows, [column[0] for column in cursor.description])
+        with closing(conn.execute(sql)) as cursor:
+            if cursor.description is None:
+                return Result(error="the statement returns no rows", kind="syntax")
+            rows, size = list[tuple](), 0
+            for row in cursor:
+                size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
+                if len(rows) >= max_rows:
+                    return Result(error=f"more than {max_rows} rows", kind="too_large")
+                if size > max_bytes:
+                    return Result(error=f"more than {max_bytes} bytes of values", kind="too_large")
+                rows.append(row)
+            return Result(rows, [column[0] for column in cursor.description])
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
         if stopped:
-            limit = f"{max_steps} steps" if stopped == "steps" else f"{timeout_s:g} s"
-            return Result(error=f"stopped after {limit}", kind=stopped)
+            return Result(error=f"stopped after {stopped}", kind="timeout")
         said = str(error) or type(error).__name__
         return Result(error=said, kind=next(kind for kind, found in _MESSAGES if re.search(found, said, re.IGNORECASE)))
     finally:
-        if cursor is not None:
-            cursor.close()
         conn.set_progress_handler(None, 0)
 
 
 def quote(name: str) -> str:
     """A table's or column's name as SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def parsed(sql: str) -> Any:
+    """A statement as sqlglot's tree; None when it cannot be read."""
+    import sqlglot
+
+    with suppress(sqlglot.errors.SqlglotError, RecursionError):
+        return sqlglot.parse_one(sql, read="sqlite")
 
 
 # ---------------------------------------------------------------- comparing answers
@@ -190,39 +196,26 @@ def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool
     Floats are compared to nine digits, 1 equals 1.0, text never equals a number. Multisets as in Spider's test suite
     (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
     """
-    if len(rows_a) != len(rows_b):
-        return False
-    left, right = ([tuple(map(_canonical, row)) for row in rows] for rows in (rows_a, rows_b))
-    return left == right if has_order(gold_sql) else Counter(left) == Counter(right)
 
+    def rounded(value: object) -> object:
+        return float(f"{value:.9g}") if isinstance(value, float) and not value.is_integer() else value
 
-# Literals, quoted names and comments are swallowed whole, or an ORDER BY inside one would count.
-_TOKENS = re.compile(
-    r"""(?: '(?:[^']|'')*' | "(?:[^"]|"")*" | `[^`]*` | \[[^\]]*\] | --[^\n]* | /\*.*?(?:\*/|\Z) | \s+ )
-        | ( \( | \) | \w+ | [^\w\s] )""",
-    re.VERBOSE | re.DOTALL,
-)
+    left, right = ([tuple(map(rounded, row)) for row in rows] for rows in (rows_a, rows_b))
+    return left == right or (Counter(left) == Counter(right) and not has_order(gold_sql))
 
 
 def has_order(sql: str) -> bool:
     """Whether the outermost query has an ORDER BY; those in subqueries, CTEs and windows order nothing."""
-    depth, before = 0, ""
-    for token in filter(None, _TOKENS.findall(sql)):
-        depth += (token == "(") - (token == ")")
-        if depth == 0 and before == "order" and token.lower() == "by":
-            return True
-        before = token.lower() if depth == 0 else ""
-    return False
+    import sqlglot
+    from sqlglot.tokens import TokenType
 
-
-def _canonical(value: object) -> tuple:
-    """A hashable form in which equal answers are equal: (type, value)."""
-    if isinstance(value, float):
-        value = value if value.is_integer() else float(f"{value:.9g}")
-        if value.is_integer() and abs(value) < 2**63:
-            value = int(value)
-        return ("number", value)
-    return ("number" if isinstance(value, int) else type(value).__name__, value)
+    depth, outermost = 0, []
+    with suppress(sqlglot.errors.TokenError):  # a comment that is left open
+        for token in sqlglot.tokenize(sql, read="sqlite"):
+            depth += (token.token_type == TokenType.L_PAREN) - (token.token_type == TokenType.R_PAREN)
+            if depth == 0 and token.token_type not in (TokenType.IDENTIFIER, TokenType.STRING):
+                outermost.append(token.text)
+    return bool(re.search(r"\bORDER BY\b", " ".join(outermost), re.IGNORECASE))
 
 
 # ---------------------------------------------------------------- scoring answers
@@ -241,11 +234,7 @@ def extract(text: str) -> str | None:
     )
     if not start:
         return None
-    query = body[start.start() :]
-    for match in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|/\*.*?\*/|;", query, re.DOTALL):
-        if match.group() == ";":  # the first one outside quotes and comments
-            query = query[: match.start()]
-            break
+    query, *_ = re.findall(_STATEMENT, body[start.start() :], re.DOTALL)
     return query.strip().split("\n\n")[0].strip() or None
 
 
@@ -269,7 +258,7 @@ class Judge:
 
     def gold(self, reference: str) -> list[Result]:
         if reference not in self._gold:
-            self._gold[reference] = [execute(c, reference, **LIMITS) for c in self.connections]
+            self._gold[reference] = [execute(c, reference) for c in self.connections]
         return self._gold[reference]
 
     def nonempty(self, reference: str) -> bool:
@@ -289,10 +278,9 @@ class Judge:
         if query is None:
             return {**entry, "error": "no_sql", "detail": "no query was found in the answer"}
         entry["sql"] = query
-        found = [execute(c, query, **LIMITS) for c in self.connections]
+        found = [execute(c, query) for c in self.connections]
         if bad := next((r for r in found if not r.ok), None):
-            kind = _error_kind(bad)
-            kind = "unfinished" if kind == "syntax" and not stopped else kind
+            kind = "unfinished" if bad.kind == "syntax" and not stopped else bad.kind
             return {**entry, "error": kind, "detail": bad.error[:SHOWN_CHARS]}
         entry |= {"valid": True, "result": shown(found[0])}
         for mine, theirs in zip(found, gold, strict=True):
@@ -300,14 +288,6 @@ class Judge:
                 kind, detail = _difference(mine, theirs)
                 return {**entry, "error": kind, "detail": detail}
         return {**entry, "score": 1.0}
-
-
-def _error_kind(result: Result) -> str:
-    if result.kind == "schema" and "no such table" in result.error:
-        return "unknown_table"
-    if result.kind == "schema" and "column" in result.error:
-        return "unknown_column"
-    return result.kind if result.kind in ERROR_KINDS else _KINDS.get(result.kind, "runtime")
 
 
 def _difference(mine: Result, gold: Result) -> tuple[str, str]:

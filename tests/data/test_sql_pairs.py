@@ -8,7 +8,7 @@ from helpers.data import sql_pairs
 from helpers.data.tables import StepReport
 from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
-from helpers.tasks import negatives, text_to_sql
+from helpers.tasks import text_to_sql
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_plausible_mistake_is_preferred_to_an_empty_one_and_that_to_a_failing_
     ):
         made, report = reject(GOLD[:1], database, proposals=lambda gold, rng, c=candidates: c)
         assert made[0]["rejected"][0]["content"] == expected
-    assert made[0]["meta"]["why"].startswith("it fails (schema: no such column: nope") and report.figures == {
+    assert made[0]["meta"]["why"].startswith("it fails (unknown_column: no such column: nope") and report.figures == {
         "fails": 1
     }
 
@@ -149,7 +149,7 @@ def test_only_a_few_candidates_are_run(database):
             yield f"SELECT {len(asked)} FROM nowhere"
 
     made, _ = reject(GOLD[:1], database, proposals=endless)
-    assert len(made) == 1 and len(asked) <= negatives.MAX_PROPOSALS + 1
+    assert len(made) == 1 and len(asked) <= sql_pairs.MAX_PROPOSALS + 1
 
 
 def test_a_missing_or_empty_database_is_named(tmp_path):

@@ -27,87 +27,27 @@ from transformers.trainer_callback import ExportableState
 
 from helpers import compat
 from helpers.errors import TunebookError
+from helpers.params import TrainingParams
 from helpers.planner import cost_model
 from helpers.planner.cost_model import grades_of, offload_fits
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, methods, rows
 
-REVIEWS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9)  # shares of the time at which the number of steps is estimated anew
+REVIEWS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # shares of the time at which the steps are counted anew
 STEP, FORWARD, SAVE_S = 1.1, 0.4, 1.0  # a step over its rows; forward alone; a checkpoint: until they are measured
 
 
-def steps_that_fit(left_s: float, step_s: float, pause_s: float, every: int) -> int:
-    """Steps, one at least, that fit into `left_s` with a pause (evaluation, checkpoint) after each `every` and last."""
-    return max(1, int((left_s - pause_s) / (step_s + pause_s / every)))
+def steps_that_fit(left_s: float, step_s: float, pause_s: float, params: TrainingParams, done: int, whole: int) -> int:
+    """Total steps of a run that has made `done`: one more at least, as many as `left_s` has room for, `whole` at most.
 
-
-class Deadline(TrainerCallback, ExportableState):
-    """Ends a run and its schedule when `seconds` are over; every decision is in the checkpoint, for a resumed run.
-
-    total: steps that are to be made; pause_s: estimate of an evaluation with its checkpoint. anchors: (step, share of
-    the schedule done there) of every decision.
+    pause_s: an evaluation with its checkpoint, as often as `params` say and at the end.
     """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock, self.began = seconds, clock, clock()
-        self.total, self.pause_s, self.before, self.reviewed = 0, 0.0, 0.0, 0
-        self.anchors: list[tuple[int, float]] = [(0, 0.0)]
-        self.plain: list[float] = []  # seconds from the end of one step to that of the next
-        self.paused: list[float] = []  # the same, of those with an evaluation or a checkpoint between
-        self.last, self.pausing = 0.0, False
-
-    @property
-    def elapsed(self) -> float:
-        return self.before + self.clock() - self.began
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.elapsed
-
-    def state(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("total", "pause_s", "anchors", "reviewed")}
-        return {"args": {"seconds": self.seconds}, "attributes": {**kept, "before": self.elapsed}}
-
-    def done(self, step: float) -> float:
-        """Share of the schedule that is behind a step."""
-        steps, shares = zip(*self.anchors, (self.total, 1.0), strict=True)
-        return float(np.interp(step, steps, shares))
-
-    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        saved = state.stateful_callbacks.setdefault("Deadline", self.state()) if state.global_step else self.state()
-        for name, value in saved["attributes"].items() if state.global_step else ():
-            setattr(self, name, value)
-        whole, state.max_steps = state.max_steps, self.total
-
-        def in_time(rate: Callable[[float], float]) -> Callable[[int], float]:
-            return lambda step: rate(self.done(step) * whole)
-
-        self.whole, lr_scheduler.lr_lambdas = whole, [in_time(rate) for rate in lr_scheduler.lr_lambdas]
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = self.elapsed
-        if self.last:  # the first step of a process prepares kernels and memory
-            (self.paused if self.pausing else self.plain).append(now - self.last)
-        self.last, self.pausing = now, control.should_evaluate or control.should_save
-        if control.should_training_stop:
-            return
-        every = min(state.save_steps, state.eval_steps if args.eval_strategy != "no" else state.save_steps)
-        total = distributed.shared(lambda: self._review(state.global_step, now, every))  # by the first one's clock
-        if total != self.total:
-            print(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.", flush=True)
-            self.anchors.append((state.global_step, self.done(state.global_step)))
-            self.total = state.max_steps = total
-
-    def _review(self, step: int, now: float, every: int) -> int:
-        """The number of steps, decided anew where it is time to."""
-        due = sum(now >= share * self.seconds for share in REVIEWS)
-        if due == self.reviewed or not (self.plain or self.paused):
-            return self.total
-        self.reviewed = due
-        recent = self.plain[len(self.plain) // 2 :] or self.paused  # the machine as it is now
-        step_s = statistics.mean(recent)
-        pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused and self.plain else self.pause_s
-        return min(self.whole, step + steps_that_fit(self.seconds - now, step_s, pause_s, every))
+    total = whole
+    for _ in range(4):  # how often a run pauses depends on how long it is
+        times = config.timetable(0, params, total)
+        every = min(times["eval_steps"], times["save_steps"])
+        total = min(whole, done + max(1, int((left_s - pause_s) / (step_s + pause_s / every))))
+    return total
 
 
 def first_estimate(job: Any, left_s: float) -> tuple[int, float]:
@@ -115,12 +55,73 @@ def first_estimate(job: Any, left_s: float) -> tuple[int, float]:
     plan, held_out = job.planned, job.held_out
     step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
     pause_s = SAVE_S + (FORWARD * sum(rows.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
-    total = plan.steps
-    for _ in range(3):  # how often it pauses depends on how long it is
-        times = config.timetable(0, job.params, total)
-        every = min(times["save_steps"], times["eval_steps"])
-        total = min(plan.steps, steps_that_fit(left_s, step_s, pause_s, every))
-    return total, pause_s
+    total = steps_that_fit(left_s, step_s, pause_s, job.params, 0, plan.steps)
+    return (max(total, min(2, plan.steps)) if left_s > 0 else total), pause_s  # the second one can still be taken back
+
+
+class Deadline(TrainerCallback, ExportableState):
+    """Ends a run and its schedule when `max_minutes` are over; every decision is in the checkpoint, for a resumed run.
+
+    total: steps that are to be made; pause_s: estimate of an evaluation with its checkpoint; both are set before the
+    run. anchors: (step, share of the schedule done there) of every decision.
+    """
+
+    def __init__(self, params: TrainingParams, clock: Callable[[], float] = time.monotonic) -> None:
+        self.params, self.seconds, self.clock, self.began = params, params.max_minutes * 60, clock, clock()
+        self.total, self.pause_s, self.before, self.reviewed = 0, 0.0, 0.0, 0
+        self.anchors: list[tuple[int, float]] = [(0, 0.0)]
+        self.plain: list[float] = []  # seconds from the end of one step to that of the next
+        self.paused: list[float] = []  # the same, of those with an evaluation or a checkpoint between
+        self.pausing = False
+
+    @property
+    def elapsed(self) -> float:
+        return self.before + self.clock() - self.began
+
+    def state(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("total", "pause_s", "anchors", "reviewed")}
+        return {"args": {}, "attributes": {**kept, "before": self.elapsed}}
+
+    def done(self, step: int) -> float:
+        """Share of the schedule that is behind a step."""
+        steps, shares = zip(*self.anchors, (self.total, 1.0), strict=True)
+        return float(np.interp(step, steps, shares))
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if state.global_step:
+            for name, value in state.stateful_callbacks["Deadline"]["attributes"].items():
+                setattr(self, name, value)
+        self.whole, state.max_steps, self.last = state.max_steps, self.total, self.elapsed
+
+        def in_time(rate: Callable[[float], float]) -> Callable[[int], float]:
+            return lambda step: rate(self.done(step) * self.whole)
+
+        lr_scheduler.lr_lambdas = [in_time(rate) for rate in lr_scheduler.lr_lambdas]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now, step = self.elapsed, state.global_step
+        (self.paused if self.pausing else self.plain).append(now - self.last)
+        self.last, self.pausing = now, control.should_evaluate or control.should_save
+        if control.should_training_stop:
+            return
+        total = distributed.shared(lambda: self._review(step, now))  # by the first one's clock
+        if total != self.total:
+            print(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.", flush=True)
+            self.anchors.append((step, self.done(step)))
+            times = config.timetable(0, self.params, total)
+            self.total = state.max_steps = total
+            state.eval_steps, state.save_steps = times["eval_steps"], times["save_steps"]
+
+    def _review(self, step: int, now: float) -> int:
+        """The number of steps, decided anew when it is time to, and before the last one."""
+        due = sum(now >= share * self.seconds for share in REVIEWS)
+        if due == self.reviewed and step < self.total - 1:
+            return self.total
+        self.reviewed = due
+        # The machine as it is now; a process's first step prepares kernels and memory.
+        step_s = statistics.mean(self.plain[max(1, len(self.plain) // 2) :] or self.plain or self.paused)
+        pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused else self.pause_s
+        return steps_that_fit(self.seconds - now, step_s, pause_s, self.params, step, self.whole)
 
 
 # ---------------------------------------------------------------- the probing row

@@ -280,7 +280,7 @@ class TrainJob(steps.Job):
 
         from helpers.train import callbacks, deadline, methods, trainers
 
-        self.deadline = deadline.Deadline(self.params.max_minutes * 60)
+        self.deadline = deadline.Deadline(self.params)
         self.stage.begin()
         mirror = self._mirror()
         if mirror and distributed.first():
@@ -333,7 +333,9 @@ class TrainJob(steps.Job):
         if not minutes:
             return
         limit = self.deadline
-        limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self, limit.left))
+        limit.total, limit.pause_s = distributed.shared(
+            lambda: deadline.first_estimate(self, limit.seconds - limit.elapsed)
+        )
         if limit.total < whole:
             print(f"{limit.total} of {whole} steps fit into max_minutes {minutes:g}: the schedule ends there.")
         times = config.timetable(0, self.params, limit.total)

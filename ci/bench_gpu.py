@@ -94,7 +94,8 @@ def data_stage(run: str, model: str, data: str, most: int) -> None:
                 **{f"{side}_ids": ids(p["prompt"] + p[side])[len(prompt) :] for side in ("chosen", "rejected")},
             }
         )
-    stage = runs.open_stage("data", params.resolve("data", {"run": run, "model": model}))
+    stage = runs.stage("data", params.resolve("data", {"run": run, "model": model}))
+    stage.begin()
     parquet.write_table(pa.Table.from_pylist(rows), stage.path / "train.parquet")
     parquet.write_table(pa.Table.from_pylist(pairs), stage.path / "preference.parquet")
     stage.finish(

@@ -1,7 +1,7 @@
 """How things are shown, once for all: a table, a number, a size, a duration; foreign text with nothing hidden in it.
 
-A result that ends a cell is an `Html` (a table or several), a `Picture`, or a matplotlib figure; `save` keeps what was
-shown in a stage's folder and `load` brings it back.
+A result that ends a cell is an `Html` (a table or several), a matplotlib figure, or what can be shown as one (`Shown`);
+`save` keeps what was shown in a stage's folder and `load` brings it back.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class Html:
         return self.text or "(HTML)"
 
 
-class Picture:
-    """A PNG file that ends a cell; what a finished stage shows instead of drawing a figure again."""
+class Shown:
+    """What a cell may end with: subclasses say as what, in `_shown`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def _shown(self) -> Html:
+        raise NotImplementedError
 
-    def _repr_png_(self) -> bytes:
-        return self.path.read_bytes()
+    def _repr_html_(self) -> str:
+        return self._shown().markup
 
     def __repr__(self) -> str:
-        return str(self.path)
+        return repr(self._shown())
 
 
 def clean(text: object) -> str:
@@ -118,11 +118,6 @@ def percent(share: Any, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if finite(share) else "–"
 
 
-def points(difference: Any) -> str:
-    """A difference of shares in percentage points, with its sign: +31.2."""
-    return f"{100 * difference:+.1f}" if finite(difference) else "–"
-
-
 def interval(low: Any, high: Any, unit: str = "share") -> str:
     """A confidence interval: 12.1 – 24.2 %."""
     if not (finite(low) and finite(high)):
@@ -179,10 +174,12 @@ def save(value: Any, folder: Path, name: str) -> None:
         write_atomic(folder / f"{name}.json", json.dumps({"html": markup, "text": repr(value)}))
 
 
-def load(folder: Path, name: str) -> Html | Picture | None:
-    """What `save` kept; None when there is nothing of that name."""
+def load(folder: Path, name: str) -> Any:
+    """What `save` kept, an image or an `Html`; None when there is nothing of that name."""
     if (folder / f"{name}.png").is_file():
-        return Picture(folder / f"{name}.png")
+        from IPython.display import Image
+
+        return Image(folder / f"{name}.png")
     if (folder / f"{name}.json").is_file():
         kept = json.loads((folder / f"{name}.json").read_text())
         return Html(kept["html"], kept["text"])

@@ -86,16 +86,12 @@ def revision() -> str:
     For people to read. Whether a result can be used again is decided by `code_hash`.
     """
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(PROJECT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-
+    command = ["git", "--git-dir=.git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != PROJECT:
-            return TAG
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        asked = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return TAG
+    return asked.stdout.strip()
 
 
 def code_hash(notebook: str = "") -> str:
@@ -132,44 +128,29 @@ def free_gpu_gib() -> float | None:
 
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()
-    used = torch.cuda.memory_allocated()
-    return min(free + torch.cuda.memory_reserved() - used, gpu_share() * total - used) / 2**30
-
-
-def gpu_share() -> float:
-    """Share of the GPU's memory that this process may take (`torch.cuda.set_per_process_memory_fraction`)."""
-    import torch
-
-    return torch.cuda.get_per_process_memory_fraction() if torch.cuda.is_available() else 1.0
+    (free, total), used = torch.cuda.mem_get_info(), torch.cuda.memory_allocated()
+    share = torch.cuda.get_per_process_memory_fraction()
+    return min(free + torch.cuda.memory_reserved() - used, share * total - used) / 2**30
 
 
 def _container_memory() -> Iterator[tuple[int, int]]:
     """(limit, use less page cache) in bytes of every control group around this process with a limit, version 1 or 2."""
-    for tree, kind, limit, used in (
-        (CONTROL_GROUPS, "", "memory.max", "memory.current"),
-        (CONTROL_GROUPS / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        folder = tree / _own_group(kind)
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(tree):
-                break
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        names, tree = ("memory.max", "memory.current"), CONTROL_GROUPS
+        if kinds:
+            names, tree = ("memory.limit_in_bytes", "memory.usage_in_bytes"), CONTROL_GROUPS / "memory"
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        group = tree / path.strip("/")  # not there inside most containers, where the tree itself is the group
+        for folder in (group, *group.parents):
             try:
-                bound, use = int((group / limit).read_text()), int((group / used).read_text())
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                limit, used = (int((folder / name).read_text()) for name in names)
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # not there, or "max"
                 continue
             cached = sum(int(stat.get(f"total_{k}", stat.get(k, 0))) for k in ("active_file", "inactive_file"))
-            yield bound, max(use - cached, 0)
-
-
-def _own_group(kind: str) -> str:
-    """Path of this process's control group below the tree; "" at its root, as inside most containers."""
-    try:
-        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
-    except OSError:
-        return ""
-    return next((path.strip("/") for _, kinds, path in lines if kind in kinds.split(",")), "")
+            yield limit, max(used - cached, 0)
 
 
 def peak_memory_gib() -> float:

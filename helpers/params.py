@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ RECOMPUTE = "auto none half all offload"
 
 
 @dataclass(repr=False)
-class Params:
+class Params(display.Shown):
     """A stage's parameters: typed attributes, checked when one is set, until the work begins and they are frozen."""
 
     stage: ClassVar[str] = ""
@@ -60,18 +59,20 @@ class Params:
         """What decides the stage's results: how a killed run is resumed does not."""
         return {name: value for name, value in self.as_dict().items() if name != "resume"}
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a killed run is resumed."""
+        return getattr(self, "resume", "auto") != "never"
+
     def changed(self) -> dict[str, Value]:
         """Only what differs from the defaults."""
         return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if getattr(self, p.name) != p.default}
 
-    def _repr_html_(self) -> str:
+    def _shown(self) -> display.Html:
         changed, table = self.changed(), STAGES[self.stage]
         was = {p.name: f"default {p.default!r}" if p.name in changed else "" for p in table}
         rows = [(p.name, getattr(self, p.name), p.unit, was[p.name], p.help) for p in table]
-        return display.table(rows, ("parameter", "value", "unit", "changed", "meaning"))
-
-    def __repr__(self) -> str:
-        return textwrap.fill(", ".join(f"{n} = {v!r}" for n, v in self.as_dict().items()), 110, break_long_words=False)
+        return display.shown(rows, ("parameter", "value", "unit", "changed", "meaning"))
 
 
 @dataclass(repr=False)

@@ -9,6 +9,7 @@ written down.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -42,7 +43,7 @@ FOLDERS = {
 PARENTS = {
     "data": (),
     "sft": ("data",),
-    "orpo": ("data", "sft?"),
+    "orpo": ("data", "sft"),
     "gguf": ("data", "sft?", "orpo?"),
     "eval": ("data", "sft?", "orpo?", "gguf?"),
 }
@@ -71,7 +72,7 @@ def folder(run: str, stage: str) -> Path:
 
 
 @dataclass(repr=False)
-class Manifest:
+class Manifest(display.Shown):
     """What a finished stage wrote down about itself. data: the parsed manifest.json; sha256: the file's hash."""
 
     path: Path
@@ -99,12 +100,6 @@ class Manifest:
         rows += [("peak memory", f"{about['peak_memory_gib']} GiB"), ("files", len(about["artifacts"]))]
         return display.shown(rows)
 
-    def __repr__(self) -> str:
-        return repr(self._shown())
-
-    def _repr_html_(self) -> str:
-        return self._shown().markup
-
 
 def load(run: str, stage: str, verify: bool = True) -> Manifest:
     """A finished stage of a run. Raises TunebookError when it is missing, unfinished, failed or changed since."""
@@ -131,11 +126,6 @@ def _altered(manifest: Manifest) -> str:
         if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
             return f"did not write {file} as it stands there (missing or altered)"
     return ""
-
-
-def finished(run: str, verify: bool = False) -> dict[str, Manifest]:
-    """The finished stages of a run, in order."""
-    return {stage: load(run, stage, verify) for stage in FOLDERS if (folder(run, stage) / "manifest.json").is_file()}
 
 
 def _remedy(run: str, stage: str) -> str:
@@ -195,7 +185,7 @@ class Stage:
             return False
         self.params.freeze()
         self._started, self._code = time.monotonic(), machine.code_hash(FOLDERS[self.name])
-        self.resumed = getattr(self.params, "resume", "") != "never" and _unfinished(self.path, self._plan)
+        self.resumed = self.params.resumes and _unfinished(self.path, self._plan)
         if not self.resumed:
             _set_aside(self.path)
         write_json(self.path / "plan.json", self._plan)
@@ -253,48 +243,35 @@ class Stage:
         return load(self.params.run, self.name, verify=False)
 
 
-def stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
+def stage(name: str, params: Params) -> Stage:
     """Look at the folder of stage `name` for the run `params.run`; nothing is written until `Stage.begin`.
 
-    Parents are loaded and verified (`needs` replaces the table above, e.g. ("data", "sft")). Raises TunebookError for
-    a parent that is missing or changed, or that was made with another chat template than its own parent.
+    Parents are loaded and verified. Raises TunebookError for a parent that is missing or changed, or that was made with
+    another chat template than its own parent.
     """
     path = folder(params.run, name)
     parents = {}
-    for parent in needs if needs is not None else PARENTS[name]:
+    for parent in PARENTS[name]:
+        if parent == "sft" and getattr(params, "start_from", "sft") != "sft":
+            continue  # preference training from the base, or from an adapter of the user's
         if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
     plan = {"params": params.deciding(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    resumed = getattr(params, "resume", "") != "never" and _unfinished(path, plan)
-    return Stage(name, params, path, parents, resumed, is_done(name, params), _plan=plan)
+    resumed = params.resumes and _unfinished(path, plan)
+    return Stage(name, params, path, parents, resumed, _done(name, params, plan), _plan=plan)
 
 
-def open_stage(name: str, params: Params, needs: tuple[str, ...] | None = None) -> Stage:
-    """`stage`, begun at once even where it is finished: what stands there is kept aside and the work starts anew."""
-    opened = stage(name, params, needs)
-    opened.done = None
-    opened.begin()
-    return opened
-
-
-def is_done(stage: str, params: Params) -> Manifest | None:
+def _done(name: str, params: Params, plan: dict[str, Any]) -> Manifest | None:
     """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
-    try:
-        manifest = load(params.run, stage)
-    except TunebookError:
-        return None
-    decided = {name: value for name, value in manifest.params.items() if name != "resume"}
-    if (
-        params.again
-        or decided != params.deciding()
-        or manifest.data.get("code_hash") != machine.code_hash(FOLDERS[stage])
-    ):
-        return None
-    known = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
-    files = {p.rstrip("?"): folder(params.run, p.rstrip("?")) / "manifest.json" for p in PARENTS[stage]}
-    same = all(sha256_file(file) == known.get(parent) for parent, file in files.items() if file.is_file())
-    return manifest if same else None
+    with contextlib.suppress(TunebookError):
+        manifest = load(params.run, name)
+        decided = {name: value for name, value in manifest.params.items() if name != "resume"}
+        parents = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
+        same = {"params": decided, "parents": parents} == plan and not params.again
+        if same and manifest.data.get("code_hash") == machine.code_hash(FOLDERS[name]):
+            return manifest
+    return None
 
 
 def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
@@ -349,7 +326,16 @@ def lock(run: str, stage: str) -> None:
         raise disk_error(error, path) from error
     file.seek(0)
     owner, _, host = file.read().partition(" ")
-    if _taken(file, owner, host):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = False
+    except BlockingIOError:
+        taken = True
+    except OSError as error:  # some network and mounted drives have no locks
+        print(f"{path} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
+        other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
+        taken = other and psutil.pid_exists(int(owner))
+    if taken:
         file.close()
         told = f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}"
         raise TunebookError(f"{told}; wait for it, stop it, or use another run name.")
@@ -365,19 +351,6 @@ def unlock(run: str, stage: str) -> None:
     if file is not None:
         file.truncate(0)  # where nothing can be locked, the name alone says that somebody works
         file.close()
-
-
-def _taken(file: TextIO, owner: str, host: str) -> bool:
-    """Lock the file. Where its disk has no locks (some network and mounted drives), go by the process that it names."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        print(f"{file.name} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
-    other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
-    return other and psutil.pid_exists(int(owner))
 
 
 def _forget() -> None:

@@ -2,7 +2,7 @@
 
     with Worker("helpers.gguf.runner:Served", start={"path": "m.gguf"}, name="llama.cpp") as child:
         child.ask({"method": "encode", "text": "Hello"}, timeout_s=60)
-    run("helpers.data.documents:parse", {"path": "a.pdf"}, wall_s=60, cpu_s=60, memory_gib=2)
+    run("helpers.data.documents:parse", {"path": "a.pdf"}, wall_s=60, memory_gib=2)
 
 The named function is called in the child as `handler(request, event)`; what it returns is the answer, `event(value)`
 reports on the way. A class is made once, with `start` as its arguments, and its object is the handler. Requests and
@@ -13,10 +13,10 @@ and bug (anything else).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import queue
@@ -52,9 +52,8 @@ class Lost(TunebookError):
 class Worker:
     """One child that answers requests one after another; it is started anew when it was lost in the middle of one.
 
-    target: "module:function" or "module:Class". name: what messages call it. cpu_s: processor time for a request;
-    memory_gib: address space beyond what the child has after its start; both limits are set in the child. started:
-    what the handler object has as its attribute `started`.
+    target: "module:function" or "module:Class". name: what messages call it. memory_gib: address space beyond what the
+    child has after its start. started: what the handler object has as its attribute `started`.
     """
 
     def __init__(
@@ -63,12 +62,11 @@ class Worker:
         *,
         start: dict[str, Any] | None = None,
         name: str = "",
-        cpu_s: float | None = None,
         memory_gib: float | None = None,
         start_timeout_s: float | None = 120,
     ) -> None:
         self.command, self.name = [sys.executable, "-P", "-c", MAIN, target], name or target
-        self._hello = {"start": start or {}, "cpu_s": cpu_s, "memory_gib": memory_gib}
+        self._hello = {"start": start or {}, "memory_gib": memory_gib}
         self._start_timeout_s = start_timeout_s
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
         self._one_at_a_time = threading.Lock()
@@ -105,10 +103,9 @@ class Worker:
         self._said.truncate()
         process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
         # The kernel ends a child with the thread that started it: only the main thread lives as long as the process.
-        bound = threading.current_thread() is threading.main_thread()
-        hello = self._hello | {"parent": os.getpid() if bound else 0}
+        bound = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
         try:
-            return process, self._exchange(process, hello, None, self._start_timeout_s)
+            return process, self._exchange(process, self._hello | {"bound": bound}, None, self._start_timeout_s)
         except BaseException:
             _end(process)
             raise
@@ -122,7 +119,7 @@ class Worker:
         kind, value = "lost", None
         try:
             with contextlib.suppress(BrokenPipeError):  # it has ended: the answer that does not come says so
-                process.stdin.write(json.dumps([limit_s, request]).encode() + b"\n")
+                process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
             for line in process.stdout:
                 kind, value = json.loads(line)
@@ -146,12 +143,10 @@ class Worker:
         if kind == "memory":
             process.kill()
             raise Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
-        status, cpu_s = process.wait(), self._hello["cpu_s"] or 0
+        status = process.wait()
         said = f": {words}" if (words := self.last_words()) else ""
-        if time.monotonic() >= until or status == -signal.SIGALRM:
+        if time.monotonic() >= until:
             raise Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
-        if status == -signal.SIGXCPU:
-            raise Lost(f"{self.name} took more than {cpu_s:g} s of processor time.", "time")
         if status == -signal.SIGKILL:
             raise Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
         raise Lost(f"{self.name} ended with status {status}{said}.", "ended")
@@ -189,6 +184,7 @@ def main(target: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print must not stand among the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(received, requests), daemon=True).start()
 
@@ -197,28 +193,25 @@ def main(target: str) -> None:
         sent.flush()
 
     handler: Any = None
-    hello: dict[str, Any] = {}
     while True:
-        limit_s, request = requests.get()
-        hello = hello or request
-        _limit_time(limit_s, hello["cpu_s"])
+        request = requests.get()
         try:
-            if handler is None:
-                _end_with(hello["parent"])
-                module, _, name = target.partition(":")
-                handler = getattr(importlib.import_module(module), name)
-                handler = handler(**hello["start"]) if isinstance(handler, type) else handler
-                send("result", getattr(handler, "started", None))
-                _limit_memory(hello["memory_gib"])
-            else:
+            if handler is not None:
                 send("result", handler(request, functools.partial(send, "event")))
+                continue
+            if request["bound"]:
+                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the parent
+            module, _, name = target.partition(":")
+            handler = getattr(importlib.import_module(module), name)
+            handler = handler(**request["start"]) if isinstance(handler, type) else handler
+            send("result", getattr(handler, "started", None))
+            _limit_memory(request["memory_gib"])
         except TunebookError as error:
             send("error", str(error))
         except MemoryError:
             send("memory", None)
         except Exception:
             send("bug", traceback.format_exc())
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:
@@ -226,25 +219,6 @@ def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:
     for line in received:
         requests.put(json.loads(line))
     os._exit(0)
-
-
-def _end_with(parent: int) -> None:
-    """Have Linux kill this process when the parent dies; elsewhere the closed pipe ends it."""
-    if parent and sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before
-            os._exit(1)
-
-
-def _limit_time(wall_s: float | None, cpu_s: float | None) -> None:
-    """Signals that end the process even inside one long call of C code; the parent's clock comes a second earlier."""
-    signal.setitimer(signal.ITIMER_REAL, wall_s + 1 if wall_s else 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if cpu_s is not None:
-        used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + cpu_s), resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def _limit_memory(gib: float | None) -> None:

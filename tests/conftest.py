@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOWEST)))
 
 
+def begun(name, params):
+    """A stage's folder with the work begun, whether it is finished already or not."""
+    from helpers import runs
+
+    stage = runs.stage(name, params)
+    stage.begin()
+    return stage
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The default model's files (a ModelSource)."""

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import __main__ as command_line
 from helpers import machine, params, runs
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, begun
 
 
 def test_the_project_table_installs_the_command_and_takes_the_version_from_one_place():
@@ -36,8 +36,8 @@ def test_an_unknown_command_is_refused_with_the_list(capsys):
 
 def test_runs_lists_the_finished_stages_of_each_run(runs_root, capsys):
     assert command_line.main(["runs"]) == 0 and "no runs" in capsys.readouterr().out
-    runs.open_stage("data", params.resolve("data", {"run": "one"})).finish({})
-    runs.open_stage("data", params.resolve("data", {"run": "two"}))
+    begun("data", params.resolve("data", {"run": "one"})).finish({})
+    begun("data", params.resolve("data", {"run": "two"}))
     assert command_line.main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[:2] for line in lines[1:]) == [["one", "data"], ["two", "none"]]

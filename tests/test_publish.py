@@ -15,6 +15,7 @@ import yaml
 
 from helpers import params, publish, runs
 from helpers.errors import TunebookError
+from tests.conftest import begun
 
 PROJECT = Path(__file__).parents[1]
 TOKEN = "hf_secretsecretsecretsecretsecretsecr"
@@ -187,7 +188,7 @@ def run(runs_root):
         },
     }
     for key, files in stages.items():
-        stage = runs.open_stage(key, params.resolve(key, {"run": "job"}))
+        stage = begun(key, params.resolve(key, {"run": "job"}))
         for name, content in files.items():
             runs.write_atomic(stage.path / name, content)
         stage.finish({}, template_hash="ab" * 32, model=model if key == "data" else None)
@@ -325,7 +326,7 @@ def test_a_bad_repository_name_is_a_sentence(run, name):
 
 
 def test_a_run_without_results_is_a_sentence(runs_root):
-    runs.open_stage("data", params.resolve("data", {"run": "young"})).finish({})
+    begun("data", params.resolve("data", {"run": "young"})).finish({})
     with pytest.raises(TunebookError, match="nothing to publish of adapter"):
         publish.publish("young", "user/atlas")
     with pytest.raises(TunebookError, match="nothing called weights"):

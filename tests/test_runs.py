@@ -10,11 +10,11 @@ import pytest
 
 from helpers import machine, params, runs, steps
 from helpers.errors import TunebookError
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, begun
 
 
 def finish(stage, run="r", template=None, **given):
-    opened = runs.open_stage(stage, params.resolve(stage, {"run": run, **given}))
+    opened = begun(stage, params.resolve(stage, {"run": run, **given}))
     runs.write_atomic(opened.path / "result.txt", f"{stage} {given}")
     return opened.finish({"score": 1}, template_hash=template)
 
@@ -65,11 +65,11 @@ def test_another_chat_template_in_between_is_refused(runs_root):
 
 
 def test_an_unfinished_stage_goes_on_only_with_the_same_parameters(runs_root, capsys):
-    first = runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    first = begun("data", params.resolve("data", {"run": "r"}))
     (first.path / "half.txt").write_text("half")
-    again = runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    again = begun("data", params.resolve("data", {"run": "r"}))
     assert again.resumed and (again.path / "half.txt").exists()
-    other = runs.open_stage("data", params.resolve("data", {"run": "r", "max_length": 128}))
+    other = begun("data", params.resolve("data", {"run": "r", "max_length": 128}))
     assert not other.resumed and not (other.path / "half.txt").exists()
     assert (other.path.with_name("01_data_prep.old-1") / "half.txt").exists()
     assert "old-1" in capsys.readouterr().out
@@ -81,26 +81,26 @@ def test_a_rerun_keeps_the_finished_folder_aside(runs_root):
     assert (runs_root / "r" / "01_data_prep.old-1" / "manifest.json").exists()
 
 
-def test_is_done_only_with_the_same_parameters_parents_and_files(runs_root):
+def test_a_stage_is_done_only_with_the_same_parameters_parents_and_files(runs_root):
     finish("data")
     same, other = params.resolve("data", {"run": "r"}), params.resolve("data", {"run": "r", "max_length": 64})
-    assert runs.is_done("data", same) and not runs.is_done("data", other)
+    assert runs.stage("data", same).done and not runs.stage("data", other).done
     finish("sft")
-    assert runs.is_done("sft", params.resolve("sft", {"run": "r"}))
+    assert runs.stage("sft", params.resolve("sft", {"run": "r"})).done
     finish("data", max_length=256)
-    assert not runs.is_done("sft", params.resolve("sft", {"run": "r"}))
+    assert not runs.stage("sft", params.resolve("sft", {"run": "r"})).done
 
 
 def other_process(runs_root, stage="data"):
     """Another process that opens the stage: (exit status, error output)."""
-    code = f"from helpers import params, runs; runs.open_stage({stage!r}, params.resolve({stage!r}, {{'run': 'r'}}))"
+    code = f"from helpers import params, runs; runs.stage({stage!r}, params.resolve({stage!r}, {{'run': 'r'}})).begin()"
     environment = {**os.environ, "TUNEBOOK_RUNS": str(runs_root)}
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
 def test_two_processes_cannot_work_on_one_stage(runs_root):
-    runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    begun("data", params.resolve("data", {"run": "r"}))
     status, said = other_process(runs_root)
     assert status != 0 and f"process {os.getpid()}" in said
     runs.unlock("r", "data")
@@ -171,7 +171,7 @@ def test_a_lock_that_the_disk_does_not_know_is_said_and_the_named_process_is_loo
 def test_a_forked_worker_does_not_keep_a_dead_owners_lock(runs_root):
     code = (
         "import os, signal; from helpers import params, runs, worker; "
-        "runs.open_stage('data', params.resolve('data', {'run': 'r'})); "
+        "runs.stage('data', params.resolve('data', {'run': 'r'})).begin(); "
         "child = worker.Forked(__import__('time').sleep); child.ask(20); print(child.process.pid, flush=True); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -212,20 +212,22 @@ def test_a_finished_stage_is_shown_from_disk_and_again_runs_it_anew(runs_root):
     anew.work()
     anew.finish()
     assert (runs_root / "r" / "01_data_prep.old-1" / "manifest.json").exists()
-    assert runs.load("r", "data").params == made.params and runs.is_done("data", params.resolve("data", {"run": "r"}))
+    assert (
+        runs.load("r", "data").params == made.params and runs.stage("data", params.resolve("data", {"run": "r"})).done
+    )
 
 
 def test_another_edit_of_the_code_is_another_stage_and_a_commit_of_a_readme_is_not(runs_root, monkeypatch):
     finish("data")
     same = params.resolve("data", {"run": "r"})
     monkeypatch.setattr(machine, "revision", lambda: "another commit")
-    assert runs.is_done("data", same)
+    assert runs.stage("data", same).done
     monkeypatch.setattr(machine, "code_hash", lambda notebook="": "another edit")
-    assert not runs.is_done("data", same)
+    assert not runs.stage("data", same).done
 
 
 def test_a_score_that_is_no_number_leaves_no_manifest(runs_root):
-    opened = runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    opened = begun("data", params.resolve("data", {"run": "r"}))
     with pytest.raises(ValueError):
         opened.finish({"loss": float("nan")})
     assert not (opened.path / "manifest.json").exists() and not (opened.path / "metrics.json").exists()
@@ -252,7 +254,7 @@ def test_a_write_that_fails_leaves_nothing_half_written(tmp_path):
 
 
 def test_how_long_it_took_does_not_follow_a_clock_that_is_set_back(runs_root, monkeypatch):
-    opened = runs.open_stage("data", params.resolve("data", {"run": "r"}))
+    opened = begun("data", params.resolve("data", {"run": "r"}))
     monkeypatch.setattr(runs.time, "time", lambda: 0.0)
     assert 0 <= opened.finish({}).data["wall_s"] < 60
 

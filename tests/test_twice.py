@@ -90,7 +90,7 @@ def test_cells_and_notebooks_run_twice_with_the_same_result(stage, root, given):
         assert shown(two) == shown(one) and shown(again) == shown(one), (one.source, *map(shown, (one, two, again)))
     assert not list((root / "twice").glob("*.old-*"))
     manifest = runs.load("twice", stage)
-    assert runs.is_done(stage, params.resolve(stage, manifest.params))
+    assert runs.stage(stage, params.resolve(stage, manifest.params)).done
     {"data": once_data, "sft": once_trained, "orpo": once_trained, "gguf": once_exported, "eval": once_asked}[stage](
         manifest, given.get(stage, {})
     )

@@ -4,9 +4,9 @@ import json
 import random
 
 from helpers import params as parameters
-from helpers import runs
 from helpers.model.loading import template_hash, tokenizer_hash
 from helpers.model.stop_tokens import end_of_turn
+from tests.conftest import begun
 
 SMALL = {"run": "r", "rank": 4, "alpha": 8, "precision": "fp32", "method": "lora", "export_check": False}
 SCHEMA = (
@@ -114,7 +114,7 @@ def settings(stage, **given):
 
 def data_stage(run, model, tokenizer, train=None, held_out=None, pairs=None, held_out_pairs=None, name=None):
     """Write a finished data stage for `run`; `model` is a folder. Returns its manifest."""
-    stage = runs.open_stage("data", parameters.resolve("data", {"run": run, "model": str(model)}))
+    stage = begun("data", parameters.resolve("data", {"run": run, "model": str(model)}))
     for file, rows in (
         ("train", train or sft_rows(tokenizer, 32)),
         ("eval", held_out or sft_rows(tokenizer, 8, seed=1)),

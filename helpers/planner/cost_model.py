@@ -88,8 +88,7 @@ def card_here() -> Card:
     found, free = machine.gpu(), machine.free_gpu_gib()
     if found is None or free is None:
         return replace(CPU, total_gib=host)
-    # Asking has made the CUDA context, which every estimate counts once more.
-    total = min(found.total_gib * machine.gpu_share(), free + CONTEXT_GIB)
+    total = min(found.total_gib, free + CONTEXT_GIB)  # asking has made the context, which every estimate counts again
     words = found.name.replace("-", " ").split()
     for card in CARDS.values():
         if card.name.split("-")[0] in words and abs(card.total_gib - found.total_gib) < 0.2 * card.total_gib:

@@ -31,7 +31,7 @@ HEAD = ["", "backend", "base", "row tokens", "accumulation", "activation checkpo
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(display.Shown):
     """The chosen setting, its costs with error bars, the reasons, and what else was weighed."""
 
     card: Card
@@ -142,12 +142,6 @@ class Plan:
         others = [option for option in self.alternatives if option.setting != self.setting]
         table = display.shown([self._row(option) for option in (self.option, *others)], HEAD)
         return display.said(self.headline(), *self.reasons) + table
-
-    def __repr__(self) -> str:  # a notebook's plain text: the dataclass's own would print every layer
-        return repr(self._shown())
-
-    def _repr_html_(self) -> str:
-        return self._shown().markup
 
 
 def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:

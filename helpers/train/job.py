@@ -34,7 +34,7 @@ NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_pat
 # ---------------------------------------------------------------- before anything is loaded
 
 
-def open_stage(name: str, params: TrainingParams, needs: tuple[str, ...] | None = None) -> runs.Stage:
+def open_stage(name: str, params: TrainingParams) -> runs.Stage:
     """The stage's folder, looked at and not touched. Of several processes the first begins the work for all.
 
     Raises TunebookError for settings that cannot work, or for resume "must" without a run to resume.
@@ -43,7 +43,7 @@ def open_stage(name: str, params: TrainingParams, needs: tuple[str, ...] | None 
     config.check(params, gpu.capability if gpu else None)
 
     def look() -> runs.Stage:
-        stage = runs.stage(name, params, needs)
+        stage = runs.stage(name, params)
         if params.resume == "must":
             resume.must_resume(stage)
         if distributed.size() > 1 and not stage.done:

@@ -15,11 +15,6 @@ from helpers.train import methods, rows
 from helpers.train.job import TrainJob, base_model, first, open_stage, plan_for
 
 
-def needs(params: OrpoParams) -> tuple[str, ...]:
-    """Which finished stages a run reads: the SFT stage only when it starts from it."""
-    return ("data", "sft") if params.start_from == "sft" else ("data",)
-
-
 class PreferenceJob(TrainJob):
     drawn: ClassVar = {**TrainJob.drawn, "margins": ("margins.png", plots.preference_curves)}
 
@@ -31,7 +26,7 @@ class PreferenceJob(TrainJob):
 
 def open(params: OrpoParams) -> PreferenceJob:
     """The job of these parameters. Raises TunebookError for what cannot work, cannot fit, or has no pairs."""
-    stage = open_stage("orpo", params, needs(params))
+    stage = open_stage("orpo", params)
     if stage.done:
         return PreferenceJob(stage)
     data = stage.parents["data"]

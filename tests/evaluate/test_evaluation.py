@@ -15,6 +15,7 @@ from helpers.errors import TunebookError
 from helpers.evaluate import candidates, evaluation, preferences, statistics
 from helpers.evaluate import scores as scores_json
 from helpers.tasks import text_metrics
+from tests.conftest import begun
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUIET = {"general_text": "", "general_chat": "", "general_tasks": ""}
@@ -77,7 +78,7 @@ def data_stage(run, rows, model, database=True):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stage = runs.open_stage("data", params.resolve("data", {"run": run}))
+    stage = begun("data", params.resolve("data", {"run": run}))
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     prompts = [[{"role": "system", "content": r["system"]}, {"role": "user", "content": r["question"]}] for r in rows]
     metas = [json.dumps({k: r[k] for k in ("kind", "origin") if k in r}) for r in rows]

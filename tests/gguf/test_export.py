@@ -10,6 +10,7 @@ from helpers import params as parameters
 from helpers import runs
 from helpers.errors import TunebookError
 from helpers.gguf import convert, export
+from tests.conftest import begun
 
 SMALL = {"run": "r", "quantizations": "q8_0", "fidelity_tokens": 60, "fidelity_answers": 1, "fidelity_gates": False}
 
@@ -22,7 +23,7 @@ def settings(**given):
 def trained(runs_root, tiny_llama, tokenizer):
     """A run with finished data and SFT stages; the adapter's weights are random."""
     train_data.data_stage("r", tiny_llama, tokenizer)
-    stage = runs.open_stage("sft", train_data.settings("sft", run="r"), ("data",))
+    stage = begun("sft", train_data.settings("sft", run="r"))
     gguf_models.random_adapter(tiny_llama, stage.path / "adapter", [1, 2, 3])
     stage.finish({"loss": 1.0})
 

@@ -99,7 +99,6 @@ def test_times_of_settings_that_set_no_constant_lie_within_their_error_bars(shap
 def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
     h100 = machine.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.1)
     monkeypatch.setattr(machine, "gpu", lambda: h100)
-    monkeypatch.setattr(machine, "gpu_share", lambda: 1.0)
     monkeypatch.setattr(machine, "free_memory_gib", lambda: 50.0)
     monkeypatch.setattr(machine, "free_gpu_gib", lambda: 78.6)
     alone = cost_model.card_here()

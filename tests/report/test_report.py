@@ -11,6 +11,7 @@ import yaml
 from helpers import plots, publish, report, runs
 from helpers.errors import TunebookError
 from helpers.report import facts, model_card, page, shell
+from tests.conftest import begun
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +449,7 @@ def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes
     found = samples.evaluation(changed)
     shutil.rmtree(changed / "05_evaluation")
 
-    stage = runs.open_stage("eval", params.resolve("eval", {"run": "atlas"}))
+    stage = begun("eval", params.resolve("eval", {"run": "atlas"}))
     samples.write_evaluation(changed, *found)
     report.build("atlas", stage)
     manifest = stage.finish({})

@@ -4,6 +4,7 @@ more.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -25,15 +26,13 @@ MODULES = {"train": "helpers.train.__main__", "report": "helpers.report.__main__
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command `tunebook`. Returns the exit status."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command not in COMMANDS:
-        lines = [f"  {name:<9} {does}" for name, does in COMMANDS.items()]
-        asked = command in ("-h", "--help", "help")
-        told = [] if asked else [f"tunebook: there is no command {display.clean(command)}."]
-        print("\n".join([*told, "usage: tunebook COMMAND ...", *lines]), file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    lines = "\n".join(f"  {name:<9} {does}" for name, does in COMMANDS.items())
+    parser = argparse.ArgumentParser("tunebook", epilog=lines, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...")
+    given = parser.parse_args(arguments)
     try:
-        status = listed() if command == "runs" else _run(command, rest)
+        status = listed() if given.command == "runs" else _run(given.command, given.rest)
         sys.stdout.flush()
         return status
     except TunebookError as error:

@@ -10,6 +10,7 @@ A key that leaves out what decides a result gives another result's files one day
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,6 @@ MODEL_FILES = (
     *(".safetensors", ".gguf", ".model", "config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"),
     *("vocab.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
 )
-_hashes: dict[tuple[str, int, int], str] = {}
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
@@ -89,21 +89,20 @@ def key(*parts: Any) -> str:
     return hash_json(list(parts))[:32]
 
 
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file, computed again only when its size or time has changed."""
-    path = Path(path)
-    state = path.stat()
-    known = (str(path.resolve()), state.st_size, state.st_mtime_ns)
-    if known not in _hashes:
-        _hashes[known] = sha256_file(path)
-    return _hashes[known]
-
-
 def content_hash(path: str | Path, endings: tuple[str, ...] = MODEL_FILES) -> str:
-    """sha256 over a file, or over the names and contents of a folder's files with one of these `endings`."""
+    """sha256 over a file, or over the names and contents of a folder's files with one of these `endings`.
+
+    A file is read again only when its size or time has changed.
+    """
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
-    return hash_json([[f.name, file_hash(f)] for f in files])
+    states = [(file, file.stat()) for file in files]
+    return hash_json([[file.name, _hash_in_state(file, s.st_size, s.st_mtime_ns)] for file, s in states])
+
+
+@functools.cache
+def _hash_in_state(file: Path, size: int, changed_ns: int) -> str:
+    return sha256_file(file)
 
 
 # ---------------------------------------------------------------- entries
@@ -112,30 +111,26 @@ def content_hash(path: str | Path, endings: tuple[str, ...] = MODEL_FILES) -> st
 def get(kind: str, key: str, into: Path | None = None) -> dict[str, Any] | None:
     """The note of an entry, its files copied into the folder `into`; None when there is no such entry.
 
-    Every copy is hashed before it takes its name. An entry with a damaged or missing file is dropped, and said to be.
+    Every copy is hashed. An entry with a damaged or missing file is dropped, and said to be; it leaves no copies.
     """
     entry = folder() / kind / key
-    copies: dict[Path, Path] = {}
+    copies: list[Path] = []
     try:
         kept = json.loads((entry / "entry.json").read_text())
         whole = kept["sha256"] == hash_json([kept["files"], kept["note"]])
         for name, known in kept["files"].items() if whole and into else ():
-            copy = Path(into or "", f".{name}.{os.getpid()}.partial")
-            copies[copy] = copy.with_name(name)
-            shutil.copyfile(entry / name, copy)
-            whole = whole and sha256_file(copy) == known
+            copies.append(Path(into or "", name))
+            shutil.copyfile(entry / name, copies[-1])
+            whole = whole and sha256_file(copies[-1]) == known
         if whole:
-            for copy, target in copies.items():
-                os.replace(copy, target)
             os.utime(entry / "entry.json")  # used last: pruned last
             return kept["note"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         pass
     except OSError as error:
         raise disk_error(error, into or entry) from error
-    finally:
-        for copy in copies:
-            copy.unlink(missing_ok=True)
+    for copy in copies:
+        copy.unlink(missing_ok=True)
     if entry.is_dir():
         print(f"An entry of the cache was damaged and is dropped: {entry}")
         shutil.rmtree(entry, ignore_errors=True)
@@ -193,7 +188,6 @@ class Answers:
             lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
         except OSError as error:
             raise disk_error(error, self.path) from error
-        self._torn = bool(lines and lines[-1])
         self._writing = threading.Lock()
         for line in lines:
             try:
@@ -208,11 +202,10 @@ class Answers:
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        line = json.dumps({"k": key, "v": value, "c": _check(key, value)}, ensure_ascii=False) + "\n"
+        line = json.dumps({"k": key, "v": value, "c": _check(key, value)}, ensure_ascii=False)
         try:
             with self._writing, open(self.path, "ab") as file:
-                file.write((("\n" if self._torn else "") + line).encode("utf-8", "backslashreplace"))
-                self._torn = False
+                file.write(f"\n{line}\n".encode("utf-8", "backslashreplace"))  # the line before may be torn
         except OSError as error:
             raise disk_error(error, self.path) from error
         self._values[key] = value

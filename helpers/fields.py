@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -37,7 +39,8 @@ class Param:
         """`given` as this parameter's type. Raises TunebookError with the name, the value and what is allowed."""
         kind, value = type(self.default), given
         if isinstance(value, str) and kind is not str:
-            value = {"true": True, "false": False}.get(value.strip().lower(), value) if kind is bool else _number(value)
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(value.strip().capitalize())
         if kind is str and (value is None or type(value) in (int, float)):
             value = "" if value is None else str(value)
         elif kind is float and type(value) is int:
@@ -75,15 +78,6 @@ class Param:
             form = f'{{type:"slider", min:{self.low:g}, max:{self.high:g}, step:{self.step:g}}}'
         literal = json.dumps(self.default, ensure_ascii=False) if kind == "string" else repr(self.default)
         return f"{self.name} = {literal}  # @param {form}"
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def param(default: V, help: str, unit: str = "", choices: str = "", advanced: bool = False, **more: Any) -> V:

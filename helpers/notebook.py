@@ -83,17 +83,14 @@ def widget(param: Param, value: Any) -> Any:
         return w.Checkbox(value=value, indent=True)
     if param.choices:
         return w.Dropdown(options=list(param.choices), value=value)
+    given = {"value": value, "continuous_update": False}
     if isinstance(param.default, str):
-        return w.Text(value=value, continuous_update=False)
+        return w.Text(**given)
     if param.log:
         low, high = math.log10(param.low), math.log10(param.high)
-        quiet = {"readout_format": ".1e", "continuous_update": False}
-        return w.FloatLogSlider(value=value, base=10, min=low, max=high, step=0.05, **quiet)
-    bounds = {"value": value, "min": param.low, "max": param.high}
-    if isinstance(param.default, int):
-        if param.step:
-            return w.IntSlider(**bounds, step=param.step, continuous_update=False)
-        return w.BoundedIntText(**bounds)
-    if param.step:
-        return w.FloatSlider(**bounds, step=param.step, readout_format=".3g", continuous_update=False)
-    return w.BoundedFloatText(**bounds)
+        return w.FloatLogSlider(**given, base=10, min=low, max=high, step=0.05, readout_format=".1e")
+    given |= {"min": param.low, "max": param.high}
+    whole = isinstance(param.default, int)
+    if not param.step:
+        return (w.BoundedIntText if whole else w.BoundedFloatText)(**given)
+    return (w.IntSlider if whole else w.FloatSlider)(**given, step=param.step)

@@ -91,4 +91,4 @@ def test_hashes_follow_the_content(tmp_path):
     assert cache.content_hash(model) == first
     (model / "config.json").write_text(json.dumps({"a": 22}))
     assert cache.content_hash(model) != first
-    assert cache.file_hash(model / "config.json") == cache.file_hash(str(model / "config.json"))
+    assert cache.content_hash(model / "config.json") == cache.content_hash(str(model / "config.json"))

@@ -32,7 +32,7 @@ def general_task(questions: Path, folder: Path) -> str:
     """Write the task over JSON lines of `question`, `choices`, `answer` (from 0) into `folder`; returns its name."""
     task = Path(__file__).with_name(f"{GENERAL_TASK}.yaml").read_text()
     task = task.replace("QUESTIONS", json.dumps(str(Path(questions).resolve())))
-    write_atomic(folder / f"{GENERAL_TASK}.yaml", f"{task}# questions: {cache.file_hash(questions)}\n")
+    write_atomic(folder / f"{GENERAL_TASK}.yaml", f"{task}# questions: {cache.content_hash(questions)}\n")
     return GENERAL_TASK
 
 

@@ -95,7 +95,7 @@ def _tokenizer(base: Path, folder: Path) -> list[Check]:
     except TunebookError as error:
         return [("tokenizer", False, str(error))]
     files = [f for f in (base / "config.json", base / "tokenizer.model", libraries.for_running()) if f.is_file()]
-    hashes = [loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), *map(cache.file_hash, files)]
+    hashes = [loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), *map(cache.content_hash, files)]
     key = cache.key(hashes, libraries.CONVERTER, probes.TEXTS)
     if kept := cache.get("preflight", key):
         return [(what, good, found) for what, good, found in kept["checks"]]

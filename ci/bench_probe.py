@@ -281,7 +281,6 @@ def planner() -> None:
             sum(lengths),
             recompute=layers,
             offload=offload,
-            quantize=base,
             rank=rank,
             method="qlora" if base == "nf4" else "lora",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,16 @@ class CheckpointsOfEitherKind:
         folder, model = Path(resume_from_checkpoint), self.model if model is None else model
         if not self._of_the_other_kind(folder):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        elif self.is_fsdp_enabled:
-            from safetensors.torch import load_file
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+            return
+        from safetensors.torch import load_file
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-            saved = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-            # PEFT leaves the adapter's name out of what it saves.
-            names = {name.replace(".default", ""): name for name in model.state_dict()}
-            state = {names.get(k, k): v for k, v in saved.items()}
-            set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
-        else:
-            model.load_state_dict(_tensors(folder / "pytorch_model_fsdp.bin"), strict=False)
+        loaded = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+        saved = dict(ChainMap(*loaded)) if self.is_fsdp_enabled else _tensors(folder / "pytorch_model_fsdp.bin")
+        # PEFT leaves the adapter's name out of what it saves.
+        names = {name.replace(".default", ""): name for name in model.state_dict()}
+        state = {names.get(name, name): tensor for name, tensor in saved.items()}
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def _load_best_model(self: Any) -> None:
         if self._of_the_other_kind(Path(self.state.best_model_checkpoint)):
@@ -61,24 +61,20 @@ class CheckpointsOfEitherKind:
         if checkpoint is None or not self._of_the_other_kind(folder := Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
             return
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
         if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-            state = _keyed(_tensors(folder / "optimizer.pt"), dict(enumerate(ordered)))
-            own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
-            set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
+            names = {id(weight): name for name, weight in self.model.named_parameters()}
+            ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
+            state = _tensors(folder / "optimizer.pt")
+            state["state"] = {ordered[number]: values for number, values in state["state"].items()}
+            for group in state["param_groups"]:
+                group["params"] = [ordered[number] for number in group["params"]]
         else:
-            places = {name: number for number, name in enumerate(ordered)}
-            self.optimizer.load_state_dict(_keyed(_tensors(folder / "optimizer.bin"), places))
+            state = _tensors(folder / "optimizer.bin")
+        own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
+        set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
         self.lr_scheduler.load_state_dict(_tensors(folder / "scheduler.pt"))
-
-
-def _keyed(state: dict[str, Any], key: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state dict with its parameters under other keys."""
-    groups = [{**group, "params": [key[k] for k in group["params"]]} for group in state["param_groups"]]
-    return {"state": {key[k]: v for k, v in state["state"].items()}, "param_groups": groups}
 
 
 def _tensors(file: Path) -> dict[str, Any]:

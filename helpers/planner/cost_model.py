@@ -73,9 +73,8 @@ CPU = Card("CPU", None, 0.0, 0.08, 20, 20, 0.50)
 
 def card_named(name: str) -> Card:
     """The GPU of that name. Raises TunebookError with the known names."""
-    for known, card in CARDS.items():
-        if known.lower() == name.strip().lower():
-            return card
+    if card := CARDS.get(name.strip().upper()):
+        return card
     raise TunebookError(f"There are no figures for the GPU {name!r}; plan_for takes one of {', '.join(CARDS)}.")
 
 
@@ -133,11 +132,11 @@ def shape_of(config) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head_module, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    linears, counted = [], 0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head_module:
-            linears.append((name, module.in_features, module.out_features))
-            counted += module.weight.numel()
+    linears = [
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head_module
+    ]
     tied = head_module is None or head_module.weight is embed.weight
     embedding = embed.weight.numel()
     head = 0 if tied else head_module.weight.numel()
@@ -154,7 +153,7 @@ def shape_of(config) -> Shape:
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocab=text.vocab_size,
         linears=tuple(linears),
-        other=total - counted - embedding - head,
+        other=total - sum(i * o for _, i, o in linears) - embedding - head,
         embedding=embedding,
         head=head,
     )
@@ -169,7 +168,6 @@ class Setting:
     recompute: int = 0
     offload: bool = False
     tile_mlp: int = 0
-    quantize: str = "nf4"
     method: str = "qlora"
     rank: int = 16
     targets: str = "all-linear"
@@ -186,15 +184,18 @@ class Setting:
     number_bytes: int = 2  # of a weight that is not quantised and of an activation: 4 in fp32
     process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
 
+    @property
+    def quantize(self) -> str:
+        return "nf4" if self.method == "qlora" else "none"
+
 
 def base_setting(params: TrainingParams, card: Card, world: int, backend: str, flash: bool, padded: bool) -> Setting:
     """The setting that every option varies in row tokens and activation checkpointing."""
-    cpu, qlora = card.capability is None, params.method == "qlora"
+    cpu = card.capability is None
     wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
     answers_only = params.stage == "sft" and getattr(params, "train_on", "all") == "completion"
     return Setting(
         row_tokens=0,
-        quantize="nf4" if qlora else "none",
         method=params.method,
         rank=params.rank,
         targets=params.target_modules,
@@ -205,7 +206,7 @@ def base_setting(params: TrainingParams, card: Card, world: int, backend: str, f
         padded=padded,
         fused=not (params.dropout or params.dora),
         trained_layers=getattr(params, "freeze_layers", 0),
-        shards=1 if qlora else world,
+        shards=world,
         trained_share=0.6 if answers_only else 1.0,
         number_bytes=4 if wide else 2,
         process_gib=PROCESS_GIB + ONEDNN_GIB * (not wide) if cpu else 0.0,
@@ -256,8 +257,7 @@ def head_bytes(shape: Shape, s: Setting) -> float:
     """The output head's share at its peak: one slice of logits, and the gradient of the hidden states."""
     tokens = s.row_tokens * s.trained_share
     sliced = min(tokens, 16384)
-    rows = max(1.0, sliced * shape.hidden / shape.vocab)
-    power = 1 << (int(rows) - 1).bit_length() if rows > 1 else 1
+    power = 1 << (max(1, int(sliced * shape.hidden / shape.vocab)) - 1).bit_length()
     return 2 * min(power, sliced) * shape.vocab + tokens * shape.hidden * (2 * 3)
 
 
@@ -288,11 +288,6 @@ def peak_gib(shape: Shape, s: Setting) -> float:
     """Highest allocated memory of a training step, GiB."""
     workspace = (WORKSPACE_GIB if s.backend == "hf" else UNSLOTH_GIB) + s.process_gib
     return (state_bytes(shape, s) + activation_bytes(shape, s) * s.number_bytes / 2) / GIB + workspace
-
-
-def need_gib(peak: float) -> float:
-    """Memory a GPU must have for an allocated peak: the allocator's slack and the CUDA context come on top."""
-    return peak * (1 + FRAGMENTATION) + CONTEXT_GIB
 
 
 def offloaded_gib(shape: Shape, s: Setting) -> float:

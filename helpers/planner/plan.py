@@ -20,7 +20,17 @@ from helpers.model import packed_attention
 from helpers.model.loading import load_config
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, row_plan
-from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting, grades_of, offload_fits
+from helpers.planner.cost_model import (
+    CONTEXT_GIB,
+    FRAGMENTATION,
+    Card,
+    Option,
+    Setting,
+    Shape,
+    base_setting,
+    grades_of,
+    offload_fits,
+)
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
@@ -81,29 +91,21 @@ class Plan(display.Shown):
     def correct(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
         """The plan after a probing step that allocated `peak_gib` at most and ran at `tokens_per_s`.
 
-        Keeps the relative errors of the estimate ((predicted − measured) / measured) in `.errors`.
+        Or after the whole run. Keeps the relative errors of the first estimate ((predicted − measured) / measured) in
+        `.errors`.
         """
         errors, memory_scale, time_scale = dict(self.errors), self.memory_scale, self.time_scale
         if peak_gib:
-            errors["peak_gib"] = round(self.peak_gib / peak_gib - 1, 4)
-            memory_scale *= peak_gib / self.peak_gib
+            memory_scale = peak_gib / self.option.peak_gib
+            errors["peak_gib"] = round(1 / memory_scale - 1, 4)
         if tokens_per_s:
-            errors["tokens_per_s"] = round(self.tokens_per_s / tokens_per_s - 1, 4)
-            time_scale *= self.tokens_per_s / tokens_per_s
+            time_scale = self.option.tokens_per_s / tokens_per_s
+            errors["tokens_per_s"] = round(time_scale - 1, 4)
         return replace(self, errors=errors, memory_scale=memory_scale, time_scale=time_scale, measured=True)
 
     def shortened(self, steps: int) -> Plan:
         """The plan for fewer (or more) optimizer steps of the same kind."""
         return replace(self, steps=steps, tokens=round(self.tokens * steps / self.steps))
-
-    def compared_with(self, peak_gib: float | None = None, tokens_per_s: float | None = None) -> Plan:
-        """The plan compared with the whole run: `.errors` has those of the first estimate and, under `after_probe`,
-        those that the probing step left."""
-        first = replace(self, memory_scale=1.0, time_scale=1.0, errors={}).correct(peak_gib, tokens_per_s)
-        if not self.measured:
-            return first
-        after = replace(self, errors={}).correct(peak_gib, tokens_per_s).errors
-        return replace(first, errors={**first.errors, **({"after_probe": after} if after else {})})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -195,7 +197,7 @@ def plan(
     )
     shape = cost_model.shape_of(config)
     search = _Search(params, shape, card, world_size, tuple(lengths), tuple(padded_lengths or lengths), base)
-    options = [search.weigh(setting) for setting in search.settings()]
+    options = list(search.options())
     fitting = [o for o in options if o.fits]
     if not fitting:
         raise TunebookError(search.refusal(options))
@@ -212,7 +214,7 @@ def plan(
     return Plan(
         card=card,
         shape=shape,
-        option=search.laid_out(best),
+        option=best,
         batch_size=params.batch_size,
         world_size=world_size,
         steps=steps,
@@ -248,15 +250,16 @@ class _Search:
         return math.ceil(self.params.max_steps / per_epoch if self.params.max_steps else self.params.epochs)
 
     @cached_property
-    def heaviest(self) -> int:
-        """Tokens of the optimizer step that has the most; found in a quarter of a second for 100,000 rows."""
-        lengths, params = self.lengths(self.base), self.params
-        return sum(lengths[i] for i in row_plan.heaviest(lengths, params.batch_size, params.seed, self.epochs, 1)[0])
+    def heaviest(self) -> list[list[int]]:
+        """The optimizer steps with the most tokens; found in a quarter of a second for 100,000 rows."""
+        params = self.params
+        return row_plan.heaviest(self.lengths(self.base), params.batch_size, params.seed, self.epochs)
 
-    def settings(self) -> Iterator[Setting]:
+    def options(self) -> Iterator[Option]:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths(self.base))
-        useful = max(longest, math.ceil(self.heaviest / self.world))
+        # Whole steps in one row a process: longer ones are of no use.
+        useful = self.layout(replace(self.base, row_tokens=longest * self.params.batch_size)).max_row_tokens
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
         if self.params.row_tokens:
             if self.params.row_tokens < longest:
@@ -274,28 +277,20 @@ class _Search:
         named = {"none": known[:1], "half": [(count // 2, False, 0)], "all": known[4:5], "offload": known[5:]}
         grades = [(count, True, 0)] if self.base.backend == "unsloth" else named.get(self.params.recompute, known)
         for size in sizes:
+            layout = self.layout(replace(self.base, row_tokens=size))
             for layers, offload, tile in grades:
                 if not tile or tile < size:
-                    yield replace(self.base, row_tokens=size, recompute=layers, offload=offload, tile_mlp=tile)
+                    setting = replace(self.base, row_tokens=size, recompute=layers, offload=offload, tile_mlp=tile)
+                    yield self.weigh(setting, layout)
 
     def layout(self, s: Setting) -> row_plan.Layout:
-        size, seed = self.params.batch_size, self.params.seed
-        return row_plan.plan_rows(self.lengths(s), size, s.row_tokens, self.world, seed, self.epochs, s.padded)
+        return row_plan.lay_out(self.lengths(s), self.heaviest, s.row_tokens, self.world, s.padded)
 
-    def need(self, peak_gib: float) -> float:
-        return peak_gib * 1.1 if self.card.capability is None else cost_model.need_gib(peak_gib)
-
-    def weigh(self, s: Setting) -> Option:
-        """What a setting would need and take."""
-        lengths = self.lengths(s)
+    def weigh(self, s: Setting, layout: row_plan.Layout) -> Option:
+        """What a setting would need and take, its rows laid out like this."""
+        lengths, rows = self.lengths(s), layout.accumulation
         step_tokens = sum(self.tokens) / len(lengths) * min(self.params.batch_size, len(lengths))
-        if s.padded:
-            layout = self.layout(s)
-            rows, mean_row = layout.accumulation, layout.mean_row_tokens
-        else:
-            rows = max(1, math.ceil(self.heaviest / s.row_tokens / self.world))
-            mean_row = step_tokens / self.world / rows
-        s = replace(s, accumulates=rows > 1 or s.accumulates)
+        mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         square = sum(n * n for n in lengths) / sum(lengths)
         row = replace(s, row_tokens=max(1, round(mean_row)))
         work, launch = cost_model.row_work(self.shape, row, self.card, square)
@@ -303,19 +298,13 @@ class _Search:
         # The optimizer reads and writes its state.
         seconds += cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
         seconds *= 1.02 if self.world > 1 else 1
-        peak = cost_model.peak_gib(self.shape, s)
-        need = self.need(peak)
-        fits = need <= self.card.total_gib and offload_fits(self.shape, s, self.card, self.world)
+        longest = replace(s, row_tokens=layout.max_row_tokens, accumulates=rows > 1)
+        peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
+        # On a GPU the allocator's slack and the CUDA context come on top.
+        need = peak * 1.1 if self.card.capability is None else peak * (1 + FRAGMENTATION) + CONTEXT_GIB
+        fits = need <= self.card.total_gib and offload_fits(self.shape, longest, self.card, self.world)
         spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else self.card.spread
-        offloaded = cost_model.offloaded_gib(self.shape, s)
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
-
-    def laid_out(self, option: Option) -> Option:
-        """The option with the accumulation that its rows really need, and the peak of the longest row there will be."""
-        layout = self.layout(option.setting)
-        longest = replace(option.setting, row_tokens=layout.max_row_tokens, accumulates=layout.accumulation > 1)
-        peak = cost_model.peak_gib(self.shape, longest)
-        return replace(option, accumulation=layout.accumulation, peak_gib=peak, need_gib=self.need(peak))
 
     def alternatives(self, options: list[Option], best: Option) -> tuple[Option, ...]:
         """What a person would ask about: the fastest per grade of activation checkpointing, the base in the other
@@ -328,13 +317,12 @@ class _Search:
                 chosen[key] = option
         s = best.setting
         if s.method in ("qlora", "lora"):
-            other = ("lora", "none") if s.quantize == "nf4" else ("qlora", "nf4")
-            shards = s.shards if other[0] == "lora" else 1
-            chosen["base"] = self.weigh(replace(s, method=other[0], quantize=other[1], shards=shards))
+            chosen["base"] = self.weigh(replace(s, method="lora" if s.method == "qlora" else "qlora"), self.layout(s))
             if s.backend == "hf" and self.card.capability is not None:
                 row = max(max(self.padded), min(s.row_tokens, UNSLOTH_ROW))
-                unsloth = replace(s, backend="unsloth", row_tokens=row, padded=True, offload=True, tile_mlp=0)
-                chosen["unsloth"] = self.weigh(replace(unsloth, recompute=self.shape.layers))
+                unsloth = replace(s, backend="unsloth", row_tokens=row, padded=True, recompute=self.shape.layers)
+                unsloth = replace(unsloth, offload=True, tile_mlp=0)
+                chosen["unsloth"] = self.weigh(unsloth, self.layout(unsloth))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
     def refusal(self, options: list[Option]) -> str:
@@ -355,7 +343,7 @@ class _Search:
             params = replace(self.params, recompute="auto", row_tokens=0, **change)
             base = base_setting(params, card, self.world, self.base.backend, self.base.flash, self.base.padded)
             search = replace(self, params=params, base=base, tokens=tuple(lengths), padded=tuple(lengths))
-            return any(search.weigh(setting).fits for setting in search.settings())
+            return any(option.fits for option in search.options())
 
         if fits():
             return f"{what}; set recompute to auto and row_tokens to 0, which fits."

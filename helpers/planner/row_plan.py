@@ -13,12 +13,12 @@ similar length go together.
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from helpers.errors import TunebookError
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,20 @@ class Layout:
 def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: indices of `lengths` in as few rows of at most `budget` tokens as it finds.
 
-    An example longer than the budget gets a row of its own. O(n · budget) at worst, through a table of free room.
+    An example longer than the budget gets a row of its own.
     """
     rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(budget + 1)]
+    free: list[tuple[int, int]] = []  # (room, row), sorted
     for index in _longest_first(lengths):
         length = lengths[index]
-        room = next((r for r in range(min(length, budget + 1), budget + 1) if by_room[r]), None)
-        if room is None:
-            rows.append([index])
-            row, room = len(rows) - 1, max(budget, length)
-        else:
-            row = by_room[room].pop()
-            rows[row].append(index)
-        if room - length > 0:
-            by_room[room - length].append(row)
+        place = bisect.bisect(free, (length, -1))
+        if place == len(free):
+            rows.append([])
+            free.append((max(budget, length), len(rows) - 1))
+        room, row = free.pop(place)
+        rows[row].append(index)
+        if room > length:
+            bisect.insort(free, (room - length, row))
     return rows
 
 
@@ -77,11 +76,11 @@ def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list
             low, high = (low, middle) if len(padded_fit(lengths, middle)) <= rows else (middle + 1, high)
         fitted = padded_fit(lengths, low)
         return [sorted(row) for row in fitted] + out[len(fitted) :]
-    load = [0] * rows
+    emptiest = [(0, 0, row) for row in range(rows)]
     for index in _longest_first(lengths):
-        row = min(range(rows), key=lambda r: (load[r], len(out[r]), r))
+        load, count, row = emptiest[0]
         out[row].append(index)
-        load[row] += lengths[index]
+        heapq.heapreplace(emptiest, (load + lengths[index], count + 1, row))
     return [sorted(row) for row in out]
 
 
@@ -112,32 +111,16 @@ def batch_rows(
     return [[batch[i] for i in row] for row in out]
 
 
-def plan_rows(
-    lengths: Sequence[int],
-    batch_size: int,
-    budget: int,
-    world_size: int = 1,
-    seed: int = 0,
-    epochs: int = 1,
-    padded: bool = False,
-) -> Layout:
-    """The smallest accumulation whose rows stay within `budget` tokens in every step of every epoch.
+def lay_out(lengths: Sequence[int], batches: list[list[int]], budget: int, world: int, padded: bool = False) -> Layout:
+    """The smallest accumulation whose rows stay within `budget` tokens in each of these optimizer steps.
 
-    lengths: tokens of each example. Raises TunebookError when one example alone exceeds the budget.
+    lengths: tokens of each example, none over the budget. batches: the `heaviest` steps. world: processes.
     """
-    if not len(lengths):
-        raise TunebookError("There are no training examples to pack; check the data stage's counts.")
-    if max(lengths) > budget:
-        raise TunebookError(
-            f"The longest example has {max(lengths)} tokens and a row holds {budget}; raise row_tokens or lower "
-            "max_length."
-        )
-    batches = heaviest(lengths, batch_size, seed, epochs)
     fit = padded_fit if padded else best_fit
-    accumulation = math.ceil(max(len(fit([lengths[i] for i in batch], budget)) for batch in batches) / world_size)
-    rows = [row for b in batches for row in batch_rows(b, lengths, accumulation * world_size, budget, padded)]
+    accumulation = math.ceil(max(len(fit([lengths[i] for i in batch], budget)) for batch in batches) / world)
+    rows = [row for b in batches for row in batch_rows(b, lengths, accumulation * world, budget, padded)]
     loads = [cost([lengths[i] for i in row], padded) for row in rows]
-    return Layout(accumulation, max(loads), sum(loads) / len(loads))
+    return Layout(accumulation, max(max(loads), max(lengths)), sum(loads) / len(loads))
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

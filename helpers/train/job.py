@@ -218,7 +218,7 @@ class TrainJob(steps.Job):
         plan, peak = self.planned, machine.peak_memory_gib()
         speeds = [line["tokens_per_s"] for line in self.lines() if "tokens_per_s" in line]
         if speeds:  # the first steps compile kernels
-            plan = plan.compared_with(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
+            plan = plan.correct(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
         self._free()
         return self.stage.finish(
             {**self.result, "peak_gib": peak},

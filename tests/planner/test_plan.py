@@ -65,7 +65,6 @@ def setting_of(line):
         line["tokens"],
         recompute=line["recompute"],
         offload=line["offload"],
-        quantize=line["base"],
         rank=line["rank"],
         method="qlora" if line["base"] == "nf4" else "lora",
         backend=line.get("backend", "hf"),
@@ -143,6 +142,7 @@ def test_two_processes_share_the_same_batch():
         ({"method": "full"}, LENGTHS, "set method to qlora"),
         ({"method": "qlora", "recompute": "none"}, [*LENGTHS, 9000], "set recompute to auto"),
         ({"method": "qlora"}, [*LENGTHS, 300_000], "lower max_length"),
+        ({"row_tokens": 200}, [10, 300], "row_tokens is 200 and the longest training row has 300 tokens"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_change_that_fits(values, lengths, remedy):

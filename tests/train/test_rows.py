@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.planner import row_plan
 from helpers.train import rows as training_rows
@@ -31,7 +30,7 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
     draw = random.Random(0)
     examples = [{"input_ids": [n] * draw.randint(5, 90)} for n in range(50)]
     lengths = [len(e["input_ids"]) for e in examples]
-    layout = row_plan.plan_rows(lengths, 8, 200, world_size, seed=3, epochs=2)
+    layout = row_plan.lay_out(lengths, row_plan.heaviest(lengths, 8, seed=3, epochs=2), 200, world_size)
     rows = training_rows.PackedRows(
         examples, batch_size=8, accumulation=layout.accumulation, world_size=world_size, seed=3, budget=200
     )
@@ -86,11 +85,6 @@ def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
     assert reasons == ["over 8 tokens", "chosen is empty", ""]
 
 
-def test_a_budget_under_the_longest_example_is_refused():
-    with pytest.raises(TunebookError, match="longest example has 300 tokens"):
-        row_plan.plan_rows([10, 300], 2, 200)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300), st.integers(1, 12))
 def test_padded_rows_count_their_padding(lengths, budget, rows):
@@ -105,7 +99,7 @@ def test_padded_rows_count_their_padding(lengths, budget, rows):
 
 def test_padded_rows_put_like_lengths_together():
     lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
-    layout = row_plan.plan_rows(lengths, 8, 4000, padded=True)
+    layout = row_plan.lay_out(lengths, row_plan.heaviest(lengths, 8, seed=1), 4000, 1, padded=True)
     rows = training_rows.PackedRows(
         [{"input_ids": [0] * n} for n in lengths], batch_size=8, accumulation=layout.accumulation, padded=True, seed=1
     )

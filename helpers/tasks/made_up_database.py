@@ -8,12 +8,13 @@ being right, not proof of it (Zhong et al. 2020, https://arxiv.org/abs/2010.0284
 from __future__ import annotations
 
 import random
-import re
 import sqlite3
+from collections import defaultdict
 from typing import Any
 
 from helpers.errors import TunebookError
 from helpers.tasks import text_to_sql
+from helpers.tasks.questions import CREATE_TABLE
 
 DATABASES, ROWS, ATTEMPTS = 4, 24, 6
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "juniper")
@@ -41,20 +42,16 @@ def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASE
 
 def parse(schema: str) -> Tables:
     """The tables and columns of the CREATE TABLE statements in a text."""
-    import sqlglot
-    from sqlglot import errors, exp
+    from sqlglot import exp
 
     found: Tables = {}
-    for match in re.finditer(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", schema, re.IGNORECASE):
+    for match in CREATE_TABLE.finditer(schema):
         depth, end = 0, match.end()
         for end in range(match.end(), len(schema)):
             depth += (schema[end] == "(") - (schema[end] == ")")
             if schema[end] == ")" and depth == 0:
                 break
-        try:
-            tree = sqlglot.parse_one(schema[match.start() : end + 1], read="sqlite")
-        except (errors.SqlglotError, RecursionError):
-            continue
+        tree = text_to_sql.parsed(schema[match.start() : end + 1])
         if not isinstance(tree, exp.Create) or not isinstance(tree.this, exp.Schema):
             continue
         columns = {}
@@ -65,21 +62,18 @@ def parse(schema: str) -> Tables:
         if columns:
             found[tree.this.this.name] = columns
     if not found:
-        raise TunebookError(
-            f"No CREATE TABLE could be read in {schema[:80]!r}; without tables no query can be run. Mend the schema."
-        )
+        seen = f"No CREATE TABLE could be read in {schema[:80]!r}"
+        raise TunebookError(f"{seen}; without tables no query can be run. Mend the schema.")
     return found
 
 
 def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
     """{column in lower case: values that the reference compares it with}; "" holds literals beside no column."""
-    import sqlglot
-    from sqlglot import errors, exp
+    from sqlglot import exp
 
-    found: dict[str, list[Any]] = {}
-    try:
-        tree = sqlglot.parse_one(reference, read="sqlite")
-    except (errors.SqlglotError, RecursionError):
+    found: dict[str, list[Any]] = defaultdict(list)
+    tree = text_to_sql.parsed(reference)
+    if tree is None:
         return found
     for literal in tree.find_all(exp.Literal):
         place = literal.find_ancestor(exp.Binary, exp.In, exp.Between, exp.Select, exp.Limit, exp.Offset)
@@ -88,14 +82,15 @@ def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
         column = None if isinstance(place, exp.Select) else place.find(exp.Column)
         value: Any = literal.this.strip("%")
         if not literal.is_string:
-            value = float(literal.this) if any(c in literal.this for c in ".eE") else int(literal.this)
-        found.setdefault(column.name.lower() if column else "", []).append(value)
+            value = float(value) if any(c in value for c in ".eE") else int(value)
+        found[column.name.lower() if column else ""].append(value)
     known = {name.lower() for columns in tables.values() for name in columns}
-    for column in tree.find_all(exp.Column):  # "double quotes" around what is not a column are text to SQLite
+    for column in tree.find_all(exp.Column):
+        # "Double quotes" around what is not a column are text to SQLite.
         if isinstance(column.this, exp.Identifier) and column.this.quoted and column.name.lower() not in known:
             near = column.parent.find_all(exp.Column) if column.parent else ()
             beside = next((c for c in near if c is not column), None)
-            found.setdefault(beside.name.lower() if beside else "", []).append(column.name)
+            found[beside.name.lower() if beside else ""].append(column.name)
     return found
 
 
@@ -113,10 +108,8 @@ def _build(tables: Tables, wanted: dict[str, list[Any]], rng: random.Random) -> 
 def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str], rng: random.Random) -> list[Any]:
     hit = rng.random() < 0.4  # a row that answers the whole WHERE clause, so that conditions meet in one place
     row: list[Any] = []
-    for column, kind in columns.items():
-        name = column.lower()
-        values = wanted.get(name, [])
-        value: Any
+    for name, kind in ((column.lower(), kind) for column, kind in columns.items()):
+        values = wanted.get(name)
         if values and (hit or rng.random() < 0.35):
             value = rng.choice(values)
             if isinstance(value, (int, float)) and rng.random() < 0.6:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from helpers.errors import TunebookError
 
 CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
-_CREATE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
-_QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
+CREATE_TABLE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
+QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Item:
     def schema(self) -> str:
         """The CREATE TABLE statements that the prompt or its columns hold, "" when none."""
         for value in (self.meta.get("context"), self.meta.get("schema"), self.system, self.question):
-            if isinstance(value, str) and (found := _CREATE.search(value)):
+            if isinstance(value, str) and (found := CREATE_TABLE.search(value)):
                 return value[found.start() :]
         return ""
 
@@ -86,18 +88,15 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
         raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
     if limit and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    found = []
-    for row in rows:
-        prompt = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
-        meta = json.loads(row["meta"]) if row.get("meta") else {}
-        found.append(Item(str(row["id"]), prompt, row.get("reference") or "", meta))
-    return found
+    return [
+        Item(str(row["id"]), row["prompt"], row["reference"] or "", json.loads(row["meta"] or "{}")) for row in rows
+    ]
 
 
 def task_kind(items: Sequence[Item], database: Path | None) -> str:
     """ "text_to_sql" (queries, and a database or CREATE TABLE in the prompts), "references" or "none"."""
     references = [i.reference for i in items if i.reference.strip()]
-    queries = sum(bool(_QUERY.match(r)) for r in references)
+    queries = sum(bool(QUERY.match(r)) for r in references)
     if references and queries >= 0.9 * len(references) and (database is not None or any(i.schema for i in items)):
         return "text_to_sql"
     return "references" if references else "none"
@@ -111,12 +110,12 @@ def clusters(items: Sequence[Item]) -> list[str] | None:
 
 def groups(items: Sequence[Item], scores: Sequence[float | None]) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean score by the columns "kind" and "origin", where the data has them."""
-    values: dict[str, dict[str, list[float]]] = {}
-    for item, score in zip(items, scores, strict=True):
-        for column in ("kind", "origin"):
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for column in ("kind", "origin"):
+        values: dict[str, list[float]] = defaultdict(list)
+        for item, score in zip(items, scores, strict=True):
             if score is not None and isinstance(item.meta.get(column), (str, int)):
-                values.setdefault(column, {}).setdefault(str(item.meta[column]), []).append(score)
-    return {
-        column: {name: {"value": sum(v) / len(v), "n": len(v)} for name, v in sorted(found.items())}
-        for column, found in values.items()
-    }
+                values[str(item.meta[column])].append(score)
+        if values:
+            found[column] = {name: {"value": fmean(v), "n": len(v)} for name, v in sorted(values.items())}
+    return found

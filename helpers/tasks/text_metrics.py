@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from helpers.tasks.questions import Item
+from helpers.tasks.questions import QUERY, Item
 
 METRICS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF"}
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han, Yi.
@@ -40,7 +40,8 @@ _SQL = re.compile(
     r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
     re.IGNORECASE | re.DOTALL,
 )
-LONGEST_NUMBER = 40  # characters
+_NUMBER, LONGEST_NUMBER = re.compile(r"[-+]?[\d,. ]*\d *%?"), 40  # characters
+_ENTRY = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", re.MULTILINE)
 Check = Callable[[str], bool | None]
 
 
@@ -88,11 +89,11 @@ def entry(text: str, reference: str, metric: str) -> dict[str, Any]:
     values = scores(text, reference)
     value = values[metric]
     found = {"score": value, "error": "", "detail": "", "metrics": values}
-    if value is not None and value < 0.999:
-        empty = not text.strip()
-        found["error"] = "empty" if empty else "wrong"
-        found["detail"] = "the answer is empty" if empty else f"{metric} {value:.2f}"
-    return found
+    if value is None or value >= 0.999:
+        return found
+    if not text.strip():
+        return found | {"error": "empty", "detail": "the answer is empty"}
+    return found | {"error": "wrong", "detail": f"{metric} {value:.2f}"}
 
 
 # ---------------------------------------------------------------- what was asked, as far as no judge is needed
@@ -129,19 +130,12 @@ def _is_json(text: str) -> bool:
     return False
 
 
-def _is_list(text: str) -> bool:
-    return len(re.findall(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", text, re.MULTILINE)) >= 2
-
-
-def _is_sql(text: str) -> bool:
-    return bool(re.match(r"(?:```(?:sql(?:ite)?)?)?[\s(]*(?:SELECT|WITH|VALUES)\b", text.lstrip(), re.IGNORECASE))
-
-
-def _is_number(text: str) -> bool:
-    return len(text.strip()) <= LONGEST_NUMBER and bool(re.fullmatch(r"[-+]?[\d,. ]*\d *%?", text.strip()))
-
-
-FORMATS: dict[str, Check] = {"json": _is_json, "number": _is_number, "list": _is_list, "sql": _is_sql}
+FORMATS: dict[str, Check] = {
+    "json": _is_json,
+    "number": lambda text: len(text.strip()) <= LONGEST_NUMBER and bool(_NUMBER.fullmatch(text.strip())),
+    "list": lambda text: len(_ENTRY.findall(text)) >= 2,
+    "sql": lambda text: bool(QUERY.match(re.sub(r"^```(?:sql(?:ite)?)?", "", text.lstrip()))),
+}
 
 
 def checks_for(reference: str, kind: str) -> dict[str, Check]:

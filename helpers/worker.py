@@ -6,20 +6,19 @@
 
 The named function is called in the child as `handler(request, event)`; what it returns is the answer, `event(value)`
 reports on the way. A class is made once, with `start` as its arguments, and its object is the handler. Requests and
-answers are lines of JSON: [kind, value], the kinds being event, result, error (the handler's TunebookError), memory,
-and bug (anything else).
+answers are JSON, answers as [kind, value], the kinds being event, result, error (the handler's TunebookError), memory,
+and bug (anything else). The pipe is a socket of their own: what libraries print does not stand among the answers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import os
-import queue
 import resource
 import signal
 import subprocess
@@ -31,14 +30,14 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from helpers.display import clean
 from helpers.errors import TunebookError
 
 Event = Callable[[Any], None]
 PROJECT = Path(__file__).resolve().parent.parent
-MAIN = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from helpers import worker; worker.main(sys.argv[1])"
+MAIN = f"import sys; sys.path.insert(0, {str(PROJECT)!r}); from helpers import worker; worker.main(*sys.argv[1:])"
 
 
 class Lost(TunebookError):
@@ -62,15 +61,14 @@ class Worker:
         *,
         start: dict[str, Any] | None = None,
         name: str = "",
-        memory_gib: float | None = None,
+        memory_gib: float = 0,
         start_timeout_s: float | None = 120,
     ) -> None:
-        self.command, self.name = [sys.executable, "-P", "-c", MAIN, target], name or target
-        self._hello = {"start": start or {}, "memory_gib": memory_gib}
-        self._start_timeout_s = start_timeout_s
+        self.name, self._memory_gib, self._start_timeout_s = name or target, memory_gib, start_timeout_s
+        self._command = [sys.executable, "-P", "-c", MAIN, target, json.dumps(start or {}), str(memory_gib)]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the child
         self._one_at_a_time = threading.Lock()
-        self.process, self.started = self._begin()
+        self._begin()
 
     @property
     def alive(self) -> bool:
@@ -85,12 +83,18 @@ class Worker:
         with self._one_at_a_time:
             if not self.alive:
                 self.close()
-                self.process, self.started = self._begin()
-            return self._exchange(self.process, request, on_event, timeout_s)
+                self._begin()
+            with contextlib.suppress(OSError):  # it has ended: the answer that does not come says so
+                self._pipe.send_bytes(json.dumps(request).encode())
+            return self._answer(on_event, timeout_s)
 
     def close(self) -> None:
         """End the child; a second call does nothing."""
-        _end(self.process)
+        self._pipe.close()  # the child ends itself when it sees this
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._kill()
 
     def __enter__(self) -> Worker:
         return self
@@ -98,42 +102,32 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self) -> tuple[subprocess.Popen[bytes], Any]:
+    def _begin(self) -> None:
         self._said.seek(0)
         self._said.truncate()
-        process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
-        # The kernel ends a child with the thread that started it: only the main thread lives as long as the process.
-        bound = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            command, fds = [*self._command, str(theirs.fileno())], [theirs.fileno()]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said, pass_fds=fds
+            )
         try:
-            return process, self._exchange(process, self._hello | {"bound": bound}, None, self._start_timeout_s)
+            self.started = self._answer(None, self._start_timeout_s)
         except BaseException:
-            _end(process)
+            self.close()
             raise
 
-    def _exchange(self, process: subprocess.Popen, request: Any, on_event: Event | None, limit_s: float | None) -> Any:
-        assert process.stdin and process.stdout
-        until = time.monotonic() + (threading.TIMEOUT_MAX if limit_s is None else limit_s)
-        clock = threading.Timer(until - time.monotonic(), process.kill)
-        clock.daemon = True
-        clock.start()
-        kind, value = "lost", None
+    def _answer(self, on_event: Event | None, limit_s: float | None) -> Any:
+        until = math.inf if limit_s is None else time.monotonic() + limit_s
+        kind, value = "event", None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: the answer that does not come says so
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            for line in process.stdout:
-                kind, value = json.loads(line)
-                if kind != "event":
-                    break
-                if on_event:
+            while kind == "event":
+                kind, value = self._received(until)
+                if kind == "event" and on_event:
                     on_event(value)
-                kind = "lost"
         except BaseException:  # an interrupt, or on_event's own: the next request would be given this one's answer
-            process.kill()
-            process.wait()
+            self._kill()
             raise
-        finally:
-            clock.cancel()
         if kind == "result":
             return value
         if kind == "error":
@@ -141,32 +135,33 @@ class Worker:
         if kind == "bug":
             raise RuntimeError(f"{self.name} failed in its own process:\n{value}")
         if kind == "memory":
-            process.kill()
-            raise Lost(f"{self.name} needed more than {self._hello['memory_gib'] or 0:g} GiB of memory.", "memory")
-        status = process.wait()
-        said = f": {words}" if (words := self.last_words()) else ""
-        if time.monotonic() >= until:
+            self._kill()
+            raise Lost(f"{self.name} needed more than {self._memory_gib:g} GiB of memory.", "memory")
+        if kind == "late":
+            self._kill()
             raise Lost(f"{self.name} did not finish within {limit_s:g} s.", "time")
-        if status == -signal.SIGKILL:
+        self.close()
+        said = f": {words}" if (words := self.last_words()) else ""
+        if self.process.returncode == -signal.SIGKILL:
             raise Lost(f"{self.name} was killed, most likely because the memory is full{said}.", "memory")
-        raise Lost(f"{self.name} ended with status {status}{said}.", "ended")
+        raise Lost(f"{self.name} ended with status {self.process.returncode}{said}.", "ended")
+
+    def _received(self, until: float) -> list[Any]:
+        try:
+            in_time = self._pipe.poll(None if math.isinf(until) else max(0, until - time.monotonic()))
+            return json.loads(self._pipe.recv_bytes()) if in_time else ["late", None]
+        except (EOFError, OSError):
+            return ["lost", None]
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def last_words(self) -> str:
         """The last three lines that the child wrote to its standard error."""
         size = os.fstat(self._said.fileno()).st_size
         text = os.pread(self._said.fileno(), 4000, max(0, size - 4000)).decode("utf-8", "replace")
         return " / ".join([clean(line.strip())[:300] for line in text.splitlines() if line.strip()][-3:])
-
-
-def _end(process: subprocess.Popen) -> None:
-    with contextlib.suppress(OSError):
-        process.stdin.close()  # type: ignore[union-attr]  # the child ends itself when it sees this
-    try:
-        process.wait(5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()  # type: ignore[union-attr]
 
 
 def run(function: str, request: Any, *, wall_s: float | None, name: str = "", **limits: Any) -> Any:
@@ -178,51 +173,46 @@ def run(function: str, request: Any, *, wall_s: float | None, name: str = "", **
 # ---------------------------------------------------------------- in the child
 
 
-def main(target: str) -> None:
+def main(target: str, start: str, memory_gib: str, pipe: str) -> None:
     """A child's whole life: make the handler that `target` names, answer requests until the parent closes the pipe."""
-    received, sent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(received, requests), daemon=True).start()
+    connection, request, handler = Connection(int(pipe)), json.loads(start), None
 
     def send(kind: str, value: Any) -> None:
-        sent.write(json.dumps([kind, value]).encode() + b"\n")
-        sent.flush()
+        connection.send_bytes(json.dumps([kind, value]).encode())
 
-    handler: Any = None
-    while True:
-        request = requests.get()
-        try:
-            if handler is not None:
-                send("result", handler(request, functools.partial(send, "event")))
-                continue
-            if request["bound"]:
-                ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the parent
-            module, _, name = target.partition(":")
-            handler = getattr(importlib.import_module(module), name)
-            handler = handler(**request["start"]) if isinstance(handler, type) else handler
-            send("result", getattr(handler, "started", None))
-            _limit_memory(request["memory_gib"])
-        except TunebookError as error:
-            send("error", str(error))
-        except MemoryError:
-            send("memory", None)
-        except Exception:
-            send("bug", traceback.format_exc())
-
-
-def _listen(received: BinaryIO, requests: queue.SimpleQueue) -> None:
-    """Pass requests on; the end of the pipe is the end of the child, whatever it is doing."""
-    for line in received:
-        requests.put(json.loads(line))
+    with contextlib.suppress(EOFError, OSError):  # the parent is done
+        while True:
+            try:
+                if handler is None:
+                    module, _, name = target.partition(":")
+                    handler = getattr(importlib.import_module(module), name)
+                    handler = handler(**request) if isinstance(handler, type) else handler
+                    send("result", getattr(handler, "started", None))
+                    _limit_memory(float(memory_gib))
+                else:
+                    send("result", handler(request, functools.partial(send, "event")))
+            except TunebookError as error:
+                send("error", str(error))
+            except MemoryError:
+                send("memory", None)
+            except Exception:
+                send("bug", traceback.format_exc())
+            request = json.loads(connection.recv_bytes())
     os._exit(0)
 
 
-def _limit_memory(gib: float | None) -> None:
-    if gib is not None and sys.platform == "linux":
+def _end_with(parent: int) -> None:
+    """End this process, whatever it is doing, soon after the parent."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+def _limit_memory(gib: float) -> None:
+    if gib and sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         wanted = used + int(gib * 2**30)

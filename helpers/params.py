@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar
 
 import yaml
 
@@ -52,12 +52,8 @@ class Params(display.Shown):
         object.__setattr__(self, "_frozen", True)
 
     def as_dict(self) -> dict[str, Value]:
-        """Name and value of all but `again`."""
-        return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name != "again"}
-
-    def deciding(self) -> dict[str, Value]:
-        """What decides the stage's results: how a killed run is resumed does not."""
-        return {name: value for name, value in self.as_dict().items() if name != "resume"}
+        """Name and value of what decides the stage's results: how a killed run is resumed does not."""
+        return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name not in ("again", "resume")}
 
     @property
     def resumes(self) -> bool:
@@ -290,20 +286,8 @@ def find(stage: str, name: str) -> Param:
     raise TunebookError(f"The {stage} stage has no parameter {name!r}; {hint}")
 
 
-@overload
-def resolve(stage: Literal["data"], given: Mapping[str, Any] | None = None) -> DataParams: ...
-@overload
-def resolve(stage: Literal["sft"], given: Mapping[str, Any] | None = None) -> SftParams: ...
-@overload
-def resolve(stage: Literal["orpo"], given: Mapping[str, Any] | None = None) -> OrpoParams: ...
-@overload
-def resolve(stage: Literal["gguf"], given: Mapping[str, Any] | None = None) -> GgufParams: ...
-@overload
-def resolve(stage: Literal["eval"], given: Mapping[str, Any] | None = None) -> EvalParams: ...
-@overload
-def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any: ...
-def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Params:
-    """The defaults of `stage` with `given` in place of some, every name and value checked."""
+def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any:
+    """The stage's class with `given` in place of some defaults, every name and value checked."""
     if stage not in STAGES:
         raise TunebookError(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
     for name in given or {}:

@@ -257,7 +257,7 @@ def stage(name: str, params: Params) -> Stage:
         if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
     _check_lineage(params.run, parents)
-    plan = {"params": params.deciding(), "parents": {s: m.sha256 for s, m in parents.items()}}
+    plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
     resumed = params.resumes and _unfinished(path, plan)
     return Stage(name, params, path, parents, resumed, _done(name, params, plan), _plan=plan)
 
@@ -266,9 +266,8 @@ def _done(name: str, params: Params, plan: dict[str, Any]) -> Manifest | None:
     """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
     with contextlib.suppress(TunebookError):
         manifest = load(params.run, name)
-        decided = {name: value for name, value in manifest.params.items() if name != "resume"}
         parents = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
-        same = {"params": decided, "parents": parents} == plan and not params.again
+        same = {"params": manifest.params, "parents": parents} == plan and not params.again
         if same and manifest.data.get("code_hash") == machine.code_hash(FOLDERS[name]):
             return manifest
     return None

@@ -81,7 +81,7 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     known = name in convert.architectures()
     report.checks.append(("architecture", known, f"{name} is {'' if known else 'not '}known to llama.cpp's converter."))
     report.checks += _tokenizer(base, adapter if adapter and (adapter / "tokenizer.json").is_file() else base)
-    _sizes(base, config.get_text_config(), params or parameters.resolve("gguf", {}), where or runs.root(), report)
+    _sizes(base, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
     return report
 
 

@@ -24,7 +24,7 @@ from helpers.model.loading import template_hash, tokenizer_hash
 
 SEAL = "complete.json"
 # What may differ between the run that wrote a checkpoint and the one that resumes from it.
-FREE = ("resume", "mirror", "loggers", "keep_checkpoints", "plan_for")
+FREE = ("mirror", "loggers", "keep_checkpoints", "plan_for")
 WORDS = {"data": "The data", "template": "The chat template", "tokenizer": "The tokenizer"}
 MIRRORED = 3  # newest checkpoints kept on a mirror
 FULL = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
@@ -119,7 +119,7 @@ def must_resume(stage: runs.Stage) -> None:
     plan, why = stage.path / "plan.json", "there is no unfinished run"
     if plan.is_file() and not (stage.path / "manifest.json").exists():
         before = json.loads(plan.read_text())
-        differ = [k for k, v in stage.params.as_dict().items() if k != "resume" and before["params"].get(k) != v]
+        differ = [k for k, v in stage.params.as_dict().items() if before["params"].get(k) != v]
         changed = [name for name, parent in stage.parents.items() if before["parents"].get(name) != parent.sha256]
         why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed[0]} stage changed since"
     raise TunebookError(

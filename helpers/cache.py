@@ -1,7 +1,5 @@
-"""Files written whole or not at all, hashes that name contents, and what was computed before, kept by content.
+"""Files written whole or not at all, hashes that name contents, and answers from before, kept by content.
 
-    get("data", key(ids, settings), into=folder)      the entry's files, verified, are copied; its note is returned
-    put("data", key(ids, settings), files, note)      keep copies; the oldest entries make room
     Answers("answers", key(model, precision))         a log of question and answer that survives a kill
 
 A key that leaves out what decides a result gives another result's files one day: put everything into it.
@@ -14,17 +12,14 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import threading
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
 
-KEEP_BYTES = 4 * 2**30  # of all entries together
 # What decides a model folder's answers; a README or a training log does not.
 MODEL_FILES = (
     *(".safetensors", ".gguf", ".model", "config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"),
@@ -103,70 +98,6 @@ def content_hash(path: str | Path, endings: tuple[str, ...] = MODEL_FILES) -> st
 @functools.cache
 def _hash_in_state(file: Path, size: int, changed_ns: int) -> str:
     return sha256_file(file)
-
-
-# ---------------------------------------------------------------- entries
-
-
-def get(kind: str, key: str, into: Path | None = None) -> dict[str, Any] | None:
-    """The note of an entry, its files copied into the folder `into`; None when there is no such entry.
-
-    Every copy is hashed. An entry with a damaged or missing file is dropped, and said to be; it leaves no copies.
-    """
-    entry = folder() / kind / key
-    copies: list[Path] = []
-    try:
-        kept = json.loads((entry / "entry.json").read_text())
-        whole = kept["sha256"] == hash_json([kept["files"], kept["note"]])
-        for name, known in kept["files"].items() if whole and into else ():
-            copies.append(Path(into or "", name))
-            shutil.copyfile(entry / name, copies[-1])
-            whole = whole and sha256_file(copies[-1]) == known
-        if whole:
-            os.utime(entry / "entry.json")  # used last: pruned last
-            return kept["note"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        pass
-    except OSError as error:
-        raise disk_error(error, into or entry) from error
-    for copy in copies:
-        copy.unlink(missing_ok=True)
-    if entry.is_dir():
-        print(f"An entry of the cache was damaged and is dropped: {entry}")
-        shutil.rmtree(entry, ignore_errors=True)
-    return None
-
-
-def put(kind: str, key: str, files: Iterable[Path] = (), note: dict[str, Any] | None = None) -> None:
-    """Keep copies of `files` and a note of plain JSON. A cache that cannot be written is announced, and no more."""
-    entry = folder() / kind / key
-    made = entry.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        made.mkdir(parents=True, exist_ok=True)
-        hashes = {}
-        for file in files:
-            shutil.copyfile(file, made / file.name)
-            hashes[file.name] = sha256_file(made / file.name)
-        entry_file = {"files": hashes, "note": note or {}, "sha256": hash_json([hashes, note or {}])}
-        (made / "entry.json").write_text(json.dumps(entry_file))
-        shutil.rmtree(entry, ignore_errors=True)
-        made.rename(entry)
-        _prune()
-    except OSError as error:
-        shutil.rmtree(made, ignore_errors=True)
-        print(f"The cache in {folder()} could not be written ({error.strerror}); the run continues without it.")
-
-
-def _prune() -> None:
-    """Remove the entries used longest ago until the rest is within KEEP_BYTES; the newest stays."""
-    entries = sorted((file.stat().st_mtime, file.parent) for file in folder().glob("*/*/entry.json"))
-    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for _, entry in entries}
-    total = sum(sizes.values())
-    for _, entry in entries[:-1]:
-        if total <= KEEP_BYTES:
-            return
-        total -= sizes[entry]
-        shutil.rmtree(entry, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- answers

@@ -118,6 +118,11 @@ def percent(share: Any, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if finite(share) else "–"
 
 
+def points(difference: Any) -> str:
+    """A difference of shares in percentage points, with its sign: +31.2."""
+    return f"{100 * difference:+.1f}" if finite(difference) else "–"
+
+
 def interval(low: Any, high: Any, unit: str = "share") -> str:
     """A confidence interval: 12.1 – 24.2 %."""
     if not (finite(low) and finite(high)):

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
     (lambda: display.number(float("nan")), "–"),
     (lambda: display.percent(0.1874), "18.7 %"),
     (lambda: display.percent(None), "–"),
+    (lambda: display.points(0.3124), "+31.2"),
     (lambda: display.interval(0.1214, 0.2419), "12.1 – 24.2 %"),
     (lambda: display.size(144_703_000), "145 MB"),
     (lambda: display.size(999), "999 B"),

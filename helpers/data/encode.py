@@ -1,4 +1,4 @@
-"""Every split through the chat template to the parquet files that trainers take, from the cache where nothing changed.
+"""Every split through the chat template to the parquet files that trainers take.
 
 train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
 test.parquet                         id, prompt, reference, meta (JSON)
@@ -8,8 +8,6 @@ kto.parquet                          id, prompt, completion, label
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 from collections import Counter
@@ -26,11 +24,9 @@ from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, PLACE, Row
 from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
-from helpers.model.loading import template_hash, tokenizer_hash
 from helpers.params import DataParams
 
 TRAINED = ("train", "eval")
-LOST = ".encoding.jsonl"
 WATCHED_ROWS = 20_000  # about ten seconds: with a progress bar
 
 
@@ -40,26 +36,9 @@ def splits(
     """Write train, eval and test.parquet, and kto.parquet where there are rows, and return what was counted.
 
     Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes and examples of
-    what the template cannot show, written (rows by file), max_length, cache ("hit" or "miss"), data_hash.
+    what the template cannot show, written (rows by file), max_length, data_hash.
     """
-    rows = hashlib.sha256()
-    for name in TRAINED:
-        for row_id, source in tables[name].ids_and_sources():
-            rows.update(f"{name} {row_id} {source}\n".encode())
-    made_by = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "pyarrow", "jinja2")]
-    made_by += [cache.content_hash(Path(__file__).parent, (".py",))]
-    settings = [p.train_on, p.max_length, p.over_long]
-    by = [tokenizer_hash(template.tokenizer), template_hash(template.tokenizer)]
-    key = cache.key(rows.hexdigest(), *by, *made_by, *settings)
-    found, state = cache.get("data", key, folder), "hit"
-    if found is None:
-        found, state = _trained(tables, template, p, folder), "miss"
-        cache.put("data", key, [folder / f"{name}.parquet" for name in TRAINED] + [folder / LOST], found)
-    with (folder / LOST).open(encoding="utf-8") as lines:  # lost now, or when the kept files were made
-        for one in map(json.loads, lines):
-            place = (one["file"], one["row"], one["reason"], one["detail"])
-            rejects.add(*place, step=one["step"], invalid=one["step"] != "length")
-    (folder / LOST).unlink()
+    found = _trained(tables, template, p, folder, rejects)
     rejects.check()
     if not found["written"]["train"]:
         rejects.check_rows_left([], f"the training split of {p.dataset}")
@@ -70,12 +49,14 @@ def splits(
         fitting = Fitter(encoder, found["max_length"], "drop", rejects).fit(encoder.encode(kto))
         marked = ([_kto_row(one.row) for one in batch] for batch in fitting)
         found["written"]["kto"] = write(folder / "kto.parquet", "kto", marked)
-    return found | {"cache": f"{state} {key}", "data_hash": key}
+    return found | {"data_hash": cache.key(*(cache.sha256_file(folder / f"{name}.parquet") for name in TRAINED))}
 
 
-def _trained(tables: Mapping[str, Table], template: Template, p: DataParams, folder: Path) -> dict[str, Any]:
-    """Write train.parquet and eval.parquet; what was lost stands in LOST."""
-    limit, lost = p.max_length or _proposed(tables, template, p.train_on), Rejects(folder / LOST)
+def _trained(
+    tables: Mapping[str, Table], template: Template, p: DataParams, folder: Path, lost: Rejects
+) -> dict[str, Any]:
+    """Write train.parquet and eval.parquet."""
+    limit = p.max_length or _proposed(tables, template, p.train_on)
     encoder = Encoder(template, p.train_on, lost)
     fitter = Fitter(encoder, limit, p.over_long, lost)
     rows: Counter[str] = Counter()  # by source, as are the tokens
@@ -97,7 +78,6 @@ def _trained(tables: Mapping[str, Table], template: Template, p: DataParams, fol
         fitting = map(columns, fitter.fit(encoder.encode(table)))
         found["written"][name] = write(folder / f"{name}.parquet", "tokens", fitting)
         found["splits"][name] = {"rows": found["written"][name], **trained}
-    lost.close()
     mixture = [
         {"source": name, "rows": count, "tokens": tokens[name]}
         | {"row_share": count / rows.total(), "token_share": tokens[name] / tokens.total()}
@@ -234,7 +214,7 @@ def plain_turns(messages: list[dict]) -> list[dict]:
 
 
 def summary(encoded: dict[str, Any]) -> Html:
-    """What was written, how much of it is trained, what was too long, and whether it came from the cache."""
+    """What was written, how much of it is trained, and what was too long."""
     found, rows = encoded["lengths"], []
     for name, count in encoded["written"].items():
         part = encoded["splits"].get(name, {})
@@ -249,4 +229,4 @@ def summary(encoded: dict[str, Any]) -> Html:
     fate += f", split {found['split_rows']:,} into {found['split_into']:,}"
     rows.append(("over max_length", f"{found['over']:,} rows ({percent(found['over_share'])}), {ends}; {fate}"))
     rows += [("note", f"{what}: {count:,} rows") for what, count in encoded["notes"].items()]
-    return shown([*rows, ("cache", encoded["cache"])])
+    return shown(rows)

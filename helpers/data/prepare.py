@@ -343,7 +343,6 @@ class Job(StageJob):
             "rejected": self.rejects.as_dict(),
             "steps": reports,
             "notes": self.encoded["notes"],
-            "cache": self.encoded["cache"],
             **{name: value for name, value in self.figures.items() if "splits" not in name},
         }
         return json.loads(json.dumps(found, default=float))

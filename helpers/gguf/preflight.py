@@ -97,11 +97,12 @@ def _tokenizer(base: Path, folder: Path) -> list[Check]:
     files = [f for f in (base / "config.json", base / "tokenizer.model", libraries.for_running()) if f.is_file()]
     hashes = [loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), *map(cache.content_hash, files)]
     key = cache.key(hashes, libraries.CONVERTER, probes.TEXTS)
-    if kept := cache.get("preflight", key):
-        return [(what, good, found) for what, good, found in kept["checks"]]
+    seen = cache.Answers("preflight", key)
+    if kept := seen.get("checks"):
+        return [(what, good, found) for what, good, found in kept]
     checks = _examine(base, folder, tokenizer)
     if all(good for _, good, _ in checks):  # what is wrong may be mended, and is looked at again
-        cache.put("preflight", key, note={"checks": checks})
+        seen.put("checks", checks)
     return checks
 
 

@@ -1,6 +1,5 @@
-"""Notebook 01's steps on real rows: what is written, what stops the job, what comes from the cache."""
+"""Notebook 01's steps on real rows: what is written, what stops the job."""
 
-import copy
 import json
 
 import numpy as np
@@ -15,7 +14,7 @@ from helpers.report import data_page
 
 @pytest.fixture
 def job(runs_root, tmp_path, smollm2, tokenizer, monkeypatch):
-    """A job of these parameters on these rows; the cache is this test's own, model and tokenizer the session's."""
+    """A job of these parameters on these rows; model and tokenizer the session's."""
     monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
 
     def make(rows=None, name="data", **given):
@@ -124,7 +123,6 @@ def test_steps_that_are_run_twice_count_and_mix_as_if_they_were_run_once(job, tm
             for _ in range(times - 1):  # after an error, or an interrupt, a step works again
                 getattr(prepare.Job, name).__wrapped__(done)
         metrics = done.metrics()
-        metrics.pop("cache")
         data_page.write(done)
         card = (done.path / "README.md").read_text()
         found.append((metrics, read(done, "train"), (done.path / "rejected.jsonl").read_text(), card))
@@ -207,46 +205,18 @@ def test_kto_rows_are_cleaned_keep_both_labels_and_only_good_answers_are_trained
     assert len(read(done, "train")) + len(read(done, "eval")) == 30
 
 
-def test_the_second_time_the_tokens_come_from_the_cache_and_any_change_misses_it(job):
-    first = job(rows(60))
-    run(first)
-    assert first.encoded["cache"].startswith("miss")
-    again = job(rows(60))
-    run(again)
-    assert again.encoded["cache"] == first.encoded["cache"].replace("miss", "hit")
-    assert read(again, "train") == read(first, "train") and again.metrics()["lengths"] == first.metrics()["lengths"]
-    for count, given in ((61, {}), (60, {"max_length": 256}), (60, {"train_on": "everything"})):
-        changed = job(rows(count), **given)
-        run(changed)
-        assert changed.encoded["cache"].startswith("miss")
-    other_template = job(rows(60))
-    other_template.tokenizer = copy.deepcopy(other_template.tokenizer)
-    other_template.tokenizer.chat_template = other_template.tokenizer.chat_template.replace(
-        "a helpful AI", "an honest AI"
-    )
-    run(other_template)
-    assert other_template.encoded["cache"].startswith("miss")
+def test_the_same_rows_make_the_same_files_and_any_change_others(job):
+    done = [job(rows(60)), job(rows(60)), job(rows(61)), job(rows(60), train_on="everything")]
+    for one in done:
+        run(one)
+    first, again, *changed = (one.encoded["data_hash"] for one in done)
+    assert first == again and first not in changed
 
 
-def test_rows_lost_while_rendering_are_counted_again_when_the_tokens_come_from_the_cache(job):
-    broken = [*rows(60), {"question": "q", "answer": "<|im_end|>"}]
-    lost = []
-    for _ in range(2):
-        done = job(broken)
-        run(done)
-        lost.append((done.path / "rejected.jsonl").read_text())
-    assert done.encoded["cache"].startswith("hit") and lost[0] == lost[1] and "special token in text" in lost[0]
-
-
-def test_a_damaged_cache_entry_is_made_anew(job, tmp_path):
-    run(job(rows(40)))
-    for file in (tmp_path / "cache").rglob("train.parquet"):
-        file.write_bytes(file.read_bytes()[:100])
-    again = job(rows(40))
-    run(again)
-    assert (
-        again.encoded["cache"].startswith("miss") and len(read(again, "train")) == again.encoded["written"]["train"] > 0
-    )
+def test_rows_lost_while_rendering_are_counted(job):
+    done = job([*rows(60), {"question": "q", "answer": "<|im_end|>"}])
+    run(done)
+    assert "special token in text" in (done.path / "rejected.jsonl").read_text()
 
 
 def test_sources_are_mixed_by_weight_with_replay_and_the_achieved_mixture_is_reported(job, tmp_path):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -30,13 +30,12 @@ PACKED_BLOCK = 2**14  # what is lost before a damage
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 BROKEN = "malformed JSON"
 HOLDERS = ("data", "rows", "train", "examples", "instances")  # keys under which an object holds the list of rows
-ENCODINGS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"}
-ENCODINGS |= {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")  # 32 bits first: it begins as 16 do
+MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 # What cannot be decoded becomes half a surrogate pair, which costs its row and no other.
 codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
 UNDECODED = re.compile("[\ud800-\udfff]")
 BETWEEN = re.compile(r"[ \t\r\n,]*")
-TWO_LINES = re.compile(r"\s*(\S[^\n]*)\n\s*(\S)")
 Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the RowError that says why nothing does)
 
 
@@ -47,90 +46,87 @@ def kind(file: Path) -> str:
 
 def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]:
     """The records of a file by its kind. where: its name in rejects. Raises TunebookError if it cannot be opened."""
-    ending, stream, number = kind(file), Stream(file), 0
-    if ending == ".parquet":
-        rows = _parquet(file)
-    elif ending in (".csv", ".tsv"):
-        rows = _csv(stream, "\t" if ending == ".tsv" else ",")
-    elif ending == ".txt":  # one record a line, as in Hugging Face's text reader
-        rows = stream.lines(lambda line: {"text": decoded(line.removesuffix("\r"))})
-    else:
-        rows = _json(stream, ending == ".json")
+    ending, number = kind(file), 0
+    with Unpacked(file) as content:
+        if ending == ".parquet":
+            rows = _parquet(file)
+        elif ending in (".csv", ".tsv"):
+            rows = _csv(text_of(content, newline=""), "\t" if ending == ".tsv" else ",")
+        elif ending == ".txt":  # one record a line, as in Hugging Face's text reader
+            rows = _lines(text_of(content), lambda line: {"text": decoded(line.rstrip("\r\n"))})
+        else:
+            with Unpacked(file) as again:
+                head = text_of(again).read(BLOCK)
+            rows = _json(text_of(content), head.lstrip(), ending == ".json")
 
-    for number, record in rows:
-        if isinstance(record, dict):
-            yield number, record
-            continue
-        if not isinstance(record, RowError):
-            found = f"the row is {type(record).__name__}; a JSON object of columns was expected"
-            record = RowError("not an object", found)
-        rejects.add(where, number, record.reason, record.detail)
-        rejects.saw(1)
-    if stream.problem:
-        rejects.add(where, number + 1, "file ends early", f"{stream.problem}; the rows before are read")
-        rejects.saw(1)
+        for number, record in rows:
+            if isinstance(record, dict):
+                yield number, record
+                continue
+            if not isinstance(record, RowError):
+                found = f"the row is {type(record).__name__}; a JSON object of columns was expected"
+                record = RowError("not an object", found)
+            rejects.add(where, number, record.reason, record.detail)
+            rejects.saw(1)
+        if content.problem:
+            rejects.add(where, number + 1, "file ends early", f"{content.problem}; the rows before are read")
+            rejects.saw(1)
 
 
 # ---------------------------------------------------------------- text
 
 
-class Stream:
-    """A file's text in blocks, unpacked and decoded. problem: why it ended before the file did."""
+class Unpacked(io.RawIOBase):
+    """A file's bytes, unpacked, up to its end or to the first damage. problem: why they end before the file does."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.problem = file, ""
-        self.blocks = self._decoded()
-
-    def lines(self, work: Callable[[str], Any], empty: bool = False) -> Found:
-        """(line number, what `work` makes of the line); blank lines only if wanted."""
-        parts: list[str] = []
-        size = number = 0
-        for block in itertools.chain(self.blocks, [""]):
-            *ended, rest = block.split("\n") if block or not size else ("", "")  # the last line needs no end
-            for piece in ended:
-                number += 1
-                size += len(piece)
-                if size > MAX_LINE:
-                    yield number, RowError("line too long", f"over {MAX_LINE // 2**20} million characters")
-                elif empty or (size and not piece.isspace()) or parts:
-                    yield number, attempt(work, "".join([*parts, piece]))
-                parts, size = [], 0
-            size += len(rest)
-            parts = [*parts, rest] if rest and size <= MAX_LINE else []
-
-    def _decoded(self) -> Iterator[str]:
-        pieces, head = self.pieces(), b""
-        while len(head) < 4 and (data := next(pieces, b"")):
-            head += data
-        mark = next((mark for mark in ENCODINGS if head.startswith(mark)), b"")
-        decode = codecs.getincrementaldecoder(ENCODINGS.get(mark, "utf-8"))("half-surrogate").decode
-        for data in itertools.chain([head.removeprefix(mark)], pieces):
-            if text := decode(data):
-                yield text
-        if not self.problem and (text := decode(b"", True)):
-            yield text
-
-    def pieces(self) -> Iterator[bytes]:
-        """The unpacked bytes up to the end or to the first damage."""
         import pyarrow as pa
 
-        packed, given = PACKED.get(self.file.suffix.lower()), 0
+        self.packed, self.problem, self.given = PACKED.get(file.suffix.lower()), "", 0
         try:
-            limit = max(MAX_UNPACKED, MAX_EXPANSION * self.file.stat().st_size)
-            raw = pa.CompressedInputStream(str(self.file), packed) if packed else self.file.open("rb")
+            self.limit = max(MAX_UNPACKED, MAX_EXPANSION * file.stat().st_size)
+            self.raw = pa.CompressedInputStream(str(file), self.packed) if self.packed else file.open("rb")
         except OSError as error:
             why = error.strerror or error
-            raise TunebookError(f"{self.file} cannot be opened ({why}); check its permissions.") from None
-        with raw:
-            try:
-                while data := raw.read(PACKED_BLOCK if packed else BLOCK):
-                    given += len(data)
-                    yield data
-                    if packed and given > limit:
-                        self.problem = f"it unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
-                        return
-            except OSError as error:
-                self.problem = f"the data is damaged or ends early ({error})"
+            raise TunebookError(f"{file} cannot be opened ({why}); check its permissions.") from None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        if self.packed and self.given > self.limit:
+            self.problem = f"it unpacks to more than {MAX_EXPANSION} times its size; the rest was not read"
+        try:
+            data = b"" if self.problem else self.raw.read(min(len(buffer), PACKED_BLOCK if self.packed else BLOCK))
+        except OSError as error:
+            self.problem = f"the data is damaged or ends early ({error})"
+        buffer[: len(data)] = data
+        self.given += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def text_of(content: Unpacked, newline: str = "\n") -> io.TextIOWrapper:
+    """The text of a file, in UTF-8 or in what its byte order mark says. newline: as in `open`."""
+    blocks = io.BufferedReader(content)
+    begin = blocks.peek(4)
+    encoding = next((name for mark, name in MARKS.items() if begin.startswith(mark)), "utf-8-sig")
+    return io.TextIOWrapper(blocks, encoding, "half-surrogate", newline)
+
+
+def _lines(text: io.TextIOWrapper, work: Callable[[str], Any]) -> Found:
+    """(line number, what `work` makes of the line), blank lines left out."""
+    for number, line in enumerate(iter(functools.partial(text.readline, MAX_LINE + 1), ""), 1):
+        if len(line) > MAX_LINE:
+            while line and not line.endswith("\n"):
+                line = text.readline(MAX_LINE)
+            yield number, RowError("line too long", f"over {MAX_LINE // 2**20} million characters")
+        elif not line.isspace():
+            yield number, attempt(work, line)
 
 
 def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -197,66 +193,51 @@ def _inside(value: Any) -> list:
     return [item for item in items if isinstance(item, (dict, list))]
 
 
-def _json(stream: Stream, one_value: bool) -> Found:
+def _json(text: io.TextIOWrapper, head: str, one_value: bool) -> Found:
     """JSON lines, a list of objects, one object or one that holds the list. one_value: the file's name says so."""
-    head = ""
-    for block in stream.blocks:
-        head += block
-        if TWO_LINES.match(head) or len(head) > BLOCK or not (one_value or head.lstrip().startswith("[")):
-            break
-    stream.blocks = itertools.chain([head] if head else [], stream.blocks)
-    start, two = head.lstrip()[:1], TWO_LINES.match(head)
-    line, below = (two[1].rstrip(), two[2]) if two else ("", "")
-    if start == "[" and (one_value or isinstance(attempt(json.loads, line), RowError)):
-        return _json_list(stream)
-    if start == "{" and one_value and not (line.endswith("}") and below == "{"):
-        return _json_object(stream)
-    if start and start not in "[{" and one_value:
-        return iter([(1, RowError(BROKEN, f"the file begins with {start!r}; a list or an object was expected"))])
-    return stream.lines(Decoder().parse)
+    line, _, below = head.partition("\n")
+    below = below.lstrip()
+    if head.startswith("[") and (one_value or not below or isinstance(attempt(json.loads, line), RowError)):
+        return _json_list(text)
+    if head.startswith("{") and one_value and not (line.rstrip().endswith("}") and below.startswith("{")):
+        return _json_object(text)
+    return _lines(text, Decoder().parse)
 
 
-def _json_list(stream: Stream) -> Found:
+def _json_list(text: io.TextIOWrapper) -> Found:
     """The elements of a JSON list, read one by one."""
-    decoder, buffer, position, number, wanted = Decoder(), "", -1, 0, 0
-    for block in itertools.chain(stream.blocks, [""]):
-        buffer = buffer[max(0, position) :] + block
-        position = 0 if position >= 0 else buffer.index("[") + 1
-        while len(buffer) >= wanted or not block:
-            position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
-            if buffer[position : position + 1] == "]":
-                rest = itertools.chain([buffer[position + 1 :]], stream.blocks)
-                if behind := next((text.strip() for text in rest if text.strip()), ""):
-                    yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
-                return
-            if position == len(buffer):
-                break
-            decoder.problem, size = None, len(buffer) - position
-            found = attempt(decoder.raw_decode, buffer, position)
-            if isinstance(found, RowError):
-                if found.reason == BROKEN and block and size <= MAX_LINE:  # it may end in the next block
-                    wanted = 2 * size
-                    break
-                yield number + 1, RowError(found.reason, f"{found.detail}; nothing after row {number} could be read")
-                return
-            value, end = found
-            number, wanted = number + 1, 0
-            yield number, attempt(decoder.checked, value, buffer[position:end])
-            position = end
-    if not stream.problem:
-        yield number + 1, RowError(BROKEN, "the list is not closed: the file ends early")
-
-
-def _json_object(stream: Stream) -> Found:
-    """One object: a record, or what holds the list of records."""
-    text = ""
-    for block in stream.blocks:
-        text += block
-        if len(text) > MAX_LINE:
-            found = f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"
-            yield 1, RowError("line too long", found)
+    decoder, number, position = Decoder(), 0, 0
+    buffer = text.read(BLOCK).lstrip().removeprefix("[")
+    while True:
+        position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
+        if buffer.startswith("]", position):
+            if behind := (buffer[position + 1 :] + text.read(BLOCK)).strip():
+                yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
             return
-    value = attempt(Decoder().parse, text)
+        decoder.problem, size = None, len(buffer) - position
+        found = attempt(decoder.raw_decode, buffer, position)
+        if isinstance(found, RowError):
+            broken = found.reason == BROKEN and size <= MAX_LINE
+            if broken and (more := text.read(max(BLOCK, size))):  # it may end in the next block
+                buffer, position = buffer[position:] + more, 0
+                continue
+            why = found.detail if size else "the list is not closed: the file ends early"
+            yield number + 1, RowError(found.reason, f"{why}; nothing after row {number} could be read")
+            return
+        value, end = found
+        number += 1
+        yield number, attempt(decoder.checked, value, buffer[position:end])
+        position = end
+
+
+def _json_object(text: io.TextIOWrapper) -> Found:
+    """One object: a record, or what holds the list of records."""
+    content = text.read(MAX_LINE + 1)
+    if len(content) > MAX_LINE:
+        found = f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"
+        yield 1, RowError("line too long", found)
+        return
+    value = attempt(Decoder().parse, content)
     held = [item for key, item in value.items() if key in HOLDERS] if isinstance(value, dict) else []
     held = [item for item in held if isinstance(item, list) and item and len(_inside(item)) == len(item)]
     yield from enumerate(held[0] if len(held) == 1 else [value], 1)
@@ -265,46 +246,40 @@ def _json_object(stream: Stream) -> Found:
 # ---------------------------------------------------------------- tables
 
 
-def _csv(stream: Stream, delimiter: str) -> Found:
+def _csv(text: io.TextIOWrapper, delimiter: str) -> Found:
     """Values under a header line. They stay text, whatever they begin with; an empty one is null."""
-
-    def lines() -> Iterator[str]:
-        for number, line in stream.lines(str, empty=True):
-            if isinstance(line, RowError):
-                raise csv.Error(f"line {number} is too long; nothing after it could be read")
-            yield from io.StringIO(line + "\n", newline="")  # a bare \r ends a line too
-
     csv.field_size_limit(MAX_LINE)
-    table = csv.reader(lines(), delimiter=delimiter, strict=True)
+    table = csv.reader(iter(functools.partial(text.readline, MAX_LINE), ""), delimiter=delimiter, strict=True)
     header: list[str] = []
-    row = 0
+    number = 0
     while True:
         before = table.line_num
         try:
             values = next(table, None)
         except csv.Error as error:  # an open quotation mark swallows lines: each of them is a lost row
             wrong = RowError("malformed csv", f"lines {before + 1} to {table.line_num}: {error}")
-            swallowed = max(1, table.line_num - before)
-            yield from ((row + at, wrong) for at in range(1, swallowed + 1))
-            row += swallowed
+            for _ in range(max(1, table.line_num - before)):
+                number += 1
+                yield number, wrong
             continue
         if values is None:
             return
-        if not header:
-            header = values
-            if len(set(header)) != len(header):
-                found = f"the header is {', '.join(header)[:200]}"
-                yield 0, RowError("duplicated column", f"{found}; every column needs its own name")
-                return
-        elif len(values) == len(header):
-            row += 1
-            wrong = attempt(decoded, "".join(values))
-            record = {name: value or None for name, value in zip(header, values, strict=True)}
-            yield row, wrong if isinstance(wrong, RowError) else record
-        elif values:
-            row += 1
-            found = f"line {table.line_num}: {len(values)} values under {len(header)} columns"
-            yield row, RowError("wrong number of values", found)
+        if header and values:
+            number += 1
+            yield number, attempt(_record, header, values, table.line_num)
+        elif len(set(values)) < len(values):
+            found = f"the header is {', '.join(values)[:200]}"
+            yield 0, RowError("duplicated column", f"{found}; every column needs its own name")
+            return
+        else:
+            header = header or values
+
+
+def _record(header: list[str], values: list[str], line: int) -> dict[str, str | None]:
+    if len(values) != len(header):
+        raise RowError("wrong number of values", f"line {line}: {len(values)} values under {len(header)} columns")
+    decoded("".join(values))
+    return {name: value or None for name, value in zip(header, values, strict=True)}
 
 
 def _parquet(file: Path) -> Found:
@@ -323,21 +298,12 @@ def _parquet(file: Path) -> Found:
 
 def records_of(batch: Any) -> list[dict[str, Any]]:
     """The rows of an Arrow batch as JSON has them: NaN is null, and a nested object has no key that holds nothing."""
-    import pyarrow as pa
-
-    records = batch.to_pylist()
-    floats = [column.name for column in batch.schema if pa.types.is_floating(column.type)]
-    nested = [column.name for column in batch.schema if pa.types.is_nested(column.type)]
-    for record in records if floats or nested else ():
-        for name in floats:
-            if record[name] != record[name]:
-                record[name] = None
-        for name in nested:
-            record[name] = _without_nulls(record[name])
-    return records
+    return [{name: _as_json(value) for name, value in record.items()} for record in batch.to_pylist()]
 
 
-def _without_nulls(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return value if value == value else None

@@ -29,12 +29,14 @@ BLOCK = 2**20
 PACKED_BLOCK = 2**14  # what is lost before a damage
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 BROKEN = "malformed JSON"
-HOLDERS = ("data", "rows", "train", "examples", "instances")  # keys under which an object holds the list of rows
 MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")  # 32 bits first: it begins as 16 do
 MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 # What cannot be decoded becomes half a surrogate pair, which costs its row and no other.
 codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
 UNDECODED = re.compile("[\ud800-\udfff]")
+LIST = re.compile(
+    r'(?:\{.*?"(?:data|rows|train|examples|instances)"\s*:\s*)?\[', re.DOTALL
+)  # of rows, in an object or not
 BETWEEN = re.compile(r"[ \t\r\n,]*")
 Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the RowError that says why nothing does)
 
@@ -51,13 +53,13 @@ def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]
         if ending == ".parquet":
             rows = _parquet(file)
         elif ending in (".csv", ".tsv"):
-            rows = _csv(text_of(content, newline=""), "\t" if ending == ".tsv" else ",")
+            rows = _csv(opened(content, newline=""), "\t" if ending == ".tsv" else ",")
         elif ending == ".txt":  # one record a line, as in Hugging Face's text reader
-            rows = _lines(text_of(content), lambda line: {"text": decoded(line.rstrip("\r\n"))})
+            rows = _lines(opened(content), lambda line: {"text": decoded(line.rstrip("\r\n"))})
         else:
             with Unpacked(file) as again:
-                head = text_of(again).read(BLOCK)
-            rows = _json(text_of(content), head.lstrip(), ending == ".json")
+                head = opened(again).read(BLOCK)
+            rows = _json(opened(content), head.lstrip(), ending == ".json")
 
         for number, record in rows:
             if isinstance(record, dict):
@@ -110,7 +112,7 @@ class Unpacked(io.RawIOBase):
         super().close()
 
 
-def text_of(content: Unpacked, newline: str = "\n") -> io.TextIOWrapper:
+def opened(content: Unpacked, newline: str = "\n") -> io.TextIOWrapper:
     """The text of a file, in UTF-8 or in what its byte order mark says. newline: as in `open`."""
     blocks = io.BufferedReader(content)
     begin = blocks.peek(4)
@@ -194,24 +196,24 @@ def _inside(value: Any) -> list:
 
 
 def _json(text: io.TextIOWrapper, head: str, one_value: bool) -> Found:
-    """JSON lines, a list of objects, one object or one that holds the list. one_value: the file's name says so."""
+    """JSON lines, a list of objects, or an object that holds the list. one_value: the file's name says so."""
     line, _, below = head.partition("\n")
-    below = below.lstrip()
-    if head.startswith("[") and (one_value or not below or isinstance(attempt(json.loads, line), RowError)):
-        return _json_list(text)
-    if head.startswith("{") and one_value and not (line.rstrip().endswith("}") and below.startswith("{")):
-        return _json_object(text)
+    several = bool(below.strip()) and not isinstance(attempt(json.loads, line), RowError)
+    is_list = one_value or not several if head.startswith("[") else one_value and not several
+    if is_list and (begin := LIST.match(head)):
+        return _json_list(text, begin[0])
     return _lines(text, Decoder().parse)
 
 
-def _json_list(text: io.TextIOWrapper) -> Found:
-    """The elements of a JSON list, read one by one."""
+def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
+    """The elements of a JSON list, read one by one. begin: what stands before the first, "[" and what it is held by."""
     decoder, number, position = Decoder(), 0, 0
-    buffer = text.read(BLOCK).lstrip().removeprefix("[")
+    buffer = text.read(BLOCK).lstrip().removeprefix(begin)
     while True:
         position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
         if buffer.startswith("]", position):
-            if behind := (buffer[position + 1 :] + text.read(BLOCK)).strip():
+            behind = (buffer[position + 1 :] + text.read(BLOCK)).strip()
+            if behind != "}" * begin.startswith("{"):
                 yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
             return
         decoder.problem, size = None, len(buffer) - position
@@ -228,19 +230,6 @@ def _json_list(text: io.TextIOWrapper) -> Found:
         number += 1
         yield number, attempt(decoder.checked, value, buffer[position:end])
         position = end
-
-
-def _json_object(text: io.TextIOWrapper) -> Found:
-    """One object: a record, or what holds the list of records."""
-    content = text.read(MAX_LINE + 1)
-    if len(content) > MAX_LINE:
-        found = f"an object has over {MAX_LINE // 2**20} million characters; use JSON lines"
-        yield 1, RowError("line too long", found)
-        return
-    value = attempt(Decoder().parse, content)
-    held = [item for key, item in value.items() if key in HOLDERS] if isinstance(value, dict) else []
-    held = [item for item in held if isinstance(item, list) and item and len(_inside(item)) == len(item)]
-    yield from enumerate(held[0] if len(held) == 1 else [value], 1)
 
 
 # ---------------------------------------------------------------- tables

@@ -42,7 +42,6 @@ class Shape:
     spellings: Mapping[str, str] = field(default_factory=lambda: SPELLINGS)
     role_tag: str = ""
     content_tag: str = ""
-    unanswerable: str = UNANSWERABLE
     exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
 
     def __getitem__(self, part: str) -> str:
@@ -73,7 +72,7 @@ class Shape:
 
 
 SYSTEM = {"system": "system", "tools": "tools"}
-DEFAULTS = {
+SHAPES = {  # format → part → the column it is expected in; a synonym stands in for one that a record lacks
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", **SYSTEM},
     "sharegpt": {"messages": "conversations", **SYSTEM},
     "messages": {"messages": "messages", **SYSTEM},
@@ -83,13 +82,12 @@ DEFAULTS = {
     "kto": {"prompt": "prompt", "response": "completion", "label": "label", **SYSTEM},
     "context_qa": {"prompt": "question", "response": "answer", "context": "context", "system": "system"},
 }
-FORMATS = ("auto", *DEFAULTS)
 
 
 # ---------------------------------------------------------------- which shape
 
 
-def named_shape(format: str, columns: str = "", unanswerable: str = UNANSWERABLE) -> Shape | None:
+def named_shape(format: str, columns: str = "") -> Shape | None:
     """The shape that `format` and `columns` ("prompt=question,response=sql") name; None for "auto" alone."""
     chosen = {}
     for text in filter(None, (text.strip() for text in columns.split(","))):
@@ -104,7 +102,7 @@ def named_shape(format: str, columns: str = "", unanswerable: str = UNANSWERABLE
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
         format = next((name for part, name in telling.items() if part in chosen), "")
         format = format or ("alpaca" if "response" in chosen else "text")
-    return Shape(format, {**DEFAULTS[format], **chosen}, unanswerable=unanswerable)
+    return Shape(format, {**SHAPES[format], **chosen})
 
 
 def described_shape(described: dict[str, Any]) -> Shape:
@@ -116,18 +114,15 @@ def described_shape(described: dict[str, Any]) -> Shape:
     """
     given, tags, formatting = described.get("columns"), described.get("tags"), described.get("formatting", "alpaca")
     if given is None:
-        given = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+        given = {"prompt": "instruction", "query": "input", "response": "output"}
+    alpaca, ranking = formatting == "alpaca", described.get("ranking")
     column = {part: given.get("kto_tag" if part == "label" else part) or "" for part in PARTS}
-    kind = "kto" if column["label"] else formatting.replace("openai", "messages")
-    parts = ["prompt", "query", "response", "history"] if formatting == "alpaca" else ["messages"]
-    parts += ["system", "tools", "label"]
-    if described.get("ranking"):
-        kind = "preference"
-        parts = ["chosen", "rejected", *(part for part in parts if part not in ("response", "label"))]
-    elif formatting == "alpaca" and not column["response"]:
-        kind, parts = "text", ["prompt"]
-    columns = {part: column[part] for part in parts}
-    if formatting == "alpaca":
+    unused = {"messages"} if alpaca else {"prompt", "query", "response", "history"}
+    unused |= {"response", "label"} if ranking else {"chosen", "rejected"}
+    columns = {part: name for part, name in column.items() if part not in unused}
+    plain = "text" if alpaca and not column["response"] else formatting.replace("openai", "messages")
+    kind = "preference" if ranking else "kto" if column["label"] else plain
+    if alpaca:
         return Shape(kind, columns, exact=True)
     columns["messages"] = columns["messages"] or "conversations"
     if tags is None:
@@ -140,53 +135,68 @@ def described_shape(described: dict[str, Any]) -> Shape:
     return Shape(kind, columns, spellings, *keys, exact=True)
 
 
-def first(part: str, record: Record) -> str:
-    """The first column that means `part` and has something in it."""
-    return next((name for name in SYNONYMS[part] if record.get(name) is not None), "")
+def shape_of(record: Record, named: Shape | None) -> Shape:
+    """The shape of one record: the named one with the columns that the record has, else the one that its columns tell.
 
-
-def adapt(shape: Shape, record: Record) -> Shape:
-    """A named format with each missing default column replaced by a synonym that the record does have."""
+    Raises RowError when nothing fits. Records of the same `look` have the same shape.
+    """
+    if named is not None and named.exact:
+        return named
+    shape = named or detect(record)
+    if shape is None:
+        fits = f"fit none of {', '.join(SHAPES)}; name the format or the columns"
+        raise RowError("unknown shape", f"the columns {seen(record)} {fits}")
     found = dict(shape.columns)
     for part, column in shape.columns.items():
-        meant = "text" if part == "prompt" and shape.format == "text" else part
-        if meant in SYNONYMS and record.get(column) is None:
-            found[part] = first(meant, record) or column
-    if shape.format in ("preference", "kto") and record.get(found["prompt"]) is None:
+        if record.get(column) is None:
+            other = first("text" if shape.format == "text" else part, record)
+            found[part] = other or ("" if part in ("query", "history", *SYSTEM) else column)
+    asked = {"preference": ["prompt"], "kto": ["prompt", "response"]}.get(shape.format, [])
+    if any(record.get(found[part]) is None for part in asked):
         found["messages"] = first("messages", record)
     return replace(shape, columns=found)
 
 
+def look(record: Record) -> tuple:
+    """What the shape of a record depends on: its columns and the types of their values."""
+    return tuple((name, "[{" if is_json_list(value) else type(value)) for name, value in record.items())
+
+
+def first(part: str, record: Record) -> str:
+    """The first column that means `part` and has something in it."""
+    return next((name for name in SYNONYMS.get(part, ()) if record.get(name) is not None), "")
+
+
 def detect(record: Record) -> Shape | None:
-    """The shape of one record by its non-empty columns and their types; None when nothing fits."""
-    column = {part: first(part, record) for part in SYNONYMS}
-    prompt, response, messages = column["prompt"], column["response"], column["messages"]
+    """The shape that a record's non-empty columns and their types tell; None when nothing fits."""
+    prompt, response, messages, context = (
+        first(part, record) for part in ("prompt", "response", "messages", "context")
+    )
     label = next((name for name in SYNONYMS["label"] if isinstance(record.get(name), bool)), "")
-    query = "input" if prompt == "instruction" and "input" in record else ""
-
-    def shape(format: str, *parts: str, **others: str) -> Shape:
-        return Shape(format, {part: column[part] for part in (*parts, "system", "tools")} | others)
-
-    if column["chosen"] and column["rejected"]:
-        return shape("preference", "prompt" if prompt else "messages", "chosen", "rejected", query=query)
-    if messages and (isinstance(record[messages], (list, tuple)) or is_json_list(record[messages])):
-        if label:
-            return shape("kto", "messages", label=label)
-        head = next((message for message in record[messages] if isinstance(message, Mapping)), {})
-        return shape("sharegpt" if "from" in head else "messages", "messages")
-    if label and prompt and response:
-        return shape("kto", "prompt", "response", label=label)
-    if column["context"] and ("question" in record or "unanswerable_question" in record):
-        answers = ("answer", "answers", "response", "output")
-        answer = next((name for name in answers if record.get(name) is not None), "answer")
-        return shape("context_qa", "context", prompt="question", response=answer, tools="")
-    if (prompt and isinstance(record[prompt], (list, tuple))) or (prompt, response) == ("prompt", "completion"):
-        return shape("prompt_completion", "prompt", response=response or "completion")
-    if prompt and (answer := response or next((name for name in SYNONYMS["response"] if name in record), "")):
-        return shape("alpaca", "prompt", query=query, response=answer, history="history" if "history" in record else "")
-    if response and isinstance(record.get("input"), str):
-        return shape("alpaca", "response", prompt="input")
-    return Shape("text", {"prompt": column["text"]}) if column["text"] else None
+    answer = response or next((name for name in SYNONYMS["response"] if name in record), "")
+    talk = record.get(messages)
+    own = {}
+    if first("chosen", record) and first("rejected", record):
+        format = "preference"
+    elif isinstance(talk, (list, tuple)) or is_json_list(talk):
+        format = "kto" if label else "sharegpt" if messages == "conversations" else "messages"
+    elif label and prompt and response:
+        format, own = "kto", {"label": label}
+    elif context and ("question" in record or "unanswerable_question" in record):
+        format = "context_qa"
+    elif (prompt, response) == ("prompt", "completion"):
+        format = "prompt_completion"
+    elif prompt and answer:
+        format, own = "alpaca", {"response": answer}
+    elif response and isinstance(record.get("input"), str):
+        format, own = "alpaca", {"prompt": "input"}
+    elif first("text", record):
+        format = "text"
+    else:
+        return None
+    if format in ("alpaca", "preference"):
+        own["query"] = "input" if prompt == "instruction" else ""
+    return Shape(format, SHAPES[format] | own)
 
 
 def is_json_list(value: Any) -> bool:
@@ -197,7 +207,7 @@ def is_json_list(value: Any) -> bool:
 # ---------------------------------------------------------------- a record's parts
 
 
-def convert(record: Record, shape: Shape) -> list[dict[str, Any]]:
+def convert(record: Record, shape: Shape, unanswerable: str = UNANSWERABLE) -> list[dict[str, Any]]:
     """The parts of the row (or rows: context_qa may hold two questions) that a record of this shape makes.
 
     Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`.
@@ -209,7 +219,7 @@ def convert(record: Record, shape: Shape) -> list[dict[str, Any]]:
             raise RowError("empty text", f"column {shape['prompt']!r} is empty")
         return [{"kind": "text", "messages": _said("text", text)}]
     if shape.format == "context_qa":
-        return _context_qa(record, shape)
+        return _context_qa(record, shape, unanswerable)
     tools = tools_of(shape.value(record, "tools"))
     if shape.format == "preference":
         sides = [_answer(record, shape, side) for side in ("chosen", "rejected")]
@@ -264,7 +274,7 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
     return _said("system", system, shape["system"]) + turns if given else turns
 
 
-def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:
+def _context_qa(record: Record, shape: Shape, unanswerable: str) -> list[dict[str, Any]]:
     """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`."""
     context = as_text(shape.need(record, "context"), shape["context"])
     question, answer = record.get(shape["prompt"]), record.get(shape["response"])
@@ -275,9 +285,9 @@ def _context_qa(record: Record, shape: Shape) -> list[dict[str, Any]]:
     impossible = record.get("is_impossible") is True or record.get("unanswerable") is True
     if answer is None and not impossible and shape["response"] not in record and question is not None:
         raise RowError("no answer", f"column {shape['response']!r} is not there; columns seen: {seen(record)}")
-    asked = [] if question is None else [(question, shape.unanswerable if impossible or not answer else answer)]
+    asked = [] if question is None else [(question, unanswerable if impossible or not answer else answer)]
     if other := record.get("unanswerable_question"):
-        asked.append((other, shape.unanswerable))
+        asked.append((other, unanswerable))
     if not asked or not context.strip():
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
     system = shape.value(record, "system")

@@ -102,7 +102,7 @@ class Job(StageJob):
                 found = f"{row['file']}, row {row['row']} of preference_dataset is of the kind {row['kind']}"
                 raise TunebookError(f"{found}; every row needs a prompt, a chosen and a rejected answer.")
         readings = (self.training, self.tests, self.preferences, self.replay)
-        self.sources = [report for reading in readings for report in reading.reports]
+        self.sources = [source for reading in readings for source in reading.sources]
         self.training_rows, self.made_pairs = self.training.table, Table().close()
         return sources.Reading(self.training.table, self.sources).shown()
 
@@ -175,7 +175,7 @@ class Job(StageJob):
 
     def _for_training(self) -> Iterable[list[Row]]:
         """Rows that answers are learnt from: a pair gives its chosen answer, a KTO row its good one."""
-        kinds = {kind for report in self.training.reports for kind in report.kinds}
+        kinds = {kind for source in self.training.sources for kind in source.kinds}
         if kinds <= {"sft", "text"}:
             return self.training_rows
         report = self.report_of("clean", "rows for training")

@@ -15,7 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 READABLE = (*RECORDS, *documents.KINDS)
 INFO = "dataset_info.json"
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
-CHECK_EVERY = 20_000  # rows after which a job that is mostly rejections stops early
 MEDIA = ("images", "videos", "audios")
 NAME = {"type": ["string", "null"]}
 ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info.json
@@ -43,32 +42,24 @@ ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info
 Described = dict[str, Any]
 SIDE_CHARS, SIDE_ITEMS = 2000, 50  # what is kept of a column that plays no part
 HUB = re.compile(
-    r"(?P<hub>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<subset>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
+    r"(?P<path>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<name>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """One set of records: a local file, or a hub set. where: what rejects call it. limit: rows to take, 0 for all."""
+    """One set of records, a local file or a hub set, and what was read from it.
+
+    where: what rejects call it. hub: the arguments of `datasets.load_dataset`. limit: rows to take, 0 for all. shapes:
+    mapping as text → rows; unused: column that plays no part → rows; kinds: kind of row → rows.
+    """
 
     name: str
-    where: str = ""
     file: Path | None = None
-    hub: str = ""
-    revision: str = ""
-    subset: str = ""
-    split: str = "train"
-    folder: str = ""
+    hub: dict[str, str] = field(default_factory=dict)
     shape: Shape | None = None
     limit: int = 0
-
-
-@dataclass
-class SourceReport:
-    """What was read from one source. shapes: mapping as text → rows; unused: column that plays no part → rows."""
-
-    name: str
-    where: str
+    where: str = ""
     rows: int = 0
     rejected: int = 0
     shapes: Counter = field(default_factory=Counter)
@@ -78,16 +69,16 @@ class SourceReport:
 
 @dataclass
 class Reading:
-    """The rows of a spec, and a report for each of its sources."""
+    """The rows of a spec, and the sources that they came from."""
 
     table: Table
-    reports: list[SourceReport]
+    sources: list[Source]
 
     def shown(self) -> display.Html:
         """What was read from where, and as what."""
         header = ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside")
         lines = []
-        for one in self.reports:
+        for one in self.sources:
             shapes = "; ".join(f"{shape} ({count:,})" for shape, count in one.shapes.most_common(4))
             aside = ", ".join(name for name, _ in one.unused.most_common(8))
             lines.append((one.name, one.where, f"{one.rows:,}", f"{one.rejected:,}", shapes, aside))
@@ -112,22 +103,22 @@ def find(spec: str, info: str = "") -> list[Source]:
     path = path / INFO if path.is_dir() else path
     named = _described_sets(path) if path.is_file() or info else {}
     found = [source for part in parts for source in _find_part(part, named)]
-    names: list[str] = []
-    files_of: dict[str, list[Path]] = {}
+    paths = {source.file.absolute() for source in found if source.file is not None}
+    alike = Counter(path.name for path in paths)
+    taken: set[str] = set()
     for source in found:
-        numbered = itertools.chain([source.name], (f"{source.name}-{number}" for number in itertools.count(2)))
-        names.append(next(name for name in numbered if name not in names))
-        if source.file is not None:
-            files_of.setdefault(source.file.name, []).append(source.file.absolute())
-
-    def where(source: Source) -> str:
-        """A hub id, or a file's name, with its folders where several files have that name."""
+        name, number = source.name, 1
+        while source.name in taken:
+            number += 1
+            source.name = f"{name}-{number}"
+        taken.add(source.name)
         if source.file is None:
-            return source.hub
-        same = set(files_of[source.file.name])
-        return source.file.name if len(same) == 1 else os.path.relpath(source.file.absolute(), os.path.commonpath(same))
-
-    return [replace(source, name=name, where=where(source)) for source, name in zip(found, names, strict=True)]
+            source.where = source.hub["path"]
+        elif alike[source.file.name] == 1:
+            source.where = source.file.name
+        else:
+            source.where = os.path.relpath(source.file.absolute(), os.path.commonpath(paths))
+    return found
 
 
 def _existing(text: str) -> Path | None:
@@ -153,8 +144,7 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
         return [source for file in found for source in _of_file(file)]
     is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
     if hub is not None and not is_file_name:
-        given: dict[str, Any] = {name: value for name, value in hub.groupdict().items() if value}
-        return [Source(hub["hub"], **given)]
+        return [Source(hub["path"], hub={name: value for name, value in hub.groupdict().items() if value})]
     folder = Path(part).parent if Path(part).parent.is_dir() else machine.PROJECT / Path(part).parent
     beside = [str(Path(part).parent / file.name) for file in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(part, [*named, *beside], n=3, cutoff=0.6)
@@ -218,8 +208,8 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
         raise TunebookError(f"Dataset {name!r} in {path} names no file_name and no hf_hub_url{script}.")
     shape, limit = formats.described_shape(entry), entry.get("num_samples") or 0
     if file is None:
-        given = {key: entry[key] for key in ("subset", "split", "folder") if entry.get(key)}
-        return [Source(name, hub=hub, shape=shape, limit=limit, **given)]
+        given = {"path": hub, "name": entry.get("subset"), "split": entry.get("split"), "data_dir": entry.get("folder")}
+        return [Source(name, hub={key: value for key, value in given.items() if value}, shape=shape, limit=limit)]
     if not file.is_relative_to(os.path.abspath(path.parent)):
         raise TunebookError(f"Dataset {name!r} in {path} names {file}, outside of its folder; copy the file into it.")
     if not file.exists():
@@ -246,33 +236,25 @@ def read(
 ) -> Reading:
     """Every row of the sources that `spec` names.
 
-    format: one of `formats.FORMATS`; a dataset_info.json beside a file comes first when it is "auto". columns: the
+    format: a key of `formats.SHAPES`, or "auto", with which a dataset_info.json beside a file comes first. columns: the
     user's own mapping, "prompt=question,response=sql". documents: options of `documents.chunks`.
     Raises TunebookError when nothing can be read, or too much is wrong.
     """
-    named = formats.named_shape(format, columns, unanswerable)
+    named = formats.named_shape(format, columns)
     found = find(spec, info)
-    reports: list[SourceReport] = []
-
-    def every() -> Iterator[Row]:
-        for source in found:
-            reports.append(SourceReport(source.name, source.where))
-            yield from _rows(source, named or source.shape, rejects, reports[-1], unanswerable, documents or {})
-
-    table = Table.collect(batches(every()))
+    every = (_rows(source, named or source.shape, rejects, unanswerable, documents or {}) for source in found)
+    table = Table.collect(batches(itertools.chain.from_iterable(every)))
     rejects.check_rows_left(table, spec)
     rejects.check()
-    return Reading(table, reports)
+    return Reading(table, found)
 
 
-def _rows(
-    source: Source, shape: Shape | None, rejects: Rejects, report: SourceReport, unanswerable: str, options: dict
-) -> Iterator[Row]:
+def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: str, options: dict) -> Iterator[Row]:
     """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
-    known: dict[Any, Shape | None] = {}
+    known: dict[tuple, Shape] = {}
     if source.file is None:
-        records = _of_hub(source)
+        records = _of_hub(source.hub)
     elif files.kind(source.file) in documents.KINDS:
         records = documents.chunks(source.file, rejects, source.where, **options)
     else:
@@ -282,41 +264,24 @@ def _rows(
             break
         rejects.saw(1)
         try:
-            fitting = _shape_of(record, shape, known, unanswerable)
-            parts = formats.convert(record, fitting)
+            look = formats.look(record)
+            shape = known.get(look) or known.setdefault(look, formats.shape_of(record, named))
+            parts = formats.convert(record, shape, unanswerable)
         except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:
             error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
-            rejects.add(report.where, number, error.reason, error.detail, step="format")
-            if rejects.total_seen % CHECK_EVERY == 0:
-                rejects.check()
+            rejects.add(source.where, number, error.reason, error.detail, step="format")
             continue
-        used = {column for column in fitting.columns.values() if column}
+        used = shape.columns.values()
         aside = {
             str(key): _aside(value) for key, value in record.items() if key not in used and value not in (None, "")
         }
-        report.shapes[str(fitting)] += 1
-        report.unused.update(aside.keys())
+        source.shapes[str(shape)] += 1
+        source.unused.update(aside.keys())
         for part in parts:
-            report.rows += 1
-            report.kinds[part["kind"]] += 1
-            yield make_row(**part, source=source.name, file=report.where, row=number, meta=aside)
-    report.rejected = rejects.invalid.total() - before
-
-
-def _shape_of(record: dict, named: Shape | None, known: dict[Any, Shape | None], unanswerable: str) -> Shape:
-    """The shape of one record. Records with the same filled columns of the same types share one look."""
-    look = [(name, value) for name, value in record.items() if value is not None]
-    signature = tuple((name, "[{" if formats.is_json_list(value) else type(value)) for name, value in look)
-    if signature not in known or any(isinstance(value, (list, tuple)) for _, value in look):
-        if named is not None:
-            known[signature] = named if named.exact else formats.adapt(named, record)
-        else:
-            shape = formats.detect(record)
-            known[signature] = replace(shape, unanswerable=unanswerable) if shape else None
-    if (shape := known[signature]) is None:
-        fits = f"fit none of {', '.join(formats.FORMATS[1:])}; name the format or the columns"
-        raise RowError("unknown shape", f"the columns {formats.seen(record)} {fits}")
-    return shape
+            source.rows += 1
+            source.kinds[part["kind"]] += 1
+            yield make_row(**part, source=source.name, file=source.where, row=number, meta=aside)
+    source.rejected = rejects.invalid.total() - before
 
 
 def _aside(value: Any) -> Any:
@@ -330,18 +295,18 @@ def _aside(value: Any) -> Any:
     return str(value)[:SIDE_CHARS].encode("utf-8", "replace").decode()
 
 
-def _of_hub(source: Source) -> Iterator[tuple[int, dict]]:
+def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:
     """Rows of a hub set by Hugging Face's own library, memory-mapped. It refuses sets that are a script."""
     from huggingface_hub import constants, errors
 
     import datasets
 
-    subset, folder, revision = source.subset or None, source.folder or None, source.revision or None
+    given = {"split": "train", **hub}
     try:
-        table = datasets.load_dataset(source.hub, subset, data_dir=folder, split=source.split, revision=revision)
+        table = datasets.load_dataset(**given)
     except Exception as error:  # the library raises many kinds; each becomes a message with its own remedy
-        what = f"the dataset {source.hub!r}" + f" at revision {revision!r}" * bool(revision)
-        what += f" (subset {subset or 'default'}, split {source.split})"
+        what = f"the dataset {hub['path']!r}" + (f" at revision {hub['revision']!r}" if "revision" in hub else "")
+        what += f" (subset {hub.get('name', 'default')}, split {given['split']})"
         if "gated dataset" in str(error):
             remedy = "accept its terms on its page, then log in with `hf auth login` (or set HF_TOKEN)"
             raise TunebookError(f"The hub does not let you read {what}: {remedy}.") from None

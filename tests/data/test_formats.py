@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from helpers.data import formats, sources
-from helpers.data.formats import convert, detect, named_shape
+from helpers.data.formats import convert, named_shape
 from helpers.data.sources import read
 from helpers.data.tables import Rejects
 from helpers.data.turns import RowError
@@ -15,6 +15,10 @@ from helpers.errors import TunebookError
 
 def turns(*pairs):
     return [{"role": role, "content": content} for role, content in pairs]
+
+
+def detected(record):
+    return formats.shape_of(record, None)
 
 
 # ---------------------------------------------------------------- an independent reading of dataset_info.json
@@ -130,7 +134,7 @@ def test_columns_replace_the_whole_default_mapping_and_what_is_left_out_is_named
     )
     reading = read(str(tmp_path / "a.json"), Rejects())
     assert next(reading.table.rows())["messages"] == turns(("user", "q"), ("assistant", "a"))
-    assert reading.reports[0].unused == {"input": 1}
+    assert reading.sources[0].unused == {"input": 1}
 
 
 def test_tags_and_columns_of_a_described_set_are_obeyed_and_the_rest_is_not_guessed(tmp_path):
@@ -183,7 +187,7 @@ def test_num_samples_folders_and_hub_entries_are_taken_over_and_media_sets_are_r
 
     assert len(rows("a")) == 4
     (hub,) = sources.find("b", str(tmp_path))
-    assert (hub.hub, hub.subset, hub.split, hub.folder) == ("x/y", "en", "full", "sub")
+    assert hub.hub == {"path": "x/y", "name": "en", "split": "full", "data_dir": "sub"}
     assert [row["messages"][0]["content"] for row in rows("e").rows()] == ["q1", "q2"]
     said = {
         "c": "pictures, videos or sounds",
@@ -288,7 +292,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("record, kind, messages", SHAPES)
 def test_each_shape_is_recognised_and_becomes_its_conversation(record, kind, messages):
-    (part,) = convert(record, detect(record))
+    (part,) = convert(record, detected(record))
     assert (part["kind"], part["messages"]) == (kind, messages)
 
 
@@ -312,7 +316,7 @@ PROMPT, GOOD, BAD = turns(("user", "q")), turns(("assistant", "good")), turns(("
     ],
 )
 def test_every_form_of_a_preference_pair_gives_the_same_row(record):
-    (part,) = convert(record, detect(record))
+    (part,) = convert(record, detected(record))
     assert (part["messages"], part["chosen"], part["rejected"]) == (PROMPT, GOOD, BAD)
 
 
@@ -331,7 +335,7 @@ def test_pairs_of_longer_conversations_are_cut_where_they_part_ways():
 
 def test_kto_rows_keep_their_label_and_a_missing_one_is_rejected():
     (part,) = convert(
-        {"prompt": "q", "completion": "a", "label": False}, detect({"prompt": "q", "completion": "a", "label": False})
+        {"prompt": "q", "completion": "a", "label": False}, detected({"prompt": "q", "completion": "a", "label": False})
     )
     assert part["kind"] == "kto" and part["label"] is False
     with pytest.raises(RowError, match="no label"):
@@ -340,10 +344,10 @@ def test_kto_rows_keep_their_label_and_a_missing_one_is_rejected():
 
 def test_context_questions_may_have_no_answer_in_their_text():
     def asked(record):
-        shape = named_shape("context_qa", unanswerable="Not in the text.")
+        shape = formats.shape_of(record, named_shape("context_qa"))
         return [
             (part["messages"][-2]["content"], part["messages"][-1]["content"])
-            for part in convert(record, formats.adapt(shape, record))
+            for part in convert(record, shape, unanswerable="Not in the text.")
         ]
 
     assert asked({"context": "C", "question": "q", "answer": "a"}) == [("C\n\nq", "a")]
@@ -361,7 +365,7 @@ def test_context_questions_may_have_no_answer_in_their_text():
     assert asked({"context": "C", "question": "q", "answer": "a", "is_impossible": True})[0][1] == "Not in the text."
     with pytest.raises(RowError, match="no answer"):
         asked({"context": "C", "question": "q"})
-    assert detect({"context": "C", "question": "q", "answer": "a"}).format == "context_qa"
+    assert detected({"context": "C", "question": "q", "answer": "a"}).format == "context_qa"
 
 
 def test_a_wrong_mapping_says_which_columns_were_seen_and_which_were_wanted(tmp_path):
@@ -376,4 +380,4 @@ def test_a_wrong_mapping_says_which_columns_were_seen_and_which_were_wanted(tmp_
 
 def test_other_columns_travel_along_unused():
     record = {"instruction": "q", "output": "a", "origin": "hand", "score": 0.5}
-    assert set(record) - set(detect(record).columns.values()) == {"origin", "score"}
+    assert set(record) - set(detected(record).columns.values()) == {"origin", "score"}

@@ -79,7 +79,7 @@ def test_folders_globs_and_lists_of_sources_are_read_in_order_and_named_apart(tm
     assert len(folder.table) == 11 * 5
     assert len(rejected(tmp_path / "*.jsonl")[0].table) == 3 * 5
     both, _ = rejected(f"{tmp_path}/a.jsonl, {tmp_path}/a.jsonl")
-    assert [report.name for report in both.reports] == ["a", "a-2"]
+    assert [report.name for report in both.sources] == ["a", "a-2"]
     assert {row["source"] for row in both.table.rows()} == {"a", "a-2"}
 
 
@@ -299,7 +299,7 @@ def test_one_file_may_hold_rows_of_several_shapes(tmp_path):
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading, rejects = rejected(tmp_path / "mixed.jsonl")
     assert [row["kind"] for row in reading.table.rows()] == ["sft", "sft", "preference", "text", "kto"]
-    assert dict(rejects.invalid) == {"unknown shape": 1} and len(reading.reports[0].shapes) == 5
+    assert dict(rejects.invalid) == {"unknown shape": 1} and len(reading.sources[0].shapes) == 5
 
 
 @pytest.mark.parametrize(
@@ -357,9 +357,9 @@ def test_a_full_disk_under_the_hubs_cache_is_called_a_full_disk(monkeypatch):
 
 def test_a_hub_id_carries_revision_subset_and_split():
     (source,) = sources.find("owner/name@v1.2:subset:train[:10%]")
-    assert (source.hub, source.revision, source.subset, source.split) == ("owner/name", "v1.2", "subset", "train[:10%]")
+    assert source.hub == {"path": "owner/name", "revision": "v1.2", "name": "subset", "split": "train[:10%]"}
     (plain,) = sources.find("owner/name")
-    assert (plain.revision, plain.subset, plain.split) == ("", "", "train")
+    assert plain.hub == {"path": "owner/name"}
 
 
 def test_a_hub_set_that_cannot_be_had_ends_with_a_sentence():

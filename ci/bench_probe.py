@@ -183,7 +183,7 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     from helpers import params
     from helpers.train import methods
 
-    values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16})
+    values = params.resolve("sft", {"run": "x", "backend": "unsloth", "rank": 16, "alpha": 16, "train_on": "all"})
     methods.import_first(values)
     import torch
 
@@ -197,7 +197,7 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     step = stepper(model)
     for documents, tokens in UNSLOTH_SETTINGS:
         setting = cost_model.Setting(
-            documents * tokens, recompute=shape.layers, offload=True, backend="unsloth", rank=16
+            documents * tokens, values, recompute=shape.layers, offload=True, backend="unsloth"
         )
         rows = []
         for length in (tokens, *(tokens * share // 100 for share in (93, 97, 103))):
@@ -233,7 +233,7 @@ def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **
     bench_rivals.emit(
         arm="planner",
         **about,
-        rank=setting.rank,
+        rank=setting.params.rank,
         tokens=setting.row_tokens,
         recompute=setting.recompute,
         offload=setting.offload,
@@ -254,6 +254,7 @@ def planner() -> None:
 
     import torch
 
+    from helpers import params
     from helpers.model import checkpointing
     from helpers.planner import cost_model
 
@@ -279,10 +280,9 @@ def planner() -> None:
         rows = [row_of(lengths), *map(row_of, others)]
         setting = cost_model.Setting(
             sum(lengths),
+            params.SftParams(method="qlora" if base == "nf4" else "lora", rank=rank, train_on="all"),
             recompute=layers,
             offload=offload,
-            rank=rank,
-            method="qlora" if base == "nf4" else "lora",
         )
         measure(
             step,

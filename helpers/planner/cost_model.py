@@ -165,70 +165,59 @@ class Setting:
     checkpointing, whose forward runs twice; offload: their inputs wait in host memory."""
 
     row_tokens: int
+    params: TrainingParams
     recompute: int = 0
     offload: bool = False
     tile_mlp: int = 0
-    method: str = "qlora"
-    rank: int = 16
-    targets: str = "all-linear"
-    optimizer: str = "adamw"
     backend: str = "hf"
     padded: bool = False
-    stage: str = "sft"
     flash: bool = True
-    fused: bool = True
-    trained_layers: int = 2
     shards: int = 1
-    trained_share: float = 1.0  # tokens that the head has to look at
     accumulates: bool = False  # gradients of earlier rows are there while a row's activations are
     number_bytes: int = 2  # of a weight that is not quantised and of an activation: 4 in fp32
     process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
 
     @property
     def quantize(self) -> str:
-        return "nf4" if self.method == "qlora" else "none"
+        return "nf4" if self.params.method == "qlora" else "none"
+
+    @property
+    def fused(self) -> bool:
+        return not (self.params.dropout or self.params.dora)
+
+    @property
+    def trained_share(self) -> float:
+        """Tokens that the head has to look at."""
+        return 0.6 if getattr(self.params, "train_on", "all") == "completion" else 1.0
 
 
 def base_setting(params: TrainingParams, card: Card, world: int, backend: str, flash: bool, padded: bool) -> Setting:
     """The setting that every option varies in row tokens and activation checkpointing."""
     cpu = card.capability is None
     wide = params.precision == "fp32" or (cpu and params.precision != "bf16" and not fast_bf16())
-    answers_only = params.stage == "sft" and getattr(params, "train_on", "all") == "completion"
-    return Setting(
-        row_tokens=0,
-        method=params.method,
-        rank=params.rank,
-        targets=params.target_modules,
-        optimizer=params.optimizer,
-        stage=params.stage,
-        backend=backend,
-        flash=flash,
-        padded=padded,
-        fused=not (params.dropout or params.dora),
-        trained_layers=getattr(params, "freeze_layers", 0),
-        shards=world,
-        trained_share=0.6 if answers_only else 1.0,
-        number_bytes=4 if wide else 2,
-        process_gib=PROCESS_GIB + ONEDNN_GIB * (not wide) if cpu else 0.0,
-    )
+    held = PROCESS_GIB + ONEDNN_GIB * (not wide) if cpu else 0.0
+    number = 4 if wide else 2
+    return Setting(0, params, 0, False, 0, backend, padded, flash, world, number_bytes=number, process_gib=held)
 
 
 def trained_parameters(shape: Shape, s: Setting) -> int:
     """How many numbers the optimizer changes."""
-    if s.method == "full":
+    p = s.params
+    if p.method == "full":
         return shape.parameters
-    if s.method == "freeze":
-        return round((shape.linear_parameters + shape.other) * s.trained_layers / shape.layers)
-    names = None if s.targets in ("", "all-linear") else {n.strip() for n in s.targets.split(",")}
-    return sum(s.rank * (i + o) for name, i, o in shape.linears if names is None or name.rsplit(".", 1)[-1] in names)
+    if p.method == "freeze":
+        return round((shape.linear_parameters + shape.other) * getattr(p, "freeze_layers", 0) / shape.layers)
+    names = [name.strip() for name in p.target_modules.split(",")]
+    every = p.target_modules in ("", "all-linear")
+    return sum(p.rank * (i + o) for name, i, o in shape.linears if every or name.rsplit(".", 1)[-1] in names)
 
 
 def state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state on one GPU."""
-    trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES.get(s.optimizer, 0)
+    trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES.get(s.params.optimizer, 0)
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
-    if s.method in ("full", "freeze"):
+    if s.params.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
         state = trained * (masters + 4 + optimizer)
     else:
@@ -307,10 +296,10 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> flo
 def row_work(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, float]:
     """(seconds that the GPU works, seconds that the processor needs to launch it all) for the same micro-batch."""
     tokens = s.row_tokens
-    full = s.method == "full"
+    full = s.params.method == "full"
     again = s.recompute / shape.layers
     matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again)
-    head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.stage != "sft"))
+    head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.params.stage != "sft"))
     attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again)
     rate = card.tflops * 1e12
     compute = tokens * ((matrix + head) / MATRIX_SHARE + attention / ATTENTION_SHARE) / rate

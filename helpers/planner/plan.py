@@ -308,7 +308,7 @@ class _Search:
 
     def alternatives(self, options: list[Option], best: Option) -> tuple[Option, ...]:
         """What a person would ask about: the fastest per grade of activation checkpointing, the base in the other
-        precision, and Unsloth."""
+        precision."""
         chosen: dict[Any, Option] = {}
         for option in options:
             key = (option.setting.recompute, option.setting.offload, option.setting.tile_mlp)
@@ -316,13 +316,8 @@ class _Search:
             if (option.fits, option.tokens_per_s) > (held.fits, held.tokens_per_s):
                 chosen[key] = option
         s = best.setting
-        if s.method in ("qlora", "lora"):
-            chosen["base"] = self.weigh(replace(s, method="lora" if s.method == "qlora" else "qlora"), self.layout(s))
-            if s.backend == "hf" and self.card.capability is not None:
-                row = max(max(self.padded), min(s.row_tokens, UNSLOTH_ROW))
-                unsloth = replace(s, backend="unsloth", row_tokens=row, padded=True, recompute=self.shape.layers)
-                unsloth = replace(unsloth, offload=True, tile_mlp=0)
-                chosen["unsloth"] = self.weigh(unsloth, self.layout(unsloth))
+        if other := {"qlora": "lora", "lora": "qlora"}.get(self.params.method):
+            chosen["base"] = self.weigh(replace(s, params=replace(self.params, method=other)), self.layout(s))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
     def refusal(self, options: list[Option]) -> str:
@@ -330,9 +325,8 @@ class _Search:
         lengths, card = self.lengths(self.base), self.card
         smallest = min(options, key=lambda o: o.need_gib)
         what = (
-            f"{self.shape.name or 'The model'} ({self.shape.parameters / 1e9:.2f} billion, method {self.base.method}, "
-            f"longest row {max(lengths)} tokens) needs {smallest.need_gib:.1f} GiB and {card.name} has "
-            f"{card.total_gib:.1f}"
+            f"{self.shape.name} ({self.shape.parameters / 1e9:.2f} billion, method {self.params.method}, longest row "
+            f"{max(lengths)} tokens) needs {smallest.need_gib:.1f} GiB and {card.name} has {card.total_gib:.1f}"
         )
         if smallest.need_gib <= card.total_gib:
             host = smallest.offloaded_gib + cost_model.HOST_GIB
@@ -347,9 +341,9 @@ class _Search:
 
         if fits():
             return f"{what}; set recompute to auto and row_tokens to 0, which fits."
-        if self.base.method != "qlora" and fits(method="qlora"):
+        if self.params.method != "qlora" and fits(method="qlora"):
             return f"{what}; set method to qlora, which fits."
-        if self.base.optimizer in ("adamw", "lion") and fits(optimizer="adamw_8bit"):
+        if self.params.optimizer in ("adamw", "lion") and fits(optimizer="adamw_8bit"):
             return f"{what}; set optimizer to adamw_8bit, which fits."
         low, high = 0, max(lengths)
         while high - low > 16:

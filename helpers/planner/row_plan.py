@@ -70,11 +70,9 @@ def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list
     """Indices in exactly `rows` rows of nearly equal cost: longest first into the emptiest (padded: least budget)."""
     out: list[list[int]] = [[] for _ in range(rows)]
     if padded:
-        low, high = 0, cost(lengths, padded)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(padded_fit(lengths, middle)) <= rows else (middle + 1, high)
-        fitted = padded_fit(lengths, low)
+        budgets = range(cost(lengths, padded))
+        least = bisect.bisect(budgets, False, key=lambda budget: len(padded_fit(lengths, budget)) <= rows)
+        fitted = padded_fit(lengths, least)
         return [sorted(row) for row in fitted] + out[len(fitted) :]
     emptiest = [(0, 0, row) for row in range(rows)]
     for index in _longest_first(lengths):

@@ -181,7 +181,7 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
     if not cuda:
         return {"peak_gib": None, "tokens_per_s": speed}
     setting = plan.option.setting  # the optimizer's state comes with the first real step
-    state = cost_model.trained_parameters(plan.shape, setting) * cost_model.OPTIMIZER_BYTES[setting.optimizer]
+    state = cost_model.trained_parameters(plan.shape, setting) * cost_model.OPTIMIZER_BYTES[setting.params.optimizer]
     return {"peak_gib": (torch.cuda.max_memory_allocated() + state) / 2**30, "tokens_per_s": speed}
 
 

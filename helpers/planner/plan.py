@@ -196,7 +196,8 @@ def plan(
         params, card, world_size, backend, flash=kernel.name == packed_attention.FLASH, padded=not packed
     )
     shape = cost_model.shape_of(config)
-    search = _Search(params, shape, card, world_size, tuple(lengths), tuple(padded_lengths or lengths), base)
+    in_rows = lengths if packed else padded_lengths or lengths
+    search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base)
     options = list(search.options())
     fitting = [o for o in options if o.fits]
     if not fitting:
@@ -229,37 +230,29 @@ def plan(
 
 @dataclass(frozen=True)
 class _Search:
-    """The options for one job. tokens, padded: of each training example, for pairs of both answers with their prompts,
-    without and with the shorter one padded to the longer."""
+    """The options for one job. lengths: tokens of each training example as its row holds it, padding too; tokens: of
+    all of them, without."""
 
     params: TrainingParams
     shape: Shape
     card: Card
     world: int
-    tokens: tuple[int, ...]
-    padded: tuple[int, ...]
+    lengths: tuple[int, ...]
+    tokens: int
     base: Setting
-
-    def lengths(self, s: Setting) -> tuple[int, ...]:
-        return self.padded if s.padded else self.tokens
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the examples that the run at least begins."""
-        per_epoch = math.ceil(len(self.tokens) / self.params.batch_size)
-        return math.ceil(self.params.max_steps / per_epoch if self.params.max_steps else self.params.epochs)
 
     @cached_property
     def heaviest(self) -> list[list[int]]:
         """The optimizer steps with the most tokens; found in a quarter of a second for 100,000 rows."""
-        params = self.params
-        return row_plan.heaviest(self.lengths(self.base), params.batch_size, params.seed, self.epochs)
+        p = self.params
+        epochs = p.max_steps / math.ceil(len(self.lengths) / p.batch_size) if p.max_steps else p.epochs
+        return row_plan.heaviest(self.lengths, p.batch_size, p.seed, math.ceil(epochs))
 
     def options(self) -> Iterator[Option]:
         """Every row size and grade of activation checkpointing worth weighing."""
-        longest = max(self.lengths(self.base))
+        longest = max(self.lengths)
         # Whole steps in one row a process: longer ones are of no use.
-        useful = self.layout(replace(self.base, row_tokens=longest * self.params.batch_size)).max_row_tokens
+        useful = self.layout(longest * self.params.batch_size).max_row_tokens
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
         if self.params.row_tokens:
             if self.params.row_tokens < longest:
@@ -277,19 +270,19 @@ class _Search:
         named = {"none": known[:1], "half": [(count // 2, False, 0)], "all": known[4:5], "offload": known[5:]}
         grades = [(count, True, 0)] if self.base.backend == "unsloth" else named.get(self.params.recompute, known)
         for size in sizes:
-            layout = self.layout(replace(self.base, row_tokens=size))
+            layout = self.layout(size)
             for layers, offload, tile in grades:
                 if not tile or tile < size:
                     setting = replace(self.base, row_tokens=size, recompute=layers, offload=offload, tile_mlp=tile)
                     yield self.weigh(setting, layout)
 
-    def layout(self, s: Setting) -> row_plan.Layout:
-        return row_plan.lay_out(self.lengths(s), self.heaviest, s.row_tokens, self.world, s.padded)
+    def layout(self, row_tokens: int) -> row_plan.Layout:
+        return row_plan.lay_out(self.lengths, self.heaviest, row_tokens, self.world, self.base.padded)
 
     def weigh(self, s: Setting, layout: row_plan.Layout) -> Option:
         """What a setting would need and take, its rows laid out like this."""
-        lengths, rows = self.lengths(s), layout.accumulation
-        step_tokens = sum(self.tokens) / len(lengths) * min(self.params.batch_size, len(lengths))
+        lengths, rows = self.lengths, layout.accumulation
+        step_tokens = self.tokens / len(lengths) * min(self.params.batch_size, len(lengths))
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         square = sum(n * n for n in lengths) / sum(lengths)
         row = replace(s, row_tokens=max(1, round(mean_row)))
@@ -310,19 +303,17 @@ class _Search:
         """What a person would ask about: the fastest per grade of activation checkpointing, the base in the other
         precision."""
         chosen: dict[Any, Option] = {}
-        for option in options:
-            key = (option.setting.recompute, option.setting.offload, option.setting.tile_mlp)
-            held = chosen.setdefault(key, option)
-            if (option.fits, option.tokens_per_s) > (held.fits, held.tokens_per_s):
-                chosen[key] = option
+        for option in sorted(options[::-1], key=lambda o: (o.fits, o.tokens_per_s)):
+            chosen[option.setting.recompute, option.setting.offload, option.setting.tile_mlp] = option
         s = best.setting
         if other := {"qlora": "lora", "lora": "qlora"}.get(self.params.method):
-            chosen["base"] = self.weigh(replace(s, params=replace(self.params, method=other)), self.layout(s))
+            setting = replace(s, params=replace(self.params, method=other))
+            chosen["base"] = self.weigh(setting, self.layout(s.row_tokens))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
     def refusal(self, options: list[Option]) -> str:
         """What does not fit and the smallest change that would: 4 bits, 8-bit optimizer, shorter rows, larger GPU."""
-        lengths, card = self.lengths(self.base), self.card
+        lengths, card = self.lengths, self.card
         smallest = min(options, key=lambda o: o.need_gib)
         what = (
             f"{self.shape.name} ({self.shape.parameters / 1e9:.2f} billion, method {self.params.method}, longest row "
@@ -336,7 +327,7 @@ class _Search:
         def fits(lengths: Sequence[int] = lengths, **change: Any) -> bool:
             params = replace(self.params, recompute="auto", row_tokens=0, **change)
             base = base_setting(params, card, self.world, self.base.backend, self.base.flash, self.base.padded)
-            search = replace(self, params=params, base=base, tokens=tuple(lengths), padded=tuple(lengths))
+            search = replace(self, params=params, base=base, lengths=tuple(lengths), tokens=sum(lengths))
             return any(option.fits for option in search.options())
 
         if fits():

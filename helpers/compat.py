@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections import ChainMap
 from collections.abc import Iterator
@@ -90,19 +89,9 @@ class RowsAsTheyAre:
         return dataset
 
 
-def save_weights(trainer: Any, folder: str | None, state: dict[str, Any]) -> None:
-    """Write a gathered state as the trainer writes its own; `Trainer.save_model` takes none."""
-    trainer._save(folder or trainer.args.output_dir, state_dict=state)
-
-
 def load_weights(trainer: Any, folder: Path) -> None:
     """Put a checkpoint's weights into the trainer's model outside its loop."""
     trainer._load_from_checkpoint(str(folder))
-
-
-def on_device(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch on the trainer's device."""
-    return trainer._prepare_inputs(inputs)
 
 
 def drop_metrics(trainer: Any) -> None:
@@ -168,13 +157,11 @@ def liger_kernels(model: Any) -> str:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
         return "liger kernels left out: liger-kernel is not installed"
-    patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
-    if patch is None:
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"liger kernels left out: none for {model.config.model_type}"
-    wanted = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu"), True)
-    wanted |= {"cross_entropy": False, "fused_linear_cross_entropy": False, "model": model}
-    known = inspect.signature(patch).parameters
-    patch(**{name: value for name, value in wanted.items() if name in known})
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     return "liger RMSNorm, rotary embedding and activation"
 
 

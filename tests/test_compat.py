@@ -109,8 +109,6 @@ def test_trainers_private_methods_have_the_arguments_that_are_overridden():
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_load_best_model", ["self"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
-        ("_save", ["self", "output_dir", "state_dict"]),
-        ("_prepare_inputs", ["self", "inputs"]),
     ):
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == arguments
 

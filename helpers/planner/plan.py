@@ -303,7 +303,7 @@ class _Search:
         """What a person would ask about: the fastest per grade of activation checkpointing, the base in the other
         precision."""
         chosen: dict[Any, Option] = {}
-        for option in sorted(options[::-1], key=lambda o: (o.fits, o.tokens_per_s)):
+        for option in sorted(options, key=lambda o: (o.fits, o.tokens_per_s, -o.setting.row_tokens)):
             chosen[option.setting.recompute, option.setting.offload, option.setting.tile_mlp] = option
         s = best.setting
         if other := {"qlora": "lora", "lora": "qlora"}.get(self.params.method):

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -165,7 +166,7 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
                 if plan.accumulation == 1:
                     model.zero_grad(set_to_none=True)
                 batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
-                inputs = compat.on_device(trainer, batches[0])
+                inputs = send_to_device(batches[0], device)
                 tokens, began = inputs["tokens"], _now(cuda)
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)

@@ -81,7 +81,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         model.eval()
         totals: dict[str, Any] = {}
         for inputs in self.get_eval_dataloader():
-            inputs = compat.on_device(self, {k: v for k, v in inputs.items() if k not in EXTRA})
+            inputs = {k: v for k, v in inputs.items() if k not in EXTRA}
             with self.accelerator.autocast():
                 for name, value in self.measure(model, inputs).items():
                     number = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device)
@@ -102,7 +102,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
             return
         state = distributed.whole_state(self.model, adapter_only=True)
         if self.args.should_save:
-            compat.save_weights(self, output_dir, state)
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
     def _everywhere(self, *counts: int) -> list[float]:
         """Sums of plain numbers over all processes."""

@@ -7,6 +7,7 @@ A key that leaves out what decides a result gives another result's files one day
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import json
 import os
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,16 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write a whole file or nothing: to a neighbour first, flushed to disk, then renamed over `path`."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return path
 
 
@@ -59,16 +61,21 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def disk_error(error: OSError, path: Path) -> Exception:
-    """An OSError as an error message when it means a full disk or a forbidden place, else the error itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TunebookError(
-            f"No space left on the disk while writing {path}; free some room and run the same command again, it "
-            "resumes where it stopped."
-        )
-    if error.errno in (errno.EACCES, errno.EROFS):
-        return TunebookError(f"{path} cannot be written ({error.strerror}); set TUNEBOOK_RUNS to a folder that can.")
-    return error
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the OSError of a full disk or a forbidden place into an error message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TunebookError(
+                f"No space left on the disk while writing {path}; free some room and run the same command again, it "
+                "resumes where it stopped."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            said = f"{path} cannot be written ({error.strerror})"
+            raise TunebookError(f"{said}; set TUNEBOOK_RUNS to a folder that can.") from error
+        raise
 
 
 # ---------------------------------------------------------------- names by content
@@ -114,12 +121,10 @@ class Answers:
     def __init__(self, place: str | Path, key: str) -> None:
         self.path = (folder() / place if isinstance(place, str) else place) / f"{key[:32]}.jsonl"
         self._values: dict[str, Any] = {}
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-        self._writing = threading.Lock()
+        self._turn = threading.Lock()
         for line in lines:
             try:
                 record = json.loads(line)
@@ -134,11 +139,8 @@ class Answers:
 
     def put(self, key: str, value: Any) -> None:
         line = json.dumps({"k": key, "v": value, "c": _check(key, value)}, ensure_ascii=False)
-        try:
-            with self._writing, open(self.path, "ab") as file:
-                file.write(f"\n{line}\n".encode("utf-8", "backslashreplace"))  # the line before may be torn
-        except OSError as error:
-            raise disk_error(error, self.path) from error
+        with writing(self.path), self._turn, open(self.path, "ab") as file:
+            file.write(f"\n{line}\n".encode("utf-8", "backslashreplace"))  # the line before may be torn
         self._values[key] = value
 
 

@@ -171,7 +171,7 @@ def png(figure: Any) -> bytes:
 
 
 def save(value: Any, folder: Path, name: str) -> None:
-    """Keep what ended a cell under `folder/name`: a figure as PNG, anything else as its HTML and its text."""
+    """Write what ended a cell as `folder/name`.png, if it is a figure, or as `name`.json, its HTML and its text."""
     if hasattr(value, "savefig"):
         write_atomic(folder / f"{name}.png", png(value))
     elif value is not None:
@@ -189,8 +189,3 @@ def load(folder: Path, name: str) -> Any:
         kept = json.loads((folder / f"{name}.json").read_text())
         return Html(kept["html"], kept["text"])
     return None
-
-
-def save_figure(folder: Any, figure: Any, name: str) -> Path:
-    """Write a matplotlib figure as PNG into a stage's folder, atomically, and return the path."""
-    return write_atomic(Path(getattr(folder, "path", folder)) / name, png(figure))

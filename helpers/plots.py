@@ -1,6 +1,6 @@
 """Every figure: drawn by matplotlib from plain numbers, the same one in a notebook and in a report.
 
-A function returns a matplotlib figure that a notebook cell can end with, that `display.save_figure` writes as PNG, and
+A function returns a matplotlib figure that a notebook cell can end with, that `display.save` writes as PNG, and
 that `svg` turns into text for a page, where its ink takes the page's colour. `figure.alt` says in words what is to be
 seen. The figures are made without pyplot: nothing is shown twice and none has to be closed.
 """

@@ -26,7 +26,7 @@ import psutil
 import yaml
 
 from helpers import display, machine
-from helpers.cache import disk_error, hash_json, sha256_file, write_atomic, write_json  # noqa: F401
+from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writing  # noqa: F401
 from helpers.errors import TunebookError
 from helpers.params import Params
 
@@ -318,11 +318,9 @@ def lock(run: str, stage: str) -> None:
     path = run_folder(run) / ".locks" / stage
     if path in _held:
         return
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - open as long as it is locked
-    except OSError as error:
-        raise disk_error(error, path) from error
     file.seek(0)
     owner, _, host = file.read().partition(" ")
     try:

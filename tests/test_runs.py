@@ -235,14 +235,12 @@ def test_a_score_that_is_no_number_leaves_no_manifest(runs_root):
 
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path):
     """A real full disk: /dev/full answers every write with ENOSPC."""
-    error = None
-    try:
-        with open("/dev/full", "wb", buffering=0) as full:
-            full.write(b"x")
-    except OSError as caught:
-        error = caught
-    assert error.errno == errno.ENOSPC
-    assert "No space left" in str(runs.disk_error(error, tmp_path / "x"))
+    with (
+        pytest.raises(TunebookError, match="No space left"),
+        runs.writing(tmp_path / "x"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"x")
 
 
 def test_a_write_that_fails_leaves_nothing_half_written(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cache, machine
-from helpers.cache import disk_error
+from helpers.cache import writing
 from helpers.data.chat_template import Template
 from helpers.data.labels import Encoded, Encoder, spelt_out
 from helpers.data.lengths import Fitter, expanded, propose
@@ -156,18 +156,17 @@ def write(path: Path, kind: str, batches: Iterable[dict[str, Any] | list[dict[st
 
     made, rows = schema(kind), 0
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with pq.ParquetWriter(partial, made, compression="zstd") as writer:
-            for batch in batches:
-                by_rows = isinstance(batch, list)
-                table = pa.Table.from_pylist(batch, made) if by_rows else pa.table(batch, schema=made)
-                writer.write_table(table)
-                rows += len(table)
-        os.replace(partial, path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with pq.ParquetWriter(partial, made, compression="zstd") as writer:
+                for batch in batches:
+                    by_rows = isinstance(batch, list)
+                    table = pa.Table.from_pylist(batch, made) if by_rows else pa.table(batch, schema=made)
+                    writer.write_table(table)
+                    rows += len(table)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return rows
 
 

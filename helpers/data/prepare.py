@@ -26,7 +26,7 @@ from helpers.data.shingles import text_hash
 from helpers.data.split import pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of
-from helpers.display import Html, said, save_figure, shown
+from helpers.display import Html, said, save, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
 from helpers.params import DataParams
@@ -299,7 +299,7 @@ class Job(StageJob):
         found = self.encoded["lengths"]
         limits = (found["max_length"], found["over"], found["proposed_max_length"])
         figure = plots.lengths(self.encoded["histogram"], *limits)
-        save_figure(self.stage, figure, "lengths.png")
+        save(figure, self.stage.path, "lengths")
         return figure
 
     @step

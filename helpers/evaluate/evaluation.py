@@ -237,7 +237,7 @@ class Evaluation(steps.Job):
                 kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
                 bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
         label = f"{task['label']}, % of {task['n']} questions (95 % interval)"
-        return self._saved(plots.scores(bars, label), "scores.png")
+        return self._saved(plots.scores(bars, label), "scores")
 
     @steps.step
     def kinds(self) -> Any:
@@ -247,7 +247,7 @@ class Evaluation(steps.Job):
             return display.said("The questions have no column kind.")
         counts = {kind: group["n"] for name in groups for kind, group in sorted(groups[name].items())}
         shares = {name: {kind: group["value"] for kind, group in found.items()} for name, found in groups.items()}
-        return self._saved(plots.by_group(counts, shares), "kinds.png")
+        return self._saved(plots.by_group(counts, shares), "kinds")
 
     @steps.step
     def errors(self) -> Html:
@@ -286,7 +286,7 @@ class Evaluation(steps.Job):
         return self.found
 
     def _saved(self, figure: Any, name: str) -> Any:
-        display.save_figure(self.stage, figure, name)
+        display.save(figure, self.stage.path, name)
         return figure
 
 

@@ -190,7 +190,7 @@ class ExportJob(steps.Job):
         """Size against divergence and, where it was measured, against the task score."""
         self.prove()
         drawn = fidelity.figure(self.files, self.results)
-        display.save_figure(self.stage, drawn, "fidelity.png")
+        display.save(drawn, self.stage.path, "fidelity")
         return drawn
 
     @steps.step

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine
-from helpers.cache import disk_error, hash_json, write_json
+from helpers.cache import hash_json, write_json, writing
 from helpers.errors import TunebookError
 from helpers.model import offline
 
@@ -49,12 +49,11 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
     exception is meant; "no space left" keeps its own message.
     """
     try:
-        yield
+        with writing(path):
+            yield
     except TunebookError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and isinstance(disk_error(error, path), TunebookError):
-            raise disk_error(error, path) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         said = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
         raise TunebookError(f"{what} in {path} cannot be loaded ({said}); {remedy}") from error

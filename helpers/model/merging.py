@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import compat, display
-from helpers.cache import disk_error, write_json
+from helpers.cache import write_json, writing
 from helpers.errors import TunebookError
 from helpers.model.loading import ADAPTER_REMEDY, check_adapter, load_config, load_tokenizer, reading
 
@@ -63,9 +63,8 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> M
         # Small tensors gain nothing from more, and threads that wait for each other made it 4 times slower when busy.
         torch.set_num_threads(max(1, threads // 2))
         try:
-            tensors, size = merger.write(files, partial)
-        except OSError as error:
-            raise disk_error(error, out) from error
+            with writing(out):
+                tensors, size = merger.write(files, partial)
         finally:
             torch.set_num_threads(threads)
         _write_rest(base, adapter, partial, config, merger)

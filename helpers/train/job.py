@@ -112,8 +112,8 @@ class TrainJob(steps.Job):
     adapter: folder of the adapter to train further.
     """
 
-    # Looks that are figures: the file that a finished stage keeps, and what draws it. The last one is drawn live.
-    drawn: ClassVar[dict[str, tuple[str, Callable[..., Any]]]] = {"figure": ("loss.png", plots.training_curves)}
+    # Looks that are figures: the name of the file that is kept, and what draws it. The last one is drawn live.
+    drawn: ClassVar[dict[str, tuple[str, Callable[..., Any]]]] = {"figure": ("loss", plots.training_curves)}
 
     stage: runs.Stage
     source: ModelSource = None  # type: ignore[assignment]
@@ -213,8 +213,8 @@ class TrainJob(steps.Job):
             if not distributed.first():
                 return None
             methods.save(self.model, self.tokenizer, self.stage.path / kind, self.pissa, whole)
-            for look, (file, _) in self.drawn.items():
-                display.save_figure(self.stage, getattr(self, look)(), file)
+            for look, (name, _) in self.drawn.items():
+                display.save(getattr(self, look)(), self.stage.path, name)
         plan, peak = self.planned, machine.peak_memory_gib()
         speeds = [line["tokens_per_s"] for line in self.lines() if "tokens_per_s" in line]
         if speeds:  # the first steps compile kernels

@@ -16,7 +16,7 @@ from helpers.train.job import TrainJob, base_model, first, open_stage, plan_for
 
 
 class PreferenceJob(TrainJob):
-    drawn: ClassVar = {**TrainJob.drawn, "margins": ("margins.png", plots.preference_curves)}
+    drawn: ClassVar = {**TrainJob.drawn, "margins": ("margins", plots.preference_curves)}
 
     @steps.look
     def margins(self) -> Any:

@@ -7,8 +7,8 @@ import tomllib
 import pytest
 
 from helpers import __main__ as command_line
-from helpers import machine, params, runs
-from tests.conftest import PROJECT, begun
+from helpers import machine
+from tests.conftest import PROJECT
 
 
 def test_the_project_table_installs_the_command_and_takes_the_version_from_one_place():
@@ -20,8 +20,6 @@ def test_the_project_table_installs_the_command_and_takes_the_version_from_one_p
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)
 def test_every_command_explains_itself(command):
-    if command == "runs":
-        return
     call = [sys.executable, "-m", "helpers", command, "--help"]
     done = subprocess.run(call, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout and not done.stderr
@@ -36,23 +34,6 @@ def test_an_unknown_command_is_refused_with_the_list(capsys):
         command_line.main(["--help"])
     said = capsys.readouterr().out
     assert "tunebook" in said and all(does in said for does in command_line.COMMANDS.values())
-
-
-def test_runs_lists_the_finished_stages_of_each_run(runs_root, capsys):
-    assert command_line.main(["runs"]) == 0 and "no runs" in capsys.readouterr().out
-    begun("data", params.resolve("data", {"run": "one"})).finish({})
-    begun("data", params.resolve("data", {"run": "two"}))
-    assert command_line.main(["runs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split()[:2] for line in lines[1:]) == [["one", "data"], ["two", "none"]]
-    runs.unlock("two", "data")
-
-
-def test_a_reader_that_goes_away_ends_the_list_without_a_traceback(runs_root):
-    (runs_root / "r" / "01_data_prep").mkdir(parents=True)
-    call = f"{sys.executable} -m helpers runs | true"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", call], cwd=PROJECT, capture_output=True, text=True)
-    assert not done.stderr
 
 
 def test_a_run_that_is_not_there_is_one_error_message(runs_root, capsys):

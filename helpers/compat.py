@@ -238,17 +238,7 @@ def merged_weight(module: Any, tensor: Any) -> Any:
         added = max(module.weight.shape[0] - len(tensor), 0)  # the rows of added tokens come from the adapter
         tensor = torch.cat([tensor, tensor.new_zeros(added, tensor.shape[1])])
     inner.weight = torch.nn.Parameter(tensor.to(torch.float32, copy=True), requires_grad=False)  # merged in place
-    if getattr(inner, "bias", None) is not None:
-        inner.bias = torch.nn.Parameter(torch.zeros(inner.bias.shape), requires_grad=False)  # see `merged_bias`
     layer.merge(safe_merge=False)  # the adapter was found finite, the sum needs no second look
     merged, inner.weight = inner.weight.detach(), whole
     layer.merged_adapters.clear()
     return merged
-
-
-def merged_bias(module: Any, tensor: Any) -> Any:
-    """LoRA may train a bias of its own (lora_bias); else the base's is kept."""
-    name, up = next(iter(getattr(module, "lora_B", {}).items()), ("", None))
-    if up is None or up.bias is None:
-        return tensor
-    return tensor.float() + up.bias.detach().float() * module.scaling[name]

@@ -337,6 +337,8 @@ def check_adapter(adapter: Path) -> dict[str, Any]:
         config = json.loads((adapter / "adapter_config.json").read_text())
         with safe_open(weights, "pt") as file:
             bad = next((k for k in file.keys() if not torch.isfinite(file.get_tensor(k)).all()), None)  # noqa: SIM118
+    if config.get("lora_bias"):
+        raise TunebookError(f"The adapter in {adapter} has biases of its own (lora_bias); train it again without them.")
     if bad:
         raise TunebookError(
             f"The adapter in {adapter} holds NaN or infinity in {bad}; its training diverged, so train again with a "

@@ -286,8 +286,6 @@ class _Merger:
             self.changed += 1
             with reading("The adapter on the base", shard, "PEFT cannot merge it: serve it beside its base."):
                 tensor = compat.merged_weight(self.modules[module], tensor)
-        elif name.endswith(".bias") and module in self.modules:
-            tensor = compat.merged_bias(self.modules[module], tensor)
         return tensor.to(self.dtype).contiguous()
 
 

@@ -81,10 +81,7 @@ def versions() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Commit of the code, with "+changes" when tracked files differ from it; the release tag where there is no git.
-
-    For people to read. Whether a result can be used again is decided by `code_hash`.
-    """
+    """For people: the commit, "+changes" when tracked files differ from it; the release tag where there is no git."""
 
     command = ["git", "--git-dir=.git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
@@ -110,20 +107,15 @@ def code_hash(notebook: str = "") -> str:
 
 
 def free_memory_gib() -> float:
-    """Host memory that can be had now, in GiB: what the system has and every container around this process allows.
-
-    The page cache counts as free: the kernel gives it up when memory is asked for.
-    """
+    """Host memory that can be had now, in GiB: what the system has and every container around this process allows. The
+    page cache counts as free: the kernel gives it up when memory is asked for."""
     room = [psutil.virtual_memory().available, *(max(limit - used, 0) for limit, used in _container_memory())]
     return min(room) / 2**30
 
 
 def free_gpu_gib() -> float | None:
-    """GPU memory that this process can have now, in GiB; None without a GPU.
-
-    What other programs use is gone; what torch keeps for itself without using it counts as free; a share set with
-    `torch.cuda.set_per_process_memory_fraction` is kept to.
-    """
+    """GPU memory that this process can have now, in GiB, within its `set_per_process_memory_fraction`; None without a
+    GPU. What torch keeps for itself without using it counts as free."""
     import torch
 
     if not torch.cuda.is_available():
@@ -137,11 +129,10 @@ def _container_memory() -> Iterator[tuple[int, int]]:
     """(limit, use less page cache) in bytes of every control group around this process with a limit, version 1 or 2."""
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
         _, kinds, path = line.split(":", 2)
-        names, tree = ("memory.max", "memory.current"), CONTROL_GROUPS
-        if kinds:
-            names, tree = ("memory.limit_in_bytes", "memory.usage_in_bytes"), CONTROL_GROUPS / "memory"
         if kinds and "memory" not in kinds.split(","):
             continue
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        tree = CONTROL_GROUPS / ("memory" if kinds else "")
         group = tree / path.strip("/")  # not there inside most containers, where the tree itself is the group
         for folder in (group, *group.parents):
             try:

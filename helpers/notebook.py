@@ -19,12 +19,10 @@ from helpers.train import methods
 
 
 def start(stage: str, namespace: Mapping[str, Any]) -> Any:
-    """Read a notebook's parameters out of its globals, check them, show them, and return them (`params.SftParams` and
-    so on).
+    """A notebook's parameters (`params.SftParams` and so on) out of its globals: checked, shown and returned.
 
-    Every unknown name, wrong type and value out of bounds stops here with an error message. Where a person is
-    watching, the table is a panel of sliders bound to the returned object: the cells below read what the sliders say
-    when they run, until the first step of the work freezes them. Headless it is a plain table.
+    Where a person is watching, the table is a panel of sliders bound to them: the cells below read what the sliders say
+    when they run, until the first step of the work freezes them.
     """
     from IPython.display import display
 
@@ -40,11 +38,11 @@ def panel(stage: str, params: Params) -> Any:
     import ipywidgets as w
 
     message = w.HTML()
-    plain = [row(p, params, message) for p in STAGES[stage] if not p.advanced]
-    advanced = [row(p, params, message) for p in STAGES[stage] if p.advanced]
-    fold = w.Accordion(children=[w.VBox(advanced)])
+    rows = {p: row(p, params, message) for p in STAGES[stage]}
+    advanced = [shown for p, shown in rows.items() if p.advanced]
+    fold = w.Accordion(children=[w.VBox(advanced)], selected_index=None)
     fold.set_title(0, f"{len(advanced)} more")
-    fold.selected_index = None
+    plain = [shown for p, shown in rows.items() if not p.advanced]
     return w.VBox([w.HTML("<b>Parameters</b>: change them here, then run the cells below."), *plain, fold, message])
 
 
@@ -68,10 +66,8 @@ def row(param: Param, params: Params, message: Any) -> Any:
 
     control.observe(changed, names="value")
     meaning = escape(param.help + (f" ({param.unit})" if param.unit else ""))
-    told = w.HTML(
-        f"<span style='opacity:.75; line-height:1.3; display:inline-block'>{meaning}</span>",
-        layout=w.Layout(flex="1 1 12em", min_width="12em"),
-    )
+    text = f"<span style='opacity:.75; line-height:1.3; display:inline-block'>{meaning}</span>"
+    told = w.HTML(text, layout=w.Layout(flex="1 1 12em", min_width="12em"))
     return w.HBox([control, told], layout=w.Layout(align_items="center", margin="1px 0"))
 
 

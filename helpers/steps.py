@@ -7,9 +7,8 @@
         @steps.look                 shows something before the work; sets nothing aside, writes nothing
         def plan(self): ...
 
-A step called a second time returns what it returned the first time. In a stage that is finished with the same
-parameters and parents (`Stage.done`) nothing is computed: what the step showed then comes from `shown/` in the stage's
-folder.
+A step called a second time returns what it returned the first time. In a finished stage (`Stage.done`) nothing is
+computed: what the step showed then comes from `shown/` in the stage's folder.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     from helpers.train.rows import padded_tensors
 
     card = cost_model.card_here()
-    shape = cost_model.shape_of(llama(LLAMA))
+    shape = cost_model.Shape(llama(LLAMA))
     model, _ = methods.load_unsloth(SimpleNamespace(path=Path(given.model) / "nf4"), values)
     model.train()
     step = stepper(model)
@@ -287,7 +287,7 @@ def planner() -> None:
         measure(
             step,
             rows,
-            cost_model.shape_of(config),
+            cost_model.Shape(config),
             setting,
             card,
             sum(n * n for n in lengths) / sum(lengths),

@@ -9,6 +9,7 @@ GiB are 2³⁰ bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
@@ -97,66 +98,32 @@ def card_here() -> Card:
     return replace(like, name=found.name, capability=found.capability, total_gib=total, spread=0.5, host_gib=host)
 
 
-@dataclass(frozen=True)
 class Shape:
-    """What a decoder-only model is made of. linears: (inputs, outputs) of every linear layer inside the layers."""
+    """What the causal LM that `config` describes is made of, counted on an instance without storage (about a second at
+    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; others: parameters."""
 
-    name: str
-    hidden: int
-    layers: int
-    query: int
-    key: int
-    heads: int
-    intermediate: int
-    vocab: int
-    linears: tuple[tuple[str, int, int], ...]
-    other: int
-    embedding: int
-    head: int
+    def __init__(self, config: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    @property
-    def linear_parameters(self) -> int:
-        return sum(i * o for _, i, o in self.linears)
-
-    @property
-    def parameters(self) -> int:
-        return self.linear_parameters + self.other + self.embedding + self.head
-
-
-def shape_of(config) -> Shape:
-    """Sizes of the causal LM that `config` describes, from an instance without storage (about a second at 8B)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    text = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head_module, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    linears = [
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head_module
-    ]
-    tied = head_module is None or head_module.weight is embed.weight
-    embedding = embed.weight.numel()
-    head = 0 if tied else head_module.weight.numel()
-    total = sum(p.numel() for p in model.parameters())
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Shape(
-        name=getattr(config, "_name_or_path", "") or text.model_type,
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        query=heads * size,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * size,
-        heads=heads,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        vocab=text.vocab_size,
-        linears=tuple(linears),
-        other=total - sum(i * o for _, i, o in linears) - embedding - head,
-        embedding=embedding,
-        head=head,
-    )
+        text = config.get_text_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        self.name = getattr(config, "_name_or_path", "") or text.model_type
+        self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
+        self.heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or self.hidden // self.heads
+        self.query = self.heads * head_size
+        self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
+        self.intermediate = getattr(text, "intermediate_size", 4 * self.hidden)
+        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        self.linears = [(name, module.in_features, module.out_features) for name, module in modules]
+        tied = head is None or head.weight is embedding.weight
+        self.embedding, self.head = embedding.weight.numel(), 0 if tied else head.weight.numel()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.linear_parameters = sum(i * o for _, i, o in self.linears)
+        self.other = self.parameters - self.linear_parameters - self.embedding - self.head
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,7 @@ from helpers.model import packed_attention
 from helpers.model.loading import load_config
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, row_plan
-from helpers.planner.cost_model import (
-    CONTEXT_GIB,
-    FRAGMENTATION,
-    Card,
-    Option,
-    Setting,
-    Shape,
-    base_setting,
-    grades_of,
-    offload_fits,
-)
+from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
@@ -111,16 +101,10 @@ class Plan(display.Shown):
         """Plain values for the manifest."""
         of_plan = ("backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors")
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
-        return {
-            "card": self.card.name,
-            **{name: getattr(self, name) for name in of_plan},
-            **{name: getattr(self.setting, name) for name in of_setting},
-            "reason": " ".join(self.reasons),
-            "peak_gib": round(self.peak_gib, 3),
-            "tokens_per_s": round(self.tokens_per_s, 1),
-            "seconds": [round(s, 1) for s in self.seconds],
-            "probed": self.measured,
-        }
+        found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
+        found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
+        costs = {"peak_gib": round(self.peak_gib, 3), "tokens_per_s": round(self.tokens_per_s, 1)}
+        return found | costs | {"seconds": [round(s, 1) for s in self.seconds]}
 
     def _row(self, option: Option) -> tuple[str, ...]:
         speed = option.tokens_per_s / self.time_scale
@@ -192,10 +176,8 @@ def plan(
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     packed = kernel.packed and params.packing and backend == "hf"
-    base = base_setting(
-        params, card, world_size, backend, flash=kernel.name == packed_attention.FLASH, padded=not packed
-    )
-    shape = cost_model.shape_of(config)
+    base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not packed)
+    shape = Shape(config)
     in_rows = lengths if packed else padded_lengths or lengths
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base)
     options = list(search.options())
@@ -266,7 +248,7 @@ class _Search:
         elif self.base.backend == "unsloth":
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         count = self.shape.layers
-        known = grades_of(count)
+        known = cost_model.grades_of(count)
         named = {"none": known[:1], "half": [(count // 2, False, 0)], "all": known[4:5], "offload": known[5:]}
         grades = [(count, True, 0)] if self.base.backend == "unsloth" else named.get(self.params.recompute, known)
         for size in sizes:
@@ -293,9 +275,9 @@ class _Search:
         seconds *= 1.02 if self.world > 1 else 1
         longest = replace(s, row_tokens=layout.max_row_tokens, accumulates=rows > 1)
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
-        # On a GPU the allocator's slack and the CUDA context come on top.
-        need = peak * 1.1 if self.card.capability is None else peak * (1 + FRAGMENTATION) + CONTEXT_GIB
-        fits = need <= self.card.total_gib and offload_fits(self.shape, longest, self.card, self.world)
+        slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
+        need = peak * 1.1 if self.card.capability is None else peak * (1 + slack) + context
+        fits = need <= self.card.total_gib and cost_model.offload_fits(self.shape, longest, self.card, self.world)
         spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else self.card.spread
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
 
@@ -324,7 +306,7 @@ class _Search:
             what += f", which is enough, but offloaded layer inputs also take {host:.1f} GiB of host memory a process, "
             what += f"and there are {card.host_gib:.1f}"
 
-        def fits(lengths: Sequence[int] = lengths, **change: Any) -> bool:
+        def fits(lengths: Sequence[int] = lengths, /, **change: Any) -> bool:
             params = replace(self.params, recompute="auto", row_tokens=0, **change)
             base = base_setting(params, card, self.world, self.base.backend, self.base.flash, self.base.padded)
             search = replace(self, params=params, base=base, lengths=tuple(lengths), tokens=sum(lengths))
@@ -332,17 +314,16 @@ class _Search:
 
         if fits():
             return f"{what}; set recompute to auto and row_tokens to 0, which fits."
-        if self.params.method != "qlora" and fits(method="qlora"):
-            return f"{what}; set method to qlora, which fits."
-        if self.params.optimizer in ("adamw", "lion") and fits(optimizer="adamw_8bit"):
-            return f"{what}; set optimizer to adamw_8bit, which fits."
+        for name, value in (("method", "qlora"), ("optimizer", "adamw_8bit")):
+            if fits(**{name: value}):
+                return f"{what}; set {name} to {value}, which fits."
         low, high = 0, max(lengths)
         while high - low > 16:
             middle = (low + high) // 2
             low, high = (middle, high) if fits([min(n, middle) for n in lengths]) else (low, middle)
         if low >= 64:
             return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
-        larger = [known for known in cost_model.CARDS.values() if known.total_gib >= smallest.need_gib]
-        names = [known.name for known in larger if offload_fits(self.shape, smallest.setting, known, self.world)]
+        larger = [card for card in cost_model.CARDS.values() if card.total_gib >= smallest.need_gib]
+        names = [c.name for c in larger if cost_model.offload_fits(self.shape, smallest.setting, c, self.world)]
         remedy = f"GPU with more memory ({', '.join(names)})" if names else "smaller model or several GPUs"
         return f"{what}; use a {remedy}."

@@ -47,7 +47,7 @@ def plan(values, lengths, config, **more):
 
 @pytest.fixture(scope="module")
 def shapes():
-    return {size: cost_model.shape_of(llama(size)) for size in SIZES}
+    return {size: cost_model.Shape(llama(size)) for size in SIZES}
 
 
 def test_the_shape_counts_every_parameter(shapes):

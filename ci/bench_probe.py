@@ -229,7 +229,7 @@ def measure(step, rows: list[dict], shape, setting, card, mean_square: float, **
     more = sum(step(row) for row in others)
     tokens = [row["input_ids"].numel() for row in rows]
     probed = passes[0] / tokens[0] * sum(tokens[1:]) / more - 1
-    guess = cost_model.peak_gib(shape, setting), cost_model.row_seconds(shape, setting, card, mean_square)
+    guess = cost_model.peak_gib(shape, setting), cost_model.row_seconds(shape, setting, card, mean_square)[0]
     bench_rivals.emit(
         arm="planner",
         **about,

@@ -155,11 +155,6 @@ class Stage:
     _plan: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shown(self) -> Path:
-        """Folder of what the steps showed, for a notebook that is opened again."""
-        return self.path / "shown"
-
-    @property
     def seconds(self) -> float:
         """Seconds since the work began."""
         return time.monotonic() - self._started
@@ -195,10 +190,6 @@ class Stage:
             print(f"Resuming the unfinished stage in {self.path}")
         self.begun = True
         return True
-
-    def pause(self) -> None:
-        """Let go of the lock after a failed step; the next `begin` takes it again."""
-        unlock(self.params.run, self.name)
 
     def finish(self, metrics: dict[str, Any], **about: Any) -> Manifest:
         """Hash every file, write metrics.json, then manifest.json last. The parents must still be what they were.

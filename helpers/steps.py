@@ -17,8 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from helpers import display
-from helpers.runs import Stage
+from helpers import display, runs
 
 Result = TypeVar("Result")
 
@@ -26,7 +25,7 @@ Result = TypeVar("Result")
 class Job:
     """A stage's work; `stage` is where it goes. Subclasses add the steps, in the order of the notebook's cells."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: runs.Stage) -> None:
         self.stage = stage
         self._results: dict[str, Any] = {}
 
@@ -47,22 +46,22 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
     @functools.wraps(work)
     def once(job: Any, *arguments: Any, **named: Any) -> Any:
         key = name + (repr((arguments, sorted(named.items()))) if arguments or named else "")
-        stage = job.stage
+        stage, shown = job.stage, job.stage.path / "shown"
         if key not in job._results and stage.done is not None:
-            job._results[key] = stage.done if name == "finish" else display.load(stage.shown, name)
+            job._results[key] = stage.done if name == "finish" else display.load(shown, name)
         if key in job._results:
             return job._results[key]
         stage.check()
         if begins and stage.begin():
             for earlier, value in job._results.items():
-                display.save(value, stage.shown, earlier.split("(")[0])
+                display.save(value, shown, earlier.split("(")[0])
         try:
             result = work(job, *arguments, **named)
         except BaseException:
-            stage.pause()  # another process may have the stage until this cell is run again
+            runs.unlock(stage.params.run, stage.name)  # another process may have the stage until this cell is run again
             raise
         if stage.begun and name != "finish":
-            display.save(result, stage.shown, name)
+            display.save(result, shown, name)
         job._results[key] = result
         return result
 

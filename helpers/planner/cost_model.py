@@ -251,17 +251,11 @@ def offloaded_gib(shape: Shape, s: Setting) -> float:
     return s.offload * s.recompute * s.row_tokens * shape.hidden * 2 / GIB
 
 
-def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> float:
-    """Seconds for one micro-batch of `s.row_tokens` tokens, forward and backward.
+def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, bool]:
+    """(seconds for one micro-batch of `s.row_tokens` tokens, forward and backward; whether launches decide them).
 
     mean_square: Σ length² / Σ length over the documents, the attention span a token meets on average (twice over).
     """
-    work, launch = row_work(shape, s, card, mean_square)
-    return (work**4 + launch**4) ** 0.25  # the longer of the two; where they are close neither hides the other
-
-
-def row_work(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, float]:
-    """(seconds that the GPU works, seconds that the processor needs to launch it all) for the same micro-batch."""
     tokens = s.row_tokens
     full = s.params.method == "full"
     again = s.recompute / shape.layers
@@ -281,13 +275,14 @@ def row_work(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[
     if s.tile_mlp and tokens > s.tile_mlp:  # the MLP's forward once more, and its slices copied together
         seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if card.capability is None:
-        return seconds, 0.0
+        return seconds, False
     launch = shape.layers * LAUNCH_S[s.quantize]
     if s.backend == "unsloth":
         seconds *= UNSLOTH_TIME  # and its recomputed layers are launched in what ours take once
     else:
         launch *= 1 + again * LAUNCH_AGAIN
-    return seconds, launch
+    # The longer of the two; where they are close neither hides the other.
+    return (seconds**4 + launch**4) ** 0.25, launch > 0.8 * seconds
 
 
 def grades_of(layers: int) -> list[tuple[int, bool, int]]:

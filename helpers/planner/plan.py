@@ -268,17 +268,16 @@ class _Search:
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         square = sum(n * n for n in lengths) / sum(lengths)
         row = replace(s, row_tokens=max(1, round(mean_row)))
-        work, launch = cost_model.row_work(self.shape, row, self.card, square)
-        seconds = rows * cost_model.row_seconds(self.shape, row, self.card, square)
+        seconds, launching = cost_model.row_seconds(self.shape, row, self.card, square)
         # The optimizer reads and writes its state.
-        seconds += cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
+        seconds = rows * seconds + cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
         seconds *= 1.02 if self.world > 1 else 1
         longest = replace(s, row_tokens=layout.max_row_tokens, accumulates=rows > 1)
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
         slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
         need = peak * 1.1 if self.card.capability is None else peak * (1 + slack) + context
         fits = need <= self.card.total_gib and cost_model.offload_fits(self.shape, longest, self.card, self.world)
-        spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else self.card.spread
+        spread = cost_model.LAUNCH_SPREAD if launching else self.card.spread
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
 
     def alternatives(self, options: list[Option], best: Option) -> tuple[Option, ...]:

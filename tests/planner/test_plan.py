@@ -87,9 +87,8 @@ def test_times_of_settings_that_set_no_constant_lie_within_their_error_bars(shap
     for line in measured(name):
         shape, setting, card = shapes[line["size"]], setting_of(line), cost_model.card_named(UNSEEN[name])
         square = 1.08 * line["tokens"] / line["documents"]  # documents of a third to the whole of the longest
-        work, launch = cost_model.row_work(shape, setting, card, square)
-        spread = cost_model.LAUNCH_SPREAD if launch > 0.8 * work else card.spread
-        guess = cost_model.row_seconds(shape, setting, card, square)
+        guess, launching = cost_model.row_seconds(shape, setting, card, square)
+        spread = cost_model.LAUNCH_SPREAD if launching else card.spread
         within += abs(guess / line["seconds"] - 1) <= spread
     assert within >= least
 

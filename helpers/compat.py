@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import ChainMap
 from collections.abc import Iterator
@@ -168,14 +167,11 @@ def liger_kernels(model: Any) -> str:
 def lora_linears(model: Any) -> Iterator[tuple[str, Any]]:
     """(name in the base model, layer) of PEFT's plain and 4-bit LoRA linear layers, without variants such as DoRA."""
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.bnb import Linear4bit
 
-    kinds = [Linear]
-    with contextlib.suppress(ImportError):  # bitsandbytes is not installed: no 4-bit layers either
-        from peft.tuners.lora.bnb import Linear4bit
-
-        kinds.append(Linear4bit)
     for name, layer in model.named_modules():
-        plain = type(layer) in kinds and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", False))
+        plain = type(layer) in (Linear, Linear4bit)
+        plain = plain and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", False))
         if plain and "Embedding" not in type(layer.get_base_layer()).__name__:
             yield name.removeprefix("base_model.model."), layer
 

@@ -298,17 +298,15 @@ def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any:
 def read_file(file: str | Path) -> dict[str, Any]:
     """Names and values out of a YAML file. Raises TunebookError for one that cannot be read or holds something else."""
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TunebookError(
-            f"The parameter file {file} cannot be read ({error.strerror}); name one such as ci/params/cpu.yaml."
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
         said = " ".join(str(error).split())[:200]
-        raise TunebookError(f"The parameter file {file} is not valid YAML ({said}).") from None
-    if not isinstance(values or {}, dict):
+        raise TunebookError(
+            f"The parameter file {file} cannot be read ({said}); name a YAML file such as ci/params/cpu.yaml."
+        ) from None
+    if not isinstance(values, dict):
         raise TunebookError(f"{file} holds a {type(values).__name__}; expected lines of `name: value`.")
-    return values or {}
+    return values
 
 
 def read_globals(stage: str, namespace: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def test_the_command_line_ends_bad_input_with_a_message(runs_root, tmp_path, cap
     bad.write_text("rank: [1\n")
     for arguments, words in (
         ([str(tmp_path / "none.yaml")], "cannot be read"),
-        ([str(bad)], "is not valid YAML"),
+        ([str(bad)], "cannot be read"),
         (["-p", "rnak", "4"], "did you mean rank"),
         (["-p", "rank", "999"], "Parameter rank is '999', out of bounds"),
         ([], "run notebook 01_data_prep"),

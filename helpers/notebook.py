@@ -13,8 +13,7 @@ from helpers import machine
 from helpers import params as parameters
 from helpers.display import escape
 from helpers.errors import TunebookError
-from helpers.fields import Param
-from helpers.params import STAGES, Params
+from helpers.params import STAGES, Param, Params
 from helpers.train import methods
 
 

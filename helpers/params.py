@@ -1,31 +1,107 @@
-"""Every notebook parameter, once: the five classes below are the table of names, types, defaults, bounds, units and
-helps.
+"""Every notebook parameter, once: five classes are the table of names, types, defaults, bounds, units and helps.
 
 The `@param` comments, the sliders, the names that papermill takes, the checks and the types that mypy reads come from
-them. `cell(stage)` renders a notebook's parameters cell, `resolve` checks values, `Params.freeze` ends their time of
-change.
+them. `cell(stage)` renders a notebook's parameters cell, `resolve` checks values, `Params.freeze` ends their change.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import ast
+import contextlib
 import difflib
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from helpers import display
 from helpers.errors import TunebookError
-from helpers.fields import Param, Value, more, param
 
+V = TypeVar("V", str, int, float, bool)
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
 OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_8bit lion adafactor sgd"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter. Its type is that of `default`; "" stands for "none" or "choose for me" as the help says.
+
+    low, high: inclusive bounds of a number; step: the slider's step; log: a slider on a logarithmic scale. choices:
+    the only values allowed. advanced: not in the notebook's form, yet taken by papermill and folded in the panel.
+    """
+
+    name: str
+    default: Any
+    help: str
+    unit: str = ""
+    low: float = 0
+    high: float = math.inf
+    step: float = 0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+    advanced: bool = False
+
+    def check(self, given: Any) -> Any:
+        """`given` as this parameter's type. Raises TunebookError with the name, the value and what is allowed."""
+        kind, value = type(self.default), given
+        if isinstance(value, str) and kind is not str:
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = ast.literal_eval(value.strip().capitalize())
+        if kind is str and (value is None or type(value) in (int, float)):
+            value = "" if value is None else str(value)
+        elif kind is float and type(value) is int:
+            value = float(value) if abs(value) < 1e300 else value
+        elif kind is int and type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+            said = f"which is not a valid {self.kind}"
+        elif self.choices and value not in self.choices:
+            said = "which is not a valid choice"
+        elif kind in (int, float) and not self.low <= value <= self.high:
+            said = "out of bounds"
+        else:
+            return value
+        raise TunebookError(f"Parameter {self.name} is {str(repr(given))[:200]}, {said}; it takes {self.range()}.")
+
+    @property
+    def kind(self) -> str:
+        return {bool: "true/false value", int: "whole number", float: "number", str: "text"}[type(self.default)]
+
+    def range(self) -> str:
+        """What is allowed, for people: "a whole number from 4 to 128 tokens"."""
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        bounds = f" from {self.low:g} to {self.high:g}" if type(self.default) in (int, float) else ""
+        return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
+
+    def line(self) -> str:
+        """The parameter's line in a notebook: a plain literal with Colab's form comment."""
+        kind = {bool: "boolean", int: "integer", float: "number", str: "string"}[type(self.default)]
+        form = f'{{type:"{kind}"}}'
+        if self.choices:
+            form = json.dumps(self.choices)
+        elif self.step and not self.log:
+            form = f'{{type:"slider", min:{self.low:g}, max:{self.high:g}, step:{self.step:g}}}'
+        literal = json.dumps(self.default, ensure_ascii=False) if kind == "string" else repr(self.default)
+        return f"{self.name} = {literal}  # @param {form}"
+
+
+def param(default: V, help: str, unit: str = "", choices: str = "", advanced: bool = False, **more: Any) -> V:
+    """A dataclass field that is a parameter of the form. choices: separated by blanks; more: Param's other fields."""
+    described = Param("", default, help, unit, choices=tuple(choices.split()), advanced=advanced, **more)
+    return field(default=default, kw_only=True, metadata={"param": described})
+
+
+def more(default: V, help: str, unit: str = "", **more: Any) -> V:
+    """A `param` that is rarely needed: folded away in the panel, left out of the form."""
+    return param(default, help, unit, advanced=True, **more)
 
 
 @dataclass(repr=False)
@@ -51,7 +127,7 @@ class Params(display.Shown):
         """Refuse every later change: the work has begun with these values."""
         object.__setattr__(self, "_frozen", True)
 
-    def as_dict(self) -> dict[str, Value]:
+    def as_dict(self) -> dict[str, Any]:
         """Name and value of what decides the stage's results: how a killed run is resumed does not."""
         return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name not in ("again", "resume")}
 
@@ -60,7 +136,7 @@ class Params(display.Shown):
         """Whether a killed run is resumed."""
         return getattr(self, "resume", "auto") != "never"
 
-    def changed(self) -> dict[str, Value]:
+    def changed(self) -> dict[str, Any]:
         """Only what differs from the defaults."""
         return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if getattr(self, p.name) != p.default}
 
@@ -263,17 +339,17 @@ class EvalParams(Params):
     model: str = more("", "Base model; empty: the model that the data was prepared for")
 
 
-CLASSES: tuple[type[Params], ...] = (DataParams, SftParams, OrpoParams, GgufParams, EvalParams)
+CLASSES: dict[str, type[Params]] = {c.stage: c for c in (DataParams, SftParams, OrpoParams, GgufParams, EvalParams)}
 
 
 def _table(stage: type[Params]) -> tuple[Param, ...]:
     """A stage's parameters in the order of its form: the run, the stage's own, then what it shares with others."""
-    described = {f.name: f.metadata["param"] for f in dataclasses.fields(stage)}
+    described = {f.name: f.metadata["param"] for f in fields(stage)}
     order = dict.fromkeys(["run", *(name for c in stage.__mro__ for name in vars(c).get("__annotations__", ()))])
-    return tuple(dataclasses.replace(described[name], name=name) for name in order if name in described)
+    return tuple(replace(described[name], name=name) for name in order if name in described)
 
 
-STAGES: dict[str, tuple[Param, ...]] = {c.stage: _table(c) for c in CLASSES}
+STAGES: dict[str, tuple[Param, ...]] = {stage: _table(made) for stage, made in CLASSES.items()}
 
 
 def find(stage: str, name: str) -> Param:
@@ -292,7 +368,7 @@ def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any:
         raise TunebookError(f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}.")
     for name in given or {}:
         find(stage, name)
-    return next(c for c in CLASSES if c.stage == stage)(**(given or {}))
+    return CLASSES[stage](**(given or {}))
 
 
 def read_file(file: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
@@ -38,7 +38,6 @@ PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "unsloth"),
     *("xllamacpp", "papermill", "ipywidgets", "numpy", "pyarrow"),
 )
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ def versions() -> dict[str, Any]:
 
 def revision() -> str:
     """For people: the commit, "+changes" when tracked files differ from it; the release tag where there is no git."""
-
     command = ["git", "--git-dir=.git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         asked = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True)
@@ -154,7 +152,7 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
     """`items` with a text progress bar that leaves no line behind; none where nobody watches, for a file keeps them."""
     from tqdm import tqdm
 

@@ -56,10 +56,6 @@ class Plan(display.Shown):
         return self.option.setting
 
     @property
-    def row_tokens(self) -> int:
-        return self.setting.row_tokens
-
-    @property
     def accumulation(self) -> int:
         return self.option.accumulation
 

@@ -304,7 +304,7 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowColla
         lengths, padded = lengths_of(examples, not plan.packed), not plan.packed
         return PackedRows(examples, batch_size=batch_size, world_size=world, lengths=lengths, padded=padded, **given)
 
-    epoch = {"accumulation": plan.accumulation, "seed": params.seed, "budget": plan.row_tokens or None}
+    epoch = {"accumulation": plan.accumulation, "seed": params.seed, "budget": plan.setting.row_tokens or None}
     trainer.rows, trainer.held_out_rows = rows(job.train_rows, params.batch_size, **epoch), None
     if job.held_out is not None:
         trainer.held_out_rows = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)

@@ -113,7 +113,11 @@ def test_only_memory_that_is_free_now_is_planned_with(monkeypatch):
 def test_a_plan_keeps_the_batch_and_fits_its_card():
     for card in cost_model.CARDS:
         made = plan({"batch_size": 64, "plan_for": card, "method": "qlora"}, LENGTHS, llama("8b"))
-        assert made.option.need_gib <= made.card.total_gib and made.batch_size == 64 and made.row_tokens >= max(LENGTHS)
+        assert (
+            made.option.need_gib <= made.card.total_gib
+            and made.batch_size == 64
+            and made.setting.row_tokens >= max(LENGTHS)
+        )
         low, high = made.seconds[1:]
         assert low < made.seconds[0] < high
         assert made.attention == ("packed_sdpa" if card == "T4" else "packed_varlen") and made.reasons

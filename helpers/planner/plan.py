@@ -226,6 +226,10 @@ class _Search:
         epochs = p.max_steps / math.ceil(len(self.lengths) / p.batch_size) if p.max_steps else p.epochs
         return row_plan.heaviest(self.lengths, p.batch_size, p.seed, math.ceil(epochs))
 
+    @cached_property
+    def mean_square(self) -> float:
+        return sum(n * n for n in self.lengths) / sum(self.lengths)
+
     def options(self) -> Iterator[Option]:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths)
@@ -262,9 +266,8 @@ class _Search:
         lengths, rows = self.lengths, layout.accumulation
         step_tokens = self.tokens / len(lengths) * min(self.params.batch_size, len(lengths))
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
-        square = sum(n * n for n in lengths) / sum(lengths)
         row = replace(s, row_tokens=max(1, round(mean_row)))
-        seconds, launching = cost_model.row_seconds(self.shape, row, self.card, square)
+        seconds, launching = cost_model.row_seconds(self.shape, row, self.card, self.mean_square)
         # The optimizer reads and writes its state.
         seconds = rows * seconds + cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
         seconds *= 1.02 if self.world > 1 else 1
@@ -303,7 +306,7 @@ class _Search:
 
         def fits(lengths: Sequence[int] = lengths, /, **change: Any) -> bool:
             params = replace(self.params, recompute="auto", row_tokens=0, **change)
-            base = base_setting(params, card, self.world, self.base.backend, self.base.flash, self.base.padded)
+            base = replace(self.base, params=params)
             search = replace(self, params=params, base=base, lengths=tuple(lengths), tokens=sum(lengths))
             return any(option.fits for option in search.options())
 

@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
         started = time.monotonic()
         for stage in STAGES[first : last + 1]:
             plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
-            if manifest := runs.stage(stage, plan[stage]).done:
+            made = (runs.folder(options.run, stage) / "manifest.json").is_file()
+            if manifest := runs.stage(stage, plan[stage]).done if made else None:
                 done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
                 print(f"[{runs.FOLDERS[stage]}] {done}")
             else:

@@ -237,8 +237,8 @@ class Stage:
 def stage(name: str, params: Params) -> Stage:
     """Look at the folder of stage `name` for the run `params.run`; nothing is written until `Stage.begin`.
 
-    Parents are loaded and verified. Raises TunebookError for a parent that is missing or changed, or that was made with
-    another chat template than its own parent.
+    Raises TunebookError for a parent that is missing or was made with another chat template than its own parent, and,
+    where there is work to do, for one whose files have changed.
     """
     path = folder(params.run, name)
     parents = {}
@@ -246,11 +246,13 @@ def stage(name: str, params: Params) -> Stage:
         if parent == "sft" and getattr(params, "start_from", "sft") != "sft":
             continue  # preference training from the base, or from an adapter of the user's
         if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
-            parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"))
+            parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"), verify=False)
     _check_lineage(params.run, parents)
     plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    resumed = params.resumes and _unfinished(path, plan)
-    return Stage(name, params, path, parents, resumed, _done(name, params, plan), _plan=plan)
+    done, resumed = _done(name, params, plan), params.resumes and _unfinished(path, plan)
+    for parent in parents if done is None else ():  # what is only shown again reads none of their files
+        load(params.run, parent)
+    return Stage(name, params, path, parents, resumed, done, _plan=plan)
 
 
 def _done(name: str, params: Params, plan: dict[str, Any]) -> Manifest | None:

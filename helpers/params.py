@@ -185,11 +185,7 @@ class DataParams(Params):
     min_tokens: int = more(0, "Shortest answer; 0: any", "tokens", high=10**6)
     drop_repetitive: bool = more(False, "Drop answers that repeat themselves")
     drop_gibberish: bool = more(False, "Drop answers that are not text of any language")
-    personal_data: str = more(
-        "off",
-        "E-mail, phone, payment card, IBAN, IP address: count, mask, or drop the row",
-        choices="off count mask drop",
-    )
+    personal_data: str = more("off", "E-mail, phone, card, IBAN, IP address", choices="off count mask drop")
     toxicity: str = more("none", "Scorer: transformers:model, or a registered name")
     toxicity_threshold: float = more(0.5, "Score from which a row is dropped", high=1)
     weights: str = more("", "Mixture: share of each source, name=2,other=1; empty: every row")
@@ -312,9 +308,7 @@ class EvalParams(Params):
     stage = "eval"
 
     candidates: str = param("base,sft,orpo,gguf", "This run's models, of: base, sft, orpo, merged, gguf; by commas")
-    extra_candidates: str = param(
-        "", "Others, as name=what separated by commas: a model folder, hub id, .gguf file or http(s)://host/v1#model"
-    )
+    extra_candidates: str = param("", "Others: name=folder, hub id, .gguf file or http(s)://host/v1#model; by commas")
     limit: int = param(0, "Questions per candidate, a seeded choice; 0: all", "questions", high=10**6)
     max_new_tokens: int = param(96, "Longest answer", "tokens", low=1, high=8192, step=8)
     temperature: float = param(0.0, "0: greedy, the same answer every time", high=2, step=0.1)

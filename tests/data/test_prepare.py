@@ -206,10 +206,12 @@ def test_kto_rows_are_cleaned_keep_both_labels_and_only_good_answers_are_trained
 
 
 def test_the_same_rows_make_the_same_files_and_any_change_others(job):
-    done = [job(rows(60)), job(rows(60)), job(rows(61)), job(rows(60), train_on="everything")]
-    for one in done:
-        run(one)
-    first, again, *changed = (one.encoded["data_hash"] for one in done)
+    found = []
+    for count, given in ((60, {}), (60, {}), (61, {}), (60, {"train_on": "everything"})):
+        done = job(rows(count), **given)
+        run(done)
+        found.append(done.encoded["data_hash"])
+    first, again, *changed = found
     assert first == again and first not in changed
 
 

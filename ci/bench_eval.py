@@ -116,7 +116,7 @@ def generation(count: int, gguf: str, skip: bool) -> None:
         questions=count,
         tokens=TOKENS,
         dtype=str(model.dtype),
-        path=ours.path_note,
+        fast=ours.fast,
         cpu_s=round(mine.cpu_s, 1),
         **mine.times(base),
     )

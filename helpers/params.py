@@ -312,13 +312,12 @@ class EvalParams(Params):
     limit: int = param(0, "Questions per candidate, a seeded choice; 0: all", "questions", high=10**6)
     max_new_tokens: int = param(96, "Longest answer", "tokens", low=1, high=8192, step=8)
     temperature: float = param(0.0, "0: greedy, the same answer every time", high=2, step=0.1)
-    seeds: str = param("17", "Seeds of the draws, separated by commas; more than one needs a temperature above 0")
     general_text: str = param("datasets/general_text.jsonl", "Texts that must stay predictable; empty: none")
     general_tasks: str = param("datasets/general_tasks.jsonl", "Multiple-choice questions to remember; empty: none")
     general_chat: str = param("datasets/general_chat.jsonl", "Small talk and prompts to refuse; empty: none")
     harness_tasks: str = param("", "More lm-eval tasks, separated by commas")
     judge: str = param("", "Endpoint of a judge, http(s)://host/v1#model; empty: none")
-    seed: int = param(17, "Seed of the resampling and of `limit`", high=SEED)
+    seed: int = param(17, "Seed of the draws (temperature above 0), the resampling and `limit`", high=SEED)
 
     loss_increase: float = more(0.15, "Loss on general text may rise by this, else 'forgot'", "nats per token", high=10)
     task_drop: float = more(0.15, "General questions, refusals and manners may lose this share", high=1)
@@ -329,8 +328,6 @@ class EvalParams(Params):
     harness_limit: int = more(0, "Items per harness task; 0: all", "items", high=10**6)
     judge_limit: int = more(50, "Pairs of answers that the judge compares", "pairs", low=1, high=10**5)
     judge_budget: int = more(200_000, "No judging that would take more tokens than this", "tokens", high=10**9)
-    precision: str = more("auto", "Precision of HF candidates", choices=PRECISIONS)
-    model: str = more("", "Base model; empty: the model that the data was prepared for")
 
 
 CLASSES: dict[str, type[Params]] = {c.stage: c for c in (DataParams, SftParams, OrpoParams, GgufParams, EvalParams)}

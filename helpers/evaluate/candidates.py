@@ -8,7 +8,6 @@ A CPU without bfloat16 computes with the same weights in fp32.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from helpers.runs import Manifest
 from helpers.tasks.questions import Answer, Decoding
 
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
-_WEIGHTS = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 #: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
 TROUBLE = (TunebookError, OSError, MemoryError)
 WINDOW = 1024  # tokens of a text that loss is measured over at most
@@ -46,10 +44,9 @@ Conversation = list[dict[str, str]]
 class Candidate:
     """One judged model.
 
-    kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); url, model: an
-    endpoint's. made_by: the stage of this run whose training it holds, "base" for the untrained, "" for others.
-    made_from: name of the candidate that it was exported from. onto: what the adapter is merged into, "16bit" or "nf4".
-    trouble: why it cannot be judged, known already while looking for it.
+    kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); address: an
+    endpoint's, url#model. made_from: the candidate that it was exported from. onto: what the adapter is merged into,
+    "16bit" or "nf4". trouble: why it cannot be judged, known already while looking for it.
     """
 
     name: str
@@ -58,9 +55,7 @@ class Candidate:
     source: str
     path: Path | None = None
     adapter: Path | None = None
-    url: str = ""
-    model: str = ""
-    made_by: str = ""
+    address: str = ""
     made_from: str = ""
     onto: str = "16bit"
     trouble: str = ""
@@ -70,27 +65,22 @@ class Candidate:
         """Bytes of the files a user must hold to run it; None for an endpoint or where nothing is there."""
         if self.path is None or not self.path.exists():
             return None
-        size = 0
-        for path in filter(None, (self.path, self.adapter)):
-            files = [path] if path.is_file() else [f for f in path.iterdir() if f.name.endswith(_WEIGHTS)]
-            size += sum(f.stat().st_size for f in files)
-        return size
+        folders = [path for path in (self.path, self.adapter) if path and path.is_dir()]
+        files = [f for folder in folders for f in folder.iterdir() if f.name.endswith(cache.MODEL_FILES)]
+        return sum(f.stat().st_size for f in files or [self.path])
 
-    def content(self, precision: str) -> str:
+    def content(self) -> str:
         """Hash of all in its files that decides its answers: the cache's name for it. Endpoints have none."""
         files = [cache.content_hash(p) if p else "" for p in (self.path, self.adapter)]
         if self.kind == "gguf":
             return cache.key("gguf", files, machine.versions()["versions"].get("xllamacpp", ""))
-        return cache.key("hf", files, self.onto, str(loading.dtype(precision)))
+        return cache.key("hf", files, self.onto, str(loading.dtype()))
 
 
-def find(
-    stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,gguf", extra: str = "", model: str = ""
-) -> list[Candidate]:
+def find(stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,gguf", extra: str = "") -> list[Candidate]:
     """The candidates named in `wanted` (in that order, those that the run has), then those in `extra`.
 
-    extra: `name=what` separated by commas; what is a model folder, hub id, .gguf file, adapter folder, or
-    http(s)://host/v1#model. model: the base, where the run's manifests should not decide.
+    extra: `name=what` separated by commas; what is a model folder, hub id, .gguf file or http(s)://host/v1#model.
     Raises TunebookError for a word that names no candidate and for a name used twice.
     """
     names = [w.strip() for w in wanted.split(",") if w.strip()]
@@ -101,20 +91,17 @@ def find(
         )
     made: dict[str, list[Candidate]] = {}
     if {"base", "sft", "orpo"} & set(names):
-        base = _base(stages, model)
+        base = _base(stages)
         made["base"] = [base]
         made |= {stage: [_trained(stage, stages[stage], base)] for stage in ("sft", "orpo") if stage in stages}
     if "gguf" in stages:
         folder, last = stages["gguf"].path, stages["gguf"].metrics["trained_by"]
 
-        def exported(name: str, kind: str, path: Path) -> Candidate:
-            source = f"{folder.name}/{path.name}"
-            return Candidate(name, name.split()[0], kind, source, path, made_by=last, made_from=last)
-
-        if any((folder / "merged").glob("*.safetensors")):
-            made["merged"] = [exported("merged", "hf", folder / "merged")]
+        parts = [("merged", "hf", p.parent) for p in sorted(folder.glob("merged/*.safetensors"))[:1]]
         files = sorted(folder.glob("model-*.gguf"), key=lambda p: -p.stat().st_size)
-        made["gguf"] = [exported(f"gguf {p.stem.removeprefix('model-')}", "gguf", p) for p in files]
+        for name, kind, path in parts + [(f"gguf {p.stem.removeprefix('model-')}", "gguf", p) for p in files]:
+            one = Candidate(name, name.split()[0], kind, f"{folder.name}/{path.name}", path, made_from=last)
+            made.setdefault(one.role, []).append(one)
     found = [c for word in dict.fromkeys(names) for c in made.get(word, [])]
     found += [_other(text.strip()) for text in extra.split(",") if text.strip()]
     name, count = Counter(c.name for c in found).most_common(1)[0] if found else ("", 0)
@@ -128,24 +115,23 @@ def find(
     return found
 
 
-def _base(stages: Mapping[str, Manifest], model: str) -> Candidate:
+def _base(stages: Mapping[str, Manifest]) -> Candidate:
     used = [stages[s].data.get("model") for s in ("sft", "orpo", "data") if s in stages]
     known: dict[str, Any] = next(filter(None, used), {})
-    name = model or known.get("name") or loading.DEFAULT_MODEL
-    if not model and known and (Path(known["path"]) / "config.json").is_file():
-        return Candidate("base", "base", "hf", name, Path(known["path"]), made_by="base")
-    return _resolved(Candidate("base", "base", "hf", name, made_by="base"), name)
+    name = known.get("name") or loading.DEFAULT_MODEL
+    if known and (Path(known["path"]) / "config.json").is_file():
+        return Candidate("base", "base", "hf", name, Path(known["path"]))
+    return Candidate("base", "base", "hf", name, **_resolved(name))
 
 
 def _trained(stage: str, manifest: Manifest, base: Candidate) -> Candidate:
     """What a training stage made: an adapter, or a whole model where every weight was trained."""
     folder = manifest.path
     if (folder / "model" / "config.json").is_file():
-        return Candidate(stage, stage, "hf", f"{folder.name}/model", folder / "model", made_by=stage)
-    adapter = folder / "adapter"
-    missing = "" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again"
-    trained = Candidate(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, made_by=stage)
-    return replace(trained, onto=manifest.data.get("merge_onto") or "16bit", trouble=base.trouble or missing)
+        return Candidate(stage, stage, "hf", f"{folder.name}/model", folder / "model")
+    adapter, onto = folder / "adapter", manifest.data.get("merge_onto") or "16bit"
+    trouble = base.trouble or ("" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again")
+    return Candidate(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, onto=onto, trouble=trouble)
 
 
 def _other(text: str) -> Candidate:
@@ -156,27 +142,20 @@ def _other(text: str) -> Candidate:
             "or http(s)://host/v1#model."
         )
     if re.match(r"https?://", what):
-        url, _, model = what.partition("#")
-        return Candidate(name, "other", "endpoint", shown_url(what), url=url, model=model)
-    path = Path(what).expanduser()
+        return Candidate(name, "other", "endpoint", shown_url(what), address=what)
     if what.endswith(".gguf"):
+        path = Path(what).expanduser()
         missing = "" if path.is_file() else f"the file {path} does not exist"
         return Candidate(name, "other", "gguf", what, path, trouble=missing)
-    if not (path / "adapter_config.json").is_file():
-        return _resolved(Candidate(name, "other", "hf", what), what)
-    try:
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        unread = f"the base of the adapter {path} cannot be read from its adapter_config.json ({error})"
-        return Candidate(name, "other", "hf", what, trouble=unread)
-    return _resolved(Candidate(name, "other", "hf", what, adapter=path), str(base))
+    return Candidate(name, "other", "hf", what, **_resolved(what))
 
 
-def _resolved(candidate: Candidate, model: str) -> Candidate:
+def _resolved(model: str) -> dict[str, Any]:
+    """The folder of a model, or why there is none, for a Candidate."""
     try:
-        return replace(candidate, path=loading.resolve_model(model).path)
+        return {"path": loading.resolve_model(model).path}
     except TunebookError as error:
-        return replace(candidate, trouble=str(error))
+        return {"trouble": str(error)}
 
 
 # ---------------------------------------------------------------- one candidate at work
@@ -189,17 +168,15 @@ class Session:
     What an endpoint answered belongs to the model that the server serves now, whatever its address and name.
     """
 
-    def __init__(
-        self, candidate: Candidate, place: str | Path, precision: str = "auto", end: str = "", quiet: bool = False
-    ):
+    def __init__(self, candidate: Candidate, place: str | Path, end: str = ""):
         if candidate.trouble:
             raise TunebookError(candidate.trouble)
-        self.candidate, self.precision, self.end_of_turn, self.quiet = candidate, precision, end, quiet
+        self.candidate, self.end_of_turn = candidate, end
         self._reader: Any = None
         if candidate.kind == "endpoint":
-            servers = Answers(place, cache.key("endpoint", candidate.url, candidate.model))
-            self._reader = RemoteModel(candidate.url, candidate.model, servers)
-        content = self._reader.client.served if self._reader else candidate.content(precision)
+            servers = Answers(place, cache.key("endpoint", candidate.address))
+            self._reader = RemoteModel(client(candidate.address, servers))
+        content = self._reader.client.served if self._reader else candidate.content()
         self.store = Answers(place, cache.key(content))
 
     def __enter__(self) -> Session:
@@ -216,107 +193,99 @@ class Session:
 
     @property
     def reader(self) -> Any:
-        """The loaded model; loads it on first use."""
+        """The loaded model; loads it on first use. Raises TunebookError when it cannot be."""
         if self._reader is None:
-            self._reader = reader(self.candidate, self.precision, self.end_of_turn)
+            self._reader = self._load(self.candidate.path, self.candidate.adapter)
         return self._reader
+
+    def _load(self, path: Any, adapter: Path | None) -> HfModel | GgufModel:
+        if self.candidate.kind == "gguf":
+            return GgufModel(path, self.end_of_turn)
+        if adapter is not None and self.candidate.onto == "nf4":
+            with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
+                merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
+                return HfModel(loading.load_model(merged), loading.load_tokenizer(merged))
+        model, tokenizer = loading.load_model(path), loading.load_tokenizer(path)
+        if adapter is not None:
+            if (adapter / "tokenizer.json").is_file():
+                tokenizer = loading.load_tokenizer(adapter)
+                vocabulary.fit(model, tokenizer)  # tokens may have been added
+            model = loading.load_adapter(model, adapter).merge_and_unload()
+            if model.dtype == loading.dtype("fp32"):
+                for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
+                    weight.data = weight.data.to(loading.dtype("bf16")).float()
+        return HfModel(model, tokenizer)
 
     def answers(
         self, prompts: Sequence[Conversation], decoding: Decoding, label: str = ""
     ) -> tuple[list[Answer], dict[str, Any]]:
-        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept.
-
-        The speed is that of the questions answered now or, when all were in the cache, of the run that answered them.
-        """
+        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept. The speed
+        is that of the questions answered now, 0 when all were in the cache."""
         keys = [cache.key("answer", prompt, decoding.key()) for prompt in prompts]
-        found = {i: Answer(*value) for i, key in enumerate(keys) if (value := self.store.get(key)) is not None}
-        missing = [i for i in range(len(prompts)) if i not in found]
-        speed_key = cache.key("speed", sorted(keys))
+        missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
+        failed: dict[int, Answer] = {}
+        seconds = 0.0
         if missing:
             reader, started = self.reader, time.monotonic()
-            with self._bar(label or self.candidate.name, len(prompts), len(found)) as bar:
+            with self._bar(label or self.candidate.name, len(keys), len(missing)) as bar:
 
                 def done(place: int, answer: Answer) -> None:
-                    if not answer.failed:
+                    if answer.failed:
+                        failed[missing[place]] = answer
+                    else:
                         self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
                     bar.update()
 
-                made = reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
-            found |= dict(zip(missing, made, strict=True))
-            seconds = max(time.monotonic() - started, 1e-3)
-            speed = {"seconds": round(seconds, 3), "items_per_s": round(len(missing) / seconds, 3)}
-            self.store.put(speed_key, speed)
-        answers = [found[i] for i in range(len(prompts))]
-        speed = self.store.get(speed_key) or {"seconds": 0.0, "items_per_s": 0.0}
-        return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(prompts) - len(missing)}
+                reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
+            seconds = round(max(time.monotonic() - started, 1e-3), 3)
+        answers = [failed[i] if i in failed else Answer(*self.store.get(key)) for i, key in enumerate(keys)]
+        speed = {"seconds": seconds, "items_per_s": round(len(missing) / seconds, 3) if missing else 0.0}
+        return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(keys) - len(missing)}
 
     def logprobs(self, asked: Sequence[tuple[Conversation, str]], what: str) -> list[tuple[float, int]]:
         """(summed log-probabilities in nats, tokens) of each text behind its conversation, end of turn included; behind
         no conversation of its first WINDOW tokens but the very first."""
+
+        def ids(messages: Conversation, text: str) -> tuple[list[int], list[int]]:
+            tokens = self.reader.tokens(text, end=bool(messages))
+            return (self.reader.encode(messages), tokens) if messages else (tokens[:1], tokens[1:WINDOW])
+
         keys = [cache.key("logprobs", messages, text, WINDOW) for messages, text in asked]
         missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
         missing.sort(key=lambda i: -len(asked[i][1]))  # those of one size together
-        with self._bar(f"{self.candidate.name}, {what}", len(keys), len(keys) - len(missing)) as bar:
+        with self._bar(f"{self.candidate.name}, {what}", len(keys), len(missing)) as bar:
             for start in range(0, len(missing), KEPT_AT_ONCE):
                 batch = missing[start : start + KEPT_AT_ONCE]
-                rows = []
-                for messages, text in (asked[i] for i in batch):
-                    ids = self.reader.tokens(text, end=bool(messages))
-                    row = (self.reader.encode(messages), ids) if messages else (ids[:1], ids[1:WINDOW])
-                    rows.append(row)
-                for i, values in zip(batch, self.reader.logprobs(rows), strict=True):
+                for i, values in zip(batch, self.reader.logprobs([ids(*asked[i]) for i in batch]), strict=True):
                     self.store.put(keys[i], [sum(values), len(values)])
                     bar.update()
-        return [tuple(self.store.get(k)) for k in keys]
+        return [tuple(self.store.get(key)) for key in keys]
 
-    def _bar(self, label: str, total: int, known: int) -> Any:
+    def _bar(self, label: str, total: int, missing: int) -> Any:
         from tqdm import tqdm
 
-        quiet = self.quiet or known == total
-        return tqdm(desc=label, total=total, initial=known, mininterval=2, ncols=90, file=sys.stdout, disable=quiet)
+        how: dict[str, Any] = {"mininterval": 2, "ncols": 90, "file": sys.stdout, "disable": not missing}
+        return tqdm(desc=label, total=total, initial=total - missing, **how)
 
 
-def reader(candidate: Candidate, precision: str, end_of_turn: str) -> HfModel | GgufModel:
-    """The candidate, loaded. Raises TunebookError when it cannot be."""
-    path, adapter = candidate.path, candidate.adapter
-    assert path is not None
-    if candidate.kind == "gguf":
-        return GgufModel(path, end_of_turn)
-    if adapter is not None and candidate.onto == "nf4":
-        with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
-            merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
-            return HfModel(loading.load_model(merged, dtype=precision), loading.load_tokenizer(merged))
-    model, tokenizer = loading.load_model(path, dtype=precision), loading.load_tokenizer(path)
-    if adapter is not None:
-        if (adapter / "tokenizer.json").is_file():
-            tokenizer = loading.load_tokenizer(adapter)
-            vocabulary.fit(model, tokenizer)  # tokens may have been added
-        model = loading.load_adapter(model, adapter).merge_and_unload()
-        if precision == "auto" and model.dtype == loading.dtype("fp32"):
-            for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
-                weight.data = weight.data.to(loading.dtype("bf16")).float()
-    return HfModel(model, tokenizer)
+def client(address: str, answers: Answers | None = None, **options: Any) -> Client:
+    """A client of an OpenAI-compatible server that is a candidate or a judge. address: http://127.0.0.1:8080/v1#model,
+    without a model the first that the server lists. The key is never printed or stored."""
+    url, _, model = address.partition("#")
+    key = "TUNEBOOK_API_KEY" if os.environ.get("TUNEBOOK_API_KEY") else "OPENAI_API_KEY"
+    options = {"key_name": key, "concurrency": 8, "retries": 2, "timeout_s": 60.0, **options}
+    return Client(Endpoint(url, model, **options), answers)
 
 
 class RemoteModel:
-    """An OpenAI-compatible server behind the methods of a model: a question that fails costs its own answer only.
+    """A server behind the methods of a model: a question that fails costs its own answer only."""
 
-    url: such as http://127.0.0.1:8080/v1; model: its name there, "" for the first that /models lists.
-    servers: where it is kept what the server serves; None for a client that needs no identity.
-    """
+    def __init__(self, client: Client):
+        self.client, self.close = client, client.__exit__
 
-    path_note = "OpenAI-compatible endpoint"
-
-    def __init__(self, url: str, model: str = "", servers: Answers | None = None, **options: Any):
-        options = {"key_name": key_name(), "concurrency": 8, "retries": 2, "timeout_s": 60.0, **options}
-        self.client = Client(Endpoint(url, model, **options), servers)
-
-    def close(self) -> None:
-        self.client.__exit__()
-
-    def encode(self, messages: Sequence[dict[str, str]]) -> Conversation:
+    def encode(self, messages: Conversation) -> Conversation:
         """The messages as they are: the server renders them."""
-        return [dict(m) for m in messages]
+        return messages
 
     def generate(
         self, prompts: Sequence[Conversation], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
@@ -325,15 +294,9 @@ class RemoteModel:
         others fail with that reason or, where nothing was ever answered, TunebookError is raised."""
         how = None, decoding.max_new_tokens, decoding.temperature, decoding.seed
         answers: list[Answer] = []
-        for place, reply in enumerate(self.client.ask((Request(p, *how) for p in prompts), patience=GIVE_UP)):
-            answers.append(
-                Answer(reply.text[:ANSWER_CHARS].strip(), reply.completion_tokens, reply.finished, reply.error)
-            )
+        for reply in self.client.ask((Request(prompt, *how) for prompt in prompts), patience=GIVE_UP):
+            text = reply.text[:ANSWER_CHARS].strip()
+            answers.append(Answer(text, reply.completion_tokens, reply.finished, reply.error))
             if done:
-                done(place, answers[-1])
+                done(len(answers) - 1, answers[-1])
         return answers
-
-
-def key_name() -> str:
-    """The environment variable that holds the key of endpoints; the key itself is never printed or stored."""
-    return "TUNEBOOK_API_KEY" if os.environ.get("TUNEBOOK_API_KEY") else "OPENAI_API_KEY"

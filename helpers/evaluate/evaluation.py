@@ -10,6 +10,7 @@ job.finish()                         the manifest
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,11 +19,10 @@ from helpers import cache, display, machine, plots, runs, steps
 from helpers.data import decontamination
 from helpers.display import Html
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, forgetting, harness, preferences, score_tables
+from helpers.evaluate import candidates, forgetting, harness, preferences
 from helpers.evaluate import scores as results
-from helpers.evaluate.candidates import TROUBLE, Session, key_name
-from helpers.evaluate.scores import Findings, Measured
-from helpers.llm_client import Client, Endpoint
+from helpers.evaluate.candidates import TROUBLE, Session
+from helpers.evaluate.scores import ERROR_KINDS, Findings, Measured
 from helpers.model import loading
 from helpers.model.stop_tokens import end_of_turn
 from helpers.params import EvalParams
@@ -31,11 +31,7 @@ from helpers.tasks import made_up_database, questions, text_metrics, text_to_sql
 from helpers.tasks.questions import Answer, Decoding
 
 UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "result")) | {"error": "", "detail": ""}
-KINDS = {
-    "text_to_sql": "text-to-SQL, scored by execution",
-    "references": "answers against references",
-    "none": "no references: not scored",
-}
+SHOWN_CHARS, SHOWN_ITEMS = 400, 4  # of an answer, and of the best and the worst items
 
 
 def open(params: EvalParams) -> Evaluation:
@@ -50,59 +46,57 @@ class Evaluation(steps.Job):
         super().__init__(stage)
         self.params = cast(EvalParams, stage.params)
         self.found: dict[str, Any] = {}
-        self._judges: dict[str, text_to_sql.Judge | None] = {}
+        self._judges: dict[str, text_to_sql.Judge] = {}
         if stage.done is None:
             self._prepare()
 
     def _prepare(self) -> None:
         p, stage, data = self.params, self.stage, self.stage.parents["data"]
-        self.seeds = _seeds(p)
         self.include = Path(p.harness_include) if p.harness_include else None
         self.more_tasks = [t.strip() for t in p.harness_tasks.split(",") if t.strip()]
         if self.more_tasks:
             harness.known(self.more_tasks, self.include)
-        self.texts, self.talk = _lines(p.general_text, "text"), _lines(p.general_chat, "prompt")
-        self.general = machine.PROJECT / p.general_tasks if p.general_tasks else None
-        if self.general:
-            forgetting.read_lines(self.general, "question")
-        items = questions.read(data.artifact("test.parquet"), p.limit, p.seed)
-        database = data.path / "database.sqlite"
-        self.database = database if database.is_file() else None
-        kind = questions.task_kind(items, self.database)
-        judged = candidates.find(stage.parents, p.candidates, p.extra_candidates, p.model)
-        pairs = data.path / "preference_eval.parquet"
+        self.texts = [row["text"] for row in forgetting.read_lines(p.general_text, "text")]
+        self.talk = forgetting.read_lines(p.general_chat, "prompt")
+        forgetting.read_lines(p.general_tasks, "question")
+        pairs, database = data.path / "preference_eval.parquet", data.path / "database.sqlite"
         self.pairs = preferences.read(pairs, p.limit) if pairs.is_file() else []
+        self.database = database if database.is_file() else None
+        items = questions.read(data.artifact("test.parquet"), p.limit, p.seed)
+        judged = candidates.find(stage.parents, p.candidates, p.extra_candidates)
         first = next((c.path for c in judged if c.kind == "hf" and not c.trouble and c.path), None)
         tokenizer = loading.load_tokenizer(first) if first else None
         self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
         self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
-        f = self.findings = Findings(p, kind, self._task(kind, len(items), data), items, judged)
-        trained = stage.parents.get("orpo") or stage.parents.get("sft")
-        f.trained = {"rank": trained and trained.params.get("rank"), "replay": data.params.get("replay_share")}
-        f.contamination, held = _contamination(items, data, p.contamination_share)
-        f.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
-        if kind == "text_to_sql":
-            f.task["n_nonempty"] = sum(bool(row["nonempty"]) for row in f.rows)
+        tuned = stage.parents.get("orpo") or stage.parents.get("sft")
+        trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
+        task = self._task(questions.task_kind(items, self.database), len(items), data)
+        self.findings = Findings(p, task, items, judged, [], trained)
+        if task["kind"] == "text_to_sql":
+            self._judges = self._sql_judges(items)
+        held: list[bool | None] = [None] * len(items)
+        if (data.path / "train.parquet").is_file():
+            prompts = [i.prompt for i in items]
+            held = list(decontamination.held(prompts, data.path / "train.parquet", p.contamination_share))
+        self.findings.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
+        if task["kind"] == "text_to_sql":
+            task["n_nonempty"] = sum(bool(row["nonempty"]) for row in self.findings.rows)
 
     def _task(self, kind: str, count: int, data: Manifest) -> dict[str, Any]:
         p = self.params
         label = {
             "text_to_sql": "execution accuracy" if self.database else "execution agreement on synthetic databases",
             "references": text_metrics.METRICS[p.reference_metric],
-            "none": "not scored",
+            "none": "no references: not scored",
         }[kind]
-        task = {"kind": kind, "metric": "accuracy", "label": label, "n": count, "n_nonempty": None}
-        task |= {"seeds": self.seeds, "resampling_seed": p.seed, "template_hash": self.template_hash}
-        return task | {
-            "decoding": {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature},
-            "data": f"{data.path.name}/test.parquet",
-            "data_sha256": data.data["artifacts"]["test.parquet"]["sha256"],
-            "database": f"{data.path.name}/{self.database.name}" if self.database else None,
-        }
+        task = {"kind": kind, "label": label, "n": count, "n_nonempty": None, "template_hash": self.template_hash}
+        task["decoding"] = {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature}
+        sha256 = data.data["artifacts"]["test.parquet"]["sha256"]
+        return {**task, "data": f"{data.path.name}/test.parquet", "data_sha256": sha256}
 
     def _row(self, item: questions.Item, contaminated: bool | None) -> dict[str, Any]:
         """An item's line in answers.jsonl, still without answers and without long columns of the data."""
-        sql = self._sql_judge(item)
+        sql = self._judges.get(item.id)
         row: dict[str, Any] = {key: getattr(item, key) for key in ("id", "question", "system", "reference", "cluster")}
         row["meta"] = {k: v for k, v in item.meta.items() if not isinstance(v, (list, dict)) and len(str(v)) <= 200}
         row["nonempty"] = sql.nonempty(item.reference) if sql else None
@@ -113,8 +107,8 @@ class Evaluation(steps.Job):
     def who(self) -> Html:
         """Who is judged, on what."""
         f = self.findings
-        held = f.contamination["contaminated"] if f.contamination else "unknown"
-        facts = [("task", KINDS[f.kind]), ("questions", len(f.items)), ("held by the training data", held)]
+        held = (f.contamination() or {"contaminated": "unknown"})["contaminated"]
+        facts = [("scored by", f.task["label"]), ("questions", len(f.items)), ("held by the training data", held)]
         rows = [(c.name, c.kind, c.source, display.size(c.size_bytes), c.trouble or "ready") for c in f.candidates]
         return display.shown(facts) + display.shown(rows, ("candidate", "kind", "from", "size", "state"))
 
@@ -125,7 +119,7 @@ class Evaluation(steps.Job):
         f.measured, f.skipped, f.warnings = {}, {}, []
         for candidate in f.candidates:
             try:
-                with Session(candidate, "answers", self.params.precision, self.end_of_turn) as session:
+                with Session(candidate, "answers", self.end_of_turn) as session:
                     f.measured[candidate.name] = self._measure(session)
             except TROUBLE as error:
                 f.skipped[candidate.name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
@@ -136,80 +130,69 @@ class Evaluation(steps.Job):
             f.judge = self._judge()
         self.found = f.scores()
         results.write(self.stage.path, self.found, f.answers())
-        for sql in filter(None, self._judges.values()):
+        for sql in self._judges.values():
             sql.close()
-        self._judges.clear()
-        return score_tables.speed(self.found)
+        rows = []
+        for name, speed in ((name, m.speed) for name, m in f.measured.items()):
+            took = f"{speed['items_per_s']:.1f}", display.duration(speed["seconds"])
+            rows.append((name, *took, speed["tokens"], speed["from_cache"]))
+        return display.shown(rows, ("candidate", "questions/s", "time", "tokens", "answers from the cache"))
 
     def _measure(self, session: Session) -> Measured:
-        p, m, kind = self.params, Measured(), session.candidate.kind
-        name, prompts = session.candidate.name, [i.prompt for i in self.findings.items]
-        for seed in self.seeds:
-            label = f"{name}, {self.findings.kind.replace('_', '-')}" + f", seed {seed}" * (len(self.seeds) > 1)
-            answers, speed = session.answers(prompts, Decoding(p.max_new_tokens, p.temperature, seed), label)
-            entries = [self._score(item, answer) for item, answer in zip(self.findings.items, answers, strict=True)]
-            known = [e["score"] for e in entries if e["score"] is not None]
-            m.by_seed[str(seed)] = sum(known) / len(known) if known else None
-            if seed == self.seeds[0]:
-                m.entries, m.speed = entries, speed
-        if failed := [e["detail"] for e in m.entries if e["error"] == "no_answer"]:
+        p, m, name, kind = self.params, Measured(), session.candidate.name, session.candidate.kind
+        items, how = self.findings.items, Decoding(p.max_new_tokens, p.temperature, p.seed)
+        answers, m.speed = session.answers([i.prompt for i in items], how, f"{name}, questions")
+        m.entries = [self._score(item, answer) for item, answer in zip(items, answers, strict=True)]
+        if failed := [a.failed for a in answers if a.failed]:
             self.findings.warnings.append(
-                f"{name} gave no answer to {len(failed)} of {len(prompts)} questions; they count as wrong. First "
+                f"{name} gave no answer to {len(failed)} of {len(items)} questions; they count as wrong. First "
                 f"reason: {failed[0].rstrip('.')}."
             )
         if self.more_tasks and kind != "endpoint":
             m.tasks |= harness.run(session, self.more_tasks, self.include, p.harness_limit, p.seed)
         if kind == "hf" or (kind == "gguf" and p.forgetting_gguf):
             m.loss = forgetting.text_loss(session, self.texts) if self.texts else None
-            m.chat = forgetting.chat(session, self.talk) if self.talk else None
+            m.shares = forgetting.chat(session, self.talk) if self.talk else {}
             m.preference = preferences.score(session, self.pairs) if self.pairs else None
-            if self.general:
+            if p.general_tasks:
                 folder = cache.folder() / "tasks"
-                task = harness.general_task(self.general, folder)
-                m.tasks |= harness.run(session, [task], folder, p.harness_limit, p.seed)
+                task = harness.general_task(machine.PROJECT / p.general_tasks, folder)
+                found = harness.run(session, [task], folder, p.harness_limit, p.seed)
+                m.tasks, m.shares[forgetting.TASK] = m.tasks | found, found[task]["metrics"]["acc"]["value"]
         return m
 
     def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
         entry = UNSCORED | {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
-        if sql := self._sql_judge(item):
+        if sql := self._judges.get(item.id):
             entry |= sql.score(answer.text, item.reference, answer.stopped)
-        elif self.findings.kind == "references":
+        elif self.findings.task["kind"] == "references":
             entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
         return entry | ({"error": "no_answer", "detail": answer.failed, "valid": None} if answer.failed else {})
 
-    def _sql_judge(self, item: questions.Item) -> text_to_sql.Judge | None:
-        """What scores the item's queries; None where its own schema cannot be read: the item stays undefined."""
-        if self.findings.kind != "text_to_sql":
-            return None
-        key = "" if self.database else item.id
-        if key not in self._judges and self.database:
-            self._judges[key] = text_to_sql.Judge([text_to_sql.open_readonly(self.database)])
-        elif key not in self._judges:
-            try:
+    def _sql_judges(self, items: list[questions.Item]) -> dict[str, text_to_sql.Judge]:
+        """What scores each item's queries; none where its own schema cannot be read: the item stays undefined."""
+        if self.database:
+            return dict.fromkeys([i.id for i in items], text_to_sql.Judge([text_to_sql.open_readonly(self.database)]))
+        judges = {}
+        for item in items:
+            with contextlib.suppress(TunebookError):
                 made = made_up_database.databases(item.schema, item.reference, self.params.seed)
-                self._judges[key] = text_to_sql.Judge(made)
-            except TunebookError:
-                self._judges[key] = None
-        return self._judges[key]
+                judges[item.id] = text_to_sql.Judge(made)
+        return judges
 
     def _judge(self) -> dict[str, Any] | None:
         """The judge's verdicts on every candidate against the first; a judge that cannot be asked is a warning."""
-        p, (baseline, *others) = self.params, self.findings.measured.items()
-        url, _, model = p.judge.partition("#")
-
-        def pairs(measured: Measured) -> list[preferences.Pair]:
-            both = zip(self.findings.items[: p.judge_limit], baseline[1].entries, measured.entries, strict=False)
-            return [preferences.Pair(i.question, i.reference, a["text"], b["text"]) for i, a, b in both]
-
-        asked = {name: pairs(measured) for name, measured in others}
+        p, ((first, ours), *others) = self.params, self.findings.measured.items()
+        pairs = {}
+        for name, theirs in others:
+            both = zip(self.findings.items[: p.judge_limit], ours.entries, theirs.entries, strict=False)
+            pairs[name] = [preferences.Pair(i.question, i.reference, a["text"], b["text"]) for i, a, b in both]
         try:
-            cost = preferences.check_budget([pair for some in asked.values() for pair in some], p.judge_budget)
-            tokens = cost["input_tokens"] + cost["output_tokens"]
-            print(f"The judge is asked {cost['calls']} times, about {tokens:,} tokens.")
-            answers = cache.Answers("answers", cache.key("judge", url, model))
-            with Client(Endpoint(url, model, key_name(), concurrency=8, retries=2, timeout_s=60), answers) as client:
-                found = {name: preferences.compare_answers(client, some, p.seed) for name, some in asked.items()}
-                verdicts = [{"baseline": baseline[0], "candidate": name, **one} for name, one in found.items()]
+            cost = preferences.check_budget([pair for some in pairs.values() for pair in some], p.judge_budget)
+            answers = cache.Answers("answers", cache.key("judge", p.judge))
+            with candidates.client(p.judge, answers) as client:
+                found = {name: preferences.compare_answers(client, some, p.seed) for name, some in pairs.items()}
+                verdicts = [{"baseline": first, "candidate": name, **one} for name, one in found.items()]
                 return {"model": client.model, "estimate": cost, "pairs": verdicts}
         except (TunebookError, OSError) as error:
             self.findings.warnings.append(f"The judge was not used: {error}")
@@ -221,12 +204,27 @@ class Evaluation(steps.Job):
     @steps.step
     def scores(self) -> Html:
         """The candidates with their intervals, warnings first, the sentence about what to ship last."""
-        return score_tables.scores(self._measured())
+        found, rows = self._measured(), []
+        for c in found["candidates"]:
+            accuracy, valid, stops = (c["scores"].get(k, {}) for k in ("accuracy", "valid", "stopped"))
+            shares = [display.percent(one["value"]) if one else "" for one in (valid, stops)]
+            interval = display.interval(accuracy.get("low"), accuracy.get("high"))
+            value = c["reason"] or display.percent(accuracy["value"])
+            rows.append((c["name"], value, interval, *shares, display.size(c["size_bytes"])))
+        head = ("candidate", found["task"]["label"], "95 % interval", "valid SQL", "stops by itself", "size")
+        said = display.said(found["headline"], *(f"⚠ {warning}" for warning in found["warnings"]))
+        return said + display.shown(rows, head) + display.said((found["ship"] or {}).get("sentence", ""))
 
     @steps.step
     def comparisons(self) -> Html:
         """Paired comparisons in words, with their p-values."""
-        return score_tables.comparisons(self._measured())
+        rows = []
+        for c in self._measured()["comparisons"]:
+            who = f"{c['candidate']} against {c['baseline']}" + ", preference pairs" * (c["metric"] == "preference")
+            counts = f"{c['wins']} / {c['losses']} / {c['ties']}"
+            rows.append((who, c["sentence"], counts, f"{c['p_holm']:.2g}", c["test"]))
+        head = ("comparison", "result", "won / lost / tied", "p (Holm)", "test")
+        return display.shown(rows, head) if rows else display.said("One candidate alone: there is nothing to compare.")
 
     @steps.step
     def figure(self) -> Any:
@@ -252,23 +250,57 @@ class Evaluation(steps.Job):
     @steps.step
     def errors(self) -> Html:
         """How often each candidate failed in which way."""
-        return score_tables.errors(self._measured())
+        scored = [c for c in self._measured()["candidates"] if c["status"] == "scored"]
+        kinds = [k for k in ERROR_KINDS if any(k in c["errors"] for c in scored)]
+        rows = [(ERROR_KINDS[k], *(c["errors"].get(k, "") for c in scored)) for k in kinds]
+        return display.shown(rows, ("wrong because", *(c["name"] for c in scored)))
 
     @steps.step
     def forgetting(self) -> Html:
         """The verdicts on what was forgotten and, where one failed, the advice."""
-        return score_tables.forgetting(self._measured())
+        record = self._measured()["forgetting"]
+        if record is None:
+            return display.said(
+                "Not measured: general_text, general_chat and general_tasks are empty, or there is no base."
+            )
+        rows, tasks = [], list(record["candidates"][record["baseline"]]["tasks"])
+        for name, f in record["candidates"].items():
+            verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
+            losses = [
+                "" if f[key] is None else f"{f[key]:{form}}" for key, form in (("loss", ".3f"), ("change", "+.3f"))
+            ]
+            shares = [display.percent(f["tasks"].get(task, {}).get("value"), 0) for task in tasks]
+            rows.append((name, verdict, *losses, *shares, f["sentence"]))
+        head = ("candidate", "verdict", "general text, nats/token", "change", *tasks, "in words")
+        return display.shown(rows, head) + display.said(*(f"→ {advice}" for advice in record["advice"]))
 
     @steps.step
     def preferences(self) -> Html:
         """Held-out preference pairs: how often and by how much the chosen answer is likelier."""
-        return score_tables.preferences(self._measured())
+        if not (found := self._measured()["preference"]):
+            return display.said("This run has no preference pairs.")
+        rows = []
+        for name, p in found.items():
+            odds, accuracy = p["log_odds"], p["accuracy"]
+            margin = f"{odds['value']:+.2f} ({odds['low']:+.2f} to {odds['high']:+.2f})" if p["n"] else "–"
+            interval = display.interval(accuracy["low"], accuracy["high"])
+            rows.append((name, display.percent(accuracy["value"]), interval, margin, p["n"]))
+        return display.shown(rows, ("candidate", "prefers the chosen", "95 % interval", "log-odds margin", "pairs"))
 
     @steps.step
     def sides(self) -> Html:
-        """Best and worst answers of the last candidate beside the others'."""
+        """Where the last candidate gained most over the first and where it lost most, beside the others' answers."""
         self._measured()
-        return score_tables.sides(self.findings.answers(), list(self.findings.measured))
+        names, rows = list(self.findings.measured), self.findings.answers()
+        first, last = names[0], names[-1]
+        rows.sort(key=lambda row: (row["answers"][first]["score"] or 0) - (row["answers"][last]["score"] or 0))
+        lines: list[tuple[str, ...]] = []
+        for row in rows[:SHOWN_ITEMS] + rows[SHOWN_ITEMS:][-SHOWN_ITEMS:]:
+            lines += [("question", row["question"]), ("reference", row["reference"])]
+            for name, answer in row["answers"].items():
+                mark = "✓" if answer["score"] and not answer["error"] else "✗"
+                lines.append((name, answer["text"][:SHOWN_CHARS], mark, answer["detail"]))
+        return display.shown(lines)
 
     @steps.step
     def report(self, build: Callable[[str, Stage], Path]) -> Html:
@@ -288,35 +320,3 @@ class Evaluation(steps.Job):
     def _saved(self, figure: Any, name: str) -> Any:
         display.save(figure, self.stage.path, name)
         return figure
-
-
-def _seeds(params: EvalParams) -> list[int]:
-    try:
-        seeds = list(dict.fromkeys(int(s) for s in params.seeds.split(",") if s.strip()))
-    except ValueError:
-        raise TunebookError(f"seeds is {params.seeds!r}; it takes whole numbers separated by commas.") from None
-    if not seeds or min(seeds) < 0:
-        raise TunebookError(f"seeds is {params.seeds!r}; it takes at least one whole number from 0.")
-    if len(seeds) > 1 and params.temperature == 0:
-        raise TunebookError(
-            f"{len(seeds)} seeds were given, but greedy answers have none; set temperature above 0 or name one seed."
-        )
-    return seeds
-
-
-def _lines(path: str, column: str) -> list[Any]:
-    """Texts of a JSON-lines file, or whole rows where they have more than a text; none where the parameter is empty."""
-    rows = forgetting.read_lines(machine.PROJECT / path, column) if path else []
-    return [row["text"] for row in rows] if column == "text" else rows
-
-
-def _contamination(
-    items: list[questions.Item], data: Manifest, share: float
-) -> tuple[dict[str, Any] | None, list[bool | None]]:
-    """The record of scores.json, still without its scores, and for every item whether the training data holds it."""
-    if not (data.path / "train.parquet").is_file():
-        return None, [None] * len(items)
-    held = decontamination.held([i.prompt for i in items], data.path / "train.parquet", share)
-    record = {"n": len(items), "contaminated": sum(held), "threshold": share, "ngram": decontamination.GRAM}
-    ids = [i.id for i, found in zip(items, held, strict=True) if found]
-    return {**record, "reference": "train.parquet", "ids": ids}, list(held)

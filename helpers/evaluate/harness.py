@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cache
-from helpers.cache import write_atomic
 from helpers.errors import TunebookError
 from helpers.evaluate.candidates import Session
 from helpers.gguf.runner import GgufModel
@@ -32,7 +31,7 @@ def general_task(questions: Path, folder: Path) -> str:
     """Write the task over JSON lines of `question`, `choices`, `answer` (from 0) into `folder`; returns its name."""
     task = Path(__file__).with_name(f"{GENERAL_TASK}.yaml").read_text()
     task = task.replace("QUESTIONS", json.dumps(str(Path(questions).resolve())))
-    write_atomic(folder / f"{GENERAL_TASK}.yaml", f"{task}# questions: {cache.content_hash(questions)}\n")
+    cache.write_atomic(folder / f"{GENERAL_TASK}.yaml", f"{task}# questions: {cache.content_hash(questions)}\n")
     return GENERAL_TASK
 
 
@@ -41,17 +40,11 @@ def run(
 ) -> dict[str, Any]:
     """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}; kept in the cache by the tasks' content.
 
-    tasks: names the library knows or YAML files in `include`. Raises TunebookError for an unknown task, for data that
-    is not on this machine, and for an endpoint, which gives no probabilities.
+    tasks: names the library knows or YAML files in `include`. Raises TunebookError for an unknown task and for data
+    that is not on this machine.
     """
-    if session.candidate.kind == "endpoint":
-        raise TunebookError(
-            "Harness tasks need probabilities of given answers, which an OpenAI-compatible endpoint does not give; "
-            "name the weights or the GGUF file."
-        )
-    version = importlib.metadata.version("lm-eval")
     content = cache.content_hash(include, LOCAL) if include else ""
-    key = cache.key("harness", version, list(tasks), content, limit, seed)
+    key = cache.key("harness", importlib.metadata.version("lm-eval"), list(tasks), content, limit, seed)
     if session.store.get(key) is None:
         session.store.put(key, evaluate(session.reader, tasks, include, limit, seed))
     return session.store.get(key)
@@ -101,26 +94,23 @@ def known(tasks: Sequence[str], include: Path | None) -> Any:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     path = str(include) if include else None
-    manager = TaskManager(verbosity="ERROR", include_path=path, include_defaults=False) if include else None
-    if manager is None or any(t not in manager.all_tasks for t in tasks):
-        manager = TaskManager(verbosity="ERROR", include_path=path)
-    if unknown := [t for t in tasks if t not in manager.all_tasks]:
-        raise TunebookError(
-            f"harness_tasks: lm-eval knows no task {unknown[0]!r}; name one of its own or a YAML in harness_include."
-        )
-    return manager
+    for defaults in [False, True] if include else [True]:
+        manager = TaskManager(verbosity="ERROR", include_path=path, include_defaults=defaults)
+        if not (unknown := [t for t in tasks if t not in manager.all_tasks]):
+            return manager
+    raise TunebookError(
+        f"harness_tasks: lm-eval knows no task {unknown[0]!r}; name one of its own or a YAML in harness_include."
+    )
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """The library's flat "acc,none", "acc_stderr,none" as nested numbers."""
     found = {}
-    for name, value in values.items():
-        metric, comma, filtered = name.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-            continue
-        error = values.get(f"{metric}_stderr,{filtered}")
-        label = metric if filtered == "none" else f"{metric} ({filtered})"
-        found[label] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    for metric, filtered in (name.split(",", 1) for name in values if "," in name and "_stderr," not in name):
+        value, error = (values.get(f"{metric}{kind},{filtered}") for kind in ("", "_stderr"))
+        if isinstance(value, (int, float)):
+            label = metric if filtered == "none" else f"{metric} ({filtered})"
+            found[label] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
     return found
 
 
@@ -141,8 +131,8 @@ def _runtime_model(reader: GgufModel) -> Any:
             return [(sum(values), greedy) for values, greedy in scored]
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            rows = [self.tok_encode(r.args[0]) for r in requests]
-            return [sum(values) for values, _ in reader.score([([self.eot_token_id], ids) for ids in rows])]
+            texts = [([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
+            return [sum(values) for values in reader.logprobs(texts)]
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             found = []

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
@@ -47,49 +49,20 @@ def read(path: Path, limit: int = 0) -> list[dict[str, Any]]:
     return pairs[:limit] if limit else pairs
 
 
-def log_odds(mean_logp: float) -> float:
-    """log(p / (1 - p)) of a mean token probability, the quantity ORPO trains (Hong et al. 2024, https://arxiv.org/abs/2403.07691)."""
-    mean_logp = min(mean_logp, -1e-9)
-    return mean_logp - math.log(-math.expm1(mean_logp))
-
-
 def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """accuracy: share of pairs whose chosen answer has the higher mean token log-probability, end of turn included;
-    log_odds: mean difference of the log-odds. An empty completion is left out; n: how many pairs count."""
+    log_odds: mean difference of log(p / (1 - p)), which ORPO trains (Hong et al. 2024, https://arxiv.org/abs/2403.07691).
+
+    An empty completion is left out; n: how many pairs count. right: 1 or 0 for each pair, 0.5 for a tie, None where it
+    is left out: what the paired test compares.
+    """
     both = session.logprobs([(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")], "preference")
-    odds = [log_odds(total / count) if count and math.isfinite(total) else None for total, count in both]
-    margins = _differences(odds[1::2], odds[::2])
-    margin = statistics.share(margins, "nats")
-    return {
-        "accuracy": statistics.share([_right(m) for m in margins]),
-        "log_odds": margin,
-        "log_odds_chosen": statistics.share(odds[::2], "nats")["value"],
-        "log_odds_rejected": statistics.share(odds[1::2], "nats")["value"],
-        "win_rate": None,
-        "n": margin["n"],
-        "margins": margins,
-    }
-
-
-def win_rates(results: dict[str, dict[str, Any]], baseline: str) -> dict[str, dict[str, Any]]:
-    """The results with win_rate: on what share of pairs the candidate's margin beats the baseline's; ties are half."""
-    reference = results.get(baseline, {}).get("margins")
-    found = {}
-    for name, result in results.items():
-        found[name] = {k: v for k, v in result.items() if k != "margins"}
-        if reference is not None and name != baseline:
-            gains = _differences(reference, result["margins"])
-            found[name]["win_rate"] = statistics.share([_right(g) for g in gains])
-    return found
-
-
-def _differences(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
-    """b - a, None where either is undefined."""
-    return [None if x is None or y is None else y - x for x, y in zip(a, b, strict=True)]
-
-
-def _right(margin: float | None) -> float | None:
-    return None if margin is None else 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+    means = np.array([total / count if count else math.nan for total, count in both]).clip(max=-1e-9)
+    odds = means - np.log(-np.expm1(means))
+    margins = odds[::2] - odds[1::2]
+    right = [(float(np.sign(margin)) + 1) / 2 if math.isfinite(margin) else None for margin in margins]
+    margin = statistics.share(margins.tolist(), "nats")
+    return {"accuracy": statistics.share(right), "log_odds": margin, "n": margin["n"], "right": right}
 
 
 # ---------------------------------------------------------------- the judge
@@ -114,19 +87,18 @@ def check_budget(pairs: Iterable[Pair], budget: int) -> dict[str, int]:
             f"The judge would read and write about {total:,} tokens in {cost['calls']} calls, over judge_budget = "
             f"{budget:,}; lower judge_limit or raise judge_budget."
         )
+    print(f"The judge is asked {cost['calls']} times, about {total:,} tokens.")
     return cost
 
 
 def prompt(pair: Pair, swapped: bool) -> str:
-    """The judge's question."""
-
-    def safe(text: str) -> str:
-        """An answer cannot close its own tag."""
-        return re.sub(r"</?(?:answer_[AB]|request|reference_answer)>", "", text)[:8000]
-
-    first, second = (pair.candidate, pair.baseline) if swapped else (pair.baseline, pair.candidate)
-    reference = f"\n<reference_answer>\n{pair.reference}\n</reference_answer>\n" if pair.reference else ""
-    return _ASK.format(question=safe(pair.question), reference=reference, a=safe(first), b=safe(second))
+    """The judge's question. An answer cannot close its own tag."""
+    tags = re.compile(r"</?(?:answer_[AB]|request|reference_answer)>")
+    question, reference, *both = (tags.sub("", text)[:8000] for text in pair)
+    if reference:
+        reference = f"\n<reference_answer>\n{reference}\n</reference_answer>\n"
+    first, second = reversed(both) if swapped else both
+    return _ASK.format(question=question, reference=reference, a=first, b=second)
 
 
 def verdict(text: str) -> float | None:
@@ -142,11 +114,8 @@ def compare_answers(client: Client, pairs: Sequence[Pair], seed: int = 17) -> di
     requests = (Request([{"role": "user", "content": text}], None, VERDICT_TOKENS, 0.0, seed) for text in asked)
     verdicts = [None if reply.error else verdict(reply.text) for reply in client.ask(requests, patience=PATIENCE)]
     asked_twice = zip(verdicts[::2], verdicts[1::2], strict=True)
-    both = [(a, b) for a, b in asked_twice if a is not None and b is not None]
-    rate = statistics.share([(a + 1 - b) / 2 for a, b in both], seed=seed)
-    return {
-        "win_rate": rate["value"],
-        **{key: rate[key] for key in ("n", "low", "high")},
-        "failed": len(pairs) - len(both),
-        "order_agreement": sum(a == 1 - b for a, b in both) / len(both) if both else None,
-    }
+    both = [(a, 1 - b) for a, b in asked_twice if a is not None and b is not None]
+    rate = statistics.share([(a + b) / 2 for a, b in both], seed=seed)
+    agreement = statistics.share([a == b for a, b in both])["value"]
+    known = {"win_rate": rate["value"], "n": rate["n"], "low": rate["low"], "high": rate["high"]}
+    return {**known, "failed": len(pairs) - len(both), "order_agreement": agreement}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,20 +66,12 @@ class State:
     def keep(self, stay: list[int]) -> list[int]:
         """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so
         that little is copied. Returns which old row each new place holds."""
-        import torch
-
-        count, staying = len(stay), set(stay)
-        movers = iter(place for place in stay if place >= count)
-        order = [place if place in staying else next(movers) for place in range(count)]
-        holes = [place for place in range(count) if order[place] != place]
-        to, of = (
-            torch.tensor(p, device=self.allowed.device, dtype=torch.long) for p in (holes, [order[h] for h in holes])
-        )
-        for tensor in (self.allowed, self.places):
-            tensor[to] = tensor[of]
-        for pair in self.suffix.values():
-            for tensor in pair:
-                tensor[to, :, : self.used] = tensor[of, :, : self.used]
+        count, order = len(stay), list(range(len(stay)))
+        holes, movers = sorted(set(order) - set(stay)), [place for place in stay if place >= count]
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        for kept in [self.allowed, self.places, *itertools.chain(*self.suffix.values())] if holes else ():
+            kept[holes] = kept[movers]
         self.allowed, self.places = self.allowed[:count], self.places[:count]
         self.suffix = {layer: (keys[:count], values[:count]) for layer, (keys, values) in self.suffix.items()}
         return order
@@ -101,17 +94,7 @@ def decoding(model: Any) -> Iterator[State]:
         model.set_attn_implementation(before)
 
 
-def attention(
-    state: State,
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    mask: Any = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple:
+def attention(state, module, query, key, value, mask=None, scaling=None, sliding_window=None, **_):
     """Attention for transformers' AttentionInterface. query: (rows, heads, tokens, dim); key, value: (rows, kv_heads,
     tokens, dim) of the new tokens only. Returns (rows, tokens, heads, dim) and no weights."""
     import torch

@@ -6,22 +6,21 @@ shape is in scores.schema.json; `write` and `read` check it.
 
 from __future__ import annotations
 
-import functools
 import json
-import statistics as numbers
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helpers import cache, display
+from helpers.data import decontamination
 from helpers.errors import TunebookError
-from helpers.evaluate import forgetting, harness, preferences, statistics
+from helpers.evaluate import forgetting, statistics
 from helpers.evaluate.candidates import Candidate
 from helpers.params import EvalParams
 from helpers.tasks import questions, text_metrics, text_to_sql
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 SMALL = 100  # items; below this even a large difference may hide
 ERROR_KINDS = {
@@ -33,16 +32,13 @@ ERROR_KINDS = {
 
 @dataclass
 class Measured:
-    """What one candidate answered. entries: an answer of answers.jsonl for each item.
-
-    by_seed: the share right of each seed; loss, chat, preference: of forgetting and preferences; tasks: of the harness.
-    """
+    """What one candidate answered. entries: an answer of answers.jsonl for each item; loss, shares: of forgetting;
+    preference: of preferences; tasks: of the harness."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     speed: dict[str, Any] = field(default_factory=dict)
-    by_seed: dict[str, float | None] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
-    chat: dict[str, Any] | None = None
+    shares: dict[str, float] = field(default_factory=dict)
     preference: dict[str, Any] | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
 
@@ -53,16 +49,15 @@ class Measured:
 
 @dataclass
 class Findings:
-    """Everything that an evaluation measured. rows: answers.jsonl without answers; measured, skipped: by candidate."""
+    """Everything that an evaluation measured. rows: answers.jsonl without answers; measured, skipped: by candidate;
+    trained: rank and replay of this run's training."""
 
     params: EvalParams
-    kind: str
     task: dict[str, Any]
     items: list[questions.Item]
     candidates: list[Candidate]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    contamination: dict[str, Any] | None = None
-    trained: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]]
+    trained: dict[str, Any]
     measured: dict[str, Measured] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     judge: dict[str, Any] | None = None
@@ -70,127 +65,107 @@ class Findings:
 
     def answers(self) -> list[dict[str, Any]]:
         """answers.jsonl."""
-        entries = self._of("entries")
-        return [{**row, "answers": {n: e[i] for n, e in entries.items()}} for i, row in enumerate(self.rows)]
+        given = zip(*(m.entries for m in self.measured.values()), strict=True)
+        both = zip(self.rows, given, strict=True)
+        return [{**row, "answers": dict(zip(self.measured, entries, strict=True))} for row, entries in both]
+
+    def contamination(self) -> dict[str, Any] | None:
+        """Which items the training data holds; None where it is not there."""
+        if self.rows[0]["contaminated"] is None:
+            return None
+        ids = [row["id"] for row in self.rows if row["contaminated"]]
+        how = {"threshold": self.params.contamination_share, "ngram": decontamination.GRAM}
+        return {"n": len(self.rows), "contaminated": len(ids), "ids": ids, "reference": "train.parquet", **how}
+
+    def scores(self) -> dict[str, Any]:
+        """scores.json."""
+        p, baseline = self.params, next(iter(self.measured))
+        harnessed: dict[str, Any] = {}
+        for name, m in self.measured.items():
+            for task, found in m.tasks.items():
+                harnessed.setdefault(task, {"n": found["n"], "metrics": {}})["metrics"][name] = found["metrics"]
+        losses, shares = self._of("loss"), self._of("shares")
+        lost = None
+        if baseline in {**losses, **shares}:
+            threshold = {"loss_increase": p.loss_increase, "task_drop": p.task_drop}
+            lost = forgetting.judge(baseline, losses, shares, threshold, self.trained)
+        preferred = self._of("preference").items()
+        scores = {
+            "schema_version": SCHEMA_VERSION,
+            "run": p.run,
+            "task": self.task,
+            "candidates": [self._record(candidate) for candidate in self.candidates],
+            "comparisons": self._comparisons(baseline),
+            "forgetting": lost,
+            "harness": harnessed or None,
+            "preference": {n: {k: v for k, v in one.items() if k != "right"} for n, one in preferred} or None,
+            "instructions": {name: self._instructions(m) for name, m in self.measured.items()},
+            "judge": self.judge,
+            "contamination": self.contamination(),
+        }
+        scores |= {"headline": _headline(scores), "ship": self._ship(scores)}
+        return {**scores, "warnings": self._warnings(scores)}
 
     def _of(self, what: str) -> dict[str, Any]:
         """One part of what was measured, of the candidates that have it."""
         return {name: value for name, m in self.measured.items() if (value := getattr(m, what))}
 
-    def scores(self) -> dict[str, Any]:
-        """scores.json."""
-        baseline, clusters = next(iter(self.measured)), questions.clusters(self.items)
+    def _record(self, candidate: Candidate) -> dict[str, Any]:
+        """A candidate of scores.json."""
+        record = {key: getattr(candidate, key) for key in ("name", "role", "kind", "source", "size_bytes")}
+        record |= {"status": "skipped", "reason": self.skipped.get(candidate.name, "")}
+        record |= {"scores": {}, "groups": {}, "errors": {}, "speed": {}}
+        if candidate.name in self.skipped:
+            return record
+        m, clusters = self.measured[candidate.name], questions.clusters(self.items)
 
-        def share(values: Any) -> dict[str, Any]:
-            return statistics.share(values, clusters=clusters, seed=self.params.seed)
+        def share(values: Any, key: str = "", wanted: bool = True) -> dict[str, Any]:
+            """Of all items or of those whose row says so."""
+            kept = [v if not key or row[key] is wanted else None for v, row in zip(values, self.rows, strict=True)]
+            return statistics.share(kept, clusters=clusters, seed=self.params.seed)
 
-        def apart(values: list[float | None], key: str, wanted: bool) -> dict[str, Any]:
-            return share([v if row[key] is wanted else None for v, row in zip(values, self.rows, strict=True)])
+        found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
+        if self.task["kind"] == "text_to_sql":
+            found["accuracy_nonempty"] = share(m.values, "nonempty")
+            found["valid"] = statistics.share([e["valid"] for e in m.entries])
+        elif self.task["kind"] == "references":
+            found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
+        if any(row["contaminated"] for row in self.rows):
+            found["accuracy_clean"] = share(m.values, "contaminated", False)
+            found["accuracy_contaminated"] = share(m.values, "contaminated")
+        errors = dict(Counter(e["error"] for e in m.entries if e["error"]).most_common())
+        groups = questions.groups(self.items, m.values)
+        return record | {"status": "scored", "scores": found, "groups": groups, "errors": errors, "speed": m.speed}
 
-        pairs = preferences.win_rates(self._of("preference"), baseline)
-        followed: dict[str, Any] = {}
-        harnessed: dict[str, Any] = {}
-        records = []
-        for candidate in self.candidates:
-            name = candidate.name
-            said = ("name", "role", "kind", "source", "made_by", "size_bytes")
-            record = {key: getattr(candidate, key) for key in said}
-            record |= {"status": "skipped", "reason": "", "scores": {}, "groups": {}, "errors": {}, "speed": {}}
-            records.append(record)
-            if name in self.skipped:
-                record["reason"] = self.skipped[name]
-                continue
-            m = self.measured[name]
-            passed = text_metrics.instructions(m.entries, self.items, self.kind)
-            followed[name] = {check: statistics.share(values) for check, values in passed.items()}
-            found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
-            if self.kind == "text_to_sql":
-                found["accuracy_nonempty"] = apart(m.values, "nonempty", True)
-                found["valid"] = statistics.share([e["valid"] for e in m.entries])
-            elif self.kind == "references":
-                found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
-            if self.contamination and self.contamination["contaminated"]:
-                found["accuracy_clean"] = apart(m.values, "contaminated", False)
-            found |= {f"instructions/{check}": score for check, score in followed[name].items()}
-            for task, result in m.tasks.items():
-                shown = harnessed.setdefault(task, {"n": result["n"], "metrics": {}})
-                shown["metrics"][name] = result["metrics"]
-                for metric, v in result["metrics"].items():
-                    found[f"harness/{task}/{metric}"] = _plain(v["value"], result["n"], "share", v["stderr"])
-            preferred = pairs.get(name, {})
-            found |= {f"preference/{k}": preferred[k] for k in ("accuracy", "log_odds", "win_rate") if preferred.get(k)}
-            if m.loss:
-                found["general_loss"] = _plain(m.loss["loss"], m.loss["n"], "nats")
-            if m.chat:
-                known = {k: m.chat[k] for k in forgetting.SHARES if m.chat[k] is not None}
-                found |= {k: _plain(value, m.chat["n"], "share") for k, value in known.items()}
-            errors = Counter(e["error"] for e in m.entries if e["error"])
-            record |= {"status": "scored", "scores": found, "speed": m.speed, "errors": dict(errors.most_common())}
-            record["groups"] = questions.groups(self.items, m.values)
-        contamination = self.contamination and {
-            **self.contamination,
-            "candidates": {
-                n: {side: apart(m.values, "contaminated", side != "clean") for side in ("clean", "contaminated")}
-                for n, m in self.measured.items()
-            },
-        }
-        scores = {
-            "schema_version": SCHEMA_VERSION,
-            "run": self.params.run,
-            "task": self.task,
-            "candidates": records,
-            "comparisons": self._comparisons(baseline, clusters),
-            "forgetting": self._forgetting(baseline),
-            "harness": harnessed or None,
-            "preference": pairs or None,
-            "instructions": followed,
-            "judge": self.judge,
-            "contamination": contamination,
-            "seeds": self._seeds(),
-        }
-        scores |= {"headline": _headline(scores), "ship": self._ship(scores, clusters)}
-        return {**scores, "warnings": self._warnings(scores)}
+    def _instructions(self, m: Measured) -> dict[str, Any]:
+        passed = text_metrics.instructions(m.entries, self.items, self.task["kind"])
+        return {check: statistics.share(values) for check, values in passed.items()}
 
-    def _comparisons(self, baseline: str, clusters: list[str] | None) -> list[dict[str, Any]]:
-        """Every candidate against the baseline, and against what it was exported from or trained on top of."""
-        values = {n: m.values for n, m in self.measured.items()}
-        pairs = [(baseline, name) for name in values]
+    def _pair(self, a: str, b: str) -> dict[str, Any] | None:
+        values, clusters = (self.measured[a].values, self.measured[b].values), questions.clusters(self.items)
+        return statistics.pair(a, b, *values, clusters, self.params.seed)
+
+    def _comparisons(self, baseline: str) -> list[dict[str, Any]]:
+        """Every candidate against the baseline, and against what it was exported from or trained on top of; then the
+        preferences of every candidate against the baseline's."""
+        pairs = [(baseline, name) for name in self.measured]
         pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
-        known = [(a, b) for a, b in dict.fromkeys(pairs) if a != b and {a, b} <= values.keys()]
-        seed = self.params.seed
-        return statistics.settle([statistics.pair(a, b, values[a], values[b], clusters, seed) for a, b in known])
+        known = [(a, b) for a, b in dict.fromkeys(pairs) if a != b and {a, b} <= self.measured.keys()]
+        right = {name: one["right"] for name, one in self._of("preference").items()}
+        others = [(name, values) for name, values in right.items() if baseline in right and name != baseline]
+        preferred = [statistics.pair(baseline, name, right[baseline], values) for name, values in others]
+        return statistics.settle([self._pair(a, b) for a, b in known]) + statistics.settle(preferred, "preference")
 
-    def _forgetting(self, baseline: str) -> dict[str, Any] | None:
-        losses, chats, p = self._of("loss"), self._of("chat"), self.params
-        asked = {n: t[harness.GENERAL_TASK] for n, t in self._of("tasks").items() if harness.GENERAL_TASK in t}
-        tasks = {n: {forgetting.TASK: task["metrics"]["acc"]["value"]} for n, task in asked.items()}
-        if baseline not in {**losses, **chats, **tasks}:
-            return None
-        return forgetting.judge(baseline, losses, chats, tasks, p.loss_increase, p.task_drop, **self.trained)
-
-    def _seeds(self) -> dict[str, Any] | None:
-        if len(self.task["seeds"]) < 2:
-            return None
-        found: dict[str, dict[str, Any]] = {}
-        for name, m in self.measured.items():
-            known = [v for v in m.by_seed.values() if v is not None]
-            found[name] = {seed: {"accuracy": v} for seed, v in m.by_seed.items()}
-            found[name]["mean"] = numbers.fmean(known) if known else None
-            found[name]["sd"] = numbers.stdev(known) if known[1:] else None
-        return found
-
-    def _ship(self, scores: dict[str, Any], clusters: list[str] | None) -> dict[str, str] | None:
+    def _ship(self, scores: dict[str, Any]) -> dict[str, str] | None:
         """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""
         ready = [c for c in scores["candidates"] if _value(c) >= 0]
         exported, trained = ([c for c in ready if c["role"] in r] for r in (("gguf", "merged"), ("sft", "orpo")))
-        files = exported or trained
-        if not files:
+        if not (exported or trained):
             return None
         best, base = max(ready, key=_value), ready[0]["name"]
-        beats = {c["candidate"] for c in scores["comparisons"] if c["verdict"] == "better" and c["baseline"] == base}
-        for file in sorted(files, key=lambda c: c["size_bytes"] or 0):
-            ours, top = self.measured[file["name"]].values, self.measured[best["name"]].values
-            pair = statistics.pair(best["name"], file["name"], top, ours, clusters, self.params.seed)
+        beats = {c["candidate"] for c in _of_accuracy(scores) if (c["baseline"], c["verdict"]) == (base, "better")}
+        for file in sorted(exported or trained, key=lambda c: c["size_bytes"] or 0):
+            pair = self._pair(best["name"], file["name"])
             if file["name"] in beats and (file is best or pair is None or pair["high"] >= 0):
                 close = "" if file is best else f", within chance of the best ({best['name']}, {_percent(best)})"
                 size = f"{display.size(file['size_bytes'])}, " if file["size_bytes"] else ""
@@ -201,16 +176,15 @@ class Findings:
     def _warnings(self, scores: dict[str, Any]) -> list[str]:
         said = [f"{name} was left out: {reason}" for name, reason in self.skipped.items()] + self.warnings
         n = len(self.items)
-        if self.kind != "none":
+        if self.task["kind"] != "none":
             columns = zip(*(m.values for m in self.measured.values()), strict=True)
             if broken := sum(all(v is None for v in values) for values in columns):
                 said.append(f"{broken} of {n} items have a reference that cannot be scored; they count nowhere.")
             if n < SMALL:
-                worst = max((c["detectable"] for c in scores["comparisons"]), default=None)
+                worst = max((c["detectable"] for c in _of_accuracy(scores)), default=None)
                 hide = f": differences under {100 * worst:.0f} points can hide." if worst else "."
                 said.append(f"Only {n} questions{hide}")
-        if (scores["contamination"] or {}).get("contaminated"):
-            held = scores["contamination"]["contaminated"]
+        if held := (scores["contamination"] or {}).get("contaminated"):
             said.append(f"{held} of {n} questions stand in the training data; accuracy_clean leaves them out.")
         forgot = (scores["forgetting"] or {}).get("candidates", {})
         return said + [f"{name} {f['sentence']}." for name, f in forgot.items() if not f["passed"]]
@@ -219,26 +193,22 @@ class Findings:
 def metrics(scores: dict[str, Any]) -> dict[str, Any]:
     """metrics.json: the table of candidates and the comparisons."""
     table = {}
-    for c in scores["candidates"]:
-        if c["status"] == "scored":
-            table[c["name"]] = {key: c["scores"]["accuracy"][key] for key in ("low", "high", "n")}
-            table[c["name"]] |= {"accuracy": c["scores"]["accuracy"]["value"], "size_bytes": c["size_bytes"]}
-            table[c["name"]]["valid"] = c["scores"].get("valid", {}).get("value")
+    for c in (c for c in scores["candidates"] if c["status"] == "scored"):
+        accuracy, valid = c["scores"]["accuracy"], c["scores"].get("valid", {}).get("value")
+        table[c["name"]] = {**accuracy, "accuracy": accuracy["value"], "valid": valid, "size_bytes": c["size_bytes"]}
     skipped = {c["name"]: c["reason"] for c in scores["candidates"] if c["status"] == "skipped"}
     kept = {key: scores[key] for key in ("comparisons", "headline", "ship")}
     return {"candidates": table, "skipped": skipped, **kept}
-
-
-def _plain(value: float, n: int, unit: str, stderr: float | None = None) -> dict[str, Any]:
-    """A score with the normal interval of its standard error, or with none."""
-    low, high = (value - 1.96 * stderr, value + 1.96 * stderr) if stderr else (None, None)
-    return {"value": value, "low": low, "high": high, "n": n, "method": "none", "unit": unit}
 
 
 def _value(candidate: dict[str, Any]) -> float:
     """A candidate's accuracy; -1 where it has none."""
     value = candidate["scores"].get("accuracy", {}).get("value")
     return -1.0 if value is None else value
+
+
+def _of_accuracy(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in scores["comparisons"] if c["metric"] == "accuracy"]
 
 
 def _percent(candidate: dict[str, Any]) -> str:
@@ -253,8 +223,7 @@ def _headline(scores: dict[str, Any]) -> str:
         return "Nothing was scored."
     best = max([c for c in scored if c["role"] != "base"] or scored, key=_value)
     text = f"{best['name']} scores {_percent(best)} {scores['task']['label']}"
-    against = next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None)
-    if against:
+    if against := next((c for c in _of_accuracy(scores) if c["candidate"] == best["name"]), None):
         return f"{text}; against {against['baseline']}: {against['sentence']}."
     return f"{text} on {scores['task']['n']} questions."
 
@@ -280,21 +249,14 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return scores, answers
 
 
-@functools.cache
-def _validator(part: str) -> Any:
+def check(scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    """Raise TunebookError naming the first place where the two files leave their schema."""
     import jsonschema
 
     schema = json.loads(Path(__file__).with_name("scores.schema.json").read_text())
-    return jsonschema.Draft202012Validator({**schema["$defs"][part], "$defs": schema["$defs"]} if part else schema)
-
-
-def check(scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
-    """Raise TunebookError naming the first place where the two files leave their schema."""
-    lines = ((f"{ANSWERS} line {number}", line, "answers") for number, line in enumerate(answers, 1))
-    for name, value, part in ((SCORES, scores, ""), *lines):
-        for error in _validator(part).iter_errors(value):
-            place = "/".join(map(str, error.absolute_path))
-            raise TunebookError(f"{name} {place}: {error.message[:200]}; run 05_evaluation again.")
-    unknown = {a["error"] for row in answers for a in row["answers"].values()} - {"", *ERROR_KINDS}
-    if unknown:
-        raise TunebookError(f"{ANSWERS} has the unknown error kind {unknown.pop()!r}; known: {', '.join(ERROR_KINDS)}.")
+    whole, line = (jsonschema.Draft202012Validator(part) for part in (schema, schema["$defs"]["answers"]))
+    wrong = [(SCORES, error) for error in whole.iter_errors(scores)]
+    wrong += [(f"{ANSWERS} line {n}", error) for n, row in enumerate(answers, 1) for error in line.iter_errors(row)]
+    for name, error in wrong[:1]:
+        place = "/".join(map(str, error.absolute_path))
+        raise TunebookError(f"{name} {place}: {error.message[:200]}; run 05_evaluation again.")

@@ -23,8 +23,6 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927); honest at 0 and at 1, where the textbook's interval has no width."""
     from scipy.stats import binomtest
 
-    if n == 0:
-        return 0.0, 1.0
     found = binomtest(right, n).proportion_ci(LEVEL, "wilson")
     return float(found.low), float(found.high)
 
@@ -36,54 +34,39 @@ def share(values: Values, unit: str = "share", clusters: Clusters = None, seed: 
     """
     kept = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
     if not kept:
-        return {"value": None, "low": None, "high": None, "n": 0, "method": "none", "unit": unit}
+        return {"value": None, "low": None, "high": None, "n": 0, "unit": unit}
     known = np.array([values[i] for i in kept], float)
     groups = [clusters[i] for i in kept] if clusters is not None and len(set(clusters)) > 1 else None
     if groups is None and unit == "share" and np.isin(known, (0, 1)).all():
-        method, (low, high) = "wilson", wilson(int(known.sum()), len(known))
+        low, high = wilson(int(known.sum()), len(known))
     else:
-        method, (low, high) = "cluster" if groups else "bootstrap", interval(known, seed, clusters=groups)
-    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known), "method": method, "unit": unit}
+        low, high = middle(bootstrap(known, seed, clusters=groups))
+    return {"value": float(known.mean()), "low": low, "high": high, "n": len(known), "unit": unit}
 
 
 def bootstrap(
-    values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Clusters = None, sizes: Any = None
+    values: Any, seed: int = 17, resamples: int = RESAMPLES, clusters: Clusters = None, sizes: Any = None
 ) -> np.ndarray:
     """Means of `resamples` resamples of values (items,): items drawn with replacement, or whole clusters of them.
 
-    sizes (items,): what the sum is divided by instead of the number of items. scipy's bootstrap knows no clusters.
+    sizes (items,): what the sum is divided by instead of the number of items.
     """
     sums = np.asarray(values, np.float64)
+    sizes = np.ones(len(sums)) if sizes is None else sizes
     if clusters is not None:
         _, owner = np.unique(np.asarray(clusters), return_inverse=True)
-        sums, sizes = np.bincount(owner, sums), np.bincount(owner).astype(float)
-    rng, n = np.random.default_rng(seed), len(sums)
-    found = np.empty(resamples)
-    step = max(1, 2_000_000 // n)  # 16 MB of indices at a time
-    for start in range(0, resamples, step):
-        index = rng.integers(0, n, (min(step, resamples - start), n), dtype=np.int32)
-        found[start : start + len(index)] = sums[index].sum(1) / (n if sizes is None else sizes[index].sum(1))
-    return found
-
-
-def interval(
-    values: np.ndarray, seed: int = 17, resamples: int = RESAMPLES, clusters: Clusters = None
-) -> tuple[float, float]:
-    """Percentile interval of the mean."""
-    return middle(bootstrap(values, seed, resamples, clusters))
+        sums, sizes = np.bincount(owner, sums), np.bincount(owner, sizes)
+    rng, found = np.random.default_rng(seed), []
+    for count in [100] * (resamples // 100):  # a few MB of indices at a time
+        index = rng.integers(0, len(sums), (count, len(sums)))
+        found.append(sums[index].sum(1) / sizes[index].sum(1))
+    return np.concatenate(found)
 
 
 def middle(draws: np.ndarray) -> tuple[float, float]:
     """The central 95 % of bootstrap draws."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p-value that wins and losses are equally likely, given the items on which the two differ."""
-    from scipy.stats import binomtest
-
-    return 1.0 if wins + losses == 0 else float(binomtest(wins, wins + losses, 0.5).pvalue)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -98,13 +81,10 @@ def holm(values: Sequence[float]) -> list[float]:
 def standard_error(values: Any, clusters: Clusters = None) -> float:
     """Standard error of the mean; with clusters the sandwich estimate (Miller 2024, https://arxiv.org/abs/2411.00640)."""
     x = np.asarray(values, float)
-    if len(x) < 2:
-        return float("inf")
-    if clusters is None or len(set(clusters)) < 2:
-        return float(x.std(ddof=1) / math.sqrt(len(x)))
-    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    owner = np.arange(len(x)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     totals = np.bincount(owner, x - x.mean())
-    return float(math.sqrt((totals**2).sum() * len(totals) / (len(totals) - 1)) / len(x))
+    n = len(totals)
+    return math.sqrt((totals**2).sum() * n / (n - 1)) / len(x) if n > 1 else math.inf
 
 
 def detectable(differences: Any, clusters: Clusters = None) -> float:
@@ -113,7 +93,7 @@ def detectable(differences: Any, clusters: Clusters = None) -> float:
     Where they never disagree, as if one item in them did.
     """
     x = np.array(differences, float)
-    if len(x) and not x.any():
+    if not x.any():
         x[0] = 1.0
     return min(1.0, POWER_FACTOR * standard_error(x, clusters))
 
@@ -122,6 +102,8 @@ def pair(
     baseline: str, candidate: str, a: Values, b: Values, clusters: Clusters = None, seed: int = 17
 ) -> dict[str, Any] | None:
     """One comparison of scores.json: candidate b minus baseline a, on the items that both have a score for, if any."""
+    from scipy.stats import binomtest
+
     both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
     if not both:
         return None
@@ -134,28 +116,26 @@ def pair(
     low, high = middle(draws)
     if wins + losses == 0:
         p, test = 1.0, "identical"
-    elif groups is None and np.isin(np.concatenate([x, y]), (0.0, 1.0)).all():
-        p, test = mcnemar(wins, losses), "exact McNemar"
+    elif groups is None and np.isin([x, y], (0.0, 1.0)).all():
+        p, test = float(binomtest(wins, wins + losses).pvalue), "exact McNemar"
     else:
-        tail = min((draws <= 0).mean(), (draws >= 0).mean())
-        p, test = float(min(1.0, 2 * max(tail, 1 / len(draws)))), "paired bootstrap" + (" by cluster" if groups else "")
-    found = {"metric": "accuracy", "baseline": baseline, "candidate": candidate, "n": len(both), "test": test}
+        tail = max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / len(draws))
+        p, test = min(1.0, 2 * float(tail)), "paired bootstrap" + (" by cluster" if groups else "")
+    found = {"baseline": baseline, "candidate": candidate, "n": len(both), "test": test}
     found |= {"difference": float(difference.mean()), "low": low, "high": high, "p": p}
     found |= {"wins": wins, "losses": losses, "ties": len(both) - wins - losses}
     return {**found, "detectable": detectable(difference, groups)}
 
 
-def settle(comparisons: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+def settle(comparisons: Sequence[dict[str, Any] | None], metric: str = "accuracy") -> list[dict[str, Any]]:
     """Correct all p-values together (p_holm) and put each result into words (verdict, sentence)."""
     known = [c for c in comparisons if c]
-    settled = []
     for one, p in zip(known, holm([c["p"] for c in known]), strict=True):
-        sure = p < 1 - LEVEL
         verdict = "identical" if one["wins"] + one["losses"] == 0 else "no clear difference"
-        if sure and (one["low"] > 0 or one["high"] < 0):
+        if p < 1 - LEVEL and (one["low"] > 0 or one["high"] < 0):
             verdict = "better" if one["low"] > 0 else "worse"
-        settled.append({**one, "p_holm": p, "verdict": verdict, "sentence": _sentence(one, verdict)})
-    return settled
+        one |= {"metric": metric, "p_holm": p, "verdict": verdict, "sentence": _sentence(one, verdict)}
+    return known
 
 
 def _sentence(one: dict[str, Any], verdict: str) -> str:

@@ -18,6 +18,7 @@ LABELS = {
     "accuracy": "accuracy",
     "accuracy_nonempty": "gold not empty",
     "accuracy_clean": "clean items",
+    "accuracy_contaminated": "contaminated items",
     "valid": "query runs",
     "exact": "exact match",
     "f1": "token F1",

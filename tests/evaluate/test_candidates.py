@@ -7,7 +7,6 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from helpers.cache import Answers
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, generate, harness, preferences
+from helpers.model import loading
 from helpers.tasks.questions import Decoding
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,12 @@ def conversations(count, systems=1):
         ]
         for i in range(count)
     ]
+
+
+@pytest.fixture(autouse=True)
+def computes_in_fp32(monkeypatch):
+    """As on a CPU without bfloat16, whose rounding would hide what is compared on random weights."""
+    monkeypatch.setattr(loading, "fast_bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +69,6 @@ def lively(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(lively):
-    from helpers.model import loading
-
     return generate.HfModel(loading.load_model(lively, dtype="fp32"), loading.load_tokenizer(lively))
 
 
@@ -86,8 +90,6 @@ def random_adapter(base, folder, scale):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from helpers.model import loading
-
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(loading.load_model(base, dtype="fp32"), config)
@@ -106,7 +108,7 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
     prompts = [tiny.encode(c) for c in conversations(40, systems)]
     tiny.fast = True
     fast = tiny.generate(prompts, Decoding(24))
-    assert tiny.fast, tiny.path_note
+    assert tiny.fast
     tiny.fast = False
     plain = tiny.generate(prompts, Decoding(24))
     tiny.fast = True
@@ -117,11 +119,11 @@ def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
     import torch
 
     ids = torch.tensor([tiny.encode(conversations(1)[0])])
-    arranged = generate.PackedWeights(tiny.model)
-    assert len(arranged.layers) == 7 * 2 + 1
+    arranged = generate.pack(tiny.model)
+    assert len(arranged) == 7 * 2 + 1
     with torch.inference_mode():
         plain = tiny.model(ids).logits
-        with arranged:
+        with tiny._running(ids[0].tolist()):
             assert "forward" in vars(tiny.model.lm_head)
             quick = tiny.model(ids).logits
         assert "forward" not in vars(tiny.model.lm_head) and torch.equal(plain, tiny.model(ids).logits)
@@ -214,7 +216,7 @@ def test_the_baseline_is_the_models_own_weights_even_after_an_adapter_was_judged
     texts = [r["text"] for r in forgetting.read_lines(PROJECT / "datasets" / "general_text.jsonl", "text")[:4]]
     found = {}
     for candidate in (as_candidate(lively, "sft", adapter), as_candidate(lively, "base")):
-        with candidates.Session(candidate, tmp_path, "fp32", quiet=True) as s:
+        with candidates.Session(candidate, tmp_path) as s:
             found[candidate.name] = forgetting.text_loss(s, texts)
     direct = [-sum(v) for v in tiny.logprobs([(tiny.tokens(t)[:1], tiny.tokens(t)[1:]) for t in texts])]
     assert [n for n, _ in found["base"]["per_text"]] == pytest.approx(direct, rel=1e-4)
@@ -227,16 +229,14 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
         "perplexity": 20.0,
         "n": 3,
         "tokens": 300,
-        "bits_per_byte": 1.0,
         "per_text": [(300.0, 100)] * 3,
     }
     worse = {**base, "loss": 3.6, "per_text": [(360.0, 100)] * 3}
-    chats = {
-        name: {"refusal_rate": rate, "manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))
+    shares = {
+        name: {"refusals": rate, "chat manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))
     }
-    found = forgetting.judge(
-        "base", {"base": base, "sft": worse, "orpo": base}, chats, {}, 0.15, 0.15, rank=16, replay=0.1
-    )
+    threshold, trained = {"loss_increase": 0.15, "task_drop": 0.15}, {"rank": 16, "replay": 0.1}
+    found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, shares, threshold, trained)
     sft, orpo = found["candidates"]["sft"], found["candidates"]["orpo"]
     assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
     assert orpo["passed"] and found["candidates"]["base"]["passed"] and orpo["change"] == 0
@@ -274,15 +274,15 @@ def test_a_general_text_file_that_cannot_be_used_is_named_with_its_line(tmp_path
 
 def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(lively, tmp_path):
     ask = conversations(6)
-    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path) as s:
         first, speed = s.answers(ask, Decoding(6))
         assert speed["from_cache"] == 0 and s._reader is not None
         file = s.store.path
-    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path) as s:
         again, speed = s.answers(ask, Decoding(6))
         assert again == first and speed["from_cache"] == 6 and s._reader is None
     file.write_bytes(file.read_bytes()[:-30].rsplit(b"\n", 2)[0] + b'\n{"k": "torn')
-    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path) as s:
         assert s.answers(ask, Decoding(6))[0] == first
         assert s.answers(ask, Decoding(7))[1]["from_cache"] == 0  # another decoding is another question
 
@@ -290,11 +290,10 @@ def test_a_rerun_costs_nothing_not_even_loading_and_a_torn_line_is_asked_again(l
 def test_other_weights_are_another_candidate_to_the_cache(lively, tmp_path):
     adapters = [random_adapter(lively, tmp_path / n, s) for n, s in (("a", 0.1), ("b", 0.2))]
     keys = {
-        as_candidate(lively).content("fp32"),
-        as_candidate(lively).content("bf16"),
-        *(as_candidate(lively, adapter=a).content("fp32") for a in adapters),
+        as_candidate(lively).content(),
+        *(as_candidate(lively, adapter=a).content() for a in adapters),
     }
-    assert len(keys) == 4
+    assert len(keys) == 3
     store = Answers(tmp_path, "k")
     store.put("x", {"a": "\ud800 lone surrogate"})
     assert Answers(tmp_path, "k").get("x") is not None
@@ -305,18 +304,19 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
         {"id": str(i), "prompt": c, "chosen": "SELECT name FROM rivers", "rejected": "I do not know"}
         for i, c in enumerate(conversations(5))
     ]
-    with candidates.Session(as_candidate(lively), tmp_path, "fp32", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path) as s:
         found = preferences.score(s, pairs)
-    prompt = tiny.encode(pairs[0]["prompt"])
-    odds = []
-    for side in ("chosen", "rejected"):
-        values = tiny.logprobs([(prompt, tiny.tokens(pairs[0][side], end=True))])[0]
-        p = math.exp(sum(values) / len(values))
-        odds.append(math.log(p / (1 - p)))
-    assert found["margins"][0] == pytest.approx(odds[0] - odds[1], rel=1e-3) and found["n"] == 5
-    results = {"base": found, "copy": dict(found), "better": {**found, "margins": [m + 1 for m in found["margins"]]}}
-    results = preferences.win_rates(results, "base")
-    assert results["copy"]["win_rate"]["value"] == 0.5 and results["better"]["win_rate"]["value"] == 1.0
+    margins = []
+    for pair in pairs:
+        odds = []
+        for side in ("chosen", "rejected"):
+            values = tiny.logprobs([(tiny.encode(pair["prompt"]), tiny.tokens(pair[side], end=True))])[0]
+            p = math.exp(sum(values) / len(values))
+            odds.append(math.log(p / (1 - p)))
+        margins.append(odds[0] - odds[1])
+    assert found["log_odds"]["value"] == pytest.approx(sum(margins) / 5, rel=1e-3) and found["n"] == 5
+    assert found["right"] == [float(margin > 0) for margin in margins]
+    assert found["accuracy"]["value"] == sum(found["right"]) / 5
 
 
 # ------------------------------------------------------------ harness
@@ -333,11 +333,11 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
     from lm_eval.tasks import TaskManager
 
     task, folder = general
-    with candidates.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s:
+    with candidates.Session(as_candidate(lively), tmp_path) as s:
         ours = harness.run(s, [task], folder, limit=16)
     own = lm_eval.simple_evaluate(
         model="hf",
-        model_args=f"pretrained={lively},dtype=bfloat16",
+        model_args=f"pretrained={lively},dtype=float32",
         tasks=[task],
         limit=16,
         batch_size=16,
@@ -353,7 +353,7 @@ def test_harness_scores_equal_the_librarys_own_to_the_last_digit(lively, tmp_pat
 def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny, tiny_gguf, tmp_path, general):
     task, folder = general
     candidate = candidates.Candidate("gguf f16", "gguf", "gguf", "x", tiny_gguf)
-    with candidates.Session(candidate, tmp_path, end="<|im_end|>", quiet=True) as s:
+    with candidates.Session(candidate, tmp_path, end="<|im_end|>") as s:
         found = harness.run(s, [task], folder, limit=8)
         ids = tiny.tokens("Question: What do bees make?\nAnswer: honey")
         assert s.reader.tokens("Question: What do bees make?\nAnswer: honey") == ids
@@ -372,15 +372,12 @@ def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny
     assert found[task]["n"] == 8 and 0 <= found[task]["metrics"]["acc"]["value"] <= 1
 
 
-def test_an_unknown_task_and_an_endpoint_are_refused_with_a_sentence(lively, tmp_path, general):
+def test_an_unknown_task_is_refused_with_a_sentence(lively, tmp_path, general):
     with (
-        candidates.Session(as_candidate(lively), tmp_path, "bf16", quiet=True) as s,
+        candidates.Session(as_candidate(lively), tmp_path) as s,
         pytest.raises(TunebookError, match="knows no task 'nonesuch'"),
     ):
         harness.run(s, ["nonesuch"], general[1])
-    endpoint = candidates.Candidate("e", "other", "endpoint", "u", url="http://127.0.0.1:9/v1", model="m")
-    with pytest.raises(TunebookError, match="probabilities"):
-        harness.run(SimpleNamespace(candidate=endpoint), [general[0]], general[1])
 
 
 def test_the_harness_asks_git_nothing_so_a_folder_without_checkout_prints_no_error(tiny, general, monkeypatch):
@@ -459,7 +456,7 @@ def hostile(monkeypatch):
 
 
 def ask(url, count=1, **options):
-    model = candidates.RemoteModel(url, "m", retries=0, **options)
+    model = candidates.RemoteModel(candidates.client(f"{url}#m", retries=0, **options))
     return model.generate([[{"role": "user", "content": f"hi {i}"}] for i in range(count)], Decoding(5))
 
 
@@ -508,7 +505,7 @@ def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
         candidate = candidates.find({}, "", f"served={url}#m")[0]
 
         def answers():
-            with candidates.Session(candidate, tmp_path, quiet=True) as s:
+            with candidates.Session(candidate, tmp_path) as s:
                 found, speed = s.answers(conversations(3), Decoding(6))
             return {a.text for a in found}, speed["from_cache"]
 
@@ -527,6 +524,6 @@ def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
         candidate = candidates.find({}, "", f"served={url}")[0]
         assert candidate.kind == "endpoint"
-        with candidates.Session(candidate, tmp_path, quiet=True) as s:
+        with candidates.Session(candidate, tmp_path) as s:
             answers, _ = s.answers(conversations(3), Decoding(6))
     assert all(a.text and not a.failed for a in answers)

@@ -14,7 +14,7 @@ from helpers.data import decontamination
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, evaluation, preferences, statistics
 from helpers.evaluate import scores as scores_json
-from helpers.tasks import text_metrics
+from helpers.tasks import questions, text_metrics
 from tests.conftest import begun
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -194,7 +194,7 @@ def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(jud
 @pytest.mark.parametrize(
     "spoilt",
     [
-        {"schema_version": 1},
+        {"schema_version": 2},
         {"headline": None},
         {"candidates": [{"name": "x"}]},
         {"comparisons": [{"verdict": "splendid"}]},
@@ -220,12 +220,9 @@ def test_a_finished_evaluation_is_shown_from_disk_and_asks_nothing(judged, monke
 def test_contaminated_items_are_found_and_scored_apart(judged):
     _, _, scores, _ = judged
     found = scores["contamination"]
-    assert (
-        found["ids"] == ["3"]
-        and found["candidates"]["good"]["clean"]["n"] == 59
-        and found["candidates"]["good"]["contaminated"]["value"] == 1.0
-    )
-    assert record(scores, "good")["scores"]["accuracy_clean"]["n"] == 59
+    assert found["ids"] == ["3"] and found["contaminated"] == 1
+    good = record(scores, "good")["scores"]
+    assert good["accuracy_clean"]["n"] == 59 and good["accuracy_contaminated"]["value"] == 1.0
     assert any("1 of 60 questions stand in the training data" in w for w in scores["warnings"])
 
 
@@ -234,6 +231,23 @@ def test_the_judge_is_asked_in_both_orders_so_one_that_always_says_b_prefers_nob
     assert (
         all(p["win_rate"] == 0.5 and p["order_agreement"] == 0 for p in found["pairs"])
         and found["estimate"]["calls"] == 4 * 2 * 12
+    )
+
+
+def test_preferences_are_compared_with_the_baselines_pair_by_pair_and_scores_apart_from_them():
+    items = [questions.Item(str(i), [], "") for i in range(40)]
+    judged = [candidates.Candidate(name, name, "hf", name) for name in ("base", "sft")]
+    findings = scores_json.Findings(params.resolve("eval", {}), {}, items, judged, [], {})
+    for name, right in (("base", [0.0] * 20 + [1.0] * 20), ("sft", [1.0] * 38 + [0.0] * 2)):
+        entries = [{"score": 1.0}] * 40
+        findings.measured[name] = scores_json.Measured(entries, preference={"right": right})
+    scored, preferred = findings._comparisons("base")
+    assert (scored["metric"], scored["verdict"]) == ("accuracy", "identical")
+    assert (preferred["metric"], preferred["verdict"], preferred["wins"], preferred["losses"]) == (
+        "preference",
+        "better",
+        20,
+        2,
     )
 
 
@@ -246,13 +260,13 @@ def test_forgetting_is_measured_where_there_are_weights(judged):
 
 def test_another_evaluation_of_the_same_models_loads_none_of_them_again(judged, monkeypatch):
     job, _, _, _ = judged
-    monkeypatch.setattr(candidates, "reader", lambda c, *_: pytest.fail(f"{c.name} was loaded again"))
+    monkeypatch.setattr(candidates.Session, "_load", lambda s, *_: pytest.fail(f"{s.candidate.name} was loaded again"))
     again = evaluation.open(params.resolve("eval", {**job.params.as_dict(), "task_drop": 0.2}))
     assert again.stage.done is None
     monkeypatch.setattr(again.stage, "begin", lambda: False)
     for candidate in again.findings.candidates:
         if not candidate.trouble:
-            with candidates.Session(candidate, "answers", end=again.end_of_turn, quiet=True) as s:
+            with candidates.Session(candidate, "answers", end=again.end_of_turn) as s:
                 measured = again._measure(s)
             first = job.findings.measured[candidate.name]
             assert measured.entries == first.entries and measured.speed["from_cache"] == 60
@@ -301,17 +315,6 @@ def test_a_misspelt_harness_task_is_refused_before_anything_is_asked(
         )
 
 
-def test_seeds_need_a_temperature_and_must_be_numbers():
-    for given, message in (
-        ({"seeds": "1,2"}, "temperature above 0"),
-        ({"seeds": "one"}, "whole numbers"),
-        ({"seeds": ""}, "at least one"),
-    ):
-        with pytest.raises(TunebookError, match=message):
-            evaluation._seeds(params.resolve("eval", given))
-    assert evaluation._seeds(params.resolve("eval", {"seeds": "1, 2,1", "temperature": 0.5})) == [1, 2]
-
-
 @pytest.mark.parametrize(
     ("wanted", "extra", "message"),
     [
@@ -332,7 +335,7 @@ def test_an_exported_file_says_which_stage_trained_it_even_where_a_later_stage_r
     (folder / "model-q8_0.gguf").write_bytes(b"x")
     data = {"parents": {"sft": {}, "orpo": {}}, "metrics": {"trained_by": "sft"}}
     found = candidates.find({"gguf": runs.Manifest(folder, data)}, "gguf")
-    assert [(c.name, c.made_by, c.made_from) for c in found] == [("gguf q8_0", "sft", "sft")]
+    assert [(c.name, c.made_from) for c in found] == [("gguf q8_0", "sft")]
 
 
 # ------------------------------------------------------------ references, checks, judge, contamination

@@ -23,7 +23,8 @@ def test_mcnemar_is_the_exact_binomial_of_the_items_on_which_the_two_differ():
             if wins + losses
             else 1
         )
-        assert statistics.mcnemar(wins, losses) == pytest.approx(min(1, 2 * tail), rel=1e-9)
+        a, b = paired(100, wins, losses, 20)
+        assert statistics.pair("a", "b", a, b)["p"] == pytest.approx(min(1, 2 * tail), rel=1e-9)
 
 
 def test_a_paired_test_sees_what_an_unpaired_one_misses():
@@ -61,7 +62,7 @@ def test_a_small_difference_on_few_items_is_no_clear_difference():
 def test_the_bootstrap_interval_covers_the_truth_about_95_times_in_100():
     rng, covered = np.random.default_rng(3), 0
     for trial in range(200):
-        low, high = statistics.interval(rng.random(120) < 0.3, seed=trial, resamples=1000)
+        low, high = statistics.middle(statistics.bootstrap(rng.random(120) < 0.3, trial, 1000))
         covered += low <= 0.3 <= high
     assert 178 <= covered <= 199
 
@@ -94,9 +95,8 @@ def test_clusters_widen_the_standard_error_as_the_design_effect_says():
     values, clusters = np.repeat(levels, 20), np.repeat([str(i) for i in range(30)], 20)
     plain, clustered = statistics.standard_error(values), statistics.standard_error(values, clusters.tolist())
     assert clustered / plain == pytest.approx(math.sqrt(20), rel=0.06)  # items of a cluster are copies: 20 count as one
-    low, high = statistics.interval(values, clusters=clusters.tolist())
-    narrow = statistics.interval(values)
-    assert (high - low) > 3 * (narrow[1] - narrow[0])
+    wide, narrow = (statistics.share(values, "nats", of) for of in (clusters.tolist(), None))
+    assert (wide["high"] - wide["low"]) > 3 * (narrow["high"] - narrow["low"])
 
 
 def test_clusters_that_are_single_items_change_nothing():
@@ -125,4 +125,5 @@ def test_undefined_scores_are_left_out_of_both_sides():
 
 def test_the_same_seed_gives_the_same_interval_and_another_does_not():
     x = np.random.default_rng(0).random(300)
-    assert statistics.interval(x, 4) == statistics.interval(x, 4) != statistics.interval(x, 5)
+    first, again, other = (statistics.share(x, seed=seed) for seed in (4, 4, 5))
+    assert first == again != other

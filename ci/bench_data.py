@@ -92,7 +92,7 @@ class Words:
 def near(rows: int) -> None:
     """Documents of 150 words, one in twenty planted again with changed words: Jaccard similarity 0.9 on average."""
     from helpers.data import dedup
-    from helpers.data.turns import BATCH_ROWS
+    from helpers.data.turns import make_row
 
     words = Words(1)
     texts = [words.text(150) for _ in range(rows)]
@@ -108,14 +108,11 @@ def near(rows: int) -> None:
         copies[len(texts)] = original
         similar.append(similarity)
         texts.append(" ".join(changed))
-    parts = [("", "", text) for text in texts]
+    table = [make_row("text", [{"role": "text", "content": text}]) for text in texts]
     best, least_cpu = float("inf"), float("inf")
     for _ in range(3):
         began, cpu = time.perf_counter(), time.process_time()
-        index = dedup.NearIndex()
-        for at in range(0, len(parts), BATCH_ROWS):
-            index.add(parts[at : at + BATCH_ROWS])
-        _, keeper = index.find(0.8)
+        keeper = dedup.NearIndex(table, 0.8).keepers()
         best, least_cpu = min(best, time.perf_counter() - began), min(least_cpu, time.process_time() - cpu)
     found = sum(keeper[copy] == original for copy, original in copies.items())
     wrong = int((keeper >= 0).sum()) - found
@@ -161,14 +158,23 @@ def injection(rows: int) -> None:
         ],
     }
     for script, asked in questions.items():
-        recall = decontamination.injection_recall([asked], carriers)
+        planted = [chat(disguised(row["messages"][0]["content"], words), 0) for row in asked]
+        missed = sum(map(len, decontamination.decontaminate([planted], StepReport("planted"), [asked])))
         report = StepReport("decontamination")
         began = time.perf_counter()
         kept = sum(map(len, decontamination.decontaminate(batches(carriers), report, [asked])))
         wall = time.perf_counter() - began
         false = 1_000 * (rows - kept) / rows
-        found = {"injection_recall": recall, "false_per_1000": false, "documents_per_s": rows / wall}
+        found = {"injection_recall": 1 - missed / len(planted), "false_per_1000": false, "documents_per_s": rows / wall}
         say("decontamination", script=script, questions=len(asked), **found)
+
+
+def disguised(question: str, words: Words) -> str:
+    """A question wrapped anew, in capitals, its punctuation changed; one that has 8-grams stands inside other text."""
+    parts = question.split()
+    text = "\n  ".join(" ".join(parts[at : at + 5]) for at in range(0, len(parts), 5)).upper().replace("?", " ?")
+    long = len(parts) >= 8 or (len(parts) == 1 and len(question) > 8)  # one part: Chinese
+    return f"{words.text(40)}\n{text}\n{words.text(40)}" if long else text
 
 
 # ---------------------------------------------------------------- rendering

@@ -168,11 +168,12 @@ def test_a_lock_that_the_disk_does_not_know_is_said_and_the_named_process_is_loo
     assert finish("data")
 
 
-def test_a_forked_worker_does_not_keep_a_dead_owners_lock(runs_root):
+def test_a_forked_child_does_not_keep_a_dead_owners_lock(runs_root):
     code = (
-        "import os, signal; from helpers import params, runs, worker; "
+        "import multiprocessing, os, signal, time; from helpers import params, runs; "
         "runs.stage('data', params.resolve('data', {'run': 'r'})).begin(); "
-        "child = worker.Forked(__import__('time').sleep); child.ask(20); print(child.process.pid, flush=True); "
+        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(20,)); child.start(); "
+        "print(child.pid, flush=True); "
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "TUNEBOOK_RUNS": str(runs_root)}

@@ -21,7 +21,6 @@ from helpers.display import Html, percent, shown
 from helpers.errors import TunebookError
 
 Count = Callable[[list[Row]], list[int]]  # rows → the length of each in tokens
-PROBE_ROWS = 2_000
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,14 @@ def numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
 
 
 def mix(
-    sources: Mapping[str, Source], report: StepReport, replay_share: float, unit: str, lengths: Count, seed: int = 17
+    sources: Mapping[str, Source], report: StepReport, replay_share: float, lengths: Count, seed: int = 17
 ) -> Iterator[list[Row]]:
     """Rows of all sources in one stream, every part of which holds about the same mixture.
 
-    Weights and replay_share (0 to 1, of the whole) are shares of rows, or of tokens with unit="tokens"; no row is taken
-    twice, so the source that is shortest for its weight decides how much of the others is taken. Raises TunebookError
-    when a share cannot be met.
+    Weights and replay_share (0 to 1, of the whole) are shares of rows; no row is taken twice, so the source that is
+    shortest for its weight decides how much of the others is taken. Raises TunebookError when a share cannot be met.
     """
-    _check(sources, replay_share)
-    sizes = {name: min(len(s.table), s.cap or len(s.table)) for name, s in sources.items()}
-    per_row = {name: _tokens_per_row(s.table, lengths) if unit == "tokens" else 1.0 for name, s in sources.items()}
-    planned = _plan(sources, {name: size * per_row[name] for name, size in sizes.items()}, replay_share)
-    taken = {name: min(sizes[name], round(planned[name] / per_row[name])) for name in sources}
+    taken = _plan(sources, replay_share)
     streams = {name: _chosen(s.table, taken[name], seed) for name, s in sources.items() if taken[name]}
     tokens = dict.fromkeys(sources, 0)
     for batch in batches(_interleaved(streams, taken), BATCH_ROWS):
@@ -72,15 +66,14 @@ def mix(
             tokens[entry["source"]] += length
         report.kept += len(rows)
         yield rows
-    report.seen += sum(len(s.table) for s in sources.values())
     all_rows, all_tokens = max(1, sum(taken.values())), max(1, sum(tokens.values()))
     mixture: dict[str, dict[str, Any]] = {}
     report.figures["mixture"] = mixture
     for name, source in sources.items():
-        rows_share, tokens_share = round(taken[name] / all_rows, 4), round(tokens[name] / all_tokens, 4)
-        mixture[name] = {"rows": taken[name], "rows_share": rows_share, "available": len(source.table)}
-        mixture[name] |= {"tokens": tokens[name], "tokens_share": tokens_share}
-        mixture[name] |= {"weight": source.weight, "replay": source.replay}
+        report.seen += len(source.table)
+        mixture[name] = {"available": len(source.table), "weight": source.weight, "replay": source.replay}
+        mixture[name] |= {"rows": taken[name], "rows_share": round(taken[name] / all_rows, 4)}
+        mixture[name] |= {"tokens": tokens[name], "tokens_share": round(tokens[name] / all_tokens, 4)}
         if left := len(source.table) - taken[name]:
             report.dropped[f"not needed for the mixture: {name}"] += left
 
@@ -94,34 +87,30 @@ def table(mixture: Mapping[str, Mapping[str, Any]]) -> Html:
     return shown(lines, ("source", "available", "rows taken", "of rows", "tokens", "of tokens"))
 
 
-def _check(sources: Mapping[str, Source], replay_share: float) -> None:
-    own = {name: source for name, source in sources.items() if not source.replay}
+def _plan(sources: Mapping[str, Source], replay_share: float) -> dict[str, int]:
+    """How many rows are taken of every source."""
+    sizes = {name: min(len(s.table), s.cap or len(s.table)) for name, s in sources.items()}
+    own = {name: s for name, s in sources.items() if not s.replay}
+    have = sum(size for name, size in sizes.items() if name not in own)
     unweighted = [name for name, source in own.items() if source.weight is None]
     if unweighted and len(unweighted) < len(own):
         raise TunebookError(f"weights gives {', '.join(unweighted)} no weight; give every source one, or none.")
-    if replay_share and not any(source.replay and len(source.table) for source in sources.values()):
+    if replay_share and not have:
         raise TunebookError(f"replay_share is {replay_share:g}, but there is no replay data; name a replay_dataset.")
-    if not any(len(source.table) for source in own.values()):
+    if not any(sizes[name] for name in own):
         raise TunebookError("There is no row to mix: every source is empty after cleaning. Look at rejected.jsonl.")
-
-
-def _plan(sources: Mapping[str, Source], amounts: dict[str, float], replay_share: float) -> dict[str, float]:
-    """How much of every source, in the unit of the mixture."""
-    own = {name: s for name, s in sources.items() if not s.replay}
-    planned = {name: 0.0 if s.replay else amounts[name] for name, s in sources.items()}
-    if any(s.weight is not None for s in own.values()):
-        total = min((amounts[name] / s.weight for name, s in own.items() if s.weight), default=0.0)
+    planned: dict[str, float] = {name: sizes[name] for name in own}
+    if not unweighted:
+        total = min((sizes[name] / s.weight for name, s in own.items() if s.weight), default=0.0)
         if total == 0:
-            empty = ", ".join(name for name, s in own.items() if s.weight and not amounts[name]) or "every weight is 0"
+            empty = ", ".join(name for name, s in own.items() if s.weight and not sizes[name]) or "every weight is 0"
             raise TunebookError(f"There is nothing to mix: {empty} has no row left; set its weight to 0.")
-        planned |= {name: (s.weight or 0.0) * total for name, s in own.items()}
-    if replay_share:
-        wanted = sum(planned.values()) * replay_share / (1 - replay_share)
-        have = sum(amounts[name] for name, s in sources.items() if s.replay)
-        shrink = min(1.0, have / wanted)  # rather less of the rest than another share than the one asked for
-        planned = {name: amount * shrink for name, amount in planned.items()}
-        planned |= {name: amounts[name] * min(1.0, wanted / have) for name, s in sources.items() if s.replay}
-    return planned
+        planned = {name: (s.weight or 0.0) * total for name, s in own.items()}
+    wanted = sum(planned.values()) * replay_share / (1 - replay_share)
+    shrink = min(1.0, have / wanted) if wanted else 1.0  # rather less of the rest than another share than asked for
+    planned = {name: amount * shrink for name, amount in planned.items()}
+    planned |= {name: size * wanted * shrink / max(1, have) for name, size in sizes.items() if name not in own}
+    return {name: min(sizes[name], round(planned[name])) for name in sources}
 
 
 def _chosen(table: Table, rows: int, seed: int) -> Iterator[Row]:
@@ -140,21 +129,10 @@ def _chosen(table: Table, rows: int, seed: int) -> Iterator[Row]:
 
 def _interleaved(streams: dict[str, Iterator[Row]], taken: dict[str, int]) -> Iterator[dict[str, Any]]:
     """{"source", "row"}, row after row from the source that lags furthest behind its share."""
-    queue = [(0.5 / taken[name], order, name) for order, name in enumerate(streams)]
-    heapq.heapify(queue)
-    while queue:
-        at, order, name = heapq.heappop(queue)
-        row = next(streams[name], None)
-        if row is not None:
-            heapq.heappush(queue, (at + 1 / taken[name], order, name))
-            yield {"source": name, "row": row}
 
+    def placed(order: int, name: str) -> Iterator[tuple[float, int, dict[str, Any]]]:
+        for at, row in enumerate(streams[name]):
+            yield (at + 0.5) / taken[name], order, {"source": name, "row": row}
 
-def _tokens_per_row(table: Table, lengths: Count) -> float:
-    total = rows = 0
-    for batch in table:
-        total += sum(lengths(batch))
-        rows += len(batch)
-        if rows >= PROBE_ROWS:
-            break
-    return max(total / rows, 1e-9) if rows else 1.0
+    merged = heapq.merge(*(placed(order, name) for order, name in enumerate(streams)))
+    return (entry for _, _, entry in merged)

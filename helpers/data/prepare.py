@@ -26,7 +26,7 @@ from helpers.data.shingles import text_hash
 from helpers.data.split import pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of
-from helpers.display import Html, said, save, shown
+from helpers.display import Html, plain, said, save, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
 from helpers.params import DataParams
@@ -155,7 +155,7 @@ class Job(StageJob):
         def cleaned(rows: Iterable[list[Row]], label: str = "") -> Table:
             table = rows if isinstance(rows, Table) else Table.collect(rows)
             account = functools.partial(self.report_of, "clean", label)
-            return cleaning.run(table, self.params, account, tests, lambda: self.tokenizer, measure=not label)
+            return cleaning.run(table, self.params, account, tests)
 
         self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)
@@ -215,7 +215,7 @@ class Job(StageJob):
             return [len(ids) for ids in vocabulary.token_ids(self.tokenizer, [text_of(row) for row in rows])]
 
         report = self.report_of("mix", "mixture")
-        self.mixed = Table.collect(mixing.mix(given, report, p.replay_share, p.mix_unit, lengths, seed=p.seed))
+        self.mixed = Table.collect(mixing.mix(given, report, p.replay_share, lengths, seed=p.seed))
         for reason, count in report.dropped.items():
             self.rejects.removed[reason] += count
             self.rejects.first[reason] = {"file": "", "row": 0, "detail": "left out by weights, caps or replay_share"}
@@ -272,19 +272,13 @@ class Job(StageJob):
 
     @step
     def vocabulary(self) -> Html:
-        """Tokens per character of the data, beside a second tokenizer where one is named."""
-        names, other = (self.params.model, self.params.compare_tokenizer), None
-        if self.params.compare_tokenizer:
-            other = loading.load_tokenizer(loading.resolve_model(self.params.compare_tokenizer))
+        """Tokens per character of the data, unknown tokens, pieces per word."""
         texts = (
             "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
             for row in self.mixed.rows()
         )
-        self.figures["vocabulary"] = found = vocabulary.report(self.tokenizer, texts, other)
-        for name, figures in zip(names, filter(None, found.values()), strict=False):
-            figures["name"] = name
-        header, rows = vocabulary.table(found)
-        return shown(rows, header)
+        self.figures["vocabulary"] = found = vocabulary.report(self.tokenizer, texts)
+        return shown([(name.replace("_", " "), plain(value)) for name, value in found.items()])
 
     @step
     def encode(self) -> Html:

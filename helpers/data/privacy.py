@@ -14,7 +14,6 @@ from typing import Any
 
 from helpers.data.tables import StepReport
 from helpers.data.turns import Row, all_messages, map_contents
-from helpers.errors import TunebookError
 
 NOT_FOUND = (
     "names of people and companies, postal addresses, dates of birth, passport, licence and tax numbers, user names, "
@@ -33,34 +32,30 @@ TRIGGERS = {
 }
 REGIONS = ("US", "GB", "DE", "FR", "CN", "IN", "BR", "IL")  # whose phone numbers are known without a country code
 MIN_SCORE = 0.4
-PIECE_CHARS = 4_000  # longer lines are searched piece by piece: some of the patterns are quadratic
+# Lines, and long ones piece by piece, cut at white space where there is some: some recognisers are quadratic.
+PIECES = re.compile(r".{1,4000}(?=\s|$)|.{1,4000}", re.MULTILINE)
+RECOGNIZERS = {"PHONE_NUMBER": "Phone", "EMAIL_ADDRESS": "Email", "CREDIT_CARD": "CreditCard", "IBAN_CODE": "Iban"}
+RECOGNIZERS |= {"IP_ADDRESS": "Ip", "US_SSN": "UsSsn", "CRYPTO": "Crypto"}
 LOCAL_PART = re.compile(r"[!-~\u00c0-\u024f]+@")
 PHONE_WORD = re.compile(
     r"phone|tel\b|tel[.:]|call|mobil|cell|fax|sms|whatsapp|handy|dial|text me|电话|手机|致电|联系", re.IGNORECASE
 )
 
 
-def mask_personal_data(
-    rows: Iterable[list[Row]], report: StepReport, entities: Iterable[str] = tuple(TRIGGERS), action: str = "mask"
-) -> Iterator[list[Row]]:
+def mask_personal_data(rows: Iterable[list[Row]], report: StepReport, action: str = "mask") -> Iterator[list[Row]]:
     """Replace personal data in every message by its kind, such as <EMAIL_ADDRESS>.
 
-    entities: kinds to look for, among TRIGGERS. action: "mask", "drop" (the row goes) or "count" (nothing changes).
-    Every count and the list of what is not looked for go to the report. Raises TunebookError for an unknown kind.
+    action: "mask", "drop" (the row goes) or "count" (nothing changes). Every count and the list of what is not looked
+    for go to the report.
     """
-    wanted = list(entities)
-    if not wanted or set(wanted) - set(TRIGGERS):
-        raise TunebookError(f"Personal data of the kinds {wanted} was asked for; there are {', '.join(TRIGGERS)}.")
-    if action not in ("mask", "drop", "count"):
-        raise TunebookError(f"personal_data is {action!r}; it takes 'mask', 'drop' or 'count'.")
     found: Counter[str] = Counter()
-    report.figures |= {"looked_for": wanted, "not_looked_for": NOT_FOUND}
+    report.figures |= {"looked_for": list(TRIGGERS), "not_looked_for": NOT_FOUND}
     for batch in rows:
         report.seen += len(batch)
         kept = []
         for row in batch:
             here: Counter[str] = Counter()
-            new = map_contents(row, functools.partial(_masked, wanted=wanted, found=here))
+            new = map_contents(row, functools.partial(_masked, found=here))
             found.update(here)
             if here and action == "drop":
                 report.drop(row, "personal data", ", ".join(f"{count} {kind}" for kind, count in here.items()))
@@ -76,30 +71,28 @@ def mask_personal_data(
             yield kept
 
 
-def find(text: str, entities: Iterable[str] = tuple(TRIGGERS)) -> list[tuple[int, int, str]]:
+def _masked(text: str, found: Counter[str]) -> str:
+    for start, end, kind in reversed(find(text)):
+        text = f"{text[:start]}<{kind}>{text[end:]}"
+        found[kind] += 1
+    return text
+
+
+def find(text: str) -> list[tuple[int, int, str]]:
     """Spans of personal data in `text`, not overlapping, as (start, end, kind)."""
     spans = []
-    for kind in entities:
-        if not TRIGGERS[kind].search(text):
-            continue
-        for at, piece in _pieces(text):
-            hits = _recognizer(kind).analyze(piece, [kind], None) if TRIGGERS[kind].search(piece) else []
+    for kind in (kind for kind, trigger in TRIGGERS.items() if trigger.search(text)):
+        for piece in PIECES.finditer(text):
+            hits = _recognizer(kind).analyze(piece[0], [kind], None) if TRIGGERS[kind].search(piece[0]) else []
             for hit in hits:
-                start = _plausible(kind, piece, hit.start, hit.end)
+                start = _plausible(kind, piece[0], hit.start, hit.end)
                 if hit.score >= MIN_SCORE and start >= 0:
-                    spans.append((hit.score, hit.end - start, at + start, at + hit.end, kind))
+                    spans.append((hit.score, hit.end - start, piece.start() + start, piece.start() + hit.end, kind))
     chosen: list[tuple[int, int, str]] = []
     for _, _, start, end, kind in sorted(spans, reverse=True):
         if all(end <= a or start >= b for a, b, _ in chosen):
             chosen.append((start, end, kind))
     return sorted(chosen)
-
-
-def _masked(text: str, wanted: list[str], found: Counter[str]) -> str:
-    for start, end, kind in reversed(find(text, wanted)):
-        text = f"{text[:start]}<{kind}>{text[end:]}"
-        found[kind] += 1
-    return text
 
 
 def _plausible(kind: str, text: str, start: int, end: int) -> int:
@@ -115,41 +108,18 @@ def _plausible(kind: str, text: str, start: int, end: int) -> int:
     return start
 
 
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
-    """Lines of `text` with their positions, long ones cut at a space where there is one."""
-    at = 0
-    for line in text.splitlines(keepends=True):
-        begin = 0
-        while len(line) - begin > PIECE_CHARS:
-            end = line.rfind(" ", begin + 1, begin + PIECE_CHARS) + 1 or begin + PIECE_CHARS
-            yield at + begin, line[begin:end]
-            begin = end
-        yield at + begin, line[begin:]
-        at += len(line)
-
-
 @functools.cache
 def _recognizer(kind: str) -> Any:
     from presidio_analyzer import predefined_recognizers as known
 
+    made = getattr(known, f"{RECOGNIZERS[kind]}Recognizer")
     if kind == "PHONE_NUMBER":
-        return known.PhoneRecognizer(supported_regions=list(REGIONS))
+        return made(supported_regions=list(REGIONS))
+    recognizer = made()
     if kind == "EMAIL_ADDRESS":
         import tldextract
 
         # presidio's own check lets tldextract fetch its list of suffixes; the list in the wheel does.
         suffixes = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
-
-        class OfflineEmailRecognizer(known.EmailRecognizer):
-            def validate_result(self, pattern_text: str) -> bool:
-                return suffixes(pattern_text.rsplit("@", 1)[-1]).suffix != ""
-
-        return OfflineEmailRecognizer()
-    names = {
-        "CREDIT_CARD": "CreditCard",
-        "IBAN_CODE": "Iban",
-        "IP_ADDRESS": "Ip",
-        "US_SSN": "UsSsn",
-        "CRYPTO": "Crypto",
-    }
-    return getattr(known, f"{names[kind]}Recognizer")()
+        recognizer.validate_result = lambda found: suffixes(found.rsplit("@", 1)[-1]).suffix != ""
+    return recognizer

@@ -6,10 +6,10 @@ said before the first, and what is not good enough goes to the rejects with its 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -74,37 +74,31 @@ def question_answers(
     document", answers of which less than half the words are in the document. Raises TunebookError when the endpoint
     fails.
     """
-    count = p.pairs_per_document
+    count, seen = p.pairs_per_document, set[str]()
     pairs = {"type": "array", "items": object_of(question=TEXT, answer=TEXT), "minItems": count, "maxItems": count}
 
-    def requests() -> Iterator[Request]:
-        for row in (row for batch in documents for row in batch):
-            if row["kind"] != "text":
-                found = f"Row {row['row']} of {row['file']} is a {row['kind']} row"
-                raise TunebookError(f"{found}; questions are made from documents (format 'text').")
-            asked = [{"role": "user", "content": ASK_PAIRS.format(count=count, text=text_of(row))}]
-            yield Request(asked, object_of(pairs=pairs), max_tokens, temperature, p.seed, tag=row)
+    def request(document: Row, sample: int) -> Request:
+        if document["kind"] != "text":
+            found = f"Row {document['row']} of {document['file']} is a {document['kind']} row"
+            raise TunebookError(f"{found}; questions are made from documents (format 'text').")
+        asked = [{"role": "user", "content": ASK_PAIRS.format(count=count, text=text_of(document))}]
+        return Request(asked, object_of(pairs=pairs), max_tokens, temperature, p.seed + sample, tag=document)
 
-    def made() -> Iterator[Row]:
-        seen: set[str] = set()
-        for reply in _replies(client, requests, report):
-            document = reply.request.tag
-            report.seen += 1
-            if reply.error:
-                report.drop(document, "answer unusable", reply.error)
-                continue
-            for pair in reply.value["pairs"]:
-                question, answer = pair["question"].strip(), pair["answer"].strip()
-                meta = {"document": document["id"], "origin": f"synthetic: {client.model}"}
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                row = make_row("sft", messages, **{name: document[name] for name in PLACE}, meta=meta)
-                if why := pair_fault(question, answer, text_of(document), seen):
-                    report.drop(row, why, question)
-                else:
-                    report.kept += 1
-                    yield row
+    def made(document: Row, replies: list[Reply]) -> Iterator[Row]:
+        if replies[0].error:
+            report.drop(document, "answer unusable", replies[0].error)
+            return
+        for pair in replies[0].value["pairs"]:
+            question, answer = pair["question"].strip(), pair["answer"].strip()
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            meta = {"document": document["id"], "origin": f"synthetic: {client.model}"}
+            row = make_row("sft", messages, **{name: document[name] for name in PLACE}, meta=meta)
+            if why := pair_fault(question, answer, text_of(document), seen):
+                report.drop(row, why, question)
+            else:
+                yield row
 
-    yield from batches(made(), BATCH_ROWS)
+    return _asked(documents, report, client, 1, request, made)
 
 
 def preference_pairs(
@@ -126,56 +120,68 @@ def preference_pairs(
     reference. Questions without a clear winner go to the rejects.
     """
 
-    def requests() -> Iterator[Request]:
-        for row in (row for batch in questions for row in batch):
-            prompt = [{"role": m["role"], "content": m.get("content") or ""} for m in row["messages"][:-1]]
-            for sample in range(samples):
-                yield Request(prompt, object_of(answer=TEXT), max_tokens, temperature, p.seed + sample, tag=row)
+    def request(row: Row, sample: int) -> Request:
+        prompt = [{"role": m["role"], "content": m.get("content") or ""} for m in row["messages"][:-1]]
+        return Request(prompt, object_of(answer=TEXT), max_tokens, temperature, p.seed + sample, tag=row)
 
-    def made() -> Iterator[Row]:
-        drawn: list[Reply] = []
-        for reply in _replies(client, requests, report):
-            drawn.append(reply)
-            if len(drawn) < samples:
-                continue
-            row, errors = reply.request.tag, [one.error for one in drawn if one.error]
-            texts = [one.value["answer"].strip() for one in drawn if not one.error]
-            answers, drawn = list(dict.fromkeys(filter(None, texts))), []
-            report.seen += 1
-            if len(answers) < 2:
-                report.drop(row, "fewer than two different answers", next(iter(errors), ""))
-                continue
-            asked = "\n".join(m.get("content") or "" for m in row["messages"][:-1] if m["role"] != "system")
-            marks = {answer: float((judge or overlap)(asked, answer_of(row), answer)) for answer in answers}
-            best, worst = max(marks, key=marks.__getitem__), min(marks, key=marks.__getitem__)
-            detail = f"best {marks[best]:.2f}, worst {marks[worst]:.2f} of {len(answers)}"
-            if marks[best] < good:
-                report.drop(row, "no good answer", detail)
-            elif marks[best] - marks[worst] < margin:
-                report.drop(row, "no clear winner", detail)
-            else:
-                report.kept += 1
-                sides = {"chosen": best, "rejected": worst}
-                given: dict[str, Any] = {side: [{"role": "assistant", "content": sides[side]}] for side in sides}
-                scores = [round(marks[best], 3), round(marks[worst], 3)]
-                given["meta"] = {"scores": scores, "origin": f"synthetic: {client.model}"}
-                yield make_row("preference", row["messages"][:-1], **{name: row[name] for name in PLACE}, **given)
+    def made(row: Row, replies: list[Reply]) -> Iterator[Row]:
+        texts = [reply.value["answer"].strip() for reply in replies if not reply.error]
+        answers = list(dict.fromkeys(filter(None, texts)))
+        if len(answers) < 2:
+            report.drop(row, "fewer than two different answers", next((r.error for r in replies if r.error), ""))
+            return
+        asked = "\n".join(m.get("content") or "" for m in row["messages"][:-1] if m["role"] != "system")
+        marks = {answer: float((judge or overlap)(asked, answer_of(row), answer)) for answer in answers}
+        best, worst = max(marks, key=marks.__getitem__), min(marks, key=marks.__getitem__)
+        detail = f"best {marks[best]:.2f}, worst {marks[worst]:.2f} of {len(answers)}"
+        if marks[best] < good:
+            report.drop(row, "no good answer", detail)
+        elif marks[best] - marks[worst] < margin:
+            report.drop(row, "no clear winner", detail)
+        else:
+            chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in (best, worst))
+            scores = [round(marks[best], 3), round(marks[worst], 3)]
+            more = {name: row[name] for name in PLACE}
+            more["meta"] = {"scores": scores, "origin": f"synthetic: {client.model}"}
+            yield make_row("preference", row["messages"][:-1], chosen=chosen, rejected=rejected, **more)
 
-    yield from batches(made(), BATCH_ROWS)
+    return _asked(questions, report, client, samples, request, made)
 
 
-def _replies(client: Client, requests: Callable[[], Iterable[Request]], report: StepReport) -> Iterator[Reply]:
-    """The answers, counted in the report, once it was said how many questions there are."""
-    new, kept = client.count(requests())
-    print(f"{new:,} questions to ask ({kept:,} already answered).", flush=True)
+def _asked(
+    rows: Iterable[list[Row]],
+    report: StepReport,
+    client: Client,
+    samples: int,
+    request: Callable[[Row, int], Request],
+    made: Callable[[Row, list[Reply]], Iterable[Row]],
+) -> Iterator[list[Row]]:
+    """What `made` makes of every row and its replies, all counted in the report."""
     figures = report.figures
     figures |= {n: figures.get(n, 0) for n in ("asked", "from_journal", "prompt_tokens", "completion_tokens")}
-    for reply in client.ask(requests()):
-        figures["from_journal" if reply.kept else "asked"] += 1
-        if not reply.kept:
-            figures["prompt_tokens"] += reply.prompt_tokens
-            figures["completion_tokens"] += reply.completion_tokens
-        yield reply
+
+    def requests() -> Iterator[Request]:
+        return (request(row, sample) for batch in rows for row in batch for sample in range(samples))
+
+    new, known = client.count(requests())
+    print(f"{new:,} questions to ask ({known:,} already answered).", flush=True)
+
+    def counted() -> Iterator[Reply]:
+        for reply in client.ask(requests()):
+            figures["from_journal" if reply.kept else "asked"] += 1
+            figures["prompt_tokens"] += 0 if reply.kept else reply.prompt_tokens
+            figures["completion_tokens"] += 0 if reply.kept else reply.completion_tokens
+            yield reply
+
+    def kept() -> Iterator[Row]:
+        replies = counted()
+        while drawn := list(itertools.islice(replies, samples)):
+            report.seen += 1
+            for row in made(drawn[0].request.tag, drawn):
+                report.kept += 1
+                yield row
+
+    return batches(kept(), BATCH_ROWS)
 
 
 def overlap(question: str, reference: str, answer: str) -> float:

@@ -10,35 +10,40 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from helpers.display import plain
 from helpers.errors import TunebookError
 
 SAMPLE_CHARS = 2_000_000
 WORD = re.compile(r"[^\W\d_]\w*")
 
 
-def report(tokenizer: Any, texts: Iterable[str], other: Any = None) -> dict[str, dict[str, Any] | None]:
-    """{"this": figures, "other": figures or None} for about two million characters of `texts`.
-
-    Figures: name, vocabulary size, texts, characters, tokens, tokens_per_character, bytes_per_token, unknown_share
-    (tokens without a piece of their own), pieces_per_word.
+def report(tokenizer: Any, texts: Iterable[str]) -> dict[str, Any]:
+    """Figures for about two million characters of `texts`: vocabulary size, texts, characters, tokens,
+    tokens_per_character, bytes_per_token, unknown_share (tokens without a piece of their own), pieces_per_word.
     """
-    sample, size = [], 0
+    sample, characters = [], 0
     for text in texts:
-        if size >= SAMPLE_CHARS:
+        if characters >= SAMPLE_CHARS:
             break
-        sample.append(text[: SAMPLE_CHARS - size])
-        size += len(sample[-1])
-    if not size:
+        sample.append(text[: SAMPLE_CHARS - characters])
+        characters += len(sample[-1])
+    if not characters:
         raise TunebookError("There is no text to measure the vocabulary on; the data is empty after cleaning.")
-    return {"this": _figures(tokenizer, sample), "other": _figures(other, sample) if other is not None else None}
-
-
-def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for what `report` found: a column for each tokenizer."""
-    compared = [figures for figures in found.values() if figures]
-    rows = [[key.replace("_", " "), *(plain(one[key]) for one in compared)] for key in compared[0] if key != "name"]
-    return ["", *(one["name"] for one in compared)], rows
+    tokens = unknown = 0
+    for at in range(0, len(sample), 500):
+        for ids in token_ids(tokenizer, sample[at : at + 500]):
+            tokens += len(ids)
+            unknown += ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    words = [" " + word for word in WORD.findall("\n".join(sample)[: SAMPLE_CHARS // 10])]
+    return {
+        "vocabulary": len(tokenizer),
+        "texts": len(sample),
+        "characters": characters,
+        "tokens": tokens,
+        "tokens_per_character": round(tokens / characters, 4),
+        "bytes_per_token": round(len("".join(sample).encode("utf-8", "surrogatepass")) / max(tokens, 1), 3),
+        "unknown_share": round(unknown / max(tokens, 1), 6),
+        "pieces_per_word": round(sum(map(len, token_ids(tokenizer, words))) / len(words), 3) if words else 0.0,
+    }
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -47,28 +52,6 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if backend is None or not hasattr(backend, "encode_batch_fast"):
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _figures(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-    tokens = unknown = 0
-    for at in range(0, len(texts), 500):
-        for ids in token_ids(tokenizer, texts[at : at + 500]):
-            tokens += len(ids)
-            unknown += ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
-    words = [" " + word for word in WORD.findall("\n".join(texts)[: SAMPLE_CHARS // 10])]
-    characters = sum(map(len, texts))
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return {
-        "name": str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__,
-        "vocabulary": len(tokenizer),
-        "texts": len(texts),
-        "characters": characters,
-        "tokens": tokens,
-        "tokens_per_character": round(tokens / characters, 4),
-        "bytes_per_token": round(size / max(tokens, 1), 3),
-        "unknown_share": round(unknown / max(tokens, 1), 6),
-        "pieces_per_word": round(sum(map(len, token_ids(tokenizer, words))) / len(words), 3) if words else 0.0,
-    }
 
 
 # ---------------------------------------------------------------- added tokens

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, plots, steps
-from helpers.data import vocabulary
 from helpers.data.tables import open_parquet
 from helpers.report import shell
 from helpers.runs import write_atomic
@@ -109,7 +108,7 @@ def write(job: Any) -> display.Html:
         "sources": job.sources,
         "steps": job.steps,
         "lengths": plots.lengths(encoded["histogram"], *marks),
-        "vocabulary": vocabulary.table(job.figures["vocabulary"]) if "vocabulary" in job.figures else None,
+        "vocabulary": job.figures.get("vocabulary"),
         "template": job.template().facts(),
         "reasons": [(reason, count, job.rejects.first[reason]) for reason, count in reasons],
     }

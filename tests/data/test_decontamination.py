@@ -1,11 +1,11 @@
 """Evaluation questions are found in training rows however they are wrapped; rows that share a prompt are kept."""
 
-import math
 import random
 
 import pytest
 
 from helpers.data import decontamination as d
+from helpers.data import shingles
 from helpers.data.tables import StepReport
 from helpers.data.turns import batches, make_row
 
@@ -35,22 +35,35 @@ def carriers():
     return [talk(" ".join(rng.choices(WORDS, k=120)), " ".join(rng.choices(WORDS, k=60)), at=i) for i in range(300)]
 
 
+def planted(questions, carriers, rng):
+    """Rows that hold a question each: wrapped anew, in other case, its punctuation changed, inside a carrier's text.
+
+    A question too short for 8-grams is looked for as a whole message, so that is how it is planted.
+    """
+    made = []
+    for row in questions:
+        question, carrier = (one["messages"][0]["content"] for one in (row, rng.choice(carriers)))
+        words, width, at = question.split(), rng.randint(3, 12), rng.randint(0, len(carrier))
+        lines = (" ".join(words[i : i + width]) for i in range(0, len(words), width))
+        text = "\n  ".join(lines).replace("?", " ?").replace(",", " ,")
+        text = rng.choice([text, text.upper(), text.rstrip("?!. ")])
+        long = len(shingles.tokens([question], symbols=False)[0]) >= d.GRAM
+        made.append(talk(f"{carrier[:at]}\n{text}\n{carrier[at:]}" if long else text))
+    return made
+
+
 def test_planted_questions_are_all_found(carriers):
     rng = random.Random(2)
     questions = [talk(" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) + "?", file="eval", at=i) for i in range(400)]
-    assert d.injection_recall([questions], carriers) == 1.0
+    assert run(planted(questions, carriers, rng), questions)[0] == []
 
 
 def test_planted_chinese_questions_are_all_found(carriers):
     rng = random.Random(3)
     questions = [talk("".join(rng.choices(HAN, k=rng.randint(2, 60))) + "？", file="eval", at=i) for i in range(400)]
     chinese = [talk("".join(rng.choices(HAN, k=200)), at=i) for i in range(100)]
-    assert d.injection_recall([questions], carriers) == 1.0
-    assert d.injection_recall([questions], chinese) == 1.0
-
-
-def test_recall_is_measured_and_not_assumed(carriers):
-    assert math.isnan(d.injection_recall([], carriers)) and math.isnan(d.injection_recall([[talk("a b c")]], []))
+    for around in (carriers, chinese):
+        assert run(planted(questions, around, rng), questions)[0] == []
 
 
 def test_unrelated_rows_are_kept(carriers):

@@ -1,7 +1,6 @@
 """Shingles, exact and near-duplicates: what is planted is found, what only looks alike is kept."""
 
 import random
-import time
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from helpers.data import dedup, shingles
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import batches, make_row
-from helpers.worker import Forked
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=3 + i % 7)) for i in range(5_000)]
 HAN = [chr(code) for code in range(0x4E00, 0x5A00)]
@@ -257,35 +255,3 @@ def test_preference_rows_are_compared_with_both_answers():
     good, bad = " ".join(WORDS[100:150]), " ".join(WORDS[200:250])
     kept, _ = near([pair(good, bad, 1), pair(good, bad + " x", 2), pair(good, " ".join(WORDS[300:350]), 3)])
     assert [row["row"] for row in kept] == [1, 3]
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_worker_processes_change_nothing_even_when_they_are_killed(monkeypatch, killed):
-    draw = random.Random(3)
-    words = [str(n) for n in range(500)]
-    texts = [" ".join(draw.choices(words, k=40)) for _ in range(3000)]
-    texts += [text.rsplit(" ", 1)[0] for text in texts[:300]]
-
-    def found(alone):
-        monkeypatch.setattr(dedup, "ALONE", alone)
-        monkeypatch.setattr(dedup, "WORKERS", 2)
-        index = dedup.NearIndex()
-        for at in range(0, len(texts), 100):
-            index.add([("", "", text) for text in texts[at : at + 100]])
-            if killed and index._workers and at in (1500, 2000):
-                index._workers[at == 2000].process.kill()
-        return index.find(0.8)
-
-    (group, keeper), (group_of_workers, keeper_of_workers) = found(10**9), found(0)
-    assert (keeper >= 0).sum() == 300
-    assert (group == group_of_workers).all() and (keeper == keeper_of_workers).all()
-
-
-def test_a_worker_killed_in_the_middle_of_its_answer_does_not_keep_anyone_waiting():
-    worker = Forked(bytes)
-    assert worker.ask(10) and worker.answer() == bytes(10) and worker.idle
-    assert worker.ask(50_000_000)  # far more than a pipe holds: the process waits in the middle of its answer
-    while not worker.answered():
-        time.sleep(0.01)
-    worker.process.kill()
-    assert worker.answer() is None and not worker.idle

@@ -26,7 +26,7 @@ def table(name, rows, words=5):
 
 def run(sources, **options):
     report = StepReport("mix")
-    options = {"replay_share": 0.0, "unit": "rows", "lengths": words_of, **options}
+    options = {"replay_share": 0.0, "lengths": words_of, **options}
     rows = [row for batch in mix(sources, report, **options) for row in batch]
     assert report.kept == len(rows)
     assert len({(r["source"], r["row"]) for r in rows}) == len(rows), "no row is taken twice"
@@ -60,14 +60,6 @@ def test_weights_are_shares_of_rows(tables):
         "the scarce source is used up"
     )
     assert report.dropped == {"not needed for the mixture: a": 2_667}
-
-
-def test_weights_can_be_shares_of_tokens(tables):
-    sources = {"a": Source(tables["a"], weight=0.5), "general": Source(tables["general"], weight=0.5)}
-    _, report = run(sources, unit="tokens")
-    mixture = report.figures["mixture"]
-    assert mixture["a"]["tokens_share"] == pytest.approx(0.5, abs=0.01) and mixture["a"]["rows_share"] > 0.7
-    assert sum(m["tokens"] for m in mixture.values()) == mixture["a"]["tokens"] + mixture["general"]["tokens"] > 0
 
 
 def test_caps_hold(tables):

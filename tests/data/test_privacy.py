@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from helpers.data import privacy, toxicity
+from helpers.data import cleaning, privacy
 from helpers.data.tables import StepReport
 from helpers.data.turns import batches, make_row
 from helpers.errors import TunebookError
@@ -106,15 +106,6 @@ def test_answers_and_pairs_are_masked_too_and_rows_can_be_dropped_or_counted():
     assert [r["messages"][0]["content"] for r in rows] == texts and report.figures["found"] == {"EMAIL_ADDRESS": 1}
 
 
-def test_only_what_is_asked_for_is_masked_and_unknown_kinds_are_refused():
-    rows, _ = mask(["a@example.com from 10.0.0.1"], entities=("IP_ADDRESS",))
-    assert rows[0]["messages"][0]["content"] == "a@example.com from <IP_ADDRESS>"
-    with pytest.raises(TunebookError, match=r"PERSON.*EMAIL_ADDRESS"):
-        mask(["x"], entities=("PERSON",))
-    with pytest.raises(TunebookError, match="takes 'mask', 'drop' or 'count'"):
-        mask(["x"], action="hide")
-
-
 def test_a_long_line_is_searched_to_its_end():
     text = "word " * 20_000 + "anna@example.com" + " word" * 20_000 + "x" * 9_000 + " bob@example.com"
     assert [(text[a:b], kind) for a, b, kind in privacy.find(text)] == [
@@ -128,7 +119,7 @@ def test_a_long_line_is_searched_to_its_end():
 
 def judge(rows, scorer, **options):
     report = StepReport("toxicity")
-    return [row for batch in toxicity.drop_toxic(batches(rows, 2), report, scorer, **options) for row in batch], report
+    return [row for batch in cleaning.drop_toxic(batches(rows, 2), report, scorer, **options) for row in batch], report
 
 
 ROWS = [talk("hello", at=1), talk("you idiot", at=2), talk("thanks", at=3)]
@@ -138,7 +129,7 @@ def test_a_function_or_a_registered_name_scores(monkeypatch):
     kept, report = judge(ROWS, lambda texts: [0.9 if "idiot" in t else 0.1 for t in texts])
     assert [r["row"] for r in kept] == [1, 3] and report.dropped == {"toxic": 1}
     assert report.figures["highest_score"] == 0.9
-    monkeypatch.setitem(toxicity.SCORERS, "house rules", lambda texts: [float("thanks" in t) for t in texts])
+    monkeypatch.setitem(cleaning.SCORERS, "house rules", lambda texts: [float("thanks" in t) for t in texts])
     assert [r["row"] for r in judge(ROWS, "house rules")[0]] == [1, 2]
 
 
@@ -182,13 +173,13 @@ def test_a_local_classifier_scores(tmp_path, tokenizer):
     torch.manual_seed(1)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    score = toxicity.load_scorer(f"transformers:{tmp_path}")
-    harmless = toxicity.load_scorer(f"transformers:{tmp_path}#neutral")
+    score = cleaning.load_scorer(f"transformers:{tmp_path}")
+    harmless = cleaning.load_scorer(f"transformers:{tmp_path}#neutral")
     texts = ["hello", "you idiot", "a much longer text " * 50]
     assert all(0 < s < 1 for s in score(texts)) and len(set(score(texts))) == 3
     assert [a + b for a, b in zip(score(texts), harmless(texts), strict=True)] == pytest.approx([1, 1, 1], abs=1e-5)
     with pytest.raises(TunebookError, match="neutral, toxic"):
-        toxicity.load_scorer(f"transformers:{tmp_path}#rude")
+        cleaning.load_scorer(f"transformers:{tmp_path}#rude")
 
 
 def test_a_classifier_that_scores_nan_is_refused_and_its_row_named(tmp_path, tokenizer):

@@ -46,19 +46,20 @@ def bytewise():
 # ---------------------------------------------------------------- report
 
 
-def test_tokens_per_character_beside_a_second_tokenizer(tokenizer, bytewise):
-    found = vocabulary.report(tokenizer, TEXTS, bytewise)
+def test_tokens_per_character_and_pieces_per_word(tokenizer, bytewise):
+    found, found_bytewise = vocabulary.report(tokenizer, TEXTS), vocabulary.report(bytewise, TEXTS)
     tokens = sum(len(tokenizer(t)["input_ids"]) for t in TEXTS)
-    assert found["this"]["tokens"] == tokens and found["this"]["characters"] == sum(map(len, TEXTS))
-    assert found["this"]["tokens_per_character"] == pytest.approx(tokens / sum(map(len, TEXTS)), abs=1e-4)
-    assert found["other"]["tokens_per_character"] == 1.0 and found["other"]["bytes_per_token"] == 1.0
-    assert found["other"]["pieces_per_word"] > found["this"]["pieces_per_word"] >= 1
-    assert found["this"]["vocabulary"] == len(tokenizer)
+    assert found["tokens"] == tokens and found["characters"] == sum(map(len, TEXTS))
+    assert found["tokens_per_character"] == pytest.approx(tokens / sum(map(len, TEXTS)), abs=1e-4)
+    assert found_bytewise["tokens_per_character"] == 1.0 and found_bytewise["bytes_per_token"] == 1.0
+    assert found_bytewise["pieces_per_word"] > found["pieces_per_word"] >= 1
+    assert found["vocabulary"] == len(tokenizer)
 
 
 def test_chinese_costs_more_tokens_under_an_english_tokenizer(tokenizer, bytewise):
-    found = vocabulary.report(tokenizer, ["我喜欢在北京的公园里散步。" * 5], bytewise)
-    assert found["this"]["tokens_per_character"] > 1 and found["other"]["tokens_per_character"] == pytest.approx(3.0)
+    texts = ["我喜欢在北京的公园里散步。" * 5]
+    assert vocabulary.report(tokenizer, texts)["tokens_per_character"] > 1
+    assert vocabulary.report(bytewise, texts)["tokens_per_character"] == pytest.approx(3.0)
 
 
 def test_empty_data_is_refused(tokenizer):

@@ -41,7 +41,8 @@ def tokens(texts: list[str], symbols: bool = True) -> tuple[np.ndarray, np.ndarr
     starts: np.ndarray = np.flatnonzero((classes[1:] > WORD) | is_word[1:] & ~is_word[:-1]) + 1
     size = 1 << max(17, len(codes).bit_length())
     terms = _powers(BASE, size)[: len(codes)] * (codes * (classes > SPACE))  # 0 between tokens: sums may run over them
-    hashes = np.add.reduceat(terms, starts) * _powers(INVERSE, size)[starts]
+    sums = np.cumsum(terms)
+    hashes = np.diff(sums[starts - 1], append=sums[-1]) * _powers(INVERSE, size)[starts]
     offsets: Any = np.searchsorted(starts, np.cumsum([1, *(len(text) + 1 for text in lowered)]))
     return mix(hashes), offsets, classes[starts] == UNSPACED
 

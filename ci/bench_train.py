@@ -36,7 +36,7 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
     """Train `steps` steps in a folder that is thrown away; the first is warm-up."""
     from transformers import TrainerCallback
 
-    from helpers.train import preference, sft
+    from helpers.train import training
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -62,7 +62,7 @@ def arm(run: str, stage_name: str, changed: dict, name: str, steps: int) -> dict
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TUNEBOOK_RUNS": folder}):
         runs.folder(run, "data").parent.mkdir()
         runs.folder(run, "data").symlink_to(data.path.resolve())
-        job = (preference if stage_name == "orpo" else sft).open(chosen).build()
+        job = training.open(chosen).build()
         job.trainer.row_collator.share &= share
         clock = Clock()
         job.trainer.add_callback(clock)

@@ -223,8 +223,7 @@ class TrainingParams(Params):
     keep_checkpoints: int = more(2, "Newest checkpoints kept, besides the best", low=2, high=1000)
     early_stopping: int = more(0, "Stop after N evaluations without a better held-out loss; 0: never", high=1000)
     best_checkpoint: bool = more(True, "Keep the adapter with the best held-out loss instead of the last one")
-    sample_every: int = more(0, "Write sample answers every N steps; 0: only at the end", "steps", high=STEPS)
-    resume: str = more("auto", "A killed run: resume it, insist on that, or start anew", choices="auto must never")
+    resume: str = more("auto", "A killed run: resume it, or start anew", choices="auto never")
     mirror: str = more("", "Folder on a mounted drive that checkpoints are copied to and resumed from")
     loggers: str = more("", "Besides TensorBoard: trackio, wandb, mlflow, separated by commas")
     backend: str = more("auto", "Training code; auto: by GPU, model and length", choices="auto hf unsloth")
@@ -241,8 +240,6 @@ class TrainingParams(Params):
     dropout: float = more(0.0, "Dropout on the adapter's input", high=0.9)
     rslora: bool = more(False, "Rank-stabilised scaling, alpha over the root of the rank")
     dora: bool = more(False, "DoRA: magnitude and direction apart")
-    init: str = more("default", "Adapter initialisation: noise, PiSSA, LoftQ", choices="default pissa loftq")
-    lora_plus_ratio: float = more(0.0, "LoRA+: learning rate of B over that of A (paper: 16); 0: the same", high=1000)
 
 
 @dataclass(repr=False)
@@ -251,7 +248,6 @@ class SftParams(TrainingParams):
 
     freeze_layers: int = more(2, "method freeze: how many of the last layers are trained", "layers", low=1, high=1000)
     train_on: str = more("completion", "Trained tokens: answers, or all (to pretrain on)", choices="completion all")
-    neftune_alpha: float = more(0.0, "NEFTune's noise on the embeddings; 0: none", high=50)
 
 
 @dataclass(repr=False)
@@ -270,7 +266,6 @@ class OrpoParams(TrainingParams):
     rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)
-    swap_labels: bool = more(False, "Exchange chosen and rejected, as a control experiment")
     simpo_gamma: float = more(0.5, "SimPO's target margin", high=10)
 
 

@@ -14,7 +14,7 @@ import sys
 
 from helpers import params
 from helpers.errors import TunebookError
-from helpers.train import distributed, methods, preference, sft
+from helpers.train import distributed, methods, training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,18 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         values = params.read_file(given.file) if given.file else {}
-        train(given.stage, params.resolve(given.stage, {**values, **dict(given.p)}))
+        train(params.resolve(given.stage, {**values, **dict(given.p)}))
     except TunebookError as error:
         print(f"TunebookError: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def train(stage: str, resolved: params.Params) -> None:
+def train(resolved: params.TrainingParams) -> None:
     """Train one stage, or say that it is finished already."""
     methods.import_first(resolved)
     distributed.setup()
-    manifest = (preference if stage == "orpo" else sft).open(resolved).run()
+    manifest = training.open(resolved).run()
     distributed.leave()
     if manifest:
         print(f"Finished in {manifest.data['wall_s']} s: {manifest.path}")

@@ -1,4 +1,4 @@
-"""Watching a run: a line of JSON a step, a stop when it goes wrong, sealed checkpoints, answers, a live curve."""
+"""Watching a run: a line of JSON a step, a live curve, a stop when it goes wrong, sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from transformers import TrainerCallback
 
 from helpers import display, machine
 from helpers.errors import TunebookError
-from helpers.model.loading import fast_bf16
-from helpers.model.stop_tokens import stop_tokens
 from helpers.train import distributed, resume
 
 SCALER_STEPS = 10  # fp16's loss scale starts too high on purpose: its first steps overflow and are skipped
 ZERO_STEPS = 3  # steps in a row without any gradient before a run is called dead
 DIVERGED, HIGH_STEPS = 3.0, 10  # so many times the lowest smoothed loss, for so many steps, is a divergence
-ANSWER_TOKENS = 96  # of a sample answer
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -37,23 +34,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Log(TrainerCallback):
-    """log.jsonl: every number of every step with tokens/s, memory and time left.
+    """log.jsonl: every number of every step with tokens/s, memory and time left. Where someone is watching, the curves
+    are drawn anew every 3 seconds; else a line of text every 20.
 
     A resumed run first cuts off the lines after its checkpoint, so that the file reads like one unbroken run.
     """
 
-    def __init__(self, path: Path, trainer: Any = None) -> None:
-        self.path, self.trainer = path, trainer
+    def __init__(self, path: Path, trainer: Any, draw: Callable[[], Any]) -> None:
+        self.path, self.trainer, self.draw = path, trainer, draw
+        self.watched, self.shown, self.handle = machine.interactive(), -math.inf, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        kept = [line for line in read(self.path) if state.global_step and line["step"] <= state.global_step]
-        self.before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        kept = [line for line in read(self.path) if line["step"] <= state.global_step]
+        self.before = max((line["seconds"] for line in kept), default=0.0)
         self.tokens_before = max((line.get("trained_tokens", 0) for line in kept), default=0)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.started, self.first_step = time.monotonic(), state.global_step
         self.last = (self.started, 0)
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or not state.is_world_process_zero or not hasattr(self, "started"):
@@ -61,8 +59,7 @@ class Log(TrainerCallback):
         now, tokens = time.monotonic(), getattr(self.trainer, "trained_tokens", 0)
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         line |= {k: v for k, v in logs.items() if isinstance(v, (int, float))}
-        line["of_steps"] = state.max_steps
-        line["seconds"] = round(self.before + now - self.started, 2)
+        line |= {"of_steps": state.max_steps, "seconds": round(self.before + now - self.started, 2)}
         if "loss" in logs:
             per_step = (now - self.started) / max(state.global_step - self.first_step, 1)
             line["left_s"] = round(per_step * (state.max_steps - state.global_step), 1)
@@ -75,6 +72,25 @@ class Log(TrainerCallback):
         values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if "loss" in logs and now - self.shown >= (3.0 if self.watched else 20.0):
+            self.shown = now
+            self._show(line)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.watched:
+            self._show({})
+
+    def _show(self, line: dict[str, Any]) -> None:
+        if not self.watched:
+            at = f"step {line['step']}/{line['of_steps']}  loss {line['loss']:.4f}"
+            left = display.duration(line["left_s"])
+            print(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left", flush=True)
+        elif self.handle:
+            self.handle.update(self.draw())
+        else:
+            import IPython.display
+
+            self.handle = IPython.display.display(self.draw(), display_id=True)
 
 
 class Guard(TrainerCallback):
@@ -125,115 +141,19 @@ class Seal(TrainerCallback):
     Both happen beside the training; the next checkpoint and the end wait for them, and raise what they raised.
     """
 
-    def __init__(self, of: dict[str, Any], log: Path, mirror: resume.Mirror | None = None) -> None:
+    def __init__(self, of: dict[str, Any], log: Path, mirror: resume.Mirror | None) -> None:
         self.of, self.log, self.mirror = of, log, mirror
-        self.worker = ThreadPoolExecutor(1, "seal")
-        self.pending: Future[None] | None = None
+        self.worker, self.pending = ThreadPoolExecutor(1, "seal"), Future[None]()
+        self.pending.set_result(None)
 
     def on_save(self, args, state, control, **kwargs):
         if distributed.size() > 1:
             torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
-            self.wait()
-            self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.wait()
-
-    def wait(self) -> None:
-        """Wait for the last checkpoint's seal and raise what it raised."""
-        if self.pending:
             self.pending.result()
+            self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _seal(self, folder: Path) -> None:
         resume.seal(folder, self.of)
         if self.mirror:
             self.mirror.put(folder, self.log)
-
-
-class Samples(TrainerCallback):
-    """Greedy answers to a few held-out prompts every N steps, into samples.jsonl and onto the screen.
-
-    Every process generates, since a sharded model's weights are gathered by all of them; the first one writes.
-    """
-
-    def __init__(self, path: Path, prompts: list[dict[str, Any]], tokenizer: Any, every: int = 0) -> None:
-        self.path, self.prompts, self.tokenizer, self.every = path, prompts, tokenizer, every
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every and state.global_step % self.every == 0:
-            self.write(model, state.global_step)
-
-    def write(self, model: Any, step: int) -> list[dict[str, Any]]:
-        """{step, id, question, reference, answer, stopped} of every prompt; the file's lines of this step go."""
-        found = [{"step": step, **row} for row in answers(model, self.tokenizer, self.prompts)]
-        if found and distributed.first():
-            lines = [line for line in read(self.path) if line["step"] != step] + found
-            self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-            print(f"step {step}: {found[0]['answer']!r}", flush=True)
-        return found
-
-
-def answers(model: Any, tokenizer: Any, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Greedy answers to tokenised prompts (`rows.prompts`), in one padded batch.
-
-    stopped: the model ended its turn by itself within `ANSWER_TOKENS`. The model is left in the mode that it was in.
-    """
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
-    if not prompts:
-        return []
-    if isinstance(model, FSDPModule) and "generate" not in vars(model):  # its outer weights are whole in it only
-        register_fsdp_forward_method(model, "generate")
-    stops, training, state = stop_tokens(tokenizer), model.training, torch.get_rng_state()
-    device = next(model.parameters()).device
-    given = tokenizer.pad(
-        {"input_ids": [p["prompt_ids"] for p in prompts]}, padding_side="left", return_tensors="pt"
-    ).to(device)
-    bf16 = device.type == "cpu" and fast_bf16() and model.dtype != torch.float32
-    model.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        ends = {"max_new_tokens": ANSWER_TOKENS, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
-        out = model.generate(**given, **greedy, **ends)
-    model.train(training)
-    torch.set_rng_state(state)
-    rows = []
-    for prompt, tokens in zip(prompts, out[:, given["input_ids"].shape[1] :].tolist(), strict=True):
-        end = next((place for place, token in enumerate(tokens) if token in stops), None)
-        told = {name: prompt[name] for name in ("id", "question", "reference")}
-        answer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        rows.append({**told, "answer": answer, "stopped": end is not None})
-    return rows
-
-
-class LiveCurve(TrainerCallback):
-    """Draws the curves anew every 3 seconds where someone is watching; headless, a line of text every 20 seconds."""
-
-    def __init__(self, log: Path, draw: Callable[[], Any]) -> None:
-        self.log, self.draw, self.watched = log, draw, machine.interactive()
-        self.last, self.handle = -math.inf, None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        now = time.monotonic()
-        if state.is_world_process_zero and now - self.last >= (3.0 if self.watched else 20.0):
-            self.last = now
-            self._show(state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.watched:
-            self._show(state)
-
-    def _show(self, state: Any) -> None:
-        lines = [line for line in read(self.log) if "loss" in line]
-        if self.watched and self.handle:
-            self.handle.update(self.draw())
-        elif self.watched:
-            import IPython.display
-
-            self.handle = IPython.display.display(self.draw(), display_id=True)
-        elif lines:
-            line = lines[-1]
-            at = f"step {line['step']}/{state.max_steps}  loss {line['loss']:.4f}"
-            left = display.duration(line.get("left_s", 0))
-            print(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left", flush=True)

@@ -6,8 +6,6 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from helpers.errors import TunebookError
@@ -27,6 +25,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # the others under their own names
 LOGGERS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
+NO_ADAPTER = ("", "base", "sft")  # values of start_from that name no folder
 DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.06395 uses 10 to 20 %)
 Capability = tuple[int, int] | None
 
@@ -40,32 +39,20 @@ def loss_of(params: TrainingParams) -> str:
 
 
 def check(params: TrainingParams, capability: Capability = None) -> None:
-    """Refuse combinations of parameters that cannot work, before anything is loaded.
+    """Refuse combinations of parameters that cannot work, before anything is loaded. What Unsloth cannot do,
+    `planner.plan.choose_backend` refuses.
 
     capability: the GPU's compute capability, None without one. Raises TunebookError with the reason and the remedy.
     """
-    missing = {"neftune_alpha": 0.0, "loss": "sft"}  # what one of the stages lacks
-    for reason in _refusals(SimpleNamespace(**{**missing, **params.as_dict()}), capability):
+    for reason in _refusals(params, loss_of(params), capability):
         raise TunebookError(f"This cannot work: {reason}.")
 
 
-def _refusals(p: SimpleNamespace, capability: Capability) -> Iterator[str]:
+def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
     own_weights, older = p.method in ("full", "freeze"), capability is not None and capability < (8, 0)
-    if p.init == "loftq" and p.method == "lora":
-        yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
-    if p.init == "pissa" and p.method == "qlora":
-        yield "init 'pissa' changes the base's weights, which 4 bits cannot take back; set method to 'lora'"
-    if p.dora and p.init != "default":
-        yield f"dora keeps the base's column norms and init {p.init!r} changes the base; set init to 'default'"
-    if own_weights and (p.dora or p.rslora or p.init != "default" or p.lora_plus_ratio or p.dropout):
-        taken = "take dora, rslora, init, lora_plus_ratio and dropout back, or set method to 'lora'"
+    if own_weights and (p.dora or p.rslora or p.dropout or p.start_from not in NO_ADAPTER):
+        taken = "take dora, rslora, dropout and start_from back, or set method to 'lora'"
         yield f"method {p.method!r} trains the model's own weights and has no adapter; {taken}"
-    if own_weights and p.start_from not in ("", "base", "sft"):
-        yield f"method {p.method!r} has no adapter to start from {p.start_from}; set method to 'lora'"
-    if p.lora_plus_ratio and "adamw" not in p.optimizer:
-        yield f"lora_plus_ratio needs AdamW, and optimizer is {p.optimizer!r}; set optimizer to 'adamw'"
-    if 0 < p.lora_plus_ratio < 1:
-        yield f"lora_plus_ratio {p.lora_plus_ratio} makes B learn slower than A; set it to 16, or 0 for none"
     if capability is None and p.optimizer.startswith("paged"):
         yield f"optimizer {p.optimizer!r} needs a CUDA GPU and there is none here; set optimizer to 'adamw'"
     if capability is None and p.precision == "fp16":
@@ -74,22 +61,12 @@ def _refusals(p: SimpleNamespace, capability: Capability) -> Iterator[str]:
         yield f"precision 'bf16' needs compute capability 8.0 and this GPU has {capability}; set precision to 'auto'"
     if own_weights and (p.precision == "fp16" or (p.precision == "auto" and older)):
         yield f"method {p.method!r} would lose small updates in fp16; set precision to 'fp32', or method to 'lora'"
-    if p.backend == "unsloth" and capability is None:
-        yield "backend 'unsloth' needs a CUDA GPU and there is none here; set backend to 'auto' or 'hf'"
-    if p.backend == "unsloth" and (own_weights or p.dora or p.init != "default"):
-        yield f"backend 'unsloth' trains plain LoRA only, not {p.method!r}, DoRA, PiSSA or LoftQ; set backend to 'hf'"
-    if p.backend == "unsloth" and p.precision == "fp32":
-        yield "backend 'unsloth' computes in 16 bits and precision is 'fp32'; set backend to 'hf'"
-    if p.backend == "unsloth" and p.loss not in ("sft", "orpo"):
-        yield f"backend 'unsloth' trains SFT and ORPO only, and loss is {p.loss!r}; set backend to 'hf'"
-    if p.loss == "kto" and p.batch_size < 2:
+    if loss == "kto" and p.batch_size < 2:
         yield "loss 'kto' needs other rows of the batch, and batch_size is 1; set batch_size to 2 or more"
-    if p.loss in ("dpo", "kto", "simpo") and p.beta == 0:
-        yield f"beta is 0, which leaves {p.loss} no gradient; set beta to 0.1 for DPO and KTO, 2 for SimPO"
+    if loss in ("dpo", "kto", "simpo") and p.beta == 0:
+        yield f"beta is 0, which leaves {loss} no gradient; set beta to 0.1 for DPO and KTO, 2 for SimPO"
     if p.early_stopping and not p.best_checkpoint:
         yield "early_stopping keeps the best held-out loss, and best_checkpoint is off; set best_checkpoint to True"
-    if p.neftune_alpha and p.packing:
-        yield "neftune_alpha scales noise by a row's length, which packing changes; set packing to False"
     if p.warmup_ratio >= 1.0:
         yield f"warmup_ratio {p.warmup_ratio:g} spends the whole run warming up; set it below 1"
 
@@ -97,28 +74,19 @@ def _refusals(p: SimpleNamespace, capability: Capability) -> Iterator[str]:
 # ---------------------------------------------------------------- precision
 
 
-@dataclass(frozen=True)
-class Precision:
-    """load: dtype of the frozen base (bf16, fp16, fp32); bf16, fp16: the trainer's autocast; reason: for people."""
-
-    load: str
-    bf16: bool
-    fp16: bool
-    reason: str
-
-
-def precision_of(capability: Capability, asked: str = "auto") -> Precision:
-    """bf16 where it is native, fp16 with loss scaling on older GPUs, fp32 when asked or on a CPU without bfloat16."""
+def precision_of(capability: Capability, asked: str = "auto") -> tuple[str, str]:
+    """(dtype of the frozen base and of autocast, why): "bf16" where it is native, "fp16" with loss scaling on older
+    GPUs, "fp32" when asked or on a CPU without bfloat16."""
     if asked == "fp32":
-        return Precision("fp32", False, False, "fp32 everywhere, as asked")
+        return "fp32", "fp32 everywhere, as asked"
     if capability is None and asked == "auto" and not fast_bf16():
-        return Precision("fp32", False, False, "fp32: this processor has no kernels for bfloat16")
+        return "fp32", "fp32: this processor has no kernels for bfloat16"
     if capability is None:
-        return Precision("bf16", True, False, "bf16 on the CPU, adapters and optimizer in fp32")
+        return "bf16", "bf16 on the CPU, adapters and optimizer in fp32"
     if asked == "fp16" or capability < (8, 0):
         which = f"compute capability {capability[0]}.{capability[1]}"
-        return Precision("fp16", False, True, f"fp16 with loss scaling ({which}), adapters in fp32")
-    return Precision("bf16", True, False, "bf16, adapters and optimizer in fp32")
+        return "fp16", f"fp16 with loss scaling ({which}), adapters in fp32"
+    return "bf16", "bf16, adapters and optimizer in fp32"
 
 
 # ---------------------------------------------------------------- steps and arguments
@@ -145,22 +113,17 @@ def timetable(rows: int, params: TrainingParams, total: int = 0) -> dict[str, An
 
 def loggers(names: str) -> list[str]:
     """TensorBoard and the trackers in `names`. Raises TunebookError for an unknown or missing one."""
-    found = ["tensorboard"]
-    for name in filter(None, (n.strip() for n in names.split(","))):
-        if name not in LOGGERS:
-            raise TunebookError(
-                f"loggers names {name!r}; it takes {', '.join(LOGGERS)} beside TensorBoard, with commas."
-            )
-        if importlib.util.find_spec(name) is None:
-            raise TunebookError(
-                f"loggers names {name!r}, which is not installed; `pip install {name}`, or leave it out."
-            )
-        found.append(name)
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
+        unknown = name not in LOGGERS
+        if unknown or importlib.util.find_spec(name) is None:
+            why = f"it takes {', '.join(LOGGERS)}" if unknown else f"it is not installed: `pip install {name}`"
+            raise TunebookError(f"loggers names {name!r}, and {why}.")
         os.environ.setdefault(LOGGERS[name], "tunebook")
-    return found
+    return ["tensorboard", *found]
 
 
-def arguments(stage: Stage, precision: Precision, rows: int, held_out: int, accumulation: int) -> dict[str, Any]:
+def arguments(stage: Stage, precision: str, rows: int, held_out: int, accumulation: int) -> dict[str, Any]:
     """Trainer arguments that all losses share. rows, held_out: how many training and held-out rows there are."""
     import torch
 
@@ -177,7 +140,6 @@ def arguments(stage: Stage, precision: Precision, rows: int, held_out: int, accu
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": params.epochs,
         "learning_rate": params.learning_rate,
         "lr_scheduler_type": SCHEDULES.get(params.schedule, params.schedule),
         "optim": "adamw_torch_fused" if optimizer == "adamw_torch" and cuda else optimizer,
@@ -185,8 +147,8 @@ def arguments(stage: Stage, precision: Precision, rows: int, held_out: int, accu
         "max_grad_norm": params.max_grad_norm,
         "seed": params.seed,
         "data_seed": params.seed,
-        "bf16": precision.bf16,
-        "fp16": precision.fp16,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         "use_cpu": not cuda,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -51,9 +51,9 @@ def steps_that_fit(left_s: float, step_s: float, pause_s: float, params: Trainin
     return total
 
 
-def first_estimate(job: Any, left_s: float) -> tuple[int, float]:
+def first_estimate(job: Any) -> tuple[int, float]:
     """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
-    plan, held_out = job.planned, job.held_out
+    plan, held_out, left_s = job.planned, job.held_out, job.deadline.seconds - job.deadline.elapsed
     step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
     pause_s = SAVE_S + (FORWARD * sum(rows.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
     total = steps_that_fit(left_s, step_s, pause_s, job.params, 0, plan.steps)
@@ -129,7 +129,7 @@ class Deadline(TrainerCallback, ExportableState):
 
 
 def probe(job: Any) -> Plan:
-    """The plan of a built `job.TrainJob`, corrected by one row; more activations are checkpointed until the row fits.
+    """The plan of a built `job.TrainJob`, corrected by a few rows; more activations are checkpointed until they fit.
 
     Raises TunebookError when nothing is left to checkpoint. Sharded jobs (FSDP2) are not probed: their model is put
     together only inside the training loop. DPO, KTO and SimPO are not either.
@@ -146,7 +146,7 @@ def probe(job: Any) -> Plan:
 
 
 def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
-    """{peak_gib, tokens_per_s}: memory of the heaviest row, median speed of three ordinary ones; on a CPU of two."""
+    """{peak_gib, tokens_per_s}: on a GPU memory of the heaviest row; median speed of the ordinary ones."""
     cuda = plan.card.capability is not None
     sizes = trainer.rows.costs()
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
@@ -154,7 +154,7 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
     ordinary = [trainer.rows[i] for i in order[max(0, median - 1) : median + 2]]
     # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows
     # are accumulated; a CPU's touches its memory for the first time.
-    sample = [trainer.rows[order[-1]]] * 2 + ordinary[:1] + ordinary if cuda else ordinary
+    warm, heaviest = 3 if cuda else 1, trainer.rows[order[-1]]
     speeds = []
     device, training = trainer.accelerator.device, model.training
     if cuda:
@@ -162,7 +162,7 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
     model.train()
     try:
         with torch.random.fork_rng(devices=[device] if cuda else []):
-            for row in sample:
+            for row in [heaviest, heaviest, ordinary[0], *ordinary] if cuda else ordinary:
                 if plan.accumulation == 1:
                     model.zero_grad(set_to_none=True)
                 batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
@@ -178,12 +178,11 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
         model.train(training)
         trainer.trained_tokens = 0
         compat.drop_metrics(trainer)
-    speed = statistics.median(speeds[3:] if cuda else speeds[1:]) * plan.world_size
-    if not cuda:
-        return {"peak_gib": None, "tokens_per_s": speed}
-    setting = plan.option.setting  # the optimizer's state comes with the first real step
+    speed, setting = statistics.median(speeds[warm:] or speeds) * plan.world_size, plan.option.setting
+    # The optimizer's state comes with the first real step.
     state = cost_model.trained_parameters(plan.shape, setting) * cost_model.OPTIMIZER_BYTES[setting.params.optimizer]
-    return {"peak_gib": (torch.cuda.max_memory_allocated() + state) / 2**30, "tokens_per_s": speed}
+    peak = (torch.cuda.max_memory_allocated() + state) / 2**30 if cuda else None
+    return {"peak_gib": peak, "tokens_per_s": speed}
 
 
 def _now(cuda: bool) -> float:
@@ -194,20 +193,19 @@ def _now(cuda: bool) -> float:
 
 def _lighter(job: Any, plan: Plan) -> Plan:
     """The plan with the next grade of activation checkpointing, set on the model; TunebookError when there is none."""
-    s = plan.option.setting
-    for layers, offload, tile in grades_of(plan.shape.layers):
-        setting = replace(s, recompute=layers, offload=offload, tile_mlp=tile)
-        more = (layers, offload, tile) > (s.recompute, s.offload, s.tile_mlp)
-        if plan.backend == "hf" and more and offload_fits(plan.shape, setting, plan.card, plan.world_size):
-            break
-    else:
+    s, shape = plan.option.setting, plan.shape
+    grades = [grade for grade in grades_of(shape.layers) if grade > (s.recompute, s.offload, s.tile_mlp)]
+    settings = (replace(s, recompute=layers, offload=offload, tile_mlp=tile) for layers, offload, tile in grades)
+    fitting = (one for one in settings if offload_fits(shape, one, plan.card, plan.world_size))
+    setting = next(fitting, None) if plan.backend == "hf" else None
+    if setting is None:
         raise TunebookError(
             f"The longest row ({s.row_tokens:,} tokens) ran out of memory on {plan.card.name} before training began; "
             "lower max_length or row_tokens, or set recompute to 'offload'."
         )
     methods.checkpoint_activations(job.model, setting)
-    peak = cost_model.peak_gib(plan.shape, replace(setting, accumulates=plan.accumulation > 1))
-    offloaded = cost_model.offloaded_gib(plan.shape, setting)
+    peak = cost_model.peak_gib(shape, replace(setting, accumulates=plan.accumulation > 1))
+    offloaded = cost_model.offloaded_gib(shape, setting)
     option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
     why = f"The probing row did not fit with activation checkpointing of {plan.option.recompute_text}: "
     why += f"now {option.recompute_text}."

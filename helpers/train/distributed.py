@@ -54,15 +54,15 @@ def shared(make: Callable[[], Any]) -> Any:
         return make()
     import torch.distributed as dist
 
-    box: list[Any] = [None, None]
+    box: list[Any] = [None]
     if first():
         try:
-            box = [make(), None]
+            box = [make()]
         except TunebookError as error:
-            box = [None, str(error)]
+            box = [error]
     dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise TunebookError(box[1])
+    if isinstance(box[0], TunebookError):
+        raise box[0]
     return box[0]
 
 
@@ -83,29 +83,17 @@ def options(method: str) -> dict[str, Any]:
     """Trainer arguments for this world: none for one process and for DDP, FSDP2 for a 16-bit base."""
     if not sharded(method):
         return {}
-    fsdp2 = {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "reshard_after_forward": True,
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-    }
+    fsdp2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
+    fsdp2 |= {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
     return {"fsdp": True, "fsdp_config": fsdp2}
 
 
 def whole_state(model: Any, adapter_only: bool) -> dict[str, Any]:
     """The unsharded state of a model in the first process's host memory; every process must call it.
 
-    adapter_only: just what is trained, and what PEFT saves with it; gathering the base as well takes 10 s at 8B.
+    adapter_only: just what is trained; gathering the base as well takes 10 s at 8B.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    found = {}
-    for name, tensor in model.state_dict().items():
-        if adapter_only and name not in trained and "lora_" not in name and "modules_to_save" not in name:
-            continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if first():
-            found[name] = whole.detach().cpu()
-    return found
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter_only)
+    return get_model_state_dict(model, options=options)

@@ -1,119 +1,38 @@
-"""One training job from its plan to its manifest: what supervised and preference training have in common.
+"""One training job from its plan to its manifest: each cell of notebooks 02 and 03 is one of its steps.
 
-`sft.open` and `preference.open` make one; each cell of notebooks 02 and 03 is one of its steps. Nothing is loaded or
-written before the first step that trains.
+`training.open` makes one. Nothing is loaded or written before the first step that trains.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import math
-import os
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from helpers import display, machine, plots, runs, steps
-from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.gguf import preflight
-from helpers.model import packed_attention
-from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash, tokenizer_hash
-from helpers.params import TrainingParams
-from helpers.planner import plan as planner
+from helpers.evaluate.generate import HfModel
+from helpers.model.loading import ModelSource, template_hash, tokenizer_hash
 from helpers.planner.plan import Plan
+from helpers.tasks.questions import Decoding
 from helpers.train import config, distributed, resume, rows
 
-NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
-
-
-# ---------------------------------------------------------------- before anything is loaded
-
-
-def open_stage(name: str, params: TrainingParams) -> runs.Stage:
-    """The stage's folder, looked at and not touched. Of several processes the first begins the work for all.
-
-    Raises TunebookError for settings that cannot work, or for resume "must" without a run to resume.
-    """
-    gpu = machine.gpu()
-    config.check(params, gpu.capability if gpu else None)
-
-    def look() -> runs.Stage:
-        stage = runs.stage(name, params)
-        if params.resume == "must":
-            resume.must_resume(stage)
-        if distributed.size() > 1 and not stage.done:
-            stage.begin()
-        return stage
-
-    return distributed.shared(look)
-
-
-def base_model(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any]:
-    """(source, tokenizer) of the base that the data was rendered for; TunebookError for another chat template."""
-    known = data.data.get("model") or {}
-    from_hub, from_folder = (known.get("origin") == origin and not params.model for origin in ("hub", "folder"))
-    name = params.model or known["path" if from_folder else "name"]
-    source = resolve_model(name, known.get("revision", "") if from_hub else "")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
-    warnings.filterwarnings("ignore", NO_HUB)
-    tokenizer = load_tokenizer(source)
-    if data.data.get("template_hash") not in (None, template_hash(tokenizer)):
-        raise TunebookError(
-            f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; "
-            f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
-        )
-    if added := data.params.get("add_tokens"):
-        add_tokens(None, tokenizer, added)
-    return source, tokenizer
-
-
-def plan_for(params: Any, examples: Any, source: ModelSource, adapter: Path | None, stage: runs.Stage) -> Plan:
-    """The planner's plan for these rows. Raises TunebookError for a job that cannot fit, or a model that would train
-    and then not export to GGUF (`export_check`)."""
-    if params.export_check:
-        preflight.check(source, adapter=adapter, where=stage.path).require()
-    lengths, padded = rows.lengths_of(examples), rows.lengths_of(examples, padded=True)
-    world = distributed.size()
-
-    def planned(values: Any) -> Plan:
-        return planner.plan(values, lengths, source, world_size=world, padded_lengths=padded)
-
-    plan = planned(params)
-    shares = plan.backend == "hf" and plan.packed and plan.attention == packed_attention.SDPA
-    if shares and plan.accumulation > 1 and not params.row_tokens:
-        # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
-        # counts for more here than anything else.
-        whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world) :])
-        try:
-            return planned(dataclasses.replace(params, row_tokens=whole))
-        except TunebookError:  # such a row does not fit: keep the one that does
-            return plan
-    return plan
-
-
-def first(held_out: Any, count: int) -> Any:
-    """The first `count` held-out rows; all for 0; None when there are none."""
-    return held_out.select(range(min(count or len(held_out), len(held_out)))) if len(held_out) else None
-
-
-# ---------------------------------------------------------------- the job
+ANSWER_TOKENS = 96  # of a sample answer
+# Looks that are figures: the name of the file that is kept, and what draws it. A stage's last one is drawn live.
+LOSS: dict[str, tuple[str, Callable[..., Any]]] = {"figure": ("loss", plots.training_curves)}
+FIGURES = {"sft": LOSS, "orpo": {**LOSS, "margins": ("margins", plots.preference_curves)}}
 
 
 @dataclass(eq=False, repr=False)
 class TrainJob(steps.Job):
     """A training run. A finished stage needs its folder only: every step shows what it left there.
 
-    counts: rows read and left out, with their reasons. planned: the plan, corrected by the probing row.
+    counts: rows read and left out, with their reasons. planned: the plan, corrected by the probing rows.
     adapter: folder of the adapter to train further.
     """
-
-    # Looks that are figures: the name of the file that is kept, and what draws it. The last one is drawn live.
-    drawn: ClassVar[dict[str, tuple[str, Callable[..., Any]]]] = {"figure": ("loss", plots.training_curves)}
 
     stage: runs.Stage
     source: ModelSource = None  # type: ignore[assignment]
@@ -127,15 +46,15 @@ class TrainJob(steps.Job):
     def __post_init__(self) -> None:
         super().__init__(self.stage)
         self.params: Any = self.stage.params
-        self.title = f"{self.params.run}: {self.params.stage}"
         self.log, self.checkpoints = self.stage.path / "log.jsonl", self.stage.path / "checkpoints"
-        self.pissa = self.stage.path / "work" / "pissa"
         self.model: Any = None
         self.trainer: Any = None
         self.notes: list[str] = []
         self.result: dict[str, Any] = {}
         if self.tokenizer is not None:
             self.identity = resume.identity(self.params, self.stage.parents["data"], self.tokenizer)
+            mirror = getattr(self.params, "mirror", "")
+            self.mirror = resume.Mirror(mirror, self.stage, self.identity) if mirror else None
 
     @steps.look
     def plan(self) -> Plan:
@@ -152,10 +71,11 @@ class TrainJob(steps.Job):
         """How many rows came, and why some were left out."""
 
         def told(value: Any) -> str:
-            counted = [f"{count} {reason}" for reason, count in value.items()] if isinstance(value, dict) else value
-            return (", ".join(counted) or "none") if isinstance(counted, list) else display.plain(counted)
+            if isinstance(value, dict):
+                value = [f"{count} {reason}" for reason, count in value.items()]
+            return (", ".join(value) or "none") if isinstance(value, list) else display.plain(value)
 
-        table = [(part, *map(told, found.values())) for part, found in self.counts.items() if found]
+        table = [(part, *map(told, found.values())) for part, found in self.counts.items()]
         return display.shown(table, ("", *self.counts["train"]))
 
     @steps.step
@@ -177,7 +97,7 @@ class TrainJob(steps.Job):
     @steps.look
     def summary(self) -> display.Html:
         """What came out, as a table."""
-        self._trained()
+        self._require_trained()
         table = [(name.replace("_", " "), display.plain(v)) for name, v in self.result.items()]
         missing = [("held-out loss", "none: no rows were held out")] if self.held_out is None else []
         return display.shown([*table, *missing, *(("how", note) for note in self.notes)])
@@ -188,13 +108,22 @@ class TrainJob(steps.Job):
         return self._draw("figure")
 
     @steps.look
-    def answers(self, count: int = 4) -> display.Html:
-        """Greedy answers to held-out prompts beside their references; also in samples.jsonl."""
-        self._trained()
+    def margins(self) -> Any:
+        """Of preference training: log odds, margin and accuracy, each step and on held-out pairs."""
+        return self._draw("margins")
+
+    @steps.look
+    def answers(self) -> display.Html:
+        """Greedy answers to held-out prompts (where none were held out: training prompts) beside their references."""
+        self._require_trained()
         if self.model is None:
             raise TunebookError("The job is finished and its model is no longer in memory; helpers.chat talks to it.")
-        found = self._samples(count).write(self.model, self.trainer.state.global_step)
-        table = [(r["question"], r["answer"], r["reference"], display.plain(r["stopped"])) for r in found]
+        asked = rows.prompts(self.train_rows if self.held_out is None else self.held_out, self.tokenizer)
+        model = HfModel(self.model, self.tokenizer)
+        model.fast &= self.planned.backend == "hf"  # Unsloth has an attention of its own
+        found = model.generate([row["prompt_ids"] for row in asked], Decoding(ANSWER_TOKENS))
+        told = zip(asked, found, strict=True)
+        table = [(row["question"], a.text, row["reference"], display.plain(a.stopped)) for row, a in told]
         return display.shown(table, ("question", "answer", "reference", "stopped by itself"))
 
     @steps.step
@@ -205,15 +134,15 @@ class TrainJob(steps.Job):
         """
         from helpers.train import methods
 
-        self._trained()
+        self._require_trained()
         kind = "adapter" if hasattr(self.model, "peft_config") else "model"
         with resume.disk_full_is_a_message(self.checkpoints):
             sharded = distributed.sharded(self.params.method)
             whole = distributed.whole_state(self.model, adapter_only=kind == "adapter") if sharded else None
             if not distributed.first():
                 return None
-            methods.save(self.model, self.tokenizer, self.stage.path / kind, self.pissa, whole)
-            for look, (name, _) in self.drawn.items():
+            methods.save(self.model, self.tokenizer, self.stage.path / kind, whole)
+            for look, (name, _) in FIGURES[self.params.stage].items():
                 display.save(getattr(self, look)(), self.stage.path, name)
         plan, peak = self.planned, machine.peak_memory_gib()
         speeds = [line["tokens_per_s"] for line in self.lines() if "tokens_per_s" in line]
@@ -230,7 +159,6 @@ class TrainJob(steps.Job):
             notes=self.notes,
             trained=kind,
             method=self.params.method,
-            merge_onto="nf4" if self.params.init == "loftq" and not self.adapter else "16bit",
         )
 
     def run(self) -> runs.Manifest | None:
@@ -241,9 +169,6 @@ class TrainJob(steps.Job):
 
     # ---------------------------------------------------------------- how a step does it
 
-    def _draw(self, look: str) -> Any:
-        return self.drawn[look][1](self.lines(), self.title)
-
     def lines(self) -> list[dict[str, Any]]:
         """The log so far; raises TunebookError before there is one."""
         from helpers.train import callbacks
@@ -252,28 +177,11 @@ class TrainJob(steps.Job):
             raise TunebookError("The job has not been trained; call its train() first.")
         return callbacks.read(self.log)
 
-    def _train(self) -> None:
-        start, whole = self._checkpoint(), self.trainer.args.max_steps
-        if start is None:
-            self._probe()
-        else:
-            print(f"Resuming from {start.name}.")
-            for name in ("eval_steps", "save_steps"):
-                setattr(self.trainer.args, name, resume.trainer_state(start)[name])
-        try:
-            if start is not None and resume.step_of(start) >= resume.trainer_state(start)["max_steps"]:
-                self._take_finished(start)
-            else:
-                self.trainer.train(resume_from_checkpoint=str(start) if start else None)
-        finally:
-            self.seal.wait()
-        total = self.trainer.state.max_steps
-        if total < whole:
-            self.planned = self.planned.shortened(total)
-            self.notes.append(f"{total} of {whole} steps, what fits into {self.params.max_minutes:g} minutes")
+    def _draw(self, look: str) -> Any:
+        return FIGURES[self.params.stage][look][1](self.lines(), f"{self.params.run}: {self.params.stage}")
 
     def build(self) -> TrainJob:
-        """Load the model and make the trainer, once."""
+        """Load the model and make the trainer with all that watches it, once."""
         if self.trainer is not None:
             return self
         from transformers import EarlyStoppingCallback
@@ -282,64 +190,66 @@ class TrainJob(steps.Job):
 
         self.deadline = deadline.Deadline(self.params)
         self.stage.begin()
-        mirror = self._mirror()
-        if mirror and distributed.first():
-            mirror.check()
+        if self.mirror and distributed.first():
+            self.mirror.check()
         gpu = machine.gpu()
-        precision = config.precision_of(gpu.capability if gpu else None, self.params.precision)
+        precision, why = config.precision_of(gpu.capability if gpu else None, self.params.precision)
         self.model, notes = methods.load(self, precision)
-        self.notes = [precision.reason, *notes]
-        self.trainer = trainers.make(self, self.model, precision)
+        self.notes = [why, *notes]
+        self.trainer = trainer = trainers.make(self, self.model, precision)
+        self.seal = callbacks.Seal(self.identity, self.log, self.mirror)
         if self.params.max_minutes:
-            self.trainer.add_callback(self.deadline)
-        self.trainer.add_callback(callbacks.Log(self.log, self.trainer))
-        self.trainer.add_callback(callbacks.Guard(self.trainer, precision.fp16))
-        self.trainer.add_callback(callbacks.LiveCurve(self.log, lambda: self._draw([*self.drawn][-1])))
-        self.trainer.add_callback(self._samples(4, self.params.sample_every))
-        self.seal = callbacks.Seal(self.identity, self.log, mirror)
-        self.trainer.add_callback(self.seal)
+            trainer.add_callback(self.deadline)
+        live = [*FIGURES[self.params.stage]][-1]
+        trainer.add_callback(callbacks.Log(self.log, trainer, lambda: self._draw(live)))
+        trainer.add_callback(callbacks.Guard(trainer, precision == "fp16"))
+        trainer.add_callback(self.seal)
         if self.params.early_stopping and self.held_out is not None:
-            self.trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
+            trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
         return self
 
-    def _mirror(self) -> resume.Mirror | None:
-        return resume.Mirror(self.params.mirror, self.stage, self.identity) if self.params.mirror else None
-
-    def _samples(self, count: int, every: int = 0) -> Any:
-        """Writer of answers to held-out prompts; where none were held out, to training prompts."""
-        from helpers.train import callbacks
-
-        prompts = rows.prompts(self.train_rows if self.held_out is None else self.held_out, self.tokenizer, count)
-        return callbacks.Samples(self.stage.path / "samples.jsonl", prompts, self.tokenizer, every)
-
-    def _checkpoint(self) -> Path | None:
-        """The whole checkpoint to resume from, or None to begin at the beginning."""
-        if self.params.resume == "never":
-            return None
-        found = resume.newest(self.checkpoints, self.identity)
-        mirror = self._mirror()
-        return mirror.fetch(self.checkpoints) if mirror and found is None else found
+    def _train(self) -> None:
+        trainer, whole, start, done = self.trainer, self.trainer.args.max_steps, None, False
+        if self.params.resumes:
+            start = resume.newest(self.checkpoints, self.identity)
+            if start is None and self.mirror:
+                start = self.mirror.fetch(self.checkpoints)
+        if start is None:
+            self._probe()
+        else:
+            print(f"Resuming from {start.name}.")
+            state = resume.trainer_state(start)
+            trainer.args.eval_steps, trainer.args.save_steps = state["eval_steps"], state["save_steps"]
+            done = resume.step_of(start) >= state["max_steps"]
+        try:
+            if start is not None and done:
+                self._take_finished(start)
+            else:
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            self.seal.pending.result()
+        total = trainer.state.max_steps
+        if total < whole:
+            self.planned = self.planned.shortened(total)
+            self.notes.append(f"{total} of {whole} steps, what fits into {self.params.max_minutes:g} minutes")
 
     def _probe(self) -> None:
         """Correct the plan by a few rows, and end the run where max_minutes is over, as far as can be said now."""
         from helpers.train import deadline
 
         self.planned = deadline.probe(self)
-        minutes, whole = self.params.max_minutes, self.trainer.args.max_steps
+        minutes, args, limit = self.params.max_minutes, self.trainer.args, self.deadline
         if self.planned.measured:
             print(self.planned.headline(), flush=True)
         elif minutes:
             print("This kind of training is not probed: max_minutes begins with the plan's estimate.", flush=True)
         if not minutes:
             return
-        limit = self.deadline
-        limit.total, limit.pause_s = distributed.shared(
-            lambda: deadline.first_estimate(self, limit.seconds - limit.elapsed)
-        )
-        if limit.total < whole:
-            print(f"{limit.total} of {whole} steps fit into max_minutes {minutes:g}: the schedule ends there.")
+        limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self))
+        if limit.total < args.max_steps:
+            print(f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}: the schedule ends there.")
         times = config.timetable(0, self.params, limit.total)
-        self.trainer.args.eval_steps, self.trainer.args.save_steps = times["eval_steps"], times["save_steps"]
+        args.eval_steps, args.save_steps = times["eval_steps"], times["save_steps"]
 
     def _take_finished(self, checkpoint: Path) -> None:
         """The weights of a run that was killed after its last step: the trainer's own loop would add one more."""
@@ -358,29 +268,27 @@ class TrainJob(steps.Job):
 
     def _outcome(self) -> dict[str, Any]:
         """What the run came to, from the trainer's state and the log."""
-        from helpers.train import methods
-
         state, lines = self.trainer.state, self.lines()
-        losses, held_out = (plots.series(lines, name)[1] for name in ("loss", "eval_loss"))
-        seconds, tokens = (max(plots.series(lines, n)[1], default=0) for n in ("seconds", "trained_tokens"))
+        logged = {name: plots.series(lines, name)[1] for name in ("loss", "eval_loss", "seconds", "trained_tokens")}
+        seconds, tokens = logged["seconds"][-1], max(logged["trained_tokens"], default=0)
         found = {
             "steps": state.global_step,
             "train_s": round(seconds, 2),
-            "first_loss": losses[0],
-            "last_loss": plots.smoothed(losses)[-1],
+            "first_loss": logged["loss"][0],
+            "last_loss": plots.smoothed(logged["loss"])[-1],
             "trained_tokens": tokens,
             "rows": len(self.train_rows),
-            **methods.counts(self.model),
+            "trainable": sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad),
         }
         if tokens:
             found["tokens_per_s"] = round(tokens / max(seconds, 1e-6), 1)
-        if held_out:
+        if logged["eval_loss"]:
+            last = logged["eval_loss"][-1]
             best = self.trainer.args.load_best_model_at_end and state.best_metric is not None
             kept = state.best_global_step or state.global_step
-            found |= {"eval_loss": state.best_metric if best else held_out[-1], "last_eval_loss": held_out[-1]}
-            found["best_step"] = kept
-            last = [line for line in lines if "eval_rewards/margins" in line and line["step"] == kept][-1:]
-            for name, value in (last[0] if last else {}).items():
+            found |= {"eval_loss": state.best_metric if best else last, "last_eval_loss": last, "best_step": kept}
+            pairs = [line for line in lines if "eval_rewards/margins" in line and line["step"] == kept][-1:]
+            for name, value in (pairs[0] if pairs else {}).items():
                 if name.startswith(("eval_rewards/", "eval_log_odds")):
                     found[name.removeprefix("eval_").replace("rewards/", "held_out_")] = value
         return found
@@ -393,6 +301,6 @@ class TrainJob(steps.Job):
 
             torch.cuda.empty_cache()
 
-    def _trained(self) -> None:
+    def _require_trained(self) -> None:
         if not self.result:
             raise TunebookError("The job has not been trained; call its train() first.")

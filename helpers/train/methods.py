@@ -16,19 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import compat, runs
+from helpers import runs
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.model import merging, packed_attention
-from helpers.model.loading import (
-    ModelSource,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    sort_adapter_config,
-    template_hash,
-)
+from helpers.model import loading, packed_attention
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
 from helpers.train import config
@@ -38,14 +29,12 @@ QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
+def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
     import transformers
 
-    import datasets
     from helpers.model import checkpointing, fused_lora
 
-    datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
     if plan.backend == "unsloth":
@@ -56,10 +45,10 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
     if plan.packed and attention == packed_attention.SDPA:
         attention = packed_attention.SHARED
     quantize = "nf4" if params.method == "qlora" else "none"
-    model = load_model(job.source, quantize=quantize, dtype=precision.load, attention=attention)
+    model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)
     model.config.use_cache = False
     tokens = job.stage.parents["data"].params.get("add_tokens", "")
-    added = add_tokens(model, load_tokenizer(job.source), tokens) if tokens else []
+    added = add_tokens(model, loading.load_tokenizer(job.source), tokens) if tokens else []
     if added:
         notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")
     if params.method in ("full", "freeze"):
@@ -71,17 +60,9 @@ def load(job: Any, precision: config.Precision) -> tuple[Any, list[str]]:
             layers[-count:].requires_grad_(True)
         notes.append("the model's weights are trained in fp32 and written in bf16")
     elif job.adapter:
-        model = load_adapter(model, job.adapter, trainable=True)
+        model = loading.load_adapter(model, job.adapter, trainable=True)
     else:
         model = _new_adapter(model, params, job.source, added)
-        if params.init == "pissa":
-            # PEFT subtracts the start when the adapter is written: PiSSA took it out of the base.
-            model.peft_config["default"].init_lora_weights = True
-            model.save_pretrained(job.pissa, safe_serialization=True)
-            notes.append("PiSSA: the adapter is written as plain LoRA of twice the rank, for the base as it was")
-        if params.init == "loftq":
-            _loftq(model, job.source.path)
-            notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     keep_in_fp32(model)
     notes += fused_lora.apply(model, fused_loss=packed, fused_lora=not (params.dora or params.dropout))
     if plan.setting.recompute:
@@ -107,7 +88,7 @@ def checkpoint_activations(model: Any, setting: Any) -> int:
     return layers
 
 
-def _new_adapter(model: Any, params: Any, base: ModelSource, added: list[int]) -> Any:
+def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list[int]) -> Any:
     """added: ids of tokens whose embeddings are trained whole. Raises TunebookError for unknown target modules."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -122,7 +103,6 @@ def _new_adapter(model: Any, params: Any, base: ModelSource, added: list[int]) -
         target_modules=modules if modules == "all-linear" else [m.strip() for m in modules.split(",") if m.strip()],
         task_type="CAUSAL_LM",
         trainable_token_indices=added or None,
-        init_lora_weights="pissa_niter_16" if params.init == "pissa" else True,
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
@@ -139,28 +119,6 @@ def _new_adapter(model: Any, params: Any, base: ModelSource, added: list[int]) -
     return wrapped
 
 
-def _loftq(model: Any, folder: Path) -> None:
-    """Start every adapter at the main directions of what its layer lost to 4 bits (arXiv:2310.08659, one iteration).
-
-    B·A·scaling is the best rank-r approximation of W - W4; PEFT's own leaves the scaling out and needs CUDA.
-    """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight_of = merging.weight_reader(folder)
-    for name, layer in compat.lora_linears(model):
-        weight = layer.get_base_layer().weight
-        if not hasattr(weight, "quant_state"):
-            continue
-        exact = weight_of(name).to(weight.device, torch.float32)
-        lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
-        rank = layer.r["default"]
-        u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=8)
-        root = (s[:rank] / layer.scaling["default"]).sqrt()
-        layer.lora_A["default"].weight.data = (root[:, None] * v[:, :rank].T).contiguous()
-        layer.lora_B["default"].weight.data = (u[:, :rank] * root).contiguous()
-
-
 def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
     """The adapter folder that start_from names. Raises TunebookError for another base or another chat template."""
     folder = Path(name).expanduser()
@@ -172,7 +130,9 @@ def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or base
     same_base = Path(trained_on).name == Path(base).name
     brings_tokenizer = same_base and (folder / "tokenizer_config.json").is_file()
-    if not same_base or (brings_tokenizer and template_hash(load_tokenizer(folder)) != template_hash(tokenizer)):
+    if not same_base or (
+        brings_tokenizer and loading.template_hash(loading.load_tokenizer(folder)) != loading.template_hash(tokenizer)
+    ):
         what = "with another chat template than this data was rendered with"
         raise TunebookError(
             f"The adapter in {folder} was trained {what if same_base else f'on {trained_on} and this base is {base}'}; "
@@ -181,34 +141,9 @@ def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
     return folder.resolve()
 
 
-def counts(model: Any) -> dict[str, int]:
-    """Trainable and all parameters (a packed 4-bit weight counts as the weights that it holds)."""
-    found = {"trainable": 0, "all": 0}
-    for weight in model.parameters():
-        state = getattr(weight, "quant_state", None)
-        size = int(state.shape.numel()) if state is not None else weight.numel()
-        found["all"] += size
-        found["trainable"] += size if weight.requires_grad else 0
-    return found
-
-
-def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
-    """LoRA+'s optimizer with its two learning rates; None when the trainer's arguments say it all."""
-    if not params.lora_plus_ratio:
-        return None
-    from peft.optimizers import create_loraplus_optimizer
-    from transformers import Trainer
-
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    rate, ratio = options.pop("lr"), params.lora_plus_ratio
-    options["loraplus_weight_decay"] = params.weight_decay
-    return create_loraplus_optimizer(model, kind, lr=rate, loraplus_lr_ratio=ratio, **options)
-
-
-def save(model: Any, tokenizer: Any, folder: Path, pissa: Path, whole: dict[str, Any] | None = None) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None = None) -> None:
     """Adapter or whole model (in bf16) with its tokenizer into `folder`, which is whole or not there.
 
-    pissa: PiSSA's first adapter, where there is one: what is written is then plain LoRA for the unchanged base.
     whole: the state gathered from all processes, where the model is sharded.
     """
     import torch
@@ -216,13 +151,11 @@ def save(model: Any, tokenizer: Any, folder: Path, pissa: Path, whole: dict[str,
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
-        extra: dict[str, Any] = {"path_initial_model_for_weight_conversion": str(pissa)} if pissa.is_dir() else {}
-        if whole:
-            extra["state_dict"] = whole
+        extra: dict[str, Any] = {"state_dict": whole} if whole else {}
         if model.peft_config["default"].trainable_token_indices:
             extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
-        sort_adapter_config(partial)
+        loading.sort_adapter_config(partial)
     else:
         state = whole or model.state_dict()
         state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state.items()}
@@ -240,25 +173,19 @@ def save(model: Any, tokenizer: Any, folder: Path, pissa: Path, whole: dict[str,
 def decide(params: Any) -> str:
     """ "hf" or "unsloth": what the planner will choose, told by its own function before transformers is imported.
 
-    The model type is read from config.json; torch is asked for the GPU only where all else speaks for Unsloth. Raises
-    TunebookError for backend "unsloth" where it cannot train.
+    Raises TunebookError for backend "unsloth" where it cannot train.
     """
     if params.backend == "hf" or (params.backend == "auto" and importlib.util.find_spec("unsloth") is None):
         return "hf"
     try:
         known = runs.load(params.run, "data", verify=False).data["model"]
-        folder = resolve_model(params.model).path if params.model else Path(known["path"])
+        folder = loading.resolve_model(params.model).path if params.model else Path(known["path"])
         base = json.loads((folder / "config.json").read_text())
     except (TunebookError, OSError, KeyError):  # the job says what is missing when it is opened
         return params.backend.replace("auto", "hf")
     model_type = base.get("text_config", {}).get("model_type") or base.get("model_type", "")
-
-    def chosen(card: cost_model.Card) -> str:
-        return choose_backend(params.backend, card, model_type, params.as_dict())[0]
-
-    if chosen(cost_model.card_named("T4")) == "hf":  # not even on the oldest GPU
-        return "hf"
-    return chosen(cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
+    card = cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here()
+    return choose_backend(params.backend, card, model_type, params.as_dict())[0]
 
 
 def import_first(params: Any) -> bool:
@@ -309,7 +236,7 @@ def load_unsloth(source: Any, params: Any, adapter: Path | None = None) -> tuple
         trust_remote_code=False,
     )
     if adapter is not None:
-        model = load_adapter(model, adapter, trainable=True)
+        model = loading.load_adapter(model, adapter, trainable=True)
         model = FastLanguageModel.for_training(model) or model
     else:
         modules = params.target_modules

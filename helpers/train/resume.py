@@ -25,9 +25,12 @@ from helpers.model.loading import template_hash, tokenizer_hash
 SEAL = "complete.json"
 # What may differ between the run that wrote a checkpoint and the one that resumes from it.
 FREE = ("mirror", "loggers", "keep_checkpoints", "plan_for")
-WORDS = {"data": "The data", "template": "The chat template", "tokenizer": "The tokenizer"}
+WORDS = {"data": "the data", "template": "the chat template", "tokenizer": "the tokenizer"}
 MIRRORED = 3  # newest checkpoints kept on a mirror
-FULL = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = re.compile(
+    "(?i)no space left|quota exceeded|file too large|os error (27|28|122)|streamwriter failed writing|iostream error"
+)
 
 
 def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
@@ -99,33 +102,15 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
             print(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
             shutil.rmtree(checkpoint)
             continue
-        changed = next((name for what, name in WORDS.items() if found.get(what) != of[what]), "")
-        differ = sorted(k for k in of["settings"] if found["settings"].get(k) != of["settings"][k])
-        if changed or differ:
-            written = f"{checkpoint} was written"
-            why = f"{changed} changed since {written}" if changed else f"{written} with another {', '.join(differ)}"
+        differ = [what for name, what in WORDS.items() if found.get(name) != of[name]]
+        differ += sorted(k for k in of["settings"] if found["settings"].get(k) != of["settings"][k])
+        if differ:
             raise TunebookError(
-                f"{why}, so the run cannot be resumed; put the earlier one back, or set resume to 'never' to start "
-                "over. To train an adapter further, name it in start_from."
+                f"{checkpoint} was written before {', '.join(differ)} changed, so the run cannot be resumed; put it "
+                "back, or set resume to 'never' to start over. To train an adapter further, name it in start_from."
             )
         return checkpoint
     return None
-
-
-def must_resume(stage: runs.Stage) -> None:
-    """Refuse, with resume "must", a stage that would start over; what stands in its folder stays there."""
-    if stage.resumed or stage.done:
-        return
-    plan, why = stage.path / "plan.json", "there is no unfinished run"
-    if plan.is_file() and not (stage.path / "manifest.json").exists():
-        before = json.loads(plan.read_text())
-        differ = [k for k, v in stage.params.as_dict().items() if before["params"].get(k) != v]
-        changed = [name for name, parent in stage.parents.items() if before["parents"].get(name) != parent.sha256]
-        why = f"its parameters differ ({', '.join(differ)})" if differ else f"the {changed[0]} stage changed since"
-    raise TunebookError(
-        f"resume is 'must' and the run in {stage.path} cannot be resumed: {why}. Put it back as it was, or set resume "
-        "to 'auto' to begin one ('never' to begin over an unfinished one)."
-    )
 
 
 class Mirror:
@@ -185,7 +170,7 @@ def disk_full_is_a_message(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # every library wraps the system's error in its own; anything else is raised again
         cause: BaseException | None = error
-        while cause and not _says_full(cause):
+        while cause and getattr(cause, "errno", 0) not in FULL and not FULL_WORDS.search(str(cause)):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -196,9 +181,3 @@ def disk_full_is_a_message(folder: Path) -> Iterator[None]:
             f"No space left on the disk while writing to {folder}; free some room and run the same command again, it "
             "resumes from the last whole checkpoint."
         ) from error
-
-
-def _says_full(error: BaseException) -> bool:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return any(words in str(error).lower() for words in (*FULL, "streamwriter failed writing", "iostream error"))

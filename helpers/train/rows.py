@@ -39,21 +39,45 @@ from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 from helpers.runs import Manifest
 
 
-def has_rows(data: Manifest, name: str) -> bool:
-    """Whether the data stage wrote this file with rows in it."""
-    import pyarrow.parquet as parquet
+def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
+    """(training rows, `eval_rows` held-out rows or None, counts of both) of a stage's parameters.
 
-    file = data.path / name
-    return file.is_file() and parquet.read_metadata(file).num_rows > 0
+    Raises TunebookError when there is nothing to train on.
+    """
+    files = ("train.parquet", "eval.parquet")
+    if params.stage == "orpo":
+        files = ("preference.parquet", "preference_eval.parquet")
+        (train, counted), (held_out, more) = (pairs(data, file, params.max_length) for file in files)
+    else:
+        (train, counted), (held_out, more) = (supervised(data, file, params.train_on) for file in files)
+    if not len(train) and params.stage == "orpo":
+        why = ", ".join(f"{n} {reason}" for reason, n in counted["left out"].items()) or "there is none"
+        raise TunebookError(
+            f"{data.path / files[0]} has no pair to train on ({why}); raise max_length, or set preference_dataset in "
+            "notebook 01 and run it again."
+        )
+    if not len(train):
+        raise TunebookError(
+            f"{data.path / files[0]} has {counted['rows']} rows and every token is masked, nothing would be trained; "
+            "answers are empty or cut off: check the preview of notebook 01 and max_length, or set train_on to 'all'."
+        )
+    held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
+    if params.stage == "orpo" and not len(held_out):
+        print("No pair is held out: this run will have no held-out figure, and its last step is kept.")
+    return train, held_out if len(held_out) else None, {"train": counted, "eval": more}
 
 
-def _table(file: Any, columns: list[str]) -> Any:
+def _table(data: Manifest, name: str, columns: list[str]) -> Any:
+    """These columns of one of the data stage's files; no rows where it wrote none."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
+    file = data.path / name
+    if not file.is_file():
+        return Dataset.from_dict({column: [] for column in columns})
     try:
         return Dataset(parquet.read_table(file, columns=columns))
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
@@ -61,42 +85,32 @@ def _table(file: Any, columns: list[str]) -> Any:
         raise TunebookError(f"{file} cannot be read as rows with {', '.join(columns)} ({why}); rerun 01.") from error
 
 
-def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple[Any, dict[str, int]]:
+def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple[Any, dict[str, Any]]:
     """(rows with id, input_ids, labels; counts) of train.parquet or eval.parquet in the data stage's manifest.
 
-    A row without a trained token teaches nothing and would be a division by zero: it is left out and counted. Raises
-    TunebookError when nothing is left.
+    A row without a trained token teaches nothing and would be a division by zero: it is left out and counted.
     """
-    file = data.artifact(name)
-    rows = _table(file, ["id", "input_ids", "completion_mask"])
+    rows = _table(data, name, ["id", "input_ids", "completion_mask"])
 
-    def labels(row: dict[str, Any]) -> dict[str, Any]:
-        mask = row["completion_mask"] if train_on == "completion" else [1] * len(row["input_ids"])
-        return {"labels": [i if m else IGNORE for i, m in zip(row["input_ids"], mask, strict=True)]}
+    def labels_of(ids: list[int], mask: list[int]) -> list[int]:
+        return ids if train_on == "all" else [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
 
-    labelled = rows.map(labels, remove_columns=["completion_mask"], keep_in_memory=True)
-    found = labelled["labels"] if len(rows) else []
-    kept = [i for i, labels_ in enumerate(found) if any(x != IGNORE for x in labels_[1:])]
-    if not kept:
-        raise TunebookError(
-            f"{file} has {len(rows)} rows and every token is masked, so nothing would be trained; the answers are "
-            "empty or cut off by max_length: check the preview of notebook 01, or set train_on to 'all'."
-        )
+    labels = [labels_of(*row) for row in zip(rows["input_ids"], rows["completion_mask"], strict=True)]
+    kept = [number for number, row in enumerate(labels) if any(label != IGNORE for label in row[1:])]
     counts = {"rows": len(rows), "without trained tokens": len(rows) - len(kept)}
+    labelled = rows.remove_columns(["completion_mask"]).add_column("labels", labels)
     return labelled.select(kept, keep_in_memory=True), counts
 
 
-def pairs(data: Manifest, name: str, max_length: int, swap: bool = False) -> tuple[Any, dict[str, Any]]:
+def pairs(data: Manifest, name: str, max_length: int) -> tuple[Any, dict[str, Any]]:
     """(pairs with id, prompt_ids, chosen_ids, rejected_ids; counts with the reasons) of a preference file.
 
     Pairs over `max_length` and pairs with an empty answer are left out and counted: cut answers have no end, and an
-    empty one has the mean log-probability 0/0. swap: chosen and rejected exchanged. The pairs may be none at all.
+    empty one has the mean log-probability 0/0.
     """
-    rows = _table(data.artifact(name), ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
+    rows = _table(data, name, ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
     reasons = [unusable(row, max_length) for row in rows]
     out = rows.select([i for i, reason in enumerate(reasons) if not reason], keep_in_memory=True)
-    if swap:
-        out = out.rename_columns({"chosen_ids": "rejected_ids", "rejected_ids": "chosen_ids"})
     left_out = [row_id for row_id, reason in zip(rows["id"], reasons, strict=True) if reason]
     counted = dict(Counter(filter(None, reasons)))
     return out, {"pairs": len(rows), "left out": counted, "left out ids": left_out[:50]}
@@ -145,58 +159,52 @@ def prompts(rows: Any, tokenizer: Any, count: int = 4) -> list[dict[str, Any]]:
 
 
 def preview(row: dict[str, Any], tokenizer: Any) -> Html:
-    """One row as it is trained: every token, the trained ones marked (HTML in a notebook, [brackets] in a terminal)."""
+    """One row as it is trained, the trained tokens marked (HTML in a notebook, [brackets] in a terminal)."""
     prompt, answer = _parts(row)
     labels = row.get("labels") or [IGNORE] * len(prompt) + answer
-    markup, text, before = [], [], False
-    for token, label in zip([*prompt, *answer], labels, strict=True):
-        trained, piece = label != IGNORE, tokenizer.decode([token])
+    markup, text = "", ""
+    for trained, part in groupby(zip([*prompt, *answer], labels, strict=True), lambda pair: pair[1] != IGNORE):
+        piece = tokenizer.decode([token for token, _ in part])
         style = "background:#E69F0055;color:inherit" if trained else "background:none;opacity:.65"
-        markup.append(f"<mark style='{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>")
-        text += ["[" if trained and not before else "]" if before and not trained else "", piece]
-        before = trained
+        markup += f"<mark style='{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>"
+        text += f"[{piece}]" if trained else piece
     title = f"<p><b>{escape(row.get('id', ''))}</b>, trained tokens marked:</p>"
-    shown = f"{title}<code style='white-space:pre-wrap'>{''.join(markup)}</code>"
-    return Html(shown, "".join(text) + ("]" if before else ""))
+    return Html(f"{title}<code style='white-space:pre-wrap'>{markup}</code>", text)
 
 
 # ---------------------------------------------------------------- rows as batches
 
 
+@dataclass(eq=False)
 class PackedRows:
     """A map-style dataset whose items are rows: lists of examples that belong together.
 
-    examples: a sequence of dicts, or a Hugging Face dataset; `lengths`: their tokens, default those of `input_ids`.
-    padded: rows will be padded to their longest example, so `budget` and the evenness of rows count padding too.
-    Read in order, one row a batch, with `gradient_accumulation_steps = accumulation`, an optimizer step is exactly
-    `batch_size` examples, also when accelerate deals rows out to `world_size` processes. A step's last rows may be
-    empty: they come as one token that no loss counts.
+    lengths: tokens of the examples, default those of `input_ids`. padded: rows will be padded to their longest example,
+    so `budget` and the evenness of rows count padding too. Read in order, one row a batch, with
+    `gradient_accumulation_steps = accumulation`, an optimizer step is exactly `batch_size` examples, also when
+    accelerate deals rows out to `world_size` processes. A step's last rows may be empty.
     """
 
-    def __init__(
-        self,
-        examples: Any,
-        *,
-        batch_size: int,
-        accumulation: int,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        lengths: Sequence[int] | None = None,
-        budget: int | None = None,
-        padded: bool = False,
-    ) -> None:
-        self.examples = examples
-        self.lengths = list(lengths) if lengths is not None else [len(e["input_ids"]) for e in examples]
-        self.batch_size, self.rows_per_step = batch_size, accumulation * world_size
-        self.seed, self.shuffle, self.budget, self.padded = seed, shuffle, budget, padded
+    examples: Any
+    batch_size: int
+    accumulation: int
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    lengths: Sequence[int] = ()
+    budget: int | None = None
+    padded: bool = False
+
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [len(example["input_ids"]) for example in self.examples]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Cut the rows of this epoch, in its own order; accelerate's data loader calls it."""
         self.rows: list[list[int]] = []
+        per_step = self.accumulation * self.world_size
         for batch in epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle):
-            self.rows += batch_rows(batch, self.lengths, self.rows_per_step, self.budget, self.padded)
+            self.rows += batch_rows(batch, self.lengths, per_step, self.budget, self.padded)
 
     def costs(self) -> list[int]:
         """Tokens that the GPU works through for each row."""
@@ -229,13 +237,14 @@ class RowCollator:
     """Rows of `PackedRows` into one batch.
 
     layout "packed": one row of all documents; "padded": a row per document and an attention mask, for models whose
-    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. Adds
-    `loss_positions`, and for people `row_ids` and `tokens`.
+    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. positions: with
+    `loss_positions`, for `model.chunked_loss`. For people there are `row_ids` and `tokens`.
     """
 
     pad_token_id: int
     layout: str = "packed"
     share: bool = False
+    positions: bool = True
 
     def __call__(self, rows: Sequence) -> dict[str, Any]:
         examples = [example for row in rows for example in row]
@@ -250,7 +259,8 @@ class RowCollator:
             batch = shared_tensors(shown, prefix)
         else:
             batch = row_tensors(shown) if self.layout == "packed" else padded_tensors(shown, self.pad_token_id)
-        batch["loss_positions"] = loss_positions(batch["labels"])
+        if self.positions:
+            batch["loss_positions"] = loss_positions(batch["labels"])
         batch["row_ids"] = [str(e.get("id", "")) for e in examples]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
         return batch

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from transformers import PrinterCallback, Trainer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
-from trl.data_utils import unpair_preference_dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -34,13 +33,12 @@ PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold
 
 
 class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
-    """What both packed trainers share; `make` sets its attributes. fused: `model.chunked_loss` is in the model."""
+    """What both packed trainers share; `make` sets its attributes."""
 
     control: Any
     rows: PackedRows
     held_out_rows: PackedRows | None
     row_collator: RowCollator
-    fused: bool
     step_rows: list[tuple[list[str], torch.Tensor]]  # ids and loss of the step's rows so far
     trained_tokens: int
 
@@ -56,7 +54,6 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         return self._loader(self.held_out_rows)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """A step's rows; counts the tokens in them, of all processes."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.trained_tokens += int(self._everywhere(sum(batch["tokens"] for batch in batches))[0])
         return batches, items
@@ -118,15 +115,11 @@ class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        for name in EXTRA if self.fused else (*EXTRA, "loss_positions"):
-            inputs.pop(name, None)
-        inputs["use_cache"] = False
+        inputs = {k: v for k, v in inputs.items() if k not in EXTRA} | {"use_cache": False}
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         count = (inputs["labels"][..., 1:] != IGNORE).sum()
-        if not self.fused:
-            inputs.pop("loss_positions", None)
         loss = model(**inputs, use_cache=False).loss
         return {"loss": torch.where(count > 0, loss * count, 0.0), "count": count}
 
@@ -145,7 +138,7 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         return feature
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """A step's rows; counts the tokens and the pairs that its loss is divided by."""
+        """A step's rows; its loss is divided by the tokens and the pairs in them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_tokens, self.step_pairs = self._everywhere(
             sum(b["nll_tokens"] for b in batches), sum(b["pair_count"] for b in batches)
@@ -213,12 +206,10 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         return {"loss": nll - of_pairs.pop("preference"), "nll_loss": nll, **of_pairs}
 
 
-class PairsDPOTrainer(compat.RowsAsTheyAre, DPOTrainer):
-    pass
+class PairsDPOTrainer(compat.RowsAsTheyAre, DPOTrainer): ...
 
 
-class RowsKTOTrainer(compat.RowsAsTheyAre, KTOTrainer):
-    pass
+class RowsKTOTrainer(compat.RowsAsTheyAre, KTOTrainer): ...
 
 
 class PairsSimPOTrainer(CPOTrainer):
@@ -235,14 +226,13 @@ class PairsSimPOTrainer(CPOTrainer):
 
 def unpaired(pairs: Any, group: int) -> Any:
     """KTO's rows: every answer alone with its label, and for the divergence another answer of the same `group` rows."""
-    names = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
-    rows = unpair_preference_dataset(pairs.select_columns(list(names)).rename_columns(names), batch_size=group // 2)
-    rows = rows.rename_columns({"prompt": "prompt_ids", "completion": "completion_ids"})
 
-    def mismatched(batch: dict[str, list]) -> dict[str, list]:
-        return {"KL_completion_ids": [batch["completion_ids"][-1], *batch["completion_ids"][:-1]]}
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        answers, count = batch["chosen_ids"] + batch["rejected_ids"], len(batch["chosen_ids"])
+        rows = {"prompt_ids": batch["prompt_ids"] * 2, "completion_ids": answers}
+        return {**rows, "label": [True] * count + [False] * count, "KL_completion_ids": answers[-1:] + answers[:-1]}
 
-    return rows.map(mismatched, batched=True, batch_size=group)
+    return pairs.map(split, batched=True, batch_size=group // 2, remove_columns=pairs.column_names)
 
 
 # ---------------------------------------------------------------- a job's trainer
@@ -251,38 +241,38 @@ def unpaired(pairs: Any, group: int) -> Any:
 LOSSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sft": (RowSFTTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_type": "nll"}),
     "orpo": (RowORPOTrainer, ORPOConfig, {}),
-    "dpo": (PairsDPOTrainer, DPOConfig, {}),
-    "kto": (RowsKTOTrainer, KTOConfig, {"train_sampling_strategy": "sequential"}),
+    "dpo": (PairsDPOTrainer, DPOConfig, {"max_length": None}),
+    "kto": (RowsKTOTrainer, KTOConfig, {"max_length": None, "train_sampling_strategy": "sequential"}),
     "simpo": (PairsSimPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
 }
 
 
-def make(job: Any, model: Any, precision: config.Precision) -> Any:
+def make(job: Any, model: Any, precision: str) -> Any:
     """The trainer of a `job.TrainJob`, its rows in place.
 
     Starting from an adapter, the reference of DPO and KTO is a copy of it; else it is the base.
     """
     params, loss, train, held_out = job.params, config.loss_of(job.params), job.train_rows, job.held_out
     packed = loss in ("sft", "orpo")
-    micro = 1 if packed else min(params.batch_size, PAIRS)
-    accumulation = job.planned.accumulation if packed else math.ceil(params.batch_size / micro)
-    given = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
-    rows = 2 * micro if loss == "kto" else micro  # KTO's rows are single answers
-    if not packed:
-        given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
-    given["max_length"] = params.max_length if loss in ("orpo", "simpo") else None
+    kind, settings, given = LOSSES[loss]
     if loss == "sft":
-        given["neftune_noise_alpha"] = params.neftune_alpha or None
+        given = {**given, "max_length": None}
     else:
-        given |= {"beta": params.beta, "disable_dropout": False}
+        given = {"max_length": params.max_length, **given, "beta": params.beta, "disable_dropout": False}
     if loss == "simpo":
         given["simpo_gamma"] = params.simpo_gamma
-    if loss == "kto":
-        train, held_out = (None if pairs is None else unpaired(pairs, rows) for pairs in (train, held_out))
-    kind, settings, fixed = LOSSES[loss]
+    accumulation = job.planned.accumulation
+    if not packed:
+        pairs = min(params.batch_size, PAIRS)
+        accumulation, rows = math.ceil(params.batch_size / pairs), pairs
+        if loss == "kto":  # its rows are single answers
+            rows = 2 * pairs
+            train, held_out = unpaired(train, rows), held_out and unpaired(held_out, rows)
+        given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
+    shared = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
     trainer = kind(
         model=model,
-        args=compat.use_one_gpu(settings(**given, **fixed)),
+        args=compat.use_one_gpu(settings(**{**shared, **given})),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=job.tokenizer,
@@ -291,8 +281,7 @@ def make(job: Any, model: Any, precision: config.Precision) -> Any:
     if packed:
         compat.shard(trainer)
         _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
-    trainer.optimizer = methods.lora_plus(model, params, trainer.args)
-    trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.LiveCurve` speaks for it
+    trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
 
 
@@ -309,9 +298,9 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowColla
     if job.held_out is not None:
         trainer.held_out_rows = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
     share = plan.packed and plan.backend == "hf" and plan.attention == packed_attention.SDPA
-    layout = "packed" if plan.packed else "padded"
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    trainer.row_collator, trainer.fused = collator(job.tokenizer.pad_token_id, layout, share), not can_fuse(causal)
+    layout = "packed" if plan.packed else "padded"
+    trainer.row_collator = collator(job.tokenizer.pad_token_id, layout, share, positions=not can_fuse(causal))
     trainer.step_rows, trainer.trained_tokens = [], 0
     trainer.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing

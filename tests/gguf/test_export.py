@@ -64,7 +64,7 @@ def test_an_adapter_is_written_with_its_names_in_a_stable_order(tiny_llama, toke
     names = ["v_proj", "q_proj", "up_proj", "k_proj", "down_proj", "o_proj", "gate_proj"]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
-    methods.save(model, tokenizer, tmp_path / "adapter", tmp_path / "none")
+    methods.save(model, tokenizer, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["target_modules"] == sorted(names)
 
 

@@ -11,7 +11,7 @@ import train_data
 
 from helpers import machine, runs
 from helpers import params as parameters
-from helpers.train import distributed, preference
+from helpers.train import distributed, training
 
 SMALL = {
     "epochs": 1.0,
@@ -72,7 +72,7 @@ def go(run, processes, **changes):
         return runs.folder(run, "sft")
     from helpers.train.__main__ import train
 
-    train("sft", values)
+    train(values)
     return runs.folder(run, "sft")
 
 
@@ -122,12 +122,6 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
-def test_a_sharded_run_writes_sample_answers_and_does_not_wait_for_ever(runs_root, untied_llama, tokenizer, two_cores):
-    folder = trained(runs_root, untied_llama, tokenizer, "samples", 2, method="lora", sample_every=1, max_steps=2)
-    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in written] == [1] * 4 + [2] * 4
-
-
 def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_others(
     runs_root, narrow_llama, tokenizer, two_cores
 ):
@@ -135,7 +129,7 @@ def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_ot
     for run in ("alone", "pair"):
         train_data.data_stage(run, narrow_llama, tokenizer, held_out_pairs=one)
     given = {**SMALL, "start_from": "base", "max_steps": 2, "eval_steps": 2}
-    alone = preference.open(parameters.resolve("orpo", {**given, "run": "alone"})).run()
+    alone = training.open(parameters.resolve("orpo", {**given, "run": "alone"})).run()
     status, said = torchrun("orpo", parameters.resolve("orpo", {**given, "run": "pair"}), 2)
     assert status == 0, said[-3000:]
     both = runs.load("pair", "orpo").metrics

@@ -6,13 +6,15 @@ from helpers import params as parameters
 from helpers import plots
 from helpers.evaluate.generate import HfModel
 from helpers.tasks.questions import Decoding
-from helpers.train import callbacks, rows, sft
+from helpers.train import callbacks, rows, training
 
 
 def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2, tokenizer):
     held_out = train_data.sft_rows(tokenizer, 24, seed=5)
     train_data.data_stage("r", smollm2.path, tokenizer, train=train_data.sft_rows(tokenizer, 96), held_out=held_out)
-    job = sft.open(parameters.resolve("sft", {"run": "r", "eval_rows": 2, "eval_steps": 12, "export_check": False}))
+    job = training.open(
+        parameters.resolve("sft", {"run": "r", "eval_rows": 2, "eval_steps": 12, "export_check": False})
+    )
     job.train()
     losses = plots.series(callbacks.read(job.log), "loss")[1]
     assert losses[-1] < 0.35 * losses[0]

@@ -43,6 +43,7 @@ def test_auto_takes_unsloth_only_on_cards_without_the_kernels(monkeypatch):
         ({"dora": True}, "DoRA"),
         ({"loss": "dpo"}, "loss dpo"),
         ({"model": "mamba"}, "mamba"),
+        ({"precision": "fp32"}, "precision is fp32"),
     ],
 )
 def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
@@ -53,7 +54,7 @@ def test_unsloth_is_refused_where_it_cannot_work(monkeypatch, values, reason):
 
 def test_nothing_imports_unsloth_or_torch_by_itself():
     code = (
-        "import helpers.train.sft, helpers.train.preference, helpers.train.__main__, helpers.notebook, sys; "
+        "import helpers.train.training, helpers.train.__main__, helpers.notebook, sys; "
         "print(sorted({'torch', 'transformers', 'unsloth'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=machine.PROJECT, capture_output=True, text=True, check=True)
@@ -91,14 +92,11 @@ def test_a_late_import_is_a_message(installed):
     [({}, "mamba"), ({"method": "full"}, "llama"), ({"dora": True}, "llama"), ({"precision": "fp32"}, "llama")],
 )
 def test_unsloth_is_not_imported_for_a_job_that_the_planner_gives_to_the_other_backend(
-    installed, monkeypatch, narrow_llama, values, kind, tmp_path
+    installed, narrow_llama, values, kind, tmp_path
 ):
     """transformers would be patched, and here the import itself would be refused."""
     config = json.loads((narrow_llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    monkeypatch.setattr(
-        cost_model, "card_here", lambda: pytest.fail("torch is asked for the GPU though nothing depends on it")
-    )
     assert methods.decide(given(model=str(tmp_path), **values)) == "hf"
     assert not methods.import_first(given(model=str(tmp_path), **values))
 

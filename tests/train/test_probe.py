@@ -10,7 +10,7 @@ import torch
 import train_data
 
 from helpers import runs
-from helpers.train import config, deadline, resume, sft
+from helpers.train import config, deadline, resume, training
 
 SMALL = {
     "batch_size": 4,
@@ -32,7 +32,7 @@ def prepared(runs_root, tiny_llama, tokenizer):
         train=train_data.sft_rows(tokenizer, 24),
         held_out=train_data.sft_rows(tokenizer, 4, seed=1),
     )
-    return lambda **given: sft.open(train_data.settings("sft", **{**SMALL, **given}))
+    return lambda **given: training.open(train_data.settings("sft", **{**SMALL, **given}))
 
 
 def test_a_probing_step_corrects_the_plan_and_changes_neither_weights_nor_random_numbers(prepared):

@@ -16,7 +16,7 @@ import yaml
 from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.machine import PROJECT
-from helpers.train import callbacks, resume, sft
+from helpers.train import callbacks, resume, training
 from helpers.train.__main__ import main
 
 
@@ -27,7 +27,7 @@ def settings(**given):
 
 
 def run(**given):
-    job = sft.open(settings(**given))
+    job = training.open(settings(**given))
     job.train()
     return job
 
@@ -45,7 +45,7 @@ def interrupt(step, **given):
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    job = sft.open(settings(**given)).build()
+    job = training.open(settings(**given)).build()
     job.trainer.add_callback(Kill())
     with pytest.raises(KeyboardInterrupt):
         job.train()
@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_with_the_same_rows_rates_and_losses(data, tmp_path
     assert steps == list(range(1, 25)) and found == pytest.approx(expected, abs=1e-4)
     assert plots.series(callbacks.read(log), "learning_rate")[1] == pytest.approx(rates, rel=1e-6)
     assert runs.load("r", "sft").metrics["steps"] == 24
-    shown = sft.open(settings(max_steps=24, epochs=6))  # in a notebook that is opened afterwards
+    shown = training.open(settings(max_steps=24, epochs=6))  # in a notebook that is opened afterwards
     assert shown.stage.done and "24 steps" in repr(shown.plan()) and "24 steps" in repr(shown.train())
     assert "q0-0" in shown.first_row()._repr_html_() and shown.figure()._repr_png_()
 
@@ -115,29 +115,14 @@ def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
 def test_another_jobs_checkpoint_is_refused(data):
     job = interrupt(6)
     for key, word in (
-        ("data", "The data changed"),
-        ("template", "The chat template changed"),
-        ("tokenizer", "The tokenizer changed"),
+        ("data", "before the data changed"),
+        ("template", "before the chat template changed"),
+        ("tokenizer", "before the tokenizer changed"),
     ):
         with pytest.raises(TunebookError, match=word):
             resume.newest(job.checkpoints, {**job.identity, key: "0" * 64})
-    with pytest.raises(TunebookError, match="another learning_rate"):
+    with pytest.raises(TunebookError, match="before learning_rate changed"):
         resume.newest(job.checkpoints, {**job.identity, "settings": {**job.identity["settings"], "learning_rate": 1.0}})
-
-
-def test_must_resumes_or_refuses_and_never_starts_over(data, capsys, narrow_llama, tokenizer):
-    with pytest.raises(TunebookError, match="there is no unfinished run"):
-        run(resume="must")
-    job = interrupt(6)
-    with pytest.raises(TunebookError, match=r"its parameters differ \(.*learning_rate.*\)"):
-        sft.open(settings(resume="must", learning_rate=5e-4))
-    assert resume.numbered(job.checkpoints), "the unfinished run is where it was"
-    assert losses(run(resume="must"))[0] == list(range(1, 13))
-    assert "Resuming from checkpoint-4" in capsys.readouterr().out
-    runs.unlock("r", "sft")
-    train_data.data_stage("r", narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 20, seed=9))
-    with pytest.raises(TunebookError, match=r"parameters differ|the data stage changed since"):
-        sft.open(settings(resume="must"))
 
 
 def test_never_begins_anew(data, capsys):
@@ -226,7 +211,7 @@ def test_start_from_trains_an_adapter_further_and_is_not_a_resume(data, narrow_l
     held = first.trainer.evaluate()["eval_loss"]
     adapter = first.finish().path / "adapter"
     train_data.data_stage("r2", narrow_llama, tokenizer)
-    job = sft.open(settings(run="r2", start_from=str(adapter), max_steps=4)).build()
+    job = training.open(settings(run="r2", start_from=str(adapter), max_steps=4)).build()
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(held, rel=1e-4)
     job.train()
     assert losses(job)[0] == [1, 2, 3, 4] and job.result["eval_loss"] < held
@@ -236,17 +221,17 @@ def test_an_adapter_of_another_base_or_template_is_refused(data, narrow_llama, t
     adapter = tmp_path / "adapter"
     shutil.copytree(run(max_steps=4).finish().path / "adapter", adapter)
     with pytest.raises(TunebookError, match="is not an adapter folder"):
-        sft.open(settings(start_from=str(tmp_path)))
+        training.open(settings(start_from=str(tmp_path)))
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
     config = (other / "adapter_config.json").read_text().replace(str(narrow_llama), "someone/else")
     (other / "adapter_config.json").write_text(config)
     with pytest.raises(TunebookError, match="was trained on someone/else"):
-        sft.open(settings(start_from=str(other)))
+        training.open(settings(start_from=str(other)))
     shutil.copy(adapter / "adapter_config.json", other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     with pytest.raises(TunebookError, match="another chat template"):
-        sft.open(settings(start_from=str(other)))
+        training.open(settings(start_from=str(other)))
 
 
 def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_path):
@@ -254,7 +239,7 @@ def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_pat
     shutil.copytree(narrow_llama, other)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     with pytest.raises(TunebookError, match="is not the one that the data of run 'r' was rendered with"):
-        sft.open(settings(model=str(other)))
+        training.open(settings(model=str(other)))
 
 
 # ---------------------------------------------------------------- runs that cannot come right
@@ -263,7 +248,7 @@ def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_pat
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
     import torch
 
-    job = sft.open(settings()).build()
+    job = training.open(settings()).build()
     with torch.no_grad():
         next(p for p in job.model.parameters() if p.requires_grad)[0, 0] = float("nan")
     with pytest.raises(TunebookError, match=r"stopped at step 1: the loss is nan; .*Rows of that step: q0-\d+, "):
@@ -272,7 +257,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(data):
 
 
 def test_steps_without_gradient_stop_the_run(data):
-    job = sft.open(settings(weight_decay=0.0)).build()
+    job = training.open(settings(weight_decay=0.0)).build()
     for name, weight in job.model.named_parameters():
         if "lora_" in name:
             weight.data.zero_()

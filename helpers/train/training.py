@@ -1,0 +1,108 @@
+"""Notebooks 02 and 03, from the rows of notebook 01 to an adapter: SFT, then preference training. ORPO
+(arXiv:2403.07691) needs no reference model; DPO, KTO and SimPO stand beside it by parameter.
+
+job = training.open(params)   checks, base, rows, plan: nothing is loaded or written
+job.train()                   the model in 4 bits and an adapter on it (`methods`), TRL's trainer on packed rows
+                              (`trainers`, `rows`), probing rows (`deadline`), then the loop, or the rest of one that
+                              was killed (`resume`)
+job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, and the manifest last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from helpers import machine, runs
+from helpers.data.vocabulary import add_tokens
+from helpers.errors import TunebookError
+from helpers.gguf import preflight
+from helpers.model import packed_attention
+from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash
+from helpers.params import TrainingParams
+from helpers.planner import plan as planner
+from helpers.planner.plan import Plan
+from helpers.train import config, distributed, methods, rows
+from helpers.train.job import TrainJob
+
+NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
+
+
+def open(params: TrainingParams) -> TrainJob:
+    """The job of these parameters. Raises TunebookError for what cannot work, cannot fit or has no rows."""
+    gpu = machine.gpu()
+    config.check(params, gpu.capability if gpu else None)
+    stage = distributed.shared(lambda: _stage(params))
+    if stage.done:
+        return TrainJob(stage)
+    data = stage.parents["data"]
+    source, tokenizer = _base(params, data)
+    adapter = _adapter(params, stage.parents.get("sft"), source.name, tokenizer)
+    train, held_out, counts = rows.read(data, params)
+    plan = _plan(params, train, source, adapter, stage)
+    return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter)
+
+
+def _stage(params: TrainingParams) -> runs.Stage:
+    """The stage's folder, looked at and not touched. Of several processes the first begins the work for all."""
+    stage = runs.stage(params.stage, params)
+    if distributed.size() > 1 and not stage.done:
+        stage.begin()
+    return stage
+
+
+def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any]:
+    """(source, tokenizer) of the base that the data was rendered for; TunebookError for another chat template."""
+    known = data.data.get("model") or {}
+    from_hub, from_folder = (known.get("origin") == origin and not params.model for origin in ("hub", "folder"))
+    name = params.model or known["path" if from_folder else "name"]
+    source = resolve_model(name, known.get("revision", "") if from_hub else "")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
+    warnings.filterwarnings("ignore", NO_HUB)
+    tokenizer = load_tokenizer(source)
+    if data.data.get("template_hash") not in (None, template_hash(tokenizer)):
+        raise TunebookError(
+            f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; "
+            f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
+        )
+    if added := data.params.get("add_tokens"):
+        add_tokens(None, tokenizer, added)
+    return source, tokenizer
+
+
+def _adapter(params: TrainingParams, sft: runs.Manifest | None, base: str, tokenizer: Any) -> Path | None:
+    """Folder of the adapter that is trained further."""
+    if sft and not (sft.path / "adapter").is_dir():
+        raise TunebookError(
+            f"The SFT stage of run {sft.data['run']!r} trained the model's own weights, not an adapter; set start_from "
+            f"to 'base' and name its model folder ({sft.path / 'model'}) as model."
+        )
+    if sft:
+        return sft.path / "adapter"
+    named = params.start_from not in config.NO_ADAPTER
+    return methods.adapter_to_start_from(params.start_from, base, tokenizer) if named else None
+
+
+def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path | None, stage: runs.Stage) -> Plan:
+    """The planner's plan for these rows. Raises TunebookError for a job that cannot fit, or a model that would train
+    and then not export to GGUF (`export_check`)."""
+    if params.export_check:
+        preflight.check(source, adapter=adapter, where=stage.path).require()
+    lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
+    world = distributed.size()
+    plan = planner.plan(params, lengths, source, world, padded_lengths=padded)
+    shares = plan.backend == "hf" and plan.packed and plan.attention == packed_attention.SDPA
+    if shares and plan.accumulation > 1 and not params.row_tokens:
+        # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
+        # counts for more here than anything else.
+        whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world) :])
+        longer = dataclasses.replace(params, row_tokens=whole)
+        try:
+            return planner.plan(longer, lengths, source, world, padded_lengths=padded)
+        except TunebookError:  # such a row does not fit: keep the one that does
+            return plan
+    return plan

@@ -209,7 +209,7 @@ class TrainJob(steps.Job):
         return self
 
     def _train(self) -> None:
-        trainer, whole, start, done = self.trainer, self.trainer.args.max_steps, None, False
+        trainer, whole, start = self.trainer, self.trainer.args.max_steps, None
         if self.params.resumes:
             start = resume.newest(self.checkpoints, self.identity)
             if start is None and self.mirror:
@@ -220,9 +220,8 @@ class TrainJob(steps.Job):
             print(f"Resuming from {start.name}.")
             state = resume.trainer_state(start)
             trainer.args.eval_steps, trainer.args.save_steps = state["eval_steps"], state["save_steps"]
-            done = resume.step_of(start) >= state["max_steps"]
         try:
-            if start is not None and done:
+            if start and resume.step_of(start) >= state["max_steps"]:
                 self._take_finished(start)
             else:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -234,7 +234,7 @@ def test_a_step_called_twice_shows_the_first_and_a_finished_run_shows_everything
     again = prepared()
     assert repr(again.train()) == repr(first) and again.finish().sha256 == manifest.sha256
     assert {name: repr(getattr(again, name)()) for name in shown} == shown
-    assert again.figure()._repr_png_().startswith(b"\x89PNG")
+    assert again.figure().data.startswith(b"\x89PNG")
 
 
 def test_a_finished_job_lets_go_of_its_model(data):

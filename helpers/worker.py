@@ -70,10 +70,6 @@ class Worker:
         self._one_at_a_time = threading.Lock()
         self._begin()
 
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
     def ask(self, request: Any, on_event: Event | None = None, timeout_s: float | None = 600) -> Any:
         """The handler's answer to a request, plain JSON both.
 
@@ -81,7 +77,7 @@ class Worker:
         RuntimeError with the child's traceback for any other exception.
         """
         with self._one_at_a_time:
-            if not self.alive:
+            if self.process.poll() is not None:
                 self.close()
                 self._begin()
             with contextlib.suppress(OSError):  # it has ended: the answer that does not come says so

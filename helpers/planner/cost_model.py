@@ -90,12 +90,12 @@ def card_here() -> Card:
         return replace(CPU, total_gib=host)
     total = min(found.total_gib, free + CONTEXT_GIB)  # asking has made the context, which every estimate counts again
     words = found.name.replace("-", " ").split()
-    for card in CARDS.values():
-        if card.name.split("-")[0] in words and abs(card.total_gib - found.total_gib) < 0.2 * card.total_gib:
-            return replace(card, name=found.name, total_gib=total, host_gib=host)
+    near = [c for c in CARDS.values() if abs(c.total_gib - found.total_gib) < 0.2 * c.total_gib]
+    known = [card for card in near if card.name.split("-")[0] in words]
     # A GPU without figures: rated by its compute capability, with wide bars.
-    like = CARDS["T4" if found.capability < (8, 0) else "A100-40" if found.capability < (9, 0) else "H100"]
-    return replace(like, name=found.name, capability=found.capability, total_gib=total, spread=0.5, host_gib=host)
+    like = "T4" if found.capability < (8, 0) else "A100-40" if found.capability < (9, 0) else "H100"
+    card = known[0] if known else replace(CARDS[like], capability=found.capability, spread=0.5)
+    return replace(card, name=found.name, total_gib=total, host_gib=host)
 
 
 class Shape:

@@ -139,17 +139,17 @@ def _remedy(run: str, stage: str) -> str:
 class Stage:
     """A stage's folder. Files put under `path` after `begin` become artifacts when `finish` writes the manifest.
 
-    done: its manifest when it is finished with the same parameters, parents and code already; resumed: an earlier run
-    of the same parameters and parents left it unfinished.
+    done: its manifest when it is finished with the same parameters, parents and code already; resumed: `begin`
+    found what an earlier run of the same parameters and parents left unfinished.
     """
 
     name: str
     params: Params
     path: Path
     parents: dict[str, Manifest]
-    resumed: bool
     done: Manifest | None = None
     begun: bool = False
+    resumed: bool = False
     _started: float = field(default_factory=time.monotonic)
     _code: str = ""
     _plan: dict[str, Any] = field(default_factory=dict)
@@ -249,10 +249,10 @@ def stage(name: str, params: Params) -> Stage:
             parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"), verify=False)
     _check_lineage(params.run, parents)
     plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    done, resumed = _done(name, params, plan), params.resumes and _unfinished(path, plan)
+    done = _done(name, params, plan)
     for parent in parents if done is None else ():  # what is only shown again reads none of their files
         load(params.run, parent)
-    return Stage(name, params, path, parents, resumed, done, _plan=plan)
+    return Stage(name, params, path, parents, done, _plan=plan)
 
 
 def _done(name: str, params: Params, plan: dict[str, Any]) -> Manifest | None:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from helpers.cache import Answers
-from helpers.data.shingles import shingles, tokens
+from helpers.data.shingles import tokens
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import BATCH_ROWS, PLACE, Row, answer_of, batches, make_row, text_of
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint, Reply, Request
 from helpers.params import DataParams
+from helpers.tasks.text_metrics import f1
 
 ASK_PAIRS = (
     "Write {count} question-answer pairs about the document below, in its language. Each question must be "
@@ -33,10 +33,8 @@ MENTIONS_DOCUMENT = re.compile(
 )
 GROUNDED = 0.5  # share of an answer's words that the document must hold
 SAMPLES = 4  # answers drawn for each question of a preference pair
-MARGIN, GOOD = 0.2, 0.3  # how far apart chosen and rejected must be scored, and the lowest score of a chosen answer
+MARGIN, GOOD = 0.2, 0.4  # how far apart chosen and rejected must be scored, and the lowest score of a chosen answer
 TEXT = {"type": "string"}
-
-Judge = Callable[[str, str, str], float]  # (question, reference, answer) → 0 to 1
 
 
 def object_of(**properties: dict) -> dict:
@@ -106,7 +104,7 @@ def preference_pairs(
     report: StepReport,
     client: Client,
     p: DataParams,
-    judge: Judge | None = None,
+    judge: Callable[[str, str], float] = f1,
     *,
     samples: int = SAMPLES,
     margin: float = MARGIN,
@@ -116,8 +114,8 @@ def preference_pairs(
 ) -> Iterator[list[Row]]:
     """Preference rows by rejection sampling: `samples` answers to each question, the best chosen, the worst rejected.
 
-    questions: sft rows whose last turn is the reference answer, read twice. judge: by default `overlap` with the
-    reference. Questions without a clear winner go to the rejects.
+    questions: sft rows whose last turn is the reference answer, read twice. judge: (answer, reference) → 0 to 1.
+    Questions without a clear winner go to the rejects.
     """
 
     def request(row: Row, sample: int) -> Request:
@@ -130,8 +128,7 @@ def preference_pairs(
         if len(answers) < 2:
             report.drop(row, "fewer than two different answers", next((r.error for r in replies if r.error), ""))
             return
-        asked = "\n".join(m.get("content") or "" for m in row["messages"][:-1] if m["role"] != "system")
-        marks = {answer: float((judge or overlap)(asked, answer_of(row), answer)) for answer in answers}
+        marks = {answer: judge(answer, answer_of(row)) for answer in answers}
         best, worst = max(marks, key=marks.__getitem__), min(marks, key=marks.__getitem__)
         detail = f"best {marks[best]:.2f}, worst {marks[worst]:.2f} of {len(answers)}"
         if marks[best] < good:
@@ -182,16 +179,6 @@ def _asked(
                 yield row
 
     return batches(kept(), BATCH_ROWS)
-
-
-def overlap(question: str, reference: str, answer: str) -> float:
-    """F1 of the answer's words and word pairs (characters, in scripts without spaces) with the reference's, 0 to 1."""
-    found = []
-    for size in (1, 2):
-        flat, offsets = shingles([reference, answer], words=size, chars=size, symbols=False)
-        one, two = Counter(flat[: offsets[1]].tolist()), Counter(flat[offsets[1] :].tolist())
-        found.append(2 * (one & two).total() / max(1, one.total() + two.total()))
-    return sum(found) / 2
 
 
 def pair_fault(question: str, answer: str, document: str, seen: set[str]) -> str:

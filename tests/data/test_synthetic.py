@@ -87,14 +87,19 @@ for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), client, ONE, 2
 
 def test_a_killed_job_asks_nothing_twice(proxy, tmp_path):
     journal = tmp_path / "synthetic.jsonl"
+
+    def lines():
+        """Whole lines; one that is torn has no end."""
+        return [line for line in journal.read_bytes().split(b"\n")[:-1] if line] if journal.exists() else []
+
     job = subprocess.Popen([sys.executable, "-c", KILLED, proxy.url, str(tmp_path)], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 300
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+    while len(lines()) < 2:
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    answered = journal.read_bytes().count(b"\n") - 1  # the first line names the server
+    answered = len(lines()) - 1  # the first line names the server
     asked = len(proxy.bodies)
     assert answered <= asked <= answered + 1 and asked < len(DOCUMENTS) + 1
     report = StepReport("synthetic")
@@ -114,7 +119,7 @@ def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
     report = StepReport("pairs")
     judged = {}
 
-    def judge(question, reference, answer):
+    def judge(answer, reference):
         judged[answer] = min(1.0, len(answer) / 500)
         return judged[answer]
 
@@ -165,11 +170,9 @@ def test_poor_pairs_have_a_reason(question, answer, why):
         assert synthetic.pair_fault(question.upper(), answer, TEXTS[0], seen) == "question asked before"
 
 
-def test_overlap_orders_answers_by_their_nearness():
+def test_the_judge_orders_answers_by_their_nearness():
     reference = "The Danube flows into the Black Sea."
     answers = (reference, "It flows into the Black Sea", "Into a sea", "Potatoes")
-    score = [synthetic.overlap("q", reference, answer) for answer in answers]
+    score = [synthetic.f1(answer, reference) for answer in answers]
     assert score[0] == 1.0 and score == sorted(score, reverse=True) and score[3] == 0.0
-    assert synthetic.overlap("问", "多瑙河流入黑海", "它流入黑海") > synthetic.overlap(
-        "问", "多瑙河流入黑海", "我不知道"
-    )
+    assert synthetic.f1("它流入黑海", "多瑙河流入黑海") > synthetic.f1("我不知道", "多瑙河流入黑海")

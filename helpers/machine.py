@@ -67,16 +67,12 @@ def interactive() -> bool:
 
 def versions() -> dict[str, Any]:
     """Versions, code revision and GPU, as every manifest records them."""
-    found = {}
+    found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     device = gpu() if "torch" in sys.modules else None
-    return {
-        "versions": {"python": sys.version.split()[0], **found},
-        "gpu": device.name if device else None,
-        "code_revision": revision(),
-    }
+    return {"versions": found, "gpu": device.name if device else None, "code_revision": revision()}
 
 
 def revision() -> str:

@@ -210,6 +210,6 @@ def _end_with(parent: int) -> None:
 def _limit_memory(gib: float) -> None:
     if gib and sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        wanted = used + int(gib * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        with contextlib.suppress(ValueError):  # a lower limit was set from outside
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (used + int(gib * 2**30), hard))

@@ -369,8 +369,7 @@ def read_file(file: str | Path) -> dict[str, Any]:
 def read_globals(stage: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
     """A notebook's parameters among its globals. A plain value under another name is taken for a misspelt parameter."""
     kinds = (str, int, float, bool, list, dict, tuple, type(None))
-    plain = {n: v for n, v in namespace.items() if isinstance(v, kinds) and not n.startswith("_")}
-    plain = {n: v for n, v in plain.items() if n not in ("In", "Out")}
+    plain = {n: v for n, v in namespace.items() if isinstance(v, kinds) and n[0] != "_" and n not in ("In", "Out")}
     for name in plain:
         find(stage, name)
     return plain

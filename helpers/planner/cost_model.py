@@ -292,8 +292,7 @@ def grades_of(layers: int) -> list[tuple[int, bool, int]]:
 
 def offload_fits(shape: Shape, s: Setting, card: Card, world: int = 1) -> bool:
     """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
-    need = world * (offloaded_gib(shape, s) + HOST_GIB)
-    return not s.offload or not card.host_gib or need <= card.host_gib
+    return not s.offload or not card.host_gib or world * (offloaded_gib(shape, s) + HOST_GIB) <= card.host_gib
 
 
 @dataclass(frozen=True)

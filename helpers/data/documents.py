@@ -37,7 +37,7 @@ def chunks(
     try:
         text = read(file)
     except RowError as error:
-        rejects.saw(1)
+        rejects.total_seen += 1
         rejects.add(where, 0, error.reason, error.detail, step="document")
         return
     if len(text) < least_chars:

@@ -69,10 +69,10 @@ def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]
                 found = f"the row is {type(record).__name__}; a JSON object of columns was expected"
                 record = RowError("not an object", found)
             rejects.add(where, number, record.reason, record.detail)
-            rejects.saw(1)
+            rejects.total_seen += 1
         if content.problem:
             rejects.add(where, number + 1, "file ends early", f"{content.problem}; the rows before are read")
-            rejects.saw(1)
+            rejects.total_seen += 1
 
 
 # ---------------------------------------------------------------- text

@@ -19,7 +19,7 @@ Record = Mapping[str, Any]
 
 # Part → column names that mean it, the most specific first.
 SYNONYMS = {
-    "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs"),
+    "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs", "input"),
     "response": ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "targets"),
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
     "text": ("text", "raw_content", "content", "document", "body"),
@@ -82,6 +82,18 @@ SHAPES = {  # format → part → the column it is expected in; a synonym stands
     "kto": {"prompt": "prompt", "response": "completion", "label": "label", **SYSTEM},
     "context_qa": {"prompt": "question", "response": "answer", "context": "context", "system": "system"},
 }
+DETECTED = (  # a format and the parts that tell it; the first that fits is taken
+    ("preference", "chosen", "rejected"),
+    ("kto", "messages", "label"),
+    ("messages", "messages"),
+    ("kto", "prompt", "response", "label"),
+    ("context_qa", "context", "question"),
+    ("alpaca", "prompt", "answer"),
+    ("text", "text"),
+)
+# LLaMA-Factory's names for how a role is written
+TAGS = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+TAGS |= {"observation_tag": "tool", "function_tag": "function_call"}
 
 
 # ---------------------------------------------------------------- which shape
@@ -100,8 +112,8 @@ def named_shape(format: str, columns: str = "") -> Shape | None:
         if not chosen:
             return None
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
-        format = next((name for part, name in telling.items() if part in chosen), "")
-        format = format or ("alpaca" if "response" in chosen else "text")
+        telling["response"] = "alpaca"
+        format = next((name for part, name in telling.items() if part in chosen), "text")
     return Shape(format, {**SHAPES[format], **chosen})
 
 
@@ -112,27 +124,25 @@ def described_shape(described: dict[str, Any]) -> Shape:
     file has it (`{"prompt", "response"}` leaves `input` out). That is how LLaMA-Factory reads it; `tags` likewise.
     Format: https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
     """
-    given, tags, formatting = described.get("columns"), described.get("tags"), described.get("formatting", "alpaca")
+    given, tags = described.get("columns"), described.get("tags") or {}
+    formatting = described.get("formatting", "alpaca")
     if given is None:
-        given = {"prompt": "instruction", "query": "input", "response": "output"}
-    alpaca, ranking = formatting == "alpaca", described.get("ranking")
-    column = {part: given.get("kto_tag" if part == "label" else part) or "" for part in PARTS}
-    unused = {"messages"} if alpaca else {"prompt", "query", "response", "history"}
-    unused |= {"response", "label"} if ranking else {"chosen", "rejected"}
-    columns = {part: name for part, name in column.items() if part not in unused}
-    plain = "text" if alpaca and not column["response"] else formatting.replace("openai", "messages")
-    kind = "preference" if ranking else "kto" if column["label"] else plain
-    if alpaca:
+        given = {"prompt": "instruction", "query": "input", "response": "output"} if formatting == "alpaca" else {}
+    columns = {part: given.get("kto_tag" if part == "label" else part) or "" for part in PARTS}
+    kind = formatting.replace("openai", "messages")
+    if described.get("ranking"):
+        kind = "preference"
+    elif columns["label"]:
+        kind = "kto"
+    elif kind == "alpaca" and not columns["response"]:
+        kind = "text"
+    if formatting == "alpaca":
         return Shape(kind, columns, exact=True)
     columns["messages"] = columns["messages"] or "conversations"
-    if tags is None:
-        keys = ("role", "content") if formatting == "openai" else ("from", "value")
-        return Shape(kind, columns, SPELLINGS, *keys, exact=True)
-    meanings = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "function_call"}
-    spellings = {tags[f"{tag}_tag"]: role for tag, role in meanings.items() if tags.get(f"{tag}_tag")}
-    spellings.setdefault(tags.get("system_tag") or "system", "system")
-    keys = (tags.get("role_tag") or "from", tags.get("content_tag") or "value")
-    return Shape(kind, columns, spellings, *keys, exact=True)
+    keys = ("role", "content") if formatting == "openai" else ("from", "value")
+    keys = (tags.get("role_tag") or keys[0], tags.get("content_tag") or keys[1])
+    spellings = {tags[tag]: role for tag, role in TAGS.items() if tags.get(tag)}
+    return Shape(kind, columns, {"system": "system"} | spellings if spellings else SPELLINGS, *keys, exact=True)
 
 
 def shape_of(record: Record, named: Shape | None) -> Shape:
@@ -159,49 +169,35 @@ def shape_of(record: Record, named: Shape | None) -> Shape:
 
 def look(record: Record) -> tuple:
     """What the shape of a record depends on: its columns and the types of their values."""
-    return tuple((name, "[{" if is_json_list(value) else type(value)) for name, value in record.items())
+    return tuple((name, list if is_talk(value) else type(value)) for name, value in record.items())
 
 
 def first(part: str, record: Record) -> str:
-    """The first column that means `part` and has something in it."""
-    return next((name for name in SYNONYMS.get(part, ()) if record.get(name) is not None), "")
+    """The first column that means `part` and holds what may play it: true or false as a label, turns as messages."""
+    kinds = {"label": lambda value: isinstance(value, bool), "messages": is_talk}
+    fits = kinds.get(part, lambda value: value is not None)
+    return next((name for name in SYNONYMS.get(part, ()) if fits(record.get(name))), "")
 
 
 def detect(record: Record) -> Shape | None:
-    """The shape that a record's non-empty columns and their types tell; None when nothing fits."""
-    prompt, response, messages, context = (
-        first(part, record) for part in ("prompt", "response", "messages", "context")
-    )
-    label = next((name for name in SYNONYMS["label"] if isinstance(record.get(name), bool)), "")
-    answer = response or next((name for name in SYNONYMS["response"] if name in record), "")
-    talk = record.get(messages)
-    own = {}
-    if first("chosen", record) and first("rejected", record):
-        format = "preference"
-    elif isinstance(talk, (list, tuple)) or is_json_list(talk):
-        format = "kto" if label else "sharegpt" if messages == "conversations" else "messages"
-    elif label and prompt and response:
-        format, own = "kto", {"label": label}
-    elif context and ("question" in record or "unanswerable_question" in record):
-        format = "context_qa"
-    elif (prompt, response) == ("prompt", "completion"):
-        format = "prompt_completion"
-    elif prompt and answer:
-        format, own = "alpaca", {"response": answer}
-    elif response and isinstance(record.get("input"), str):
-        format, own = "alpaca", {"prompt": "input"}
-    elif first("text", record):
-        format = "text"
-    else:
+    """The shape that a record's columns and the types of what they hold tell; None when nothing fits."""
+    has = {part: first(part, record) for part in SYNONYMS}
+    has["answer"] = has["response"] or next((name for name in SYNONYMS["response"] if name in record), "")
+    has["question"] = next((name for name in ("question", "unanswerable_question") if name in record), "")
+    format = next((format for format, *parts in DETECTED if all(has[part] for part in parts)), "")
+    if not format:
         return None
+    columns = dict(SHAPES[format])
     if format in ("alpaca", "preference"):
-        own["query"] = "input" if prompt == "instruction" else ""
-    return Shape(format, SHAPES[format] | own)
+        columns["query"] = "input" if has["prompt"] == "instruction" else ""
+    if format == "alpaca":
+        columns["response"] = has["answer"]
+    return Shape(format, columns)
 
 
-def is_json_list(value: Any) -> bool:
-    """Whether a text is the JSON of a list of objects, as CSV and parquet files hold conversations."""
-    return isinstance(value, str) and value.startswith("[{")
+def is_talk(value: Any) -> bool:
+    """Whether a value may be a conversation: a list, or the JSON of one, as CSV and parquet files hold them."""
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.startswith("[{"))
 
 
 # ---------------------------------------------------------------- a record's parts
@@ -259,12 +255,12 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
         turns = shape.turns(asked)
     else:
         turns, history = [], shape.value(record, "history") or []
-        pairs = isinstance(history, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in history)
-        if not pairs or any(len(pair) != 2 for pair in history):
-            raise RowError("broken history", f"{shape['history']!r} should be a list of pairs of question and answer")
-        for question, answer in history:
-            turns += _said("user", question, shape["history"]) + _said("assistant", answer, shape["history"])
-        columns = [column for column in (shape["prompt"], shape["query"]) if column and record.get(column)]
+        for said in history if isinstance(history, (list, tuple)) else [history]:
+            if not isinstance(said, (list, tuple)) or len(said) != 2:
+                found = f"{shape['history']!r} should be a list of pairs of question and answer"
+                raise RowError("broken history", found)
+            turns += _said("user", said[0], shape["history"]) + _said("assistant", said[1], shape["history"])
+        columns = [column for column in dict.fromkeys((shape["prompt"], shape["query"])) if record.get(column)]
         text = "\n".join(as_text(record[column], column) for column in columns)
         if not text.strip():
             raise RowError("no question", f"column {shape['prompt']!r} is empty")
@@ -290,13 +286,10 @@ def _context_qa(record: Record, shape: Shape, unanswerable: str) -> list[dict[st
         asked.append((other, unanswerable))
     if not asked or not context.strip():
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
-    system = shape.value(record, "system")
-    opening = _said("system", system, shape["system"]) if system else []
-    rows = []
+    rows, plain = [], Shape("prompt_completion", SHAPES["prompt_completion"])
     for question, answer in asked:
         text = f"{context}\n\n{as_text(question, shape['prompt'])}"
-        turns = opening + _said("user", text) + _said("assistant", answer, shape["response"])
-        rows.append({"kind": "sft", "messages": checked(turns)})
+        rows += convert({"prompt": text, "completion": answer, "system": shape.value(record, "system")}, plain)
     return rows
 
 

@@ -40,7 +40,7 @@ ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info
     | {"num_samples": {"type": ["integer", "null"], "minimum": 0}}
 }
 Described = dict[str, Any]
-SIDE_CHARS, SIDE_ITEMS = 2000, 50  # what is kept of a column that plays no part
+SIDE_CHARS = 2000  # what is kept of a column that plays no part
 HUB = re.compile(
     r"(?P<path>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<name>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
 )
@@ -129,28 +129,29 @@ def _existing(text: str) -> Path | None:
 def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if part in named:
         return _of_entry(part, named[part])
-    path, hub, found = _existing(part), HUB.fullmatch(part), []
-    if path is not None:
-        found = _files_in(path) if path.is_dir() else [path]
-        if files.kind(found[0]) not in READABLE:
-            raise TunebookError(f"{path.name} is not read as data; {', '.join(READABLE)} are, also with .gz or .zst.")
-    elif hub is None and any(sign in part for sign in "*?["):
-        for root in (Path.cwd(), machine.PROJECT):
-            matches = map(Path, sorted(glob.glob(str(root / Path(part).expanduser()), recursive=True)))
-            found = found or [file for file in matches if file.is_file() and files.kind(file) in READABLE]
-        if not found:
-            raise TunebookError(f"No readable file matches {part!r}; check the pattern and its folder ({Path.cwd()}).")
-    if found:
+    if found := _matches(part):
         return [source for file in found for source in _of_file(file)]
     is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
-    if hub is not None and not is_file_name:
+    if not is_file_name and (hub := HUB.fullmatch(part)):
         return [Source(hub["path"], hub={name: value for name, value in hub.groupdict().items() if value})]
-    folder = Path(part).parent if Path(part).parent.is_dir() else machine.PROJECT / Path(part).parent
-    beside = [str(Path(part).parent / file.name) for file in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(part, [*named, *beside], n=3, cutoff=0.6)
-    advice = f"Did you mean {' or '.join(near)}?" if near else "Check the spelling and the folder."
-    wanted = f"no such file, folder or hub id, and no set of that name in {INFO}"
+    near = difflib.get_close_matches(part, [*named, *map(str, Path(part).parent.glob("*"))], n=3, cutoff=0.6)
+    advice = f"Did you mean {' or '.join(near)}?" if near else f"Check the spelling and the folder ({Path.cwd()})."
+    wanted = f"no readable file matches, no folder and no hub id, and no set of that name in {INFO}"
     raise TunebookError(f"The dataset {part!r} is not there: {wanted}. {advice}")
+
+
+def _matches(part: str) -> list[Path]:
+    """The files that a path, a folder or a pattern names, here or under the project."""
+    for root in (Path(), machine.PROJECT):
+        path = root / Path(part).expanduser()
+        if path.is_dir():
+            return _files_in(path)
+        named = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        if found := [file for file in named if files.kind(file) in READABLE]:
+            return found
+        if path.exists():
+            raise TunebookError(f"{path.name} is not read as data; {', '.join(READABLE)} are, also with .gz or .zst.")
+    return []
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -204,8 +205,8 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
         found = f"has pictures, videos or sounds ({', '.join(media)})"
         raise TunebookError(f"The set {name!r} {found}; only text can be prepared here.")
     if file is None and not hub:
-        script = " (a script would have to run code, which data never does here)" if entry.get("script_url") else ""
-        raise TunebookError(f"Dataset {name!r} in {path} names no file_name and no hf_hub_url{script}.")
+        found = "names no file_name and no hf_hub_url; a script would have to run code, which data never does here"
+        raise TunebookError(f"Dataset {name!r} in {path} {found}.")
     shape, limit = formats.described_shape(entry), entry.get("num_samples") or 0
     if file is None:
         given = {"path": hub, "name": entry.get("subset"), "split": entry.get("split"), "data_dir": entry.get("folder")}
@@ -262,7 +263,7 @@ def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: s
     for number, record in records:
         if source.limit and number > source.limit:
             break
-        rejects.saw(1)
+        rejects.total_seen += 1
         try:
             look = formats.look(record)
             shape = known.get(look) or known.setdefault(look, formats.shape_of(record, named))
@@ -286,13 +287,10 @@ def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: s
 
 def _aside(value: Any) -> Any:
     """A column that plays no part as plain JSON, cut where it is long: it travels along, but nobody trains on it."""
-    if isinstance(value, (list, tuple)):
-        return [_aside(item) for item in value[:SIDE_ITEMS]]
-    if isinstance(value, dict):
-        return {str(key): _aside(item) for key, item in list(value.items())[:SIDE_ITEMS]}
     if isinstance(value, (bool, int)) or display.finite(value):
         return value
-    return str(value)[:SIDE_CHARS].encode("utf-8", "replace").decode()
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text[:SIDE_CHARS].encode("utf-8", "replace").decode()
 
 
 def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:

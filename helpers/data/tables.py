@@ -33,9 +33,8 @@ class Table:
     Memory stays flat however many rows there are; the file goes away with the table.
     """
 
-    def __init__(self, spill_rows: int = SPILL_ROWS):
-        self.spill_rows = spill_rows
-        self.rows_total = 0
+    def __init__(self, spill_rows: int = SPILL_ROWS) -> None:
+        self._spill_rows, self._count = spill_rows, 0
         self._held: list[Row] = []
         self._folder: tempfile.TemporaryDirectory | None = None
         self._writer: Any = None
@@ -48,9 +47,9 @@ class Table:
         return table.close()
 
     def append(self, batch: list[Row]) -> None:
-        self.rows_total += len(batch)
+        self._count += len(batch)
         self._held.extend(batch)
-        if len(self._held) > self.spill_rows:
+        if len(self._held) > self._spill_rows:
             self._spill()
 
     def _spill(self) -> None:
@@ -65,14 +64,13 @@ class Table:
 
     def close(self) -> Table:
         """The table, which can now be read."""
-        if self._writer is not None:
+        if self._folder is not None and not self._writer.closed:
             self._spill()
             self._writer.close()
-            self._writer = None
         return self
 
     def __len__(self) -> int:
-        return self.rows_total
+        return self._count
 
     def __iter__(self) -> Iterator[list[Row]]:
         return batches(self.rows())
@@ -157,17 +155,21 @@ class Rejects:
         self.invalid: Counter = Counter()
         self.removed: Counter = Counter()
         self.first: dict[str, dict] = {}  # reason → the first row lost for it
-        self.total_seen = 0
+        self.total_seen = 0  # input rows, the wrong ones among them; the limit is a share of this
         self._file: Any = None
         self._marks: dict[str, tuple] = {}
+
+    @property
+    def share(self) -> float:
+        return self.invalid.total() / self.total_seen if self.total_seen else 0.0
 
     def begin(self, step: str) -> None:
         """What `step` counts from here on replaces what it counted in an earlier attempt, and what came after that."""
         self.close()
         size = self.path.stat().st_size if self.path is not None else 0
-        now = size, Counter(self.invalid), Counter(self.removed), dict(self.first), self.total_seen
-        size, invalid, removed, first, self.total_seen = self._marks.setdefault(step, now)
-        self.invalid, self.removed, self.first = Counter(invalid), Counter(removed), dict(first)
+        now = size, self.total_seen, self.invalid.copy(), self.removed.copy(), self.first.copy()
+        size, self.total_seen, *counts = self._marks.setdefault(step, now)
+        self.invalid, self.removed, self.first = (one.copy() for one in counts)
         if self.path is not None:
             os.truncate(self.path, size)
 
@@ -191,14 +193,6 @@ class Rejects:
         """Close the file; an empty one is left when nothing was lost: its absence always means an unfinished job."""
         if self.path is not None:
             self._opened(self.path).close()
-
-    def saw(self, count: int) -> None:
-        """Tell how many more input rows there were, the wrong ones among them; the limit is a share of this."""
-        self.total_seen += count
-
-    @property
-    def share(self) -> float:
-        return self.invalid.total() / self.total_seen if self.total_seen else 0.0
 
     def check(self) -> None:
         """Stop the job when more than the allowed share of the input rows was wrong."""

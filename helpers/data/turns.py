@@ -83,19 +83,12 @@ def make_row(
     file: str = "",
     row: int = 0,
     tools: str | None = None,
-    chosen: Sequence[Mapping[str, Any]] | None = None,
-    rejected: Sequence[Mapping[str, Any]] | None = None,
-    label: bool | None = None,
     meta: dict | None = None,
+    **answers: Any,
 ) -> Row:
-    """A row with its id. `row` counts from 1 inside `file`."""
-    made: Row = {"id": "", "source": source, "file": file, "row": row, "kind": kind}
-    made |= {"messages": messages, "tools": tools}
-    if kind == "preference":
-        made |= {"chosen": chosen or [], "rejected": rejected or []}
-    if kind == "kto":
-        made["label"] = bool(label)
-    made["meta"] = meta or {}
+    """A row with its id. row: from 1 inside `file`. answers: a pair's `chosen` and `rejected`, a KTO row's `label`."""
+    made: Row = {"id": "", "source": source, "file": file, "row": row, "kind": kind, "messages": messages}
+    made |= {"tools": tools, **answers, "meta": meta or {}}
     made["id"] = content_id(made)
     return made
 
@@ -107,42 +100,36 @@ def all_messages(row: Row) -> list[dict]:
 
 def map_contents(row: Row, change: Callable[[str], str]) -> Row:
     """A copy of `row` with `change` applied to every message's text, and a new id; `row` when nothing changed."""
-    parts: Row = {
-        part: [{**turn, "content": change(turn["content"])} if turn.get("content") else turn for turn in row[part]]
-        for part in ("messages", "chosen", "rejected")
-        if part in row
-    }
-    if all(row[part] == changed for part, changed in parts.items()):
+    made = dict(row)
+    for part in ("messages", "chosen", "rejected"):
+        if part in row:
+            made[part] = [turn | {"content": change(turn["content"])} for turn in row[part]]
+    if made == row:
         return row
-    made: Row = {**row, **parts}
     made["id"] = content_id(made)
     return made
 
 
 def text_of(row: Row) -> str:
     """The whole example as one text: every message, call and tool, for comparing rows with each other."""
-    messages = all_messages(row)
-    calls = [message["tool_calls"] for message in row["messages"] if message.get("tool_calls")]
-    parts = [message.get("content") or "" for message in messages]
-    parts += [json.dumps(made, ensure_ascii=False, sort_keys=True) for made in calls]
-    return "\n".join([*parts, row["tools"]] if row.get("tools") else parts)
+    calls = [json.dumps(turn["tool_calls"], ensure_ascii=False) for turn in row["messages"] if turn.get("tool_calls")]
+    return "\n".join([*(turn["content"] for turn in all_messages(row)), *calls, *filter(None, [row.get("tools")])])
 
 
 def spoken(row: Row) -> list[str]:
     """The texts of a row that are its own: every message but the system prompt, which all rows of a set may share."""
-    return [message.get("content") or "" for message in all_messages(row) if message["role"] != "system"]
+    return [turn["content"] for turn in all_messages(row) if turn["role"] != "system"]
 
 
 def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
     """The start of an example for people: without the system prompt, which every row of a set may share."""
-    said = [message for message in all_messages(row) if message["role"] != "system"]
-    return "\n".join(turn.get("content") or json.dumps(turn.get("tool_calls") or "") for turn in said)[:chars]
+    said = [turn for turn in all_messages(row) if turn["role"] != "system"]
+    return "\n".join(turn["content"] or json.dumps(turn.get("tool_calls", "")) for turn in said)[:chars]
 
 
 def answer_of(row: Row) -> str:
     """What the model would learn to say: the chosen answer, the last assistant turn, or the text itself."""
-    messages = row.get("chosen") or row["messages"]
-    return (messages[-1].get("content") or "") if messages else ""
+    return (row.get("chosen") or row["messages"])[-1]["content"]
 
 
 def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
@@ -242,8 +229,7 @@ def checked(turns: list[Turn]) -> list[Turn]:
     for number, turn in enumerate(turns, 1):
         role, allowed = turn["role"], NEXT[before]
         if role not in allowed:
-            place = f"after {before!r}" if before else "at the start"
-            found = f"message {number} is {role!r} {place}"
+            found = f"message {number} is {role!r} " + (f"after {before!r}" if before else "at the start")
             raise RowError("roles out of order", f"{found}; {' or '.join(allowed)} was expected")
         if role == "assistant" and not turn["content"].strip() and not turn.get("tool_calls"):
             raise RowError("no answer", f"message {number} (assistant) is empty")

@@ -307,7 +307,7 @@ def test_one_file_may_hold_rows_of_several_shapes(tmp_path):
     [
         ("nowhere/missing.jsonl", "is not there"),
         ("", "No dataset is named"),
-        ("*.nothing", "No readable file matches"),
+        ("*.nothing", "no readable file matches"),
         ("{folder}/model.pkl", "not read as data"),
         ("{folder}/empty", "no file that can be read"),
         ("{folder}/empty.jsonl", "holds no rows"),

@@ -171,9 +171,9 @@ def _markdown(content: bytes) -> str:
     text = re.sub(r"\A---\n.*?\n(?:---|\.\.\.)\n", "", text.replace("\r\n", "\n"), flags=re.DOTALL)
     parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
     for number in range(0, len(parts), 2):
-        part = re.sub(r"<!--.*?-->", "", parts[number], flags=re.DOTALL)
-        part = re.sub(r"</?[a-zA-Z][^<>\n]{0,500}>", "", part)
-        part = re.sub(r"!\[([^\]\n]{0,500})\]\([^()\n]{0,1000}\)", "", part)
+        part = re.sub(
+            r"(?s:<!--.*?-->)|</?[a-zA-Z][^<>\n]{0,500}>|!\[[^\]\n]{0,500}\]\([^()\n]{0,1000}\)", "", parts[number]
+        )
         parts[number] = re.sub(r"\[([^\]\n]{1,500})\]\([^()\n]{0,1000}\)", r"\1", part)
     return "".join(parts)
 

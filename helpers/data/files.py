@@ -86,6 +86,7 @@ class Unpacked(io.RawIOBase):
 
         self.packed, self.problem, self.given = PACKED.get(file.suffix.lower()), "", 0
         try:
+            self.raw: Any = None
             self.limit = max(MAX_UNPACKED, MAX_EXPANSION * file.stat().st_size)
             self.raw = pa.CompressedInputStream(str(file), self.packed) if self.packed else file.open("rb")
         except OSError as error:
@@ -108,7 +109,8 @@ class Unpacked(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        self.raw.close()
+        if self.raw is not None:
+            self.raw.close()
         super().close()
 
 
@@ -153,46 +155,38 @@ def decoded(text: str) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-class Decoder(json.JSONDecoder):
-    """JSON that notes what no row may hold: a key that stands twice in one object, NaN and infinities."""
-
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=self._pairs, parse_constant=self._constant)
-        self.problem: RowError | None = None
-
-    def parse(self, text: str) -> Any:
-        """One JSON value. Raises ValueError for broken JSON, RowError for what may not be used."""
-        self.problem = None
-        return self.checked(self.decode(text), text)
-
-    def checked(self, value: Any, text: str) -> Any:
-        """`value`, just decoded from `text`, when it may be used. Raises RowError."""
-        decoded(text)
-        if self.problem:
-            raise self.problem
-        level, depth = [value], 0
-        while level := [item for one in level for item in _inside(one)]:
-            depth += 1
-            if depth >= MAX_DEPTH:
-                raise RowError("nested too deeply", f"lists and objects are nested over {MAX_DEPTH} deep")
-        return value
-
-    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            self.problem = RowError("duplicated key", f"the key {twice[:60]!r} stands twice in one object")
-        return made
-
-    def _constant(self, name: str) -> None:
-        self.problem = RowError(BROKEN, f"{name} is not a JSON value")
+def parse(text: str) -> Any:
+    """One JSON value. Raises ValueError for broken JSON, RowError for what no row may hold."""
+    value = STRICT.decode(decoded(text))
+    level, depth = [value], 0
+    while level := [item for one in level for item in _inside(one)]:
+        depth += 1
+        if depth >= MAX_DEPTH:
+            raise RowError("nested too deeply", f"lists and objects are nested over {MAX_DEPTH} deep")
+    return value
 
 
 def _inside(value: Any) -> list:
     """The lists and objects directly inside a list or an object."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in items if isinstance(item, (dict, list))]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError("duplicated key", f"the key {twice[:60]!r} stands twice in one object")
+    return made
+
+
+def _no_constant(name: str) -> None:
+    raise RowError(BROKEN, f"{name} is not a JSON value")
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+LENIENT = json.JSONDecoder()
 
 
 def _json(text: io.TextIOWrapper, head: str, one_value: bool) -> Found:
@@ -202,13 +196,12 @@ def _json(text: io.TextIOWrapper, head: str, one_value: bool) -> Found:
     is_list = one_value or not several if head.startswith("[") else one_value and not several
     if is_list and (begin := LIST.match(head)):
         return _json_list(text, begin[0])
-    return _lines(text, Decoder().parse)
+    return _lines(text, parse)
 
 
 def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
     """The elements of a JSON list, read one by one. begin: what stands before the first, "[" and what it is held by."""
-    decoder, number, position = Decoder(), 0, 0
-    buffer = text.read(BLOCK).lstrip().removeprefix(begin)
+    number, position, buffer = 0, 0, text.read(BLOCK).lstrip().removeprefix(begin)
     while True:
         position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
         if buffer.startswith("]", position):
@@ -216,8 +209,8 @@ def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
             if behind != "}" * begin.startswith("{"):
                 yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
             return
-        decoder.problem, size = None, len(buffer) - position
-        found = attempt(decoder.raw_decode, buffer, position)
+        size = len(buffer) - position
+        found = attempt(LENIENT.raw_decode, buffer, position)
         if isinstance(found, RowError):
             broken = found.reason == BROKEN and size <= MAX_LINE
             if broken and (more := text.read(max(BLOCK, size))):  # it may end in the next block
@@ -226,10 +219,8 @@ def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
             why = found.detail if size else "the list is not closed: the file ends early"
             yield number + 1, RowError(found.reason, f"{why}; nothing after row {number} could be read")
             return
-        value, end = found
-        number += 1
-        yield number, attempt(decoder.checked, value, buffer[position:end])
-        position = end
+        number, start, position = number + 1, position, found[1]
+        yield number, attempt(parse, buffer[start:position])
 
 
 # ---------------------------------------------------------------- tables

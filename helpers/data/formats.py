@@ -7,11 +7,12 @@ every record by itself: one file may hold several shapes. A record that fits non
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from helpers.data.turns import SPELLINGS, RowError, Turn, as_text, checked, kind_of, pair, read_turns, tools_of
+from helpers.data.turns import RowError, Turn, as_text, checked, kind_of, pair, read_turns, tools_of
 from helpers.errors import TunebookError
 
 UNANSWERABLE = "The text does not say."
@@ -19,7 +20,7 @@ Record = Mapping[str, Any]
 
 # Part → column names that mean it, the most specific first.
 SYNONYMS = {
-    "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs", "input"),
+    "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs"),
     "response": ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "targets"),
     "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
     "text": ("text", "raw_content", "content", "document", "body"),
@@ -35,13 +36,11 @@ PARTS = (*(part for part in SYNONYMS if part != "text"), "query", "history")
 
 @dataclass(frozen=True)
 class Shape:
-    """Which column plays which part, and how roles are written. `shape["prompt"]` is a part's column, "" for none."""
+    """Which column plays which part. `shape["prompt"]` is a part's column, "" for none."""
 
     format: str
     columns: Mapping[str, str]
-    spellings: Mapping[str, str] = field(default_factory=lambda: SPELLINGS)
-    role_tag: str = ""
-    content_tag: str = ""
+    turns: Callable[[Any], list[Turn]] = read_turns  # how a conversation is read
     exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
 
     def __getitem__(self, part: str) -> str:
@@ -63,9 +62,6 @@ class Shape:
         """The columns a record must have, for error messages."""
         asked = ("messages",) if self["messages"] else ("context", "prompt", "response")
         return ", ".join(repr(self[part]) for part in (*asked, "chosen", "rejected", "label") if self[part])
-
-    def turns(self, value: Any) -> list[Turn]:
-        return read_turns(value, self.spellings, self.role_tag, self.content_tag)
 
     def __str__(self) -> str:
         return self.format + ": " + ", ".join(f"{part}={column}" for part, column in self.columns.items() if column)
@@ -89,6 +85,7 @@ DETECTED = (  # a format and the parts that tell it; the first that fits is take
     ("kto", "prompt", "response", "label"),
     ("context_qa", "context", "question"),
     ("alpaca", "prompt", "answer"),
+    ("alpaca", "input", "response"),
     ("text", "text"),
 )
 # LLaMA-Factory's names for how a role is written
@@ -139,10 +136,14 @@ def described_shape(described: dict[str, Any]) -> Shape:
     if formatting == "alpaca":
         return Shape(kind, columns, exact=True)
     columns["messages"] = columns["messages"] or "conversations"
-    keys = ("role", "content") if formatting == "openai" else ("from", "value")
-    keys = (tags.get("role_tag") or keys[0], tags.get("content_tag") or keys[1])
-    spellings = {tags[tag]: role for tag, role in TAGS.items() if tags.get(tag)}
-    return Shape(kind, columns, {"system": "system"} | spellings if spellings else SPELLINGS, *keys, exact=True)
+    role, content = ("role", "content") if formatting == "openai" else ("from", "value")
+    reading: dict[str, Any] = {
+        "role_tag": tags.get("role_tag") or role,
+        "content_tag": tags.get("content_tag") or content,
+    }
+    if spellings := {tags[tag]: role for tag, role in TAGS.items() if tags.get(tag)}:
+        reading["spellings"] = {"system": "system"} | spellings
+    return Shape(kind, columns, functools.partial(read_turns, **reading), exact=True)
 
 
 def shape_of(record: Record, named: Shape | None) -> Shape:
@@ -184,6 +185,7 @@ def detect(record: Record) -> Shape | None:
     has = {part: first(part, record) for part in SYNONYMS}
     has["answer"] = has["response"] or next((name for name in SYNONYMS["response"] if name in record), "")
     has["question"] = next((name for name in ("question", "unanswerable_question") if name in record), "")
+    has["input"] = "input" if isinstance(record.get("input"), str) else ""
     format = next((format for format, *parts in DETECTED if all(has[part] for part in parts)), "")
     if not format:
         return None
@@ -191,7 +193,9 @@ def detect(record: Record) -> Shape | None:
     if format in ("alpaca", "preference"):
         columns["query"] = "input" if has["prompt"] == "instruction" else ""
     if format == "alpaca":
-        columns["response"] = has["answer"]
+        columns |= {"prompt": has["prompt"] or "input", "response": has["answer"]}
+    if format == "kto":
+        columns |= {"label": has["label"], "messages": has["messages"]}
     return Shape(format, columns)
 
 
@@ -260,7 +264,7 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
                 found = f"{shape['history']!r} should be a list of pairs of question and answer"
                 raise RowError("broken history", found)
             turns += _said("user", said[0], shape["history"]) + _said("assistant", said[1], shape["history"])
-        columns = [column for column in dict.fromkeys((shape["prompt"], shape["query"])) if record.get(column)]
+        columns = [column for column in (shape["prompt"], shape["query"]) if record.get(column)]
         text = "\n".join(as_text(record[column], column) for column in columns)
         if not text.strip():
             raise RowError("no question", f"column {shape['prompt']!r} is empty")

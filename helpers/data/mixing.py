@@ -118,7 +118,7 @@ def _chosen(table: Table, rows: int, seed: int) -> Iterator[Row]:
     if rows >= len(table):
         yield from table.rows()
         return
-    ids = np.fromiter((int(row_id, 16) for row_id, _ in table.ids_and_sources()), np.uint64, len(table))
+    ids = np.fromiter((int(row["id"], 16) for row in table.rows()), np.uint64, len(table))
     ranks = spread(ids ^ spread(np.full(1, seed, np.uint64)))
     keep: np.ndarray = np.zeros(len(table), bool)
     keep[np.argsort(ranks, kind="stable")[:rows]] = True  # equal rows have equal ranks: their place decides

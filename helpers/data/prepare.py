@@ -195,7 +195,7 @@ class Job(StageJob):
         """The mixture of the sources: weights, caps and replay; without them, every row, sources interleaved."""
         self._begin("mix")
         p = self.params
-        names = list(dict.fromkeys(source for _, source in self.rows.ids_and_sources()))
+        names = list(dict.fromkeys(row["source"] for row in self.rows.rows()))
         weights, caps = mixing.numbers("weights", p.weights, names), mixing.numbers("caps", p.caps, names)
         if len(names) == 1 and not caps and not p.replay_dataset:
             return shown([(f"One source with {len(self.rows):,} rows; nothing to mix.",)])

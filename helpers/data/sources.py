@@ -27,8 +27,7 @@ from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_error
 
-RECORDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
-READABLE = (*RECORDS, *documents.KINDS)
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", *documents.KINDS)
 INFO = "dataset_info.json"
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
 MEDIA = ("images", "videos", "audios")

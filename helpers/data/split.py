@@ -81,7 +81,7 @@ def pairs_of(table: Table, groups: np.ndarray) -> list[tuple[str, str]]:
     """Pairs of row ids to keep together, from the position of the first row of every row's group, int32 (rows,)."""
     others = np.flatnonzero(groups != np.arange(len(groups)))
     wanted = set(others.tolist()) | set(groups[others].tolist())
-    ids = {at: row_id for at, (row_id, _) in enumerate(table.ids_and_sources()) if at in wanted}
+    ids = {at: row["id"] for at, row in enumerate(table.rows()) if at in wanted}
     return [(ids[first], ids[at]) for at, first in zip(others.tolist(), groups[others].tolist(), strict=True)]
 
 

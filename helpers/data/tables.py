@@ -85,10 +85,6 @@ class Table:
         with pa.CompressedInputStream(f"{self._folder.name}/rows.jsonl.zst", "zstd") as packed:
             yield from map(json.loads, io.BufferedReader(packed, 2**20))
 
-    def ids_and_sources(self) -> Iterator[tuple[str, str]]:
-        """(id, source) of every row."""
-        return ((row["id"], row["source"]) for row in self.rows())
-
 
 @dataclass
 class StepReport:

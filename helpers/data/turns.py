@@ -247,10 +247,9 @@ def pair(prompt: list[Turn], chosen: list[Turn], rejected: list[Turn]) -> tuple[
     """
     if not chosen or not rejected:
         raise RowError("no answer", "the chosen or the rejected answer is empty")
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    head, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    alike = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    head = [turn for turn, _ in alike]
+    chosen, rejected = chosen[len(head) :], rejected[len(head) :]
     bare = [turn for turn in prompt if turn["role"] != "system"]
     if head and bare and head[-len(bare) :] == bare:  # the conversations repeat the prompt that has its own column
         prompt = head if head[0]["role"] == "system" else prompt[: len(prompt) - len(bare)] + head

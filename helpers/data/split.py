@@ -66,14 +66,10 @@ def split(
         columns = ", ".join(sorted(next(table.rows())["meta"])) or "none"
         raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {columns}.")
     keys, tables = smallest_linked(linked), {name: Table() for name in SPLITS}
-    for batch in table:
-        parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
-        for row in batch:
-            name = row["id"] if row["id"] in keys else group_value(row, group_by) or row["id"]
-            asked = 0.0 if row["kind"] == "text" else test_share
-            parts[split_of(keys.get(name, name), eval_share, asked)].append(row)
-        for name, part in parts.items():
-            tables[name].append(part)
+    for row in table.rows():
+        name = row["id"] if row["id"] in keys else group_value(row, group_by) or row["id"]
+        asked = 0.0 if row["kind"] == "text" else test_share
+        tables[split_of(keys.get(name, name), eval_share, asked)].append([row])
     return {name: part.close() for name, part in tables.items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from helpers import machine, serve
 from helpers.display import clean, escape
-from helpers.gguf.server import Server
+from helpers.gguf.runner import Server
 from helpers.model import loading, offline
 
 REDRAW_S = 0.1  # a widget message per token would flood the notebook's connection

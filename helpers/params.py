@@ -286,7 +286,7 @@ class GgufParams(Params):
     outputs: str = param("merged,gguf", "What is kept, of: adapter, merged, gguf, adapter_gguf; separated by commas")
 
     model_name: str = more("tunebook", "What the model is called in Ollama, vLLM and LM Studio")
-    llama_cpp: str = more("", "Folder of your llama.cpp build; empty: TUNEBOOK_LLAMA_CPP or prebuilt")
+    llama_cpp: str = more("", "Folder of your llama.cpp build that quantises; empty: TUNEBOOK_LLAMA_CPP or prebuilt")
     fidelity_gates: bool = more(True, "Stop when a file is not the model that was trained")
     fidelity_answers: int = more(4, "Greedy answers compared one by one", high=1000)
     imatrix_tokens: int = more(8192, "Training text for the importance matrix", "tokens", low=256, high=MANY)

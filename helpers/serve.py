@@ -4,7 +4,7 @@
     python -m helpers.serve model-q4_k_m.gguf --port 8080 --context 4096
 
 In a notebook `serve.start("myrun")` gives a running server with its `url` and ends with the kernel; any OpenAI client
-works against `url + "/v1"`. The process itself is `helpers.gguf.server`; here is what a person needs around it.
+works against `url + "/v1"`. The process itself is `helpers.gguf.runner.Server`; here is what a person needs around it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from helpers import llm_client, machine, runs
 from helpers.errors import TunebookError
 from helpers.gguf import header
-from helpers.gguf.server import Server
+from helpers.gguf.runner import Server
 
 _running: dict[tuple[Any, ...], Server] = {}
 

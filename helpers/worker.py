@@ -1,7 +1,7 @@
 """Child processes: what may crash, hang or eat the memory works in a process of its own, which ends with this one.
 
-    with Worker("helpers.gguf.runner:Served", start={"path": "m.gguf"}, name="llama.cpp") as child:
-        child.ask({"method": "encode", "text": "Hello"}, timeout_s=60)
+    with Worker("helpers.gguf.llama_cpp:LlamaCpp", start={"path": "m.gguf"}, name="llama.cpp") as child:
+        child.ask(["tokenize", "Hello"], timeout_s=60)
     run("helpers.data.documents:parse", {"path": "a.pdf"}, wall_s=60, memory_gib=2)
 
 The named function is called in the child as `handler(request, event)`; what it returns is the answer, `event(value)`

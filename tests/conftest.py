@@ -150,7 +150,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def server(smollm2):
     """llama.cpp's real server on the default model."""
-    from helpers.gguf.server import Server
+    from helpers.gguf.runner import Server
     from helpers.model import offline
 
     with Server(offline.wheel_gguf(), parallel=2, context=1024) as running:

@@ -98,7 +98,7 @@ def test_the_same_question_twice_is_sent_once(proxy, book):
 
 def test_answers_of_another_model_on_the_same_port_are_not_used_again(proxy, tmp_path, tiny_llama, capsys):
     from helpers.gguf import convert
-    from helpers.gguf.server import Server
+    from helpers.gguf.runner import Server
 
     question = [Request([{"role": "user", "content": "Name a river."}], max_tokens=8, temperature=0.0)]
 
@@ -112,7 +112,7 @@ def test_answers_of_another_model_on_the_same_port_are_not_used_again(proxy, tmp
     own, proxy.upstream = proxy.upstream, ""
     gguf = tmp_path / "smollm2.gguf"
     convert.convert(tiny_llama, gguf, "f16")
-    with Server(gguf, parallel=2, context=1024, alias="smollm2") as other:
+    with Server(gguf, parallel=2, context=1024) as other:
         proxy.upstream = other.url
         ask(False)
         assert "is another model than when its answers were kept" in capsys.readouterr().out

@@ -140,7 +140,8 @@ def _runtime_model(reader: GgufModel) -> Any:
                 until = how.get("until") or []
                 warmth = float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0
                 stops = [until] if isinstance(until, str) else list(until)
-                found.append(reader.continue_text(text, int(how.get("max_gen_toks", 256)), stops, warmth))
+                ids, most = reader.tokenize(text, add_special=True), int(how.get("max_gen_toks", 256))
+                found.append(reader.complete([ids], most, stops, warmth)[0].text)
             return found
 
     return RuntimeLM()

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,25 +69,17 @@ FALLBACK_OF = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "F16": "a K-quant
 FALLBACK_OF |= dict.fromkeys(("Q4_0", "IQ4_NL"), "Q2_K/Q3_K")
 
 
-def convert(model: Path, out: Path, outtype: str = "f16", name: str = "") -> Path:
-    """Write `out` from the model folder (config, safetensors, tokenizer), whole or not at all. outtype: of `TYPES_16`.
-
-    Raises TunebookError with what the converter said.
-    """
-    options = ["--outtype", outtype, *(["--model-name", name] if name else [])]
+def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_vocabulary: bool = False) -> Path:
+    """Write `out` from the model folder (config, safetensors, tokenizer), whole or not at all. outtype: of `TYPES_16`;
+    only_vocabulary: the tokenizer alone, from a folder that needs no weights. Raises TunebookError with what the
+    converter said."""
+    options = ["--vocab-only"] if only_vocabulary else ["--outtype", outtype]
     with _copy(model, out.parent) as folder:
-        for path in [*model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
+        for path in model.glob("*.safetensors*"):
             (folder / path.name).symlink_to(path.resolve())
-        made = _run(folder, model, options)
+        made = _run(folder, model, [*options, *(["--model-name", name] if name else [])])
         header.check(made)
         os.replace(made, out)
-    return out
-
-
-def convert_vocabulary(model: Path, out: Path) -> Path:
-    """A GGUF with the tokenizer alone, from a folder that needs no weights: what preflight looks at before training."""
-    with _copy(model, out.parent) as folder:
-        os.replace(_run(folder, model, ["--vocab-only"]), out)
     return out
 
 
@@ -198,9 +190,6 @@ class Quantised:
     fallback: dict[str, int]
     wall_s: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"path": self.path.name}
-
 
 def parse_types(text: str) -> list[str]:
     """ "q8_0, Q4_K_M" -> ["q8_0", "q4_k_m"]. Raises TunebookError for a name that is none of `TYPES`."""
@@ -216,11 +205,6 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
     `importance` wrote. Raises TunebookError with llama.cpp's own message.
     """
     started, library = time.monotonic(), libraries.for_quantizing()
-    if library is None:
-        raise TunebookError(
-            "No llama.cpp library here can quantise: run `python -m helpers.gguf.libraries` to fetch one (x86-64 Linux "
-            "with glibc 2.34), set llama_cpp to a build of your own, or set quantizations='f16'."
-        )
     header.check(source)
     partial = out.with_name(f".{out.name}.partial")
     request = {"library": str(library), "source": str(source), "out": str(partial), "type": TYPES[kind].number}

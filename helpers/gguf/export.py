@@ -49,7 +49,6 @@ def open(params: GgufParams) -> ExportJob:
     """The export of `params.run`. Raises TunebookError for parameters that cannot be met; nothing is written yet."""
     stage = runs.stage("gguf", params)
     if params.llama_cpp:
-        # for every process from here on: what quantises, what the gates run and what serves is then one build
         os.environ[libraries.OWN_BUILD] = params.llama_cpp
     kinds = convert.parse_types(params.quantizations)
     outputs = [t.strip() for t in params.outputs.split(",") if t.strip()]
@@ -178,7 +177,7 @@ class ExportJob(steps.Job):
             "merge": self.merge_check,
             "budgets": {r.type: convert.TYPES[r.type][2:] for r in self.results},
             "files": [asdict(r) for r in self.results],
-            "sizes": [f.as_dict() for f in self.files],
+            "sizes": [asdict(f) | {"path": f.path.name} for f in self.files],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:
@@ -194,37 +193,35 @@ class ExportJob(steps.Job):
         return drawn
 
     @steps.step
-    def modelfile(self) -> ollama.Modelfile:
+    def modelfile(self) -> display.Html:
         """The Modelfile of the recommended file, and the commands for each runtime."""
         self.prove()
         if "gguf" not in self.outputs:
-            return ollama.Modelfile("outputs keeps no GGUF file, so there is none to write a Modelfile for.")
+            return display.said("outputs keeps no GGUF file, so there is none to write a Modelfile for.")
         if "merged" not in self.outputs:  # of it its tokenizer and template are kept
             small = shutil.ignore_patterns("*.safetensors*")
             self._make(self.stage.path / "merged", lambda out: shutil.copytree(self.merged, out, ignore=small))
         out, name, context = self.stage.path / "Modelfile", self.params.model_name, self.params.context_length
-        return ollama.write(self.stage.path / "merged", self.best, out, name=name, context=context)
+        return ollama.write(self.stage.path / "merged", self.best, out, name=name, context=context).shown()
 
     @steps.step
     def finish(self) -> runs.Manifest:
         """The adapter where it was asked for, then the manifest; what shall not be kept goes last, with `work/`."""
-        modelfile, adapter = self.modelfile(), self.source.adapter
+        self.modelfile()
+        adapter = self.source.adapter
         if adapter and "adapter" in self.outputs:
             self._make(self.stage.path / "adapter", partial(shutil.copytree, adapter))
         if adapter and "adapter_gguf" in self.outputs:
             write = partial(convert.convert_adapter, adapter, self.merged, self.file("f16"))
             self._make(self.stage.path / "adapter.gguf", write)
-        by_type = {r.type: asdict(r) for r in self.results}
         metrics = {
             "base": self.base,
             "trained_by": self.source.trained_by,
             "text": self.text,
-            "merge": self.merge_check,
             "seconds": self.seconds,
-            "files": {f.type: f.as_dict() | {"fidelity": by_type.get(f.type)} for f in self.files},
             "recommended": fidelity.recommend(self.files, self.results),
         }
-        manifest = self.stage.finish(metrics, modelfile=modelfile.as_dict())
+        manifest = self.stage.finish(metrics)
         shutil.rmtree(self.work, ignore_errors=True)
         return manifest
 
@@ -287,7 +284,7 @@ class ExportJob(steps.Job):
             base.resize_token_embeddings(rows, mean_resizing=False)
         model = loading.load_adapter(base, source.adapter).eval()
         mine = torch.cat([fidelity.logprobs(model, row).cpu() for row in reference.rows[:2]])
-        theirs = reference.open()[: len(mine)]
+        theirs = reference.logprobs[: len(mine)]
         mean_kl = float(fidelity.divergence(mine, theirs).mean())
         same = (mine.argmax(1) == theirs.argmax(1)).float()
         return {"tokens": len(mine), "mean_kl": max(mean_kl, 0.0), "top1": float(same.mean())}

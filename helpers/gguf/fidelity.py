@@ -2,29 +2,61 @@
 
 Four gates: token ids, rendered prompt, logits, stopping. The trained model's side is computed here, once. Each
 quantised file's unpacked weights are then run in the same model, so that what the smaller weights cost and what the
-runtime's arithmetic costs are distinguished; the files themselves are measured one after another in a process without
-torch (`probes.measure`).
+runtime's arithmetic costs are distinguished. The divergence is what llama.cpp's own perplexity tool computes, with the
+trained model as the reference instead of another GGUF: sum over the vocabulary of p (ln p - ln q), p the trained
+model's next-token distribution, in nats a token.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, machine, plots, worker
+from helpers import display, machine, plots
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes
 from helpers.gguf.convert import TYPES, Quantised
-from helpers.gguf.probes import Result
+from helpers.gguf.runner import GgufModel
 from helpers.model.loading import load_model, load_tokenizer
 from helpers.model.stop_tokens import stop_tokens
 
 CLOSE = 0.1  # mean KL, nats a token, up to which a file's answers are practically the merged model's
+# A top-1 token counts as changed when the reference preferred it by more than this; a tie may break the other way.
+TIE_NATS = 1e-2
 FEW = 0.02  # a task score this far below the best counts as good as the best, however many questions there were
+
+
+@dataclass
+class Result:
+    """What was found about one file. KL in nats a token; shares from 0 to 1; failed: gate -> what was found.
+
+    weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest.
+    """
+
+    type: str
+    tokens: int = 0
+    mean_kl: float = 0.0
+    p99_kl: float = 0.0
+    top1: float = 0.0
+    perplexity: float = 0.0
+    reference_perplexity: float = 0.0
+    weights_kl: float | None = None
+    runtime_kl: float | None = None
+    token_texts: int = 0
+    prompt_shapes: list[str] = field(default_factory=list)
+    skipped_shapes: dict[str, str] = field(default_factory=dict)
+    answers: int = 0
+    same_answers: int = 0
+    stopped: int = 0
+    reference_stopped: int = 0
+    task_score: float | None = None
+    task_count: int = 0  # questions behind it
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Reference:
@@ -44,6 +76,7 @@ class Reference:
         conversations: Sequence[list[dict[str, str]]] = (),
     ):
         import numpy as np
+        import torch
 
         self.tokenizer, self.max_tokens = load_tokenizer(merged), max_tokens
         self.rows, self.prompts = [list(r) for r in rows if len(r) > 1], [list(p) for p in prompts]
@@ -54,14 +87,20 @@ class Reference:
         self.folder = tempfile.TemporaryDirectory(prefix="fidelity.", dir=work)
         self.model: Any = _load(merged)
         self._places: dict[str, header.Place] | None = None
-        self.shape = (sum(len(r) - 1 for r in self.rows), self.model.get_input_embeddings().weight.shape[0])
-        kept: Any = np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "w+", shape=self.shape)
-        for at, row in self._by_row():
-            kept[at : at + len(row) - 1] = logprobs(self.model, row).cpu().numpy()
+        following = torch.tensor([token for row in self.rows for token in row[1:]])
+        shape = (len(following), self.model.get_input_embeddings().weight.shape[0])
+        self.file = Path(self.folder.name) / "logprobs.npy"
+        kept = np.lib.format.open_memmap(self.file, "w+", np.float32, shape)
+        self.logprobs = torch.from_numpy(kept)
+        for place, row in self._by_row():
+            self.logprobs[place] = logprobs(self.model, row).cpu()
         kept.flush()
-        following = np.concatenate([np.asarray(r[1:], dtype=np.int64) for r in self.rows])
-        loss = -float(np.mean(kept[np.arange(len(following)), following], dtype=np.float64))
-        self._write(conversations, math.exp(min(loss, 700.0)))
+        loss = -float(self.logprobs[torch.arange(len(following)), following].double().mean())
+        self.perplexity = math.exp(min(loss, 700.0))
+        self.answers = self._answers()
+        held_out = {f"held-out {i + 1}": (c, None) for i, c in enumerate(conversations)}
+        self.conversations = {**probes.conversations(), **held_out}
+        self.texts = [*probes.token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
 
     def weights_kl(self, file: Path, source: Path) -> float | None:
         """Mean KL, nats a token, of the trained model with the weights of `file`, unpacked by gguf's own code.
@@ -86,25 +125,21 @@ class Reference:
             values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
             with torch.no_grad():
                 weight.copy_(values if order is None else values[torch.from_numpy(order)])
-        kept = self.open()
-        pieces = [divergence(kept[at : at + len(row) - 1], logprobs(self.model, row)) for at, row in self._by_row()]
+        pieces = [divergence(self.logprobs[place], logprobs(self.model, row)) for place, row in self._by_row()]
         return max(float(torch.cat(pieces).mean()), 0.0)
 
     def close(self) -> None:
         self.folder.cleanup()
 
-    def open(self) -> Any:
-        """Natural log-probabilities of the trained model, float32 tensor (tokens, vocabulary), memory-mapped."""
-        import numpy as np
-        import torch
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text as training reads it; special: with the model's own BOS."""
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-        return torch.from_numpy(np.memmap(Path(self.folder.name) / "logprobs.f32", np.float32, "c", shape=self.shape))
-
-    def _by_row(self) -> Iterator[tuple[int, list[int]]]:
-        """(place of its first log-probabilities, token ids) of each row."""
+    def _by_row(self) -> Iterator[tuple[slice, list[int]]]:
+        """(place of its log-probabilities, token ids) of each row."""
         at = 0
         for row in self.rows:
-            yield at, row
+            yield slice(at, at + len(row) - 1), row
             at += len(row) - 1
 
     def _answers(self) -> list[tuple[list[int], bool]]:
@@ -127,42 +162,91 @@ class Reference:
         stops = [next((i for i, token in enumerate(row) if token in ends), None) for row in made]
         return [(row[:stop], stop is not None) for row, stop in zip(made, stops, strict=True)]
 
-    def _write(self, conversations: Sequence[list[dict[str, str]]], perplexity: float) -> None:
-        """All that the measuring process needs to know about the trained model's side."""
-
-        def encode(text: str, special: bool = False) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=special)["input_ids"]
-
-        wanted = []
-        held_out = {f"held-out {i + 1}": (c, None) for i, c in enumerate(conversations)}
-        for shape, (messages, tools) in {**probes.conversations(), **held_out}.items():
-            text, why = probes.render(self.tokenizer, messages, tools)
-            wanted.append([shape, messages, tools, text, why, encode(text or "")])
-        texts = [*probes.token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
-        content = {
-            "rows": self.rows,
-            "prompts": self.prompts,
-            "answers": self._answers(),
-            "max_tokens": self.max_tokens,
-            "vocabulary": self.shape[1],
-            "perplexity": perplexity,
-            "bos": self.tokenizer.bos_token_id,
-            "bos_text": self.tokenizer.bos_token or "",
-            "texts": [[t, encode(t), encode(t, True)] for t in texts],
-            "conversations": wanted,
-        }
-        (Path(self.folder.name) / "reference.json").write_text(json.dumps(content))
-
 
 def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
     """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
-    gates = {"kind": kind, "most_kl": TYPES[kind].kl, "least_top1": TYPES[kind].top1}
-    request = {"reference": reference.folder.name, "path": str(path), **gates}
-    name = f"llama.cpp with {path.name}"
-    result = Result(**worker.run("helpers.gguf.probes:measure", request, wall_s=None, name=name))
-    if weights_kl is not None:
-        result.weights_kl, result.runtime_kl = weights_kl, max(result.mean_kl - weights_kl, 0.0)
+    result = Result(kind, reference_perplexity=reference.perplexity, weights_kl=weights_kl)
+    gates = {"token ids": _token_ids, "prompt": _prompts, "logits": _logits, "stopping": _stopping}
+    with closing(GgufModel(path)) as model:
+        for name, gate in gates.items():
+            if why := gate(model, reference, result):
+                result.failed[name] = why
     return result
+
+
+def _token_ids(model: GgufModel, reference: Reference, result: Result) -> str:
+    result.token_texts = len(reference.texts)
+    for text in reference.texts:
+        plain, special = reference.encode(text), reference.encode(text, True)
+        for add_special, theirs in ((False, plain), (True, special)):
+            mine = model.tokenize(text, add_special)
+            # where the template writes the BOS itself, the two differ by it; the prompt gate counts it
+            if mine != theirs and not (add_special and special == plain):
+                at = _first_difference(mine, theirs)
+                near = slice(max(0, at - 1), at + 3)
+                return f"{text[:40]!r} is read as {mine[near]} from token {at} on, the trained model had {theirs[near]}"
+    return ""
+
+
+def _prompts(model: GgufModel, reference: Reference, result: Result) -> str:
+    """One conversation through the trained tokenizer's template and llama.cpp's server: one text, one list of ids."""
+    bos, bos_text = reference.tokenizer.bos_token_id, reference.tokenizer.bos_token or ""
+    for shape, (messages, tools) in reference.conversations.items():
+        text, why = probes.render(reference.tokenizer, messages, tools)
+        if text is None:
+            result.skipped_shapes[shape] = why
+            continue
+        try:
+            got = model.ask("apply_template", messages, tools)
+        except TunebookError as error:
+            return f"for {shape} llama.cpp says: {str(error)[:160]}"
+        mine, ids = model.tokenize(got, add_special=True), reference.encode(text)
+        if mine[:1] == [bos] and ids[:1] != [bos]:
+            mine = mine[1:]
+        got, text = got.removeprefix(bos_text), text.removeprefix(bos_text)  # the runtime may write it as a token
+        if mine != ids or got != text:
+            at = _first_difference(got, text)
+            near = slice(max(0, at - 12), at + 24)
+            return f"for {shape} it reads {got[near]!r} where the training had {text[near]!r}"
+        result.prompt_shapes.append(shape)
+    return ""
+
+
+def _first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int:
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+
+
+def _logits(model: GgufModel, reference: Reference, result: Result) -> str:
+    import numpy as np
+
+    kl, lost, nats = np.array(model.ask("compare", reference.rows, str(reference.file))).T
+    result.tokens, result.mean_kl, result.p99_kl = len(kl), max(float(kl.mean()), 0.0), float(np.quantile(kl, 0.99))
+    result.top1, result.perplexity = float((lost < TIE_NATS).mean()), math.exp(min(-float(nats.mean()), 700.0))
+    if result.weights_kl is not None:
+        result.runtime_kl = max(result.mean_kl - result.weights_kl, 0.0)
+    allowed = TYPES[result.type]
+    if math.isfinite(result.mean_kl) and result.mean_kl <= allowed.kl and result.top1 >= allowed.top1:
+        return ""
+    return (
+        f"mean KL {result.mean_kl:.3g} (at most {allowed.kl:g}), top-1 agreement {result.top1:.1%} (at least "
+        f"{allowed.top1:.1%}) over {result.tokens} tokens"
+    )
+
+
+def _stopping(model: GgufModel, reference: Reference, result: Result) -> str:
+    """Greedy answers, all at once as the trained model gave them."""
+    made, theirs = model.complete(reference.prompts, reference.max_tokens), reference.answers
+    result.answers, result.stopped = len(made), sum(m.stopped for m in made)
+    result.same_answers = sum(m.token_ids == ids for m, (ids, _) in zip(made, theirs, strict=True))
+    result.reference_stopped = sum(stopped for _, stopped in theirs)
+    # The classic failure is a file that runs on where the trained model stops; one answer in four may differ.
+    if result.reference_stopped - result.stopped <= max(1, len(made) // 4):
+        return ""
+    return (
+        f"{result.stopped} of {len(made)} answers end by themselves within {reference.max_tokens} tokens, "
+        f"{result.reference_stopped} do in the trained model"
+    )
 
 
 def require(results: Sequence[Result]) -> None:

@@ -1,39 +1,77 @@
 """The real llama.cpp, as users run it: token ids, logits and batched answers of a GGUF file, through its C library.
 
-A crash in it ends the process that calls it; `helpers.gguf.runner` gives the same in a process of its own.
+A crash in it ends the process that calls it; `helpers.gguf.runner.GgufModel` gives the same in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes as c
+import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from helpers import worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
-from helpers.gguf.server import Server
+from helpers.gguf.libraries import Block
+from helpers.gguf.runner import Completion, Server
 
 if TYPE_CHECKING:
     import numpy as np
 
 BATCH = 512  # tokens a decode call takes
+Entry = tuple[int, int, int, bool]  # token, position, sequence, logits wanted
+POINTER, INTS = c.c_void_p, c.POINTER(c.c_int32)
 
 
-@dataclass
-class Completion:
-    """One generated continuation. token_ids leaves out the token that ended it; finish: "stop" or "length"."""
+class Batch(c.Structure):
+    """`llama_batch`: tokens with their positions, sequences and whether logits are wanted."""
 
-    text: str
-    token_ids: list[int]
-    finish: str
+    _fields_ = [
+        *(("n_tokens", c.c_int32), ("token", INTS), ("embd", POINTER), ("pos", INTS), ("n_seq_id", INTS)),
+        *(("seq_id", c.POINTER(INTS)), ("logits", c.POINTER(c.c_int8))),
+    ]
+
+
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "llama_model_default_params": (Block,),
+    "llama_context_default_params": (Block,),
+    "llama_model_load_from_file": (POINTER, c.c_char_p, Block),
+    "llama_init_from_model": (POINTER, POINTER, Block),
+    "llama_model_free": (None, POINTER),
+    "llama_free": (None, POINTER),
+    "llama_set_n_threads": (None, POINTER, c.c_int32, c.c_int32),
+    "llama_model_get_vocab": (POINTER, POINTER),
+    "llama_vocab_n_tokens": (c.c_int32, POINTER),
+    "llama_vocab_is_eog": (c.c_bool, POINTER, c.c_int32),
+    "llama_tokenize": (c.c_int32, POINTER, c.c_char_p, c.c_int32, INTS, c.c_int32, c.c_bool, c.c_bool),
+    "llama_detokenize": (c.c_int32, POINTER, INTS, c.c_int32, c.c_char_p, c.c_int32, c.c_bool, c.c_bool),
+    "llama_batch_init": (Batch, c.c_int32, c.c_int32, c.c_int32),
+    "llama_batch_free": (None, Batch),
+    "llama_decode": (c.c_int32, POINTER, Batch),
+    "llama_get_logits_ith": (c.POINTER(c.c_float), POINTER, c.c_int32),
+    "llama_get_memory": (POINTER, POINTER),
+    "llama_memory_clear": (None, POINTER, c.c_bool),
+    "llama_memory_seq_rm": (c.c_bool, POINTER, c.c_int32, c.c_int32, c.c_int32),
+    "llama_memory_seq_cp": (None, POINTER, c.c_int32, c.c_int32, c.c_int32, c.c_int32),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """libllama, loaded once a process."""
+    return libraries.load(libraries.for_running(), SIGNATURES)
 
 
 @dataclass
 class _Row:
-    """A prompt that is being answered in one sequence of the batch."""
+    """A prompt that is being answered in one sequence of the batch. waiting: tokens to be computed next."""
 
     index: int
     waiting: list[int]
@@ -41,38 +79,48 @@ class _Row:
     out: list[int] = field(default_factory=list)
 
 
-class Vocabulary:
-    """The tokenizer of a GGUF file, as llama.cpp runs it; the weights, if there are any, are not read.
+class LlamaCpp(ExitStack):
+    """A GGUF file loaded by llama.cpp; `close` frees it. parallel: answers generated at once; only_vocabulary: without
+    the weights. Raises TunebookError for a file that is missing, damaged or not understood."""
 
-    Raises TunebookError for a file that is missing, damaged or not understood. A context manager; `close` frees it.
-    """
-
-    _only_vocabulary = True
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, parallel: int = 8, only_vocabulary: bool = False):
+        super().__init__()
+        self.path, self.parallel, self.context = Path(path), parallel, 0
         header.check(self.path)
-        self.lib = lib = libraries.library(libraries.for_running())
-        lib.log.clear()
-        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.model_params(self._only_vocabulary))
-        if not self._model:
-            raise TunebookError(
-                f"llama.cpp cannot load {path}: {lib.said()}. Export it again, or use a newer llama.cpp."
-            )
-        self.vocab = lib.llama_model_get_vocab(self._model)
-        self.n_vocab = lib.llama_vocab_n_tokens(self.vocab)
+        self.lib = library()
+        params = self.lib.llama_model_default_params()
+        if only_vocabulary:
+            # the flags come last, after pointers that are null by default: the first non-zero word there is theirs,
+            # vocab_only its first byte
+            words = struct.unpack_from("<16Q", bytes(params.bytes))
+            params.bytes[8 * next(i for i, word in enumerate(words) if i >= 6 and word)] = 1
+        libraries.heard.clear()
+        self._model = self.lib.llama_model_load_from_file(str(path).encode(), params)
+        self._require(self._model, "it cannot load the file; export it again, or use a newer llama.cpp")
+        self.callback(self.lib.llama_model_free, self._model)
+        self.vocab = self.lib.llama_model_get_vocab(self._model)
+        self.n_vocab = self.lib.llama_vocab_n_tokens(self.vocab)
+        self._ctx: Any = None
+        self._server: Server | None = None
+        self._batch = self.lib.llama_batch_init(BATCH, 0, 1)
+        self.callback(self.lib.llama_batch_free, self._batch)
+        self.callback(self._free_context)
 
-    def __enter__(self) -> Self:
-        return self
+    def __call__(self, request: list[Any], event: worker.Event) -> Any:
+        """As a handler of helpers.worker: a request is the name of a method and its arguments."""
+        method, *arguments = request
+        if method != "generate":
+            return getattr(self, method)(*arguments)
+        for finished in self.generate(*arguments):
+            event(finished)
+        return None
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _require(self, good: Any, what: str) -> None:
+        if not good:
+            said = " / ".join(libraries.heard) or "no message"
+            raise TunebookError(f"llama.cpp with {self.path.name}: {what}. It said: {said}.")
 
-    def close(self) -> None:
-        """Free the model. A second call does nothing."""
-        if self._model:
-            self.lib.llama_model_free(self._model)
-            self._model = None
+    # ------------------------------------------------------------ text
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`. add_special: with the model's own BOS; parse_special: "<|im_end|>" is one token."""
@@ -90,116 +138,58 @@ class Vocabulary:
             found = self.lib.llama_detokenize(self.vocab, array, len(ids), buffer, len(buffer), False, False)
         return buffer.raw[:found].decode("utf-8", "replace")
 
-    def is_end(self, token_id: int) -> bool:
-        """Whether llama.cpp stops at this token by itself."""
-        return self.lib.llama_vocab_is_eog(self.vocab, token_id)
-
-    def end_ids(self) -> list[int]:
+    def ends(self) -> list[int]:
         """All tokens at which llama.cpp stops by itself."""
-        return [i for i in range(self.n_vocab) if self.is_end(i)]
-
-
-class LlamaCpp(Vocabulary):
-    """A GGUF file loaded by llama.cpp; a context manager.
-
-    context: most tokens that all sequences may share, 0 for as many as are needed; parallel: answers generated at once;
-    adapter: a GGUF adapter applied to it. Raises TunebookError for a file that is missing, damaged or not understood.
-    """
-
-    _only_vocabulary = False
-
-    def __init__(self, path: str | Path, context: int = 0, parallel: int = 8, adapter: Path | None = None):
-        super().__init__(path)
-        self._limit, self.parallel, self.context = context, parallel, 0
-        self._ctx: Any = None
-        self._server: Server | None = None
-        self._batch = _Arrays(BATCH)
-        self._adapter = None
-        if adapter:
-            header.check(adapter)
-            self._adapter = self.lib.llama_adapter_lora_init(self._model, str(adapter).encode())
-            self._require(self._adapter, f"the adapter {adapter} does not fit; name the base it was trained on")
-
-    def _require(self, good: Any, what: str) -> None:
-        if not good:
-            raise TunebookError(f"llama.cpp with {self.path.name}: {what}. It said: {self.lib.said()}.")
-
-    def _room(self, tokens: int) -> None:
-        """A context of `tokens` at least; what was in a smaller one is gone."""
-        if tokens <= self.context:
-            return
-        if self._limit and tokens > self._limit:
-            raise TunebookError(
-                f"{tokens} tokens with what is to be answered does not fit the context of {self._limit}; ask for more."
-            )
-        if self._ctx:
-            self.lib.llama_free(self._ctx)
-        lib, self.context = self.lib, self._limit or -(-tokens // 256) * 256
-        params = lib.context_params(self.context, BATCH, self.parallel + 1)  # one more: the shared prefix
-        self._ctx = lib.llama_init_from_model(self._model, params)
-        self._require(self._ctx, f"no memory for a context of {self.context} tokens; ask for a shorter one")
-        taken = lib.llama_n_ctx_seq(self._ctx) == lib.llama_n_ctx(self._ctx)
-        taken &= lib.llama_n_seq_max(self._ctx) == self.parallel + 1
-        self._require(taken, f"{lib.path} did not take the context parameters; use the library that set-up fetches")
-        lib.llama_set_n_threads(self._ctx, libraries.threads(), libraries.threads())
-        if self._adapter:
-            lora = (c.c_void_p * 1)(self._adapter)
-            status = lib.llama_set_adapters_lora(self._ctx, lora, 1, (c.c_float * 1)(1.0))
-            self._require(not status, "the adapter does not fit; name the base it was trained on")
-        self._memory = lib.llama_get_memory(self._ctx)
-
-    def close(self) -> None:
-        """Free everything. A second call does nothing."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-        if self._ctx:
-            self.lib.llama_free(self._ctx)
-            self._ctx = None
-        super().close()
-
-    @property
-    def chat_template(self) -> str:
-        """The Jinja template inside the file; "" when it has none."""
-        found = self.lib.llama_model_chat_template(self._model, None)
-        return found.decode() if found else ""
+        return [i for i in range(self.n_vocab) if self.lib.llama_vocab_is_eog(self.vocab, i)]
 
     def apply_template(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
         if self._server is None:
-            self._server = Server(self.path, context=256, warmup=False)
+            self._server = self.enter_context(Server(self.path, context=256, warmup=False))
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
         return self._server.post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
 
     # ------------------------------------------------------------ logits
 
-    def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
-        """Logits after each token, float32 (tokens, vocab), in pieces of up to `chunk` rows (at most BATCH)."""
-        self._room(len(token_ids))
+    def _room(self, tokens: int) -> None:
+        """An empty context of `tokens` at least, which all sequences share."""
+        if tokens > self.context:
+            self._free_context()
+            self.context = -(-tokens // 256) * 256
+            self._ctx = self.lib.llama_init_from_model(self._model, self._context_params())
+            self._require(self._ctx, f"no memory for a context of {self.context} tokens")
+            self.lib.llama_set_n_threads(self._ctx, libraries.threads(), libraries.threads())
+            self._memory = self.lib.llama_get_memory(self._ctx)
         self.lib.llama_memory_clear(self._memory, True)
-        for start in range(0, len(token_ids), chunk):
-            piece = token_ids[start : start + chunk]
-            self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
-            yield self._rows(0, len(piece))
 
-    def score(self, prompt: list[int], completion: list[int]) -> tuple[list[float], bool]:
-        """The natural log-probability of every completion token, and whether each was the most likely one."""
-        import numpy as np
+    def _context_params(self) -> Block:
+        """Defaults with a few fields set, which are found by their documented defaults."""
+        block = self.lib.llama_context_default_params()
+        head = struct.unpack_from("<4I", bytes(block.bytes))  # n_ctx, n_batch, n_ubatch, n_seq_max
+        # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
+        at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
+        if head != (512, 2048, 512, 1) or at is None:
+            raise TunebookError("The installed xllamacpp has another layout of its parameters than the pinned one.")
+        struct.pack_into("<4I", block.bytes, 0, self.context, BATCH, BATCH, self.parallel + 1)  # one for the prefix
+        block.bytes[at + 5] = 1
+        return block
 
-        ids, first, at, greedy = prompt + completion, max(len(prompt) - 1, 0), 0, True
-        values: list[float] = []
-        for logits in self.iter_logits(ids[:-1]):
-            rows: np.ndarray = logits[max(first - at, 0) :].astype(np.float64)
-            target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
-            if len(target):
-                top = rows.max(-1)
-                chosen = rows[np.arange(len(target)), target]
-                values += (chosen - top - np.log(np.exp(rows - top[:, None]).sum(-1))).tolist()
-                greedy &= bool((rows.argmax(-1) == target).all())
-            at += len(logits)
-        return values, greedy
+    def _free_context(self) -> None:
+        if self._ctx:
+            self.lib.llama_free(self._ctx)
+        self._ctx = None
 
-    def _rows(self, index: int, count: int = 1) -> np.ndarray:
+    def _decode(self, entries: Sequence[Entry]) -> None:
+        """Run tokens through the model."""
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        status = self.lib.llama_decode(self._ctx, batch)
+        self._require(not status, f"it stopped with status {status}" + " (its context is full)" * (status == 1))
+
+    def _logits(self, index: int, count: int = 1) -> np.ndarray:
         """Logits of `count` neighbours in the batch, which llama.cpp keeps in one piece: (count, vocab)."""
         import numpy as np
 
@@ -207,10 +197,52 @@ class LlamaCpp(Vocabulary):
         self._require(pointer, "no logits came")
         return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
 
-    def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
-        """Run (token, position, sequence, logits wanted) through the model."""
-        status = self.lib.llama_decode(self._ctx, self._batch.fill(entries))
-        self._require(not status, f"it stopped with status {status}" + " (its context is full)" * (status == 1))
+    def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
+        """Logits after each token, float32 (tokens, vocab), in pieces of up to `chunk` rows (at most BATCH)."""
+        self._room(len(token_ids))
+        for start in range(0, len(token_ids), chunk):
+            piece = token_ids[start : start + chunk]
+            self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
+            yield self._logits(0, len(piece))
+
+    def score(self, prompt: list[int], completion: list[int]) -> tuple[list[float], bool]:
+        """The natural log-probability of every completion token, and whether each was the most likely one."""
+        import numpy as np
+        from scipy.special import log_softmax
+
+        ids, first, at = prompt + completion, max(len(prompt) - 1, 0), 0
+        values: list[float] = []
+        greedy: list[bool] = []
+        for logits in self.iter_logits(ids[:-1]):
+            rows: np.ndarray = logits[max(first - at, 0) :].astype(np.float64)
+            target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
+            values += log_softmax(rows, axis=1)[np.arange(len(target)), target].tolist()
+            greedy += (rows.argmax(1) == target).tolist()
+            at += len(logits)
+        return values, all(greedy)
+
+    def compare(self, rows: list[list[int]], kept: str) -> list[tuple[float, float, float]]:
+        """Of every token after the first in `rows`: the divergence of its prediction from the reference's in nats, by
+        how much the reference likes its own first choice better than the one here, and its log-probability here.
+
+        kept: a .npy file with the reference's log-probabilities, float32 (tokens, vocabulary).
+        """
+        import numpy as np
+        from scipy.special import log_softmax
+
+        reference = np.load(kept, mmap_mode="r")
+        found: list[tuple[float, float, float]] = []
+        for row in rows:
+            following = iter(row[1:])
+            for logits in self.iter_logits(row[:-1]):
+                # a padded vocabulary may differ in rows that no text reaches
+                width, each = min(reference.shape[1], logits.shape[1]), np.arange(len(logits))
+                theirs = np.asarray(reference[len(found) : len(found) + len(logits), :width])
+                mine, target = log_softmax(logits[:, :width], axis=1), list(islice(following, len(logits)))
+                divergence = np.einsum("tv,tv->t", np.exp(theirs), theirs - mine)
+                lost = theirs.max(1) - theirs[each, mine.argmax(1)]
+                found += zip(divergence.tolist(), lost.tolist(), mine[each, target].tolist(), strict=True)
+        return found
 
     # ------------------------------------------------------------ answers
 
@@ -221,28 +253,23 @@ class LlamaCpp(Vocabulary):
         stop: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 17,
-        done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Completions of prompts (token ids), `parallel` at a time, to their end, a stop text or `max_tokens`.
+    ) -> Iterator[tuple[int, Completion]]:
+        """(index, completion) of prompts (token ids) as they are finished, `parallel` at a time, to their end, a stop
+        text or `max_tokens`.
 
         The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs
         next to nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its
-        neighbours. done(index, completion) is called as each is finished.
+        neighbours.
         """
         import numpy as np
 
         rows = [list(p) for p in prompts]
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
-        answers: dict[int, Completion] = {}
-        shared = _common_length(rows)
-        longest, most = max(map(len, rows), default=0) + max_tokens, min(self.parallel, len(rows))
-        wanted = shared + most * (longest - shared)
-        self._room(max(longest, min(wanted, self._limit or wanted)))
-        self.lib.llama_memory_clear(self._memory, True)
+        shared, free = _common_length(rows), list(range(min(self.parallel, len(rows))))
+        self._room(shared + len(free) * (max(map(len, rows), default=0) + max_tokens - shared))
         for start in range(0, shared, BATCH):  # what all prompts begin with, in the spare sequence
-            piece = rows[0][start : min(start + BATCH, shared)]
-            self._decode([(token, start + i, self.parallel, False) for i, token in enumerate(piece)])
-        free = list(range(max(1, min(most, (self.context - shared) // (longest - shared)))))
+            piece = enumerate(rows[0][start : min(start + BATCH, shared)], start)
+            self._decode([(token, position, self.parallel, False) for position, token in piece])
         active: dict[int, _Row] = {}
         queue = iter(range(len(rows)))
         while True:
@@ -252,46 +279,39 @@ class LlamaCpp(Vocabulary):
                 self.lib.llama_memory_seq_cp(self._memory, self.parallel, slot, -1, -1)
                 active[slot] = _Row(index, rows[index][shared:], shared)
             if not active:
-                return [answers[i] for i in range(len(rows))]
+                return
             for slot, logits in self._step(active):
-                current = active[slot]
-                current.waiting = [_choose(logits, temperature, draws[current.index])]
-                if completion := self._ended(current, max_tokens, stop):
-                    answers[current.index] = completion
-                    if done:
-                        done(current.index, completion)
+                row = active[slot]
+                row.waiting = [_choose(logits, temperature, draws[row.index])]
+                if completion := self._ended(row, max_tokens, stop):
+                    yield row.index, completion
                     del active[slot]
                     free.append(slot)
-                    self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
     def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
         """One batch over all active rows, generating rows first; logits of those that are through their prompt."""
-        entries: list[tuple[int, int, int, bool]] = []
+        entries: list[Entry] = []
         ready: list[tuple[int, int]] = []
         for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):
             taken = row.waiting[: BATCH - len(entries)]
             row.waiting = row.waiting[len(taken) :]
-            last = not row.waiting and bool(taken)
-            entries += [(token, row.position + i, slot, last and i == len(taken) - 1) for i, token in enumerate(taken)]
+            entries += [(token, row.position + i, slot, False) for i, token in enumerate(taken)]
             row.position += len(taken)
-            if last:
+            if taken and not row.waiting:
+                entries[-1] = (*entries[-1][:3], True)
                 ready.append((slot, len(entries) - 1))
         self._decode(entries)
-        return [(slot, self._rows(at)[0]) for slot, at in ready]
+        return [(slot, self._logits(at)[0]) for slot, at in ready]
 
     def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Completion | None:
         token = row.waiting[0]
-        if self.is_end(token):
-            return Completion(self.detokenize(row.out), row.out, "stop")
+        if self.lib.llama_vocab_is_eog(self.vocab, token):
+            return Completion(self.detokenize(row.out), row.out, True)
         row.out.append(token)
-        if stop:
-            text = self.detokenize(row.out)
-            cut = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)
-            if cut >= 0:
-                return Completion(text[:cut], row.out, "stop")
-        if len(row.out) >= max_tokens:
-            return Completion(self.detokenize(row.out), row.out, "length")
-        return None
+        text = self.detokenize(row.out) if stop or len(row.out) >= max_tokens else ""
+        if found := [text.index(s) for s in stop if s in text]:
+            return Completion(text[: min(found)], row.out, True)
+        return Completion(text, row.out, False) if len(row.out) >= max_tokens else None
 
 
 def _common_length(rows: list[list[int]]) -> int:
@@ -303,25 +323,10 @@ def _common_length(rows: list[list[int]]) -> int:
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:
+    """A token, the most likely one at temperature 0."""
     import numpy as np
 
     if temperature <= 0:
         return int(logits.argmax())
-    scaled = (logits - logits.max()) / temperature
-    probabilities = np.exp(scaled, dtype=np.float64)
-    return int(random.choice(len(logits), p=probabilities / probabilities.sum()))
-
-
-class _Arrays:
-    """The arrays behind a `llama_batch`, made once and filled again for each call."""
-
-    def __init__(self, size: int):
-        self.token, self.pos, self.count = (c.c_int32 * size)(), (c.c_int32 * size)(), (c.c_int32 * size)(*[1] * size)
-        self.seq = [(c.c_int32 * 1)() for _ in range(size)]
-        self.seq_pointers = (c.POINTER(c.c_int32) * size)(*[c.cast(s, c.POINTER(c.c_int32)) for s in self.seq])
-        self.wanted = (c.c_int8 * size)()
-
-    def fill(self, entries: list[tuple[int, int, int, bool]]) -> libraries.Batch:
-        for i, (token, position, sequence, wanted) in enumerate(entries):
-            self.token[i], self.pos[i], self.seq[i][0], self.wanted[i] = token, position, sequence, wanted
-        return libraries.Batch(len(entries), self.token, None, self.pos, self.count, self.seq_pointers, self.wanted)
+    scaled = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    return int(random.choice(len(logits), p=scaled / scaled.sum()))

@@ -243,40 +243,22 @@ class Modelfile:
     parameters: dict[str, Any] = field(default_factory=dict)
     commands: dict[str, str] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For manifests: no text, only what was found."""
-        return {
-            "written": self.path.name if self.path else None,
-            "reason": self.reason,
-            "stops": self.stops,
-            "parameters": self.parameters,
-            "shapes_equal": [c.shape for c in self.checks if c.equal],
-            "shapes_different": [c.shape for c in self.checks if not c.equal],
-            "notes": self.notes,
-        }
-
-    def _rows(self) -> list[tuple[str, str]]:
+    def shown(self) -> display.Html:
+        """What was compared, what is to be known, and the commands."""
         refused = "refused by the model's own template"
-        return [(c.shape, "same prompt" if c.equal else refused if c.jinja is None else "differs") for c in self.checks]
-
-    def _repr_html_(self) -> str:
-        lines = [display.table(self._rows(), ("conversation", "Go template against Jinja"))]
-        lines += [f"<p>{display.escape(text)}</p>" for text in (self.reason, *self.notes) if text]
-        lines += [f"<h4>{display.escape(k)}</h4>{PRE}{display.escape(v)}</pre>" for k, v in self.commands.items()]
-        return "".join(lines)
-
-    def __repr__(self) -> str:
-        commands = [f"{runtime}\n{command}" for runtime, command in self.commands.items()]
-        return "\n\n".join(filter(None, [display.text_table(self._rows()), self.reason, *self.notes, *commands]))
+        rows = [(c.shape, "same prompt" if c.equal else refused if c.jinja is None else "differs") for c in self.checks]
+        found = display.shown(rows, ("conversation", "Go template against Jinja"))
+        commands = {display.escape(runtime): display.escape(command) for runtime, command in self.commands.items()}
+        markup = "".join(f"<h4>{runtime}</h4>{PRE}{command}</pre>" for runtime, command in commands.items())
+        text = "\n\n".join(f"{runtime}\n{command}" for runtime, command in self.commands.items())
+        return found + display.said(self.reason, *self.notes) + display.Html(markup, text)
 
 
-def write(
-    merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", context: int = 0, system: str = ""
-) -> Modelfile:
+def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", context: int = 0) -> Modelfile:
     """Write the Modelfile for `gguf` to `out` and compare its template with the model's own on every shape.
 
     context: tokens; 0 takes the model's, at most 8192. Sampling is generation_config.json's, greedy where that says
-    nothing: so it was measured. system: a SYSTEM line, "" leaves the template's own default.
+    nothing: so it was measured.
     """
     check_name(name)
     if not gguf.is_file():
@@ -297,7 +279,7 @@ def write(
     ends = stop_tokens(tokenizer, config.get("eos_token_id"))
     made.stops = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
     if not made.reason:
-        made.path = write_atomic(out, _text(made, gguf, out, system))
+        made.path = write_atomic(out, _text(made, gguf, out))
     made.commands = _commands(merged, gguf, name, made)
     return made
 
@@ -350,17 +332,11 @@ def _commands(merged: Path, gguf: Path, name: str, made: Modelfile) -> dict[str,
     return {runtime: commands.rstrip() for runtime, _, commands in parts}
 
 
-def _text(made: Modelfile, gguf: Path, out: Path, system: str) -> str:
-    path = Path(os.path.relpath(gguf.resolve(), out.resolve().parent)).as_posix()
+def _text(made: Modelfile, gguf: Path, out: Path) -> str:
+    path = os.path.relpath(gguf.resolve(), out.resolve().parent)
     if not path.isprintable() or '"' in path:
         raise TunebookError(f"A Modelfile cannot hold the file name {path!r}; rename it without quotes and line ends.")
-    if '"""' in made.template + "\n" + system:
-        raise TunebookError(
-            "The template or system prompt holds three double quotes in a row, which a Modelfile cannot carry; "
-            "take them out of the system prompt."
-        )
-    path = path if path.startswith("../") else f"./{path}"
-    return _rendered("modelfile.j2", **vars(made) | {"gguf": path, "system": system})
+    return _rendered("modelfile.j2", **vars(made) | {"gguf": path if path.startswith("../") else f"./{path}"})
 
 
 def _rendered(file: str, **values: Any) -> str:

@@ -18,7 +18,7 @@ from helpers import cache, display, machine, runs
 from helpers import params as parameters
 from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, probes
-from helpers.gguf.llama_cpp import Vocabulary
+from helpers.gguf.llama_cpp import LlamaCpp
 from helpers.model import loading, merging
 from helpers.model.merging import count_weights, shards
 from helpers.model.stop_tokens import end_of_turn
@@ -77,11 +77,12 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
-    name = (getattr(config.get_text_config(), "architectures", None) or config.architectures or ["unknown"])[0]
+    text = config.get_text_config()
+    name = (getattr(text, "architectures", None) or config.architectures or ["unknown"])[0]
     known = name in convert.architectures()
     report.checks.append(("architecture", known, f"{name} is {'' if known else 'not '}known to llama.cpp's converter."))
     report.checks += _tokenizer(base, adapter if adapter and (adapter / "tokenizer.json").is_file() else base)
-    _sizes(base, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
+    _sizes(base, text, params or parameters.GgufParams(), where or runs.root(), report)
     return report
 
 
@@ -90,42 +91,41 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
 
 def _tokenizer(base: Path, folder: Path) -> list[Check]:
     """Convert the tokenizer alone and compare what llama.cpp reads with what it should; cached by content."""
-    try:
-        tokenizer = loading.load_tokenizer(folder)
-    except TunebookError as error:
-        return [("tokenizer", False, str(error))]
-    files = [f for f in (base / "config.json", base / "tokenizer.model", libraries.for_running()) if f.is_file()]
-    hashes = [loading.tokenizer_hash(tokenizer), loading.template_hash(tokenizer), *map(cache.content_hash, files)]
-    key = cache.key(hashes, libraries.CONVERTER, probes.TEXTS)
-    seen = cache.Answers("preflight", key)
-    if kept := seen.get("checks"):
-        return [(what, good, found) for what, good, found in kept]
-    checks = _examine(base, folder, tokenizer)
+    with tempfile.TemporaryDirectory() as temporary:
+        joined = Path(temporary) / "model"
+        joined.mkdir()
+        try:
+            tokenizer = loading.load_tokenizer(folder)
+            files = [
+                f for f in (base / "config.json", base / "tokenizer.model", libraries.for_running()) if f.is_file()
+            ]
+            hashes = [
+                loading.tokenizer_hash(tokenizer),
+                loading.template_hash(tokenizer),
+                *map(cache.content_hash, files),
+            ]
+            key = cache.key(hashes, libraries.CONVERTER, probes.TEXTS)
+            seen = cache.Answers("preflight", key)
+            if kept := seen.get("checks"):
+                return [(what, good, found) for what, good, found in kept]
+            config = json.loads((base / "config.json").read_text())
+            text = config.get("text_config") or config
+            text["vocab_size"] = max(text["vocab_size"], len(tokenizer))
+            (joined / "config.json").write_text(json.dumps(config))
+            tokenizer.save_pretrained(joined)
+            if (base / "tokenizer.model").is_file():
+                shutil.copyfile(base / "tokenizer.model", joined / "tokenizer.model")
+            file = convert.convert(joined, joined.with_suffix(".gguf"), only_vocabulary=True)
+            with LlamaCpp(file, only_vocabulary=True) as vocabulary:
+                checks = list(_compared(vocabulary, tokenizer))
+        except TunebookError as error:
+            return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
     if all(good for _, good, _ in checks):  # what is wrong may be mended, and is looked at again
         seen.put("checks", checks)
     return checks
 
 
-def _examine(base: Path, folder: Path, tokenizer: Any) -> list[Check]:
-    with tempfile.TemporaryDirectory() as temporary:
-        joined = Path(temporary) / "model"
-        joined.mkdir()
-        config = json.loads((base / "config.json").read_text())
-        text = config.get("text_config") or config
-        text["vocab_size"] = max(text["vocab_size"], len(tokenizer))
-        (joined / "config.json").write_text(json.dumps(config))
-        tokenizer.save_pretrained(joined)
-        if (base / "tokenizer.model").is_file():
-            shutil.copyfile(base / "tokenizer.model", joined / "tokenizer.model")
-        try:
-            vocabulary = Vocabulary(convert.convert_vocabulary(joined, Path(temporary) / "vocabulary.gguf"))
-        except TunebookError as error:
-            return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
-        with vocabulary:
-            return list(_compared(vocabulary, tokenizer))
-
-
-def _compared(vocabulary: Vocabulary, tokenizer: Any) -> Iterator[Check]:
+def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
     """Token ids, added tokens, template and end of turn in llama.cpp against the trained tokenizer's."""
 
     def differing(texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
@@ -149,19 +149,20 @@ def _compared(vocabulary: Vocabulary, tokenizer: Any) -> Iterator[Check]:
         found = "the tokenizer has none, so no runtime could know how to prompt the model; use an instruct model."
         yield "chat template", False, found
         return
-    plain, why = probes.render(tokenizer, probes.QUESTION, None)
+    shapes = {s: probes.render(tokenizer, m, t) for s, (m, t) in probes.conversations().items()}
+    plain, why = shapes["one question"]
     if plain is None:
         found = f"it does not render a plain question ({why}); mend chat_template.jinja in the base's folder."
         yield "chat template", False, found
         return
-    skipped = [s for s, (m, t) in probes.conversations().items() if probes.render(tokenizer, m, t)[0] is None]
-    yield "chat template", True, "renders in a sandbox" + (f"; it has no {', '.join(skipped)}" if skipped else "")
+    skipped = ", ".join(shape for shape, (text, _) in shapes.items() if text is None)
+    yield "chat template", True, "renders in a sandbox" + (f"; it has no {skipped}" if skipped else "")
     try:
         token = end_of_turn(tokenizer)
     except TunebookError as error:
         yield "end of turn", False, str(error)
         return
-    ends = vocabulary.is_end(token)
+    ends = token in vocabulary.ends()
     no = "ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
     said = "ends an answer in llama.cpp, too" if ends else no
     yield "end of turn", ends, f"{tokenizer.convert_ids_to_tokens(token)} {said}"
@@ -174,23 +175,22 @@ def _sizes(base: Path, text: Any, params: Any, where: Path, report: Report) -> N
     """text: the config of the language model."""
     weights, largest = count_weights(base)
     n16, largest_gib = 2 * weights / GIB, largest / GIB
-    report.needs = {
-        "merge into 16 bits": (n16, PROCESS_GIB + 10 * largest_gib),
-        "16-bit GGUF": (n16, PROCESS_GIB + 6 * largest_gib),
-    }
-    for kind in convert.parse_types(params.quantizations):
-        if kind not in convert.TYPES_16:
-            report.needs[kind] = (weights * convert.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib)
     folder = next(p for p in [where, *where.absolute().parents] if p.exists())
     disk, memory = report.free_gib = (shutil.disk_usage(folder).free / GIB, machine.free_memory_gib())
+    small = [kind for kind in convert.parse_types(params.quantizations) if kind not in convert.TYPES_16]
     context = 2 * 2 * text.num_hidden_layers * text.hidden_size * 4096 / GIB
     model = (4 if 4.4 * weights / GIB < memory else 2) * weights / GIB
     kept = 4 * max(params.fidelity_tokens, 1) * text.vocab_size / GIB
-    report.needs["fidelity"] = (kept, PROCESS_GIB + max(model, n16 + context))
+    report.needs = {
+        "merge into 16 bits": (n16, PROCESS_GIB + 10 * largest_gib),
+        "16-bit GGUF": (n16, PROCESS_GIB + 6 * largest_gib),
+        **{kind: (weights * convert.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib) for kind in small},
+        "fidelity": (kept, PROCESS_GIB + max(model, n16 + context)),
+    }
     step, most = max(((s, m) for s, (_, m) in report.needs.items()), key=lambda entry: entry[1])
-    fits = report.disk_gib < disk
-    advice = "" if fits else " Free some, or ask for fewer quantisations."
-    report.checks.append(("disk", fits, f"{report.disk_gib:.2f} GiB of {disk:.1f} GiB free.{advice}"))
-    fits = most < memory
-    advice = "" if fits else " Close other programs or use a larger machine."
-    report.checks.append(("memory", fits, f"{most:.2f} GiB at most ({step}) of {memory:.1f} GiB available.{advice}"))
+    found = f"{report.disk_gib:.2f} GiB of {disk:.1f} GiB free."
+    advice = "" if report.disk_gib < disk else " Free some, or ask for fewer quantisations."
+    report.checks.append(("disk", not advice, found + advice))
+    found = f"{most:.2f} GiB at most ({step}) of {memory:.1f} GiB available."
+    advice = "" if most < memory else " Close other programs or use a larger machine."
+    report.checks.append(("memory", not advice, found + advice))

@@ -1,119 +1,217 @@
-"""A GGUF model in a process of its own: it may crash alone, and its threads don't wait for torch's.
+"""A GGUF model in a process of its own: it may crash alone, its threads don't wait for torch's, and it ends with the
+process that started it. `GgufModel` answers and scores; `Server` is llama.cpp's OpenAI-compatible server on loopback.
 
-Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own
-tokenizer: what is judged is the whole chain that a person downloads.
+    with Server("model-q8_0.gguf") as s:
+        openai.OpenAI(base_url=s.url + "/v1", api_key="none")
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, Self
 
 from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf.llama_cpp import Completion, LlamaCpp
+from helpers.gguf import header, libraries
 from helpers.tasks.questions import Answer, Decoding
 
 PARALLEL = 32  # answers at once; on 2 cores 16 gains 15 % less, 64 nothing more
 Ids = Sequence[int]
 
 
-class GgufModel:
-    """The parent's side; the same methods as a Hugging Face model in evaluation. Close it.
+class Completion(NamedTuple):
+    """One generated continuation. token_ids leaves out the token that ended it; stopped: it ended by itself."""
 
-    path: the file; end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). Raises TunebookError,
-    with the runtime's last lines when its process ends.
+    text: str
+    token_ids: list[int]
+    stopped: bool
+
+
+class GgufModel:
+    """A GGUF file with the methods of a Hugging Face model in evaluation. Close it.
+
+    Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own
+    tokenizer: what is judged is the whole chain that a person downloads.
+
+    end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). Raises TunebookError, with the
+    runtime's last lines when its process ends.
     """
 
-    path_note = "llama.cpp"
-    is_runtime = True
-
     def __init__(self, path: Path, end_of_turn: str = ""):
-        self.path, start = Path(path), {"path": str(path), "end_of_turn": end_of_turn}
-        self._child = worker.Worker("helpers.gguf.runner:Served", start=start, name=f"llama.cpp with {self.path.name}")
+        self.path, self._end, start = Path(path), end_of_turn, {"path": str(path), "parallel": PARALLEL}
+        if "tokenizer.chat_template" not in header.check(path).metadata:
+            raise TunebookError(
+                f"{path} has no chat template inside, so nobody can know how to prompt it; export it again."
+            )
+        name = f"llama.cpp with {self.path.name}"
+        self._child = worker.Worker("helpers.gguf.llama_cpp:LlamaCpp", start=start, name=name)
         self.close = self._child.close
 
-    def _ask(self, method: str, *arguments: Any, on_event: worker.Event | None = None) -> Any:
+    def ask(self, method: str, *arguments: Any, on_event: worker.Event | None = None) -> Any:
+        """What a method of `helpers.gguf.llama_cpp.LlamaCpp` returns."""
         return self._child.ask([method, *arguments], on_event, timeout_s=None)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of the conversation with the generation prompt; one BOS where the model has one."""
-        return self._ask("encode", list(messages))
+        ids, bos = self.tokenize(self.ask("apply_template", list(messages)), True), self.tokenize("", True)[:1]
+        return ids[1:] if bos and ids[:2] == 2 * bos else ids
 
     def tokens(self, text: str, end: bool = False) -> list[int]:
         """Token ids of plain text, with the end of turn after it when `end`."""
-        return self._ask("tokens", text, end)
+        return self.ask("tokenize", text, False, False) + (self.tokenize(self._end) if end and self._end else [])
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids of a text in which control tokens count as such; with the model's own BOS when `add_special`."""
-        return self._ask("tokenize", text, add_special)
+        return self.ask("tokenize", text, add_special)
 
     def ends(self) -> list[int]:
         """Ids of the tokens that end an answer."""
-        return self._ask("end_ids")
+        return self.ask("ends")
+
+    def complete(
+        self,
+        prompts: Sequence[Ids],
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 17,
+        done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """A continuation of each prompt, in order, up to one of `stop`; `done(index, completion)` as they come."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
+        found: dict[int, Completion] = {}
+
+        def event(value: Any) -> None:
+            index = order[value[0]]
+            found[index] = Completion(*value[1])
+            if done:
+                done(index, found[index])
+
+        how = max_tokens, list(stop), temperature, seed
+        self.ask("generate", [list(prompts[i]) for i in order], *how, on_event=event)
+        return [found[i] for i in range(len(prompts))]
 
     def generate(
         self, prompts: Sequence[Ids], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
     ) -> list[Answer]:
         """An answer to each prompt, in order; `done(index, answer)` as they come, so that a killed run keeps them."""
-        answers: dict[int, Answer] = {}
 
-        def event(value: Any) -> None:
-            answers[value[0]] = Answer(*value[1:])
-            if done:
-                done(value[0], answers[value[0]])
+        def answer(made: Completion) -> Answer:
+            return Answer(made.text.strip(), len(made.token_ids) + made.stopped, made.stopped)
 
-        self._ask("answer", [list(p) for p in prompts], *astuple(decoding), on_event=event)
-        return [answers[i] for i in range(len(prompts))]
+        how = decoding.max_new_tokens, (), decoding.temperature, decoding.seed
+        made = self.complete(prompts, *how, lambda i, one: done(i, answer(one)) if done else None)
+        return [answer(one) for one in made]
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[list[float], bool]]:
         """For each (prompt ids, completion ids) the natural log-probability of every completion token, from the
         runtime's logits, and whether every one was the most likely token."""
-        return [self._ask("score", list(prompt), list(completion)) for prompt, completion in pairs]
+        return [self.ask("score", list(prompt), list(completion)) for prompt, completion in pairs]
 
     def logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[list[float]]:
         return [values for values, _ in self.score(pairs)]
 
-    def continue_text(self, text: str, max_tokens: int, stop: Sequence[str], temperature: float = 0.0) -> str:
-        """Plain continuation of a text, up to one of `stop`."""
-        return self._ask("continue_text", text, max_tokens, list(stop), temperature)
 
+class Server:
+    """A running server, a context manager. url: "http://127.0.0.1:PORT"; port; process.
 
-class Served(LlamaCpp):
-    """The child's side: a request is the name of a method and its arguments."""
+    port: 0 for any free one; context: tokens of each of `parallel` conversations; temperature: for clients that ask for
+    none (None: llama.cpp's 0.8); warmup: run the model once at the start, so that the first answer comes as soon as the
+    next. Clients see the file's stem as the model's name.
+    """
 
-    def __init__(self, path: str, end_of_turn: str):
-        super().__init__(path, parallel=PARALLEL)
-        self._end = end_of_turn
-        if not self.chat_template:
+    def __init__(
+        self,
+        path: str | Path,
+        port: int = 0,
+        context: int = 4096,
+        parallel: int = 1,
+        temperature: float | None = None,
+        warmup: bool = True,
+    ):
+        self.path = Path(path)
+        header.check(self.path)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError as error:
             raise TunebookError(
-                f"{path} has no chat template inside, so nobody can know how to prompt it; export it again."
-            )
+                f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one."
+            ) from None
+        settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel}
+        settings |= {"temperature": temperature, "warmup": warmup}
+        self._name = f"llama.cpp's server for {self.path.name}"
+        running = "helpers.gguf.runner:Running"
+        try:
+            self._child = worker.Worker(running, start=settings, name=self._name, start_timeout_s=300)
+        except TunebookError as error:
+            raise TunebookError(
+                f"{error} It was to have a context of {parallel} × {context} tokens; ask for a shorter one, a smaller "
+                "quantisation or another port."
+            ) from error
+        self.process, self.url = self._child.process, self._child.started
+        self.port = int(self.url.rsplit(":", 1)[1])
+        self.stop = self._child.close  # a second call does nothing
 
-    def __call__(self, request: list[Any], event: worker.Event) -> Any:
-        method, *arguments = request
-        self._event: Any = event
-        return getattr(self, method)(*arguments)
+    def __enter__(self) -> Self:
+        return self
 
-    def encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        ids = self.tokenize(self.apply_template(messages), add_special=True)
-        doubled = len(ids) > 1 and ids[0] == ids[1] and ids[:1] == self.tokenize("", add_special=True)[:1]
-        return ids[1:] if doubled else ids
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
-    def tokens(self, text: str, end: bool) -> list[int]:
-        return self.tokenize(text, parse_special=False) + (self.tokenize(self._end) if end and self._end else [])
+    def post(self, where: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST JSON, read JSON. Raises TunebookError with the server's own message."""
+        import httpx
 
-    def answer(self, prompts: list[list[int]], max_tokens: int, temperature: float, seed: int) -> None:
-        """The longest prompts first."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        try:
+            reply = httpx.post(self.url + where, json=body, timeout=600, trust_env=False)
+        except httpx.HTTPError as error:
+            said = f"{error}; {self._child.last_words()}"
+            raise TunebookError(f"{self._name} does not answer ({said}); start it again.") from error
+        if reply.is_error:
+            raise TunebookError(f"{self._name} refused {where}: {reply.text.strip()[:300]}")
+        return reply.json()
 
-        def finish(place: int, made: Completion) -> None:
-            stopped = made.finish == "stop"
-            self._event([order[place], made.text.strip(), len(made.token_ids) + stopped, stopped])
+    def healthy(self) -> bool:
+        import httpx
 
-        self.generate([prompts[i] for i in order], max_tokens, temperature=temperature, seed=seed, done=finish)
+        try:
+            return httpx.get(self.url + "/health", timeout=5, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
 
-    def continue_text(self, text: str, max_tokens: int, stop: list[str], temperature: float) -> str:
-        return self.generate([self.tokenize(text, add_special=True)], max_tokens, stop, temperature)[0].text
+    def wait(self) -> NoReturn:
+        """Return never while the server runs. Raises TunebookError with its last lines when it ends by itself."""
+        status = self.process.wait()
+        said = self._child.last_words() or "most likely for want of memory: ask for a shorter context"
+        raise TunebookError(f"{self._name} ended with status {status}: {said}.")
+
+
+class Running:
+    """Body of the server's process; `started` is the address."""
+
+    def __init__(self, path: str, port: int, context: int, parallel: int, temperature: float | None, warmup: bool):
+        import xllamacpp
+
+        p = xllamacpp.CommonParams()
+        p.model.path, p.model_alias = path, {Path(path).stem}
+        p.hostnames, p.port = ["127.0.0.1"], port
+        p.n_ctx, p.n_parallel, p.warmup = context, parallel, warmup
+        p.use_jinja, p.offline, p.ui = True, True, False
+        p.verbosity = 1  # errors, which the message of a failure quotes
+        p.cors_origins = ""  # no web page may read from it
+        if temperature is not None:
+            p.sampling.temp = temperature
+        if "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores
+            p.cpuparams.n_threads = p.cpuparams_batch.n_threads = libraries.threads()
+        try:
+            self._server = xllamacpp.Server(p)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            said = os.pread(2, 8000, 0).decode("utf-8", "replace")  # the file that helpers.worker gives it
+            raise libraries.failure(f"starting a server for {path}", f"{said}\n{error}") from None
+        self.started = self._server.listening_address
+
+    def __call__(self, request: Any, event: worker.Event) -> None:
+        """Nothing is asked through the pipe: its end ends the server."""

@@ -185,7 +185,7 @@ def test_added_tokens_survive_adapter_merge_and_gguf(tiny_llama, own, tiny, tmp_
         return
     gguf = tmp_path / "model.gguf"
     convert.convert(merged, gguf, "f16")
-    with LlamaCpp(gguf, context=256, parallel=1) as runtime:
+    with LlamaCpp(gguf, parallel=1) as runtime:
         assert runtime.tokenize("Brahmaputra <|sql|> SELECT kilohertz") == tokens[0].tolist()
         found = torch.cat([torch.tensor(piece) for piece in runtime.iter_logits(tokens[0].tolist())])
     assert found.shape == logits.shape and (found - logits).abs().max() < 0.02 * logits.abs().max()

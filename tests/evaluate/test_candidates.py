@@ -518,7 +518,7 @@ def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
 
 
 def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
-    from helpers.gguf.server import Server
+    from helpers.gguf.runner import Server
 
     with Server(tiny_gguf) as running:
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"

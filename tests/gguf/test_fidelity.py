@@ -1,5 +1,6 @@
 """The exported file is the model: converted, quantised and run by llama.cpp's own code, with real tokenizers."""
 
+import ctypes
 import json
 import shutil
 import signal
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, header, preflight
+from helpers.gguf import convert, fidelity, header, libraries, preflight
 from helpers.gguf.llama_cpp import LlamaCpp
-from helpers.gguf.runner import GgufModel
-from helpers.gguf.server import Server
+from helpers.gguf.runner import GgufModel, Server
 
 TEXT = "SELECT name FROM lakes WHERE depth_m > 100 ORDER BY name; -- 最深的湖 and naïve façades, 12345 of them\n"
 WANTED = {
@@ -182,12 +182,22 @@ def test_unknown_types_and_outputs_are_refused():
 
 def test_batched_answers_share_a_prefix_and_equal_single_ones(f16, tokenizer):
     prompts = [tokenizer(TEXT * 2 + tail)["input_ids"] for tail in ("one", "two and more", "three")]
-    with LlamaCpp(f16, context=1024, parallel=2) as runtime:
-        together = runtime.generate(prompts, max_tokens=6)
-        assert [a.token_ids for a in together] == [runtime.generate([p], max_tokens=6)[0].token_ids for p in prompts]
-        assert all(a.finish == "length" and len(a.token_ids) == 6 for a in together)
-        with pytest.raises(TunebookError, match="does not fit the context"):
-            runtime.generate([[1] * 2000], max_tokens=4)
+    with LlamaCpp(f16, parallel=2) as runtime:
+        together = dict(runtime.generate(prompts, max_tokens=6))
+        assert set(together) == {0, 1, 2}
+        for index, answer in together.items():
+            assert not answer.stopped and len(answer.token_ids) == 6
+            assert [(0, answer)] == list(runtime.generate([prompts[index]], max_tokens=6))
+
+
+def apply_adapter(runtime, path):
+    """As `llama-server --lora` does."""
+    init, apply = runtime.lib.llama_adapter_lora_init, runtime.lib.llama_set_adapters_lora
+    pointer = init.restype = ctypes.c_void_p
+    init.argtypes = (pointer, ctypes.c_char_p)
+    apply.argtypes = (pointer, ctypes.POINTER(pointer), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float))
+    lora = (pointer * 1)(init(runtime._model, str(path).encode()))
+    assert lora[0] and apply(runtime._ctx, lora, 1, (ctypes.c_float * 1)(1.0)) == 0
 
 
 def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer, tmp_path):
@@ -197,11 +207,10 @@ def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer
     settings = {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}}
     wanted = gguf_models.random_adapter(tiny_llama, tmp_path / "adapter", ids, **settings)
     path = convert.convert_adapter(tmp_path / "adapter", tiny_llama, f16, tmp_path / "adapter.gguf")
-    with (
-        LlamaCpp(f16, context=256, parallel=1, adapter=path) as runtime,
-        LlamaCpp(f16, context=256, parallel=1) as bare,
-    ):
-        with_adapter, without = (torch.tensor(np.concatenate(list(run.iter_logits(ids)))) for run in (runtime, bare))
+    with LlamaCpp(f16) as runtime:
+        without = torch.tensor(np.concatenate(list(runtime.iter_logits(ids))))
+        apply_adapter(runtime, path)
+        with_adapter = torch.tensor(np.concatenate(list(runtime.iter_logits(ids))))
     near, far = (float(fidelity.divergence(wanted, x.log_softmax(-1)).mean()) for x in (with_adapter, without))
     assert near < 1e-3 < 0.01 < far
     gguf_models.random_adapter(tiny_llama, tmp_path / "dora", ids, use_dora=True)
@@ -306,15 +315,17 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert "24 questions" in figure.axes[1].get_ylabel()
 
 
-def test_an_own_build_does_every_step(monkeypatch):
-    from helpers.gguf import libraries
-
-    built = libraries.for_quantizing()
-    if built is None:
-        pytest.skip("no prebuilt library on this machine to stand for an own build")
-    assert libraries.for_running() != built
+def test_an_own_build_quantises(f16, tmp_path, monkeypatch):
+    built = tmp_path / "build" / "bin"
+    built.parent.mkdir()
     monkeypatch.setenv(libraries.OWN_BUILD, str(built.parent))
-    assert libraries.for_running() == libraries.for_quantizing() == built
+    with pytest.raises(TunebookError, match="holds no libllama"):
+        convert.quantize(f16, tmp_path / "q8.gguf", "q8_0")
+    monkeypatch.delenv(libraries.OWN_BUILD)
+    built.symlink_to(libraries.for_quantizing().parent)
+    monkeypatch.setenv(libraries.OWN_BUILD, str(built.parent))
+    assert libraries.for_quantizing().parent == built
+    assert convert.quantize(f16, tmp_path / "q8.gguf", "q8_0").types["Q8_0"] >= 6
 
 
 def test_a_disk_that_fills_up_in_the_conversion_is_said_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch):

@@ -268,10 +268,10 @@ def fields(text):
 
 def test_the_modelfile_says_everything_ollama_would_otherwise_guess(exported, go, tokenizer):
     merged, gguf, out = exported
-    made = ollama.write(merged, gguf, out, name="atlas", system="You write SQL.")
+    made = ollama.write(merged, gguf, out, name="atlas")
     said = fields(out.read_text())
     assert said["FROM"] == ["./model-q8_0.gguf"]
-    assert said["TEMPLATE"] == [made.template] and said["SYSTEM"] == ["You write SQL."]
+    assert said["TEMPLATE"] == [made.template] and "SYSTEM" not in said
     assert {'stop "<|im_end|>"', "num_ctx 8192", "temperature 0"} <= set(said["PARAMETER"])
     chat = [{"role": "user", "content": "Hi"}]
     assert go([(said["TEMPLATE"][0], chat)]) == [
@@ -335,8 +335,6 @@ def test_missing_parts_are_a_sentence_and_write_nothing(exported, tokenizer):
     with pytest.raises(TunebookError, match="rename it"):
         ollama.write(merged, odd, out)
     odd.rename(gguf)
-    with pytest.raises(TunebookError, match="three double quotes"):
-        ollama.write(merged, gguf, out, system='"""\nFROM /etc/passwd')
     (merged / "chat_template.jinja").unlink()
     with pytest.raises(TunebookError, match="no chat template"):
         ollama.write(merged, gguf, out)

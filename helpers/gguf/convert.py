@@ -15,10 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,14 +71,43 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_v
     """Write `out` from the model folder (config, safetensors, tokenizer), whole or not at all. outtype: of `TYPES_16`;
     only_vocabulary: the tokenizer alone, from a folder that needs no weights. Raises TunebookError with what the
     converter said."""
-    options = ["--vocab-only"] if only_vocabulary else ["--outtype", outtype]
-    with _copy(model, out.parent) as folder:
-        for path in model.glob("*.safetensors*"):
-            (folder / path.name).symlink_to(path.resolve())
-        made = _run(folder, model, [*options, *(["--model-name", name] if name else [])])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert.", dir=out.parent) as work:
+        folder, made = Path(work) / "model", Path(work) / "out.gguf"
+        folder.mkdir()
+        for file in filter(Path.is_file, (model / name for name in COPIED)):
+            shutil.copyfile(file, folder / file.name)
+        for file in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
+            with loading.reading("The model's settings", model / file.name, "download or merge the model again."):
+                value = json.loads(file.read_text())
+            value.pop("auto_map", None)  # names code to run
+            file.write_text(json.dumps(value, ensure_ascii=False))
+        for file in model.glob("*.safetensors*"):
+            (folder / file.name).symlink_to(file.resolve())
+        command = [sys.executable, "-E", str(libraries.converter() / "convert_hf_to_gguf.py"), str(folder)]
+        command += ["--outfile", str(made), *(["--vocab-only"] if only_vocabulary else ["--outtype", outtype])]
+        command += ["--model-name", name] if name else []
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, cwd=folder)
+        if done.returncode or not made.is_file():
+            raise _refusal(model, done.stderr, done.returncode)
         header.check(made)
         os.replace(made, out)
     return out
+
+
+def _refusal(model: Path, log: str, status: int) -> TunebookError:
+    if "pre-tokenizer was not recognized" in log:
+        return TunebookError(
+            f"The tokenizer in {model} splits text in a way llama.cpp's converter does not know: its GGUF would "
+            "read other tokens than were trained; keep the base's own tokenizer, with its tokens only added to."
+        )
+    if "is not supported" in log or "not supported!" in log:
+        return TunebookError(
+            f"llama.cpp's converter does not know the architecture of {model}; choose another base, or set "
+            "outputs='adapter,merged'."
+        )
+    return libraries.failure(f"converting {model} to GGUF", log, status)
 
 
 def architectures() -> set[str]:
@@ -89,46 +116,6 @@ def architectures() -> set[str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP":
             return set(ast.literal_eval(node.value)) if node.value else set()
     return set()
-
-
-@contextmanager
-def _copy(model: Path, where: Path) -> Iterator[Path]:
-    """A temporary folder in `where` with the small files of `model`, `auto_map` (which names code to run) taken out."""
-    where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".convert.", dir=where) as work:
-        folder = Path(work) / "model"
-        folder.mkdir()
-        for file in filter(Path.is_file, (model / name for name in COPIED)):
-            if file.name not in ("config.json", "tokenizer_config.json"):
-                shutil.copyfile(file, folder / file.name)
-                continue
-            with loading.reading("The model's settings", file, "download or merge the model again."):
-                value = json.loads(file.read_text())
-            value.pop("auto_map", None)
-            (folder / file.name).write_text(json.dumps(value, ensure_ascii=False))
-        yield folder
-
-
-def _run(folder: Path, model: Path, options: list[str]) -> Path:
-    out = folder.parent / "out.gguf"
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSTARTUP")}
-    env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
-    script = libraries.converter() / "convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, cwd=folder)
-    if not done.returncode and out.is_file():
-        return out
-    if "pre-tokenizer was not recognized" in done.stderr:
-        raise TunebookError(
-            f"The tokenizer in {model} splits text in a way llama.cpp's converter does not know: its GGUF would "
-            "read other tokens than were trained; keep the base's own tokenizer, with its tokens only added to."
-        )
-    if "is not supported" in done.stderr or "not supported!" in done.stderr:
-        raise TunebookError(
-            f"llama.cpp's converter does not know the architecture of {model}; choose another base, or set "
-            "outputs='adapter,merged'."
-        )
-    raise libraries.failure(f"converting {model} to GGUF", done.stderr, done.returncode)
 
 
 def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
@@ -188,7 +175,6 @@ class Quantised:
     bits_per_weight: float
     types: dict[str, int]
     fallback: dict[str, int]
-    wall_s: float
 
 
 def parse_types(text: str) -> list[str]:
@@ -204,11 +190,10 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
     """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what
     `importance` wrote. Raises TunebookError with llama.cpp's own message.
     """
-    started, library = time.monotonic(), libraries.for_quantizing()
     header.check(source)
     partial = out.with_name(f".{out.name}.partial")
-    request = {"library": str(library), "source": str(source), "out": str(partial), "type": TYPES[kind].number}
-    request["imatrix"] = str(imatrix or "")
+    request: dict[str, Any] = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(partial)}
+    request |= {"type": TYPES[kind].number, "imatrix": str(imatrix or "")}
     try:
         worker.run("helpers.gguf.libraries:quantize", request, wall_s=None, name="llama.cpp")
         header.check(partial)
@@ -217,16 +202,16 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
         raise libraries.failure(f"quantising {source.name} to {kind}", str(error)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return describe(out, kind, time.monotonic() - started)
+    return describe(out, kind)
 
 
-def describe(path: Path, kind: str, wall_s: float = 0.0) -> Quantised:
+def describe(path: Path, kind: str) -> Quantised:
     """Size, types and fallbacks of a file that is there."""
     summary = header.check(path)
     types = Counter(t.tensor_type.name for t in summary.tensors)
     bits = 8 * sum(int(t.n_bytes) for t in summary.tensors) / sum(int(t.n_elements) for t in summary.tensors)
     fallen = fallbacks(summary.tensors, kind)
-    return Quantised(kind, path, summary.bytes, round(bits, 3), dict(types.most_common()), fallen, round(wall_s, 2))
+    return Quantised(kind, path, summary.bytes, round(bits, 3), dict(types.most_common()), fallen)
 
 
 def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:

@@ -132,7 +132,7 @@ class ExportJob(steps.Job):
             self._make(matrix, partial(convert.importance, self.merged, self.file("f16"), trained))
         for kind in machine.progress(small, "Quantising"):
             self._make(self.file(kind), partial(convert.quantize, self.file("f16"), kind=kind, imatrix=matrix))
-        self.files = [convert.describe(self.file(k), k, self.seconds.get(k, 0)) for k in self.kinds]
+        self.files = [convert.describe(self.file(k), k) for k in self.kinds]
         rows = [
             (
                 f.type,
@@ -140,7 +140,7 @@ class ExportJob(steps.Job):
                 f"{f.bits_per_weight:.2f}",
                 ", ".join(f"{count} {kind}" for kind, count in f.types.items()),
                 ", ".join(f"{count} tensors {what}" for what, count in f.fallback.items()) or "none",
-                display.duration(f.wall_s),
+                display.duration(self.seconds.get(f.type, 0)),
             )
             for f in self.files
         ]

@@ -10,7 +10,6 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -67,16 +66,6 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 def library() -> Any:
     """libllama, loaded once a process."""
     return libraries.load(libraries.for_running(), SIGNATURES)
-
-
-@dataclass
-class _Row:
-    """A prompt that is being answered in one sequence of the batch. waiting: tokens to be computed next."""
-
-    index: int
-    waiting: list[int]
-    position: int
-    out: list[int] = field(default_factory=list)
 
 
 class LlamaCpp(ExitStack):
@@ -267,51 +256,46 @@ class LlamaCpp(ExitStack):
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
         shared, free = _common_length(rows), list(range(min(self.parallel, len(rows))))
         self._room(shared + len(free) * (max(map(len, rows), default=0) + max_tokens - shared))
-        for start in range(0, shared, BATCH):  # what all prompts begin with, in the spare sequence
-            piece = enumerate(rows[0][start : min(start + BATCH, shared)], start)
-            self._decode([(token, position, self.parallel, False) for position, token in piece])
-        active: dict[int, _Row] = {}
+        # what all prompts begin with, in the spare sequence
+        self._run([(token, i, self.parallel, False) for i, token in enumerate(rows[0][:shared] if rows else [])])
+        active: dict[int, tuple[int, list[int]]] = {}  # sequence -> index of its prompt, answer so far
         queue = iter(range(len(rows)))
         while True:
+            entries = [(out[-1], len(rows[i]) + len(out) - 1, slot, True) for slot, (i, out) in active.items()]
             while free and (index := next(queue, None)) is not None:
-                slot = free.pop()
+                active[slot := free.pop()] = (index, [])
                 self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
                 self.lib.llama_memory_seq_cp(self._memory, self.parallel, slot, -1, -1)
-                active[slot] = _Row(index, rows[index][shared:], shared)
+                last = len(rows[index]) - 1
+                entries += [(rows[index][i], i, slot, i == last) for i in range(shared, last + 1)]
             if not active:
                 return
-            for slot, logits in self._step(active):
-                row = active[slot]
-                row.waiting = [_choose(logits, temperature, draws[row.index])]
-                if completion := self._ended(row, max_tokens, stop):
-                    yield row.index, completion
+            for slot, logits in self._run(entries):
+                index, out = active[slot]
+                token = _choose(logits, temperature, draws[index])
+                if completion := self._ended(out, token, max_tokens, stop):
+                    yield index, completion
                     del active[slot]
                     free.append(slot)
 
-    def _step(self, active: dict[int, _Row]) -> list[tuple[int, np.ndarray]]:
-        """One batch over all active rows, generating rows first; logits of those that are through their prompt."""
-        entries: list[Entry] = []
-        ready: list[tuple[int, int]] = []
-        for slot, row in sorted(active.items(), key=lambda item: len(item[1].waiting)):
-            taken = row.waiting[: BATCH - len(entries)]
-            row.waiting = row.waiting[len(taken) :]
-            entries += [(token, row.position + i, slot, False) for i, token in enumerate(taken)]
-            row.position += len(taken)
-            if taken and not row.waiting:
-                entries[-1] = (*entries[-1][:3], True)
-                ready.append((slot, len(entries) - 1))
-        self._decode(entries)
-        return [(slot, self._logits(at)[0]) for slot, at in ready]
+    def _run(self, entries: Sequence[Entry]) -> list[tuple[int, np.ndarray]]:
+        """(sequence, logits) of the tokens whose logits are wanted."""
+        found = []
+        for start in range(0, len(entries), BATCH):
+            piece = entries[start : start + BATCH]
+            self._decode(piece)
+            found += [(sequence, self._logits(i)[0]) for i, (_, _, sequence, wanted) in enumerate(piece) if wanted]
+        return found
 
-    def _ended(self, row: _Row, max_tokens: int, stop: Sequence[str]) -> Completion | None:
-        token = row.waiting[0]
+    def _ended(self, out: list[int], token: int, max_tokens: int, stop: Sequence[str]) -> Completion | None:
+        """The completion when `token` ends what was generated before it; else it is put behind that."""
         if self.lib.llama_vocab_is_eog(self.vocab, token):
-            return Completion(self.detokenize(row.out), row.out, True)
-        row.out.append(token)
-        text = self.detokenize(row.out) if stop or len(row.out) >= max_tokens else ""
+            return Completion(self.detokenize(out), out, True)
+        out.append(token)
+        text = self.detokenize(out) if stop or len(out) >= max_tokens else ""
         if found := [text.index(s) for s in stop if s in text]:
-            return Completion(text[: min(found)], row.out, True)
-        return Completion(text, row.out, False) if len(row.out) >= max_tokens else None
+            return Completion(text[: min(found)], out, True)
+        return Completion(text, out, False) if len(out) >= max_tokens else None
 
 
 def _common_length(rows: list[list[int]]) -> int:

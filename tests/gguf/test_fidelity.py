@@ -295,7 +295,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     from helpers.gguf.fidelity import Result
 
     def file(kind, megabytes, kl, score, count, **more):
-        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}, 1.0), Result(
+        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}), Result(
             kind, mean_kl=kl, task_score=score, task_count=count, **more
         )
 

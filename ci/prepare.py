@@ -16,7 +16,11 @@ def main() -> int:
         source = loading.resolve_model(loading.DEFAULT_MODEL)
         place = "its offline copy" if source.origin == "wheel" else f"the {source.origin}"
         print(f"Model: {source.name} from {place} in {source.path}")
-        libraries.setup()
+        libraries.converter()
+        try:
+            libraries.for_quantizing()
+        except TunebookError as error:
+            print(f"Here only 16-bit GGUF files can be made. {error}")
     except TunebookError as error:
         print(f"Set-up stopped: {error}", file=sys.stderr)
         return 1

@@ -62,9 +62,6 @@ TYPES = {
     "q3_k_s": Type(11, 3.5, 0.8, 0.4),
     "q2_k": Type(10, 3.17, 2.0, 0.2),
 }
-# What llama.cpp takes where a row is no multiple of 256 weights, and what it had wanted.
-FALLBACK_OF = {"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K", "F16": "a K-quant"}
-FALLBACK_OF |= dict.fromkeys(("Q4_0", "IQ4_NL"), "Q2_K/Q3_K")
 
 
 def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_vocabulary: bool = False) -> Path:
@@ -166,15 +163,14 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A finished file. bits_per_weight: of tensor data, without header and tokenizer; types: tensors of each;
-    fallback: {"Q4_K → Q5_0": count} where the width allowed no K-quant."""
+    """A finished file. bits_per_weight: of tensor data, without header and tokenizer; types: tensors of each, which for
+    widths that are no multiple of 256 are others than the K-quants asked for."""
 
     type: str
     path: Path
     bytes: int
     bits_per_weight: float
     types: dict[str, int]
-    fallback: dict[str, int]
 
 
 def parse_types(text: str) -> list[str]:
@@ -206,19 +202,11 @@ def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) ->
 
 
 def describe(path: Path, kind: str) -> Quantised:
-    """Size, types and fallbacks of a file that is there."""
+    """Size and types of a file that is there."""
     summary = header.check(path)
     types = Counter(t.tensor_type.name for t in summary.tensors)
     bits = 8 * sum(int(t.n_bytes) for t in summary.tensors) / sum(int(t.n_elements) for t in summary.tensors)
-    fallen = fallbacks(summary.tensors, kind)
-    return Quantised(kind, path, summary.bytes, round(bits, 3), dict(types.most_common()), fallen)
-
-
-def fallbacks(tensors: Sequence[Any], kind: str) -> dict[str, int]:
-    """Tensors of a K-quant file whose rows are no multiple of 256 weights, by what they became."""
-    matrices = [t for t in tensors if len(t.shape) > 1 and t.shape[0] % 256 and "_k" in kind]
-    became = [t.tensor_type.name for t in matrices]
-    return dict(Counter(f"{FALLBACK_OF[t]} → {t}" for t in became if t in FALLBACK_OF).most_common())
+    return Quantised(kind, path, summary.bytes, round(bits, 3), dict(types.most_common()))
 
 
 # ---------------------------------------------------------------- importance

@@ -139,12 +139,11 @@ class ExportJob(steps.Job):
                 display.size(f.bytes),
                 f"{f.bits_per_weight:.2f}",
                 ", ".join(f"{count} {kind}" for kind, count in f.types.items()),
-                ", ".join(f"{count} tensors {what}" for what, count in f.fallback.items()) or "none",
                 display.duration(self.seconds.get(f.type, 0)),
             )
             for f in self.files
         ]
-        return display.shown(rows, ("file", "size", "bits per weight", "tensors", "fell back", "time"))
+        return display.shown(rows, ("file", "size", "bits per weight", "tensors", "time"))
 
     @steps.step
     def prove(self) -> display.Html:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,7 @@ def _prompts(model: GgufModel, reference: Reference, result: Result) -> str:
 
 
 def _first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int:
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))))
 
 
 def _logits(model: GgufModel, reference: Reference, result: Result) -> str:

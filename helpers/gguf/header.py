@@ -27,9 +27,8 @@ class _Reader(GGUFReader):
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         need = offset + np.dtype(dtype).itemsize * int(count)
         if need > len(self.data):
-            if hasattr(self, "data_offset"):
-                raise TunebookError(f"its tensors need {need:,} bytes or more and it has {len(self.data):,}")
-            raise EOFError("its header breaks off")
+            what = "it is truncated" if hasattr(self, "data_offset") else "its header breaks off"
+            raise EOFError(f"{what}: {need:,} bytes or more are needed and it has {len(self.data):,}")
         return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
@@ -75,8 +74,6 @@ def _checked(path: Path, size: int, _: int) -> Summary:
         if max(tensors, keys) > MOST:
             raise ValueError(f"it announces {tensors} tensors and {keys} keys")
         reader = _Reader(path)
-    except TunebookError as error:
-        raise TunebookError(f"{path} is truncated: {error}; export it again, or download it again.") from error
     except (struct.error, EOFError, LookupError, TypeError, ValueError, OverflowError, MemoryError) as error:
         why = "its header breaks off" if isinstance(error, struct.error) else str(error) or type(error).__name__
         again = "export it again, or download it again."

@@ -3,8 +3,6 @@
 The library inside the `xllamacpp` package runs models, here and in the server that people get, but leaves out the
 quantising function. The prebuilt one that set-up fetches has it (x86-64 Linux with glibc 2.34 or newer); a build of the
 user's own (`$TUNEBOOK_LLAMA_CPP`, which notebook 04's `llama_cpp` sets) takes its place.
-
-    python -m helpers.gguf.libraries        fetch what is missing, then say what was found
 """
 
 from __future__ import annotations
@@ -37,16 +35,6 @@ DISK_FULL = re.compile(
     r"|basic_ios::clear",
     re.IGNORECASE,
 )
-
-
-def setup() -> dict[str, str]:
-    """Fetch what is missing and return where each part is."""
-    found = {"converter": str(converter()), "runs models": str(for_running())}
-    try:
-        found["quantises"] = str(for_quantizing())
-    except TunebookError as error:
-        found["quantises"] = f"nothing here. {error}"
-    return found
 
 
 def converter() -> Path:
@@ -231,8 +219,3 @@ def _read_importance(path: str) -> dict[str, Any]:
     tensors = {t.name: t.data.ravel() for t in GGUFReader(path).tensors}
     names = [n.removesuffix(".counts") for n in tensors if n.endswith(".counts")]
     return {n: np.ascontiguousarray(tensors[f"{n}.in_sum2"] / max(tensors[f"{n}.counts"][0], 1)) for n in names}
-
-
-if __name__ == "__main__":
-    for part, place in setup().items():
-        print(f"{part}: {place}")

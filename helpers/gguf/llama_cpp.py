@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 BATCH = 512  # tokens a decode call takes
+CHUNK = 128  # of them when the logits of all are wanted
 Entry = tuple[int, int, int, bool]  # token, position, sequence, logits wanted
 POINTER, INTS = c.c_void_p, c.POINTER(c.c_int32)
 
@@ -186,29 +187,28 @@ class LlamaCpp(ExitStack):
         self._require(pointer, "no logits came")
         return np.ctypeslib.as_array(pointer, (count, self.n_vocab)).copy()
 
-    def iter_logits(self, token_ids: Sequence[int], chunk: int = 128) -> Iterator[np.ndarray]:
-        """Logits after each token, float32 (tokens, vocab), in pieces of up to `chunk` rows (at most BATCH)."""
+    def iter_logits(self, token_ids: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
+        """Logits after each token from place `first` on, float32 (tokens, vocab), in pieces."""
         self._room(len(token_ids))
-        for start in range(0, len(token_ids), chunk):
-            piece = token_ids[start : start + chunk]
-            self._decode([(token, start + i, 0, True) for i, token in enumerate(piece)])
-            yield self._logits(0, len(piece))
+        for start in range(0, len(token_ids), CHUNK):
+            piece = token_ids[start : start + CHUNK]
+            self._decode([(token, start + i, 0, start + i >= first) for i, token in enumerate(piece)])
+            if (before := max(first - start, 0)) < len(piece):
+                yield self._logits(before, len(piece) - before)
 
     def score(self, prompt: list[int], completion: list[int]) -> tuple[list[float], bool]:
         """The natural log-probability of every completion token, and whether each was the most likely one."""
         import numpy as np
         from scipy.special import log_softmax
 
-        ids, first, at = prompt + completion, max(len(prompt) - 1, 0), 0
+        ids, first, greedy = prompt + completion, max(len(prompt) - 1, 0), True
         values: list[float] = []
-        greedy: list[bool] = []
-        for logits in self.iter_logits(ids[:-1]):
-            rows: np.ndarray = logits[max(first - at, 0) :].astype(np.float64)
-            target = np.array(ids[max(first, at) + 1 : at + len(logits) + 1], dtype=np.int64)
-            values += log_softmax(rows, axis=1)[np.arange(len(target)), target].tolist()
-            greedy += (rows.argmax(1) == target).tolist()
-            at += len(logits)
-        return values, all(greedy)
+        for logits in self.iter_logits(ids[:-1], first):
+            target = ids[first + 1 + len(values) :][: len(logits)]
+            nats = log_softmax(logits.astype(np.float64), axis=1)
+            greedy &= nats.argmax(1).tolist() == target
+            values += nats[np.arange(len(target)), target].tolist()
+        return values, greedy
 
     def compare(self, rows: list[list[int]], kept: str) -> list[tuple[float, float, float]]:
         """Of every token after the first in `rows`: the divergence of its prediction from the reference's in nats, by

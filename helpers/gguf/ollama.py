@@ -39,6 +39,8 @@ NO_GO = (
 Message = dict[str, str]
 Render = Callable[..., "str | None"]
 S, U1, A1, U2, A2, U3 = "MarkSystem", "MarkUserOne", "MarkAnswerOne", "MarkUserTwo", "MarkAnswerTwo", "MarkUserThree"
+# What a template prints for each message, in this order: (CONDITIONS that must hold, text or CONTENT or SYSTEM).
+Pieces = list[tuple[tuple[str, ...], Any]]
 CONTENT, SYSTEM = object(), object()  # the message's own text; the first message's
 CONDITIONS = {
     "first": "eq $i 0",
@@ -52,54 +54,6 @@ CONDITIONS = {
     "not system": 'ne .Role "system"',
     "not assistant": 'ne .Role "assistant"',
 }
-
-
-@dataclass(frozen=True)
-class Turns:
-    """What a template prints around each message. `before` and `after` go by role: "system", "user", "assistant"."""
-
-    start: str  # printed once, before everything
-    without_system: str  # printed when the first message is not the system's: a default system prompt, or nothing
-    before: dict[str, str]
-    after: dict[str, str]
-    generation: str  # printed after the last message, where the model goes on
-    system_place: str  # "own" turn, "first_user" or "last_user" (inside that turn), or "none" (refused or ignored)
-
-    def pieces(self) -> list[tuple[tuple[str, ...], Any]]:
-        """(CONDITIONS that must hold, text or CONTENT or SYSTEM) in the order of printing, for every message."""
-        own, before, after = self.system_place == "own", self.before, self.after
-        spot = {"first_user": ("first two",), "last_user": ("last",)}.get(self.system_place)
-        inside = [before["system"], SYSTEM, after["system"]] if spot else []
-        pieces: list[tuple[tuple[str, ...], Any]] = [(("first",), self.start)]
-        pieces += [(("first", "not system") if own else ("first",), self.without_system)]
-        pieces += [(("system",), what) for what in (before["system"], CONTENT, after["system"]) if own]
-        pieces += [(("user",), before["user"]), *((("user", "after system", *(spot or ())), what) for what in inside)]
-        pieces += [(("user",), CONTENT), (("user",), after["user"])]
-        pieces += [(("assistant",), before["assistant"]), (("assistant",), CONTENT)]
-        pieces += [(("assistant", "not last"), after["assistant"]), (("last", "not assistant"), self.generation)]
-        return [piece for piece in pieces if piece[1] != ""]
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """What the Go template prints: the same pieces in Python, so that a machine without Go can check it."""
-        out = []
-        for i, message in enumerate(messages):
-            role, last = message["role"], i == len(messages) - 1
-            holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
-            holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
-            holds |= {"after system"} if messages[0]["role"] == "system" else set()
-            text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
-            out += [text_of.get(what, what) for conditions, what in self.pieces() if holds.issuperset(conditions)]
-        return "".join(out)
-
-    def go(self) -> str:
-        """The same as text for Ollama's TEMPLATE. Literals are quoted, so that no line end is lost to Go's trimming."""
-        said = {CONTENT: ".Content", SYSTEM: "(index $.Messages 0).Content"}
-        lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
-        for conditions, what in self.pieces():
-            tests = [CONDITIONS[c] for c in conditions]
-            test = tests[0] if len(tests) == 1 else "and " + " ".join(f"({t})" for t in tests)
-            lines.append(f"{{{{- if {test} }}}}{{{{ {said.get(what) or _quoted(what)} }}}}{{{{ end }}}}")
-        return "\n".join([*lines, "{{- end }}"])
 
 
 class Inexpressible(Exception):
@@ -129,7 +83,7 @@ def jinja_renderer(tokenizer: Any) -> Render:
     return render
 
 
-def derive(render: Render, bos: str = "") -> Turns:
+def derive(render: Render, bos: str = "") -> Pieces:
     """Find the literals around every turn by rendering marker words. Raises Inexpressible with the reason."""
     turns = [("user", U1), ("assistant", A1), ("user", U2), ("assistant", A2), ("user", U3)]
     head, ua, au, ua_again, au_again, tail = _gaps(render, turns)
@@ -142,36 +96,61 @@ def derive(render: Render, bos: str = "") -> Turns:
     if not au.startswith(answer_end) or not head.endswith(before_user):
         before_user = _common((au, head), -1)
     after_user = user_end if ua.startswith(user_end) and tail.startswith(user_end) else _common((ua, tail), 1)
-    opening = head[: len(head) - len(before_user)]
-    before = {"user": before_user, "assistant": ua[len(after_user) :], "system": ""}
-    after = {"user": after_user, "assistant": au[: len(au) - len(before_user)], "system": ""}
-    place = "none"
+    # printed when the first message is not the system's: a default system prompt, or nothing
+    opening, start = head[: len(head) - len(before_user)], ""
+    own: Pieces = []  # a system turn of its own
+    inside: Pieces = []  # the system prompt inside a user's turn
     with_system = [("system", S), *turns[:1]]
-    start = ""
     if S in (render(_chat(with_system)) or ""):
         lead, between, _ = _gaps(render, with_system)
         if between.endswith(before_user) and before_user:
-            place, after["system"] = "own", between[: len(between) - len(before_user)]
             start = bos if bos and opening == bos and lead.startswith(bos) else ""
-            before["system"], opening = lead[len(start) :], opening[len(start) :]
+            opening = opening[len(start) :]
+            after_system = between[: len(between) - len(before_user)]
+            own = [(("system",), what) for what in (lead[len(start) :], CONTENT, after_system)]
         elif lead.startswith(opening + before_user):
-            before["system"], after["system"] = lead[len(opening + before_user) :], between
             later = render(_chat([("system", S), *turns[:3]])) or ""
-            place = "first_user" if 0 <= later.find(S) < later.find(U1) else "last_user"
+            spot = "first two" if 0 <= later.find(S) < later.find(U1) else "last"
+            parts = (lead[len(opening + before_user) :], SYSTEM, between)
+            inside = [(("user", "after system", spot), what) for what in parts]
         else:
             raise Inexpressible("it prints the system prompt neither in a turn of its own nor inside a user's turn")
-    return Turns(start, opening, before, after, tail[len(after_user) :], place)
+    pieces = [(("first",), start), (("first", "not system") if own else ("first",), opening), *own]
+    pieces += [(("user",), before_user), *inside, (("user",), CONTENT), (("user",), after_user)]
+    pieces += [(("assistant",), ua[len(after_user) :]), (("assistant",), CONTENT)]
+    pieces += [(("assistant", "not last"), au[: len(au) - len(before_user)])]
+    pieces += [(("last", "not assistant"), tail[len(after_user) :])]  # where the model goes on
+    return [piece for piece in pieces if piece[1] != ""]
+
+
+def printed(pieces: Pieces, messages: Sequence[Message]) -> str:
+    """What the Go template prints: the same pieces in Python, so that a machine without Go can check it."""
+    out: list[str] = []
+    for i, message in enumerate(messages):
+        role, last = message["role"], i == len(messages) - 1
+        holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
+        holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
+        holds |= {"after system"} if messages[0]["role"] == "system" else set()
+        text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
+        out += [text_of.get(what, what) for conditions, what in pieces if holds.issuperset(conditions)]
+    return "".join(out)
+
+
+def go_template(pieces: Pieces) -> str:
+    """The text for Ollama's TEMPLATE. Literals are quoted, so that no line end is lost to Go's trimming."""
+    said = {CONTENT: ".Content", SYSTEM: "(index $.Messages 0).Content"}
+    lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
+    for conditions, what in pieces:
+        tests = [CONDITIONS[c] for c in conditions]
+        test = tests[0] if len(tests) == 1 else "and " + " ".join(f"({t})" for t in tests)
+        lines.append(f"{{{{- if {test} }}}}{{{{ {said.get(what) or _quoted(what)} }}}}{{{{ end }}}}")
+    return "\n".join([*lines, "{{- end }}"])
 
 
 def collate(messages: Sequence[Message]) -> list[Message]:
     """Ollama's own first step (template/template.go): consecutive messages of one role become one."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and merged[-1]["role"] == message["role"] != "tool":
-            merged[-1] = {**message, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append(dict(message))
-    return merged
+    groups = itertools.groupby(messages, key=lambda message: message["role"])
+    return [{"role": role, "content": "\n\n".join(m["content"] for m in group)} for role, group in groups]
 
 
 @dataclass(frozen=True)
@@ -288,11 +267,11 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
     """The Go template of a tokenizer and its comparison, without a file; `reason` where it cannot be said in Go."""
     render = jinja_renderer(tokenizer)
     try:
-        turns = derive(render, tokenizer.bos_token or "")
+        pieces = derive(render, tokenizer.bos_token or "")
     except Inexpressible as error:
         return Modelfile(NO_GO.format(error))
     checks = [
-        Check(shape, needed, render(messages, begun=shape == "answer begun"), turns.render(collate(messages)))
+        Check(shape, needed, render(messages, begun=shape == "answer begun"), printed(pieces, collate(messages)))
         for shape, (messages, needed) in SHAPES.items()
     ]
     different = [c for c in checks if not c.equal and c.jinja is not None]
@@ -301,14 +280,16 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
         "two questions running": " (Ollama joins them before the template sees them)",
     }
     notes = [f"The prompt differs from the training one for: {c.shape}{why.get(c.shape, '')}." for c in different]
-    if turns.system_place == "none":
+    if not any("system" in conditions or what is SYSTEM for conditions, what in pieces):
         notes.append("The model's template takes no system prompt; a SYSTEM line or system message is not printed.")
     if render(QUESTION, tools=[TOOL]) not in (None, render(QUESTION)):
         notes.append("Go writes tools differently: recent Ollama renders them with the GGUF's own Jinja instead.")
     if "strftime_now" in str(tokenizer.chat_template):
         notes.append("The model's template prints today's date; this one prints the date on which it was written.")
     broken = ", ".join(c.shape for c in different if c.needed)
-    return Modelfile(NO_GO.format(f"the prompts differ for {broken}") if broken else "", turns.go(), checks, notes)
+    return Modelfile(
+        NO_GO.format(f"the prompts differ for {broken}") if broken else "", go_template(pieces), checks, notes
+    )
 
 
 def check_name(name: str) -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
 import gguf_models
 import numpy as np
@@ -67,18 +66,9 @@ def test_every_type_is_really_that_type_and_smaller_than_the_last(f16, tmp_path)
     sizes = []
     for kind, wanted in WANTED.items():
         made = convert.quantize(f16, tmp_path / f"{kind}.gguf", kind)
-        assert made.types.get(wanted, 0) >= 6 and not made.fallback
+        assert made.types.get(wanted, 0) >= 6
         sizes.append(made.bytes)
     assert sizes[0] < f16.stat().st_size and sizes == sorted(sizes, reverse=True)
-
-
-def test_narrow_rows_are_named_as_fallbacks():
-    def tensor(kind, *shape):
-        return SimpleNamespace(shape=shape, tensor_type=SimpleNamespace(name=kind))
-
-    tensors = [tensor("Q5_0", 576, 576), tensor("F32", 576), tensor("Q6_K", 1536, 576)]
-    assert convert.fallbacks(tensors, "q4_k_m") == {"Q4_K → Q5_0": 1}
-    assert convert.fallbacks(tensors, "q8_0") == {}
 
 
 def test_f16_passes_every_gate(reference, f16):
@@ -295,7 +285,7 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     from helpers.gguf.fidelity import Result
 
     def file(kind, megabytes, kl, score, count, **more):
-        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}, {}), Result(
+        return Quantised(kind, Path(f"{kind}.gguf"), megabytes << 20, 4.5, {}), Result(
             kind, mean_kl=kl, task_score=score, task_count=count, **more
         )
 

@@ -131,7 +131,7 @@ def printed(pieces: Pieces, messages: Sequence[Message]) -> str:
         holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
         holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
         holds |= {"after system"} if messages[0]["role"] == "system" else set()
-        text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
+        text_of: dict[Any, Any] = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
         out += [text_of.get(what, what) for conditions, what in pieces if holds.issuperset(conditions)]
     return "".join(out)
 

@@ -141,7 +141,7 @@ def _runtime_model(reader: GgufModel) -> Any:
                 warmth = float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0
                 stops = [until] if isinstance(until, str) else list(until)
                 ids, most = reader.tokenize(text, add_special=True), int(how.get("max_gen_toks", 256))
-                found.append(reader.complete([ids], most, stops, warmth)[0].text)
+                reader.ask("generate", [ids], most, warmth, 17, stops, on_event=lambda made: found.append(made[1]))
             return found
 
     return RuntimeLM()

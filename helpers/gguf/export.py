@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, machine, runs, steps
+from helpers.data import vocabulary
 from helpers.errors import TunebookError
 from helpers.gguf import convert, fidelity, libraries, ollama, preflight
 from helpers.gguf.convert import Quantised
@@ -85,7 +86,7 @@ class ExportJob(steps.Job):
     def best(self) -> Path:
         """The recommended file, or the first where none passes its gates."""
         done = self.stage.done
-        found = done.metrics["recommended"] if done else fidelity.recommend(self.files, self.results)
+        found = done.metrics["recommended"] if done else fidelity.recommend(self.results)
         return self.file(found["type"] or self.kinds[0])
 
     def file(self, kind: str) -> Path:
@@ -169,6 +170,8 @@ class ExportJob(steps.Job):
             self.merge_check = self._merge_check(reference)
             watched = machine.progress(list(files.items()), "Comparing with the trained model")
             self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
+        for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):
+            result.bytes, result.bits_per_weight = file.bytes, file.bits_per_weight
         self._task_scores()
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)
         found = {
@@ -176,18 +179,17 @@ class ExportJob(steps.Job):
             "merge": self.merge_check,
             "budgets": {r.type: convert.TYPES[r.type][2:] for r in self.results},
             "files": [asdict(r) for r in self.results],
-            "sizes": [asdict(f) | {"path": f.path.name} for f in self.files],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:
             fidelity.require(self.results)
-        return fidelity.table(self.files, self.results, self.merge_check, self.text)
+        return fidelity.table(self.results, self.merge_check, self.text)
 
     @steps.step
     def figure(self) -> Any:
         """Size against divergence and, where it was measured, against the task score."""
         self.prove()
-        drawn = fidelity.figure(self.files, self.results)
+        drawn = fidelity.figure(self.results)
         display.save(drawn, self.stage.path, "fidelity")
         return drawn
 
@@ -218,7 +220,7 @@ class ExportJob(steps.Job):
             "trained_by": self.source.trained_by,
             "text": self.text,
             "seconds": self.seconds,
-            "recommended": fidelity.recommend(self.files, self.results),
+            "recommended": fidelity.recommend(self.results),
         }
         manifest = self.stage.finish(metrics)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -278,9 +280,7 @@ class ExportJob(steps.Job):
         if source.adapter is None or needed_gib > machine.free_memory_gib():
             return {}  # a second model in float32 does not fit; the gates on the files themselves remain
         base = loading.load_model(source.base, quantize="nf4" if source.onto == "nf4" else "none", dtype="fp32")
-        rows = len(reference.tokenizer)
-        if rows > base.get_input_embeddings().weight.shape[0]:
-            base.resize_token_embeddings(rows, mean_resizing=False)
+        vocabulary.fit(base, reference.tokenizer)
         model = loading.load_adapter(base, source.adapter).eval()
         mine = torch.cat([fidelity.logprobs(model, row).cpu() for row in reference.rows[:2]])
         theirs = reference.logprobs[: len(mine)]

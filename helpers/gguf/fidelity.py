@@ -21,10 +21,11 @@ from typing import Any
 from helpers import display, machine, plots
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes
-from helpers.gguf.convert import TYPES, Quantised
+from helpers.gguf.convert import TYPES
 from helpers.gguf.runner import GgufModel
 from helpers.model.loading import load_model, load_tokenizer
 from helpers.model.stop_tokens import stop_tokens
+from helpers.tasks.questions import Decoding
 
 CLOSE = 0.1  # mean KL, nats a token, up to which a file's answers are practically the merged model's
 # A top-1 token counts as changed when the reference preferred it by more than this; a tie may break the other way.
@@ -34,12 +35,15 @@ FEW = 0.02  # a task score this far below the best counts as good as the best, h
 
 @dataclass
 class Result:
-    """What was found about one file. KL in nats a token; shares from 0 to 1; failed: gate -> what was found.
+    """What was found about one file. bytes: None for one that is not kept. KL in nats a token; shares from 0 to 1;
+    failed: gate -> what was found.
 
     weights_kl: of the same weights unpacked, in the trained model's own arithmetic; runtime_kl: the rest.
     """
 
     type: str
+    bytes: int | None = None
+    bits_per_weight: float | None = None
     tokens: int = 0
     mean_kl: float = 0.0
     p99_kl: float = 0.0
@@ -143,8 +147,8 @@ class Reference:
             yield slice(at, at + len(row) - 1), row
             at += len(row) - 1
 
-    def _answers(self) -> list[tuple[list[int], bool]]:
-        """A greedy answer to each prompt without the token that ended it, and whether it ended by itself."""
+    def _answers(self) -> list[tuple[str, bool]]:
+        """A greedy answer to each prompt, and whether it ended by itself."""
         import torch
 
         if not self.prompts:
@@ -160,8 +164,8 @@ class Reference:
                 eos_token_id=ends,
                 pad_token_id=self.tokenizer.pad_token_id,
             )[:, batch["input_ids"].shape[1] :].tolist()
-        stops = [next((i for i, token in enumerate(row) if token in ends), None) for row in made]
-        return [(row[:stop], stop is not None) for row, stop in zip(made, stops, strict=True)]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [(text.strip(), not set(ends).isdisjoint(row)) for text, row in zip(texts, made, strict=True)]
 
 
 def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
@@ -236,9 +240,9 @@ def _logits(model: GgufModel, reference: Reference, result: Result) -> str:
 
 def _stopping(model: GgufModel, reference: Reference, result: Result) -> str:
     """Greedy answers, all at once as the trained model gave them."""
-    made, theirs = model.complete(reference.prompts, reference.max_tokens), reference.answers
+    made, theirs = model.generate(reference.prompts, Decoding(reference.max_tokens)), reference.answers
     result.answers, result.stopped = len(made), sum(m.stopped for m in made)
-    result.same_answers = sum(m.token_ids == ids for m, (ids, _) in zip(made, theirs, strict=True))
+    result.same_answers = sum(m.text == text for m, (text, _) in zip(made, theirs, strict=True))
     result.reference_stopped = sum(stopped for _, stopped in theirs)
     # The classic failure is a file that runs on where the trained model stops; one answer in four may differ.
     if result.reference_stopped - result.stopped <= max(1, len(made) // 4):
@@ -295,41 +299,37 @@ def _load(merged: Path) -> Any:
 # ---------------------------------------------------------------- size against what it costs
 
 
-def recommend(files: Sequence[Quantised], results: Sequence[Result]) -> dict[str, str]:
+def recommend(results: Sequence[Result]) -> dict[str, str]:
     """{"type", "why"}: the smallest file that passes its gates, diverges little and does the task as the best does.
 
     "As well" allows for chance: with few questions two files differ by a standard error of their difference for no
     reason.
     """
-    by_type = {r.type: r for r in results}
-    sound = [(f, by_type[f.type]) for f in files if f.type in by_type and not by_type[f.type].failed]
+    sound = [r for r in results if r.bytes and not r.failed]
     if not sound:
         return {"type": "", "why": "No file passes its gates."}
-    near = [(f, r) for f, r in sound if r.mean_kl <= CLOSE] or sound
-    best = max((r.task_score for _, r in near if r.task_score is not None), default=0.0)
+    near = [r for r in sound if r.mean_kl <= CLOSE] or sound
+    best = max((r.task_score for r in near if r.task_score is not None), default=0.0)
 
     def as_good(result: Result) -> bool:
         chance = (2 * best * (1 - best) / result.task_count) ** 0.5 if result.task_count else 0.0
         return result.task_score is None or result.task_score >= best - max(FEW, chance)
 
-    file, result = min(((f, r) for f, r in near if as_good(r)), key=lambda pair: pair[0].bytes)
+    found = min(filter(as_good, near), key=lambda r: r.bytes or 0)
     why = f"the smallest file with a mean KL of at most {CLOSE} nats a token (or of all, where none has)"
     if best > 0:
-        score = f"{display.percent(result.task_score, 0)} of {result.task_count} questions"
+        score = f"{display.percent(found.task_score, 0)} of {found.task_count} questions"
         why += f" and a task score ({score}) that chance could bring down from the best ({display.percent(best, 0)})"
-    return {"type": file.type, "why": f"{why}; {display.size(file.bytes)}, mean KL {result.mean_kl:.3g}"}
+    return {"type": found.type, "why": f"{why}; {display.size(found.bytes)}, mean KL {found.mean_kl:.3g}"}
 
 
-def table(
-    files: Sequence[Quantised], results: Sequence[Result], merge_check: dict[str, float], text: str
-) -> display.Html:
+def table(results: Sequence[Result], merge_check: dict[str, float], text: str) -> display.Html:
     """What was measured, a row a file; under it what the merge itself cost, and the recommendation."""
-    sizes = {f.type: f for f in files}
     rows = [
         {
             "file": r.type,
-            "size": display.size(sizes[r.type].bytes) if r.type in sizes else "not kept",
-            "bits/weight": f"{sizes[r.type].bits_per_weight:.2f}" if r.type in sizes else "16",
+            "size": display.size(r.bytes) if r.bytes else "not kept",
+            "bits/weight": f"{r.bits_per_weight:.2f}" if r.bytes else "16",
             "token ids": "differ" if "token ids" in r.failed else f"{r.token_texts} texts equal",
             "prompts": "differ" if "prompt" in r.failed else f"{len(r.prompt_shapes)} equal",
             "mean KL": f"{r.mean_kl:.2g}",
@@ -344,7 +344,7 @@ def table(
         }
         for r in results
     ]
-    best, merge = recommend(files, results), ""
+    best, merge = recommend(results), ""
     if merge_check:
         merge = (
             f"Adapter and base against the merged model: mean KL {merge_check['mean_kl']:.2g}, same top-1 token "
@@ -355,16 +355,15 @@ def table(
     return shown + display.said(f"Compared on {text}.", merge, last)
 
 
-def figure(files: Sequence[Quantised], results: Sequence[Result]) -> Any:
+def figure(results: Sequence[Result]) -> Any:
     """Size against divergence and, where it was measured, against the task score with its Wilson interval."""
     from scipy.stats import binomtest
 
-    sizes, points = {f.type: f.bytes for f in files}, []
-    for r in [r for r in results if r.type in sizes]:
+    points = []
+    for r in [r for r in results if r.bytes]:
         score = None
         if r.task_score is not None:
             low, high = binomtest(round(r.task_score * r.task_count), r.task_count).proportion_ci(method="wilson")
             score = (r.task_score, float(low), float(high))
-        allowed = TYPES[r.type].kl
-        points.append(plots.FilePoint(r.type, sizes[r.type], r.mean_kl, r.weights_kl, allowed, score))
+        points.append(plots.FilePoint(r.type, r.bytes or 0, r.mean_kl, r.weights_kl, TYPES[r.type].kl, score))
     return plots.file_sizes(points, max((r.task_count for r in results), default=0))

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from helpers import worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
 from helpers.gguf.libraries import Block
-from helpers.gguf.runner import Completion, Server
+from helpers.gguf.runner import Server
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,12 +239,12 @@ class LlamaCpp(ExitStack):
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int = 128,
-        stop: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 17,
-    ) -> Iterator[tuple[int, Completion]]:
-        """(index, completion) of prompts (token ids) as they are finished, `parallel` at a time, to their end, a stop
-        text or `max_tokens`.
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, str, int, bool]]:
+        """(index, text, tokens generated, whether it ended by itself) of prompts (token ids) as they are finished,
+        `parallel` at a time, to their end, a stop text or `max_tokens`.
 
         The tokens that all prompts begin with are computed once and shared, so that a long common system prompt costs
         next to nothing. temperature 0: greedy; above, a draw depends on the seed and the prompt, not on its
@@ -253,11 +253,13 @@ class LlamaCpp(ExitStack):
         import numpy as np
 
         rows = [list(p) for p in prompts]
+        if not rows:
+            return
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
         shared, free = _common_length(rows), list(range(min(self.parallel, len(rows))))
-        self._room(shared + len(free) * (max(map(len, rows), default=0) + max_tokens - shared))
+        self._room(shared + len(free) * (max(map(len, rows)) + max_tokens - shared))
         # what all prompts begin with, in the spare sequence
-        self._run([(token, i, self.parallel, False) for i, token in enumerate(rows[0][:shared] if rows else [])])
+        self._run([(token, i, self.parallel, False) for i, token in enumerate(rows[0][:shared])])
         active: dict[int, tuple[int, list[int]]] = {}  # sequence -> index of its prompt, answer so far
         queue = iter(range(len(rows)))
         while True:
@@ -272,9 +274,13 @@ class LlamaCpp(ExitStack):
                 return
             for slot, logits in self._run(entries):
                 index, out = active[slot]
-                token = _choose(logits, temperature, draws[index])
-                if completion := self._ended(out, token, max_tokens, stop):
-                    yield index, completion
+                out.append(_choose(logits, temperature, draws[index]))
+                ended = self.lib.llama_vocab_is_eog(self.vocab, out[-1])
+                full = ended or len(out) >= max_tokens
+                text = self.detokenize(out[: len(out) - ended]) if full or stop else ""
+                cut = min((text.index(s) for s in stop if s in text), default=None)
+                if full or cut is not None:
+                    yield index, text[:cut], len(out), ended or cut is not None
                     del active[slot]
                     free.append(slot)
 
@@ -287,23 +293,12 @@ class LlamaCpp(ExitStack):
             found += [(sequence, self._logits(i)[0]) for i, (_, _, sequence, wanted) in enumerate(piece) if wanted]
         return found
 
-    def _ended(self, out: list[int], token: int, max_tokens: int, stop: Sequence[str]) -> Completion | None:
-        """The completion when `token` ends what was generated before it; else it is put behind that."""
-        if self.lib.llama_vocab_is_eog(self.vocab, token):
-            return Completion(self.detokenize(out), out, True)
-        out.append(token)
-        text = self.detokenize(out) if stop or len(out) >= max_tokens else ""
-        if found := [text.index(s) for s in stop if s in text]:
-            return Completion(text[: min(found)], out, True)
-        return Completion(text, out, False) if len(out) >= max_tokens else None
-
 
 def _common_length(rows: list[list[int]]) -> int:
     """How many tokens all rows begin with, always short of the shortest; 0 for a row alone."""
-    if len(rows) < 2:
-        return 0
-    same = [a == b for a, b in zip(min(rows), max(rows), strict=False)]  # what these two share, all do
-    return min([*(i for i, equal in enumerate(same) if not equal), *(len(r) - 1 for r in rows)])
+    pairs = zip(min(rows), max(rows), strict=False)  # what these two share, all do
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return min([same, *(len(r) - 1 for r in rows)]) if len(rows) > 1 else 0
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

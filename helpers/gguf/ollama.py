@@ -125,13 +125,13 @@ def derive(render: Render, bos: str = "") -> Pieces:
 
 def printed(pieces: Pieces, messages: Sequence[Message]) -> str:
     """What the Go template prints: the same pieces in Python, so that a machine without Go can check it."""
-    out: list[str] = []
+    out: list[Any] = []
     for i, message in enumerate(messages):
         role, last = message["role"], i == len(messages) - 1
         holds = {role, "last" if last else "not last"} | {f"not {r}" for r in ("system", "assistant") if r != role}
         holds |= ({"first"} if i == 0 else set()) | ({"first two"} if i <= 1 else set())
         holds |= {"after system"} if messages[0]["role"] == "system" else set()
-        text_of: dict[Any, Any] = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
+        text_of = {CONTENT: message["content"], SYSTEM: messages[0]["content"]}
         out += [text_of.get(what, what) for conditions, what in pieces if holds.issuperset(conditions)]
     return "".join(out)
 

@@ -145,23 +145,19 @@ def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
     found = f"{len(lost)} of {len(added)} are not one token in llama.cpp, {lost[0][0]!r} first; " if lost else ""
     found += "add them with special=True and normalized=False." if lost else f"all {len(added)} are kept"
     yield "added tokens", not lost, found
-    if not tokenizer.chat_template:
-        found = "the tokenizer has none, so no runtime could know how to prompt the model; use an instruct model."
-        yield "chat template", False, found
-        return
-    shapes = {s: probes.render(tokenizer, m, t) for s, (m, t) in probes.conversations().items()}
+    shapes = {shape: probes.render(tokenizer, *asked) for shape, asked in probes.conversations().items()}
     plain, why = shapes["one question"]
-    if plain is None:
-        found = f"it does not render a plain question ({why}); mend chat_template.jinja in the base's folder."
-        yield "chat template", False, found
+    try:
+        if plain is None:
+            raise TunebookError(
+                f"it does not render a question ({why}); mend chat_template.jinja in the base's folder."
+            )
+        token = end_of_turn(tokenizer)
+    except TunebookError as error:
+        yield "chat template", False, str(error)
         return
     skipped = ", ".join(shape for shape, (text, _) in shapes.items() if text is None)
     yield "chat template", True, "renders in a sandbox" + (f"; it has no {skipped}" if skipped else "")
-    try:
-        token = end_of_turn(tokenizer)
-    except TunebookError as error:
-        yield "end of turn", False, str(error)
-        return
     ends = token in vocabulary.ends()
     no = "ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
     said = "ends an answer in llama.cpp, too" if ends else no

@@ -70,7 +70,7 @@ def adapter_for(base: Path, folder: Path) -> None:
 def bare_seconds(source: Path, out: Path, kind: str) -> float:
     """llama.cpp's own function, called alone in a process that has it loaded."""
     request = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(out), "imatrix": ""}
-    request["type"] = convert.TYPES[kind].number
+    request["type"] = convert.LlamaFileType[f"MOSTLY_{kind.upper()}"].value
     work = f"from helpers.gguf import libraries\nstarted = time.time()\nlibraries.quantize({request!r})"
     return step(work)["seconds"]
 

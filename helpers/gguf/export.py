@@ -177,7 +177,7 @@ class ExportJob(steps.Job):
         found = {
             "text": self.text,
             "merge": self.merge_check,
-            "budgets": {r.type: convert.TYPES[r.type][2:] for r in self.results},
+            "budgets": {r.type: convert.TYPES[r.type][1:] for r in self.results},
             "files": [asdict(r) for r in self.results],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)

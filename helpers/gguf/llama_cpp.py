@@ -135,7 +135,7 @@ class LlamaCpp(ExitStack):
     def apply_template(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The prompt that llama.cpp's server renders from the template in the file with its own Jinja engine."""
         if self._server is None:
-            self._server = self.enter_context(Server(self.path, context=256, warmup=False))
+            self._server = self.enter_context(Server(self.path, context=256))
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": True}
         return self._server.post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
 
@@ -143,9 +143,9 @@ class LlamaCpp(ExitStack):
 
     def _room(self, tokens: int) -> None:
         """An empty context of `tokens` at least, which all sequences share."""
-        if tokens > self.context:
+        if self._ctx is None or tokens > self.context:
             self._free_context()
-            self.context = -(-tokens // 256) * 256
+            self.context = max(-(-tokens // 256), 1) * 256
             self._ctx = self.lib.llama_init_from_model(self._model, self._context_params())
             self._require(self._ctx, f"no memory for a context of {self.context} tokens")
             self.lib.llama_set_n_threads(self._ctx, libraries.threads(), libraries.threads())

@@ -25,7 +25,7 @@ from helpers.data import chat_template
 from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.gguf.probes import QUESTION, SHAPES, TOOL
-from helpers.model import loading
+from helpers.model import loading, merging
 from helpers.model.stop_tokens import stop_tokens
 from helpers.runs import write_atomic
 
@@ -249,8 +249,9 @@ def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", contex
             "export from an instruct model, or save a chat_template.jinja beside the tokenizer."
         )
     made = from_tokenizer(tokenizer)
-    longest = _json(merged / "config.json").get("max_position_embeddings")
-    config = _json(merged / "generation_config.json")
+    longest = getattr(merging.read_config(merged).get_text_config(), "max_position_embeddings", None)
+    settings = merged / "generation_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     drawn = SAMPLING if config.get("do_sample") is not False else ("repetition_penalty",)
     sampling = {"temperature": 0} | {k: config[k] for k in drawn if isinstance(config.get(k), (int, float))}
     made.parameters = {"num_ctx": context or min(longest or 4096, LONGEST_CONTEXT)}
@@ -328,8 +329,3 @@ def _rendered(file: str, **values: Any) -> str:
     made = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, **options)
     made.filters |= {"q": lambda value: shlex.quote(str(value)), "json": partial(json.dumps, ensure_ascii=False)}
     return made.get_template(file).render(**values)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with loading.reading("The export's settings", path, "export the model again."):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -93,18 +93,11 @@ class Server:
     """A running server, a context manager. url: "http://127.0.0.1:PORT"; port; process.
 
     port: 0 for any free one; context: tokens of each of `parallel` conversations; temperature: for clients that ask for
-    none (None: llama.cpp's 0.8); warmup: run the model once at the start, so that the first answer comes as soon as the
-    next. Clients see the file's stem as the model's name.
+    none. Clients see the file's stem as the model's name.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        port: int = 0,
-        context: int = 4096,
-        parallel: int = 1,
-        temperature: float | None = None,
-        warmup: bool = True,
+        self, path: str | Path, port: int = 0, context: int = 4096, parallel: int = 1, temperature: float = 0.0
     ):
         self.path = Path(path)
         header.check(self.path)
@@ -114,8 +107,8 @@ class Server:
             raise TunebookError(
                 f"Port {port} on 127.0.0.1 cannot be used ({error.strerror}); choose another, or 0 for any free one."
             ) from None
-        settings = {"path": str(self.path), "port": port, "context": context * parallel, "parallel": parallel}
-        settings |= {"temperature": temperature, "warmup": warmup}
+        settings: dict[str, Any] = {"path": str(self.path), "port": port, "context": context * parallel}
+        settings |= {"parallel": parallel, "temperature": temperature}
         self._name = f"llama.cpp's server for {self.path.name}"
         running = "helpers.gguf.runner:Running"
         try:
@@ -166,18 +159,16 @@ class Server:
 class Running:
     """Body of the server's process; `started` is the address."""
 
-    def __init__(self, path: str, port: int, context: int, parallel: int, temperature: float | None, warmup: bool):
+    def __init__(self, path: str, port: int, context: int, parallel: int, temperature: float):
         import xllamacpp
 
         p = xllamacpp.CommonParams()
         p.model.path, p.model_alias = path, {Path(path).stem}
         p.hostnames, p.port = ["127.0.0.1"], port
-        p.n_ctx, p.n_parallel, p.warmup = context, parallel, warmup
+        p.n_ctx, p.n_parallel, p.sampling.temp = context, parallel, temperature
         p.use_jinja, p.offline, p.ui = True, True, False
         p.verbosity = 1  # errors, which the message of a failure quotes
         p.cors_origins = ""  # no web page may read from it
-        if temperature is not None:
-            p.sampling.temp = temperature
         if "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores
             p.cpuparams.n_threads = p.cpuparams_batch.n_threads = libraries.threads()
         try:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,13 @@ def _tokenizer(base: Path, folder: Path) -> list[Check]:
         joined.mkdir()
         try:
             tokenizer = loading.load_tokenizer(folder)
-            files = [
-                f for f in (base / "config.json", base / "tokenizer.model", libraries.for_running()) if f.is_file()
-            ]
+            files = filter(Path.is_file, (base / "config.json", base / "tokenizer.model"))
             hashes = [
                 loading.tokenizer_hash(tokenizer),
                 loading.template_hash(tokenizer),
                 *map(cache.content_hash, files),
             ]
-            key = cache.key(hashes, libraries.CONVERTER, probes.TEXTS)
+            key = cache.key(hashes, version("xllamacpp"), libraries.CONVERTER, probes.TEXTS)
             seen = cache.Answers("preflight", key)
             if kept := seen.get("checks"):
                 return [(what, good, found) for what, good, found in kept]

@@ -28,21 +28,23 @@ MOST_LOST = 3  # rows in a row on which the template was stopped, after which it
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
 MEND = "Choose another model, or mend the template."
+MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": NO_PARAMETERS}}
 RESULT = {"role": "tool", "content": "RRR", "name": "FFF"}
 
-Text = str | RowError  # a rendering, or why the template refuses it
 Conversation = tuple[list[dict], str | None, list[int]]  # messages, tools as JSON, places of turns to be shown apart
 
 
 @dataclass
 class Rendering:
     """full: the whole conversation. turns: for each turn asked for what the model is given before it, and the
-    conversation through its end (None for the last message: that is `full`)."""
+    conversation through its end ("" for the last message: that is `full`). spans: of characters that the template
+    marks as its answers (`{% generation %}`)."""
 
-    full: Text
-    turns: list[tuple[Text, Text | None]]
+    full: str
+    turns: list[tuple[str, str]]
+    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Template:
 
     end_ids: tokens that end an assistant turn, the plain one first. before_answer: text between the generation prompt
     and the answer. default_system: text that the template adds when a conversation has no system message.
+    special: control tokens and their ids; special_text finds them.
     """
 
     tokenizer: Any
@@ -63,9 +66,8 @@ class Template:
     shows_tool_results: bool
     takes_system: bool
     keeps_thinking: bool
-    has_markers: bool
     adds_bos: bool
-    special_ids: frozenset[int]
+    special: dict[str, int]
     special_text: re.Pattern[str]
 
     @property
@@ -74,7 +76,6 @@ class Template:
 
     def facts(self) -> list[tuple[str, str]]:
         """What a person should know about this template, as (what, how it is)."""
-        yes = {True: "yes", False: "no"}
         seen = (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)
         bos = "the tokenizer would add one; the template writes none" if self.adds_bos else "written by the template"
         return [
@@ -82,9 +83,9 @@ class Template:
             ("generation prompt", repr(self.generation_prompt)),
             ("added before the answer", repr(self.before_answer) if self.before_answer else "nothing"),
             ("system prompt when a row has none", repr(self.default_system) if self.default_system else "none"),
-            ("accepts a system message", yes[self.takes_system]),
-            ("shows tool lists / calls / results", " / ".join(yes[value] for value in seen)),
-            ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
+            ("accepts a system message", _yes(self.takes_system)),
+            ("shows tool lists / calls / results", " / ".join(map(_yes, seen))),
+            ("keeps <think> of earlier turns", _yes(self.keeps_thinking)),
             ("beginning of sequence", bos),
         ]
 
@@ -93,6 +94,10 @@ class Template:
 
     def __repr__(self) -> str:
         return text_table(self.facts())
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def inspect(tokenizer: Any) -> Template:
@@ -118,11 +123,15 @@ def inspect(tokenizer: Any) -> Template:
         ([QUESTION, ANSWER], json.dumps([TOOL]), []),
     ]
     try:
-        first, *others = _asked(tokenizer, probes, PROBE_SECONDS)
+        renderings = _asked(tokenizer, probes, PROBE_SECONDS)
     except worker.Lost as lost:
         raise TunebookError(f"{lost} {MEND}") from None
-    full, prompt_open, prompt = _needed(first.full), _needed(first.turns[0][0]), _needed(others[0].full)
-    called, result, thinking, system, tooled = (one.full if isinstance(one.full, str) else "" for one in others[1:])
+    first, asked, *others = renderings
+    if isinstance(first, RowError) or isinstance(asked, RowError):
+        why = next(one.detail for one in renderings if isinstance(one, RowError))
+        raise TunebookError(f"The chat template cannot render a question and an answer: {why}. {MEND}")
+    full, prompt, prompt_open = first.full, asked.full, first.turns[0][0]
+    called, result, thinking, system, tooled = ("" if isinstance(one, RowError) else one.full for one in others)
     if "AAA" not in full or "QQQ" not in full:
         raise TunebookError(f"The chat template leaves out the question or the answer. {MEND}")
     known = {json.dumps([QUESTION, ANSWER]): full, json.dumps([QUESTION, CALLING]): called}
@@ -141,17 +150,10 @@ def inspect(tokenizer: Any) -> Template:
         shows_tool_results="RRR" in result,
         takes_system="SSS" in system,
         keeps_thinking="HHH" in thinking,
-        has_markers=bool(re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template)),
         adds_bos=bos and not full.startswith(tokenizer.bos_token),
-        special_ids=frozenset(special_tokens(tokenizer).values()),
+        special=special_tokens(tokenizer),
         special_text=pattern,
     )
-
-
-def _needed(text: Text) -> str:
-    if isinstance(text, RowError):
-        raise TunebookError(f"The chat template cannot render a question and an answer: {text.detail}. {MEND}")
-    return text
 
 
 def _without_roles(head: str, around: str) -> str:
@@ -164,7 +166,9 @@ def _without_roles(head: str, around: str) -> str:
 # ---------------------------------------------------------------- rendering
 
 
-def render(tokenizer: Any, conversations: list[Conversation], seconds: float = BATCH_SECONDS) -> list[Rendering]:
+def render(
+    tokenizer: Any, conversations: list[Conversation], seconds: float = BATCH_SECONDS
+) -> list[Rendering | RowError]:
     """Conversations as the tokenizer's own template writes them; a RowError in place of what it refuses.
 
     A template that has to be stopped in the middle of a batch gets its rows one by one, and those that it stops at are
@@ -172,7 +176,7 @@ def render(tokenizer: Any, conversations: list[Conversation], seconds: float = B
     """
     with contextlib.suppress(worker.Lost):
         return _asked(tokenizer, conversations, seconds) if conversations else []
-    found: list[Rendering] = []
+    found: list[Rendering | RowError] = []
     lost = 0
     for one in conversations:
         try:
@@ -182,43 +186,25 @@ def render(tokenizer: Any, conversations: list[Conversation], seconds: float = B
             lost += 1
             if lost == MOST_LOST:
                 raise TunebookError(f"{error} It was stopped on {lost} rows in a row; mend the template.") from None
-            refused = RowError("template refused", str(error))
-            found.append(Rendering(refused, [(refused, None) for _ in one[2]]))
+            found.append(RowError("template refused", str(error)))
     return found
 
 
 def prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None) -> str:
     """What the model is given to answer the last message. Raises RowError where the template refuses it."""
     asked = (messages, json.dumps(tools) if tools else None, [len(messages)])
-    text = render(tokenizer, [asked], PROBE_SECONDS)[0].turns[0][0]
-    if isinstance(text, RowError):
-        raise text
-    return text
+    (rendering,) = render(tokenizer, [asked], PROBE_SECONDS)
+    if isinstance(rendering, RowError):
+        raise rendering
+    return rendering.turns[0][0]
 
 
-def marked_spans(tokenizer: Any, messages: list[dict], tools: str | None) -> list[tuple[int, int]]:
-    """Spans of characters that the template marks as its answers (`{% generation %}`). Raises RowError."""
-    try:
-        request = _request(tokenizer, [(messages, tools, [])], marks=True)
-        ((found, _),) = _child().ask(request, timeout_s=PROBE_SECONDS)
-    except worker.Lost as lost:
-        raise RowError("template refused", str(lost)) from None
-    if "refused" in found:
-        raise RowError("template refused", found["refused"])
-    return found["spans"]
-
-
-def _asked(tokenizer: Any, conversations: list[Conversation], seconds: float) -> list[Rendering]:
-    def text(value: Any) -> Any:
-        return RowError("template refused", value["refused"]) if isinstance(value, dict) else value
-
-    answers = _child().ask(_request(tokenizer, conversations), timeout_s=seconds)
-    return [Rendering(text(full), [(text(a), text(b)) for a, b in turns]) for full, turns in answers]
-
-
-def _request(tokenizer: Any, conversations: list[Conversation], marks: bool = False) -> dict[str, Any]:
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return {"template": tokenizer.chat_template, "special": special, "conversations": conversations, "marks": marks}
+def _asked(tokenizer: Any, conversations: list[Conversation], seconds: float) -> list[Rendering | RowError]:
+    template, special = tokenizer.chat_template, tokenizer.special_tokens_map.items()
+    settings = {"chat_template": template, "return_assistant_tokens_mask": bool(MARKS.search(str(template)))}
+    settings |= {name: value for name, value in special if isinstance(value, str)}
+    found = _child().ask({"settings": settings, "conversations": conversations}, timeout_s=seconds)
+    return [RowError("template refused", one) if isinstance(one, str) else Rendering(**one) for one in found]
 
 
 @functools.cache
@@ -228,40 +214,37 @@ def _child() -> worker.Worker:
 
 
 class Renderer:
-    """In the child: every rendering as text, or {"refused": why}."""
+    """In the child: a Rendering's fields for each conversation, or why the template refuses it."""
 
     def __init__(self) -> None:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.render = render_jinja_template
 
-    def __call__(self, request: dict[str, Any], event: worker.Event) -> Any:
-        shared = {"chat_template": request["template"], **request["special"]}
-
-        def written(messages: list[dict], tools: list | None, generation: bool = False) -> Any:
-            try:
-                (text,), spans = self.render(
-                    [messages],
-                    tools=tools,
-                    add_generation_prompt=generation,
-                    return_assistant_tokens_mask=request["marks"],
-                    **shared,
-                )
-            except MemoryError:
-                raise
-            except Exception as error:
-                return {"refused": f"the chat template says: {str(error)[:200] or type(error).__name__}"}
+    def __call__(self, request: dict[str, Any], event: worker.Event) -> list[dict[str, Any] | str]:
+        def written(messages: list[dict], tools: list | None, generation: bool = False) -> tuple[str, list]:
+            settings = {"tools": tools, "add_generation_prompt": generation, **request["settings"]}
+            (text,), spans = self.render([messages], **settings)
             if len(text) > MAX_ADDED and len(text) > MAX_ADDED + MAX_GROWTH * sum(len(str(m)) for m in messages):
                 refused = f"the template wrote {len(text):,} characters; that is no rendering of this conversation"
-                return {"refused": refused}
-            return {"spans": spans[0]} if request["marks"] else text
+                raise RowError("template refused", refused)
+            return text, spans[0] if spans else []
 
-        found = []
+        found: list[dict[str, Any] | str] = []
         for messages, tools, turns in request["conversations"]:
             listed = json.loads(tools) if tools else None
-            apart = []
-            for turn in turns:
-                through = written(messages[: turn + 1], listed) if turn < len(messages) - 1 else None
-                apart.append((written(messages[:turn], listed, generation=True), through))
-            found.append((written(messages, listed), apart))
+            try:
+                full, spans = written(messages, listed)
+                apart = []
+                for turn in turns:
+                    through = written(messages[: turn + 1], listed)[0] if turn < len(messages) - 1 else ""
+                    apart.append((written(messages[:turn], listed, generation=True)[0], through))
+            except MemoryError:
+                raise
+            except RowError as error:
+                found.append(error.detail)
+            except Exception as error:
+                found.append(f"the chat template says: {str(error)[:200] or type(error).__name__}")
+            else:
+                found.append({"full": full, "turns": apart, "spans": spans})
         return found

@@ -35,7 +35,7 @@ def splits(
 ) -> dict[str, Any]:
     """Write train, eval and test.parquet, and kto.parquet where there are rows, and return what was counted.
 
-    Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes and examples of
+    Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes of
     what the template cannot show, written (rows by file), max_length, data_hash.
     """
     found = _trained(tables, template, p, folder, rejects)
@@ -83,9 +83,9 @@ def _trained(
         | {"row_share": count / rows.total(), "token_share": tokens[name] / tokens.total()}
         for name, count in rows.items()
     ]
-    histogram = {str(length): count for length, count in sorted(fitter.report.lengths.items())}
-    counted = {"mixture": mixture, "lengths": fitter.report.as_dict(), "histogram": histogram}
-    return found | counted | {"notes": dict(encoder.notes), "examples": encoder.examples}
+    histogram = {str(length): count for length, count in sorted(fitter.lengths.items())}
+    counted = {"mixture": mixture, "lengths": fitter.report(), "histogram": histogram}
+    return found | counted | {"notes": dict(encoder.notes)}
 
 
 def _proposed(tables: Mapping[str, Table], template: Template, train_on: str) -> int:

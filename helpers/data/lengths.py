@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from helpers.data.labels import Encoded, Encoder
@@ -17,36 +17,6 @@ from helpers.data.turns import PLACE, Row, make_row
 
 COVERED = 0.99  # share of the rows that the proposed length holds whole
 CANDIDATES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
-
-
-@dataclass
-class LengthReport:
-    """lengths: tokens of a row, before anything was cut → rows. lost_end: rows over the limit whose end of turn lies
-    behind it. all_masked: truncated rows of which nothing that is trained was left."""
-
-    max_length: int
-    over_long: str
-    lengths: Counter[int] = field(default_factory=Counter)
-    over: int = 0
-    lost_end: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    split_rows: int = 0
-    split_into: int = 0
-    all_masked: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts, shares and quantiles, and the proposed length."""
-        found = dict(vars(self))
-        lengths, rows = expanded(found.pop("lengths")), self.lengths.total()
-        return {
-            **found,
-            "rows": rows,
-            "over_share": self.over / max(1, rows),
-            "lost_end_share": self.lost_end / max(1, self.over),
-            "proposed_max_length": propose(lengths),
-            **quantiles(lengths),
-        }
 
 
 def expanded(counts: Mapping[Any, int]) -> Any:
@@ -77,85 +47,86 @@ def propose(lengths: Sequence[int]) -> int:
 
 
 class Fitter:
-    """Makes encoded rows fit `max_length` tokens, by dropping, splitting or truncating those that do not."""
+    """Makes encoded rows fit `max_length` tokens, by dropping, splitting or truncating those that do not.
+
+    lengths: tokens of a row, before anything was cut → rows. counts: over, of them lost_end whose end of turn lies
+    behind max_length; dropped, truncated, split_rows into split_into; all_masked, dropped because a cut would leave
+    nothing that is trained.
+    """
 
     def __init__(
         self, encoder: Encoder, max_length: int, over_long: str = "drop", rejects: Rejects | None = None
     ) -> None:
-        self.encoder, self.rejects = encoder, rejects or Rejects()
-        self.report = LengthReport(max_length, over_long)
+        self.max_length, self.over_long, self.rejects = max_length, over_long, rejects or Rejects()
+        self._parts = Encoder(encoder.template, encoder.train_on)
+        self.lengths: Counter[int] = Counter()
+        names = ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
+        self.counts = Counter(dict.fromkeys(names, 0))
+
+    def report(self) -> dict[str, Any]:
+        """The counts, shares and quantiles, and the proposed length."""
+        lengths, rows = expanded(self.lengths), self.lengths.total()
+        return {
+            "max_length": self.max_length,
+            "over_long": self.over_long,
+            **self.counts,
+            "rows": rows,
+            "over_share": self.counts["over"] / max(1, rows),
+            "lost_end_share": self.counts["lost_end"] / max(1, self.counts["over"]),
+            "proposed_max_length": propose(lengths),
+            **quantiles(lengths),
+        }
 
     def fit(self, encoded: Iterable[list[Encoded]]) -> Iterator[list[Encoded]]:
         """The batches with every row fitting."""
-        report, make_fit = self.report, {"drop": self._drop, "truncate": self._truncate, "split": self._split}
         for batch in encoded:
-            fitting = []
-            for one in batch:
-                report.lengths[len(one.ids)] += 1
-                if len(one.ids) <= report.max_length:
-                    fitting.append(one)
-                    continue
-                report.over += 1
-                report.lost_end += one.ends[-1] >= report.max_length
-                fitting += make_fit[report.over_long](one)
-            yield fitting
+            self.lengths.update(len(one.ids) for one in batch)
+            yield [part for one in batch for part in self._fitting(one)]
 
-    def _drop(self, one: Encoded) -> list[Encoded]:
-        self.report.dropped += 1
-        return self._lost(one, "over max_length", f"{len(one.ids):,} tokens; max_length is {self.report.max_length:,}")
-
-    def _truncate(self, one: Encoded) -> list[Encoded]:
-        """The first `max_length` tokens; a row that loses every trained token is dropped instead."""
-        size = self.report.max_length
-        if not one.mask[:size].any():
-            self.report.all_masked += 1
-            detail = f"cut at {size:,} of {len(one.ids):,} tokens, nothing that is trained is left"
-            return self._lost(one, "all tokens masked", detail)
-        self.report.truncated += 1
-        return [Encoded(one.row, one.ids[:size], one.mask[:size], one.prompt, [end for end in one.ends if end < size])]
-
-    def _split(self, one: Encoded) -> list[Encoded]:
-        """Text in windows of `max_length`; a conversation between turns. What can't be split is dropped."""
-        size, parts = self.report.max_length, []
-        if one.row["kind"] == "text":
-            for at in range(0, len(one.ids), size):
-                ends = [len(one.ids) - 1 - at] if at + size >= len(one.ids) else []
-                parts.append(Encoded(one.row, one.ids[at : at + size], one.mask[at : at + size], 0, ends))
-        else:
-            parts = self._split_turns(one.row)
-        if not parts:
-            return self._drop(one)
-        self.report.split_rows += 1
-        self.report.split_into += len(parts)
-        return parts
-
-    def _split_turns(self, row: Row) -> list[Encoded]:
-        """Runs of exchanges that each fit, as long as they can be, the system message repeated; [] when one is too
-        long for itself."""
-        messages = row["messages"]
-        system = messages[:1] if messages[0]["role"] == "system" else []
-        starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        exchanges = [messages[a:b] for a, b in zip(starts, [*starts[1:], len(messages)], strict=True)]
-        parts: list[Encoded] = []
-        run: list[dict] = []
-        best: Encoded | None = None
-        for exchange in exchanges:
-            longer = self._fitting(row, system + run + exchange)
-            if longer is None:
-                parts += [best] if best is not None else []
-                run, longer = [], self._fitting(row, system + exchange)
-                if longer is None:
-                    return []
-            run, best = run + exchange, longer
-        return [*parts, best] if best is not None else []
-
-    def _fitting(self, row: Row, messages: list[dict]) -> Encoded | None:
-        """These messages of the row as tokens; None when they do not fit, or cannot be rendered."""
-        kept = {name: row[name] for name in (*PLACE, "tools", "meta", "label") if name in row}
-        encoder = Encoder(self.encoder.template, self.encoder.train_on)
-        (batch,) = encoder.encode([[make_row(row["kind"], messages, **kept)]])
-        return next((one for one in batch if len(one.ids) <= self.report.max_length), None)
-
-    def _lost(self, one: Encoded, reason: str, detail: str) -> list[Encoded]:
+    def _fitting(self, one: Encoded) -> list[Encoded]:
+        size, length = self.max_length, len(one.ids)
+        if length <= size:
+            return [one]
+        self.counts.update(over=1, lost_end=int(one.ends[-1] >= size))
+        gone, reason, detail = "dropped", "over max_length", f"{length:,} tokens; max_length is {size:,}"
+        if self.over_long == "truncate":
+            if one.mask[:size].any():
+                self.counts["truncated"] += 1
+                return [one.part(0, size)]
+            gone, reason = "all_masked", "all tokens masked"
+            detail = f"cut at {size:,} of {length:,} tokens, nothing that is trained is left"
+        elif self.over_long == "split" and (parts := self._split(one)):
+            self.counts.update(split_rows=1, split_into=len(parts))
+            return parts
+        self.counts[gone] += 1
         self.rejects.add(one.row["file"], one.row["row"], reason, detail, step="length", invalid=False)
         return []
+
+    def _split(self, one: Encoded) -> list[Encoded]:
+        """Text in windows of `max_length`; a conversation in runs of exchanges that each fit, as long as they can be,
+        the system message repeated. [] when one exchange is too long for itself."""
+        if one.row["kind"] == "text":
+            return [one.part(at, at + self.max_length) for at in range(0, len(one.ids), self.max_length)]
+        messages = one.row["messages"]
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        parts: list[Encoded] = []
+        run: list[dict] = []
+        for begin, end in pairwise([*starts, len(messages)]):
+            exchange = messages[begin:end]
+            longer = self._encoded(one.row, system + run + exchange) if run else None
+            if longer is not None:
+                run, parts[-1] = run + exchange, longer
+                continue
+            alone = self._encoded(one.row, system + exchange)
+            if alone is None:
+                return []
+            run = exchange
+            parts.append(alone)
+        return parts
+
+    def _encoded(self, row: Row, messages: list[dict]) -> Encoded | None:
+        """These messages of the row as tokens; None when they do not fit, or cannot be rendered."""
+        kept = {name: row[name] for name in (*PLACE, "tools", "meta", "label") if name in row}
+        (batch,) = self._parts.encode([[make_row(row["kind"], messages, **kept)]])
+        return next((one for one in batch if len(one.ids) <= self.max_length), None)

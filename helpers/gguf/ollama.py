@@ -73,9 +73,9 @@ def jinja_renderer(tokenizer: Any) -> Render:
         turns = [len(messages)] if generation and not begun else []
         asked = (list(messages), json.dumps(tools) if tools else None, turns)
         made = chat_template.render(tokenizer, [asked], chat_template.PROBE_SECONDS)[0]
-        text = made.turns[0][0] if turns else made.full
-        if isinstance(text, RowError):
+        if isinstance(made, RowError):
             return None
+        text = made.turns[0][0] if turns else made.full
         if begun and (start := messages[-1]["content"].strip()) in text:
             text = text[: text.rindex(start) + len(start)]
         return text.removeprefix(bos) if adds else text

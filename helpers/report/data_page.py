@@ -31,7 +31,7 @@ def preview(job: Any, rows: int = 6) -> display.Html:
     template, draw = job.template(), shell.macro("tokens.html.j2", "block")
 
     def drawn(ids: Sequence[int], mask: Sequence[int]) -> list[tuple[str, int, int, str]]:
-        return tokens(job.tokenizer, ids, mask, template.end_ids, template.special_ids)
+        return tokens(job.tokenizer, ids, mask, template.end_ids, template.special.values())
 
     blocks = []
     for split in ("train", "eval"):

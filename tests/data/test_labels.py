@@ -317,7 +317,7 @@ def fitted(tokenizer, rows, max_length, over_long, train_on="all"):
     rejects = Rejects(limit=1.0)
     encoder = Encoder(templates.inspect(tokenizer), train_on, rejects)
     fitter = Fitter(encoder, max_length, over_long, rejects)
-    return [one for batch in fitter.fit(encoder.encode([rows])) for one in batch], fitter.report.as_dict(), rejects
+    return [one for batch in fitter.fit(encoder.encode([rows])) for one in batch], fitter.report(), rejects
 
 
 LONG = talk(*(f"question {i} " * 8 if i % 2 == 0 else f"answer {i} " * 8 for i in range(8)), system="be kind")

@@ -76,6 +76,7 @@ class Template:
 
     def facts(self) -> list[tuple[str, str]]:
         """What a person should know about this template, as (what, how it is)."""
+        yes = {True: "yes", False: "no"}
         seen = (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)
         bos = "the tokenizer would add one; the template writes none" if self.adds_bos else "written by the template"
         return [
@@ -83,9 +84,9 @@ class Template:
             ("generation prompt", repr(self.generation_prompt)),
             ("added before the answer", repr(self.before_answer) if self.before_answer else "nothing"),
             ("system prompt when a row has none", repr(self.default_system) if self.default_system else "none"),
-            ("accepts a system message", _yes(self.takes_system)),
-            ("shows tool lists / calls / results", " / ".join(map(_yes, seen))),
-            ("keeps <think> of earlier turns", _yes(self.keeps_thinking)),
+            ("accepts a system message", yes[self.takes_system]),
+            ("shows tool lists / calls / results", " / ".join(yes[value] for value in seen)),
+            ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
             ("beginning of sequence", bos),
         ]
 
@@ -94,10 +95,6 @@ class Template:
 
     def __repr__(self) -> str:
         return text_table(self.facts())
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def inspect(tokenizer: Any) -> Template:

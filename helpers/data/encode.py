@@ -38,30 +38,13 @@ def splits(
     Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes of
     what the template cannot show, written (rows by file), max_length, data_hash.
     """
-    found = _trained(tables, template, p, folder, rejects)
-    rejects.check()
-    if not found["written"]["train"]:
-        rejects.check_rows_left([], f"the training split of {p.dataset}")
-    asked = ([_test_row(row) for row in batch if row["kind"] != "text"] for batch in tables["test"])
-    found["written"]["test"] = write(folder / "test.parquet", "test", asked)
-    if len(kto):
-        encoder = Encoder(template, "last", rejects)
-        fitting = Fitter(encoder, found["max_length"], "drop", rejects).fit(encoder.encode(kto))
-        marked = ([_kto_row(one.row) for one in batch] for batch in fitting)
-        found["written"]["kto"] = write(folder / "kto.parquet", "kto", marked)
-    return found | {"data_hash": cache.key(*(cache.sha256_file(folder / f"{name}.parquet") for name in TRAINED))}
-
-
-def _trained(
-    tables: Mapping[str, Table], template: Template, p: DataParams, folder: Path, lost: Rejects
-) -> dict[str, Any]:
-    """Write train.parquet and eval.parquet."""
     limit = p.max_length or _proposed(tables, template, p.train_on)
-    encoder = Encoder(template, p.train_on, lost)
-    fitter = Fitter(encoder, limit, p.over_long, lost)
+    encoder = Encoder(template, p.train_on, rejects)
+    fitter = Fitter(encoder, limit, p.over_long, rejects)
     rows: Counter[str] = Counter()  # by source, as are the tokens
     tokens: Counter[str] = Counter()
-    found: dict[str, Any] = {"splits": {}, "written": {}, "max_length": limit}
+    written: dict[str, int] = {}
+    found: dict[str, Any] = {"splits": {}, "written": written, "max_length": limit}
     for name in TRAINED:
         trained: Counter[str] = Counter()
         table: Iterable[list[Row]] = tables[name]
@@ -75,17 +58,26 @@ def _trained(
                 trained.update(tokens=len(one.ids), trained_tokens=one.trained, trained_turns=len(one.ends))
             return _token_columns(batch)
 
-        fitting = map(columns, fitter.fit(encoder.encode(table)))
-        found["written"][name] = write(folder / f"{name}.parquet", "tokens", fitting)
-        found["splits"][name] = {"rows": found["written"][name], **trained}
+        written[name] = write(folder / f"{name}.parquet", "tokens", map(columns, fitter.fit(encoder.encode(table))))
+        found["splits"][name] = {"rows": written[name], **trained}
+    rejects.check()
+    if not written["train"]:
+        rejects.check_rows_left([], f"the training split of {p.dataset}")
+    asked = ([_test_row(row) for row in batch if row["kind"] != "text"] for batch in tables["test"])
+    written["test"] = write(folder / "test.parquet", "test", asked)
+    if len(kto):
+        marking = Encoder(template, "last", rejects)
+        fitting = Fitter(marking, limit, "drop", rejects).fit(marking.encode(kto))
+        marked = ([_kto_row(one.row) for one in batch] for batch in fitting)
+        written["kto"] = write(folder / "kto.parquet", "kto", marked)
     mixture = [
         {"source": name, "rows": count, "tokens": tokens[name]}
         | {"row_share": count / rows.total(), "token_share": tokens[name] / tokens.total()}
         for name, count in rows.items()
     ]
     histogram = {str(length): count for length, count in sorted(fitter.lengths.items())}
-    counted = {"mixture": mixture, "lengths": fitter.report(), "histogram": histogram}
-    return found | counted | {"notes": dict(encoder.notes)}
+    found |= {"mixture": mixture, "lengths": fitter.report(), "histogram": histogram, "notes": dict(encoder.notes)}
+    return found | {"data_hash": cache.key(*(cache.sha256_file(folder / f"{name}.parquet") for name in TRAINED))}
 
 
 def _proposed(tables: Mapping[str, Table], template: Template, train_on: str) -> int:
@@ -120,12 +112,12 @@ def pairs(
                 rejects.add(row["file"], row["row"], "over max_length", detail, step="length", invalid=False)
             yield kept
 
-    written = {}
-    for name, file in (("train", "preference"), ("eval", "preference_eval")):
-        if len(tables["train"]) + len(tables["eval"]):
-            written[file] = write(folder / f"{file}.parquet", "preference", fitting(tables[name]))
+    if not len(tables["train"]) + len(tables["eval"]):
+        return {}, 0
+    files = (("preference", "train"), ("preference_eval", "eval"))
+    written = {file: write(folder / f"{file}.parquet", "preference", fitting(tables[name])) for file, name in files}
     rejects.check()
-    if written and not written["preference"]:
+    if not written["preference"]:
         raise TunebookError(f"No preference pair fits max_length = {limit}: {over:,} are longer; raise max_length.")
     return written, over
 
@@ -221,8 +213,9 @@ def summary(encoded: dict[str, Any]) -> Html:
         trained = f", {tokens:,} tokens, {percent(part.get('trained_tokens', 0) / max(1, tokens))} trained"
         rows.append((f"{name}.parquet", f"{count:,} rows{trained if part else ''}"))
     whole = f"{found['proposed_max_length']:,} would hold 99 % of the rows whole"
-    longest = f"the longest has {found.get('longest', 0):,}"
-    rows.append(("max_length", f"{encoded['max_length']:,} tokens; {whole}, {longest}"))
+    rows.append(
+        ("max_length", f"{encoded['max_length']:,} tokens; {whole}, the longest has {found.get('longest', 0):,}")
+    )
     ends = f"{percent(found['lost_end_share'], 0)} of them would have lost their end of turn"
     fate = f"dropped {found['dropped']:,}, cut {found['truncated']:,}"
     fate += f", split {found['split_rows']:,} into {found['split_into']:,}"

@@ -68,15 +68,11 @@ class Encoder:
         self.template, self.train_on, self.rejects = template, train_on, rejects or Rejects()
         self.notes: Counter[str] = Counter()
         self._bos, self._eos = template.tokenizer.bos_token_id, template.tokenizer.eos_token_id
-        self._backend = backend = template.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-
-        @functools.lru_cache(MOST_TAILS)
-        def tokens_of(tail: str) -> list[int]:
-            return backend.encode(tail, add_special_tokens=False).ids
-
-        self._tokens_of = tokens_of
+        self._backend = template.tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        tokenised = functools.partial(self._backend.encode, add_special_tokens=False)
+        self._tail = functools.lru_cache(MOST_TAILS)(tokenised)
 
     def encode(self, rows: Iterable[list[Row]]) -> Iterator[list[Encoded]]:
         """Batches of sft, kto and text rows as tokens; what breaks the contract is rejected with file, row and reason.
@@ -106,10 +102,8 @@ class Encoder:
         for batch in rows:
             left, sides = batch, []
             for side in ("chosen", "rejected"):
-                whole = [
-                    {**row, "messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left
-                ]
-                ready, rendered = self._rendered(whole)
+                answers = ({"messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left)
+                ready, rendered = self._rendered([row | answer for row, answer in zip(left, answers, strict=True)])
                 done = self._accepted(self._masked, ready, rendered, self._tokenised(rendered))
                 sides.append({one.row["id"]: one for one in done})
                 left = [row for row in left if row["id"] in sides[-1]]  # the others are rejected with their reason
@@ -217,7 +211,7 @@ class Encoder:
                 raise RowError("template is no prefix", f"{why}; train_on='last' avoids this")
             following = bisect_left(controls, (len(prefix), -1))
             character, begin = controls[max(0, following - 1)]
-            tail = self._tokens_of(prefix[character:])
+            tail = self._tail(prefix[character:]).ids
             if ids[begin : begin + len(tail)] != tail:
                 why = "the first token of the answer joins the last of the prompt; does it begin with white space?"
                 raise RowError("answer runs into the prompt", why)

@@ -16,6 +16,7 @@ from helpers.data.tables import Rejects
 from helpers.data.turns import PLACE, Row, make_row
 
 COVERED = 0.99  # share of the rows that the proposed length holds whole
+QUANTILES = {"shortest": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
 CANDIDATES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 
 
@@ -25,14 +26,6 @@ def expanded(counts: Mapping[Any, int]) -> Any:
 
     pairs = sorted((int(length), count) for length, count in counts.items())
     return np.repeat(np.array([length for length, _ in pairs], np.int64), [count for _, count in pairs])
-
-
-def quantiles(lengths: Sequence[int]) -> dict[str, int]:
-    """Shortest, median, p90, p99 and longest; {} for no rows."""
-    import numpy as np
-
-    shares = {"shortest": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
-    return {name: round(float(np.quantile(lengths, share))) for name, share in shares.items()} if len(lengths) else {}
 
 
 def propose(lengths: Sequence[int]) -> int:
@@ -65,6 +58,8 @@ class Fitter:
 
     def report(self) -> dict[str, Any]:
         """The counts, shares and quantiles, and the proposed length."""
+        import numpy as np
+
         lengths, rows = expanded(self.lengths), self.lengths.total()
         return {
             "max_length": self.max_length,
@@ -74,7 +69,7 @@ class Fitter:
             "over_share": self.counts["over"] / max(1, rows),
             "lost_end_share": self.counts["lost_end"] / max(1, self.counts["over"]),
             "proposed_max_length": propose(lengths),
-            **quantiles(lengths),
+            **{name: round(float(np.quantile(lengths, share))) for name, share in QUANTILES.items() if rows},
         }
 
     def fit(self, encoded: Iterable[list[Encoded]]) -> Iterator[list[Encoded]]:

@@ -32,6 +32,7 @@ from helpers.model import loading
 from helpers.params import DataParams
 from helpers.steps import Job as StageJob
 from helpers.steps import look, step
+from helpers.tasks import text_to_sql
 
 BAD = "bad answers, kept for kto.parquet only"
 COMPANIONS = ("test_dataset", "preference_dataset", "database")
@@ -126,8 +127,9 @@ class Job(StageJob):
             rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
             self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
             if p.synthetic == "questions":
-                others = ([row for row in batch if row["kind"] != "text"] for batch in self.training.table)
-                self.training_rows = Table.collect(chain(others, rows))
+                self.training_rows = Table.collect(
+                    chain(_of_kind(self.training.table, "sft", "preference", "kto"), rows)
+                )
             else:
                 self.made_pairs = rows
             made.append((f"synthetic {p.synthetic}", f"{len(rows):,}", f"{len(documents):,} pieces of text"))
@@ -135,11 +137,10 @@ class Job(StageJob):
             database = self.database()
             if database is None:
                 raise TunebookError("sql_negatives needs a database to run the queries on; name a SQLite file.")
-            questions = Table.collect(_of_kind(self.training.table, "sft"))
-            report = self.report_of("generate", "pairs by running mistaken queries")
+            report, questions = self.report_of("generate", "mistaken queries"), _of_kind(self.training.table, "sft")
             self.made_pairs = Table.collect(sql_pairs.reject_queries(questions, report, database, seed=p.seed))
-            of = f"{len(questions):,} questions"
-            made.append(("pairs with a query that answers wrongly", f"{len(self.made_pairs):,}", of))
+            counts = (f"{report.kept:,}", f"{report.seen:,} questions")
+            made.append(("pairs with a query that answers wrongly", *counts))
         if not made:
             return said("No synthetic data was asked for (synthetic, sql_negatives).")
         return shown(made, ("made", "rows", "of"))
@@ -256,12 +257,11 @@ class Job(StageJob):
             asked = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
             return text_hash(json.dumps(asked, sort_keys=True))
 
-        held = {question(row) for row in self.splits["test"].rows()}
-
-        fault, report = ("its question is in the test split", ""), self.report_of("split", f"{label}: test questions")
-        return Table.collect(
-            report.sift(rows, lambda batch: (fault if question(row) in held else None for row in batch))
+        held, fault = {question(row) for row in self.splits["test"].rows()}, ("its question is in the test split", "")
+        sifted = self.report_of("split", f"{label}: test questions").sift(
+            rows, lambda batch: (fault if question(row) in held else None for row in batch)
         )
+        return Table.collect(sifted)
 
     # ------------------------------------------------------------ render and write
 
@@ -316,9 +316,7 @@ class Job(StageJob):
         found = next((p for p in (Path(name), machine.PROJECT / name) if p.is_file()), None)
         if found is None:
             raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
-        with found.open("rb") as file:
-            if file.read(16) != b"SQLite format 3\x00":
-                raise TunebookError(f"database is {name}, which is not a SQLite file; name one, or leave it empty.")
+        text_to_sql.open_readonly(found).close()  # raises for any other file
         return found
 
     def metrics(self) -> dict[str, Any]:
@@ -346,9 +344,7 @@ class Job(StageJob):
         """Write the manifest: from here on the later notebooks accept this folder."""
         self.rejects.close()
         if (found := self.database()) is not None:
-            partial = self.path / ".database.sqlite.partial"
-            shutil.copyfile(found, partial)
-            partial.replace(self.path / "database.sqlite")
+            shutil.copyfile(found, self.path / "database.sqlite")
         return self.stage.finish(
             self.metrics(),
             template_hash=loading.template_hash(self.tokenizer),

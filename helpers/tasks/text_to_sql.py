@@ -291,16 +291,13 @@ class Judge:
 
 
 def _difference(mine: Result, gold: Result) -> tuple[str, str]:
-    rows, columns = (
-        f"{n} {what}{'s' * (n != 1)}" for n, what in ((len(mine.rows), "row"), (len(mine.columns), "column"))
-    )
     if len(mine.columns) != len(gold.columns):
-        return "wrong_columns", f"{columns} instead of {len(gold.columns)}"
+        return "wrong_columns", f"{len(mine.columns)} instead of {len(gold.columns)} columns"
     if same_answer("", gold.rows, mine.rows):
         return "wrong_order", "the rows are right, their order is not"
     if len(mine.rows) != len(gold.rows):
-        return "wrong_count", f"{rows} instead of {len(gold.rows)}"
-    return "wrong_values", f"{rows} as expected, with other values"
+        return "wrong_count", f"{len(mine.rows)} instead of {len(gold.rows)} rows"
+    return "wrong_values", "as many rows as expected, with other values"
 
 
 def shown(result: Result) -> dict[str, Any] | None:

@@ -150,5 +150,5 @@ def test_a_folder_named_as_database_is_refused(hostile, tmp_path):
     job, _ = hostile
     (tmp_path / "text.sqlite").write_text("not a database")
     job.chosen["database"] = str(tmp_path / "text.sqlite")
-    with pytest.raises(TunebookError, match="is not a SQLite file"):
+    with pytest.raises(TunebookError, match="is not a SQLite database"):
         job.database()

@@ -25,7 +25,6 @@ from helpers.model.loading import template_hash, tokenizer_hash
 SEAL = "complete.json"
 # What may differ between the run that wrote a checkpoint and the one that resumes from it.
 FREE = ("mirror", "loggers", "keep_checkpoints", "plan_for")
-WORDS = {"data": "the data", "template": "the chat template", "tokenizer": "the tokenizer"}
 MIRRORED = 3  # newest checkpoints kept on a mirror
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = re.compile(
@@ -34,14 +33,11 @@ FULL_WORDS = re.compile(
 
 
 def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint belongs to: hashes of the data files, the template and the tokenizer, and the settings."""
+    """What a checkpoint belongs to: the settings, and hashes of the data files, the template and the tokenizer."""
     files = {n: a["sha256"] for n, a in data.data["artifacts"].items() if n.endswith(".parquet")}
-    return {
-        "data": runs.hash_json(files),
-        "template": template_hash(tokenizer),
-        "tokenizer": tokenizer_hash(tokenizer),
-        "settings": {k: v for k, v in params.as_dict().items() if k not in FREE},
-    }
+    hashes = (runs.hash_json(files), template_hash(tokenizer), tokenizer_hash(tokenizer))
+    settings = {k: v for k, v in params.as_dict().items() if k not in FREE}
+    return settings | dict(zip(("the data", "the chat template", "the tokenizer"), hashes, strict=True))
 
 
 def seal(folder: Path, of: dict[str, Any]) -> None:
@@ -51,7 +47,7 @@ def seal(folder: Path, of: dict[str, Any]) -> None:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
         files[file.relative_to(folder).as_posix()] = {"sha256": runs.sha256_file(file), "bytes": file.stat().st_size}
-    runs.write_json(folder / SEAL, {"files": files, **of})
+    runs.write_json(folder / SEAL, {"files": files, "of": of})
 
 
 def sealed(folder: Path) -> dict[str, Any] | None:
@@ -102,8 +98,7 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
             print(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
             shutil.rmtree(checkpoint)
             continue
-        differ = [what for name, what in WORDS.items() if found.get(name) != of[name]]
-        differ += sorted(k for k in of["settings"] if found["settings"].get(k) != of["settings"][k])
+        differ = [what for what in of if found.get("of", {}).get(what) != of[what]]
         if differ:
             raise TunebookError(
                 f"{checkpoint} was written before {', '.join(differ)} changed, so the run cannot be resumed; put it "
@@ -157,7 +152,7 @@ class Mirror:
 
     def _ours(self, checkpoint: Path) -> bool:
         found = sealed(checkpoint)
-        return found is not None and all(found.get(k) == v for k, v in self.of.items())
+        return found is not None and found.get("of") == self.of
 
 
 @contextlib.contextmanager

@@ -102,8 +102,8 @@ class Encoder:
         for batch in rows:
             left, sides = batch, []
             for side in ("chosen", "rejected"):
-                answers = ({"messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left)
-                ready, rendered = self._rendered([row | answer for row, answer in zip(left, answers, strict=True)])
+                whole = [row | {"messages": row["messages"] + row[side], "first": len(row["messages"])} for row in left]
+                ready, rendered = self._rendered(whole)
                 done = self._accepted(self._masked, ready, rendered, self._tokenised(rendered))
                 sides.append({one.row["id"]: one for one in done})
                 left = [row for row in left if row["id"] in sides[-1]]  # the others are rejected with their reason

@@ -8,8 +8,8 @@ import pytest
 
 import helpers.data.labels
 from helpers.data import chat_template as templates
+from helpers.data.encode import Fitter, expanded, propose
 from helpers.data.labels import Encoder
-from helpers.data.lengths import Fitter, expanded, propose
 from helpers.data.tables import Rejects
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError

@@ -163,9 +163,8 @@ class NearIndex:
         """How many shingles a row's question has, and those of question and answer."""
         question, answer = self._sizes[row].tolist()
         size = question + answer
-        return question, memoryview(os.pread(self._file.fileno(), 4 * size, 4 * (int(self._ends[row]) - size))).cast(
-            "I"
-        )
+        read = os.pread(self._file.fileno(), 4 * size, 4 * (int(self._ends[row]) - size))
+        return question, memoryview(read).cast("I")
 
 
 def jaccard(one: Iterable[int], other: Iterable[int]) -> float:

@@ -81,9 +81,9 @@ def test_a_mended_row_has_the_id_of_its_new_content_and_all_its_parts():
         chosen=[{"role": "assistant", "content": "schön"}],
         rejected=[{"role": "assistant", "content": "x"}],
     )
-    rows, _ = through(clean.repair_unicode, [pair, talk("q", None)])
+    rows, _ = through(clean.repair_unicode, [pair, talk("q", "")])
     assert rows[0]["id"] == right["id"] != pair["id"]
-    assert rows[1]["messages"][-1]["content"] is None
+    assert rows[1]["messages"][-1]["content"] == ""
 
 
 # ---------------------------------------------------------------- language

@@ -46,7 +46,6 @@ class Evaluation(steps.Job):
         super().__init__(stage)
         self.params = cast(EvalParams, stage.params)
         self.found: dict[str, Any] = {}
-        self._judges: dict[str, text_to_sql.Judge] = {}
         if stage.done is None:
             self._prepare()
 
@@ -70,26 +69,24 @@ class Evaluation(steps.Job):
         self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
-        task = self._task(questions.task_kind(items, self.database), len(items), data)
-        self.findings = Findings(p, task, items, judged, [], trained)
-        if task["kind"] == "text_to_sql":
-            self._judges = self._sql_judges(items)
+        kind = questions.task_kind(items, self.database)
+        self._judges = self._sql_judges(items) if kind == "text_to_sql" else {}
         held: list[bool | None] = [None] * len(items)
         if (data.path / "train.parquet").is_file():
             prompts = [i.prompt for i in items]
             held = list(decontamination.held(prompts, data.path / "train.parquet", p.contamination_share))
-        self.findings.rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
-        if task["kind"] == "text_to_sql":
-            task["n_nonempty"] = sum(bool(row["nonempty"]) for row in self.findings.rows)
+        rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
+        self.findings = Findings(p, self._task(kind, rows, data), items, judged, rows, trained)
 
-    def _task(self, kind: str, count: int, data: Manifest) -> dict[str, Any]:
+    def _task(self, kind: str, rows: list[dict[str, Any]], data: Manifest) -> dict[str, Any]:
         p = self.params
         label = {
             "text_to_sql": "execution accuracy" if self.database else "execution agreement on synthetic databases",
             "references": text_metrics.METRICS[p.reference_metric],
             "none": "no references: not scored",
         }[kind]
-        task = {"kind": kind, "label": label, "n": count, "n_nonempty": None, "template_hash": self.template_hash}
+        task = {"kind": kind, "label": label, "n": len(rows), "template_hash": self.template_hash}
+        task["n_nonempty"] = sum(bool(row["nonempty"]) for row in rows) if kind == "text_to_sql" else None
         task["decoding"] = {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature}
         sha256 = data.data["artifacts"]["test.parquet"]["sha256"]
         return {**task, "data": f"{data.path.name}/test.parquet", "data_sha256": sha256}
@@ -132,11 +129,8 @@ class Evaluation(steps.Job):
         results.write(self.stage.path, self.found, f.answers())
         for sql in self._judges.values():
             sql.close()
-        rows = []
-        for name, speed in ((name, m.speed) for name, m in f.measured.items()):
-            took = f"{speed['items_per_s']:.1f}", display.duration(speed["seconds"])
-            rows.append((name, *took, speed["tokens"], speed["from_cache"]))
-        return display.shown(rows, ("candidate", "questions/s", "time", "tokens", "answers from the cache"))
+        rows = [(name, *(display.number(value) for value in m.speed.values())) for name, m in f.measured.items()]
+        return display.shown(rows, ("candidate", "seconds", "questions/s", "tokens", "answers from the cache"))
 
     def _measure(self, session: Session) -> Measured:
         p, m, name, kind = self.params, Measured(), session.candidate.name, session.candidate.kind
@@ -220,8 +214,7 @@ class Evaluation(steps.Job):
         """Paired comparisons in words, with their p-values."""
         rows = []
         for c in self._measured()["comparisons"]:
-            who = f"{c['candidate']} against {c['baseline']}" + ", preference pairs" * (c["metric"] == "preference")
-            counts = f"{c['wins']} / {c['losses']} / {c['ties']}"
+            who, counts = f"{c['candidate']} against {c['baseline']}", f"{c['wins']} / {c['losses']} / {c['ties']}"
             rows.append((who, c["sentence"], counts, f"{c['p_holm']:.2g}", c["test"]))
         head = ("comparison", "result", "won / lost / tied", "p (Holm)", "test")
         return display.shown(rows, head) if rows else display.said("One candidate alone: there is nothing to compare.")
@@ -235,7 +228,7 @@ class Evaluation(steps.Job):
                 kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
                 bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
         label = f"{task['label']}, % of {task['n']} questions (95 % interval)"
-        return self._saved(plots.scores(bars, label), "scores")
+        return plots.scores(bars, label)
 
     @steps.step
     def kinds(self) -> Any:
@@ -245,7 +238,7 @@ class Evaluation(steps.Job):
             return display.said("The questions have no column kind.")
         counts = {kind: group["n"] for name in groups for kind, group in sorted(groups[name].items())}
         shares = {name: {kind: group["value"] for kind, group in found.items()} for name, found in groups.items()}
-        return self._saved(plots.by_group(counts, shares), "kinds")
+        return plots.by_group(counts, shares)
 
     @steps.step
     def errors(self) -> Html:
@@ -260,15 +253,14 @@ class Evaluation(steps.Job):
         """The verdicts on what was forgotten and, where one failed, the advice."""
         record = self._measured()["forgetting"]
         if record is None:
-            return display.said(
-                "Not measured: general_text, general_chat and general_tasks are empty, or there is no base."
-            )
+            return display.said("Not measured: general_text, _chat and _tasks are empty, or there is no base.")
         rows, tasks = [], list(record["candidates"][record["baseline"]]["tasks"])
         for name, f in record["candidates"].items():
             verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
-            losses = [
-                "" if f[key] is None else f"{f[key]:{form}}" for key, form in (("loss", ".3f"), ("change", "+.3f"))
-            ]
+            losses = (
+                "" if f["loss"] is None else f"{f['loss']:.3f}",
+                "" if f["change"] is None else f"{f['change']:+.3f}",
+            )
             shares = [display.percent(f["tasks"].get(task, {}).get("value"), 0) for task in tasks]
             rows.append((name, verdict, *losses, *shares, f["sentence"]))
         head = ("candidate", "verdict", "general text, nats/token", "change", *tasks, "in words")
@@ -284,8 +276,9 @@ class Evaluation(steps.Job):
             odds, accuracy = p["log_odds"], p["accuracy"]
             margin = f"{odds['value']:+.2f} ({odds['low']:+.2f} to {odds['high']:+.2f})" if p["n"] else "–"
             interval = display.interval(accuracy["low"], accuracy["high"])
-            rows.append((name, display.percent(accuracy["value"]), interval, margin, p["n"]))
-        return display.shown(rows, ("candidate", "prefers the chosen", "95 % interval", "log-odds margin", "pairs"))
+            rows.append((name, display.percent(accuracy["value"]), interval, margin, p["n"], p["sentence"]))
+        head = ("candidate", "prefers the chosen", "95 % interval", "log-odds margin", "pairs", "against the base")
+        return display.shown(rows, head)
 
     @steps.step
     def sides(self) -> Html:
@@ -316,7 +309,3 @@ class Evaluation(steps.Job):
         if not self.found:
             raise TunebookError("Nothing was measured yet: run the cell with job.measure() first.")
         return self.found
-
-    def _saved(self, figure: Any, name: str) -> Any:
-        display.save(figure, self.stage.path, name)
-        return figure

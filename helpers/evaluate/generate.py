@@ -190,8 +190,8 @@ class HfModel:
 
         device, limit = self.model.device, decoding.max_new_tokens
         tails = [prompt[shared:] for prompt in prompts.values()]
-        sizes = torch.tensor([len(tail) for tail in tails], device=device)
-        keep, where = torch.unique(sizes - 1, return_inverse=True)
+        ends = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+        keep, where = torch.unique(ends, return_inverse=True)
         logits = self._read(tails, shared, state, limit, keep)[torch.arange(len(tails), device=device), where]
         state.used = max(map(len, tails))
         # A row's draws depend on its prompt and the seed, whatever batch it is in; numbers hash alike in every process.
@@ -217,9 +217,8 @@ class HfModel:
                 return
             if len(stay) < len(rows):
                 order = state.keep(stay)
-                tokens, sizes, rows = tokens[order], sizes[order], [rows[place] for place in order]
-            places = (shared + sizes + step)[:, None]
-            logits = self.model(tokens[:, None], position_ids=places, use_cache=False).logits[:, -1]
+                tokens, rows = tokens[order], [rows[place] for place in order]
+            logits = self.model(tokens[:, None], position_ids=state.newest(), use_cache=False).logits[:, -1]
             state.used += 1
 
     def _generate_plain(self, prompts: Sequence[Ids], decoding: Decoding, finish: Callable) -> None:

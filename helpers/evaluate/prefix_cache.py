@@ -36,11 +36,12 @@ def supports(model: Any) -> bool:
 class State:
     """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
     (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
-    allowed: bool (rows, capacity), the suffix columns that belong to the row and are not padding, None while the prefix
-    is read; places: their positions (rows, capacity), counted from the end of the prefix."""
+    allowed: bool (rows, width + capacity), the columns that are not padding, prefix first, None while the prefix is
+    read; places: their positions; width: of the prefix."""
 
     prefix: dict[int, tuple] = field(default_factory=dict)
     suffix: dict[int, tuple] = field(default_factory=dict)
+    width: int = 0
     used: int = 0
     allowed: Any = None
     places: Any = None
@@ -50,18 +51,13 @@ class State:
         from torch.nn.functional import pad
 
         self.used, self.suffix = 0, {}
-        self.allowed = pad(mask.bool(), (0, answer), value=True)
+        self.width = max((keys.shape[2] for keys, _ in self.prefix.values()), default=0)
+        self.allowed = pad(mask.bool(), (self.width, answer), value=True)
         self.places = self.allowed.cumsum(1) - 1
 
-    def seen(self, tokens: int, window: int | None, prefix: int) -> Any:
-        """bool (rows, tokens, prefix + suffix): what the `tokens` newest columns see."""
-        import torch
-
-        end = self.used + tokens
-        before = torch.arange(-prefix, 0, device=self.places.device).expand(len(self.places), -1)
-        places = torch.cat([before, self.places[:, :end]], dim=1)
-        allowed = torch.cat([torch.ones_like(before, dtype=torch.bool), self.allowed[:, :end]], dim=1)
-        return visible(self.places[:, self.used : end], places, window) & allowed[:, None]
+    def newest(self, tokens: int = 1) -> Any:
+        """Positions (rows, tokens) of the `tokens` newest columns."""
+        return self.places[:, self.width + self.used :][:, :tokens]
 
     def keep(self, stay: list[int]) -> list[int]:
         """Let go of all rows but `stay` (ascending): the last of them move into the places of the finished ones, so
@@ -105,7 +101,7 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
         state.prefix[layer] = (key, value)
     else:
         if layer not in state.suffix:
-            shape = (rows, kv_heads, state.allowed.shape[1], dim)
+            shape = (rows, kv_heads, state.allowed.shape[1] - state.width, dim)
             state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         for kept, new in zip(state.suffix[layer], (key, value), strict=True):
             kept[:, :, state.used : end] = new
@@ -115,13 +111,14 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
         return out.transpose(1, 2), None
     keys, values = (kept[:, :, :end] for kept in state.suffix[layer])
     before, before_values = state.prefix.get(layer, (key[:1, :, :0], value[:1, :, :0]))
-    width, many = before.shape[2], heads // kv_heads * tokens
+    width, many = state.width, heads // kv_heads * tokens
     grouped = query.reshape(rows, kv_heads, many, dim)
     flat = grouped.transpose(0, 1).reshape(kv_heads, rows * many, dim)
     shared = (flat @ before[0].transpose(-1, -2)).view(kv_heads, rows, many, width).transpose(0, 1)
     scores = torch.cat([shared, grouped @ keys.transpose(-1, -2)], dim=-1)
-    hidden = ~state.seen(tokens, sliding_window, width).repeat(1, heads // kv_heads, 1)[:, None]
-    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    seen = visible(state.newest(tokens), state.places[:, : width + end], sliding_window)
+    seen &= state.allowed[:, None, : width + end]
+    scores.masked_fill_(~seen.repeat(1, heads // kv_heads, 1)[:, None], torch.finfo(scores.dtype).min)
     scale = dim**-0.5 if scaling is None else scaling
     weights = torch.softmax(scores * scale, dim=-1, dtype=torch.float32).to(query.dtype)
     flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * many, width)

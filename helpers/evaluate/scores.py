@@ -89,7 +89,6 @@ class Findings:
         if baseline in {**losses, **shares}:
             threshold = {"loss_increase": p.loss_increase, "task_drop": p.task_drop}
             lost = forgetting.judge(baseline, losses, shares, threshold, self.trained)
-        preferred = self._of("preference").items()
         scores = {
             "schema_version": SCHEMA_VERSION,
             "run": p.run,
@@ -98,7 +97,7 @@ class Findings:
             "comparisons": self._comparisons(baseline),
             "forgetting": lost,
             "harness": harnessed or None,
-            "preference": {n: {k: v for k, v in one.items() if k != "right"} for n, one in preferred} or None,
+            "preference": self._preferences(baseline) or None,
             "instructions": {name: self._instructions(m) for name, m in self.measured.items()},
             "judge": self.judge,
             "contamination": self.contamination(),
@@ -146,15 +145,21 @@ class Findings:
         return statistics.pair(a, b, *values, clusters, self.params.seed)
 
     def _comparisons(self, baseline: str) -> list[dict[str, Any]]:
-        """Every candidate against the baseline, and against what it was exported from or trained on top of; then the
-        preferences of every candidate against the baseline's."""
+        """Every candidate against the baseline, and against what it was exported from or trained on top of."""
         pairs = [(baseline, name) for name in self.measured]
         pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
         known = [(a, b) for a, b in dict.fromkeys(pairs) if a != b and {a, b} <= self.measured.keys()]
-        right = {name: one["right"] for name, one in self._of("preference").items()}
-        others = [(name, values) for name, values in right.items() if baseline in right and name != baseline]
-        preferred = [statistics.pair(baseline, name, right[baseline], values) for name, values in others]
-        return statistics.settle([self._pair(a, b) for a, b in known]) + statistics.settle(preferred, "preference")
+        return statistics.settle([self._pair(a, b) for a, b in known])
+
+    def _preferences(self, baseline: str) -> dict[str, Any]:
+        """What was measured on preference pairs, and the paired comparison with the baseline in words."""
+        found = self._of("preference")
+        base = found.get(baseline, {"right": []})["right"]
+        others = [(name, one["right"]) for name, one in found.items() if base and name != baseline]
+        compared = statistics.settle([statistics.pair(baseline, name, base, right) for name, right in others])
+        said = {c["candidate"]: c["sentence"] for c in compared}
+        measured = {n: {k: v for k, v in one.items() if k != "right"} for n, one in found.items()}
+        return {name: {**one, "sentence": said.get(name, "")} for name, one in measured.items()}
 
     def _ship(self, scores: dict[str, Any]) -> dict[str, str] | None:
         """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""
@@ -163,7 +168,7 @@ class Findings:
         if not (exported or trained):
             return None
         best, base = max(ready, key=_value), ready[0]["name"]
-        beats = {c["candidate"] for c in _of_accuracy(scores) if (c["baseline"], c["verdict"]) == (base, "better")}
+        beats = {c["candidate"] for c in scores["comparisons"] if (c["baseline"], c["verdict"]) == (base, "better")}
         for file in sorted(exported or trained, key=lambda c: c["size_bytes"] or 0):
             pair = self._pair(best["name"], file["name"])
             if file["name"] in beats and (file is best or pair is None or pair["high"] >= 0):
@@ -181,7 +186,7 @@ class Findings:
             if broken := sum(all(v is None for v in values) for values in columns):
                 said.append(f"{broken} of {n} items have a reference that cannot be scored; they count nowhere.")
             if n < SMALL:
-                worst = max((c["detectable"] for c in _of_accuracy(scores)), default=None)
+                worst = max((c["detectable"] for c in scores["comparisons"]), default=None)
                 hide = f": differences under {100 * worst:.0f} points can hide." if worst else "."
                 said.append(f"Only {n} questions{hide}")
         if held := (scores["contamination"] or {}).get("contaminated"):
@@ -207,10 +212,6 @@ def _value(candidate: dict[str, Any]) -> float:
     return -1.0 if value is None else value
 
 
-def _of_accuracy(scores: dict[str, Any]) -> list[dict[str, Any]]:
-    return [c for c in scores["comparisons"] if c["metric"] == "accuracy"]
-
-
 def _percent(candidate: dict[str, Any]) -> str:
     return display.percent(_value(candidate), 0)
 
@@ -223,7 +224,7 @@ def _headline(scores: dict[str, Any]) -> str:
         return "Nothing was scored."
     best = max([c for c in scored if c["role"] != "base"] or scored, key=_value)
     text = f"{best['name']} scores {_percent(best)} {scores['task']['label']}"
-    if against := next((c for c in _of_accuracy(scores) if c["candidate"] == best["name"]), None):
+    if against := next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None):
         return f"{text}; against {against['baseline']}: {against['sentence']}."
     return f"{text} on {scores['task']['n']} questions."
 

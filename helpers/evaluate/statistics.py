@@ -71,11 +71,9 @@ def middle(draws: np.ndarray) -> tuple[float, float]:
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): valid under any dependence, never weaker than Bonferroni."""
-    adjusted, running = [0.0] * len(values), 0.0
-    for rank, i in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        running = max(running, min(1.0, (len(values) - rank) * values[i]))
-        adjusted[i] = running
-    return adjusted
+    order = np.argsort(values)
+    adjusted = np.maximum.accumulate(np.array(values)[order] * np.arange(len(values), 0, -1)).clip(max=1.0)
+    return adjusted[np.argsort(order)].tolist()
 
 
 def standard_error(values: Any, clusters: Clusters = None) -> float:
@@ -127,14 +125,14 @@ def pair(
     return {**found, "detectable": detectable(difference, groups)}
 
 
-def settle(comparisons: Sequence[dict[str, Any] | None], metric: str = "accuracy") -> list[dict[str, Any]]:
+def settle(comparisons: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
     """Correct all p-values together (p_holm) and put each result into words (verdict, sentence)."""
     known = [c for c in comparisons if c]
     for one, p in zip(known, holm([c["p"] for c in known]), strict=True):
         verdict = "identical" if one["wins"] + one["losses"] == 0 else "no clear difference"
         if p < 1 - LEVEL and (one["low"] > 0 or one["high"] < 0):
             verdict = "better" if one["low"] > 0 else "worse"
-        one |= {"metric": metric, "p_holm": p, "verdict": verdict, "sentence": _sentence(one, verdict)}
+        one |= {"p_holm": p, "verdict": verdict, "sentence": _sentence(one, verdict)}
     return known
 
 

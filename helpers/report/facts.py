@@ -118,9 +118,9 @@ class Facts:
 
     def comparison(self, baseline: str, candidate: str) -> dict[str, Any] | None:
         """The paired comparison of the accuracy of two candidates."""
-        wanted = (baseline, candidate, "accuracy")
+        wanted = (baseline, candidate)
         found = self.scores.get("comparisons", [])
-        return next((c for c in found if (c["baseline"], c["candidate"], c["metric"]) == wanted), None)
+        return next((c for c in found if (c["baseline"], c["candidate"]) == wanted), None)
 
     def in_order(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Values by candidate in the order in which the candidates were judged; JSON keeps its keys sorted."""
@@ -228,7 +228,7 @@ def _read_scores(facts: Facts) -> None:
     worse = [
         f"{c['candidate']} is worse than {c['baseline']}: {c['sentence']}."
         for c in facts.scores["comparisons"]
-        if (c["verdict"], c["metric"], c["baseline"]) == ("worse", "accuracy", base)
+        if (c["verdict"], c["baseline"]) == ("worse", base)
     ]
     facts.warnings = facts.scores["warnings"] + worse + facts.warnings
 

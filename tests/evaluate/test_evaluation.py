@@ -188,7 +188,7 @@ def test_both_files_keep_the_schema_and_the_report_escapes_what_models_write(jud
     assert len(tables) == 9 and all(view._repr_html_() and repr(view) for view in tables)
     assert not any("<script" in view._repr_html_() for view in tables)
     assert all(hasattr(figure, "savefig") for figure in (shown[4], shown[5]))
-    assert (job.stage.path / "scores.png").is_file() and (job.stage.path / "kinds.png").is_file()
+    assert all((job.stage.path / "shown" / f"{name}.png").is_file() for name in ("figure", "kinds"))
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,11 @@ def test_preferences_are_compared_with_the_baselines_pair_by_pair_and_scores_apa
     findings = scores_json.Findings(params.resolve("eval", {}), {}, items, judged, [], {})
     for name, right in (("base", [0.0] * 20 + [1.0] * 20), ("sft", [1.0] * 38 + [0.0] * 2)):
         entries = [{"score": 1.0}] * 40
-        findings.measured[name] = scores_json.Measured(entries, preference={"right": right})
-    scored, preferred = findings._comparisons("base")
-    assert (scored["metric"], scored["verdict"]) == ("accuracy", "identical")
-    assert (preferred["metric"], preferred["verdict"], preferred["wins"], preferred["losses"]) == (
-        "preference",
-        "better",
-        20,
-        2,
-    )
+        findings.measured[name] = scores_json.Measured(entries, preference={"n": 40, "right": right})
+    assert [c["verdict"] for c in findings._comparisons("base")] == ["identical"]
+    found = findings._preferences("base")
+    assert found["base"] == {"n": 40, "sentence": ""}
+    assert found["sft"]["n"] == 40 and found["sft"]["sentence"].startswith("better by 45 points, 95 % interval")
 
 
 def test_forgetting_is_measured_where_there_are_weights(judged):

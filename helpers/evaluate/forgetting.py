@@ -27,10 +27,8 @@ CHECKS = {"refusal": ("refusals", text_metrics.refuses), "manners": ("chat manne
 
 
 def read_lines(name: str | Path, column: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file of the project with text in `column`; none where the name is empty.
-
-    Raises TunebookError with the line that cannot be read.
-    """
+    """Rows of a JSON-lines file of the project with text in `column`, none where the name is empty. Raises
+    TunebookError with the line that cannot be read."""
     if not name:
         return []
     rows, path = [], machine.PROJECT / name

@@ -38,11 +38,8 @@ def general_task(questions: Path, folder: Path) -> str:
 def run(
     session: Session, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
 ) -> dict[str, Any]:
-    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}; kept in the cache by the tasks' content.
-
-    tasks: names the library knows or YAML files in `include`. Raises TunebookError for an unknown task and for data
-    that is not on this machine.
-    """
+    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}; kept in the cache by the tasks' content. Raises
+    TunebookError for a task that neither the library nor `include` has, and for data that is not on this machine."""
     content = cache.content_hash(include, LOCAL) if include else ""
     key = cache.key("harness", importlib.metadata.version("lm-eval"), list(tasks), content, limit, seed)
     if session.store.get(key) is None:
@@ -51,10 +48,8 @@ def run(
 
 
 def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int, seed: int) -> dict[str, Any]:
-    """The library's `evaluate` on a loaded candidate, reduced to values, standard errors and counts.
-
-    Its `simple_evaluate` would also ask git and pip about this machine, which prints errors outside of a checkout.
-    """
+    """The library's `evaluate` on a loaded candidate, reduced to values, standard errors and counts. `simple_evaluate`
+    would also ask git and pip about this machine, which prints errors outside of a checkout."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from transformers import set_seed
@@ -87,9 +82,7 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
 
 def known(tasks: Sequence[str], include: Path | None) -> Any:
     """The library's index of tasks; its own thousands of files are read only when a task is not among `include`'s.
-
-    Raises TunebookError for a task that it does not know.
-    """
+    Raises TunebookError for a task that it does not know."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -28,10 +28,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def share(values: Values, unit: str = "share", clusters: Clusters = None, seed: int = 17) -> dict[str, Any]:
-    """A score of scores.json: the mean of the defined values with its 95 % interval.
-
-    Right or wrong values have Wilson's interval; others, and those in clusters, a bootstrap interval.
-    """
+    """A score of scores.json: the mean of the defined values and its 95 % interval, Wilson's for right or wrong values,
+    a bootstrap interval for others and for those in clusters."""
     kept = [i for i, v in enumerate(values) if v is not None and math.isfinite(v)]
     if not kept:
         return {"value": None, "low": None, "high": None, "n": 0, "unit": unit}
@@ -47,10 +45,8 @@ def share(values: Values, unit: str = "share", clusters: Clusters = None, seed: 
 def bootstrap(
     values: Any, seed: int = 17, resamples: int = RESAMPLES, clusters: Clusters = None, sizes: Any = None
 ) -> np.ndarray:
-    """Means of `resamples` resamples of values (items,): items drawn with replacement, or whole clusters of them.
-
-    sizes (items,): what the sum is divided by instead of the number of items.
-    """
+    """Means of `resamples` resamples of values (items,): items drawn with replacement, or whole clusters of them; sizes
+    (items,): what the sum is divided by instead of the number of items."""
     sums = np.asarray(values, np.float64)
     sizes = np.ones(len(sums)) if sizes is None else sizes
     if clusters is not None:
@@ -86,10 +82,8 @@ def standard_error(values: Any, clusters: Clusters = None) -> float:
 
 
 def detectable(differences: Any, clusters: Clusters = None) -> float:
-    """Smallest true difference that this many items would show with 80 % power at 5 %, given how much the two disagree.
-
-    Where they never disagree, as if one item in them did.
-    """
+    """Smallest true difference that this many items would show with 80 % power at 5 %, given how much the two disagree;
+    where they never disagree, as if one item in them did."""
     x = np.array(differences, float)
     if not x.any():
         x[0] = 1.0

@@ -98,6 +98,7 @@ class Findings:
             "forgetting": lost,
             "harness": harnessed or None,
             "preference": self._preferences(baseline) or None,
+            "instructions": {name: self._instructions(m) for name, m in self.measured.items()},
             "judge": self.judge,
             "contamination": self.contamination(),
         }
@@ -134,6 +135,10 @@ class Findings:
         errors = dict(Counter(e["error"] for e in m.entries if e["error"]).most_common())
         groups = questions.groups(self.items, m.values)
         return record | {"status": "scored", "scores": found, "groups": groups, "errors": errors, "speed": m.speed}
+
+    def _instructions(self, m: Measured) -> dict[str, Any]:
+        passed = text_metrics.instructions(m.entries, self.items, self.task["kind"])
+        return {check: statistics.share(values) for check, values in passed.items()}
 
     def _pair(self, a: str, b: str) -> dict[str, Any] | None:
         values, clusters = (self.measured[a].values, self.measured[b].values), questions.clusters(self.items)

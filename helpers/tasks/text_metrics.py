@@ -1,15 +1,20 @@
-"""What an answer's text alone says: is it near the reference, does it refuse, is it small talk.
+"""What an answer's text alone says: is it near the reference, does it do what was asked, does it refuse.
 
 Against references: exact match, token F1, ROUGE-L (rouge-score) and chrF (sacrebleu), each from 0 to 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from helpers.tasks.questions import QUERY, Item
 
 METRICS = {"exact": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF"}
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han, Yi.
@@ -35,6 +40,9 @@ _SQL = re.compile(
     r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
     re.IGNORECASE | re.DOTALL,
 )
+_NUMBER, LONGEST_NUMBER = re.compile(r"[-+]?[\d,. ]*\d *%?"), 40  # characters
+_ENTRY = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", re.MULTILINE)
+Check = Callable[[str], bool | None]
 
 
 def normal(text: str) -> str:
@@ -88,7 +96,7 @@ def entry(text: str, reference: str, metric: str) -> dict[str, Any]:
     return found | {"error": "wrong", "detail": f"{metric} {value:.2f}"}
 
 
-# ---------------------------------------------------------------- small talk and refusals
+# ---------------------------------------------------------------- what was asked, as far as no judge is needed
 
 
 def refuses(text: str) -> bool:
@@ -106,3 +114,51 @@ def mannerly(text: str) -> bool:
 def repeats(text: str, times: int = 4) -> bool:
     """Whether some stretch of at least 12 characters stands `times` times in a row."""
     return bool(re.search(rf"(.{{12,200}}?)\1{{{times - 1},}}", text[-2000:], re.DOTALL))
+
+
+def language(text: str) -> str | None:
+    """ISO code of the language, None for fewer than four words."""
+    import py3langid
+
+    return py3langid.classify(text)[0] if len(re.findall(r"[^\W\d_]{2,}", text)) >= 4 else None
+
+
+def _is_json(text: str) -> bool:
+    inner = text.strip().removeprefix("```").removeprefix("json").removesuffix("```")
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(inner), (dict, list))
+    return False
+
+
+FORMATS: dict[str, Check] = {
+    "json": _is_json,
+    "number": lambda text: len(text.strip()) <= LONGEST_NUMBER and bool(_NUMBER.fullmatch(text.strip())),
+    "list": lambda text: len(_ENTRY.findall(text)) >= 2,
+    "sql": lambda text: bool(QUERY.match(re.sub(r"^```(?:sql(?:ite)?)?", "", text.lstrip()))),
+}
+
+
+def checks_for(reference: str, kind: str) -> dict[str, Check]:
+    """Named checks of one answer, read off its reference: format, length and language."""
+    found: dict[str, Check] = {}
+    shown = (name for name in ("json", "number", "list") if reference.strip() and FORMATS[name](reference))
+    if wanted := "sql" if kind == "text_to_sql" else next(shown, ""):
+        found[f"format: {wanted}"] = FORMATS[wanted]
+    if reference.strip():
+        most = 3 * len(reference.split()) + 20
+        found["length"] = lambda text: 1 <= len(text.split()) <= most
+    if kind == "references" and (spoken := language(reference)):
+        found["language"] = lambda text: None if (heard := language(text)) is None else heard == spoken
+    return found
+
+
+def instructions(answers: Sequence[dict[str, Any]], items: Sequence[Item], kind: str) -> dict[str, list[bool | None]]:
+    """Check name → whether each answer passes, over the items it applies to. "stops" and "no loops" apply to all."""
+    values: dict[str, list[bool | None]] = {
+        "stops by itself": [a["stopped"] for a in answers],
+        "no loops": [not repeats(a["text"]) for a in answers],
+    }
+    for answer, item in zip(answers, items, strict=True):
+        for name, check in checks_for(item.reference, kind).items():
+            values.setdefault(name, []).append(check(answer["text"]))
+    return values

@@ -394,6 +394,25 @@ def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
 
 
 @pytest.mark.parametrize(
+    ("reference", "good", "bad"),
+    [
+        ('{"b": 2}', '{"a": 1}', "{a}"),
+        ("- x\n- y", "- a\n- b", "a, b"),
+        ("7", "42.5", "many"),
+        ("word", "a b c", "a " * 30),
+        (
+            "Dies ist ein deutscher Satz.",
+            "Das ist ein ganz einfacher deutscher Satz.",
+            "This is a very plain sentence.",
+        ),
+    ],
+)
+def test_instruction_checks_pass_and_fail(reference, good, bad):
+    checks = text_metrics.checks_for(reference, "references").values()
+    assert all(check(good) for check in checks) and not all(check(bad) for check in checks)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "1" + " " * 60_000 + "x",
@@ -409,6 +428,8 @@ def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
 def test_long_nonsense_is_scored_like_any_wrong_answer(text):
     from helpers.tasks import text_to_sql
 
+    for wanted in text_metrics.FORMATS:
+        assert wanted == "sql" or not text_metrics.FORMATS[wanted](text)
     assert not text_metrics.mannerly(text) and not text_metrics.refuses(text)
     judge = text_to_sql.Judge([text_to_sql.open_readonly(PROJECT / "datasets" / "atlas.sqlite")])
     entry = judge.score(text, "SELECT name FROM countries")

@@ -459,7 +459,7 @@ def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes
 
 def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
     scores, answers = samples.evaluation(changed)
-    for key in ("ship", "forgetting", "harness", "preference", "judge", "contamination"):
+    for key in ("ship", "forgetting", "harness", "preference", "instructions", "judge", "contamination"):
         samples.write_evaluation(changed, {**scores, key: None}, answers)
         assert '<section id="scores">' in report.build("atlas").read_text()
     for row in answers[:20]:

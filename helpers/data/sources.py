@@ -96,8 +96,10 @@ def find(spec: str, info: str = "") -> list[Source]:
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
         raise TunebookError("No dataset is named; give files, folders, globs, dataset_info names or hub ids.")
-    path = _existing(info) if info else machine.PROJECT / "datasets"
-    if path is None:
+    path = machine.PROJECT / (info or "datasets")
+    if info and Path(info).expanduser().exists():
+        path = Path(info).expanduser()
+    if info and not path.exists():
         raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
     path = path / INFO if path.is_dir() else path
     named = _described_sets(path) if path.is_file() or info else {}
@@ -118,11 +120,6 @@ def find(spec: str, info: str = "") -> list[Source]:
         else:
             source.where = os.path.relpath(source.file.absolute(), os.path.commonpath(paths))
     return found
-
-
-def _existing(text: str) -> Path | None:
-    """The path as given, or under the project when that is where it is."""
-    return next((path for path in (Path(text).expanduser(), machine.PROJECT / text) if path.exists()), None)
 
 
 def _find_part(part: str, named: dict[str, Described]) -> list[Source]:

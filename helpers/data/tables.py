@@ -104,12 +104,11 @@ class StepReport:
 
     def drop(self, row: Row, reason: str, detail: str = "") -> None:
         """Count a removed row, keep the first as example, and write it to rejected.jsonl when there is a writer."""
-        file, number = row.get("file", ""), row.get("row", 0)
         self.dropped[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = {"file": file, "row": number, "detail": detail, "text": shown(row)}
+            self.examples[reason] = {"file": row["file"], "row": row["row"], "detail": detail, "text": shown(row)}
         if self.rejects is not None:
-            self.rejects.add(file, number, reason, detail, step=self.step, invalid=False)
+            self.rejects.add(row["file"], row["row"], reason, detail, step=self.step, invalid=False)
 
     def sift(
         self, rows: Iterable[list[Row]], judge: Callable[[list[Row]], Iterable[tuple[str, str] | None]]

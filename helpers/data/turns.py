@@ -100,36 +100,36 @@ def all_messages(row: Row) -> list[dict]:
 
 def map_contents(row: Row, change: Callable[[str], str]) -> Row:
     """A copy of `row` with `change` applied to every message's text, and a new id; `row` when nothing changed."""
-    made = dict(row)
-    for part in ("messages", "chosen", "rejected"):
-        if part in row:
-            made[part] = [turn | {"content": change(turn["content"])} for turn in row[part]]
-    if made == row:
-        return row
-    made["id"] = content_id(made)
-    return made
+
+    def changed(turns: list[dict]) -> list[dict]:
+        return [turn | {"content": change(turn["content"])} if turn.get("content") else turn for turn in turns]
+
+    made = row | {part: changed(row[part]) for part in ("messages", "chosen", "rejected") if part in row}
+    return row if made == row else made | {"id": content_id(made)}
 
 
 def text_of(row: Row) -> str:
     """The whole example as one text: every message, call and tool, for comparing rows with each other."""
-    calls = [json.dumps(turn["tool_calls"], ensure_ascii=False) for turn in row["messages"] if turn.get("tool_calls")]
-    return "\n".join([*(turn["content"] for turn in all_messages(row)), *calls, *filter(None, [row.get("tools")])])
+    parts = [turn.get("content") or "" for turn in all_messages(row)]
+    calls = [turn["tool_calls"] for turn in row["messages"] if turn.get("tool_calls")]
+    parts += [json.dumps(made, ensure_ascii=False, sort_keys=True) for made in calls]
+    return "\n".join([*parts, row["tools"]] if row.get("tools") else parts)
 
 
 def spoken(row: Row) -> list[str]:
     """The texts of a row that are its own: every message but the system prompt, which all rows of a set may share."""
-    return [turn["content"] for turn in all_messages(row) if turn["role"] != "system"]
+    return [turn.get("content") or "" for turn in all_messages(row) if turn["role"] != "system"]
 
 
 def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
     """The start of an example for people: without the system prompt, which every row of a set may share."""
     said = [turn for turn in all_messages(row) if turn["role"] != "system"]
-    return "\n".join(turn["content"] or json.dumps(turn.get("tool_calls", "")) for turn in said)[:chars]
+    return "\n".join(turn.get("content") or json.dumps(turn.get("tool_calls") or "") for turn in said)[:chars]
 
 
 def answer_of(row: Row) -> str:
     """What the model would learn to say: the chosen answer, the last assistant turn, or the text itself."""
-    return (row.get("chosen") or row["messages"])[-1]["content"]
+    return (row.get("chosen") or row["messages"])[-1].get("content") or ""
 
 
 def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:

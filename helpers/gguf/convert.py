@@ -8,9 +8,9 @@ column's mean square of inputs) makes the quantisers weigh a column's rounding e
 
 from __future__ import annotations
 
-import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,20 +100,12 @@ def _refusal(model: Path, log: str, status: int) -> TunebookError:
             f"The tokenizer in {model} splits text in a way llama.cpp's converter does not know: its GGUF would "
             "read other tokens than were trained; keep the base's own tokenizer, with its tokens only added to."
         )
-    if "is not supported" in log or "not supported!" in log:
+    if unknown := re.search(r"(?:Model|Architecture) '?(\w+)'? (?:is )?not supported", log):
         return TunebookError(
-            f"llama.cpp's converter does not know the architecture of {model}; choose another base, or set "
-            "outputs='adapter,merged'."
+            f"llama.cpp's converter does not know {unknown[1]}, the architecture of {model}; choose another base, or "
+            "set outputs='adapter,merged'."
         )
     return libraries.failure(f"converting {model} to GGUF", log, status)
-
-
-def architectures() -> set[str]:
-    """Hugging Face's names of the architectures that the converter knows."""
-    for node in ast.parse((libraries.converter() / "conversion/__init__.py").read_text()).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "TEXT_MODEL_MAP":
-            return set(ast.literal_eval(node.value)) if node.value else set()
-    return set()
 
 
 def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:

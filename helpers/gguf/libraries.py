@@ -11,7 +11,6 @@ import ctypes as c
 import hashlib
 import io
 import os
-import platform
 import re
 import struct
 import subprocess
@@ -52,22 +51,14 @@ def for_running() -> Path:
 
 def for_quantizing() -> Path:
     """The library that has `llama_model_quantize`: the user's build, else the prebuilt one, fetched now if set-up
-    didn't. Raises TunebookError where neither can be had."""
-    if folder := os.environ.get(OWN_BUILD, ""):
-        if built := _library_in(Path(folder)):
-            return built
-        raise TunebookError(
-            f"llama_cpp is {folder!r}, which holds no libllama; name the folder of a llama.cpp build made with "
-            "BUILD_SHARED_LIBS=ON, or leave it empty."
-        )
-    libc, version = platform.libc_ver()
-    fits = platform.machine() == "x86_64" and libc == "glibc" and tuple(map(int, version.split("."))) >= (2, 34)
+    didn't; whether it fits this machine shows when it is loaded. Raises TunebookError when it cannot be had."""
+    folder = os.environ.get(OWN_BUILD, "")
     prebuilt = cache.folder() / f"llama.cpp-node-{LIBRARY[1]}"
-    if found := _library_in(_unpacked(prebuilt, _fetch_library) if fits else prebuilt):
+    if found := _library_in(Path(folder) if folder else _unpacked(prebuilt, _fetch_library)):
         return found
     raise TunebookError(
-        "The prebuilt llama.cpp library that quantises needs x86-64 Linux with glibc 2.34; set llama_cpp to a build of "
-        "your own, or set quantizations='f16'."
+        f"llama_cpp is {folder!r}, which holds no libllama; name the folder of a llama.cpp build made with "
+        "BUILD_SHARED_LIBS=ON, or leave it empty."
     )
 
 
@@ -186,8 +177,8 @@ def load(path: Path | str, signatures: dict[str, tuple[Any, ...]]) -> Any:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise TunebookError(
-            f"llama.cpp's library {path} cannot be used here ({error}); leave llama_cpp empty, or install the packages "
-            "of requirements.txt again."
+            f"llama.cpp's library {path} cannot be used here ({error}). The prebuilt one needs x86-64 Linux with glibc "
+            "2.34: elsewhere set llama_cpp to a build of your own, or quantizations='f16'."
         ) from error
     library.llama_log_set(_hear, None)
     library.llama_backend_init()

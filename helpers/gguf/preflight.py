@@ -78,12 +78,8 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
-    text = config.get_text_config()
-    name = (getattr(text, "architectures", None) or config.architectures or ["unknown"])[0]
-    known = name in convert.architectures()
-    report.checks.append(("architecture", known, f"{name} is {'' if known else 'not '}known to llama.cpp's converter."))
     report.checks += _tokenizer(base, adapter if adapter and (adapter / "tokenizer.json").is_file() else base)
-    _sizes(base, text, params or parameters.GgufParams(), where or runs.root(), report)
+    _sizes(base, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
     return report
 
 
@@ -91,7 +87,8 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
 
 
 def _tokenizer(base: Path, folder: Path) -> list[Check]:
-    """Convert the tokenizer alone and compare what llama.cpp reads with what it should; cached by content."""
+    """Convert the tokenizer alone, which needs a known architecture, and compare what llama.cpp reads with what it
+    should; cached by content."""
     with tempfile.TemporaryDirectory() as temporary:
         joined = Path(temporary) / "model"
         joined.mkdir()
@@ -118,7 +115,7 @@ def _tokenizer(base: Path, folder: Path) -> list[Check]:
             with LlamaCpp(file, only_vocabulary=True) as vocabulary:
                 checks = list(_compared(vocabulary, tokenizer))
         except TunebookError as error:
-            return [("tokenizer", False, str(error).replace(str(joined), str(folder)))]
+            return [("conversion", False, str(error).replace(str(joined), str(folder)))]
     if all(good for _, good, _ in checks):  # what is wrong may be mended, and is looked at again
         seen.put("checks", checks)
     return checks

@@ -224,7 +224,7 @@ def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_pat
     shutil.copytree(tiny_llama, unknown)
     config = json.loads((unknown / "config.json").read_text())
     (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyKnowsForCausalLM"]}))
-    with pytest.raises(TunebookError, match="NobodyKnowsForCausalLM is not known"):
+    with pytest.raises(TunebookError, match="does not know NobodyKnowsForCausalLM"):
         preflight.check(unknown).require()
     broken = tmp_path / "template"
     shutil.copytree(tiny_llama, broken)

@@ -142,10 +142,8 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
         alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern, layer), lora.lora_alpha)
         b *= alpha / (len(a) ** 0.5 if lora.use_rslora else len(a))
         name, order = places[layer]
-        in_file = b.copy()
-        if order is not None:
-            in_file[order] = b
-        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": in_file}
+        arrays |= {f"{name}.lora_a": a, f"{name}.lora_b": b.copy()}
+        arrays[f"{name}.lora_b"][order] = b
     metadata = {"adapter.type": "lora", "adapter.lora.alpha": 0.0}  # 0: llama.cpp does not scale B again
     header.write(out, header.check(f16).metadata["general.architecture"], "adapter", metadata, arrays)
     return out

@@ -91,7 +91,7 @@ class Reference:
             )
         self.folder = tempfile.TemporaryDirectory(prefix="fidelity.", dir=work)
         self.model: Any = _load(merged)
-        self._places: dict[str, header.Place] | None = None
+        self._places: dict[str, tuple[str, header.Order]] = {}
         following = torch.tensor([token for row in self.rows for token in row[1:]])
         shape = (len(following), self.model.get_input_embeddings().weight.shape[0])
         self.file = Path(self.folder.name) / "logprobs.npy"
@@ -119,17 +119,15 @@ class Reference:
         if next(self.model.parameters()).dtype.itemsize < 4:
             return None
         matrices = {n.removesuffix(".weight"): p for n, p in self.model.named_parameters() if p.dim() == 2}
-        if self._places is None:
-            self._places = header.places(matrices, matrices.__getitem__, source)
-        place_of = {place.name: (matrices[layer], place.order) for layer, place in self._places.items()}
+        self._places = self._places or header.places(matrices, matrices.__getitem__, source)
+        place_of = {name: (matrices[layer], order) for layer, (name, order) in self._places.items()}
         packed = [t for t in header.open_tensors(file).values() if t.tensor_type.name not in ("F32", "F16", "BF16")]
         if any(t.name not in place_of for t in packed):
             return None
         for tensor in packed:
             weight, order = place_of[tensor.name]
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
             with torch.no_grad():
-                weight.copy_(values if order is None else values[torch.from_numpy(order)])
+                weight.copy_(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)[order]))
         pieces = [divergence(self.logprobs[place], logprobs(self.model, row)) for place, row in self._by_row()]
         return max(float(torch.cat(pieces).mean()), 0.0)
 

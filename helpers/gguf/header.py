@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, GGUFWriter, get_tensor_name_map
@@ -119,11 +119,7 @@ def write(
 # orders are found by comparing the rows of the 16-bit file with the model's, so that no architecture needs code.
 
 
-class Place(NamedTuple):
-    """order: row i of the model is row order[i] of the tensor; None where both have the same order."""
-
-    name: str
-    order: np.ndarray | None
+Order = np.ndarray | slice  # row i of the model is row order[i] of the tensor
 
 
 def tensor_names(summary: Summary, layers: Iterable[str]) -> dict[str, str]:
@@ -138,34 +134,30 @@ def tensor_names(summary: Summary, layers: Iterable[str]) -> dict[str, str]:
     return {layer: name for layer, name in found.items() if name in there}
 
 
-def places(layers: Iterable[str], weight_of: Callable[[str], Any], source: Path) -> dict[str, Place]:
-    """Layer name -> its place in the 16-bit GGUF `source`, for the layers whose rows are all found there.
+def places(layers: Iterable[str], weight_of: Callable[[str], Any], source: Path) -> dict[str, tuple[str, Order]]:
+    """Layer name -> (tensor name in the 16-bit GGUF `source`, order), for the layers whose rows are all found there.
 
     weight_of(layer): its matrix, a torch tensor (rows, columns) with the values that `source` was converted from.
     """
     tensors = {name: t.data for name, t in open_tensors(source).items() if t.tensor_type.name == "F16"}
-    found = {}
-    for layer, name in tensor_names(check(source), layers).items():
-        if name in tensors:
-            fits, order = _row_order(tensors[name].view("<u2"), weight_of(layer))
-            if fits:
-                found[layer] = Place(name, order)
-    return found
+    names = {layer: name for layer, name in tensor_names(check(source), layers).items() if name in tensors}
+    orders = {layer: _row_order(tensors[name].view("<u2"), weight_of(layer)) for layer, name in names.items()}
+    return {layer: (names[layer], order) for layer, order in orders.items() if order is not None}
 
 
-def _row_order(theirs: np.ndarray, weight: Any) -> tuple[bool, np.ndarray | None]:
-    """Whether the 16-bit words (rows, columns) of the file are the model's, and the order of `Place`."""
+def _row_order(theirs: np.ndarray, weight: Any) -> Order | None:
+    """Where the 16-bit words (rows, columns) of the file have the model's rows; None when they have others."""
     import torch
 
     mine = weight.detach().to("cpu", torch.float16).contiguous().view(torch.int16).numpy().view("<u2")
     if mine.shape != theirs.shape:
-        return False, None
+        return None
     if np.array_equal(mine, theirs):
-        return True, None
+        return slice(None)
     mine_rows, their_rows = (np.ascontiguousarray(m).view(f"V{2 * m.shape[1]}").ravel() for m in (mine, theirs))
     mine_sorted, their_sorted = np.argsort(mine_rows, kind="stable"), np.argsort(their_rows, kind="stable")
     if not np.array_equal(mine_rows[mine_sorted], their_rows[their_sorted]):
-        return False, None
+        return None
     order: np.ndarray = np.empty(len(mine), np.int64)
     order[mine_sorted] = their_sorted
-    return True, order
+    return order

@@ -48,24 +48,22 @@ class Source:
 
 def open(params: GgufParams) -> ExportJob:
     """The export of `params.run`. Raises TunebookError for parameters that cannot be met; nothing is written yet."""
-    stage = runs.stage("gguf", params)
-    if params.llama_cpp:
-        os.environ[libraries.OWN_BUILD] = params.llama_cpp
-    kinds = convert.parse_types(params.quantizations)
-    outputs = [t.strip() for t in params.outputs.split(",") if t.strip()]
-    unknown = next((o for o in outputs if o not in OUTPUTS), None)
-    if unknown or not outputs:
-        raise TunebookError(f"outputs is {params.outputs!r}; it takes {', '.join(OUTPUTS)}, separated by commas.")
-    ollama.check_name(params.model_name)
-    return ExportJob(stage, params, kinds, outputs)
+    return ExportJob(runs.stage("gguf", params), params)
 
 
 class ExportJob(steps.Job):
     """The steps of notebook 04. files: what was made; results: what was measured, `f16` first."""
 
-    def __init__(self, stage: runs.Stage, params: GgufParams, kinds: list[str], outputs: list[str]):
+    def __init__(self, stage: runs.Stage, params: GgufParams):
         super().__init__(stage)
-        self.params, self.kinds, self.outputs, self.work = params, kinds, outputs, stage.path / "work"
+        self.params, self.work = params, stage.path / "work"
+        self.kinds = convert.parse_types(params.quantizations)
+        self.outputs = [t.strip() for t in params.outputs.split(",") if t.strip()]
+        if not self.outputs or not set(self.outputs) <= set(OUTPUTS):
+            raise TunebookError(f"outputs is {params.outputs!r}; it takes {', '.join(OUTPUTS)}, separated by commas.")
+        ollama.check_name(params.model_name)
+        if params.llama_cpp:
+            os.environ[libraries.OWN_BUILD] = params.llama_cpp
         self.files: list[Quantised] = []
         self.results: list[Result] = []
         self.merge_check: dict[str, float] = {}

@@ -123,7 +123,7 @@ def main() -> None:
             "started = time.time()\n"
             f"ref = fidelity.Reference(Path({str(merged)!r}), {rows!r}, [{rows[0][:40]!r}])\n"
             f"files = {{k: Path({str(work)!r}) / f'{{k}}.gguf' for k in ('f16', 'q8_0', 'q4_k_m')}}\n"
-            "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.free()\n"
+            "weights = {k: ref.weights_kl(files[k], files['f16']) for k in ('q8_0', 'q4_k_m')}\nref.model = None\n"
             "for kind, file in files.items():\n    fidelity.measure(ref, file, kind, weights.get(kind))\nref.close()"
         )
         say("fidelity, 2,000 tokens, 3 files, torch and transformers loaded before", **step(code))

@@ -18,7 +18,7 @@ COMMANDS = {
     "report": "write a run's report and model card, or compare runs",
     "publish": "publish a run to the Hugging Face hub",
 }
-MODULES = {"train": "helpers.train.__main__", "report": "helpers.report.__main__"}
+MODULES = {"train": "helpers.train.__main__"}
 
 
 def main(arguments: list[str] | None = None) -> int:

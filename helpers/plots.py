@@ -71,34 +71,38 @@ def _figure(
     return figure, panels
 
 
+def _legend(panel: Any, above: int = 0) -> None:
+    """The names of what a panel shows, inside it, or in `above` columns above it."""
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": above} if above else {}
+    panel.legend(frameon=False, fontsize=8, labelcolor=INK, **place)
+
+
 # ---------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel of a training log: the key as it was logged each step and, with `eval_` before it, on held-out rows."""
+    """One panel of a training log: the key as it was logged each step and, with `eval_` before it, on held-out rows.
+
+    floor: the lower end of the axis; None leaves it to the values."""
 
     title: str
     unit: str
     smooth: bool = False
-    floor: float | None = None
-    ceiling: float | None = None
-    zero_line: bool = False
+    floor: float | None = 0
 
 
 CURVES = {
-    "loss": Curve("Loss", "nats a token", smooth=True, floor=0),
-    "learning_rate": Curve("Learning rate", "", floor=0),
-    "grad_norm": Curve("Gradient norm", ""),
-    "tokens_per_s": Curve("Speed", "tokens a second", floor=0),
-    "memory_gib": Curve("Memory", "GiB", floor=0),
-    "log_odds_chosen": Curve("Log odds, chosen over rejected", "nats", smooth=True, zero_line=True),
-    "rewards/margins": Curve("Margin", "beta × log-probability", smooth=True, zero_line=True),
-    "rewards/accuracies": Curve("Pairs with the chosen answer ahead", "share", smooth=True, floor=0, ceiling=1.02),
-    "nll_loss": Curve("Negative log-likelihood", "nats a token", smooth=True, floor=0),
+    "loss": Curve("Loss", "nats a token", smooth=True),
+    "learning_rate": Curve("Learning rate", ""),
+    "grad_norm": Curve("Gradient norm", "", floor=None),
+    "tokens_per_s": Curve("Speed", "tokens a second"),
+    "memory_gib": Curve("Memory", "GiB"),
+    "log_odds_chosen": Curve("Log odds, chosen over rejected", "nats", smooth=True, floor=None),
+    "rewards/margins": Curve("Margin", "beta × log-probability", smooth=True, floor=None),
+    "rewards/accuracies": Curve("Pairs with the chosen answer ahead", "share", smooth=True),
+    "nll_loss": Curve("Negative log-likelihood", "nats a token", smooth=True),
 }
-TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
-PREFERENCE = ("log_odds_chosen", "rewards/margins", "rewards/accuracies")
 
 
 def series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
@@ -116,43 +120,53 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def training_curves(lines: Lines, title: str = "Training") -> Any:
+def training_curves(lines: Lines) -> Any:
     """Loss (each step, smoothed, held out), learning rate, gradient norm and speed of a log.jsonl's lines."""
-    return curves(lines, TRAINING, title, columns=2)
+    return curves(lines, ("loss", "learning_rate", "grad_norm", "tokens_per_s"), columns=2)
 
 
-def preference_curves(lines: Lines, title: str = "Preferences") -> Any:
+def preference_curves(lines: Lines) -> Any:
     """Log odds, margin and accuracy, each step and on held-out pairs."""
-    return curves(lines, PREFERENCE, title, columns=3)
+    return curves(lines, ("log_odds_chosen", "rewards/margins", "rewards/accuracies"), columns=3)
 
 
-def curves(lines: Lines, names: Sequence[str], title: str = "", columns: int = 1) -> Any:
+def curves(lines: Lines, names: Sequence[str], columns: int = 1) -> Any:
     """A panel for each of `names` (keys of CURVES)."""
     said = ", ".join(f"{CURVES[n].title.lower()} {_trend(series(lines, n)[1])}" for n in names)
     width = 4.6 if columns < 3 else 3.5
-    figure, panels = _figure(f"{title or 'Curves'} by step: {said}", -(-len(names) // columns), columns, width)
-    if title:
-        figure.suptitle(label(title), fontsize=11, color=INK)
-    for panel, name in zip(panels, names, strict=False):
-        curve = CURVES[name]
-        steps, values = _thinned(*series(lines, name))
-        panel.plot(steps, values, color=BLUE, alpha=0.35 if curve.smooth else 1, linewidth=1, label="each step")
-        if curve.smooth:
-            steps, values = series(lines, name)
-            panel.plot(*_thinned(steps, smoothed(values)), color=BLUE, linewidth=2, label="smoothed")
+    figure, panels = _figure(f"Curves by step: {said}", -(-len(names) // columns), columns, width)
+    for panel, name in zip(panels, names, strict=True):
+        curve, (steps, values) = CURVES[name], series(lines, name)
         held_out = series(lines, f"eval_{name}")
+        panel.plot(
+            *_thinned(steps, values), color=BLUE, alpha=0.35 if curve.smooth else 1, linewidth=1, label="each step"
+        )
         if curve.smooth:
+            panel.plot(*_thinned(steps, smoothed(values)), color=BLUE, linewidth=2, label="smoothed")
             panel.plot(*held_out, "o-", color=ORANGE, markersize=4, label="held out")
-            panel.legend(frameon=False, fontsize=8, labelcolor=INK)
-        if curve.zero_line:
-            panel.axhline(0, color=GREY, linewidth=0.8)
-        if curve.floor is not None and (values or held_out[1]):
-            panel.set_ylim(bottom=curve.floor, top=curve.ceiling)
-        panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
+            _legend(panel)
+        if values or held_out[1]:
+            panel.set_ylim(bottom=curve.floor)
+        _by_step(panel, curve.title, curve.unit)
     return figure
+
+
+def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
+    """One curve for each run, smoothed where it has many points. runs: name → (steps, values)."""
+    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()))
+    for number, (name, (steps, values)) in enumerate(runs.items()):
+        few = len(values) <= 30  # held-out points: shown as they are
+        style = {"color": PALETTE[number % len(PALETTE)], "linestyle": ("-", "--", ":")[number // len(PALETTE) % 3]}
+        drawn = _thinned(steps, values if few else smoothed(values))
+        panel.plot(*drawn, marker="o" if few else "", markersize=4, label=label(name), **style)
+    _by_step(panel, label(title), unit)
+    _legend(panel)
+    return figure
+
+
+def _by_step(panel: Any, title: str, unit: str) -> None:
+    panel.set(title=title, xlabel="step", ylabel=unit)
+    panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _trend(values: Sequence[float]) -> str:
@@ -170,79 +184,56 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
     return [s for s, _ in points], [v for _, v in points]
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- data and exported files
 
 
 def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: int | None) -> Any:
     """Rows by their length in tokens. histogram: length → rows; over: rows over max_length; proposed: length to use."""
     values = {int(length): count for length, count in histogram.items()}
     top = max([*values, 1])
-    figure, (panel,) = _figure(
-        f"Row lengths in tokens: {sum(values.values()):,} rows up to {top:,}; max_length {max_length:,}", width=5.6
-    )
+    alt = f"Row lengths in tokens: {sum(values.values()):,} rows up to {top:,}; max_length {max_length:,}"
+    figure, (panel,) = _figure(alt, width=5.6)
     panel.hist(list(values), bins=60, range=(0, top), weights=list(values.values()), color=BLUE)
     panel.axvline(max_length, color=RED, label=f"max_length {max_length:,}: {over:,} rows over")
     if proposed:
         panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
     panel.set_xlim(0, max(top, min(max_length, 2 * top)) * 1.03)
     panel.set(xlabel="tokens in a row", ylabel="rows")
-    panel.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend(panel, above=2)
     return figure
-
-
-# ---------------------------------------------------------------- exported files
 
 
 @dataclass(frozen=True)
 class FilePoint:
-    """An exported file: its mean KL divergence to the merged model in nats a token, of it the weights' part, the most
-    that is allowed, and the task score with its 95 % interval as (value, low, high), all shares."""
+    """An exported file: its mean KL divergence to the merged model in nats a token, of it the weights' part, and the
+    most that is allowed."""
 
     name: str
     bytes: int
     kl: float
     weights_kl: float | None = None
     allowed: float | None = None
-    score: tuple[float, float, float] | None = None
 
 
-def file_sizes(files: Sequence[FilePoint], questions: int = 0, panels: Sequence[str] = ("divergence", "score")) -> Any:
-    """Size against divergence and, where any file has a score, against that; `panels` may name one of them alone."""
-    drawn = [p for p in panels if p == "divergence" or any(f.score for f in files)] or ["divergence"]
+def file_sizes(files: Sequence[FilePoint]) -> Any:
+    """Size of the exported files against their divergence."""
     said = [f"{f.name} {display.size(f.bytes)}, KL {display.number(f.kl)}" for f in files]
-    figure, axes = _figure(f"Exported files: {'; '.join(said)}", columns=len(drawn), height=3.4)
-    for panel, name in zip(axes, drawn, strict=True):
-        points = _divergence(panel, files) if name == "divergence" else _file_scores(panel, files, questions)
-        for text, x, y in points:
-            panel.annotate(label(text), (x, y), textcoords="offset points", xytext=(6, 6), color=INK)
-        panel.margins(x=0.2)
-        panel.set_xlabel("size, MB")
-    return figure
-
-
-def _divergence(panel: Any, files: Sequence[FilePoint]) -> list[tuple[str, float, float]]:
+    figure, (panel,) = _figure(f"Exported files: {'; '.join(said)}", height=3.4)
     least = 1e-7  # a divergence of nothing has no place on a logarithmic axis
-    points = sorted((f.bytes / 1e6, max(f.kl, least), f.name) for f in files)
-    panel.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, marker="o", label="file in llama.cpp")
-    weights = [(f.bytes / 1e6, max(f.weights_kl, least)) for f in files if f.weights_kl is not None]
-    if weights:
-        panel.plot(*zip(*weights, strict=True), color=ORANGE, marker="x", linestyle="", label="its weights alone")
-    allowed = [(f.bytes / 1e6, f.allowed) for f in files if f.allowed is not None]
-    if allowed:
-        panel.plot(*zip(*allowed, strict=True), color=GREY, marker="_", markersize=14, linestyle="", label="allowed")
-    panel.set(yscale="log", ylabel="mean KL, nats a token", title="What the smaller file changes")
-    panel.legend(fontsize=8, frameon=False, labelcolor=INK)
-    return [(name, x, y) for x, y, name in points]
-
-
-def _file_scores(panel: Any, files: Sequence[FilePoint], questions: int) -> list[tuple[str, float, float]]:
-    scored = [(f.name, f.bytes / 1e6, [100 * share for share in f.score]) for f in files if f.score]
-    for _, size, (value, low, high) in scored:
-        panel.plot([size] * 2, [low, high], color=BLUE, linewidth=1.5)
-        panel.plot(size, value, color=BLUE, marker="o")
-    unit = f"right, % of {questions} questions (95 % interval)"
-    panel.set(ylabel=unit, title="What it still can do", ylim=(0, 105))
-    return [(name, size, shares[0]) for name, size, shares in scored]
+    files = sorted(files, key=lambda f: f.bytes)
+    sizes, nan = [f.bytes / 1e6 for f in files], math.nan
+    weights = [nan if f.weights_kl is None else max(f.weights_kl, least) for f in files]
+    allowed = [nan if f.allowed is None else f.allowed for f in files]
+    panel.plot(sizes, [max(f.kl, least) for f in files], color=BLUE, marker="o", label="file in llama.cpp")
+    panel.plot(sizes, weights, color=ORANGE, marker="x", linestyle="", label="its weights alone")
+    panel.plot(sizes, allowed, color=GREY, marker="_", markersize=14, linestyle="", label="allowed")
+    for f, size in zip(files, sizes, strict=True):
+        at = (size, max(f.kl, least))
+        panel.annotate(label(f.name), at, textcoords="offset points", xytext=(6, 6), color=INK)
+    panel.margins(x=0.2)
+    panel.set(yscale="log", xlabel="size, MB", ylabel="mean KL, nats a token", title="What the smaller file changes")
+    _legend(panel)
+    return figure
 
 
 # ---------------------------------------------------------------- evaluation
@@ -274,9 +265,8 @@ def scores(bars: Sequence[Bar], label_x: str) -> Any:
         panel.text(max(high, value) + 1.5, place, f"{value:.0f} %{size}", va="center", color=INK)
     panel.set_yticks(range(len(bars)), [label(b.name) for b in bars])
     panel.invert_yaxis()
-    panel.set_xlim(0, 125)
     panel.set_xticks(range(0, 101, 20))
-    panel.set_xlabel(label(label_x))
+    panel.set(xlim=(0, 125), xlabel=label(label_x))
     panel.grid(axis="y", visible=False)
     return figure
 
@@ -296,72 +286,43 @@ def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]
         panel.bar(places, [100 * values.get(g, 0) for g in groups], thickness, label=label(name), color=colour)
     panel.set_xticks(range(len(groups)), [label(f"{g}\nn={counts[g]}") for g in groups])
     panel.set(ylim=(0, 105), ylabel="right, %")
-    panel.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, labelcolor=INK)
+    _legend(panel, above=4)
     panel.grid(axis="x", visible=False)
     return figure
 
 
-# ---------------------------------------------------------------- several runs
-
-
-def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
-    """One curve for each run, smoothed where it has many points. runs: name → (steps, values)."""
-    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()))
-    for number, (name, (steps, values)) in enumerate(runs.items()):
-        few = len(values) <= 30  # held-out points: shown as they are
-        style = {"color": PALETTE[number % len(PALETTE)], "linestyle": ("-", "--", ":")[number // len(PALETTE) % 3]}
-        drawn = _thinned(steps, values if few else smoothed(values))
-        panel.plot(*drawn, marker="o" if few else "", markersize=4, label=label(name), **style)
-    panel.set(title=label(title), xlabel="step", ylabel=unit)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return figure
-
-
-def sweep(dimensions: Sequence[str], runs: Mapping[str, Sequence[Any]]) -> Any:
-    """Parallel coordinates: an axis for each dimension, a line for each run, coloured by its place on the last axis.
-
-    runs: name → one value for each dimension, a number or a word; None breaks the line.
-    """
-    columns = [_axis([values[d] for values in runs.values()]) for d in range(len(dimensions))]
-    alt = f"Parallel coordinates over {', '.join(dimensions)} of the runs {', '.join(runs)}"
-    figure, (panel,) = _figure(alt, width=max(4.6, 1.7 * len(dimensions)), height=3.6)
+def sweep(axes: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Any:
+    """Parallel coordinates: an axis for each of `axes` (name → a number, a word or None for each run), a line for each
+    run, coloured by its place on the last axis. An axis goes from its lowest value to its highest; words are sorted."""
+    figure, (panel,) = _figure(
+        f"Parallel coordinates over {', '.join(axes)} of the runs {', '.join(names)}",
+        width=max(4.6, 1.7 * len(axes)),
+        height=3.6,
+    )
     panel.grid(visible=False)
     panel.spines[["left", "bottom"]].set_visible(False)
-    for x, (_, marks) in enumerate(columns):
+    lines: list[list[float]] = [[] for _ in names]
+    for x, values in enumerate(axes.values()):
+        known = [v for v in values if v is not None]
+        if all(display.finite(v) for v in known):
+            low, high = min(known), max(known)
+            places = [math.nan if v is None else (v - low) / (high - low) if high > low else 0.5 for v in values]
+            marks = {display.number(low): 0.0, display.number(high): 1.0} if high > low else {display.number(low): 0.5}
+        else:
+            words = sorted({display.plain(v) for v in known})
+            marks = {word: (at + 0.5) / len(words) for at, word in enumerate(words)}
+            places = [math.nan if v is None else marks[display.plain(v)] for v in values]
         panel.axvline(x, color=GREY, linewidth=1)
-        for text, y in marks:
-            panel.text(x - 0.03, y, label(text), ha="right", va="center", fontsize=8, color=INK)
-    for number, name in enumerate(runs):
-        places = [column[number] for column, _ in columns]
-        last = places[-1]
-        colour = GREY if math.isnan(last) else GREEN if last > 2 / 3 else BLUE if last > 1 / 3 else ORANGE
-        panel.plot(range(len(places)), places, color=colour, linewidth=2, marker="o", markersize=4)
-        if not math.isnan(last):
-            panel.text(len(places) - 0.95, last, label(name), va="center", fontsize=8, color=INK)
-    panel.set_xticks(range(len(dimensions)), [label(d.replace(".", "\n").replace("_", " ")) for d in dimensions])
+        for text, y in marks.items():
+            panel.text(x - 0.03, y, label(text[:18] or "(empty)"), ha="right", va="center", fontsize=8, color=INK)
+        for line, place in zip(lines, places, strict=True):
+            line.append(place)
+    for name, line in zip(names, lines, strict=True):
+        colour = GREEN if line[-1] > 2 / 3 else BLUE if line[-1] > 1 / 3 else ORANGE
+        panel.plot(range(len(line)), line, color=colour, linewidth=2, marker="o", markersize=4)
+        panel.text(len(line) - 0.95, line[-1], label(name), va="center", fontsize=8, color=INK)
+    panel.set_xticks(range(len(axes)), [label(d.replace(".", "\n").replace("_", " ")) for d in axes])
     panel.xaxis.tick_top()
     panel.tick_params(length=0)
-    panel.set_yticks([])
-    panel.set(xlim=(-0.5, len(dimensions) - 0.3), ylim=(-0.05, 1.05))
+    panel.set(yticks=[], xlim=(-0.5, len(axes) - 0.3), ylim=(-0.05, 1.05))
     return figure
-
-
-def _axis(values: Sequence[Any]) -> tuple[list[float], list[tuple[str, float]]]:
-    """Places between 0 and 1 of a dimension's values, and its marks. A wide range of numbers is placed by logarithm."""
-    known = [v for v in values if v is not None]
-    if not all(display.finite(v) for v in known):
-        words = sorted({str(v) for v in known})
-        spots = {word: (at + 0.5) / len(words) for at, word in enumerate(words)}
-        return [math.nan if v is None else spots[str(v)] for v in values], [(w[:18], y) for w, y in spots.items()]
-    low, high = min(known), max(known)
-    scale = math.log if low > 0 and high / low > 50 else float
-
-    def place(value: float | None) -> float:
-        if value is None or low == high:
-            return math.nan if value is None else 0.5
-        return (scale(value) - scale(low)) / (scale(high) - scale(low))
-
-    middle = math.sqrt(low * high) if scale is math.log else (low + high) / 2
-    marks = [(display.number(float(f"{m:.3g}")), place(m)) for m in dict.fromkeys((low, middle, high))]
-    return [place(v) for v in values], marks

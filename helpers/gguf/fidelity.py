@@ -354,14 +354,7 @@ def table(results: Sequence[Result], merge_check: dict[str, float], text: str) -
 
 
 def figure(results: Sequence[Result]) -> Any:
-    """Size against divergence and, where it was measured, against the task score with its Wilson interval."""
-    from scipy.stats import binomtest
-
-    points = []
-    for r in [r for r in results if r.bytes]:
-        score = None
-        if r.task_score is not None:
-            low, high = binomtest(round(r.task_score * r.task_count), r.task_count).proportion_ci(method="wilson")
-            score = (r.task_score, float(low), float(high))
-        points.append(plots.FilePoint(r.type, r.bytes or 0, r.mean_kl, r.weights_kl, TYPES[r.type].kl, score))
-    return plots.file_sizes(points, max((r.task_count for r in results), default=0))
+    """Size against divergence; the table has the task scores."""
+    kept = [r for r in results if r.bytes]
+    points = [plots.FilePoint(r.type, r.bytes or 0, r.mean_kl, r.weights_kl, TYPES[r.type].kl) for r in kept]
+    return plots.file_sizes(points)

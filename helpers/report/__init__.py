@@ -1,11 +1,12 @@
 """One HTML page and a model card for a run, and a page that compares runs, all from manifests and scores.json.
 
-python -m helpers.report myrun            runs/myrun/report.html and MODEL_CARD.md
-python -m helpers.report run1 run2 …      runs/compare.html
+tunebook report myrun            runs/myrun/report.html and MODEL_CARD.md
+tunebook report run1 run2 …      runs/compare.html
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from helpers import runs
@@ -33,3 +34,12 @@ def build(run: str, stage: runs.Stage | None = None) -> Path:
 def compare(names: list[str], out: str | Path | None = None) -> Path:
     """Write one page that compares two or more runs (a sweep) and return its path; default runs/compare.html."""
     return runs.write_atomic(Path(out) if out else runs.root() / "compare.html", render_comparison(names))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tunebook report", description="Write a run's report, or compare runs.")
+    parser.add_argument("runs", nargs="+", help="one run for its report and model card, several for a comparison")
+    parser.add_argument("--out", default=None, help="where the comparison goes (default runs/compare.html)")
+    given = parser.parse_args(arguments)
+    print(compare(given.runs, given.out) if len(given.runs) > 1 else build(given.runs[0]))
+    return 0

@@ -7,7 +7,7 @@ from typing import Any
 from helpers import display, plots, runs
 from helpers.errors import TunebookError
 from helpers.report import shell
-from helpers.report.facts import Facts, accuracy, gather
+from helpers.report.facts import Facts, gather
 
 MOST_AXES = 8
 
@@ -17,60 +17,39 @@ def render(names: list[str]) -> str:
     names = list(dict.fromkeys(names))
     if len(names) < 2:
         raise TunebookError(f"A comparison needs two runs or more; it got {', '.join(names) or 'none'}.")
-    found = [gather(name) for name in names]
-    found.sort(key=lambda f: -(_score(f).get("value") or -1))
-    differing = _differing(found)
-    best = _score(found[0])
-    headline = "None of these runs has a score yet."
+    found = sorted(map(gather, names), key=lambda f: -(f.score.get("value") or -1))
+    best, headline = found[0].score, "None of these runs has a score yet."
     if best.get("value") is not None:
         limits = display.interval(best.get("low"), best.get("high"))
         headline = f"Highest: {found[0].run} with {display.percent(best['value'])} ({limits})."
+    settings, held_out = _settings(found), [_held_out(f) for f in found]
     return shell.page(
         "compare.html.j2",
         "Runs compared",
         headline=headline,
         warnings=_warnings(found),
-        differing=list(differing),
-        runs=[_row(f, list(differing.values())) for f in found],
-        sweep=_sweep(found, differing),
+        settings=settings,
+        held_out=held_out,
+        runs=found,
+        sweep=_sweep(found, settings, held_out),
         curves=_curves(found),
     )
 
 
-def _judged(facts: Facts) -> dict[str, Any]:
-    return facts.best or facts.baseline or {}
-
-
-def _score(facts: Facts) -> dict[str, Any]:
-    return accuracy(_judged(facts))
-
-
-def _differing(found: list[Facts]) -> dict[str, tuple[str, str]]:
-    """Shown name → (stage, parameter) of every parameter whose value differs between the runs that have the stage."""
+def _settings(found: list[Facts]) -> dict[str, list[Any]]:
+    """Parameters whose value differs between the runs that have the stage: name → a value for each run, or None."""
     every = dict.fromkeys((stage, n) for f in found for stage, m in f.stages.items() for n in m.params if n != "run")
-    kept = [(s, n) for s, n in every if len({repr(_value(f, s, n)) for f in found if s in f.stages}) > 1]
+    kept = {}
+    for stage, name in every:
+        values = [f.stages[stage].params.get(name) if stage in f.stages else None for f in found]
+        if len({repr(v) for f, v in zip(found, values, strict=True) if stage in f.stages}) > 1:
+            kept[stage, name] = values
     names = [name for _, name in kept]
-    return {name if names.count(name) == 1 else f"{stage}.{name}": (stage, name) for stage, name in kept}
-
-
-def _value(facts: Facts, stage: str, name: str) -> Any:
-    return facts.stages[stage].params.get(name) if stage in facts.stages else None
+    return {n if names.count(n) == 1 else f"{stage}.{n}": values for (stage, n), values in kept.items()}
 
 
 def _held_out(facts: Facts) -> float | None:
     return next(iter(reversed(plots.series(facts.logs.get("sft", []), "eval_loss")[1])), None)
-
-
-def _row(facts: Facts, differing: list[tuple[str, str]]) -> dict[str, Any]:
-    return {
-        "name": facts.run,
-        "settings": [_value(facts, stage, name) for stage, name in differing],
-        "candidate": _judged(facts),
-        "accuracy": _score(facts),
-        "held_out": _held_out(facts),
-        "seconds": facts.seconds,
-        "memory": facts.memory,
-    }
 
 
 def _warnings(found: list[Facts]) -> list[str]:
@@ -88,19 +67,14 @@ def _warnings(found: list[Facts]) -> list[str]:
     return warnings
 
 
-def _sweep(found: list[Facts], differing: dict[str, tuple[str, str]]) -> Any:
+def _sweep(found: list[Facts], settings: dict[str, list[Any]], held_out: list[float | None]) -> Any:
     """Parallel coordinates of differing parameters, held-out loss and score; None with fewer than two scores."""
-
-    def place(value: Any) -> Any:
-        return display.plain(value) if isinstance(value, bool) else "(empty)" if value == "" else value
-
-    scored = [f for f in found if display.finite(_score(f).get("value"))]
-    axes = {name: [place(_value(f, *where)) for f in scored] for name, where in list(differing.items())[:MOST_AXES]}
-    axes |= {"held-out loss": [_held_out(f) for f in scored], "accuracy": [_score(f).get("value") for f in scored]}
-    axes = {name: values for name, values in axes.items() if any(v is not None for v in values)}
-    if len(scored) < 2 or len(axes) < 2:
-        return None
-    return plots.sweep(list(axes), {f.run: [values[i] for values in axes.values()] for i, f in enumerate(scored)})
+    scored = [i for i, f in enumerate(found) if display.finite(f.score.get("value"))]
+    axes = dict(list(settings.items())[:MOST_AXES])
+    axes |= {"held-out loss": held_out, "accuracy": [f.score.get("value") for f in found]}
+    shown = {name: [values[i] for i in scored] for name, values in axes.items()}
+    shown = {name: values for name, values in shown.items() if any(v is not None for v in values)}
+    return plots.sweep(shown, [found[i].run for i in scored]) if len(scored) > 1 else None
 
 
 def _curves(found: list[Facts]) -> list[Any]:

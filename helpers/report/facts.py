@@ -5,14 +5,13 @@ Missing or damaged stages never stop a report: what is not there becomes a sente
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from helpers import machine, runs
+from helpers import machine, params, runs
 from helpers.errors import TunebookError
 from helpers.evaluate import scores as scores_file
 from helpers.runs import Manifest
@@ -27,6 +26,16 @@ TITLES = {
 CHECKED = 30_000_000  # bytes; larger files (weights) are checked against their hash by the stages that read them
 
 Value = TypeVar("Value")
+
+
+class Setting(NamedTuple):
+    """A parameter as a stage used it; unit and help are "" for one that this version does not know."""
+
+    name: str
+    value: Any
+    unit: str
+    help: str
+    changed: bool  # from the default
 
 
 @dataclass
@@ -50,19 +59,22 @@ class Facts:
     def metrics(self, stage: str) -> dict[str, Any]:
         return self.stages[stage].metrics if stage in self.stages else {}
 
-    def first(self, key: str) -> Any:
-        """The first stage's value of a manifest's key; None when no stage has one."""
-        return next((m.data[key] for m in self.stages.values() if m.data.get(key)), None)
+    def settings(self, stage: str) -> list[Setting]:
+        """The parameters of a finished stage."""
+        known = {p.name: p for p in params.STAGES[stage]}
+        used = [(n, v, known.get(n)) for n, v in self.stages[stage].params.items() if n != "run"]
+        return [
+            Setting(n, v, p.unit, p.help, v != p.default) if p else Setting(n, v, "", "", False) for n, v, p in used
+        ]
 
-    @property
-    def last(self) -> Manifest | None:
-        """The manifest of the latest finished stage."""
-        return next((self.stages[s] for s in reversed(runs.FOLDERS) if s in self.stages), None)
+    def latest(self, key: str) -> Any:
+        """The last stage's value of a manifest's key; None when no stage has one."""
+        return next((m.data[key] for m in reversed(self.stages.values()) if m.data.get(key)), None)
 
     @property
     def model(self) -> dict[str, Any]:
         """name, path, revision, origin of the base model; empty when no stage says."""
-        return next((m.data["model"] for m in reversed(self.stages.values()) if m.data.get("model")), {})
+        return self.latest("model") or {}
 
     @property
     def hub_base(self) -> str:
@@ -111,10 +123,17 @@ class Facts:
     @property
     def best(self) -> dict[str, Any] | None:
         """The candidate to show beside the baseline: the one to ship, else the most accurate of the others."""
+        return self.choose(self.scored[1:])
+
+    def choose(self, candidates: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Of these the one to ship, else the most accurate."""
         ship = (self.scores.get("ship") or {}).get("name")
-        return next((c for c in self.scored[1:] if c["name"] == ship), None) or max(
-            self.scored[1:], key=lambda c: accuracy(c).get("value") or -1.0, default=None
-        )
+        return max(candidates, key=lambda c: (c["name"] == ship, accuracy(c).get("value") or -1.0), default=None)
+
+    @property
+    def score(self) -> dict[str, Any]:
+        """The headline score of the best candidate, or of the only one; empty when nothing was scored."""
+        return accuracy(self.best or self.baseline)
 
     def comparison(self, baseline: str, candidate: str) -> dict[str, Any] | None:
         """The paired comparison of the accuracy of two candidates."""
@@ -138,19 +157,17 @@ def gather(run: str, stage: runs.Stage | None = None) -> Facts:
 
     Raises TunebookError only when there is no such run at all.
     """
-    folder = runs.folder(run, "data").parent
+    folder = runs.run_folder(run)
     if not folder.is_dir():
         raise TunebookError(f"There is no run {run!r} in {runs.root()}; run the notebooks first, or correct the name.")
     facts = Facts(run, folder)
     for name in runs.FOLDERS:
         if stage is not None and name == stage.name:
-            facts.stages[name], facts.states[name] = Manifest(stage.path, _open_manifest(stage)), "finished"
+            facts.stages[name], facts.states[name] = _open_manifest(stage), "finished"
         else:
             _read_stage(facts, name)
+    facts.logs = {name: _log(facts.stages[name].path) for name in ("sft", "orpo") if name in facts.stages}
     _check_lineage(facts)
-    for name in ("sft", "orpo"):
-        if name in facts.stages:
-            facts.logs[name] = _log(facts, facts.stages[name].path / "log.jsonl")
     _read_fidelity(facts)
     _read_scores(facts)
     for manifest in facts.stages.values():
@@ -174,26 +191,26 @@ def _read_stage(facts: Facts, name: str) -> None:
             facts.warnings.append(str(error))
 
 
-def _open_manifest(stage: runs.Stage) -> dict[str, Any]:
+def _open_manifest(stage: runs.Stage) -> Manifest:
     """What the manifest of a stage that is about to finish will say, as far as it is known."""
-    known: dict[str, Any] = next((m.data for m in reversed(stage.parents.values()) if m.data.get("model")), {})
-    return {
+    parents = list(reversed(stage.parents.values()))
+    known = {
         "params": stage.params.as_dict(),
         "metrics": {},
         "artifacts": {},
-        **{key: known.get(key) for key in ("model", "template_hash", "tokenizer_hash")},
         "parents": {s: {"manifest_sha256": p.sha256} for s, p in stage.parents.items()},
         "wall_s": round(stage.seconds, 1),
         "peak_memory_gib": machine.peak_memory_gib(),
+        **{key: next((p.data[key] for p in parents if p.data.get(key)), None) for key in runs.INHERITED},
         **machine.versions(),
     }
+    return Manifest(stage.path, known)
 
 
 def _check_lineage(facts: Facts) -> None:
     for name, manifest in facts.stages.items():
         for parent, known in manifest.data.get("parents", {}).items():
-            current = facts.stages.get(parent)
-            if current and current.data["artifacts"] and current.sha256 != known["manifest_sha256"]:
+            if parent in facts.stages and facts.stages[parent].sha256 != known["manifest_sha256"]:
                 facts.warnings.append(
                     f"{TITLES[name]} was made from an earlier {TITLES[parent].lower()} than the one shown here; "
                     f"run {runs.FOLDERS[name]} again."
@@ -204,14 +221,13 @@ def _check_lineage(facts: Facts) -> None:
 
 def _check_hashes(facts: Facts, manifest: Manifest) -> None:
     for file, known in manifest.data["artifacts"].items():
-        path = manifest.path / file
+        path, name = manifest.path / file, manifest.path.name
         if not path.is_file():
-            facts.warnings.append(f"{manifest.path.name}/{file} is missing since the stage finished.")
+            facts.warnings.append(f"{name}/{file} is missing since the stage finished.")
         elif path.stat().st_size != known["bytes"] or (
             known["bytes"] <= CHECKED and runs.sha256_file(path) != known["sha256"]
         ):
-            again = f"run {manifest.path.name} again"
-            facts.warnings.append(f"{manifest.path.name}/{file} was changed since the stage finished; {again}.")
+            facts.warnings.append(f"{name}/{file} was changed since the stage finished; run {name} again.")
 
 
 def _read_scores(facts: Facts) -> None:
@@ -235,83 +251,26 @@ def _read_scores(facts: Facts) -> None:
 
 def _read_fidelity(facts: Facts) -> None:
     """Each exported file's measurements, largest first; a file that was measured and not kept has no size."""
-    if "gguf" not in facts.stages:
+    path = runs.folder(facts.run, "gguf") / "fidelity.json"
+    if "gguf" not in facts.stages or not path.is_file():
         return
-    path = facts.stages["gguf"].path / "fidelity.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
         sizes = {f["type"]: f for f in found.get("sizes") or []}
-        files = {f["type"]: {"bytes": None, **sizes.get(f["type"], {}), **f} for f in found.get("files") or []}
-        budgets = found.get("budgets") or {}
-        for kind, file in files.items():
-            file["allowed"] = budgets[kind][0] if kind in budgets else None
-        facts.files = dict(sorted(files.items(), key=lambda item: -(item[1]["bytes"] or 0)))
+        files = [{"bytes": None, **sizes.get(f["type"], {}), **f} for f in found.get("files") or []]
+        facts.files = {f["type"]: f for f in sorted(files, key=lambda f: -(f["bytes"] or 0))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        facts.warnings.append(f"{runs.FOLDERS['gguf']}/{path.name} cannot be read ({error!r}); it is left out.")
+        facts.warnings.append(f"{path.parent.name}/{path.name} cannot be read ({error!r}); it is left out.")
 
 
-def _log(facts: Facts, path: Path) -> list[dict[str, Any]]:
-    """The readable lines of a log; a line broken off by a kill is counted, not fatal."""
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = []
-    broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _log(stage: Path) -> list[dict[str, Any]]:
+    """The lines of a training log that can be read; one altered since the stage finished is warned of by its hash."""
+    rows = []
+    path = stage / "log.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-            rows += [row] if isinstance(row, dict) and "step" in row else []
         except ValueError:
-            broken += bool(line.strip())
-    if broken:
-        place = f"{path.parent.name}/{path.name}"
-        facts.warnings.append(f"{place} has {broken} unreadable lines; the curves leave them out.")
+            continue
+        rows += [row] if isinstance(row, dict) and "step" in row else []
     return rows
-
-
-# ---------------------------------------------------------------- the training rows
-
-
-def _train_rows(facts: Facts, columns: list[str], count: int | None = None) -> Any:
-    """Columns of train.parquet, first `count` rows or all, as a pyarrow table; None when it cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = facts.stages["data"].path / "train.parquet"
-    try:
-        file = pq.ParquetFile(path)
-        batches = file.iter_batches(batch_size=count or 65_536, columns=columns)
-        return pa.Table.from_batches([next(batches)] if count else list(batches))
-    except (pa.ArrowException, OSError, StopIteration, KeyError, ValueError) as error:
-        if path.is_file():
-            facts.warnings.append(f"train.parquet cannot be read ({error}).")
-        return None
-
-
-def row_lengths(facts: Facts) -> dict[int, int]:
-    """Tokens in a training row → rows; empty when there is no such file."""
-    import pyarrow.compute as pc
-
-    table = _train_rows(facts, ["completion_mask"])
-    if table is None:
-        return {}
-    counts = pc.value_counts(pc.list_value_length(table["completion_mask"])).to_pylist()
-    return {entry["values"]: entry["counts"] for entry in counts}
-
-
-def examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
-    """The first training rows as (text, trained) pieces, decoded from the ids that training saw; [] without them."""
-    from tokenizers import Tokenizer
-
-    places = [Path(str(facts.model.get("path", "")))]
-    places += [facts.stages[s].path / "adapter" for s in ("sft", "orpo") if s in facts.stages]
-    vocabulary = next((p / "tokenizer.json" for p in places if (p / "tokenizer.json").is_file()), None)
-    table = _train_rows(facts, ["input_ids", "completion_mask"], count)
-    if vocabulary is None or table is None:
-        return []
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    shown = []
-    for row in table.to_pylist():
-        marked = itertools.groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda pair: pair[1])
-        pieces = [([token for token, _ in pairs], bool(trained)) for trained, pairs in marked]
-        shown.append([(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in pieces])
-    return shown

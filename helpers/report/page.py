@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from helpers import display, params, plots, runs
+from helpers import display, plots, runs
 from helpers.evaluate.scores import ERROR_KINDS
-from helpers.evaluate.statistics import wilson
-from helpers.report import facts as reading
-from helpers.report import shell
+from helpers.report import data_page, shell
 from helpers.report.facts import TITLES, Facts, accuracy
 
 #: metrics of the table of scores beside the headline; others have sections of their own
 LABELS = {
-    "accuracy": "accuracy",
     "accuracy_nonempty": "gold not empty",
     "accuracy_clean": "clean items",
     "accuracy_contaminated": "contaminated items",
     "valid": "query runs",
+    "structural": "same structure",
     "exact": "exact match",
     "f1": "token F1",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
     "stopped": "stops itself",
-}
-ANCHORS = {
-    "scores": "Scores",
-    "forgetting": "Forgetting",
-    "fidelity": "Fidelity",
-    "tasks": "Other",
-    "answers": "Answers",
-    "training": "Training",
-    "data": "Data",
-    "made": "How it was made",
 }
 GROUPS = ("gained", "lost", "both wrong", "both right", "other")
 ANSWER_BYTES = 900_000  # of answers in the page; the page as a whole stays under 1.5 MB
@@ -45,16 +36,16 @@ def render(facts: Facts) -> str:
     """The run's page."""
     made = {
         **_scores(facts),
-        **_files(facts),
+        "file_scores": _file_scores(facts),
+        "exported": TITLES.get(facts.exported, "the base model, untrained").lower(),
         "answers": _answers(facts),
-        "training": [_training(facts, stage) for stage in ("sft", "orpo") if stage in facts.stages],
-        "data": _data(facts),
-        "parameters": _parameters(facts),
+        "training": [_training(facts, stage) for stage in facts.logs],
+        "examples": _examples(facts),
         "command": command(facts),
         "params_yaml": params_yaml(facts),
     }
-    title = f"{facts.run}: report"
-    return shell.page("run.html.j2", title, run=facts, titles=TITLES, labels=LABELS, anchors=ANCHORS, **made)
+    constants = {"titles": TITLES, "labels": LABELS, "error_kinds": ERROR_KINDS}
+    return shell.page("run.html.j2", f"{facts.run}: report", run=facts, **constants, **made)
 
 
 # ---------------------------------------------------------------- what was measured
@@ -66,54 +57,31 @@ def _scores(facts: Facts) -> dict[str, Any]:
     known = [v for c in facts.candidates if display.finite((v := accuracy(c)).get("value"))]
     shares = all(v.get("unit", "share") == "share" for v in known)
     differences = [c[k] for c in facts.scores.get("comparisons", []) for k in ("difference", "low", "high")]
-    grouped = [c for c in scored if c["groups"]]
-    groups = []
-    for column in dict.fromkeys(column for c in grouped for column in c["groups"]):
-        counts = {v: found["n"] for c in grouped for v, found in c["groups"].get(column, {}).items()}
-        parts = [c["groups"].get(column, {}) for c in grouped]
-        rows = [[v, n, *(display.percent(p.get(v, {}).get("value"), 0) for p in parts)] for v, n in counts.items()]
-        groups += [(column, [c["name"] for c in grouped], rows)] if len(rows) > 1 else []
-    failing = [c for c in scored if any(c["errors"].values())]
-    kinds = [k for k in ERROR_KINDS if any(c["errors"].get(k) for c in failing)]
+    groups: dict[str, dict[str, int]] = {}  # column → value → items
+    for column, values in (pair for c in scored for pair in c["groups"].items()):
+        groups.setdefault(column, {}).update({value: found["n"] for value, found in values.items()})
     forgotten = (facts.scores.get("forgetting") or {}).get("candidates") or {}
     return {
-        "metrics": {m: v for m, v in LABELS.items() if m != "accuracy" and any(m in c["scores"] for c in scored)},
+        "metrics": {metric: words for metric, words in LABELS.items() if any(metric in c["scores"] for c in scored)},
         "ceiling": 1.0 if shares else 1.05 * max(v.get("high") or v["value"] for v in known),
         "reach": max([abs(d) for d in differences if display.finite(d)], default=0.0) or 0.1,
-        "groups": groups,
-        "errors": (
-            [c["name"] for c in failing],
-            [[ERROR_KINDS[k], *(c["errors"].get(k) or "" for c in failing)] for k in kinds],
-        ),
+        "groups": {column: values for column, values in groups.items() if len(values) > 1},
         "general_tasks": list(dict.fromkeys(t for c in forgotten.values() for t in c.get("tasks") or {})),
     }
 
 
-def _files(facts: Facts) -> dict[str, Any]:
-    """Task scores and figures of the exported files: the evaluation's own score where it judged the file."""
+def _file_scores(facts: Facts) -> dict[str, str]:
+    """The exported files' task scores: the evaluation's own where it judged the file, else the export's few."""
     judged = {
         c["name"].lower().removeprefix("gguf").strip(" :-"): accuracy(c) for c in facts.scored if c["kind"] == "gguf"
     }
-    shown, points, questions = {}, [], 0
+    shown = {}
     for name, file in facts.files.items():
-        value, count = file.get("task_score"), file.get("task_count") or 0
-        score: tuple[float, float, float] | None = None
-        if display.finite(value) and count:
-            score = (value, *wilson(round(value * count), count))
-        shown[name] = f"{display.percent(value)} of {count}" if score else "–"
-        if display.finite((found := judged.get(name.lower(), {})).get("value")):
-            shown[name], count = display.percent(found["value"]), found["n"]
-            score = (found["value"], found["low"], found["high"])
-        if display.finite(file["bytes"]) and display.finite(file.get("mean_kl")):
-            kl = (file["mean_kl"], file.get("weights_kl"), file["allowed"])
-            points.append(plots.FilePoint(name, int(file["bytes"]), *kl, score))
-            questions = max(questions, count)
-    panels = ["divergence", "score"] if any(p.score for p in points) else ["divergence"]
-    return {
-        "file_scores": shown,
-        "file_figures": [plots.file_sizes(points, questions, [panel]) for panel in panels] if points else [],
-        "exported": TITLES.get(facts.exported, "the base model, untrained").lower(),
-    }
+        value, count = judged.get(name.lower(), {}).get("value"), file.get("task_count")
+        shown[name] = display.percent(value)
+        if value is None and count:
+            shown[name] = f"{display.percent(file.get('task_score'))} of {count}"
+    return shown
 
 
 # ---------------------------------------------------------------- answers side by side
@@ -125,39 +93,45 @@ def _answers(facts: Facts) -> dict[str, Any]:
     if not facts.answers or not names:
         return {}
     base, best = names[0], (facts.best or facts.scored[0])["name"]
-    ranked = sorted(
-        ((_group(row, base, best), row) for row in facts.answers), key=lambda pair: _rank(pair[0], pair[1], best)
-    )
-    piles = [[pair for pair in ranked if pair[0] == group] for group in GROUPS]
-    woven = [pile[i] for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
+    piles: dict[str, list[dict[str, Any]]] = {group: [] for group in GROUPS}
+    for row in sorted(facts.answers, key=lambda row: (len(row["question"]), row["id"])):
+        piles[_group(row, base, best)].append(row)
+    for group in ("lost", "both wrong"):  # first the answers that do not even run
+        piles[group].sort(key=lambda row: bool((row["answers"].get(best) or {}).get("valid")))
+    woven = []
+    for turn in itertools.zip_longest(*piles.values()):
+        woven += [(group, row) for group, row in zip(GROUPS, turn, strict=True) if row]
     draw, used = shell.macro("answer.html.j2", "item"), 0
     shown: list[shell.Markup] = []
-    errors: dict[str, None] = {}
+    errors: set[str] = set()
     for group, row in woven:
-        wrong = [f"{n}: {row['answers'][n]['error']}" for n in names if (row["answers"].get(n) or {}).get("error")]
-        alike: dict[str, tuple[list[str], dict[str, Any] | None]] = {}
-        for name in names:
-            answer = row["answers"].get(name)
-            key = json.dumps([answer and [answer[k] for k in ("text", "score", "detail", "error")]])
-            alike.setdefault(key, ([], answer))[0].append(name)
-        item = draw(group, row, list(alike.values()), wrong, len(shown) < PRINTED)
+        given = {name: row["answers"].get(name) or {} for name in names}
+        wrong = [f"{name}: {answer['error']}" for name, answer in given.items() if answer.get("error")]
+        alike: dict[str, list[str]] = {}  # candidates by what they answered
+        for name, answer in given.items():
+            alike.setdefault(json.dumps([answer.get(k) for k in ("text", "score", "detail", "error")]), []).append(name)
+        sides = [(who, row["answers"].get(who[0])) for who in alike.values()]
+        item = draw(group, row, sides, wrong, len(shown) < PRINTED)
         used += len(item.encode())
         if used > ANSWER_BYTES and shown:
             break
         shown.append(item)
-        errors |= dict.fromkeys(wrong)
+        errors |= set(wrong)
     kept = woven[: len(shown)]
     sub = "Best and worst first."
     if best != base:
         sub += f" “Gained”: {best} is right where {base} is not; “lost”: the other way round."
     if len(shown) < len(facts.answers):
         sub += f" The {len(shown)} most telling of {len(facts.answers)} are shown; all are in answers.jsonl."
-    columns = {c: sorted({str(r["meta"][c]) for _, r in kept if (r["meta"] or {}).get(c)}) for c in ("kind", "origin")}
-    filters = {c: values for c, values in columns.items() if len(values) > 1} | (
-        {"errors": sorted(errors)} if errors else {}
-    )
-    counts = {g: sum(group == g for group, _ in kept) for g in GROUPS}
-    return {"sub": sub, "shown": shown, "filters": filters, "groups": {g: n for g, n in counts.items() if n}}
+    filters = {c: {str(r["meta"][c]) for _, r in kept if (r["meta"] or {}).get(c)} for c in ("kind", "origin")}
+    filters = {column: values for column, values in filters.items() if len(values) > 1}
+    counts = Counter(group for group, _ in kept)
+    return {
+        "sub": sub,
+        "shown": shown,
+        "filters": filters | ({"errors": errors} if errors else {}),
+        "groups": {g: counts[g] for g in GROUPS if counts[g]},
+    }
 
 
 def _group(row: dict[str, Any], base: str, best: str) -> str:
@@ -167,12 +141,6 @@ def _group(row: dict[str, Any], base: str, best: str) -> str:
 
     found = {(False, True): "gained", (True, False): "lost", (False, False): "both wrong", (True, True): "both right"}
     return found.get((right(base), right(best)), "other")  # type: ignore[arg-type]
-
-
-def _rank(group: str, row: dict[str, Any], best: str) -> tuple[Any, ...]:
-    """Within a group, wrong answers that do not even run come first, then short questions."""
-    runs_at_all = bool((row["answers"].get(best) or {}).get("valid"))
-    return GROUPS.index(group), runs_at_all and group in ("lost", "both wrong"), len(row["question"]), row["id"]
 
 
 # ---------------------------------------------------------------- how it came about
@@ -185,7 +153,6 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     plan = manifest.get("plan") or {}
     used = metrics.get("peak_gib") or manifest.get("peak_memory_gib") or 0.0
     error = (plan.get("errors") or {}).get("peak_gib")  # (predicted - measured) / measured
-    planned = used * (1 + error) if display.finite(error) else None
     named = {n: n.replace("_", " ") for n in ("backend", "attention", "quantize", "row_tokens", "accumulation")}
     named["recompute"] = "layers with activation checkpointing"
     chosen = ", ".join(f"{words} {display.plain(plan[name])}" for name, words in named.items() if name in plan)
@@ -193,59 +160,37 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     return {
         "title": TITLES[stage],
         "figures": [plots.curves(log, [name]) for name in logged],
-        "planned": planned,
+        "planned": used * (1 + error) if display.finite(error) else None,
         "used": used,
-        "most": 1.1 * max(planned or 0.0, used),
         "notes": [n for n in (chosen, plan.get("reason"), *(manifest.get("notes") or [])) if n],
         "figures_in_words": [(k, display.plain(v)) for k, v in flat.items()],
     }
 
 
-def _data(facts: Facts) -> dict[str, Any]:
-    """Rows in and out, why rows went, lengths, and real rows with the trained tokens marked."""
-    if "data" not in facts.stages:
-        return {}
-    metrics = facts.metrics("data")
-    splits = metrics.get("rows", {}) | {f"preference {k}": v for k, v in metrics.get("preference_rows", {}).items()}
-    order = ["train", "eval", "test", "preference train", "preference eval"]
-    steps = []
-    for s in metrics.get("steps", []):
-        removed = ", ".join(f"{reason}: {n}" for reason, n in s["dropped"].items())
-        steps.append(
-            [s["step"], f"{s['seen']:,}", f"{s['kept']:,}", f"{s['changed']:,}" if s["changed"] else "", removed]
-        )
-    rejected = metrics.get("rejected", {}).get("invalid", {}) | metrics.get("rejected", {}).get("removed", {})
-    found, limit = metrics.get("lengths", {}), facts.stages["data"].params.get("max_length")
-    histogram = reading.row_lengths(facts)
-    marks = (found.get("max_length") or limit or 0, found.get("over", 0), found.get("proposed_max_length"))
-    return {
-        "metrics": metrics,
-        "splits": [(n, f"{splits[n]:,}") for n in sorted(splits, key=lambda n: order.index(n) if n in order else 9)],
-        "steps": steps,
-        "rejected": sorted(rejected.items(), key=lambda item: -item[1]),
-        "figures": [plots.lengths(histogram, *marks)] if histogram else [],
-        "examples": reading.examples(facts),
-    }
+def _examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
+    """The first training rows as (text, trained) pieces, decoded from the ids that training saw; [] without them."""
+    from tokenizers import Tokenizer
 
-
-def _parameters(facts: Facts) -> list[tuple[str, list[list[Any]], list[str]]]:
-    """(stage's title, rows of its parameters table, a mark for each row whose value is not the default)."""
-    found = []
-    for stage, manifest in facts.stages.items():
-        known = {p.name: p for p in params.STAGES[stage]}
-        rows, changed = [], []
-        for name, value in manifest.params.items():
-            spec = known.get(name)
-            rows.append([name, display.plain(value) if value != "" else "–", spec and spec.unit, spec and spec.help])
-            changed.append("changed" if spec and value != spec.default and name != "run" else "")
-        found.append((TITLES[stage], rows, changed))
-    return found
+    places = [Path(str(facts.model.get("path", ""))), *(facts.stages[s].path / "adapter" for s in facts.logs)]
+    vocabulary = next((p / "tokenizer.json" for p in places if (p / "tokenizer.json").is_file()), None)
+    if vocabulary is None or "data" not in facts.stages:
+        return []
+    tokenizer, shown = Tokenizer.from_file(str(vocabulary)), []
+    try:
+        rows = data_page.first_rows(facts.stages["data"].path / "train.parquet", count)
+    except (OSError, ValueError) as error:
+        facts.warnings.append(f"train.parquet cannot be read ({error}).")
+        rows = []
+    for row in rows:
+        marked = itertools.groupby(zip(row["input_ids"], row["completion_mask"], strict=True), key=lambda pair: pair[1])
+        pieces = [([token for token, _ in pairs], bool(trained)) for trained, pairs in marked]
+        shown.append([(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in pieces])
+    return shown
 
 
 def command(facts: Facts) -> str:
     """Shell lines that repeat this run: the code's revision, then every stage with the parameters of params.yaml."""
-    revision = str((facts.last.data.get("code_revision") if facts.last else "") or "")
-    commit, _, changes = revision.partition("+")
+    commit, _, changes = str(facts.latest("code_revision") or "").partition("+")
     note = "   # the run had uncommitted changes on top" if changes else ""
     lines = [f"git checkout {shlex.quote(commit)}{note}"] if commit else []
     last = list(facts.stages)[-1:]
@@ -258,5 +203,5 @@ def params_yaml(facts: Facts) -> str:
     """Every parameter of every stage, as ci/run.sh takes them with --params."""
     import yaml
 
-    sections = {stage: {n: v for n, v in m.params.items() if n != "run"} for stage, m in facts.stages.items()}
+    sections = {stage: {s.name: s.value for s in facts.settings(stage)} for stage in facts.stages}
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)

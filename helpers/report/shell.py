@@ -20,7 +20,7 @@ from markupsafe import Markup
 from helpers import display, plots
 
 FOLDER = Path(__file__).parent / "templates"
-FILTERS = ("number", "percent", "points", "interval", "size", "duration", "plain")
+FILTERS = ("number", "percent", "points", "interval", "size", "duration")
 
 
 def page(template: str, title: str, /, **values: Any) -> str:
@@ -33,17 +33,17 @@ def page(template: str, title: str, /, **values: Any) -> str:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-    return _pages().get_template(template).render(**shell, **values) + "\n"
+    return _environment("page").get_template(template).render(**shell, **values) + "\n"
 
 
 def macro(template: str, name: str) -> Callable[..., Markup]:
     """A macro of a template as a function that returns ready markup."""
-    return getattr(_pages().get_template(template).module, name)
+    return getattr(_environment("page").get_template(template).module, name)
 
 
 def card(template: str, /, **values: Any) -> str:
     """A Markdown card; every value in it is escaped by `markdown_text`."""
-    return _cards().get_template(template).render(**values).strip() + "\n"
+    return _environment("card").get_template(template).render(**values).strip() + "\n"
 
 
 def notebook_style() -> str:
@@ -65,53 +65,22 @@ def public(value: Any) -> Any:
     return ", ".join(Path(p).name if p.startswith(("/", "~")) else p for p in parts)
 
 
-def bar(value: Any, low: Any, high: Any, floor: float = 0.0, ceiling: float = 1.0) -> Markup:
-    """A value with its 95 % interval on a fixed scale, for a table's cell; a negative value points to the left."""
-    if not display.finite(value) or ceiling <= floor:
-        return Markup("")
-
-    def place(number: float) -> float:
-        return round(100 * (min(max(number, floor), ceiling) - floor) / (ceiling - floor), 2)
-
-    def piece(name: str, start: float, end: float) -> str:
-        return f'<i class="{name}" style="left:{place(start)}%;width:{round(place(end) - place(start), 2)}%"></i>'
-
-    parts = [piece("fill bad" if value < 0 else "fill", min(value, 0), max(value, 0))]
-    if display.finite(low) and display.finite(high):
-        parts.append(piece("whisker", low, high))
-    if floor < 0:
-        parts.append(piece("zero", 0, 0))
-    return Markup(f'<div class="interval" aria-hidden="true">{"".join(parts)}</div>')
-
-
-def _environment(finalize: Callable[[Any], Any], autoescape: bool) -> Any:
+@functools.cache
+def _environment(kind: str) -> Any:
+    """Jinja2 for pages or cards. What is not there is printed as nothing, and by the filters as a dash."""
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader, Undefined
 
+    written: Callable[[Any], str] = display.clean if kind == "page" else markdown_text
     made = Environment(
         loader=FileSystemLoader(FOLDER),
-        autoescape=autoescape,
-        finalize=finalize,
+        autoescape=kind == "page",
+        finalize=lambda v: v if isinstance(v, Markup) else "" if v is None else written(v),
         undefined=ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {name: _filter(getattr(display, name), Undefined) for name in FILTERS}
+    made.filters |= {name: getattr(display, name) for name in FILTERS}
+    made.filters["plain"] = lambda v: display.plain(None if isinstance(v, Undefined) else v)
     made.filters |= {"public": public, "svg": lambda figure: Markup(plots.svg(figure))}
     made.tests["finite"] = display.finite
-    made.globals["bar"] = bar
     return made
-
-
-def _filter(write: Callable[..., str], undefined: type) -> Callable[..., str]:
-    """A function of `display` as a filter: what is not there is written as None is."""
-    return lambda *given: write(*(None if isinstance(value, undefined) else value for value in given))
-
-
-@functools.cache
-def _pages() -> Any:
-    return _environment(lambda v: v if isinstance(v, Markup) else "" if v is None else display.clean(v), True)
-
-
-@functools.cache
-def _cards() -> Any:
-    return _environment(lambda v: v if isinstance(v, Markup) else "" if v is None else markdown_text(v), False)

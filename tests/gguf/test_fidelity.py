@@ -295,9 +295,8 @@ def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     assert best(file("q4_k_m", 100, 0.06, 0.5, 1000), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, 0.6, 24, failed={"top-1": "low"}), large) == "q8_0"
     assert best(file("q4_k_m", 100, 0.06, None, 0), file("q8_0", 140, 0.004, None, 0)) == "q4_k_m"
-    assert best(fidelity.Result("f16"), small) == "q4_k_m" and best(fidelity.Result("f16")) == "", "not kept"
     figure = fidelity.figure([small, large])
-    assert "24 questions" in figure.axes[1].get_ylabel()
+    assert len(figure.axes) == 1 and "q8_0" in figure.alt
 
 
 def test_an_own_build_quantises(f16, tmp_path, monkeypatch):

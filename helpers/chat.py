@@ -25,98 +25,45 @@ BUBBLE = (
     "margin:4px 0;padding:6px 10px;border-radius:8px;border:1px solid rgba(128,128,128,.35);white-space:pre-wrap;"
     "overflow-wrap:anywhere;line-height:1.4"
 )
+SIDES = {"user": "background:rgba(80,130,240,.13);margin-left:12%", "assistant": "margin-right:12%"}
 Message = dict[str, str]
 
 
-def stream(
-    server: Server | str, model: str, messages: list[Message], temperature: float, max_tokens: int
-) -> Iterator[tuple[str, bool]]:
-    """(piece of the answer, whether it was cut off at `max_tokens`) as they come."""
+def stream(server: Server | str, model: str, messages: list[Message], temperature: float, most: int) -> Iterator[str]:
+    """The answer of at most `most` tokens in the pieces in which it comes."""
     create = serve.client(server).chat.completions.create
-    with create(model=model, messages=messages, temperature=temperature, max_tokens=max_tokens, stream=True) as events:
-        for choice in (event.choices[0] for event in events if event.choices):
-            yield choice.delta.content or "", choice.finish_reason == "length"
-
-
-class Column:
-    """One model's side of the conversation. messages: what was said so far, without the system prompt."""
-
-    def __init__(self, name: str, server: Server | str):
-        import ipywidgets as w
-
-        self.name, self.server, self.note = name, server, ""
-        self.messages: list[Message] = []
-        self.box = w.HTML(layout=w.Layout(width="100%"))
-        self.draw()
-
-    def ask(self, question: str, system: str, temperature: float, max_tokens: int, stop: threading.Event) -> None:
-        """Send the conversation with `question` and stream the answer into the box until it ends or `stop` is set."""
-        self.messages.append({"role": "user", "content": question})
-        sent = ([{"role": "system", "content": system}] if system.strip() else []) + self.messages
-        answer = {"role": "assistant", "content": ""}
-        self.messages.append(answer)
-        self.note, began, drawn, pieces = "…", time.monotonic(), 0.0, 0
-        try:
-            for piece, cut_off in stream(self.server, self.name, sent, temperature, max_tokens):
-                if stop.is_set():
-                    self.note = "stopped"
-                    return
-                answer["content"] += piece
-                pieces += bool(piece)
-                if time.monotonic() - drawn > REDRAW_S:
-                    drawn = time.monotonic()
-                    self.draw()
-                if cut_off:
-                    self.note = f"cut off at {max_tokens} tokens"
-            if self.note == "…":
-                self.note = f"{pieces} tokens, {pieces / max(time.monotonic() - began, 1e-6):.0f} a second"
-        except Exception as error:  # whatever the network or the server does; the other column continues
-            self.note = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
-        finally:
-            if not answer["content"]:
-                self.messages.pop()
-            self.draw()
-
-    def clear(self) -> None:
-        self.messages.clear()
-        self.note = ""
-        self.draw()
-
-    def draw(self) -> None:
-        side = {"user": "background:rgba(80,130,240,.13);margin-left:12%", "assistant": "margin-right:12%"}
-        turns = [f'<div style="{BUBBLE};{side[m["role"]]}">{escape(m["content"])}</div>' for m in self.messages]
-        self.box.value = (
-            f'<div style="font-weight:600">{escape(self.name)}</div>'
-            f'<div style="max-height:26em;overflow-y:auto">{"".join(turns)}</div>'
-            f'<div style="opacity:.7;font-size:90%">{escape(self.note)}</div>'
-        )
+    with create(model=model, messages=messages, temperature=temperature, max_tokens=most, stream=True) as events:
+        for event in events:
+            yield (event.choices[0].delta.content or "") if event.choices else ""
 
 
 class Chat:
-    """The widgets and their buttons. `view` is what a notebook displays; `send` and `stop` do what the buttons do."""
+    """The widgets and their buttons. `view` is what a notebook displays; `send`, `stop` and `clear` do what the buttons
+    do.
 
-    def __init__(
-        self, servers: Mapping[str, Server | str], system: str = "", temperature: float = 0.0, max_tokens: int = 256
-    ):
+    Of each model by its name: said, the conversation without the system prompt; notes, how its last answer went;
+    boxes, its side of the view.
+    """
+
+    def __init__(self, servers: Mapping[str, Server | str], system: str, temperature: float, max_tokens: int):
         import ipywidgets as w
 
-        self.columns = [Column(name, server) for name, server in servers.items()]
+        self.servers, self.temperature, self.max_tokens = servers, temperature, max_tokens
+        self.said: dict[str, list[Message]] = {}
+        self.notes: dict[str, str] = {}
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
-        wide, named = w.Layout(width="100%"), {"style": {"description_width": "initial"}}
+        wide = w.Layout(width="100%")
+        self.boxes = {name: w.HTML(layout=wide) for name in servers}
         empty = "System prompt (empty: the model's own)"
         self.system = w.Textarea(value=system, placeholder=empty, layout=wide, rows=2)
         self.question = w.Textarea(placeholder="Ask something", layout=wide, rows=2)
-        self.temperature = w.FloatSlider(temperature, min=0.0, max=2.0, step=0.1, description="temperature", **named)
-        self.max_tokens = w.IntSlider(max_tokens, min=16, max=2048, step=16, description="max tokens", **named)
-        self.buttons = {}
-        for name, action in (("Send", self._on_send), ("Stop", self.stop), ("Clear", self.clear)):
-            self.buttons[name] = w.Button(description=name, button_style="primary" if name == "Send" else "")
-            self.buttons[name].on_click(lambda _, action=action: action())
-        controls = [*self.buttons.values(), self.temperature, self.max_tokens]
-        columns = w.HBox([c.box for c in self.columns], layout=wide)
-        below = w.HBox(controls, layout=w.Layout(flex_flow="row wrap"))
-        self.view = w.VBox([self.system, columns, self.question, below], layout=wide)
+        self.buttons = {name: w.Button(description=name) for name in ("Send", "Stop", "Clear")}
+        for button, action in zip(self.buttons.values(), (self._on_send, self.stop, self.clear), strict=True):
+            button.on_click(lambda _, action=action: action())
+        sides, below = w.HBox(list(self.boxes.values()), layout=wide), w.HBox(list(self.buttons.values()))
+        self.view = w.VBox([self.system, sides, self.question, below], layout=wide)
+        self.clear()
 
     def _on_send(self) -> None:
         if self.question.value.strip() and not self.busy():
@@ -128,10 +75,42 @@ class Chat:
         self.stop()
         self.wait()
         self._stop = threading.Event()
-        said = (question, self.system.value, self.temperature.value, self.max_tokens.value, self._stop)
-        self._threads = [threading.Thread(target=c.ask, daemon=True, args=said) for c in self.columns]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(name, question, self._stop), daemon=True) for name in self.servers
+        ]
         for thread in self._threads:
             thread.start()
+
+    def _ask(self, name: str, question: str, stop: threading.Event) -> None:
+        """Ask one model and stream the answer into its box until it ends or `stop` is set."""
+        said, answer, drawn = self.said[name], {"role": "assistant", "content": ""}, 0.0
+        said.append({"role": "user", "content": question})
+        system = [{"role": "system", "content": self.system.value}] if self.system.value.strip() else []
+        pieces = stream(self.servers[name], name, system + said, self.temperature, self.max_tokens)
+        said.append(answer)
+        try:
+            for count, piece in enumerate(pieces):
+                answer["content"] += piece
+                self.notes[name] = f"{count} tokens"
+                if stop.is_set():
+                    self.notes[name] = "stopped"
+                    break
+                if time.monotonic() - drawn > REDRAW_S:
+                    drawn = time.monotonic()
+                    self._draw(name)
+        except Exception as error:  # whatever the network or the server does; the other model continues
+            self.notes[name] = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        if not answer["content"]:
+            said.pop()
+        self._draw(name)
+
+    def _draw(self, name: str) -> None:
+        turns = [f'<div style="{BUBBLE};{SIDES[m["role"]]}">{escape(m["content"])}</div>' for m in self.said[name]]
+        self.boxes[name].value = (
+            f'<div style="font-weight:600">{escape(name)}</div>'
+            f'<div style="max-height:26em;overflow-y:auto">{"".join(turns)}</div>'
+            f'<div style="opacity:.7;font-size:90%">{escape(self.notes[name])}</div>'
+        )
 
     def busy(self) -> bool:
         return any(t.is_alive() for t in self._threads)
@@ -146,10 +125,12 @@ class Chat:
             thread.join(timeout_s)
 
     def clear(self) -> None:
+        """Begin anew."""
         self.stop()
         self.wait(5)
-        for column in self.columns:
-            column.clear()
+        for name in self.servers:
+            self.said[name], self.notes[name] = [], ""
+            self._draw(name)
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
@@ -186,17 +167,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--system", default="", help="system prompt; none takes the model's own")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer, in tokens (default 512)")
     options = parser.parse_args(arguments)
+    said = [{"role": "system", "content": options.system}] if options.system else []
     try:
         server = serve.start(options.what)
-        said = [{"role": "system", "content": options.system}] if options.system else []
         while question := input("> ").strip():
-            said.append({"role": "user", "content": question})
-            answer = ""
-            for piece, _ in stream(server, server.path.stem, said, 0.0, options.max_tokens):
-                answer += piece
+            said += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+            for piece in stream(server, server.path.stem, said[:-1], 0.0, options.max_tokens):
+                said[-1]["content"] += piece
                 print(clean(piece), end="", flush=True)
             print()
-            said.append({"role": "assistant", "content": answer})
     except (EOFError, KeyboardInterrupt):
         print()
     finally:

@@ -122,51 +122,37 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 def training_curves(lines: Lines) -> Any:
     """Loss (each step, smoothed, held out), learning rate, gradient norm and speed of a log.jsonl's lines."""
-    return curves(lines, ("loss", "learning_rate", "grad_norm", "tokens_per_s"), columns=2)
+    return curves({"": lines}, ("loss", "learning_rate", "grad_norm", "tokens_per_s"), columns=2)
 
 
 def preference_curves(lines: Lines) -> Any:
     """Log odds, margin and accuracy, each step and on held-out pairs."""
-    return curves(lines, ("log_odds_chosen", "rewards/margins", "rewards/accuracies"), columns=3)
+    return curves({"": lines}, ("log_odds_chosen", "rewards/margins", "rewards/accuracies"), columns=3)
 
 
-def curves(lines: Lines, names: Sequence[str], columns: int = 1) -> Any:
-    """A panel for each of `names` (keys of CURVES)."""
-    said = ", ".join(f"{CURVES[n].title.lower()} {_trend(series(lines, n)[1])}" for n in names)
+def curves(logs: Mapping[str, Lines], names: Sequence[str], columns: int = 1) -> Any:
+    """A panel for each of `names` (keys of CURVES). logs: one run's, or several runs' by their names."""
+    said = [f"{run} {CURVES[n].title.lower()} {_trend(series(log, n)[1])}" for n in names for run, log in logs.items()]
     width = 4.6 if columns < 3 else 3.5
-    figure, panels = _figure(f"Curves by step: {said}", -(-len(names) // columns), columns, width)
+    figure, panels = _figure(f"Curves by step: {', '.join(said)}", -(-len(names) // columns), columns, width)
     for panel, name in zip(panels, names, strict=True):
-        curve, (steps, values) = CURVES[name], series(lines, name)
-        held_out = series(lines, f"eval_{name}")
-        panel.plot(
-            *_thinned(steps, values), color=BLUE, alpha=0.35 if curve.smooth else 1, linewidth=1, label="each step"
-        )
-        if curve.smooth:
-            panel.plot(*_thinned(steps, smoothed(values)), color=BLUE, linewidth=2, label="smoothed")
-            panel.plot(*held_out, "o-", color=ORANGE, markersize=4, label="held out")
-            _legend(panel)
-        if values or held_out[1]:
-            panel.set_ylim(bottom=curve.floor)
-        _by_step(panel, curve.title, curve.unit)
+        curve = CURVES[name]
+        for number, (run, lines) in enumerate(logs.items()):
+            colour = PALETTE[number % len(PALETTE)]
+            (steps, values), held_out = series(lines, name), series(lines, f"eval_{name}")
+            if len(logs) == 1:
+                faint = 0.35 if curve.smooth else 1
+                panel.plot(*_thinned(steps, values), color=colour, alpha=faint, linewidth=1, label="each step")
+            if curve.smooth:
+                points = {"marker": "o", "markersize": 4, "linestyle": "--" if run else "-"}
+                panel.plot(*_thinned(steps, smoothed(values)), color=colour, label=label(run) or "smoothed")
+                panel.plot(*held_out, color=colour if run else ORANGE, label="" if run else "held out", **points)
+                _legend(panel)
+            if values or held_out[1]:
+                panel.set_ylim(bottom=curve.floor)
+        panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
+        panel.xaxis.get_major_locator().set_params(integer=True)
     return figure
-
-
-def overlay(runs: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str, unit: str) -> Any:
-    """One curve for each run, smoothed where it has many points. runs: name → (steps, values)."""
-    figure, (panel,) = _figure(f"{title}: " + ", ".join(f"{n} {_trend(v)}" for n, (_, v) in runs.items()))
-    for number, (name, (steps, values)) in enumerate(runs.items()):
-        few = len(values) <= 30  # held-out points: shown as they are
-        style = {"color": PALETTE[number % len(PALETTE)], "linestyle": ("-", "--", ":")[number // len(PALETTE) % 3]}
-        drawn = _thinned(steps, values if few else smoothed(values))
-        panel.plot(*drawn, marker="o" if few else "", markersize=4, label=label(name), **style)
-    _by_step(panel, label(title), unit)
-    _legend(panel)
-    return figure
-
-
-def _by_step(panel: Any, title: str, unit: str) -> None:
-    panel.set(title=title, xlabel="step", ylabel=unit)
-    panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _trend(values: Sequence[float]) -> str:

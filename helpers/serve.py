@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import llm_client, machine, runs
+from helpers.__main__ import main as tunebook
 from helpers.errors import TunebookError
 from helpers.gguf import header
 from helpers.gguf.runner import Server
@@ -67,13 +68,10 @@ def find(what: str | Path, type: str = "") -> Path:
     manifest = runs.load(str(what), "gguf", verify=False)
     names = [n for n in manifest.data["artifacts"] if n.startswith("model-") and n.endswith(".gguf")]
     types = {name.removeprefix("model-").removesuffix(".gguf"): manifest.path / name for name in names}
-    recommended = manifest.metrics.get("recommended", {}).get("type")
-    wanted = type or recommended or next(iter(types), "GGUF file")
+    wanted = type or manifest.metrics.get("recommended", {}).get("type") or next(iter(types), "GGUF file")
     if wanted not in types:
-        raise TunebookError(
-            f"The run {what!r} exported no {wanted}; it has {', '.join(types) or 'none'}. "
-            "Name one of them, or run 04_gguf_export with that type."
-        )
+        found = f"The run {what!r} exported no {wanted}; it has {', '.join(types) or 'none'}"
+        raise TunebookError(f"{found}. Name one of them, or run 04_gguf_export with that type.")
     return types[wanted]
 
 
@@ -91,9 +89,8 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
 
     longest = of("context_length", 4096)
     if context > longest:
-        raise TunebookError(
-            f"context is {context} tokens, longer than the {longest} that {path.name} was made for; ask for less."
-        )
+        found = f"context is {context} tokens, longer than the {longest} that {path.name} was made for"
+        raise TunebookError(f"{found}; ask for less.")
     context = context or min(longest, 4096)
     heads = of("attention.head_count", 1)
     width = of("embedding_length", 0) // heads
@@ -104,10 +101,10 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
     if need > free:
         fits = int((free - fixed) / max(per_token, 1e-12))
         advice = f"a context of {fits} tokens would fit" if fits >= 256 else "take a smaller quantisation"
-        raise TunebookError(
-            f"Serving {path.name} with {parallel} × {context} tokens needs {need:.1f} GiB and {free:.1f} GiB are free; "
-            f"{advice}."
+        found = (
+            f"Serving {path.name} with {parallel} × {context} tokens needs {need:.1f} GiB and {free:.1f} GiB are free"
         )
+        raise TunebookError(f"{found}; {advice}.")
     return context, need
 
 
@@ -125,9 +122,7 @@ def describe(server: Server) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.serve", description="Serve a GGUF file or a run's export on this machine."
-    )
+    parser = argparse.ArgumentParser(prog="tunebook serve", description="Serve a GGUF file or a run's export here.")
     add = parser.add_argument
     add("what", help="a GGUF file, a folder that holds one, or the name of a run")
     add("--port", type=int, default=8080, help="port on 127.0.0.1; 0 takes a free one (default 8080)")
@@ -135,15 +130,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--parallel", type=int, default=1, help="conversations at once")
     add("--type", default="", help="of a run with several files, the one to serve, such as q4_k_m")
     add("--temperature", type=float, default=0.0, help="for clients that ask for none; 0 as the scores were measured")
+    given = vars(parser.parse_args(arguments))
     # a shell that starts it in the background hands interrupts down ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        server = start(**vars(parser.parse_args(arguments)))
+        server = start(**given)
         print(describe(server), "Ctrl-C ends it.", sep="\n", flush=True)
         server.wait()
-    except TunebookError as error:
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 0
     finally:
@@ -151,4 +144,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(tunebook(["serve", *sys.argv[1:]]))

@@ -25,26 +25,26 @@ def test_two_models_answer_side_by_side_and_remember_the_conversation(server):
     talk.wait(120)
     talk.send("Another one?")
     talk.wait(120)
-    for column in talk.columns:
-        assert [m["role"] for m in column.messages] == ["user", "assistant"] * 2
-        assert column.messages[1]["content"] in column.box.value.replace("&#x27;", "'").replace("&quot;", '"')
-        assert "tokens" in column.note
+    for name, said in talk.said.items():
+        assert [m["role"] for m in said] == ["user", "assistant"] * 2
+        assert said[1]["content"] in talk.boxes[name].value.replace("&#x27;", "'").replace("&quot;", '"')
+        assert "tokens" in talk.notes[name]
     assert talk.question.value == ""
     talk.buttons["Clear"].click()
-    assert all(not c.messages for c in talk.columns)
+    assert talk.said == {"base": [], "tuned": []}
 
 
 def test_stop_ends_an_answer_early_and_keeps_what_is_there(server):
     talk = chat.show(server, max_tokens=1000)
     talk.send("Count from one to one thousand, one number a line.")
-    column = talk.columns[0]
+    ((name, said),) = talk.said.items()
     for _ in range(600):
-        if len(column.messages) > 1 and column.messages[1]["content"]:
+        if len(said) > 1 and said[1]["content"]:
             break
         time.sleep(0.05)
     talk.buttons["Stop"].click()
     talk.wait(60)
-    assert column.note == "stopped" and column.messages[1]["content"] and not talk.busy()
+    assert talk.notes[name] == "stopped" and said[1]["content"] and not talk.busy()
 
 
 class Recorder(http.server.BaseHTTPRequestHandler):
@@ -88,7 +88,7 @@ def test_markup_in_an_answer_is_shown_and_never_run(recorder):
     talk = chat.show({"<b>m</b>": recorder}, system="You write SQL.", temperature=0.5)
     talk.send("<i>hi</i>")
     talk.wait(30)
-    html = talk.columns[0].box.value
+    html = talk.boxes["<b>m</b>"].value
     assert (
         "&lt;script&gt;alert(1)" in html and "&lt;img src=x" in html and "&lt;i&gt;hi" in html and "&lt;b&gt;m" in html
     )
@@ -101,13 +101,12 @@ def test_one_model_that_fails_does_not_silence_the_other(recorder):
     talk = chat.show({"gone": "http://127.0.0.1:9/v1", "here": recorder})
     talk.send("hi")
     talk.wait(60)
-    gone, here = talk.columns
-    assert gone.note.startswith("no answer") and [m["role"] for m in gone.messages] == ["user"]
-    assert here.messages[1]["content"].startswith("<script>")
+    assert talk.notes["gone"].startswith("no answer") and [m["role"] for m in talk.said["gone"]] == ["user"]
+    assert talk.said["here"][1]["content"].startswith("<script>")
 
 
 def test_only_widgets_that_both_ipywidgets_share_are_used(server):
-    shared = {"VBox", "HBox", "HTML", "Textarea", "Button", "FloatSlider", "IntSlider"}
+    shared = {"VBox", "HBox", "HTML", "Textarea", "Button"}
     seen, open_ = set(), [chat.show(server).view]
     while open_:
         widget = open_.pop()

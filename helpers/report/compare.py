@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import display, plots, runs
+from helpers import display, plots
 from helpers.errors import TunebookError
 from helpers.report import shell
-from helpers.report.facts import Facts, gather
+from helpers.report.facts import TITLES, Facts, gather
 
 MOST_AXES = 8
 
@@ -23,6 +23,7 @@ def render(names: list[str]) -> str:
         limits = display.interval(best.get("low"), best.get("high"))
         headline = f"Highest: {found[0].run} with {display.percent(best['value'])} ({limits})."
     settings, held_out = _settings(found), [_held_out(f) for f in found]
+    trained = {TITLES[s]: {f.run: f.logs[s] for f in found if f.logs.get(s)} for s in ("sft", "orpo")}
     return shell.page(
         "compare.html.j2",
         "Runs compared",
@@ -32,7 +33,7 @@ def render(names: list[str]) -> str:
         held_out=held_out,
         runs=found,
         sweep=_sweep(found, settings, held_out),
-        curves=_curves(found),
+        curves={stage: plots.curves(logs, ["loss"]) for stage, logs in trained.items() if logs},
     )
 
 
@@ -75,14 +76,3 @@ def _sweep(found: list[Facts], settings: dict[str, list[Any]], held_out: list[fl
     shown = {name: [values[i] for i in scored] for name, values in axes.items()}
     shown = {name: values for name, values in shown.items() if any(v is not None for v in values)}
     return plots.sweep(shown, [found[i].run for i in scored]) if len(scored) > 1 else None
-
-
-def _curves(found: list[Facts]) -> list[Any]:
-    figures = []
-    for stage in ("sft", "orpo"):
-        for key, title in (("loss", "training loss"), ("eval_loss", "held-out loss")):
-            series = {f.run: plots.series(f.logs.get(stage, []), key) for f in found}
-            series = {name: points for name, points in series.items() if points[0]}
-            if series:
-                figures.append(plots.overlay(series, f"{runs.FOLDERS[stage]}: {title}", "nats a token"))
-    return figures

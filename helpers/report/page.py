@@ -159,7 +159,7 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     flat = {k: v for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str)) and len(str(v)) < 200}
     return {
         "title": TITLES[stage],
-        "figures": [plots.curves(log, [name]) for name in logged],
+        "figures": [plots.curves({"": log}, [name]) for name in logged],
         "planned": used * (1 + error) if display.finite(error) else None,
         "used": used,
         "notes": [n for n in (chosen, plan.get("reason"), *(manifest.get("notes") or [])) if n],

@@ -417,7 +417,7 @@ def test_bad_names_are_a_sentence(root):
 def test_curves_keep_their_peaks_and_leave_out_what_is_no_number():
     lines = [{"step": i, "grad_norm": 1.0} for i in range(5000)]
     lines[2345]["grad_norm"] = 9.0
-    figure = plots.curves([*lines, {"step": 5000, "grad_norm": "nan"}], ["grad_norm"])
+    figure = plots.curves({"": [*lines, {"step": 5000, "grad_norm": "nan"}]}, ["grad_norm"])
     (line,) = figure.axes[0].get_lines()
     assert len(line.get_xdata()) <= plots.MOST_POINTS + 2 and max(line.get_ydata()) == 9.0
     assert (2345, 9.0) in list(zip(line.get_xdata(), line.get_ydata(), strict=True))

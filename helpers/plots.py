@@ -120,21 +120,23 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return out
 
 
-def training_curves(lines: Lines) -> Any:
+def training_curves(lines: Lines, title: str = "") -> Any:
     """Loss (each step, smoothed, held out), learning rate, gradient norm and speed of a log.jsonl's lines."""
-    return curves({"": lines}, ("loss", "learning_rate", "grad_norm", "tokens_per_s"), columns=2)
+    return curves({"": lines}, ("loss", "learning_rate", "grad_norm", "tokens_per_s"), title, columns=2)
 
 
-def preference_curves(lines: Lines) -> Any:
+def preference_curves(lines: Lines, title: str = "") -> Any:
     """Log odds, margin and accuracy, each step and on held-out pairs."""
-    return curves({"": lines}, ("log_odds_chosen", "rewards/margins", "rewards/accuracies"), columns=3)
+    return curves({"": lines}, ("log_odds_chosen", "rewards/margins", "rewards/accuracies"), title, columns=3)
 
 
-def curves(logs: Mapping[str, Lines], names: Sequence[str], columns: int = 1) -> Any:
+def curves(logs: Mapping[str, Lines], names: Sequence[str], title: str = "", columns: int = 1) -> Any:
     """A panel for each of `names` (keys of CURVES). logs: one run's, or several runs' by their names."""
     said = [f"{run} {CURVES[n].title.lower()} {_trend(series(log, n)[1])}" for n in names for run, log in logs.items()]
     width = 4.6 if columns < 3 else 3.5
-    figure, panels = _figure(f"Curves by step: {', '.join(said)}", -(-len(names) // columns), columns, width)
+    alt = f"{title or 'Curves'} by step: {', '.join(said)}"
+    figure, panels = _figure(alt, -(-len(names) // columns), columns, width)
+    figure.suptitle(label(title), fontsize=11, color=INK)
     for panel, name in zip(panels, names, strict=True):
         curve = CURVES[name]
         for number, (run, lines) in enumerate(logs.items()):

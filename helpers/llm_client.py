@@ -16,6 +16,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import Any
 from helpers import cache
 from helpers.errors import TunebookError
 
+REPLY_BYTES = 8 << 20  # a longer reply is nonsense
 WINDOW = 16  # questions for each connection that are read ahead
 SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
 
@@ -33,7 +35,7 @@ class Endpoint:
     """Where to ask, and how.
 
     model: its name there, "" for the first that the server lists. key_name: the environment variable that holds the
-    key, "" for none; the key itself is neither printed nor written. timeout_s: of silence while an answer is awaited.
+    key, "" for none; the key itself is neither printed nor written. timeout_s: for an answer.
     retries: of refused or broken connections, heeding Retry-After.
     """
 
@@ -218,10 +220,10 @@ class Client:
         if self._gone:
             return {"failed": True, "error": self._gone}
         try:
-            reply = self._openai.chat.completions.create(**request.body(self.model))
-            choice, usage = reply.choices[0], reply.usage
-            record = {"text": choice.message.content + "", "finished": choice.finish_reason == "stop"}
-            record |= {n: int(getattr(usage, n, 0) or 0) for n in ("prompt_tokens", "completion_tokens")}
+            reply = self._whole_reply(request)
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            record = {"text": choice["message"]["content"] + "", "finished": choice.get("finish_reason") == "stop"}
+            record |= {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             record = {"error": f"the server refused the question: {_short(error)}"}
         except Exception as error:  # whatever a server may send: the question fails with it, not the run
@@ -235,6 +237,20 @@ class Client:
         if self.answers and "failed" not in record:
             self.answers.put(key, record)
         return record
+
+    def _whole_reply(self, request: Request) -> dict[str, Any]:
+        """The reply's JSON, read piece by piece: one that trickles or floods in meets a limit too."""
+        import openai
+
+        deadline, body = time.monotonic() + self.endpoint.timeout_s, bytearray()
+        with self._openai.chat.completions.with_streaming_response.create(**request.body(self.model)) as reply:
+            for piece in reply.iter_bytes():
+                body += piece
+                if time.monotonic() > deadline:
+                    raise openai.APITimeoutError(reply.http_request)
+                if len(body) > REPLY_BYTES:
+                    raise ValueError(f"the reply is longer than {REPLY_BYTES:,} bytes")
+        return json.loads(body)
 
     def _said(self, error: Exception) -> str:
         """What went wrong, and what to do about it."""

@@ -427,10 +427,13 @@ class Hostile(BaseHTTPRequestHandler):
             body = b'{"choices": [{"message": {"content": "fine"}, "finish_reason": "stop"}]}'
         self.send_response(500 if behaviour == "error" or (behaviour == "dies" and not body) else 200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if body or behaviour in ("error", "dies") else 10**9))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client has gone, as it should
             self.wfile.write(body)
+            while behaviour in ("trickle", "flood"):
+                self.wfile.write(b" " * (1 if behaviour == "trickle" else 1 << 20))
+                threading.Event().wait(0.1 if behaviour == "trickle" else 0)
 
     def do_GET(self):
         self.send_error(404)
@@ -460,7 +463,9 @@ def ask(url, count=1, **options):
     return model.generate([[{"role": "user", "content": f"hi {i}"}] for i in range(count)], Decoding(5))
 
 
-@pytest.mark.parametrize("behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall"])
+@pytest.mark.parametrize(
+    "behaviour", ["nonsense", "empty", "null", "list", "number", "error", "stall", "trickle", "flood"]
+)
 def test_an_endpoint_that_misbehaves_costs_the_item_and_says_why(hostile, behaviour):
     Hostile.behaviour = behaviour
     (answer,) = ask(hostile, timeout_s=0.5)

@@ -1,4 +1,4 @@
-"""Cleaning steps on rows, each optional: Unicode repair, language, length, toxicity; and their order.
+"""Cleaning steps on rows, each optional: Unicode repair, language, length, loops, gibberish, toxicity; their order.
 
 Each takes and gives batches of rows and writes what it changed or removed into its StepReport, with an example for
 every reason. No rule assumes that words are separated by spaces.
@@ -25,19 +25,31 @@ HARMLESS = ("non-toxic", "nontoxic", "not toxic", "neutral", "safe", "non-hate",
 MAX_CHARS = 4_000  # a scorer sees the start of longer texts
 MIN_LETTERS_FOR_LANGUAGE = 20  # below, py3langid guesses; Chinese says in 20 characters what English says in 60
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r")
+LOOP = 60  # letters and digits in a row that only a loop or boilerplate holds twice
+NOT_LETTERS = re.compile(r"[\W_]+")
+UNREADABLE = re.compile("[\ufffd\ue000-\uf8ff]")  # replacement and private-use characters
+BLOB = re.compile(r"[A-Za-z0-9+/=_%]{501,}")
+LATIN_WORD = re.compile(r"(?<!\w)[a-z]{4,}(?!\w)")
+UNSPEAKABLE = re.compile(r"^[^aeiouy]+$|[bcdfghjklmnpqrstvwxz]{6,}")
 
 
 def run(
     rows: Table,
     p: DataParams,
     report: Callable[[str], StepReport],
-    evaluation: Table | None = None,
+    evaluation: Table | None,
+    count_tokens: Callable[[str], int],
 ) -> Table:
     """Rows through every step that is switched on, in a fixed order: repair, judge, deduplicate, decontaminate.
 
     report: gives a step of this name its account. evaluation: rows that must not be trained on.
     """
     found: Iterable[list[Row]] = rows
+
+    def too_few_tokens(row: Row) -> str:
+        count = count_tokens(answer_of(row))
+        return f"{count} tokens, fewer than {p.min_tokens}" if count < p.min_tokens else ""
+
     if not len(rows):
         return rows
     if p.repair_unicode:
@@ -46,6 +58,12 @@ def run(
         found = keep_languages(found, report("language"), p.languages)
     if p.min_chars or p.max_chars:
         found = keep_lengths(found, report("length"), p.min_chars, p.max_chars)
+    if p.min_tokens:
+        found = drop(found, report("length in tokens"), "answer too short", too_few_tokens)
+    if p.drop_repetitive:
+        found = drop(found, report("repetition"), "repetitive", lambda row: repetition(answer_of(row)))
+    if p.drop_gibberish:
+        found = drop(found, report("gibberish"), "gibberish", lambda row: gibberish("\n".join(spoken(row))))
     if p.personal_data != "off":
         found = mask_personal_data(found, report("personal data"), action=p.personal_data)
     if p.toxicity != "none":
@@ -126,6 +144,43 @@ def keep_lengths(
                 yield None
 
     return report.sift(rows, judge)
+
+
+def drop(
+    rows: Iterable[list[Row]], report: StepReport, reason: str, fault: Callable[[Row], str]
+) -> Iterator[list[Row]]:
+    """Drop rows in which `fault` finds something: a detail, or "" for none."""
+    return report.sift(rows, lambda batch: ((reason, why) if (why := fault(row)) else None for row in batch))
+
+
+def repetition(text: str) -> str:
+    """Why a text is a loop, or "": over 60 % of its runs of 60 letters and digits, of at least 20, occurred before in
+    it. Rules and empty tables have no letters; the records of JSON, SQL or code seldom share that much in a row."""
+    letters = NOT_LETTERS.sub("", text)
+    runs = len(letters) - LOOP + 1
+    again = 1 - len({letters[i : i + LOOP] for i in range(runs)}) / runs if runs >= 20 else 0.0
+    return f"{again:.0%} of its runs of {LOOP} letters are repeats" if again > 0.6 else ""
+
+
+def gibberish(text: str) -> str:
+    """Why a text is not of any language, or "".
+
+    Over 1 % replacement or private-use characters, of three and more; under 30 % letters and digits, from 50 characters
+    on; more than 500 characters without a break in a script that has spaces; over half of ten and more Latin words
+    without a vowel, or with six consonants in a row.
+    """
+    solid = "".join(text.split())
+    if (bad := len(UNREADABLE.findall(solid))) > max(2, len(solid) / 100):
+        return f"{bad} unreadable characters in {len(solid)}"
+    if len(solid) >= 50 and (share := len(NOT_LETTERS.sub("", solid)) / len(solid)) < 0.3:
+        return f"only {share:.0%} letters and digits"
+    if blob := BLOB.search(text):
+        return f"an unbroken run of {len(blob.group())} characters"
+    words = LATIN_WORD.findall(text.lower())
+    odd = [word for word in words if UNSPEAKABLE.search(word)]
+    if len(words) >= 10 and len(odd) > len(words) / 2:
+        return f"{len(odd)} of {len(words)} words cannot be spoken, such as {odd[0][:30]!r}"
+    return ""
 
 
 # ---------------------------------------------------------------- toxicity

@@ -153,10 +153,13 @@ class Job(StageJob):
         self._begin("clean")
         tests = self.tests.table if len(self.tests.table) else None
 
+        def count_tokens(text: str) -> int:
+            return len(vocabulary.token_ids(self.tokenizer, [text])[0])
+
         def cleaned(rows: Iterable[list[Row]], label: str = "") -> Table:
             table = rows if isinstance(rows, Table) else Table.collect(rows)
             account = functools.partial(self.report_of, "clean", label)
-            return cleaning.run(table, self.params, account, tests)
+            return cleaning.run(table, self.params, account, tests, count_tokens)
 
         self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)

@@ -1,11 +1,14 @@
 """Cleaning steps: what they mend, remove and must leave alone; every removal counted with an example."""
 
+import json
+
 import pytest
 
 from helpers.data import cleaning as clean
-from helpers.data.tables import StepReport
-from helpers.data.turns import batches, make_row
+from helpers.data.tables import StepReport, Table
+from helpers.data.turns import answer_of, batches, make_row
 from helpers.errors import TunebookError
+from helpers.params import DataParams
 
 
 def talk(question, answer="fine", system="", at=1):
@@ -125,3 +128,123 @@ def test_lengths_in_characters():
     assert [row["row"] for row in kept] == [2, 4]
     assert dict(report.dropped) == {"answer too short": 1, "too long": 1}
     assert report.examples["too long"]["detail"] == "502 characters, more than 100"
+
+
+def test_lengths_in_tokens():
+    rows = [talk("q", "yes", at=1), talk("q", "one two three four five", at=2)]
+    reports = []
+
+    def report(step):
+        reports.append(StepReport(step))
+        return reports[-1]
+
+    p = DataParams(min_tokens=3, repair_unicode=False, min_chars=0, exact_duplicates=False, near_duplicates=0.0)
+    kept = clean.run(Table.collect([rows]), p, report, None, lambda text: len(text.split()))
+    assert [row["row"] for row in kept.rows()] == [2]
+    assert "1 tokens, fewer than 3" in reports[0].examples["answer too short"]["detail"]
+
+
+# ---------------------------------------------------------------- repetition
+
+PROSE = (
+    "The river rises in the hills above the town and runs south for sixty miles before it meets the sea. "
+    "Fishermen have worked "
+    "its lower course since the Middle Ages, and a small fleet still leaves the harbour every morning. "
+    "In winter the banks flood, "
+    "and the lowest street is closed to traffic until the water has gone. A museum beside the old bridge "
+    "tells the story of the "
+    "great flood of 1872, when half of the houses were lost, and of the engineers who built the dam that followed it."
+)
+CHINESE = (
+    "这条河发源于城镇上方的山丘，向南流淌六十英里后汇入大海。渔民自中世纪以来一直在下游捕鱼，"
+    "每天早晨仍有一支小船队离开港口。冬天河岸会被淹没，最低的街道禁止通行。"
+)
+STRUCTURED = [
+    json.dumps(
+        [
+            {"id": i, "name": f"user{i}", "active": True, "address": {"city": "Bonn", "zip": 53000 + i}}
+            for i in range(40)
+        ]
+    ),
+    json.dumps([{"id": i, "name": f"user{i}", "active": True, "role": None} for i in range(40)], indent=2),
+    json.dumps([[0.0, 0.5, 1.0]] * 3 + [[], {}, [[], []]]),
+    "\n".join(
+        f"INSERT INTO orders (id, customer, city, total) VALUES ({i}, 'c{i}', 'Bonn', {i * 3});" for i in range(40)
+    ),
+    " UNION ALL ".join(f"SELECT name, length FROM rivers WHERE country = '{c}'" for c in "ABCDEFGHIJKLMNOP"),
+    "\n".join(f"    if kind == {i}:\n        return convert(value, {i}, strict=True)" for i in range(30)),
+    "movq %rsp, %rbp\nsubq $16, %rsp\nmovl $0, -4(%rbp)\ncmpl $9, -4(%rbp)\njg .L2\n" * 2,
+    'INT main(void) { char *strptr = malloc(8); strncpy(strptr, src, 7); printf("%s\\n", strptr); return 0; }',
+]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I am sorry. " * 40,
+        "好的，我明白了。" * 30,
+        "\n".join(["- the same line again"] * 12),
+        "ha" + "a" * 80,
+        "no " * 100,
+    ],
+)
+def test_answers_that_repeat_themselves_are_dropped(answer):
+    kept, report = through(clean.drop, [talk("q", answer)], "repetitive", lambda row: clean.repetition(answer_of(row)))
+    assert kept == [] and report.dropped["repetitive"] == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PROSE,
+        CHINESE,
+        "yes yes yes",
+        "| a | b |\n|---|---|\n" + "\n".join(f"| {i} | {i * i} |" for i in range(40)),
+        "-" * 100,
+        "for i in range(10):\n" + " " * 80 + "print(i)",
+        "\n".join(f"{i}. {word}" for i, word in enumerate(PROSE.split())),
+        "SELECT a FROM t WHERE b = 1",
+        *STRUCTURED,
+    ],
+)
+def test_prose_tables_rules_code_and_lists_are_no_repetition(answer):
+    assert clean.repetition(answer) == ""
+
+
+# ---------------------------------------------------------------- gibberish
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("�" * 10 + " some words that are here", "unreadable"),
+        ("#$%^&*()_+{}|:<>?~`-=[];',./" * 3, "letters and digits"),
+        ("image: " + "iVBORw0KGgoAAAANSUhEUg" * 30, "unbroken run"),
+        ("xkcd qwrtz bnmkl sdfgh hjklm wrtzp pqrst vwxyz lkjhg mnbvc dfghj tables", "cannot be spoken"),
+    ],
+)
+def test_gibberish_is_dropped_with_its_reason(text, why):
+    kept, report = through(clean.drop, [talk("q", text)], "gibberish", lambda row: clean.gibberish(answer_of(row)))
+    assert kept == [] and why in report.examples["gibberish"]["detail"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROSE,
+        CHINESE,
+        CHINESE.replace("，", "").replace("。", "") * 10,  # 700 characters without a space or a full stop
+        TEXTS["de"],
+        "strč prst skrz krk",
+        "SELECT t.x, COUNT(*) FROM t JOIN s ON t.id = s.id WHERE s.q <> 'b' GROUP BY t.x HAVING COUNT(*) > 3",
+        "def f(x):\n    return {k: v for k, v in x.items() if v != []}\n" * 3,
+        "😂😂😂👍🎉",
+        "https://example.com/a/very/long/path?with=some&query=string#and-a-fragment",
+        "हिन्दी भाषा में लिखा हुआ एक साधारण वाक्य जो किसी के लिए भी समझना आसान है।",
+        "x = 3",
+        "",
+        *STRUCTURED,
+    ],
+)
+def test_language_code_and_links_are_no_gibberish(text):
+    assert clean.gibberish(text) == ""

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import yaml
 
@@ -346,6 +346,18 @@ def find(stage: str, name: str) -> Param:
     raise TunebookError(f"The {stage} stage has no parameter {name!r}; {hint}")
 
 
+@overload
+def resolve(stage: Literal["data"], given: Mapping[str, Any] | None = None) -> DataParams: ...
+@overload
+def resolve(stage: Literal["sft"], given: Mapping[str, Any] | None = None) -> SftParams: ...
+@overload
+def resolve(stage: Literal["orpo"], given: Mapping[str, Any] | None = None) -> OrpoParams: ...
+@overload
+def resolve(stage: Literal["gguf"], given: Mapping[str, Any] | None = None) -> GgufParams: ...
+@overload
+def resolve(stage: Literal["eval"], given: Mapping[str, Any] | None = None) -> EvalParams: ...
+@overload
+def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any: ...
 def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any:
     """The stage's class with `given` in place of some defaults, every name and value checked."""
     if stage not in STAGES:

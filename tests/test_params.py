@@ -106,8 +106,8 @@ def test_a_misspelt_global_is_found_among_a_notebooks_names():
 
 
 def test_a_misspelt_parameter_is_found_by_the_type_checker(tmp_path):
-    lines = ("from helpers import params", "values = params.SftParams()", "values.rank + values.learning_rate")
-    lines += ("values.rnk", "values.rank = 'many'", "params.EvalParams().rank")
+    lines = ("from helpers import params", "resolved = params.resolve('sft')", "resolved.rank + resolved.learning_rate")
+    lines += ("resolved.rnk", "resolved.rank = 'many'", "params.resolve('eval').rank")
     (tmp_path / "use.py").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(tmp_path / "use.py")],

@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from helpers import cache
 from helpers.errors import TunebookError
 
 REPLY_BYTES = 8 << 20  # a longer reply is nonsense
+BYTES_PER_TOKEN = 3.5  # English prose has about 4.5 to a token, code 3, Chinese 4
 WINDOW = 16  # questions for each connection that are read ahead
 SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
 
@@ -66,6 +68,12 @@ class Request:
     temperature: float = 0.7
     seed: int = 0
     tag: Any = field(default=None, compare=False)
+
+    @property
+    def tokens_in(self) -> int:
+        """About how many tokens are sent."""
+        sent = "".join(message["content"] for message in self.messages)
+        return round(len(sent.encode("utf-8", "surrogatepass")) / BYTES_PER_TOKEN)
 
     def body(self, model: str) -> dict[str, Any]:
         """What is sent."""
@@ -202,10 +210,16 @@ class Client:
                         raise TunebookError(record["error"] if patience == 1 else self._gone)
                     yield _reply(request, record, kept=key not in given)
 
-    def count(self, requests: Iterable[Request]) -> tuple[int, int]:
-        """How many of the questions `ask` would send, and how many were answered before."""
-        known = [bool(self._known(self._key(request))) for request in requests]
-        return known.count(False), known.count(True)
+    def estimate(self, requests: Iterable[Request]) -> Counter[str]:
+        """How many questions `ask` would send (new) and not (kept); about how many tokens it sends (tokens_in) and at
+        most gets (tokens_out). Sends none of them."""
+        found = Counter(new=0, kept=0, tokens_in=0, tokens_out=0)
+        for request in requests:
+            if self._known(self._key(request)):
+                found["kept"] += 1
+            else:
+                found.update(new=1, tokens_in=request.tokens_in, tokens_out=request.max_tokens)
+        return found
 
     def _key(self, request: Request) -> str:
         return cache.key(self.served if self.answers else "", request.body(self.model))

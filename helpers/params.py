@@ -197,7 +197,11 @@ class DataParams(Params):
     endpoint_model: str = more("", "Name of the model there")
     endpoint_key_name: str = more("OPENAI_API_KEY", "Environment variable that holds the server's key")
     pairs_per_document: int = more(3, "Questions asked about each piece of a document", low=1, high=50)
+    max_cost: float = more(0.0, "Refuse synthetic jobs that could cost more; 0: no limit", high=10**6)
+    price_in: float = more(0.0, "Price of a million tokens sent to the endpoint", high=10**4)
+    price_out: float = more(0.0, "Price of a million tokens that it writes", high=10**4)
     sql_negatives: bool = more(False, "Make preference pairs by running mistaken queries on the database")
+    compare_tokenizer: str = more("", "A second model whose tokenizer is measured beside this one's")
     add_tokens: str = more("", "New tokens, separated by commas")
     decontaminate: float = more(0.5, "A row with this share of a test question's 8-grams is dropped; 0: none", high=1)
 

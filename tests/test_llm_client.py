@@ -123,7 +123,13 @@ def test_answers_of_another_model_on_the_same_port_are_not_used_again(proxy, tmp
 def test_questions_are_counted_before_any_is_asked(proxy, book):
     asking = client(proxy, book)
     list(asking.ask(short(1)))
-    assert asking.count(short(3)) == (2, 1) and len(proxy.bodies) == 1
+    assert asking.estimate(short(3)) == {"new": 2, "kept": 1, "tokens_in": 0, "tokens_out": 8}
+    assert len(proxy.bodies) == 1
+
+
+def test_the_estimate_counts_tokens_before_anything_is_asked():
+    planned = Client(Endpoint("http://127.0.0.1:9/v1", "m")).estimate(marks(["x" * 350, "河" * 350]))
+    assert planned == {"new": 2, "kept": 0, "tokens_in": 100 + 300, "tokens_out": 48}
 
 
 def test_more_questions_than_are_read_ahead_come_back_in_order(proxy, book, monkeypatch):

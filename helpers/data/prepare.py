@@ -275,13 +275,20 @@ class Job(StageJob):
 
     @step
     def vocabulary(self) -> Html:
-        """Tokens per character of the data, unknown tokens, pieces per word."""
-        texts = (
-            "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
-            for row in self.mixed.rows()
-        )
-        self.figures["vocabulary"] = found = vocabulary.report(self.tokenizer, texts)
-        return shown([(name.replace("_", " "), plain(value)) for name, value in found.items()])
+        """Tokens per character of the data, unknown tokens, pieces per word; beside a second tokenizer's, if named."""
+        p, found = self.params, {}
+        tokenizers = {p.model: self.tokenizer}
+        if p.compare_tokenizer:
+            tokenizers[p.compare_tokenizer] = loading.load_tokenizer(loading.resolve_model(p.compare_tokenizer))
+        for name, tokenizer in tokenizers.items():
+            texts = (
+                "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
+                for row in self.mixed.rows()
+            )
+            found[name] = vocabulary.report(tokenizer, texts)
+        self.figures["vocabulary"] = found
+        rows = [(key.replace("_", " "), *(plain(one[key]) for one in found.values())) for key in found[p.model]]
+        return shown(rows, ("", *found))
 
     @step
     def encode(self) -> Html:

@@ -1,7 +1,7 @@
 """Training data written by a model: question-answer pairs from documents, preference pairs by rejection sampling.
 
-The documents are text rows, already cut into pieces. Answers are held to a JSON schema. How many questions there are is
-said before the first, and what is not good enough goes to the rejects with its reason.
+The documents are text rows, already cut into pieces. Answers are held to a JSON schema. How many questions there are,
+and what they could cost, is said before the first; what is not good enough goes to the rejects with its reason.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def object_of(**properties: dict) -> dict:
 def generate(p: DataParams, documents: Table, report: StepReport, answers: Answers) -> Table:
     """The rows that the parameter `synthetic` asks for. answers: keeps what the endpoint said.
 
-    Raises TunebookError where the endpoint or the documents are missing.
+    Raises TunebookError where the endpoint, the documents or the prices are missing.
     """
     if not p.endpoint or not p.endpoint_model:
         raise TunebookError(
             f"synthetic is {p.synthetic!r}, which needs endpoint (http://host:8080/v1) and endpoint_model."
         )
+    if p.max_cost and not (p.price_in or p.price_out):
+        raise TunebookError(f"max_cost is {p.max_cost:g}, which needs price_in and price_out, for a million tokens.")
     if not len(documents):
         raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
     with Client(Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name), answers) as client:
@@ -69,8 +71,8 @@ def question_answers(
     """Question-answer rows from text rows, which are read twice.
 
     Dropped with a reason: answers that break the schema, empty ones, questions asked before, pairs that speak of "the
-    document", answers of which less than half the words are in the document. Raises TunebookError when the endpoint
-    fails.
+    document", answers of which less than half the words are in the document. Raises TunebookError when the job could
+    exceed `max_cost`, and when the endpoint fails.
     """
     count, seen = p.pairs_per_document, set[str]()
     pairs = {"type": "array", "items": object_of(question=TEXT, answer=TEXT), "minItems": count, "maxItems": count}
@@ -96,7 +98,7 @@ def question_answers(
             else:
                 yield row
 
-    return _asked(documents, report, client, 1, request, made)
+    return _asked(documents, report, client, p, 1, request, made)
 
 
 def preference_pairs(
@@ -142,13 +144,14 @@ def preference_pairs(
             more["meta"] = {"scores": scores, "origin": f"synthetic: {client.model}"}
             yield make_row("preference", row["messages"][:-1], chosen=chosen, rejected=rejected, **more)
 
-    return _asked(questions, report, client, samples, request, made)
+    return _asked(questions, report, client, p, samples, request, made)
 
 
 def _asked(
     rows: Iterable[list[Row]],
     report: StepReport,
     client: Client,
+    p: DataParams,
     samples: int,
     request: Callable[[Row, int], Request],
     made: Callable[[Row, list[Reply]], Iterable[Row]],
@@ -160,8 +163,18 @@ def _asked(
     def requests() -> Iterator[Request]:
         return (request(row, sample) for batch in rows for row in batch for sample in range(samples))
 
-    new, known = client.count(requests())
-    print(f"{new:,} questions to ask ({known:,} already answered).", flush=True)
+    planned = client.estimate(requests())
+    cost = (planned["tokens_in"] * p.price_in + planned["tokens_out"] * p.price_out) / 1e6
+    figures["cost_at_most"] = total = figures.get("cost_at_most", 0.0) + cost
+    price = f"{cost:,.2f}" if p.price_in or p.price_out else "unknown, without price_in and price_out"
+    print(
+        f"{planned['new']:,} questions to ask ({planned['kept']:,} already answered), about {planned['tokens_in']:,} "
+        f"tokens in and at most {planned['tokens_out']:,} out; cost at most {price}.",
+        flush=True,
+    )
+    if p.max_cost and total > p.max_cost:
+        found = f"The job could cost {total:,.2f}, more than max_cost = {p.max_cost:,.2f}"
+        raise TunebookError(f"{found}; none of these was asked. Take fewer documents or pairs, or raise max_cost.")
 
     def counted() -> Iterator[Reply]:
         for reply in client.ask(requests()):

@@ -108,7 +108,7 @@ def write(job: Any) -> display.Html:
         "sources": job.sources,
         "steps": job.steps,
         "lengths": plots.lengths(encoded["histogram"], *marks),
-        "vocabulary": job.figures.get("vocabulary"),
+        "vocabulary": job.figures.get("vocabulary", {}),
         "template": job.template().facts(),
         "reasons": [(reason, count, job.rejects.first[reason]) for reason, count in reasons],
     }

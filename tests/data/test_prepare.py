@@ -1,6 +1,7 @@
 """Notebook 01's steps on real rows: what is written, what stops the job."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,7 +9,9 @@ import pytest
 
 from helpers import params, runs
 from helpers.data import prepare
+from helpers.display import plain
 from helpers.errors import TunebookError
+from helpers.model.loading import load_tokenizer
 from helpers.report import data_page
 
 
@@ -219,6 +222,25 @@ def test_rows_lost_while_rendering_are_counted(job):
     done = job([*rows(60), {"question": "q", "answer": "<|im_end|>"}])
     run(done)
     assert "special token in text" in (done.path / "rejected.jsonl").read_text()
+
+
+def test_a_second_tokenizer_is_measured_beside_the_models(job, smollm2, tmp_path):
+    other, folder = load_tokenizer(smollm2), tmp_path / "other"
+    other.add_tokens([" number"])
+    other.save_pretrained(folder)
+    shutil.copy(smollm2.path / "config.json", folder)
+    done = job(rows(40), compare_tokenizer=str(folder), min_tokens=8, eval_share=0.1)
+    for step in (done.read, done.generate, done.clean, done.mix, done.split):
+        step()
+    shown = repr(done.vocabulary())
+    for step in (done.encode, done.pairs, done.lengths):
+        step()
+    data_page.write(done)
+    ours, theirs = done.metrics()["vocabulary"].values()
+    assert theirs["vocabulary"] == ours["vocabulary"] + 1 and theirs["characters"] == ours["characters"]
+    page = (done.path / "report.html").read_text()
+    for text in (str(folder), plain(ours["vocabulary"]), plain(theirs["vocabulary"])):
+        assert text in shown and text in page
 
 
 def test_sources_are_mixed_by_weight_with_replay_and_the_achieved_mixture_is_reported(job, tmp_path):

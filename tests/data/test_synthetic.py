@@ -11,7 +11,7 @@ import pytest
 
 from helpers.cache import Answers
 from helpers.data import synthetic
-from helpers.data.tables import StepReport
+from helpers.data.tables import StepReport, Table
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
@@ -143,6 +143,31 @@ def test_preference_pairs_by_rejection_sampling(proxy, tmp_path):
 
 
 # ---------------------------------------------------------------- nothing is asked
+
+
+def test_a_job_that_could_cost_too_much_is_refused_before_the_first_question(proxy, tmp_path, capsys):
+    p = DataParams(pairs_per_document=1, max_cost=2.0, price_in=1_000.0, price_out=10_000.0)
+    with pytest.raises(TunebookError, match=r"could cost 3\.\d\d, more than max_cost = 2\.00; none of these was asked"):
+        flat(synthetic.question_answers([DOCUMENTS], StepReport("s"), at(proxy, tmp_path), p, 96))
+    assert "3 questions to ask (0 already answered), about 284 tokens" in (said := capsys.readouterr().out)
+    assert "at most 288 out; cost at most 3." in said and proxy.bodies == []
+
+
+def test_the_cost_of_questions_and_of_pairs_counts_against_one_limit(proxy, tmp_path):
+    p = DataParams(pairs_per_document=1, max_cost=4.0, price_out=10_000.0)
+    report, client = StepReport("s"), at(proxy, tmp_path)
+    rows = flat(synthetic.question_answers([DOCUMENTS], report, client, p, 120, 0.0))
+    assert report.figures["cost_at_most"] == pytest.approx(3.6)
+    asked = len(proxy.bodies)
+    with pytest.raises(TunebookError, match="more than max_cost"):
+        flat(synthetic.preference_pairs([rows], report, client, p))
+    assert rows and len(proxy.bodies) == asked
+
+
+def test_a_limit_without_prices_is_refused(tmp_path):
+    p = DataParams(synthetic="questions", endpoint="http://127.0.0.1:9/v1", endpoint_model="m", max_cost=5.0)
+    with pytest.raises(TunebookError, match="needs price_in and price_out"):
+        synthetic.generate(p, Table.collect([DOCUMENTS]), StepReport("s"), Answers(tmp_path, "synthetic"))
 
 
 def test_rows_that_are_no_documents_are_refused():

@@ -27,7 +27,6 @@ from helpers import cache
 from helpers.errors import TunebookError
 
 REPLY_BYTES = 8 << 20  # a longer reply is nonsense
-BYTES_PER_TOKEN = 3.5  # English prose has about 4.5 to a token, code 3, Chinese 4
 WINDOW = 16  # questions for each connection that are read ahead
 SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
 
@@ -58,6 +57,11 @@ def shown_url(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
 
 
+def about_tokens(text: str) -> int:
+    """Tokens of a text by its bytes: English prose has about 4.5 to a token, code 3, Chinese 4."""
+    return round(len(text.encode("utf-8", "surrogatepass")) / 3.5)
+
+
 @dataclass(frozen=True)
 class Request:
     """One question: chat messages, the JSON schema of the answer (None: any text), sampling. `tag` is not sent."""
@@ -68,12 +72,6 @@ class Request:
     temperature: float = 0.7
     seed: int = 0
     tag: Any = field(default=None, compare=False)
-
-    @property
-    def tokens_in(self) -> int:
-        """About how many tokens are sent."""
-        sent = "".join(message["content"] for message in self.messages)
-        return round(len(sent.encode("utf-8", "surrogatepass")) / BYTES_PER_TOKEN)
 
     def body(self, model: str) -> dict[str, Any]:
         """What is sent."""
@@ -218,7 +216,8 @@ class Client:
             if self._known(self._key(request)):
                 found["kept"] += 1
             else:
-                found.update(new=1, tokens_in=request.tokens_in, tokens_out=request.max_tokens)
+                tokens_in = sum(about_tokens(message["content"]) for message in request.messages)
+                found.update(new=1, tokens_in=tokens_in, tokens_out=request.max_tokens)
         return found
 
     def _key(self, request: Request) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from helpers.data import decontamination, dedup
 from helpers.data.privacy import mask_personal_data
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import Row, answer_of, map_contents, spoken, text_of
+from helpers.data.vocabulary import token_ids
 from helpers.errors import TunebookError
 from helpers.llm_client import shown_url
 from helpers.params import DataParams
@@ -38,16 +40,16 @@ def run(
     p: DataParams,
     report: Callable[[str], StepReport],
     evaluation: Table | None,
-    count_tokens: Callable[[str], int],
+    tokenizer: Callable[[], Any],
 ) -> Table:
     """Rows through every step that is switched on, in a fixed order: repair, judge, deduplicate, decontaminate.
 
-    report: gives a step of this name its account. evaluation: rows that must not be trained on.
+    report: gives a step of this name its account. evaluation: rows that must not be trained on. tokenizer: loads it.
     """
     found: Iterable[list[Row]] = rows
 
     def too_few_tokens(row: Row) -> str:
-        count = count_tokens(answer_of(row))
+        count = len(token_ids(tokenizer(), [answer_of(row)])[0])
         return f"{count} tokens, fewer than {p.min_tokens}" if count < p.min_tokens else ""
 
     if not len(rows):

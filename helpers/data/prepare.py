@@ -153,13 +153,10 @@ class Job(StageJob):
         self._begin("clean")
         tests = self.tests.table if len(self.tests.table) else None
 
-        def count_tokens(text: str) -> int:
-            return len(vocabulary.token_ids(self.tokenizer, [text])[0])
-
         def cleaned(rows: Iterable[list[Row]], label: str = "") -> Table:
             table = rows if isinstance(rows, Table) else Table.collect(rows)
             account = functools.partial(self.report_of, "clean", label)
-            return cleaning.run(table, self.params, account, tests, count_tokens)
+            return cleaning.run(table, self.params, account, tests, lambda: self.tokenizer)
 
         self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)
@@ -277,10 +274,8 @@ class Job(StageJob):
     def vocabulary(self) -> Html:
         """Tokens per character of the data, unknown tokens, pieces per word; beside a second tokenizer's, if named."""
         p, found = self.params, {}
-        tokenizers = {p.model: self.tokenizer}
-        if p.compare_tokenizer:
-            tokenizers[p.compare_tokenizer] = loading.load_tokenizer(loading.resolve_model(p.compare_tokenizer))
-        for name, tokenizer in tokenizers.items():
+        for name in filter(None, (p.model, p.compare_tokenizer)):
+            tokenizer = self.tokenizer if name == p.model else loading.load_tokenizer(loading.resolve_model(name))
             texts = (
                 "\n".join((row["messages"][-2]["content"] if len(row["messages"]) > 1 else "", answer_of(row)))
                 for row in self.mixed.rows()

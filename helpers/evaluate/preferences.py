@@ -17,7 +17,7 @@ import numpy as np
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
-from helpers.llm_client import Client, Request
+from helpers.llm_client import Client, Request, about_tokens
 
 VERDICT_TOKENS = 16
 PATIENCE = 5  # failures in a row after which a judge is taken for gone
@@ -78,9 +78,8 @@ class Pair(NamedTuple):
 
 def check_budget(pairs: Iterable[Pair], budget: int) -> dict[str, int]:
     """What asking for all pairs in both orders costs. Raises TunebookError when it is over `budget` tokens."""
-    asked = requests(pairs)
-    tokens_in, tokens_out = sum(one.tokens_in for one in asked), sum(one.max_tokens for one in asked)
-    cost = {"calls": len(asked), "input_tokens": tokens_in, "output_tokens": tokens_out}
+    sizes = [about_tokens(prompt(pair, False)) for pair in pairs]
+    cost = {"calls": 2 * len(sizes), "input_tokens": 2 * sum(sizes), "output_tokens": 2 * len(sizes) * VERDICT_TOKENS}
     total = cost["input_tokens"] + cost["output_tokens"]
     if total > budget:
         raise TunebookError(
@@ -89,12 +88,6 @@ def check_budget(pairs: Iterable[Pair], budget: int) -> dict[str, int]:
         )
     print(f"The judge is asked {cost['calls']} times, about {total:,} tokens.")
     return cost
-
-
-def requests(pairs: Iterable[Pair], seed: int = 17) -> list[Request]:
-    """Every pair's question in both orders."""
-    asked = [prompt(pair, swapped) for pair in pairs for swapped in (False, True)]
-    return [Request([{"role": "user", "content": text}], None, VERDICT_TOKENS, 0.0, seed) for text in asked]
 
 
 def prompt(pair: Pair, swapped: bool) -> str:
@@ -116,8 +109,9 @@ def verdict(text: str) -> float | None:
 
 def compare_answers(client: Client, pairs: Sequence[Pair], seed: int = 17) -> dict[str, Any]:
     """n, win_rate of the candidate with its interval, order_agreement, failed."""
-    replies = client.ask(requests(pairs, seed), patience=PATIENCE)
-    verdicts = [None if reply.error else verdict(reply.text) for reply in replies]
+    asked = [prompt(p, swapped) for p in pairs for swapped in (False, True)]
+    requests = (Request([{"role": "user", "content": text}], None, VERDICT_TOKENS, 0.0, seed) for text in asked)
+    verdicts = [None if reply.error else verdict(reply.text) for reply in client.ask(requests, patience=PATIENCE)]
     asked_twice = zip(verdicts[::2], verdicts[1::2], strict=True)
     both = [(a, 1 - b) for a, b in asked_twice if a is not None and b is not None]
     rate = statistics.share([(a + b) / 2 for a, b in both], seed=seed)

@@ -130,7 +130,7 @@ def test_lengths_in_characters():
     assert report.examples["too long"]["detail"] == "502 characters, more than 100"
 
 
-def test_lengths_in_tokens():
+def test_lengths_in_tokens(tokenizer):
     rows = [talk("q", "yes", at=1), talk("q", "one two three four five", at=2)]
     reports = []
 
@@ -139,7 +139,7 @@ def test_lengths_in_tokens():
         return reports[-1]
 
     p = DataParams(min_tokens=3, repair_unicode=False, min_chars=0, exact_duplicates=False, near_duplicates=0.0)
-    kept = clean.run(Table.collect([rows]), p, report, None, lambda text: len(text.split()))
+    kept = clean.run(Table.collect([rows]), p, report, None, lambda: tokenizer)
     assert [row["row"] for row in kept.rows()] == [2]
     assert "1 tokens, fewer than 3" in reports[0].examples["answer too short"]["detail"]
 

@@ -16,7 +16,7 @@ ATTACK = "</span><script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory, smollm2):
+def hostile(tmp_path_factory, smollm2, tiny_llama):
     """A finished job whose every name and text tries to become markup."""
     folder = tmp_path_factory.mktemp("hostile")
     rows = [{"question": f"{i} {ATTACK}", "answer": f"{ATTACK} naïve 日本 🙂 {i}", ATTACK: ATTACK} for i in range(40)]
@@ -29,7 +29,11 @@ def hostile(tmp_path_factory, smollm2):
         patch.setenv("TUNEBOOK_RUNS", str(folder / "runs"))
         patch.setenv("TUNEBOOK_CACHE", str(folder / "cache"))
         job = prepare.open(
-            params.resolve("data", {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0})
+            params.resolve(
+                "data",
+                {"dataset": str(path), "model": str(smollm2.path), "run": "x", "test_share": 0.0}
+                | {"compare_tokenizer": str(tiny_llama)},
+            )
         )
         shown = [
             job.read(),

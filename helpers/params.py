@@ -230,6 +230,7 @@ class TrainingParams(Params):
     keep_checkpoints: int = more(2, "Newest checkpoints kept, besides the best", low=2, high=1000)
     early_stopping: int = more(0, "Stop after N evaluations without a better held-out loss; 0: never", high=1000)
     best_checkpoint: bool = more(True, "Keep the adapter with the best held-out loss instead of the last one")
+    sample_every: int = more(0, "Answer a few held-out prompts every N steps; 0: at the end", "steps", high=STEPS)
     resume: str = more("auto", "A killed run: resume it, or start anew", choices="auto never")
     mirror: str = more("", "Folder on a mounted drive that checkpoints are copied to and resumed from")
     loggers: str = more("", "Besides TensorBoard: trackio, wandb, mlflow, separated by commas")
@@ -247,6 +248,8 @@ class TrainingParams(Params):
     dropout: float = more(0.0, "Dropout on the adapter's input", high=0.9)
     rslora: bool = more(False, "Rank-stabilised scaling, alpha over the root of the rank")
     dora: bool = more(False, "DoRA: magnitude and direction apart")
+    init: str = more("default", "Adapter initialisation: noise, PiSSA, LoftQ", choices="default pissa loftq")
+    lora_plus_ratio: float = more(0.0, "LoRA+: learning rate of B over that of A (paper: 16); 0: the same", high=1000)
 
 
 @dataclass(repr=False)
@@ -255,6 +258,7 @@ class SftParams(TrainingParams):
 
     freeze_layers: int = more(2, "method freeze: how many of the last layers are trained", "layers", low=1, high=1000)
     train_on: str = more("completion", "Trained tokens: answers, or all (to pretrain on)", choices="completion all")
+    neftune_alpha: float = more(0.0, "NEFTune's noise on the embeddings; 0: none", high=50)
 
 
 @dataclass(repr=False)

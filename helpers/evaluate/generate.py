@@ -37,6 +37,7 @@ class HfModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any):
+        self._training = model.training
         self.model, self.tokenizer = model.eval(), tokenizer
         configured = getattr(model.generation_config, "eos_token_id", None)
         self.stops = set(stop_tokens(tokenizer, configured))
@@ -110,7 +111,8 @@ class HfModel:
         import torch
 
         try:
-            with torch.inference_mode(), contextlib.ExitStack() as stack:
+            # What inference mode makes cannot go into a backward pass, and a model in training has one to come.
+            with torch.inference_mode(not self._training), torch.no_grad(), contextlib.ExitStack() as stack:
                 if self.fast and self._packed is None:
                     self._packed = pack(self.model)
                 for layer, product in (self._packed or {}).items() if self.fast else ():
@@ -278,7 +280,8 @@ def pack(model: Any) -> dict[Any, Callable]:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, PACKED_ROWS)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    # A head whose loss is fused while it trains has a product of its own, and keeps it.
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m)]
     size = sum(m.weight.numel() * m.weight.itemsize for m in layers)
     fits = size <= PACKED_SHARE * 2**30 * machine.free_memory_gib() and torch.backends.mkldnn.is_available()
     right = model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and fast_bf16())

@@ -135,6 +135,7 @@ def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str,
         f"loss {loss} is not offered through Unsloth here": loss not in ("sft", "orpo"),
         f"Unsloth has no kernels for {model_type}": model_type not in UNSLOTH_MODELS,
         "DoRA is not offered through Unsloth here": params.get("dora"),
+        "PiSSA and LoftQ are not offered through Unsloth here": params.get("init", "default") != "default",
         "Unsloth computes in 16 bits and precision is fp32": params.get("precision") == "fp32",
         "Unsloth is not installed": importlib.util.find_spec("unsloth") is None,
     }

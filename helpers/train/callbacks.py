@@ -93,6 +93,19 @@ class Log(TrainerCallback):
             self.handle = IPython.display.display(self.draw(), display_id=True)
 
 
+class Samples(TrainerCallback):
+    """Answers prompts by `sample(step)` every N steps, in every process: all gather a sharded model's weights."""
+
+    def __init__(self, every: int, sample: Callable[[int], Any]) -> None:
+        self.every, self.sample = every, sample
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            found = self.sample(state.global_step)
+            if found and state.is_world_process_zero:
+                print(f"step {state.global_step}: {found[0]['answer']!r}", flush=True)
+
+
 class Guard(TrainerCallback):
     """Stops a run that cannot come right and names the rows of that step: NaN, no gradient, or a loss that diverges."""
 

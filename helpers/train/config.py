@@ -50,9 +50,24 @@ def check(params: TrainingParams, capability: Capability = None) -> None:
 
 def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
     own_weights, older = p.method in ("full", "freeze"), capability is not None and capability < (8, 0)
-    if own_weights and (p.dora or p.rslora or p.dropout or p.start_from not in NO_ADAPTER):
-        taken = "take dora, rslora, dropout and start_from back, or set method to 'lora'"
+    of_adapter = p.dora or p.rslora or p.dropout or p.init != "default" or p.lora_plus_ratio
+    if own_weights and (of_adapter or p.start_from not in NO_ADAPTER):
+        taken = "take dora, rslora, dropout, init, lora_plus_ratio and start_from back, or set method to 'lora'"
         yield f"method {p.method!r} trains the model's own weights and has no adapter; {taken}"
+    if p.init == "loftq" and p.method == "lora":
+        yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
+    if p.init == "pissa" and p.method == "qlora":
+        yield "init 'pissa' changes the base's weights, which 4 bits cannot take back; set method to 'lora'"
+    if p.init == "pissa" and distributed.sharded(p.method):
+        yield "init 'pissa' is undone on a whole adapter, and this run is sharded; set init to 'default'"
+    if p.dora and p.init != "default":
+        yield f"dora keeps the base's column norms and init {p.init!r} changes the base; set init to 'default'"
+    if p.lora_plus_ratio and "adamw" not in p.optimizer:
+        yield f"lora_plus_ratio needs AdamW, and optimizer is {p.optimizer!r}; set optimizer to 'adamw'"
+    if 0 < p.lora_plus_ratio < 1:
+        yield f"lora_plus_ratio {p.lora_plus_ratio} makes B learn slower than A; set it to 16, or 0 for none"
+    if loss == "sft" and p.neftune_alpha and p.packing:
+        yield "neftune_alpha scales noise by a row's length, which packing changes; set packing to False"
     if capability is None and p.optimizer.startswith("paged"):
         yield f"optimizer {p.optimizer!r} needs a CUDA GPU and there is none here; set optimizer to 'adamw'"
     if capability is None and p.precision == "fp16":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,16 +115,13 @@ class TrainJob(steps.Job):
 
     @steps.look
     def answers(self) -> display.Html:
-        """Greedy answers to held-out prompts (where none were held out: training prompts) beside their references."""
+        """Greedy answers to held-out prompts (where none were held out: training prompts) beside their references;
+        also in samples.jsonl, with those of earlier steps (`sample_every`)."""
         self._require_trained()
         if self.model is None:
             raise TunebookError("The job is finished and its model is no longer in memory; helpers.chat talks to it.")
-        asked = rows.prompts(self.train_rows if self.held_out is None else self.held_out, self.tokenizer)
-        model = HfModel(self.model, self.tokenizer)
-        model.fast &= self.planned.backend == "hf"  # Unsloth has an attention of its own
-        found = model.generate([row["prompt_ids"] for row in asked], Decoding(ANSWER_TOKENS))
-        told = zip(asked, found, strict=True)
-        table = [(row["question"], a.text, row["reference"], display.plain(a.stopped)) for row, a in told]
+        found = self.sample(self.trainer.state.global_step)
+        table = [(row["question"], row["answer"], row["reference"], display.plain(row["stopped"])) for row in found]
         return display.shown(table, ("question", "answer", "reference", "stopped by itself"))
 
     @steps.step
@@ -159,6 +157,7 @@ class TrainJob(steps.Job):
             notes=self.notes,
             trained=kind,
             method=self.params.method,
+            merge_onto=self._merge_onto(),
         )
 
     def run(self) -> runs.Manifest | None:
@@ -179,6 +178,37 @@ class TrainJob(steps.Job):
 
     def _draw(self, look: str) -> Any:
         return FIGURES[self.params.stage][look][1](self.lines(), f"{self.params.run}: {self.params.stage}")
+
+    def sample(self, step: int) -> list[dict[str, Any]]:
+        """{step, id, question, reference, answer, stopped} of a few prompts; kept in samples.jsonl in place of what is
+        there of this step and later ones. The model and the random state are left as they were."""
+        import torch
+
+        from helpers.train import callbacks
+
+        prompts = rows.prompts(self.train_rows if self.held_out is None else self.held_out, self.tokenizer)
+        training, device = self.model.training, self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            model = HfModel(self.model, self.tokenizer)
+            # Unsloth has an attention of its own, and a sharded model its weights together only in its own generate.
+            model.fast &= self.planned.backend == "hf" and not distributed.sharded(self.params.method)
+            asked = [row.pop("prompt_ids") for row in prompts]
+            answers = model.generate(asked, Decoding(ANSWER_TOKENS)) if asked else []
+        self.model.train(training)
+        both = zip(prompts, answers, strict=True)
+        found = [{"step": step, **row, "answer": a.text, "stopped": a.stopped} for row, a in both]
+        if distributed.first():
+            file = self.stage.path / "samples.jsonl"
+            lines = [*(line for line in callbacks.read(file) if line["step"] < step), *found]
+            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        return found
+
+    def _merge_onto(self) -> str:
+        """LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it."""
+        if self.adapter:
+            earlier = self.adapter.parent / "manifest.json"
+            return json.loads(earlier.read_text()).get("merge_onto", "16bit") if earlier.is_file() else "16bit"
+        return "nf4" if self.params.init == "loftq" else "16bit"
 
     def build(self) -> TrainJob:
         """Load the model and make the trainer with all that watches it, once."""
@@ -204,6 +234,8 @@ class TrainJob(steps.Job):
         trainer.add_callback(callbacks.Log(self.log, trainer, lambda: self._draw(live)))
         trainer.add_callback(callbacks.Guard(trainer, precision == "fp16"))
         trainer.add_callback(self.seal)
+        if self.params.sample_every:
+            trainer.add_callback(callbacks.Samples(self.params.sample_every, self.sample))
         if self.params.early_stopping and self.held_out is not None:
             trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
         return self

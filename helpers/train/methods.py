@@ -16,16 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import runs
+from helpers import compat, runs
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
-from helpers.model import loading, packed_attention
+from helpers.model import loading, merging, packed_attention
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
 from helpers.train import config
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
 QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+PISSA = "work/pissa"  # in a stage's folder: PiSSA's adapter before training
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -63,6 +64,13 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         model = loading.load_adapter(model, job.adapter, trainable=True)
     else:
         model = _new_adapter(model, params, job.source, added)
+        if params.init == "pissa":  # what it took out of the base is subtracted when the adapter is written
+            model.peft_config["default"].init_lora_weights = True
+            model.save_pretrained(job.stage.path / PISSA, safe_serialization=True)
+            notes.append("PiSSA: the adapter is written as plain LoRA of twice the rank, for the base as it was")
+        if params.init == "loftq":
+            _loftq(model, job.source.path)
+            notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     keep_in_fp32(model)
     notes += fused_lora.apply(model, fused_loss=packed, fused_lora=not (params.dora or params.dropout))
     if plan.setting.recompute:
@@ -103,6 +111,7 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         target_modules=modules if modules == "all-linear" else [m.strip() for m in modules.split(",") if m.strip()],
         task_type="CAUSAL_LM",
         trainable_token_indices=added or None,
+        init_lora_weights="pissa_niter_16" if params.init == "pissa" else True,
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
@@ -117,6 +126,39 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         ) from None
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
+
+
+def _loftq(model: Any, folder: Path) -> None:
+    """Start every adapter at the main directions of what its layer lost to 4 bits (arXiv:2310.08659, one iteration).
+
+    B·A·scaling is the best rank-r approximation of W - W4; PEFT's own leaves the scaling out and needs CUDA.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight_of = merging.weight_reader(folder)
+    for name, layer in compat.lora_linears(model):
+        weight = layer.get_base_layer().weight
+        if hasattr(weight, "quant_state"):
+            exact = weight_of(name).to(weight.device, torch.float32)
+            lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
+            rank = layer.r["default"]
+            u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=8)
+            root = (s[:rank] / layer.scaling["default"]).sqrt()
+            layer.lora_A["default"].weight.data = (root[:, None] * v[:, :rank].T).contiguous()
+            layer.lora_B["default"].weight.data = (u[:, :rank] * root).contiguous()
+
+
+def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
+    """LoRA+'s optimizer with its two learning rates (arXiv:2402.12354); None where it is not asked for."""
+    if not params.lora_plus_ratio:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import Trainer
+
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    options |= {"loraplus_lr_ratio": params.lora_plus_ratio, "loraplus_weight_decay": params.weight_decay}
+    return create_loraplus_optimizer(model, kind, **options)
 
 
 def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
@@ -152,6 +194,8 @@ def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None 
     shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "peft_config"):
         extra: dict[str, Any] = {"state_dict": whole} if whole else {}
+        if (folder.parent / PISSA).is_dir():
+            extra["path_initial_model_for_weight_conversion"] = str(folder.parent / PISSA)
         if model.peft_config["default"].trainable_token_indices:
             extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)

@@ -256,7 +256,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
     packed = loss in ("sft", "orpo")
     kind, settings, given = LOSSES[loss]
     if loss == "sft":
-        given = {**given, "max_length": None}
+        given = {**given, "max_length": None, "neftune_noise_alpha": params.neftune_alpha or None}
     else:
         given = {"max_length": params.max_length, **given, "beta": params.beta, "disable_dropout": False}
     if loss == "simpo":
@@ -281,6 +281,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
     if packed:
         compat.shard(trainer)
         _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
+    trainer.optimizer = methods.lora_plus(model, params, trainer.args)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
 

@@ -122,6 +122,15 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
+def test_a_sharded_run_writes_sample_answers_and_does_not_wait_for_ever(runs_root, untied_llama, tokenizer, two_cores):
+    given = {"method": "lora", "lora_plus_ratio": 8.0, "max_steps": 2}
+    folder = trained(runs_root, untied_llama, tokenizer, "samples", 2, sample_every=1, **given)
+    written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written] == [1] * 4 + [2] * 4
+    alone = losses(trained(runs_root, untied_llama, tokenizer, "alone", 1, **given))
+    assert losses(folder) == pytest.approx(alone, rel=1e-3), "nor do the answers or LoRA+'s two rates differ"
+
+
 def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_others(
     runs_root, narrow_llama, tokenizer, two_cores
 ):

@@ -41,6 +41,7 @@ def test_auto_takes_unsloth_only_on_cards_without_the_kernels(monkeypatch):
     [
         ({"method": "full"}, "method full"),
         ({"dora": True}, "DoRA"),
+        ({"init": "loftq"}, "PiSSA and LoftQ"),
         ({"loss": "dpo"}, "loss dpo"),
         ({"model": "mamba"}, "mamba"),
         ({"precision": "fp32"}, "precision is fp32"),

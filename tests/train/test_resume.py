@@ -92,6 +92,19 @@ def test_a_cell_that_was_stopped_and_is_run_again_resumes_and_does_not_train_on_
     assert losses(job)[0] == list(range(1, 13)) and losses(job)[1] == pytest.approx(whole, abs=1e-4)
 
 
+def test_a_killed_pissa_run_resumes_on_the_same_remainder_of_the_base(data):
+    given = {"method": "lora", "init": "pissa", "lora_plus_ratio": 4.0, "sample_every": 2}
+    whole = run(**given)
+    expected = losses(whole)[1]
+    shutil.rmtree(whole.stage.path)
+    runs.unlock("r", "sft")
+    shutil.rmtree(interrupt(6, **given).stage.path / "work")
+    resumed = run(**given)
+    assert losses(resumed)[1] == pytest.approx(expected, abs=1e-4)
+    samples = [line["step"] for line in callbacks.read(resumed.stage.path / "samples.jsonl")]
+    assert samples == [step for step in range(2, 13, 2) for _ in range(4)]
+
+
 def test_a_checkpoint_that_was_cut_off_is_never_used(data, capsys):
     job = interrupt(10)
     newest, older = resume.numbered(job.checkpoints)

@@ -129,7 +129,7 @@ def test_unpacked_rows_train_like_packed_ones(data):
 
 
 def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, narrow_llama):
-    job = trained(method="qlora", precision="auto", max_steps=6, eval_steps=2, learning_rate=3e-3)
+    job = trained(method="qlora", precision="auto", max_steps=6, eval_steps=2, sample_every=3, learning_rate=3e-3)
     manifest = job.finish()
     files = manifest.data["artifacts"]
     assert {
@@ -148,6 +148,10 @@ def test_a_run_leaves_adapter_log_pictures_tensorboard_and_a_manifest(data, narr
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     config = json.loads((manifest.path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(narrow_llama) and config["r"] == 4
+    written = [json.loads(line) for line in (manifest.path / "samples.jsonl").read_text().splitlines()]
+    asked = [question for question, _, _ in train_data.questions(4, seed=1)]
+    assert [row["question"] for row in written[:4]] == asked, "the question alone, without the schema"
+    assert {row["step"] for row in written} == {3, 6} and all(row["reference"].startswith("SELECT") for row in written)
     assert manifest.metrics["trained_tokens"] > 0 and manifest.data["plan"]["errors"]
     assert runs.load("r", "sft").data["template_hash"] == data.data["template_hash"]
 
@@ -157,7 +161,7 @@ def test_the_written_adapter_answers_as_the_trained_model(data, narrow_llama):
 
     from helpers.model.loading import load_model
 
-    for given in ({"rslora": True}, {"dora": True}):
+    for given in ({"rslora": True, "lora_plus_ratio": 16.0}, {"dora": True}, {"init": "pissa"}):
         job = trained(best_checkpoint=False, **given)
         ids = torch.tensor([job.train_rows[0]["input_ids"]])
         with torch.no_grad():
@@ -227,6 +231,7 @@ def test_a_step_called_twice_shows_the_first_and_a_finished_run_shows_everything
     shown = {name: repr(getattr(job, name)()) for name in ("plan", "first_row", "summary", "answers")}
     assert job.answers() is job.answers() and job.figure() is job.figure()
     asked = [question for question, _, _ in train_data.questions(4, seed=1)]
+    assert len((job.stage.path / "samples.jsonl").read_text().splitlines()) == 4
     assert all(question in shown["answers"] for question in asked) and "Tables:" not in shown["answers"]
     manifest = job.finish()
     assert job.finish() is manifest
@@ -255,6 +260,8 @@ def test_a_finished_job_lets_go_of_its_model(data):
         {"method": "full", "learning_rate": 1e-4},
         {"method": "freeze", "freeze_layers": 1, "learning_rate": 1e-3},
         {"dora": True},
+        {"method": "qlora", "init": "loftq"},
+        {"neftune_alpha": 5.0, "packing": False},
         {"target_modules": "q_proj, v_proj", "optimizer": "adamw_8bit"},
         {"optimizer": "lion", "learning_rate": 1e-4},
         {"dropout": 0.1, "recompute": "all"},
@@ -276,6 +283,45 @@ def test_every_method_trains_and_can_be_kept(data, given):
     assert kept in manifest.data["artifacts"]
     whole = given.get("method") in ("full", "freeze")
     assert ("the model's weights are trained in fp32 and written in bf16" in manifest.data["notes"]) == whole
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_sample_answers_leave_the_training_as_it_was(data, packing):
+    given = {"dropout": 0.3, "max_steps": 4, "packing": packing}
+    plain, sampled = (
+        plots.series(callbacks.read(trained(**given, sample_every=every).log), "loss")[1] for every in (0, 1)
+    )
+    assert sampled == pytest.approx(plain, rel=1e-6)
+
+
+def test_lora_plus_lets_b_learn_faster_than_a(data):
+    job = trained(lora_plus_ratio=16.0, max_steps=1, schedule="constant", warmup_ratio=0.0)
+    rates = {id(w): group["lr"] for group in job.trainer.optimizer.param_groups for w in group["params"]}
+    rate = {"A": set(), "B": set()}
+    for name, weight in job.model.named_parameters():
+        if weight.requires_grad:
+            rate["B" if "lora_B" in name else "A"].add(rates[id(weight)])
+    assert rate == {"A": {job.params.learning_rate}, "B": {16 * job.params.learning_rate}}
+
+
+def test_loftq_starts_nearer_to_the_sixteen_bit_base_and_its_adapter_is_merged_onto_the_four_bit_one(
+    data, narrow_llama, tokenizer
+):
+    from helpers.model.loading import load_model
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits.float()
+
+    plain, loftq = (prepared(method="qlora", rank=32, **more).build() for more in ({}, {"init": "loftq"}))
+    ids = torch.tensor([plain.train_rows[0]["input_ids"]])
+    exact = logits(load_model(narrow_llama, dtype="fp32"))
+    assert (logits(loftq.model) - exact).norm() < 0.8 * (logits(plain.model) - exact).norm()
+    loftq.train()
+    first = loftq.finish()
+    train_data.data_stage("further", narrow_llama, tokenizer)
+    further = trained(run="further", method="qlora", start_from=str(first.path / "adapter"), max_steps=1).finish()
+    assert first.data["merge_onto"] == further.data["merge_onto"] == "nf4"
 
 
 def test_frozen_layers_stay_as_they_were(data, narrow_llama):
@@ -314,6 +360,13 @@ def test_schedules_end_where_they_should(data):
 
 
 REFUSED = [
+    ({"init": "loftq", "method": "lora"}, None),
+    ({"init": "pissa", "method": "qlora"}, None),
+    ({"dora": True, "init": "pissa"}, None),
+    ({"method": "full", "lora_plus_ratio": 16.0}, None),
+    ({"lora_plus_ratio": 16.0, "optimizer": "lion"}, None),
+    ({"lora_plus_ratio": 0.5}, None),
+    ({"neftune_alpha": 5.0}, None),
     ({"method": "full", "dora": True}, None),
     ({"method": "full", "start_from": "somewhere"}, None),
     ({"optimizer": "paged_adamw"}, None),
@@ -332,6 +385,14 @@ def test_a_combination_that_cannot_work_is_refused_with_its_reason(given, card):
     with pytest.raises(TunebookError, match=r"This cannot work: .+; set|This cannot work: .+; take") as found:
         config.check(parameters.resolve("sft", {"method": "lora", "precision": "auto", **given}), card)
     assert str(next(iter(given.values()))) in str(found.value) or next(iter(given)) in str(found.value)
+
+
+def test_pissa_is_refused_where_the_model_is_sharded(monkeypatch):
+    given = parameters.resolve("sft", {"method": "lora", "init": "pissa"})
+    config.check(given)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TunebookError, match="this run is sharded; set init to 'default'"):
+        config.check(given)
 
 
 def test_what_the_table_does_not_name_is_let_through():

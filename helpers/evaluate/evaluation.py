@@ -30,7 +30,7 @@ from helpers.runs import Manifest, Stage
 from helpers.tasks import made_up_database, questions, text_metrics, text_to_sql
 from helpers.tasks.questions import Answer, Decoding
 
-UNSCORED: dict[str, Any] = dict.fromkeys(("sql", "score", "valid", "result")) | {"error": "", "detail": ""}
+UNSCORED = dict.fromkeys(("sql", "score", "valid", "structural", "result"))
 SHOWN_CHARS, SHOWN_ITEMS = 400, 4  # of an answer, and of the best and the worst items
 
 
@@ -51,6 +51,7 @@ class Evaluation(steps.Job):
 
     def _prepare(self) -> None:
         p, stage, data = self.params, self.stage, self.stage.parents["data"]
+        self.seeds = _seeds(p)
         self.include = Path(p.harness_include) if p.harness_include else None
         self.more_tasks = [t.strip() for t in p.harness_tasks.split(",") if t.strip()]
         if self.more_tasks:
@@ -134,12 +135,19 @@ class Evaluation(steps.Job):
 
     def _measure(self, session: Session) -> Measured:
         p, m, name, kind = self.params, Measured(), session.candidate.name, session.candidate.kind
-        items, how = self.findings.items, Decoding(p.max_new_tokens, p.temperature, p.seed)
-        answers, m.speed = session.answers([i.prompt for i in items], how, f"{name}, questions")
-        m.entries = [self._score(item, answer) for item, answer in zip(items, answers, strict=True)]
-        if failed := [a.failed for a in answers if a.failed]:
+        items, failed = self.findings.items, list[str]()
+        for seed in self.seeds:
+            label = f"{name}, questions" + f", seed {seed}" * (len(self.seeds) > 1)
+            how = Decoding(p.max_new_tokens, p.temperature, seed)
+            answers, speed = session.answers([i.prompt for i in items], how, label)
+            entries = [self._score(item, answer) for item, answer in zip(items, answers, strict=True)]
+            m.by_seed[str(seed)] = [entry["score"] for entry in entries]
+            m.entries, m.speed = m.entries or entries, m.speed or speed  # the first seed's
+            failed += [a.failed for a in answers if a.failed]
+        if failed:
+            asked = len(items) * len(self.seeds)
             self.findings.warnings.append(
-                f"{name} gave no answer to {len(failed)} of {len(items)} questions; they count as wrong. First "
+                f"{name} gave no answer to {len(failed)} of {asked} questions; they count as wrong. First "
                 f"reason: {failed[0].rstrip('.')}."
             )
         if self.more_tasks and kind != "endpoint":
@@ -156,12 +164,14 @@ class Evaluation(steps.Job):
         return m
 
     def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
-        entry = UNSCORED | {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+        entry: dict[str, Any] = {**UNSCORED, "error": "", "detail": ""}
+        entry |= {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
         if sql := self._judges.get(item.id):
             entry |= sql.score(answer.text, item.reference, answer.stopped)
         elif self.findings.task["kind"] == "references":
             entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
-        return entry | ({"error": "no_answer", "detail": answer.failed, "valid": None} if answer.failed else {})
+        failed = {"error": "no_answer", "detail": answer.failed, "valid": None, "structural": None}
+        return entry | (failed if answer.failed else {})
 
     def _sql_judges(self, items: list[questions.Item]) -> dict[str, text_to_sql.Judge]:
         """What scores each item's queries; none where its own schema cannot be read: the item stays undefined."""
@@ -200,14 +210,22 @@ class Evaluation(steps.Job):
         """The candidates with their intervals, warnings first, the sentence about what to ship last."""
         found, rows = self._measured(), []
         for c in found["candidates"]:
-            accuracy, valid, stops = (c["scores"].get(k, {}) for k in ("accuracy", "valid", "stopped"))
-            shares = [display.percent(one["value"]) if one else "" for one in (valid, stops)]
+            accuracy, *others = (c["scores"].get(k, {}) for k in ("accuracy", "valid", "structural", "stopped"))
+            shares = [display.percent(one["value"]) if one else "" for one in others]
             interval = display.interval(accuracy.get("low"), accuracy.get("high"))
             value = c["reason"] or display.percent(accuracy["value"])
             rows.append((c["name"], value, interval, *shares, display.size(c["size_bytes"])))
-        head = ("candidate", found["task"]["label"], "95 % interval", "valid SQL", "stops by itself", "size")
+        shares_of = ("valid SQL", "same structure", "stops by itself")
+        head = ("candidate", found["task"]["label"], "95 % interval", *shares_of, "size")
         said = display.said(found["headline"], *(f"⚠ {warning}" for warning in found["warnings"]))
-        return said + display.shown(rows, head) + display.said((found["ship"] or {}).get("sentence", ""))
+        table, ship = display.shown(rows, head), display.said((found["ship"] or {}).get("sentence", ""))
+        if seeds := found["seeds"]:
+            rows = [(n, s["mean"], s["sd"], *(one["value"] for one in s["scores"].values())) for n, s in seeds.items()]
+            drawn = [(name, *map(display.percent, shares)) for name, *shares in rows]
+            table += display.shown(
+                drawn, ("candidate", "mean of the seeds", "standard deviation", *map(str, self.seeds))
+            )
+        return said + table + ship
 
     @steps.step
     def comparisons(self) -> Html:
@@ -276,9 +294,11 @@ class Evaluation(steps.Job):
             odds, accuracy = p["log_odds"], p["accuracy"]
             margin = f"{odds['value']:+.2f} ({odds['low']:+.2f} to {odds['high']:+.2f})" if p["n"] else "–"
             interval = display.interval(accuracy["low"], accuracy["high"])
-            rows.append((name, display.percent(accuracy["value"]), interval, margin, p["n"], p["sentence"]))
-        head = ("candidate", "prefers the chosen", "95 % interval", "log-odds margin", "pairs", "against the base")
-        return display.shown(rows, head)
+            rate = p["win_rate"] or {"value": None, "low": None, "high": None}
+            wins = display.percent(rate["value"]), display.interval(rate["low"], rate["high"])
+            rows.append((name, display.percent(accuracy["value"]), interval, margin, *wins, p["n"], p["sentence"]))
+        measured = ("prefers the chosen", "95 % interval", "log-odds margin", "margin beats the base's")
+        return display.shown(rows, ("candidate", *measured, "95 % interval", "pairs", "against the base"))
 
     @steps.step
     def sides(self) -> Html:
@@ -309,3 +329,15 @@ class Evaluation(steps.Job):
         if not self.found:
             raise TunebookError("Nothing was measured yet: run the cell with job.measure() first.")
         return self.found
+
+
+def _seeds(params: EvalParams) -> list[int]:
+    words = [word.strip() for word in params.seeds.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise TunebookError(f"seeds is {params.seeds!r}; it takes whole numbers from 0, separated by commas.")
+    seeds = list(dict.fromkeys(map(int, words)))
+    if len(seeds) > 1 and params.temperature == 0:
+        raise TunebookError(
+            f"{len(seeds)} seeds were given, but greedy answers have none; set temperature above 0 or name one seed."
+        )
+    return seeds

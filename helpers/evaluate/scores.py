@@ -10,12 +10,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from helpers import cache, display
 from helpers.data import decontamination
 from helpers.errors import TunebookError
-from helpers.evaluate import forgetting, statistics
+from helpers.evaluate import forgetting, preferences, statistics
 from helpers.evaluate.candidates import Candidate
 from helpers.params import EvalParams
 from helpers.tasks import questions, text_metrics, text_to_sql
@@ -32,10 +33,11 @@ ERROR_KINDS = {
 
 @dataclass
 class Measured:
-    """What one candidate answered. entries: an answer of answers.jsonl for each item; loss, shares: of forgetting;
-    preference: of preferences; tasks: of the harness."""
+    """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: each seed's scores, the
+    first those of the entries; loss, shares: of forgetting; preference: of preferences; tasks: of the harness."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
+    by_seed: dict[str, list[float | None]] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
     shares: dict[str, float] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class Findings:
             "instructions": {name: self._instructions(m) for name, m in self.measured.items()},
             "judge": self.judge,
             "contamination": self.contamination(),
+            "seeds": self._seeds(),
         }
         scores |= {"headline": _headline(scores), "ship": self._ship(scores)}
         return {**scores, "warnings": self._warnings(scores)}
@@ -126,7 +129,7 @@ class Findings:
         found = {"accuracy": share(m.values), "stopped": statistics.share([e["stopped"] for e in m.entries])}
         if self.task["kind"] == "text_to_sql":
             found["accuracy_nonempty"] = share(m.values, "nonempty")
-            found["valid"] = statistics.share([e["valid"] for e in m.entries])
+            found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
         elif self.task["kind"] == "references":
             found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
         if any(row["contaminated"] for row in self.rows):
@@ -152,14 +155,29 @@ class Findings:
         return statistics.settle([self._pair(a, b) for a, b in known])
 
     def _preferences(self, baseline: str) -> dict[str, Any]:
-        """What was measured on preference pairs, and the paired comparison with the baseline in words."""
-        found = self._of("preference")
-        base = found.get(baseline, {"right": []})["right"]
-        others = [(name, one["right"]) for name, one in found.items() if base and name != baseline]
-        compared = statistics.settle([statistics.pair(baseline, name, base, right) for name, right in others])
-        said = {c["candidate"]: c["sentence"] for c in compared}
-        measured = {n: {k: v for k, v in one.items() if k != "right"} for n, one in found.items()}
-        return {name: {**one, "sentence": said.get(name, "")} for name, one in measured.items()}
+        """What was measured on preference pairs and, of all but the baseline, how they compare with it: win_rate, the
+        share of pairs with the larger margin, ties half; sentence, the paired test of right and wrong in words."""
+        found, right = self._of("preference"), preferences.right
+        base = found.get(baseline, {}).get("margins")
+        scored, compared = {}, []
+        for name, one in found.items():
+            scored[name] = {key: one[key] for key in ("accuracy", "log_odds", "n")} | {"win_rate": None, "sentence": ""}
+            if base is not None and name != baseline:
+                scored[name]["win_rate"] = statistics.share(right(one["margins"] - base))
+                compared.append(statistics.pair(baseline, name, right(base), right(one["margins"])))
+        for pair in statistics.settle(compared):
+            scored[pair["candidate"]]["sentence"] = pair["sentence"]
+        return scored
+
+    def _seeds(self) -> dict[str, Any] | None:
+        """Each seed's score, their mean and standard deviation, where answers were drawn with several seeds."""
+        clusters, seed, found = questions.clusters(self.items), self.params.seed, {}
+        for name, m in self.measured.items():
+            shares = {key: statistics.share(values, clusters=clusters, seed=seed) for key, values in m.by_seed.items()}
+            known = [one["value"] for one in shares.values() if one["n"]]
+            if len(known) > 1:
+                found[name] = {"scores": shares, "mean": fmean(known), "sd": stdev(known)}
+        return found or None
 
     def _ship(self, scores: dict[str, Any]) -> dict[str, str] | None:
         """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""

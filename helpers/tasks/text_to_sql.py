@@ -218,6 +218,45 @@ def has_order(sql: str) -> bool:
     return bool(re.search(r"\bORDER BY\b", " ".join(outermost), re.IGNORECASE))
 
 
+def same_structure(query: str, reference: str) -> bool | None:
+    """Whether both have one canonical form, whatever they return; None when the reference cannot be parsed."""
+    gold = canonical(reference)
+    return None if gold is None else canonical(query) == gold
+
+
+def canonical(query: str) -> str | None:
+    """The query without its table and output aliases, as sqlglot normalises and simplifies it; None for no SQL.
+
+    It misses rewrites: a match means much, a mismatch little.
+    """
+    from sqlglot import exp
+    from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
+    from sqlglot.optimizer.simplify import simplify
+
+    if (tree := parsed(query)) is None:
+        return None
+    with suppress(RecursionError, ValueError, AttributeError, TypeError):  # what sqlglot cannot simplify
+        tree = normalize_identifiers(tree, dialect="sqlite")
+        tables, columns = list(tree.find_all(exp.Table)), list(tree.find_all(exp.Column))
+        named = {t.alias_or_name: t.name for t in tables}
+        used = {c.name for c in columns if not isinstance(c.parent, exp.Alias)}
+        if len(set(named.values())) == len(tables):  # no table stands beside itself
+            for table in tables:
+                table.set("alias", None)
+            for column in columns:
+                name = column.table if len(tables) > 1 else ""
+                column.set("table", exp.to_identifier(named.get(name, name)) if name else None)
+        implied = ((exp.Identifier, "quoted", True), (exp.Ordered, "desc", False), (exp.Join, "kind", "INNER"))
+        for kind, key, value in implied:
+            for node in tree.find_all(kind):
+                if node.args.get(key) == value:
+                    node.set(key, None)
+        for select in tree.find_all(exp.Select):
+            select.set("expressions", [e if e.alias in used else e.unalias() for e in select.expressions])
+        return simplify(tree).sql("sqlite", comments=False)
+    return None
+
+
 # ---------------------------------------------------------------- scoring answers
 
 
@@ -266,12 +305,13 @@ class Judge:
         return any(value is not None for result in self.gold(reference) for row in result.rows for value in row)
 
     def score(self, text: str, reference: str, stopped: bool = True) -> dict[str, Any]:
-        """What answers.jsonl says of an answer: sql, score, valid, error, detail, result."""
-        entry: dict[str, Any] = {"sql": None, "score": 0.0, "valid": False, "error": "", "detail": "", "result": None}
+        """What answers.jsonl says of an answer: sql, score, valid, structural, error, detail, result."""
+        entry: dict[str, Any] = {"sql": None, "score": 0.0, "valid": False, "structural": False, "result": None}
+        entry |= {"error": "", "detail": ""}
         gold = self.gold(reference)
         if failed := next((r for r in gold if not r.ok), None):
             detail = f"the reference itself fails: {failed.error[:SHOWN_CHARS]}"
-            return {**entry, "score": None, "valid": None, "detail": detail}
+            return {**entry, "score": None, "valid": None, "structural": None, "detail": detail}
         if not text.strip():
             return {**entry, "error": "empty", "detail": "the answer is empty"}
         query = extract(text)
@@ -282,7 +322,7 @@ class Judge:
         if bad := next((r for r in found if not r.ok), None):
             kind = "unfinished" if bad.kind == "syntax" and not stopped else bad.kind
             return {**entry, "error": kind, "detail": bad.error[:SHOWN_CHARS]}
-        entry |= {"valid": True, "result": shown(found[0])}
+        entry |= {"valid": True, "result": shown(found[0]), "structural": same_structure(query, reference)}
         for mine, theirs in zip(found, gold, strict=True):
             if not same_answer(reference, theirs.rows, mine.rows):
                 kind, detail = _difference(mine, theirs)

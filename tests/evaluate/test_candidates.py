@@ -315,8 +315,9 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
             odds.append(math.log(p / (1 - p)))
         margins.append(odds[0] - odds[1])
     assert found["log_odds"]["value"] == pytest.approx(sum(margins) / 5, rel=1e-3) and found["n"] == 5
-    assert found["right"] == [float(margin > 0) for margin in margins]
-    assert found["accuracy"]["value"] == sum(found["right"]) / 5
+    assert found["margins"].tolist() == pytest.approx(margins, rel=1e-3)
+    assert found["accuracy"]["value"] == sum(margin > 0 for margin in margins) / 5
+    assert preferences.right([0.3, -0.3, 0.0, math.nan]) == [1.0, 0.0, 0.5, None]
 
 
 # ------------------------------------------------------------ harness

@@ -5,8 +5,10 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from helpers import display, params, report, runs
@@ -238,13 +240,65 @@ def test_preferences_are_compared_with_the_baselines_pair_by_pair_and_scores_apa
     items = [questions.Item(str(i), [], "") for i in range(40)]
     judged = [candidates.Candidate(name, name, "hf", name) for name in ("base", "sft")]
     findings = scores_json.Findings(params.resolve("eval", {}), {}, items, judged, [], {})
-    for name, right in (("base", [0.0] * 20 + [1.0] * 20), ("sft", [1.0] * 38 + [0.0] * 2)):
-        entries = [{"score": 1.0}] * 40
-        findings.measured[name] = scores_json.Measured(entries, preference={"n": 40, "right": right})
+    for name, margins in (("base", [-1.0] * 20 + [2.0] * 20), ("sft", [1.0] * 30 + [2.0] * 8 + [-1.0] * 2)):
+        scored = {"accuracy": {}, "log_odds": {}, "n": 40, "margins": np.array(margins)}
+        findings.measured[name] = scores_json.Measured([{"score": 1.0}] * 40, preference=scored)
     assert [c["verdict"] for c in findings._comparisons("base")] == ["identical"]
     found = findings._preferences("base")
-    assert found["base"] == {"n": 40, "sentence": ""}
+    assert found["base"] == {"accuracy": {}, "log_odds": {}, "n": 40, "win_rate": None, "sentence": ""}
     assert found["sft"]["n"] == 40 and found["sft"]["sentence"].startswith("better by 45 points, 95 % interval")
+    rate = found["sft"]["win_rate"]  # 20 margins are larger, 8 the same, 12 smaller
+    assert rate["value"] == 24 / 40 and rate["low"] < 0.5 < rate["high"] and rate["n"] == 40
+
+
+def test_the_length_controlled_win_rate_is_that_of_answers_about_as_long_as_each_other():
+    class Longest:
+        """A judge to whom the longer answer always is the better one, and B where both are as long."""
+
+        def ask(self, requests, patience):
+            for request in requests:
+                a, b = (request.messages[0]["content"].split(f"<answer_{x}>")[1].split("</")[0] for x in "AB")
+                yield SimpleNamespace(error="", text="A" if len(a) > len(b) else "B")
+
+    texts = [("x" * 10, "y" * 50)] * 30 + [("x" * 10, "y" * 10)] * 8 + [("x" * 10, "y" * 12)] * 2
+    found = preferences.compare_answers(Longest(), [preferences.Pair("q", "", a, b) for a, b in texts])
+    assert found["win_rate"] == (32 + 4) / 40 and found["n"] == 40
+    alike = found["length_controlled"]
+    assert alike["value"] == (2 + 4) / 10 and alike["n"] == 10 and alike["low"] < 0.6 < alike["high"]
+
+
+def test_several_seeds_are_drawn_apart_and_their_spread_is_shown(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path))
+    url, rows = planted
+    data_stage("default", rows[:12], tiny_llama)
+    given = {"candidates": "base", "extra_candidates": f"good={url}/good/v1#good", "max_new_tokens": 8, **QUIET}
+    job = evaluation.open(params.resolve("eval", {**given, "seeds": "5, 6,5", "temperature": 0.8}))
+    job.measure()
+    base, first = job.findings.measured["base"], [entry["text"] for entry in job.findings.measured["base"].entries]
+    assert list(base.by_seed) == ["5", "6"] and base.by_seed["5"] == base.values
+    assert job.found["seeds"]["good"] == {
+        "scores": dict.fromkeys(("5", "6"), record(job.found, "good")["scores"]["accuracy"]),
+        "mean": 0.75,
+        "sd": 0.0,
+    }
+    assert "standard deviation" in repr(job.scores()) and "same structure" in repr(job.scores())
+    again = evaluation.open(params.resolve("eval", {**given, "seeds": "6", "temperature": 0.8}))
+    again.measure()
+    measured = again.findings.measured["base"]
+    assert again.found["seeds"] is None and measured.speed["from_cache"] == 12
+    assert [entry["text"] for entry in measured.entries] != first
+
+
+def test_seeds_need_a_temperature_and_must_be_numbers():
+    for given, message in (
+        ({"seeds": "1,2"}, "temperature above 0"),
+        ({"seeds": "one"}, "whole numbers"),
+        ({"seeds": "-1"}, "whole numbers"),
+        ({"seeds": ""}, "whole numbers"),
+    ):
+        with pytest.raises(TunebookError, match=message):
+            evaluation._seeds(params.resolve("eval", given))
+    assert evaluation._seeds(params.resolve("eval", {"seeds": "1, 2,1", "temperature": 0.5})) == [1, 2]
 
 
 def test_forgetting_is_measured_where_there_are_weights(judged):

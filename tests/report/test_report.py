@@ -459,7 +459,7 @@ def test_an_evaluation_can_put_the_report_into_its_own_folder_before_it_finishes
 
 def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
     scores, answers = samples.evaluation(changed)
-    for key in ("ship", "forgetting", "harness", "preference", "instructions", "judge", "contamination"):
+    for key in ("ship", "forgetting", "harness", "preference", "instructions", "judge", "contamination", "seeds"):
         samples.write_evaluation(changed, {**scores, key: None}, answers)
         assert '<section id="scores">' in report.build("atlas").read_text()
     for row in answers[:20]:
@@ -478,13 +478,18 @@ def test_whatever_was_not_measured_leaves_a_gap_and_nothing_else(changed):
                 "win_rate": 0.7,
                 "low": 0.55,
                 "high": 0.82,
+                "length_controlled": {"value": 0.6, "low": 0.4, "high": 0.8, "n": 22},
                 "order_agreement": 0.9,
                 "failed": 1,
             }
         ],
     }
-    samples.write_evaluation(changed, {**scores, "judge": judge}, answers)
-    assert "Judge: judge" in report.build("atlas").read_text()
+    drawn = {str(seed): {"value": 0.5, "low": 0.4, "high": 0.6, "n": 180} for seed in (17, 18)}
+    seeds = {"base": {"scores": drawn, "mean": 0.5, "sd": 0.031}}
+    samples.write_evaluation(changed, {**scores, "judge": judge, "seeds": seeds}, answers)
+    page = text_of(report.build("atlas"))
+    assert "Judge: judge" in page and "60.0 % of 22" in page
+    assert "By seed of the draws" in page and "3.1 %" in page and "same structure" in page
     samples.write_evaluation(
         changed, {**scores, "candidates": skipped, "comparisons": []}, [{**a, "answers": {}} for a in answers]
     )

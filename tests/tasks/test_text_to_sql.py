@@ -29,7 +29,7 @@ def questions():
 def test_every_reference_of_the_default_test_is_right_against_itself_and_returns_rows(judge, questions):
     for row in questions:
         entry = judge.score(row["sql"], row["sql"])
-        assert entry["score"] == 1.0 and entry["valid"] and not entry["error"]
+        assert entry["score"] == 1.0 and entry["valid"] and entry["structural"] and not entry["error"]
     assert sum(judge.nonempty(q["sql"]) for q in questions) >= 0.9 * len(questions)
 
 
@@ -122,6 +122,34 @@ def test_results_shown_are_small_and_plain_json(judge):
     result = judge.score("SELECT zeroblob(99), 1e999, name, * FROM countries", "SELECT 1")["result"]
     assert len(result["rows"]) == 10 and result["count"] > 100 and result["rows"][0][:2] == ["99 bytes", "inf"]
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("query", "reference", "same"),
+    [
+        (
+            "select T1.Name as n from countries as T1 where 5 < T1.area and 'x' = continent order by name asc",
+            "SELECT name FROM countries WHERE continent = 'x' AND area > 5 ORDER BY name",
+            True,
+        ),
+        (
+            "SELECT c.name FROM cities c JOIN rivers r ON c.river = r.name WHERE a = 1 AND b = 2 AND d = 3",
+            "SELECT cities.name FROM cities INNER JOIN rivers ON rivers.name = cities.river "
+            "WHERE d = 3 AND a = 1 AND b = 2",
+            True,
+        ),
+        ('SELECT "name" FROM "countries"', "SELECT name FROM countries", True),
+        ("SELECT max(area) FROM countries", "SELECT min(area) FROM countries", False),
+        ("SELECT name FROM countries WHERE area > 5", "SELECT name FROM countries WHERE area >= 5", False),
+        ("SELECT name FROM countries ORDER BY area", "SELECT name FROM countries ORDER BY area DESC", False),
+        ("SELECT a FROM t LEFT JOIN u ON t.i = u.i", "SELECT a FROM t JOIN u ON t.i = u.i", False),
+        ("SELECT a - b FROM t", "SELECT b - a FROM t", False),
+        ("SELECT x FROM", "SELECT x FROM t", False),
+        ("SELECT 1", "not a query at all (", None),
+    ],
+)
+def test_structure_ignores_writing_and_sees_meaning(query, reference, same):
+    assert text_to_sql.same_structure(query, reference) is same
 
 
 # ------------------------------------------------------------ only CREATE TABLE is known

@@ -47,25 +47,18 @@ def run(
     report: gives a step of this name its account. evaluation: rows that must not be trained on. tokenizer: loads it.
     """
     found: Iterable[list[Row]] = rows
-
-    def too_few_tokens(row: Row) -> str:
-        count = len(token_ids(tokenizer(), [answer_of(row)])[0])
-        return f"{count} tokens, fewer than {p.min_tokens}" if count < p.min_tokens else ""
-
     if not len(rows):
         return rows
     if p.repair_unicode:
         found = repair_unicode(found, report("Unicode repair"))
     if p.languages:
         found = keep_languages(found, report("language"), p.languages)
-    if p.min_chars or p.max_chars:
-        found = keep_lengths(found, report("length"), p.min_chars, p.max_chars)
-    if p.min_tokens:
-        found = drop(found, report("length in tokens"), "answer too short", too_few_tokens)
+    if p.min_chars or p.max_chars or p.min_tokens:
+        found = drop(found, report("length"), lambda row: wrong_length(row, p, tokenizer))
     if p.drop_repetitive:
-        found = drop(found, report("repetition"), "repetitive", lambda row: repetition(answer_of(row)))
+        found = drop(found, report("repetition"), lambda row: repetition(answer_of(row)))
     if p.drop_gibberish:
-        found = drop(found, report("gibberish"), "gibberish", lambda row: gibberish("\n".join(spoken(row))))
+        found = drop(found, report("gibberish"), lambda row: gibberish("\n".join(spoken(row))))
     if p.personal_data != "off":
         found = mask_personal_data(found, report("personal data"), action=p.personal_data)
     if p.toxicity != "none":
@@ -129,43 +122,35 @@ def keep_languages(rows: Iterable[list[Row]], report: StepReport, languages: str
     return report.sift(rows, judge)
 
 
-def keep_lengths(
-    rows: Iterable[list[Row]], report: StepReport, min_chars: int = 1, max_chars: int = 0
-) -> Iterator[list[Row]]:
-    """Keep rows whose answer has at least `min_chars` characters, white space aside, and whose whole text has at most
-    `max_chars` (0: any number)."""
-
-    def judge(batch: list[Row]) -> Iterator[Fault]:
-        for row in batch:
-            chars, size = len("".join(answer_of(row).split())), len(text_of(row)) if max_chars else 0
-            if chars < min_chars:
-                yield "answer too short", f"{chars} characters, fewer than {min_chars}"
-            elif size > max_chars:
-                yield "too long", f"{size:,} characters, more than {max_chars:,}"
-            else:
-                yield None
-
-    return report.sift(rows, judge)
+def drop(rows: Iterable[list[Row]], report: StepReport, fault: Callable[[Row], Fault]) -> Iterator[list[Row]]:
+    """Drop rows in which `fault` finds something."""
+    return report.sift(rows, lambda batch: map(fault, batch))
 
 
-def drop(
-    rows: Iterable[list[Row]], report: StepReport, reason: str, fault: Callable[[Row], str]
-) -> Iterator[list[Row]]:
-    """Drop rows in which `fault` finds something: a detail, or "" for none."""
-    return report.sift(rows, lambda batch: ((reason, why) if (why := fault(row)) else None for row in batch))
+def wrong_length(row: Row, p: DataParams, tokenizer: Callable[[], Any]) -> Fault:
+    """Whether the answer has fewer than `min_chars` characters, white space aside, or `min_tokens` tokens, or the whole
+    text more than `max_chars` characters; max_chars 0: any number. tokenizer: loads it."""
+    answer = answer_of(row)
+    if (chars := len("".join(answer.split()))) < p.min_chars:
+        return "answer too short", f"{chars} characters, fewer than {p.min_chars}"
+    if p.max_chars and (size := len(text_of(row))) > p.max_chars:
+        return "too long", f"{size:,} characters, more than {p.max_chars:,}"
+    if p.min_tokens and (count := len(token_ids(tokenizer(), [answer])[0])) < p.min_tokens:
+        return "answer too short", f"{count} tokens, fewer than {p.min_tokens}"
+    return None
 
 
-def repetition(text: str) -> str:
-    """Why a text is a loop, or "": over 60 % of its runs of 60 letters and digits, of at least 20, occurred before in
+def repetition(text: str) -> Fault:
+    """Whether a text is a loop: over 60 % of its runs of 60 letters and digits, of at least 20, occurred before in
     it. Rules and empty tables have no letters; the records of JSON, SQL or code seldom share that much in a row."""
     letters = NOT_LETTERS.sub("", text)
     runs = len(letters) - LOOP + 1
     again = 1 - len({letters[i : i + LOOP] for i in range(runs)}) / runs if runs >= 20 else 0.0
-    return f"{again:.0%} of its runs of {LOOP} letters are repeats" if again > 0.6 else ""
+    return ("repetitive", f"{again:.0%} of its runs of {LOOP} letters are repeats") if again > 0.6 else None
 
 
-def gibberish(text: str) -> str:
-    """Why a text is not of any language, or "".
+def gibberish(text: str) -> Fault:
+    """Whether a text is of no language.
 
     Over 1 % replacement or private-use characters, of three and more; under 30 % letters and digits, from 50 characters
     on; more than 500 characters without a break in a script that has spaces; over half of ten and more Latin words
@@ -173,16 +158,16 @@ def gibberish(text: str) -> str:
     """
     solid = "".join(text.split())
     if (bad := len(UNREADABLE.findall(solid))) > max(2, len(solid) / 100):
-        return f"{bad} unreadable characters in {len(solid)}"
+        return "gibberish", f"{bad} unreadable characters in {len(solid)}"
     if len(solid) >= 50 and (share := len(NOT_LETTERS.sub("", solid)) / len(solid)) < 0.3:
-        return f"only {share:.0%} letters and digits"
+        return "gibberish", f"only {share:.0%} letters and digits"
     if blob := BLOB.search(text):
-        return f"an unbroken run of {len(blob.group())} characters"
+        return "gibberish", f"an unbroken run of {len(blob.group())} characters"
     words = LATIN_WORD.findall(text.lower())
     odd = [word for word in words if UNSPEAKABLE.search(word)]
     if len(words) >= 10 and len(odd) > len(words) / 2:
-        return f"{len(odd)} of {len(words)} words cannot be spoken, such as {odd[0][:30]!r}"
-    return ""
+        return "gibberish", f"{len(odd)} of {len(words)} words cannot be spoken, such as {odd[0][:30]!r}"
+    return None
 
 
 # ---------------------------------------------------------------- toxicity

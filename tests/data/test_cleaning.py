@@ -5,7 +5,7 @@ import json
 import pytest
 
 from helpers.data import cleaning as clean
-from helpers.data.tables import StepReport, Table
+from helpers.data.tables import StepReport
 from helpers.data.turns import answer_of, batches, make_row
 from helpers.errors import TunebookError
 from helpers.params import DataParams
@@ -124,7 +124,8 @@ def test_an_unknown_language_is_refused_with_the_known_ones(languages):
 
 def test_lengths_in_characters():
     rows = [talk("q", " \n\t ", at=1), talk("q", "ok", at=2), talk("q", "x" * 500, at=3), talk("q", "好的", at=4)]
-    kept, report = through(clean.keep_lengths, rows, min_chars=2, max_chars=100)
+    p = DataParams(min_chars=2, max_chars=100)
+    kept, report = through(clean.drop, rows, lambda row: clean.wrong_length(row, p, lambda: None))
     assert [row["row"] for row in kept] == [2, 4]
     assert dict(report.dropped) == {"answer too short": 1, "too long": 1}
     assert report.examples["too long"]["detail"] == "502 characters, more than 100"
@@ -132,16 +133,10 @@ def test_lengths_in_characters():
 
 def test_lengths_in_tokens(tokenizer):
     rows = [talk("q", "yes", at=1), talk("q", "one two three four five", at=2)]
-    reports = []
-
-    def report(step):
-        reports.append(StepReport(step))
-        return reports[-1]
-
-    p = DataParams(min_tokens=3, repair_unicode=False, min_chars=0, exact_duplicates=False, near_duplicates=0.0)
-    kept = clean.run(Table.collect([rows]), p, report, None, lambda: tokenizer)
-    assert [row["row"] for row in kept.rows()] == [2]
-    assert "1 tokens, fewer than 3" in reports[0].examples["answer too short"]["detail"]
+    p = DataParams(min_tokens=3)
+    kept, report = through(clean.drop, rows, lambda row: clean.wrong_length(row, p, lambda: tokenizer))
+    assert [row["row"] for row in kept] == [2]
+    assert "1 tokens, fewer than 3" in report.examples["answer too short"]["detail"]
 
 
 # ---------------------------------------------------------------- repetition
@@ -189,7 +184,7 @@ STRUCTURED = [
     ],
 )
 def test_answers_that_repeat_themselves_are_dropped(answer):
-    kept, report = through(clean.drop, [talk("q", answer)], "repetitive", lambda row: clean.repetition(answer_of(row)))
+    kept, report = through(clean.drop, [talk("q", answer)], lambda row: clean.repetition(answer_of(row)))
     assert kept == [] and report.dropped["repetitive"] == 1
 
 
@@ -208,7 +203,7 @@ def test_answers_that_repeat_themselves_are_dropped(answer):
     ],
 )
 def test_prose_tables_rules_code_and_lists_are_no_repetition(answer):
-    assert clean.repetition(answer) == ""
+    assert clean.repetition(answer) is None
 
 
 # ---------------------------------------------------------------- gibberish
@@ -224,7 +219,7 @@ def test_prose_tables_rules_code_and_lists_are_no_repetition(answer):
     ],
 )
 def test_gibberish_is_dropped_with_its_reason(text, why):
-    kept, report = through(clean.drop, [talk("q", text)], "gibberish", lambda row: clean.gibberish(answer_of(row)))
+    kept, report = through(clean.drop, [talk("q", text)], lambda row: clean.gibberish(answer_of(row)))
     assert kept == [] and why in report.examples["gibberish"]["detail"]
 
 
@@ -247,4 +242,4 @@ def test_gibberish_is_dropped_with_its_reason(text, why):
     ],
 )
 def test_language_code_and_links_are_no_gibberish(text):
-    assert clean.gibberish(text) == ""
+    assert clean.gibberish(text) is None

@@ -294,11 +294,12 @@ class Evaluation(steps.Job):
             odds, accuracy = p["log_odds"], p["accuracy"]
             margin = f"{odds['value']:+.2f} ({odds['low']:+.2f} to {odds['high']:+.2f})" if p["n"] else "–"
             interval = display.interval(accuracy["low"], accuracy["high"])
-            rate = p["win_rate"] or {"value": None, "low": None, "high": None}
-            wins = display.percent(rate["value"]), display.interval(rate["low"], rate["high"])
-            rows.append((name, display.percent(accuracy["value"]), interval, margin, *wins, p["n"], p["sentence"]))
+            rate = p["win_rate"]
+            limits = display.interval(rate["low"], rate["high"]) if rate else ""
+            wins = f"{display.percent(rate['value'])} ({limits})" if limits else "–"
+            rows.append((name, display.percent(accuracy["value"]), interval, margin, wins, p["n"], p["sentence"]))
         measured = ("prefers the chosen", "95 % interval", "log-odds margin", "margin beats the base's")
-        return display.shown(rows, ("candidate", *measured, "95 % interval", "pairs", "against the base"))
+        return display.shown(rows, ("candidate", *measured, "pairs", "against the base"))
 
     @steps.step
     def sides(self) -> Html:

@@ -25,11 +25,17 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
     """
     from IPython.display import display
 
-    params = parameters.resolve(stage, parameters.read_globals(stage, namespace))
+    params = parameters.resolve(stage, read_globals(namespace))
     if stage in ("sft", "orpo"):
         methods.import_first(params)
     display(panel(stage, params) if machine.interactive() else params)
     return params
+
+
+def read_globals(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values among a notebook's globals: its parameters, and what is misspelt among them."""
+    kinds = (str, int, float, bool, list, dict, tuple, type(None))
+    return {n: v for n, v in namespace.items() if isinstance(v, kinds) and n[0] != "_" and n not in ("In", "Out")}
 
 
 def panel(stage: str, params: Params) -> Any:

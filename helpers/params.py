@@ -390,15 +390,6 @@ def read_file(file: str | Path) -> dict[str, Any]:
     return values
 
 
-def read_globals(stage: str, namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """A notebook's parameters among its globals. A plain value under another name is taken for a misspelt parameter."""
-    kinds = (str, int, float, bool, list, dict, tuple, type(None))
-    plain = {n: v for n, v in namespace.items() if isinstance(v, kinds) and n[0] != "_" and n not in ("In", "Out")}
-    for name in plain:
-        find(stage, name)
-    return plain
-
-
 def cell(stage: str) -> str:
     """Source of the notebook's parameters cell."""
     return "\n".join(["# @title Parameters", *(p.line() for p in STAGES[stage] if not p.advanced)])

@@ -101,8 +101,10 @@ def test_texts_from_a_command_line_become_the_parameters_types():
 
 
 def test_a_misspelt_global_is_found_among_a_notebooks_names():
+    given = {"rank": 4, "os": sys, "_hidden": 3, "In": [], "Out": {}}
+    assert notebook.start("sft", given).changed() == {"rank": 4}
     with pytest.raises(TunebookError, match="learning_rat"):
-        params.read_globals("sft", {"rank": 4, "learning_rat": 1e-4, "os": sys, "_hidden": 3, "In": [], "Out": {}})
+        notebook.start("sft", {**given, "learning_rat": 1e-4})
 
 
 def test_a_misspelt_parameter_is_found_by_the_type_checker(tmp_path):

@@ -283,6 +283,7 @@ class LlamaCpp(ExitStack):
                     yield index, text[:cut], len(out), ended or cut is not None
                     del active[slot]
                     free.append(slot)
+                    self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)  # attention reads what is kept
 
     def _run(self, entries: Sequence[Entry]) -> list[tuple[int, np.ndarray]]:
         """(sequence, logits) of the tokens whose logits are wanted."""

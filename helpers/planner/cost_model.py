@@ -14,6 +14,7 @@ from typing import Any
 from helpers import machine
 from helpers.errors import TunebookError
 from helpers.model.loading import fast_bf16
+from helpers.model.packed_attention import head_dim
 from helpers.params import TrainingParams
 
 GIB = 2**30
@@ -21,7 +22,8 @@ NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
 CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1, "sgd": 0}
+OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_8bit": 0}
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
@@ -113,7 +115,7 @@ class Shape:
         self.name = getattr(config, "_name_or_path", "") or text.model_type
         self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
         self.heads = text.num_attention_heads
-        head_size = getattr(text, "head_dim", None) or self.hidden // self.heads
+        head_size = head_dim(text)
         self.query = self.heads * head_size
         self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
         self.intermediate = getattr(text, "intermediate_size", 4 * self.hidden)
@@ -181,7 +183,7 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
 
 def state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state on one GPU."""
-    trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES.get(s.params.optimizer, 0)
+    trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
     if s.params.method in ("full", "freeze"):

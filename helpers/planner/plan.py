@@ -52,6 +52,11 @@ class Plan(display.Shown):
     errors: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def shares(self) -> bool:
+        """Whether what the examples of a row all begin with is held once."""
+        return self.packed and self.attention == packed_attention.SDPA
+
+    @property
     def setting(self) -> Setting:
         return self.option.setting
 

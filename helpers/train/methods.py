@@ -43,7 +43,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     packed = config.loss_of(params) in ("sft", "orpo")
     packed_attention.register()
     attention = plan.attention if packed else "sdpa"
-    if plan.packed and attention == packed_attention.SDPA:
+    if packed and plan.shares:
         attention = packed_attention.SHARED
     quantize = "nf4" if params.method == "qlora" else "none"
     model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)

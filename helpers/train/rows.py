@@ -92,10 +92,7 @@ def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple
     """
     rows = _table(data, name, ["id", "input_ids", "completion_mask"])
 
-    def labels_of(ids: list[int], mask: list[int]) -> list[int]:
-        return ids if train_on == "all" else [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
-
-    labels = [labels_of(*row) for row in zip(rows["input_ids"], rows["completion_mask"], strict=True)]
+    labels = [example_labels(row) for row in (rows.remove_columns(["completion_mask"]) if train_on == "all" else rows)]
     kept = [number for number, row in enumerate(labels) if any(label != IGNORE for label in row[1:])]
     counts = {"rows": len(rows), "without trained tokens": len(rows) - len(kept)}
     labelled = rows.remove_columns(["completion_mask"]).add_column("labels", labels)

@@ -298,10 +298,9 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowColla
     trainer.rows, trainer.held_out_rows = rows(job.train_rows, params.batch_size, **epoch), None
     if job.held_out is not None:
         trainer.held_out_rows = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
-    share = plan.packed and plan.backend == "hf" and plan.attention == packed_attention.SDPA
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     layout = "packed" if plan.packed else "padded"
-    trainer.row_collator = collator(job.tokenizer.pad_token_id, layout, share, positions=not can_fuse(causal))
+    trainer.row_collator = collator(job.tokenizer.pad_token_id, layout, plan.shares, positions=not can_fuse(causal))
     trainer.step_rows, trainer.trained_tokens = [], 0
     trainer.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing

@@ -21,7 +21,6 @@ from helpers import machine, runs
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
-from helpers.model import packed_attention
 from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams
 from helpers.planner import plan as planner
@@ -95,13 +94,12 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
     world = distributed.size()
     plan = planner.plan(params, lengths, source, world, padded_lengths=padded)
-    shares = plan.backend == "hf" and plan.packed and plan.attention == packed_attention.SDPA
-    if shares and plan.accumulation > 1 and not params.row_tokens:
+    if plan.shares and plan.accumulation > 1 and not params.row_tokens:
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
         # counts for more here than anything else.
         whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world) :])
-        longer = dataclasses.replace(params, row_tokens=whole)
         try:
+            longer = dataclasses.replace(params, row_tokens=whole)
             return planner.plan(longer, lengths, source, world, padded_lengths=padded)
         except TunebookError:  # such a row does not fit: keep the one that does
             return plan

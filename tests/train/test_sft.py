@@ -264,6 +264,7 @@ def test_a_finished_job_lets_go_of_its_model(data):
         {"neftune_alpha": 5.0, "packing": False},
         {"target_modules": "q_proj, v_proj", "optimizer": "adamw_8bit"},
         {"optimizer": "lion", "learning_rate": 1e-4},
+        {"optimizer": "sgd", "learning_rate": 0.1},
         {"dropout": 0.1, "recompute": "all"},
     ],
     ids=lambda g: "-".join(map(str, g.values())),

@@ -23,7 +23,7 @@ from helpers.cache import Answers
 from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, vocabulary
 from helpers.data.chat_template import Template, inspect
 from helpers.data.shingles import text_hash
-from helpers.data.split import pairs_of, split
+from helpers.data.split import group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of
 from helpers.display import Html, plain, said, save, shown
@@ -205,8 +205,7 @@ class Job(StageJob):
             for name in names:
                 parts[name].append([row for row in batch if row["source"] == name])
         given = {
-            name: mixing.Source(part.close(), weights.get(name, 0.0) if weights else None, int(caps.get(name, 0)))
-            for name, part in parts.items()
+            name: mixing.Source(part.close(), weights.get(name), int(caps.get(name, 0))) for name, part in parts.items()
         }
         if p.replay_dataset:
             replay = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in self.replay_rows)
@@ -237,7 +236,7 @@ class Job(StageJob):
         pairs, self.kto_split = self.pair_rows, self.kto_rows
         if given is None and len(self.splits["test"]):
             pairs, self.kto_split = self._not_asked(pairs, "pairs"), self._not_asked(self.kto_rows, "kto")
-        grouped = p.group_by if any(p.group_by in row["meta"] for row in pairs.rows()) else ""
+        grouped = p.group_by if any(group_value(row, p.group_by) for row in pairs.rows()) else ""
         self.pair_splits = split(pairs, p.preference_eval_share, 0.0, grouped)
         self.figures["splits"] = {name: len(part) for name, part in self.splits.items()}
         self.figures["preference_splits"] = {name: len(self.pair_splits[name]) for name in ("train", "eval")}

@@ -262,9 +262,10 @@ def test_sources_are_mixed_by_weight_with_replay_and_the_achieved_mixture_is_rep
         and mixture["replay: general"]["row_share"] == pytest.approx(0.2, abs=0.01)
     )
     assert sum(part["tokens"] for part in mixture.values()) == done.encoded["splits"]["train"]["tokens"]
-    with pytest.raises(TunebookError, match="with the sources a, b"):
-        wrong = job(dataset=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", weights="c=1")
-        wrong.read(), wrong.clean(), wrong.mix()
+    for weights, message in (("c=1", "with the sources a, b"), ("a=3", "b no weight")):
+        wrong = job(dataset=f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", weights=weights)
+        with pytest.raises(TunebookError, match=message):
+            wrong.read(), wrong.clean(), wrong.mix()
 
 
 def test_groups_and_near_duplicates_stay_together_through_the_job(job):
@@ -272,6 +273,17 @@ def test_groups_and_near_duplicates_stay_together_through_the_job(job):
     run(done)
     parts = [{row["meta"]["topic"] for row in done.splits[name].rows()} for name in ("train", "eval", "test")]
     assert sum(map(len, parts)) == 7
+
+
+def test_pairs_of_one_source_stay_together_when_group_by_says_so(job, tmp_path):
+    for name in "abcdef":
+        pairs = [{"prompt": f"{name} asks {i}?", "chosen": f"right {i}", "rejected": f"wrong {i}"} for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    named = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abcdef")
+    done = job(rows(60), preference_dataset=named, preference_eval_share=0.5, group_by="source")
+    done.read(), done.clean(), done.mix(), done.split()
+    parts = [{row["source"] for row in done.pair_splits[name].rows()} for name in ("train", "eval")]
+    assert sum(map(len, parts)) == 6
 
 
 def test_training_rows_that_hold_a_test_question_are_taken_out_and_counted(job, tmp_path):

@@ -78,7 +78,7 @@ class Items:
         texts, owners = [], []
         for place, row in enumerate(batch):
             messages = spoken(row)
-            parts = ["\n".join(messages), *(messages if self.short else [])]
+            parts = ["\n".join(messages), *(messages if self.short and len(messages) > 1 else [])]
             texts += parts
             owners += [place] * len(parts)
         flat, offsets = shingles(texts, GRAM, GRAM, symbols=False)

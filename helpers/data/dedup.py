@@ -7,7 +7,7 @@ the answer alone. Without the second rule, questions that share a long context (
 
 MinHash in bands (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3) proposes pairs: 8 bands
 of 5 find a pair of Jaccard 0.9 with probability 0.9992, of 0.8 with 0.96. Each pair is then measured on its shingles,
-so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 72 bytes a row.
+so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 84 bytes a row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from helpers.data.shingles import mix, shingles, text_hash
+from helpers.data.split import components
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import Row, batches, shown
 
@@ -138,14 +139,10 @@ class NearIndex:
 
     def _linked(self, subset: np.ndarray) -> np.ndarray:
         """The first row that every row of the ascending `subset` is linked to, by one near pair or a chain of them."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
         pairs = np.unique(np.concatenate([_candidates(keys[subset]) for keys in self._keys]))
         left, right = pairs >> 32, pairs & 0xFFFFFFFF
         close = self._near(subset[left], subset[right])
-        links = coo_array((close[close], (left[close], right[close])), (len(subset), len(subset)))
-        group = connected_components(links, directed=False)[1]
+        group = components(left[close], right[close], len(subset))
         return subset[np.unique(group, return_index=True)[1][group]]
 
     def _near(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:

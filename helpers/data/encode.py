@@ -41,8 +41,8 @@ def splits(
 ) -> dict[str, Any]:
     """Write train, eval and test.parquet, and kto.parquet where there are rows, and return what was counted.
 
-    Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes of
-    what the template cannot show, written (rows by file), max_length, data_hash.
+    Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes of what the
+    template cannot show, written (rows by file), max_length, data_hash.
     """
     limit = p.max_length or _proposed(tables, template, p.train_on)
     encoder = Encoder(template, p.train_on, rejects)

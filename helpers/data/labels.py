@@ -197,7 +197,7 @@ class Encoder:
     def _by_prefixes(self, row: Row, rendering: Rendering, ids: list[int]) -> list[tuple[int, int]]:
         """The first token and the end of turn of each trained turn; [] where the template marks its answers and writes
         earlier turns otherwise once others follow them. Raises RowError when a prefix's tokens are not the row's."""
-        full, template, spans = rendering.full, self.template, []
+        full, template, spans, changed = rendering.full, self.template, [], False
         controls, at = [(0, 0)], -1  # where the control tokens are, as (character, token)
         with contextlib.suppress(ValueError):  # the tokenizer reads one otherwise: then more of the prefix is compared
             for found in template.special_text.finditer(full):
@@ -219,8 +219,9 @@ class Encoder:
             if end is None:
                 raise RowError("no end of turn", f"turn {turn + 1} has no {template.end_text} in its labels")
             spans.append((begin + len(tail), end))
-            if row["messages"][turn]["content"].strip() not in full[len(prefix) :]:
-                self.notes["the template changed an answer"] += 1
+            changed |= full.find(row["messages"][turn]["content"].strip(), len(prefix)) < 0
+        if changed:
+            self.notes["the template changed an answer"] += 1
         return spans
 
     def _by_marks(self, rendering: Rendering, ids: list[int]) -> list[tuple[int, int]]:

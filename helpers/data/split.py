@@ -28,18 +28,25 @@ def split_of(key: str, eval_share: float, test_share: float) -> str:
     return "test" if place < test_share else "eval" if place >= 1 - eval_share else "train"
 
 
-def smallest_linked(pairs: list[tuple[str, str]]) -> dict[str, str]:
-    """For every name in `pairs` the smallest of the names that it is linked to, through others too."""
+def components(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
+    """The component of each of `size` nodes, of which `one` and `other` are linked in pairs, int32 (size,)."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    links = coo_array((np.ones(len(one), bool), (one, other)), (size, size))
+    return connected_components(links, directed=False)[1]
+
+
+def smallest_linked(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """For every name in `pairs` the smallest of the names that it is linked to, through others too."""
     names = sorted({name for pair in pairs for name in pair})
     places = {name: place for place, name in enumerate(names)}
     ends = np.array([[places[one], places[other]] for one, other in pairs], np.int64).reshape(-1, 2).T
-    links = coo_array((np.ones(len(pairs), bool), (ends[0], ends[1])), (len(names), len(names)))
-    components = connected_components(links, directed=False)[1].tolist() if names else []
     smallest: dict[int, str] = {}
-    return {name: smallest.setdefault(part, name) for name, part in zip(names, components, strict=True)}
+    return {
+        name: smallest.setdefault(part, name)
+        for name, part in zip(names, components(ends[0], ends[1], len(names)).tolist(), strict=True)
+    }
 
 
 def split(

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
 from helpers.gguf.libraries import Block
 from helpers.gguf.runner import Server
+from helpers.model.packed_attention import common_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,9 +262,9 @@ class LlamaCpp(ExitStack):
         # what all prompts begin with, in the spare sequence
         self._run([(token, i, self.parallel, False) for i, token in enumerate(rows[0][:shared])])
         active: dict[int, tuple[int, list[int]]] = {}  # sequence -> index of its prompt, answer so far
+        entries: list[Entry] = []  # what is to be computed next, the answers under way first
         queue = iter(range(len(rows)))
         while True:
-            entries = [(out[-1], len(rows[i]) + len(out) - 1, slot, True) for slot, (i, out) in active.items()]
             while free and (index := next(queue, None)) is not None:
                 active[slot := free.pop()] = (index, [])
                 self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
@@ -272,7 +273,9 @@ class LlamaCpp(ExitStack):
                 entries += [(rows[index][i], i, slot, i == last) for i in range(shared, last + 1)]
             if not active:
                 return
-            for slot, logits in self._run(entries):
+            piece, entries = entries[:BATCH], entries[BATCH:]
+            going: list[Entry] = []
+            for slot, logits in self._run(piece):
                 index, out = active[slot]
                 out.append(_choose(logits, temperature, draws[index]))
                 ended = self.lib.llama_vocab_is_eog(self.vocab, out[-1])
@@ -284,6 +287,9 @@ class LlamaCpp(ExitStack):
                     del active[slot]
                     free.append(slot)
                     self.lib.llama_memory_seq_rm(self._memory, slot, -1, -1)  # attention reads what is kept
+                else:
+                    going.append((out[-1], len(rows[index]) + len(out) - 1, slot, True))
+            entries = going + entries
 
     def _run(self, entries: Sequence[Entry]) -> list[tuple[int, np.ndarray]]:
         """(sequence, logits) of the tokens whose logits are wanted."""
@@ -297,9 +303,7 @@ class LlamaCpp(ExitStack):
 
 def _common_length(rows: list[list[int]]) -> int:
     """How many tokens all rows begin with, always short of the shortest; 0 for a row alone."""
-    pairs = zip(min(rows), max(rows), strict=False)  # what these two share, all do
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    return min([same, *(len(r) - 1 for r in rows)]) if len(rows) > 1 else 0
+    return min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else 0
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

@@ -88,8 +88,8 @@ def row_tensors(documents: Sequence[dict]) -> dict:
     }
 
 
-def common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all sequences have in common."""
+def common_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many leading tokens (or letters) all sequences have in common."""
     low, high = min(sequences, key=list), max(sequences, key=list)  # the two that differ first, in dictionary order
     shorter = min(len(low), len(high))
     return next((index for index in range(shorter) if low[index] != high[index]), shorter)

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class ExportJob(steps.Job):
             "text": self.text,
             "merge": self.merge_check,
             "budgets": {r.type: convert.TYPES[r.type][1:] for r in self.results},
-            "files": [asdict(r) for r in self.results],
+            "files": [r.as_dict() for r in self.results],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:

@@ -13,8 +13,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from helpers.gguf import header, probes
 from helpers.gguf.convert import TYPES
 from helpers.gguf.runner import GgufModel
 from helpers.model.loading import load_model, load_tokenizer
+from helpers.model.packed_attention import common_length
 from helpers.model.stop_tokens import stop_tokens
 from helpers.tasks.questions import Decoding
 
@@ -62,6 +62,11 @@ class Result:
     task_score: float | None = None
     task_count: int = 0  # questions behind it
     failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: a figure that is NaN or infinite is null."""
+        bad = {name for name, value in vars(self).items() if isinstance(value, float) and not display.finite(value)}
+        return asdict(self) | dict.fromkeys(bad)
 
 
 class Reference:
@@ -185,7 +190,7 @@ def _token_ids(model: GgufModel, reference: Reference, result: Result) -> str:
             mine = model.tokenize(text, add_special)
             # where the template writes the BOS itself, the two differ by it; the prompt gate counts it
             if mine != theirs and not (add_special and special == plain):
-                at = _first_difference(mine, theirs)
+                at = common_length([mine, theirs])
                 near = slice(max(0, at - 1), at + 3)
                 return f"{text[:40]!r} is read as {mine[near]} from token {at} on, the trained model had {theirs[near]}"
     return ""
@@ -208,15 +213,11 @@ def _prompts(model: GgufModel, reference: Reference, result: Result) -> str:
             mine = mine[1:]
         got, text = got.removeprefix(bos_text), text.removeprefix(bos_text)  # the runtime may write it as a token
         if mine != ids or got != text:
-            at = _first_difference(got, text)
+            at = common_length([got, text])
             near = slice(max(0, at - 12), at + 24)
             return f"for {shape} it reads {got[near]!r} where the training had {text[near]!r}"
         result.prompt_shapes.append(shape)
     return ""
-
-
-def _first_difference(mine: Sequence[Any], theirs: Sequence[Any]) -> int:
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))))
 
 
 def _logits(model: GgufModel, reference: Reference, result: Result) -> str:

@@ -279,6 +279,11 @@ def test_the_server_answers_on_loopback_and_ends(q8):
         Server("none.gguf")
 
 
+def test_a_figure_that_is_no_number_is_null_in_json():
+    kept = fidelity.Result("f16", mean_kl=float("nan"), p99_kl=float("inf"), top1=0.5).as_dict()
+    assert kept["mean_kl"] is kept["p99_kl"] is None and kept["top1"] == 0.5 and kept["failed"] == {}
+
+
 def test_the_recommendation_allows_for_chance_and_not_for_a_wide_divergence():
     def file(kind, megabytes, kl, score, count, **more):
         return fidelity.Result(kind, megabytes << 20, 4.5, mean_kl=kl, task_score=score, task_count=count, **more)

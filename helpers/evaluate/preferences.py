@@ -52,7 +52,7 @@ def read(path: Path, limit: int = 0) -> list[dict[str, Any]]:
 
 def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """accuracy: share of pairs whose chosen answer has the higher mean token log-probability, end of turn included;
-    log_odds: mean difference of log(p / (1 - p)), which ORPO trains (Hong et al. 2024, https://arxiv.org/abs/2403.07691).
+    log_odds: mean difference of log(p / (1 - p)), which ORPO trains (arXiv:2403.07691).
 
     An empty completion is left out; n: how many pairs count. margins: the difference for each pair, NaN where it is
     left out: what is compared with the baseline's.

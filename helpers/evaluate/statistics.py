@@ -73,7 +73,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def standard_error(values: Any, clusters: Clusters = None) -> float:
-    """Standard error of the mean; with clusters the sandwich estimate (Miller 2024, https://arxiv.org/abs/2411.00640)."""
+    """Standard error of the mean; with clusters the sandwich estimate (Miller 2024, arXiv:2411.00640)."""
     x = np.asarray(values, float)
     owner = np.arange(len(x)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     totals = np.bincount(owner, x - x.mean())

@@ -23,7 +23,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from helpers import display, machine, params, runs
+from helpers import display, machine, parameter, params, runs
 from helpers.errors import TunebookError
 
 STAGES = list(runs.FOLDERS)
@@ -93,7 +93,7 @@ def default_params() -> Path:
 
 def resolve(file: Path, single: list[list[str]], run: str) -> dict[str, params.Params]:
     """Every stage's parameters, all checked before any work begins."""
-    sections = params.read_file(file)
+    sections = parameter.read_file(file)
     given: dict[str, dict[str, Any]] = {}
     for stage, values in sections.items():
         if stage not in STAGES or not isinstance(values or {}, dict):

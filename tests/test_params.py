@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from helpers import notebook, params
+from helpers import notebook, parameter, params
 from helpers.errors import TunebookError
 from helpers.runs import FOLDERS
 from tests.conftest import PROJECT
@@ -61,7 +61,7 @@ def test_the_sliders_have_the_bounds_of_the_parameters_and_write_into_them(stage
 
 def test_a_slider_moved_out_of_bounds_is_put_back_and_explained():
     values, message = params.resolve("sft"), ipywidgets.HTML()
-    control = notebook.row(params.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
+    control = notebook.row(parameter.Param("rank", 16, "Rank", low=1, high=256), values, message).children[0]
     control.max = 10_000
     control.value = 5_000
     assert control.value == 16 and "5000" in message.value
@@ -94,7 +94,7 @@ def test_a_wrong_name_type_or_value_is_refused_with_the_name_the_value_and_the_r
 def test_texts_from_a_command_line_become_the_parameters_types():
     resolved = params.resolve("sft", {"rank": "32", "learning_rate": "2e-4"})
     assert resolved.rank == 32 and resolved.learning_rate == 2e-4
-    flag = params.Param("flag", True, "A switch")
+    flag = parameter.Param("flag", True, "A switch")
     assert flag.check("false") is False and flag.check("True") is True
     with pytest.raises(TunebookError):
         flag.check("no")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from helpers import params
+from helpers import parameter, params
 from helpers.errors import TunebookError
 from helpers.train import distributed, methods, training
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     given = parser.parse_args(arguments)
     try:
-        values = params.read_file(given.file) if given.file else {}
+        values = parameter.read_file(given.file) if given.file else {}
         train(params.resolve(given.stage, {**values, **dict(given.p)}))
     except TunebookError as error:
         print(f"TunebookError: {error}", file=sys.stderr)

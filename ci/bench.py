@@ -1,6 +1,6 @@
 """The figures of one whole run on this machine, a JSON line each. The README's come from here.
 
-    python ci/bench.py [--run NAME] [--params FILE]    runs notebooks 01 to 05 anew, then prints
+    python ci/bench.py [--run NAME] [--recipe NAME]    runs notebooks 01 to 05 anew, then prints
     python ci/bench.py --run NAME --read               prints the figures of a run that is there
 
 Training tokens/s count every token that is not padding; evaluation questions/s count generation and execution

@@ -1,10 +1,11 @@
 """Run the notebooks of a run through papermill, one after another, and end with the scores and the report.
 
-    python ci/pipeline.py [--run NAME] [--params FILE] [-p STAGE.NAME VALUE]... [--from 03] [--to 05] [--fresh]
+    python ci/pipeline.py [--recipe NAME] [--run NAME] [-p STAGE.NAME VALUE]... [--from 03] [--to 05] [--fresh]
 
-Parameter files have a section for each stage (data, sft, orpo, gguf, eval). A stage that is finished with the same
-parameters, parents and code is used again; --from runs that stage and those after it anew, --fresh all. A killed run
-is resumed by the same command. What kernels write to their standard error is in runs/NAME/log.txt.
+A recipe is a folder with a flat file for each stage that it needs (data, sft, orpo, gguf, eval .yaml). A stage that is
+finished with the same parameters, parents and code is used again; --from runs that stage and those after it anew,
+--fresh all. A killed run is resumed by the same command. What kernels write to their standard error is in
+runs/NAME/log.txt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -33,11 +33,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tunebook run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="default", help="name of the run: its folder under runs/")
+    parser.add_argument("--run", default="", help="its folder under runs/; default: the recipe's name, or default")
     parser.add_argument(
-        "--params",
-        type=Path,
-        help="YAML file with a section for each stage; default: the one for this machine in ci/params/",
+        "--recipe",
+        default="",
+        help="folder of a recipe, or its name in notebooks/recipes/; default: the one for this machine in ci/params/",
     )
     parser.add_argument(
         "-p", dest="single", nargs=2, action="append", default=[], metavar=("STAGE.NAME", "VALUE"), help="one parameter"
@@ -51,15 +51,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:
+        folder = parameter.recipe_folder(options.recipe or default_recipe())
+        options.run = options.run or (folder.resolve().name if options.recipe else "default")
         runs.run_folder(options.run)  # a bad name is refused before anything is written
         first, last = STAGES.index(_stage(options.first or "01")), STAGES.index(_stage(options.last))
         if first > last:
             raise TunebookError(f"--from {options.first} comes after --to {options.last}; name them in order.")
-        plan = resolve(options.params or default_params(), options.single, options.run)
+        plan = resolve(folder, options.single, options.run)
         for stage in STAGES[:first]:
-            runs.load(options.run, stage)
+            if stage in plan:
+                runs.load(options.run, stage)
         started = time.monotonic()
-        for stage in STAGES[first : last + 1]:
+        for stage in (stage for stage in STAGES[first : last + 1] if stage in plan):
             plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
             if manifest := finished(stage, plan[stage]):
                 done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
             else:
                 execute(stage, plan[stage])
         print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
-        if last == STAGES.index("eval"):
+        if last == STAGES.index("eval") and "eval" in plan:
             print(summary(options.run))
     except TunebookError as error:
         print(f"\nStopped: {error}", file=sys.stderr)
@@ -84,30 +87,26 @@ def finished(stage: str, chosen: params.Params) -> runs.Manifest | None:
     return runs.stage(stage, chosen).done if made else None
 
 
-def default_params() -> Path:
-    """cpu.yaml without a GPU, t4.yaml below compute capability 8, a100.yaml from there on."""
+def default_recipe() -> Path:
+    """ci/params/cpu without a GPU, t4 below compute capability 8, a100 from there on."""
     gpu = machine.gpu()
     name = "cpu" if gpu is None else "t4" if gpu.capability < (8, 0) else "a100"
-    return PROJECT / "ci" / "params" / f"{name}.yaml"
+    return PROJECT / "ci" / "params" / name
 
 
-def resolve(file: Path, single: list[list[str]], run: str) -> dict[str, params.Params]:
-    """Every stage's parameters, all checked before any work begins."""
-    sections = parameter.read_file(file)
-    given: dict[str, dict[str, Any]] = {}
-    for stage, values in sections.items():
-        if stage not in STAGES or not isinstance(values or {}, dict):
-            expected = f"the sections {', '.join(STAGES)}, each with names and values"
-            raise TunebookError(f"The parameter file {file} has {stage!r}: {str(values)[:100]!r}; it takes {expected}.")
-        given[stage] = dict(values or {})
+def resolve(recipe: str | Path, single: list[list[str]], run: str) -> dict[str, params.Params]:
+    """The parameters of every stage that the recipe has, all checked before any work begins."""
+    plan = params.recipe(recipe)
     for dotted, value in single:
         stage, _, name = dotted.partition(".")
-        if stage not in STAGES or not name:
+        if stage not in plan or not name:
             raise TunebookError(
-                f"-p {dotted} names no stage; write -p STAGE.NAME VALUE, the stage of {', '.join(STAGES)}."
+                f"-p {dotted} names no stage; write -p STAGE.NAME VALUE, the stage of {', '.join(plan)}."
             )
-        given.setdefault(stage, {})[name] = value
-    return {stage: params.resolve(stage, {**given.get(stage, {}), "run": run}) for stage in STAGES}
+        setattr(plan[stage], name, value)
+    for chosen in plan.values():
+        chosen.run = run
+    return plan
 
 
 def execute(stage: str, chosen: params.Params) -> None:

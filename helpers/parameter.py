@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import json
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from helpers import machine
 from helpers.errors import TunebookError
 
 V = TypeVar("V", str, int, float, bool)
+MAX_BYTES, MAX_DEPTH = 2**18, 20  # of a YAML file
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Param:
                 value = ast.literal_eval(value.strip().capitalize())
         if kind is str and (value is None or type(value) in (int, float)):
             value = "" if value is None else str(value)
+        elif value is False and "off" in self.choices:  # what YAML makes of it
+            value = "off"
         elif kind is float and type(value) is int:
             value = float(value) if abs(value) < 1e300 else value
         elif kind is int and type(value) is float and value.is_integer():
@@ -92,15 +99,76 @@ def more(default: V, help: str, unit: str = "", **more: Any) -> V:
     return param(default, help, unit, advanced=True, **more)
 
 
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, stricter: a key is text and stands once; no aliases, no tags; dates and 1:30 stay text."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        said = "an alias (*name)" if self.check_event(yaml.AliasEvent) else f"the tag {tag}" if tag else ""
+        if self.depth > MAX_DEPTH:
+            said = f"lists and names nested over {MAX_DEPTH} deep"
+        if said:
+            raise yaml.composer.ComposerError(None, None, said.replace("tag:yaml.org,2002:", "!!"), event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, value in node.value:
+            name = getattr(key, "value", None)
+            if not isinstance(name, str) or name in found:
+                said = f"the key {name[:60]!r} twice" if isinstance(name, str) else "a key that is not text"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            found[name] = self.construct_object(value, deep=True)
+        return found
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0].endswith((":bool", ":null"))]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]{,17})$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)|[-+]?\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
 def read_file(file: str | Path) -> dict[str, Any]:
-    """Names and values out of a YAML file. Raises TunebookError for one that cannot be read or holds something else."""
+    """Names and values out of a YAML file; nothing in it runs code. Raises TunebookError for one that cannot be read,
+    that repeats a key, or that holds something else."""
     try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
-        said = " ".join(str(error).split())[:200]
+        with Path(file).open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"over {MAX_BYTES >> 10} KiB")
+        values = yaml.load(content.decode("utf-8-sig"), Loader) or {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        mark, said = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f"line {mark.line + 1}: " if mark else ""
         raise TunebookError(
-            f"The parameter file {file} cannot be read ({said}); name a YAML file such as ci/params/cpu.yaml."
+            f"The file {file} cannot be read ({where}{' '.join(str(said).split())[:200]}); name a YAML file of lines "
+            "`name: value`, such as ci/params/cpu/sft.yaml."
         ) from None
     if not isinstance(values, dict):
         raise TunebookError(f"{file} holds a {type(values).__name__}; expected lines of `name: value`.")
     return values
+
+
+def recipe_folder(name: str | Path) -> Path:
+    """The folder of a recipe: a path, or a name in notebooks/recipes or ci/params."""
+    known = [machine.PROJECT / place for place in ("notebooks/recipes", "ci/params")]
+    for folder in (Path(os.path.expanduser(name)), *(place / name for place in known)):
+        if os.path.isdir(folder):
+            return folder
+    names = sorted(folder.name for place in known for folder in place.glob("*/"))
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names
+    raise TunebookError(
+        f"There is no recipe {str(name)[:100]!r}; name a folder of data.yaml, sft.yaml and so on, or {', '.join(near)}."
+    )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
 
 from helpers import display
 from helpers.errors import TunebookError
-from helpers.parameter import Param, more, param
+from helpers.parameter import Param, more, param, read_file, recipe_folder
 
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
@@ -292,6 +293,25 @@ def resolve(stage: str, given: Mapping[str, Any] | None = None) -> Any:
     for name in given or {}:
         find(stage, name)
     return CLASSES[stage](**(given or {}))
+
+
+def recipe(name: str | Path) -> dict[str, Params]:
+    """The parameters of each stage that a recipe's flat files give. Raises TunebookError for any other YAML in it."""
+    folder = recipe_folder(name)
+    files = {file.name: file for file in sorted(folder.glob("*.y*ml"))}
+    expected = {f"{stage}.yaml": stage for stage in STAGES}
+    if not files or not set(files) <= set(expected):
+        wrong = ", ".join(file for file in files if file not in expected) or "none"
+        raise TunebookError(f"The recipe {folder} has {wrong}; a recipe's files are {', '.join(expected)}.")
+    made: dict[str, Params] = {}
+    for file, stage in expected.items():
+        if file in files:
+            values = read_file(files[file])
+            try:
+                made[stage] = resolve(stage, values)
+            except TunebookError as error:
+                raise TunebookError(f"{files[file]}: {error}") from None
+    return made
 
 
 def cell(stage: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
 STAGES = {
+    "data": {},
     "sft": {"max_steps": 4, "batch_size": 2, "save_steps": 2, "eval_steps": 2, "eval_rows": 4},
     "orpo": {"max_steps": 2, "batch_size": 2, "eval_steps": 2, "eval_rows": 4},
     "gguf": {"quantizations": "q8_0", "fidelity_tokens": 100, "fidelity_answers": 2, "task_questions": 4},
@@ -24,14 +25,16 @@ GENERAL = {
 
 
 def parameters(folder: Path) -> Path:
-    """The parameter file, in `folder`, with a few rows of the general sets beside it."""
+    """The recipe, in `folder`, with a few rows of the general sets beside it."""
     stages = {stage: dict(values) for stage, values in STAGES.items()}
     for name, part in GENERAL.items():
         rows = (PROJECT / "datasets" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(rows[part]), encoding="utf-8")
         stages["eval"][name] = str(folder / f"{name}.jsonl")
-    (folder / "short.yaml").write_text(yaml.safe_dump(stages))
-    return folder / "short.yaml"
+    (folder / "short").mkdir()
+    for stage, values in stages.items():
+        (folder / "short" / f"{stage}.yaml").write_text(yaml.safe_dump(values) if values else "")
+    return folder / "short"
 
 
 def command(*arguments: str) -> list[str]:
@@ -61,6 +64,6 @@ def shared(base: Path) -> tuple[subprocess.CompletedProcess, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kept = base / "done.json"
         if not kept.exists():
-            done = pipeline(base / "runs", "--run", "whole", "--params", str(parameters(base)))
+            done = pipeline(base / "runs", "--run", "whole", "--recipe", str(parameters(base)))
             kept.write_text(json.dumps([done.args, done.returncode, done.stdout, done.stderr]))
     return subprocess.CompletedProcess(*json.loads(kept.read_text())), base / "runs"

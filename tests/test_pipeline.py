@@ -21,8 +21,8 @@ def whole(whole_run):
 
 @pytest.fixture
 def short(whole_run):
-    """The parameter file of that run."""
-    return str(whole_run[1].parent / "short.yaml")
+    """The recipe of that run."""
+    return str(whole_run[1].parent / "short")
 
 
 def test_five_notebooks_end_in_a_table_of_scores_and_a_report(whole):
@@ -53,21 +53,18 @@ def test_each_stage_leaves_its_parameters_metrics_executed_notebook_and_manifest
 
 
 def test_the_same_command_again_uses_what_is_done(whole, short):
-    done = short_run.pipeline(whole[1], "--run", "whole", "--params", short)
+    done = short_run.pipeline(whole[1], "--run", "whole", "--recipe", short)
     assert done.returncode == 0 and done.stdout.count("is done already") == len(runs.FOLDERS), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("file", sorted((PROJECT / "notebooks" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_recipe_is_a_valid_set_of_its_stages_parameters(file):
-    stage = file.name.split("_")[0]
-    assert params.resolve(stage, yaml.safe_load(file.read_text()))
+RECIPES = sorted(folder for place in ("notebooks/recipes", "ci/params") for folder in PROJECT.glob(f"{place}/*/"))
 
 
-@pytest.mark.parametrize("name", ["cpu", "t4", "a100"])
-def test_every_parameter_file_is_valid(name):
-    from ci import pipeline as module
-
-    module.resolve(PROJECT / "ci" / "params" / f"{name}.yaml", [], "r")
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_every_recipe_is_a_folder_of_flat_files_that_begin_with_what_they_are(folder):
+    assert params.recipe(folder) and all(file.suffix == ".yaml" for file in folder.iterdir())
+    first = next(folder / f"{stage}.yaml" for stage in runs.FOLDERS if (folder / f"{stage}.yaml").is_file())
+    assert first.read_text().startswith("# ")
 
 
 def test_the_benchmark_reads_every_figure_out_of_a_run(whole, monkeypatch):

@@ -1,6 +1,7 @@
 """Runs that do not come to their end at once: killed in the middle, and what people type wrong."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from helpers import runs
 
 def test_sft_killed_in_the_middle_goes_on_with_the_same_command(runs_root, tmp_path):
     short = str(short_run.parameters(tmp_path))
-    call = ["--run", "killed", "--params", short, "--to", "02", "-p", "sft.max_steps", "6"]
+    call = ["--run", "killed", "--recipe", short, "--to", "02", "-p", "sft.max_steps", "6"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
         short_run.command(*call), cwd=short_run.PROJECT, env=short_run.environment(runs_root), **quiet
@@ -35,7 +36,7 @@ def test_sft_killed_in_the_middle_goes_on_with_the_same_command(runs_root, tmp_p
         victim.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "manifest.json").exists()
-    refused = short_run.pipeline(runs_root, "--run", "killed", "--params", short, "--from", "03")
+    refused = short_run.pipeline(runs_root, "--run", "killed", "--recipe", short, "--from", "03")
     assert refused.returncode != 0 and "02_qlora_sft" in refused.stderr and "Traceback" not in refused.stderr
     done = short_run.pipeline(runs_root, *call)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -59,7 +60,7 @@ def _steps(folder: Path) -> int:
         (["-p", "sft.rnk", "8"], "rnk.*rank"),
         (["-p", "sft.rank", "100000"], "rank.*100000.*256"),
         (["-p", "rank", "8"], "STAGE.NAME"),
-        (["--params", "missing.yaml"], "missing.yaml"),
+        (["--recipe", "finetome-llama"], "finetome-llama"),
         (["--from", "07"], "07"),
         (["--from", "03"], "01_data_prep"),
         (["--from", "05", "--to", "01"], "in order"),
@@ -96,9 +97,9 @@ def test_from_means_the_same_however_the_notebook_is_named(runs_root, first, mon
     executed = []
     monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.again)))
     monkeypatch.setattr(pipeline, "finished", lambda stage, chosen: None if chosen.again else Finished())
-    assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--from", first, "--to", "02"]) == 0
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", first, "--to", "02"]) == 0
     assert executed == [("data", True), ("sft", True)]
-    assert pipeline.main(["--run", "r", "--params", "ci/params/cpu.yaml", "--to", "02"]) == 0
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--to", "02"]) == 0
     assert len(executed) == 2 and capsys.readouterr().out.count("is done already") == 2
 
 
@@ -118,9 +119,67 @@ def test_what_a_kernel_writes_to_its_standard_error_is_in_the_log_and_not_on_the
     assert "non-socket" in log.read_text() and capfd.readouterr().err == "ours\nafter"
 
 
-@pytest.mark.parametrize("text", ["data: {a: 1\n", "- 1", "data: 3", "nosuch: {}", "a: 2026-99-99", "\xff", "[" * 3000])
-def test_a_parameter_file_that_is_not_one_is_named_in_one_error_message(tmp_path, runs_root, text, capsys):
-    (tmp_path / "file.yaml").write_bytes(text.encode("latin-1"))
-    assert pipeline.main(["--run", "r", "--params", str(tmp_path / "file.yaml")]) == 1
+BAD = [
+    "rank: {a: 1\n",
+    "- 1",
+    "rank: 3\nrank: 4",
+    "rnk: 3",
+    "seed: 2026-99-99",
+    "\xff",
+    "[" * 3000,
+    "seed: 1:30",
+    "rank: [8]",
+]
+BAD += [
+    "a: &a 1\nrank: *a",
+    "rank: !!python/object/apply:os.mkdir [x]",
+    "? [1]\n: 2",
+    "rank: 1e999",
+    f"rank: {'9' * 5000}",
+]
+BAD += [
+    f"rank: 0x{'f' * 5000}",
+    "#" * 300_000,
+    "rank: 010",
+    "rank: !!int x",
+    "<<: {rank: 8}",
+    "--- 1\n--- 2",
+    "rank: \x00",
+]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_recipe_with_a_bad_file_is_one_error_message_that_names_it(tmp_path, runs_root, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sft.yaml").write_bytes(text.encode("latin-1"))
+    assert pipeline.main(["--recipe", str(tmp_path / "own")]) == 1
     error = capsys.readouterr().err
-    assert "file.yaml" in error and error.count("\n") == 2 and len(error) < 600
+    assert "sft.yaml" in error and error.count("\n") == 2 and len(error) < 2000
+    assert os.listdir(tmp_path) == ["own"]
+
+
+@pytest.mark.parametrize("name", ["stf.yaml", "sft.yml", "sft_8b.yaml", ""])
+def test_a_recipe_with_any_other_yaml_or_none_is_refused(tmp_path, runs_root, name, capsys):
+    (tmp_path / name).touch(exist_ok=True)
+    assert pipeline.main(["--recipe", str(tmp_path), "--run", "r"]) == 1
+    error = capsys.readouterr().err
+    assert (name or "none") in error and "sft.yaml" in error and not runs_root.exists()
+
+
+@pytest.mark.parametrize("name", ["~nobody/x", "x" * 400, "a\0b", "ci/params/cpu/sft.yaml", "../recipes"])
+def test_what_is_no_recipe_is_refused_by_name(name, runs_root, capsys):
+    assert pipeline.main(["--recipe", name]) == 1
+    assert name[:60].encode("unicode_escape").decode()[:2] in capsys.readouterr().err and not runs_root.exists()
+
+
+def test_only_the_stages_of_a_recipe_run_and_the_run_is_called_like_it(tmp_path, runs_root, monkeypatch, capsys):
+    (tmp_path / "mine").mkdir()
+    for stage in ("data", "orpo"):
+        (tmp_path / "mine" / f"{stage}.yaml").write_text("seed: 3\n")
+    executed = []
+    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.run, chosen.seed)))
+    assert pipeline.main(["--recipe", str(tmp_path / "mine"), "-p", "orpo.seed", "4"]) == 0
+    assert executed == [("data", "mine", 3), ("orpo", "mine", 4)]
+    assert pipeline.main(["--recipe", str(tmp_path / "mine"), "-p", "sft.seed", "4"]) == 1
+    assert "sft.seed" in capsys.readouterr().err

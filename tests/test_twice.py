@@ -11,7 +11,6 @@ import nbformat
 import pandas as pd
 import pytest
 import short_run
-import yaml
 
 from helpers import params, runs
 from helpers.display import escape
@@ -74,8 +73,9 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, tiny_llama):
     """The short run's parameters, on a small random model: what it says does not matter here."""
-    stages = yaml.safe_load(short_run.parameters(tmp_path_factory.mktemp("params")).read_text())
-    stages["data"] = {"model": str(tiny_llama), **stages.get("data", {})}
+    recipe = params.recipe(short_run.parameters(tmp_path_factory.mktemp("params")))
+    stages = {stage: chosen.changed() for stage, chosen in recipe.items()}
+    stages["data"] |= {"model": str(tiny_llama)}
     stages["gguf"] |= {"fidelity_gates": False}
     return stages
 

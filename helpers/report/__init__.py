@@ -15,7 +15,7 @@ from helpers.report.compare import render as render_comparison
 
 
 def build(run: str, stage: runs.Stage | None = None) -> Path:
-    """Write runs/<run>/report.html, MODEL_CARD.md and params.yaml and return the page's path.
+    """Write runs/<run>/report.html, MODEL_CARD.md and recipe/ and return the page's path.
 
     stage: the open evaluation stage, when the report shall be part of it: both files are then put into its folder, too.
     A run with missing, unfinished or damaged stages gets a page that says so at its top. Raises TunebookError when
@@ -23,8 +23,8 @@ def build(run: str, stage: runs.Stage | None = None) -> Path:
     """
     found = facts.gather(run, stage)
     made = {"report.html": page.render(found), "MODEL_CARD.md": model_card.render(found)}
-    if found.stages:
-        runs.write_atomic(found.folder / "params.yaml", page.params_yaml(found))
+    for name, text in page.recipe(found).items():
+        runs.write_atomic(found.folder / "recipe" / name, text)
     for folder in [found.folder] + ([stage.path] if stage is not None else []):
         for name, text in made.items():
             runs.write_atomic(folder / name, text)

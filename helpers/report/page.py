@@ -42,7 +42,7 @@ def render(facts: Facts) -> str:
         "training": [_training(facts, stage) for stage in facts.logs],
         "examples": _examples(facts),
         "command": command(facts),
-        "params_yaml": params_yaml(facts),
+        "recipe": recipe(facts),
     }
     constants = {"titles": TITLES, "labels": LABELS, "error_kinds": ERROR_KINDS}
     return shell.page("run.html.j2", f"{facts.run}: report", run=facts, **constants, **made)
@@ -189,19 +189,19 @@ def _examples(facts: Facts, count: int = 3) -> list[list[tuple[str, bool]]]:
 
 
 def command(facts: Facts) -> str:
-    """Shell lines that repeat this run: the code's revision, then every stage with the parameters of params.yaml."""
+    """Shell lines that repeat this run: the code's revision, then every stage with the parameters in recipe/."""
     commit, _, changes = str(facts.latest("code_revision") or "").partition("+")
     note = "   # the run had uncommitted changes on top" if changes else ""
     lines = [f"git checkout {shlex.quote(commit)}{note}"] if commit else []
     last = list(facts.stages)[-1:]
     until = f" --to {runs.FOLDERS[last[0]][:2]}" if last and last != ["eval"] else ""
-    values = shlex.quote(f"runs/{facts.run}/params.yaml")
-    return "\n".join([*lines, f"bash ci/run.sh --run {shlex.quote(facts.run)}-again --params {values}{until}"])
+    values = shlex.quote(f"runs/{facts.run}/recipe")
+    return "\n".join([*lines, f"bash ci/run.sh --run {shlex.quote(facts.run)}-again --recipe {values}{until}"])
 
 
-def params_yaml(facts: Facts) -> str:
-    """Every parameter of every stage, as ci/run.sh takes them with --params."""
+def recipe(facts: Facts) -> dict[str, str]:
+    """The recipe that repeats this run: its files with every parameter of every stage."""
     import yaml
 
-    sections = {stage: {s.name: s.value for s in facts.settings(stage)} for stage in facts.stages}
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    found = {stage: {s.name: s.value for s in facts.settings(stage)} for stage in facts.stages}
+    return {f"{stage}.yaml": yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for stage, v in found.items()}

@@ -8,7 +8,7 @@ import pytest
 import report_samples as samples
 import yaml
 
-from helpers import plots, publish, report, runs
+from helpers import params, plots, publish, report, runs
 from helpers.errors import TunebookError
 from helpers.report import facts, model_card, shell
 from tests.conftest import begun
@@ -329,11 +329,11 @@ def test_a_thousand_long_answers_still_make_a_small_page(changed):
 
 def test_the_command_and_its_file_repeat_every_parameter(root):
     page = text_of(root / "atlas" / "report.html")
-    assert "bash ci/run.sh --run atlas-again --params runs/atlas/params.yaml" in page
-    sections = yaml.safe_load((root / "atlas" / "params.yaml").read_text())
+    assert "bash ci/run.sh --run atlas-again --recipe runs/atlas/recipe" in page
+    sections = params.recipe(root / "atlas" / "recipe")
     for stage, folder in runs.FOLDERS.items():
         used = yaml.safe_load((root / "atlas" / folder / "params.yaml").read_text())
-        assert {**sections[stage], "run": used["run"]} == used
+        assert {**sections[stage].as_dict(), "run": used["run"]} == used
         for name in used:
             assert name in page
 

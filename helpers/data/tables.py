@@ -13,9 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.turns import EXAMPLE_CHARS, Row, batches, shown
+from helpers.display import clean
 from helpers.errors import TunebookError
 
 SPILL_ROWS = 20_000  # a table of more rows lives on disk; 20,000 rows of 1 kB are about 60 MB as Python objects
+# Why a row was lost → the parameters that decide it, named in the message that stops a job.
+SETTINGS = {
+    "answer too short": "min_chars or min_tokens",
+    "too long": "max_chars",
+    "language": "languages",
+    "repetitive": "drop_repetitive",
+    "gibberish": "drop_gibberish",
+    "personal data": "personal_data",
+    "toxic": "toxicity_threshold",
+    "exact duplicate": "exact_duplicates",
+    "near duplicate": "near_duplicates",
+    "holds an evaluation question": "decontaminate",
+    "its question is in the test split": "test_share",
+    "document too short": "min_document_chars",
+    "over max_length": "max_length or over_long",
+    "all tokens masked": "max_length or train_on",
+    **dict.fromkeys(("unknown shape", "wrong columns", "no label", "wrong type"), "format or columns"),
+}
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -127,10 +146,10 @@ class StepReport:
                 yield kept
 
     def alter(self, before: str, after: str, what: str) -> None:
-        """Count a row that was altered and keep the first of each kind as example, from just before the change on."""
+        """Count a row that was altered and keep the first of each kind as example: 60 characters around the change."""
         self.changed += 1
         at = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), 0)
-        part = slice(max(0, at - 40), max(0, at - 40) + EXAMPLE_CHARS)
+        part = slice(max(0, at - 20), max(0, at - 20) + 60)
         self.examples.setdefault(what, {"before": before[part], "after": after[part]})
 
     def as_dict(self) -> dict:
@@ -173,7 +192,8 @@ class Rejects:
     ) -> None:
         """Count a lost row. row: from 1 in its file, 0 for the file as a whole."""
         (self.invalid if invalid else self.removed)[reason] += 1
-        record = {"file": file, "row": row, "reason": reason, "detail": str(detail)[:EXAMPLE_CHARS], "step": step}
+        said = clean(detail)[:EXAMPLE_CHARS].replace("\n", "␊")
+        record = {"file": clean(file), "row": row, "reason": reason, "detail": said, "step": step}
         self.first.setdefault(reason, record)
         if self.path is not None:
             self._opened(self.path).write(json.dumps(record) + "\n")
@@ -194,9 +214,10 @@ class Rejects:
         if self.share > self.limit:
             count, listed = self.invalid.total(), f" They are listed in {self.path.name}." if self.path else ""
             self.close()
+            found, setting = self._most_often(self.invalid)
             raise TunebookError(
                 f"{count:,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; the limit is "
-                f"{self.limit:.1%}. {self._most_often(self.invalid)}.{listed} Mend the rows, or raise `reject_limit`."
+                f"{self.limit:.1%}. {found}.{listed} {setting}Mend the rows, or raise `reject_limit`."
             )
 
     def check_rows_left(self, rows: Sized, what: str) -> None:
@@ -205,17 +226,21 @@ class Rejects:
             return
         self.close()
         if self.invalid:
-            why = f"{self.invalid.total():,} of {self.total_seen:,} were rejected. {self._most_often(self.invalid)}"
-            raise TunebookError(f"No row of {what} can be used: {why}. Mend the file, or set `format` or `columns`.")
+            found, setting = self._most_often(self.invalid)
+            why = f"{self.invalid.total():,} of {self.total_seen:,} were rejected. {found}"
+            raise TunebookError(f"No row of {clean(what)} can be used: {why}. {setting or 'Mend the file.'}".rstrip())
         if self.removed:
-            why = self._most_often(self.removed)
-            raise TunebookError(f"No row of {what} is left. {why}. Loosen that setting, or bring more data.")
-        raise TunebookError(f"{what} holds no rows; name a file that has some.")
+            found, setting = self._most_often(self.removed)
+            raise TunebookError(f"No row of {clean(what)} is left. {found}. {setting}Or bring more data.")
+        raise TunebookError(f"{clean(what)} holds no rows; name a file that has some.")
 
-    def _most_often(self, reasons: Counter) -> str:
+    def _most_often(self, reasons: Counter) -> tuple[str, str]:
+        """The reason that cost most rows, with its first row, and what to do: "Change …. ", "" where no setting helps."""
         reason, count = reasons.most_common(1)[0]
         first = self.first[reason]
-        return f"{count:,} of them: {reason} (first in {first['file']}, row {first['row']}: {first['detail']})"
+        setting = SETTINGS.get(reason) or SETTINGS.get(reason.split()[0], "")
+        found = f"{count:,} of them: {reason} (first in {first['file']}, row {first['row']}: {first['detail']})"
+        return found, f"Change {setting}. " if setting else ""
 
     def as_dict(self) -> dict:
         counts = {"invalid": dict(self.invalid.most_common()), "removed": dict(self.removed.most_common())}

@@ -87,10 +87,10 @@ def widget(param: Param, value: Any) -> Any:
     given = {"value": value, "continuous_update": False}
     if isinstance(param.default, str):
         return w.Text(**given)
-    if param.log:
+    if param.log and value:
         low, high = math.log10(param.low), math.log10(param.high)
         return w.FloatLogSlider(**given, base=10, min=low, max=high, step=0.05, readout_format=".1e")
-    given |= {"min": param.low, "max": param.high}
+    given |= {"min": min(param.low, param.default), "max": param.high}
     whole = isinstance(param.default, int)
     if not param.step:
         return (w.BoundedIntText if whole else w.BoundedFloatText)(**given)

@@ -26,8 +26,9 @@ MAX_BYTES, MAX_DEPTH = 2**18, 20  # of a YAML file
 class Param:
     """One parameter. Its type is that of `default`; "" stands for "none" or "choose for me" as the help says.
 
-    low, high: inclusive bounds of a number; step: the slider's step; log: a slider on a logarithmic scale. choices:
-    the only values allowed. advanced: not in the notebook's form, yet taken by papermill and folded in the panel.
+    low, high: inclusive bounds of a number (its default may lie outside); step: the slider's step; log: a slider on a
+    logarithmic scale. choices: the only values allowed. advanced: not in the notebook's form, yet taken by papermill
+    and folded in the panel.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Param:
             said = f"which is not a valid {self.kind}"
         elif self.choices and value not in self.choices:
             said = "which is not a valid choice"
-        elif kind in (int, float) and not self.low <= value <= self.high:
+        elif kind in (int, float) and not self.low <= value <= self.high and value != self.default:
             said = "out of bounds"
         else:
             return value
@@ -74,6 +75,7 @@ class Param:
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
         bounds = f" from {self.low:g} to {self.high:g}" if type(self.default) in (int, float) else ""
+        bounds += f", or {self.default:g}" * (bool(bounds) and not self.low <= self.default <= self.high)
         return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
 
     def line(self) -> str:

@@ -18,9 +18,10 @@ from helpers.parameter import Param, more, param, read_file, recipe_folder
 
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
-OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_8bit lion adafactor sgd"
+OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_32bit paged_adamw_8bit lion adafactor sgd"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
+UNITS = "rows packed tokens"
 
 
 @dataclass(repr=False)
@@ -86,6 +87,8 @@ class DataParams(Params):
     near_duplicates: float = param(0.8, "Jaccard similarity of near-duplicates; 0: keep them", high=1, step=0.05)
     seed: int = param(17, "Seed of every random choice", high=SEED)
 
+    shuffle: bool = more(False, "Shuffle the rows of dataset before the first max_rows are taken")
+    max_rows: int = more(0, "Rows taken of dataset; 0: all", "rows", high=10**9)
     dataset_info: str = more("", "A dataset_info.json with named sets; empty: datasets/dataset_info.json")
     columns: str = more("", "Own mapping, part=column: prompt=question,response=sql,system=schema")
     unanswerable: str = more("The text does not say.", "Answer where the text has none (context_qa)")
@@ -133,15 +136,20 @@ class TrainingParams(Params):
     method: str = param("qlora", "LoRA on 4 or 16 bits, every weight, last layers", choices="qlora lora full freeze")
     rank: int = param(16, "Rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = param(32, "LoRA's scaling numerator alpha", low=1, high=512, step=1)
-    learning_rate: float = param(1e-3, "Peak learning rate", low=1e-7, high=0.1, log=True)
+    learning_rate: float = param(0.0, "Peak learning rate; 0: by method, rank and size", low=1e-8, high=0.1, log=True)
     epochs: float = param(1.0, "Passes over the training rows", low=0.01, high=100, step=0.5)
-    batch_size: int = param(8, "Rows per optimizer step, on all GPUs together", "rows", low=1, high=4096)
+    batch_size: int = param(8, "What an optimizer step sees on all GPUs together, in batch_unit", low=1, high=MANY)
     schedule: str = param("cosine", "Learning rate after warm-up", choices="linear cosine constant wsd")
     max_steps: int = param(0, "Stop after N optimizer steps; 0: as the epochs say", "steps", high=MANY)
     start_from: str = param("", "Adapter folder to train further; empty: a new adapter")
     seed: int = param(17, "Seed of every random choice", high=SEED)
 
+    batch_unit: str = more("rows", "batch_size counts examples, packed max_lengths or tokens", choices=UNITS)
+    micro_batch: int = more(0, "Of batch_size, what a GPU sees at once; 0: the planner chooses", high=MANY)
+    accumulation: int = more(0, "Micro-batches per optimizer step; 0: the planner chooses", high=MANY)
+    group_by_length: bool = more(False, "Without packing: examples of similar length share a step")
     warmup_ratio: float = more(0.05, "Share of the steps in which the learning rate rises", high=1, step=0.01)
+    warmup_steps: int = more(0, "Steps in which the learning rate rises; 0: by warmup_ratio", "steps", high=STEPS)
     max_minutes: float = more(0.0, "Train at most this long; 0: as the epochs say", "minutes", high=10**5)
     eval_steps: int = more(0, "Held-out loss every N steps; 0: five times a run", "steps", high=STEPS)
     eval_rows: int = more(64, "Held-out rows used for it; 0: all", "rows", high=MANY)
@@ -152,7 +160,7 @@ class TrainingParams(Params):
     sample_every: int = more(0, "Answer a few held-out prompts every N steps; 0: at the end", "steps", high=STEPS)
     resume: str = more("auto", "A killed run: resume it, or start anew", choices="auto never")
     mirror: str = more("", "Folder on a mounted drive that checkpoints are copied to and resumed from")
-    loggers: str = more("", "Besides TensorBoard: trackio, wandb, mlflow, separated by commas")
+    loggers: str = more("", "Besides TensorBoard: trackio, wandb, mlflow, swanlab, separated by commas")
     backend: str = more("auto", "Training code; auto: by GPU, model and length", choices="auto hf unsloth")
     precision: str = more("auto", "auto: bf16 where the GPU has it, else fp16 with fp32 adapters", choices=PRECISIONS)
     packing: bool = more(True, "Put several rows into one, without attention across them")
@@ -160,11 +168,14 @@ class TrainingParams(Params):
     recompute: str = more("auto", "Layers with activation checkpointing; offload: CPU offload too", choices=RECOMPUTE)
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")
     export_check: bool = more(True, "Refuse, before training, a model that could not be exported to GGUF afterwards")
+    double_quant: bool = more(True, "qlora: quantise the scales of the 4-bit weights too (0.4 bits a weight less)")
     optimizer: str = more("adamw", "Optimizer; 8-bit and paged ones have a small state", choices=OPTIMIZERS)
     weight_decay: float = more(0.0, "Weight decay", high=1)
     max_grad_norm: float = more(1.0, "Gradients are clipped to this norm", high=1000)
     target_modules: str = more("all-linear", "Layers that get an adapter: all-linear, or names separated by commas")
     dropout: float = more(0.0, "Dropout on the adapter's input", high=0.9)
+    modules_to_save: str = more("", "Trained whole beside the adapter: embed_tokens, lm_head; by commas")
+    router_aux_loss: float = more(0.0, "Weight of the load-balancing loss of a mixture of experts; 0: none", high=10)
     rslora: bool = more(False, "Rank-stabilised scaling, alpha over the root of the rank")
     dora: bool = more(False, "DoRA: magnitude and direction apart")
     init: str = more("default", "Adapter initialisation: noise, PiSSA, LoftQ", choices="default pissa loftq")
@@ -187,15 +198,16 @@ class OrpoParams(TrainingParams):
     loss: str = param("orpo", "Preference objective", choices="orpo dpo kto simpo")
     start_from: str = param("sft", "sft: the adapter of notebook 02; base: a new adapter; or an adapter folder")
     beta: float = param(0.5, "Weight of the preference term; at 7B 0.05 to 0.1", high=10, step=0.05)
-    learning_rate: float = param(1e-4, "Peak learning rate; 5e-6 to 8e-6 at 7B", low=1e-8, high=0.1, log=True)
     epochs: float = param(1.0, "Passes over the pairs", low=0.01, high=100, step=0.5)
-    batch_size: int = param(8, "Pairs per optimizer step", "pairs", low=1, high=4096)
     max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, step=16)
 
     method: str = more("qlora", "LoRA on a 4-bit or 16-bit base; of an adapter: its base", choices="qlora lora")
     rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)
+    max_prompt_length: int = more(0, "Longer prompts lose their beginning, counted; 0: none", "tokens", high=131072)
+    desirable_weight: float = more(1.0, "KTO: weight of good answers; 4/3 n_bad/n_good at most", high=1000)
+    undesirable_weight: float = more(1.0, "KTO: weight of bad answers", high=1000)
     simpo_gamma: float = more(0.5, "SimPO's target margin", high=10)
 
 

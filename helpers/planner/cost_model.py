@@ -23,7 +23,7 @@ CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator;
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1, "sgd": 0}
-OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_8bit": 0}
+OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)

@@ -19,7 +19,7 @@ from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import load_config
 from helpers.params import TrainingParams
-from helpers.planner import cost_model, row_plan
+from helpers.planner import cost_model, learning_rate, row_plan
 from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
@@ -46,6 +46,7 @@ class Plan(display.Shown):
     backend: str
     reasons: tuple[str, ...]
     alternatives: tuple[Option, ...]
+    learning_rate: float
     memory_scale: float = 1.0
     time_scale: float = 1.0
     measured: bool = False
@@ -100,7 +101,16 @@ class Plan(display.Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        of_plan = ("backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors")
+        of_plan = (
+            "backend",
+            "attention",
+            "accumulation",
+            "world_size",
+            "batch_size",
+            "steps",
+            "errors",
+            "learning_rate",
+        )
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
@@ -193,6 +203,10 @@ def plan(
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
         why = "longer rows fit" if lightest.fits else need
         reasons.append(f"Activation checkpointing: {best.recompute_text}; {why}.")
+    rate, told = learning_rate.used(params, shape.parameters)
+    reasons.append(told)
+    if params.method in ("qlora", "lora"):
+        reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
     per_epoch = math.ceil(len(lengths) / params.batch_size)
     steps = params.max_steps or math.ceil(per_epoch * params.epochs)
     return Plan(
@@ -208,6 +222,7 @@ def plan(
         backend=backend,
         reasons=tuple(reasons),
         alternatives=search.alternatives(options, best),
+        learning_rate=rate,
     )
 
 

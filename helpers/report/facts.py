@@ -61,8 +61,9 @@ class Facts:
 
     def settings(self, stage: str) -> list[Setting]:
         """The parameters of a finished stage."""
-        known = {p.name: p for p in params.STAGES[stage]}
-        used = [(n, v, known.get(n)) for n, v in self.stages[stage].params.items() if n != "run"]
+        known, of = {p.name: p for p in params.STAGES[stage]}, self.stages[stage]
+        proposed = {n: of.data[f"{n}_used"] for n in of.params if f"{n}_used" in of.data}
+        used = [(n, v, known.get(n)) for n, v in (of.params | proposed).items() if n != "run"]
         return [
             Setting(n, v, p.unit, p.help, v != p.default) if p else Setting(n, v, "", "", False) for n, v, p in used
         ]

@@ -11,6 +11,7 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.model.loading import fast_bf16
 from helpers.params import OrpoParams, TrainingParams
+from helpers.planner.plan import Plan
 from helpers.runs import Stage
 from helpers.train import distributed
 
@@ -18,6 +19,7 @@ OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_bnb_8bit",
     "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
     "lion": "lion_32bit",
     "adafactor": "adafactor",
@@ -25,6 +27,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # the others under their own names
 LOGGERS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
+LOGGERS |= {"swanlab": "SWANLAB_PROJECT"}
 NO_ADAPTER = ("", "base", "sft")  # values of start_from that name no folder
 DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.06395 uses 10 to 20 %)
 Capability = tuple[int, int] | None
@@ -82,7 +85,9 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield f"beta is 0, which leaves {loss} no gradient; set beta to 0.1 for DPO and KTO, 2 for SimPO"
     if p.early_stopping and not p.best_checkpoint:
         yield "early_stopping keeps the best held-out loss, and best_checkpoint is off; set best_checkpoint to True"
-    if p.warmup_ratio >= 1.0:
+    if p.warmup_steps and p.warmup_steps >= p.max_steps > 0:
+        yield f"warmup_steps {p.warmup_steps} spends all of max_steps {p.max_steps} warming up; set it below that"
+    if p.warmup_ratio >= 1.0 and not p.warmup_steps:
         yield f"warmup_ratio {p.warmup_ratio:g} spends the whole run warming up; set it below 1"
 
 
@@ -107,12 +112,11 @@ def precision_of(capability: Capability, asked: str = "auto") -> tuple[str, str]
 # ---------------------------------------------------------------- steps and arguments
 
 
-def timetable(rows: int, params: TrainingParams, total: int = 0) -> dict[str, Any]:
-    """The arguments that depend on how many optimizer steps there are: `total`, or what `rows` training rows take.
+def timetable(params: TrainingParams, total: int) -> dict[str, Any]:
+    """The arguments that depend on how many optimizer steps there are.
 
     Raises TunebookError where evaluations and checkpoints do not fall together and the best checkpoint is to be kept.
     """
-    total = total or params.max_steps or math.ceil(math.ceil(rows / params.batch_size) * params.epochs)
     save = params.save_steps or params.eval_steps or min(50, max(1, math.ceil(total / 5)))
     evaluate = params.eval_steps or save
     if params.best_checkpoint and save % evaluate:
@@ -120,7 +124,7 @@ def timetable(rows: int, params: TrainingParams, total: int = 0) -> dict[str, An
             f"save_steps is {save} and eval_steps {evaluate}: the best checkpoint can only be kept where both fall "
             f"together; set save_steps to {math.ceil(save / evaluate) * evaluate}, or best_checkpoint to False."
         )
-    warm = math.ceil(total * params.warmup_ratio)
+    warm = min(params.warmup_steps, total) or math.ceil(total * params.warmup_ratio)
     decay = {"num_decay_steps": max(1, math.ceil((total - warm) * DECAY))} if params.schedule == "wsd" else {}
     given = {"max_steps": total, "warmup_steps": warm, "lr_scheduler_kwargs": decay}
     return {**given, "eval_steps": evaluate, "save_steps": save}
@@ -132,14 +136,14 @@ def loggers(names: str) -> list[str]:
     for name in found:
         unknown = name not in LOGGERS
         if unknown or importlib.util.find_spec(name) is None:
-            why = f"it takes {', '.join(LOGGERS)}" if unknown else f"it is not installed: `pip install {name}`"
+            why = f"it takes {', '.join(LOGGERS)}" if unknown else "it is not installed: `pip install -e .[trackers]`"
             raise TunebookError(f"loggers names {name!r}, and {why}.")
         os.environ.setdefault(LOGGERS[name], "tunebook")
     return ["tensorboard", *found]
 
 
-def arguments(stage: Stage, precision: str, rows: int, held_out: int, accumulation: int) -> dict[str, Any]:
-    """Trainer arguments that all losses share. rows, held_out: how many training and held-out rows there are."""
+def arguments(stage: Stage, precision: str, plan: Plan, held_out: int) -> dict[str, Any]:
+    """Trainer arguments that all losses share. held_out: how many held-out rows there are."""
     import torch
 
     params: Any = stage.params
@@ -148,14 +152,14 @@ def arguments(stage: Stage, precision: str, rows: int, held_out: int, accumulati
     optimizer = OPTIMIZERS[params.optimizer]
     return {
         **distributed.options(params.method),
-        **timetable(rows, params),
+        **timetable(params, plan.steps),
         "output_dir": str(stage.path / "checkpoints"),
         "run_name": f"{params.run}-{params.stage}",
         "report_to": loggers(params.loggers),
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": params.learning_rate,
+        "gradient_accumulation_steps": plan.accumulation,
+        "learning_rate": plan.learning_rate,
         "lr_scheduler_type": SCHEDULES.get(params.schedule, params.schedule),
         "optim": "adamw_torch_fused" if optimizer == "adamw_torch" and cuda else optimizer,
         "weight_decay": params.weight_decay,

@@ -45,7 +45,7 @@ def steps_that_fit(left_s: float, step_s: float, pause_s: float, params: Trainin
     """
     total = whole
     for _ in range(4):  # how often a run pauses depends on how long it is
-        times = config.timetable(0, params, total)
+        times = config.timetable(params, total)
         every = min(times["eval_steps"], times["save_steps"])
         total = min(whole, done + max(1, int((left_s - pause_s) / (step_s + pause_s / every))))
     return total
@@ -109,7 +109,7 @@ class Deadline(TrainerCallback, ExportableState):
         if total != self.total:
             print(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.", flush=True)
             self.anchors.append((step, self.done(step)))
-            times = config.timetable(0, self.params, total)
+            times = config.timetable(self.params, total)
             self.total = state.max_steps = total
             state.eval_steps, state.save_steps = times["eval_steps"], times["save_steps"]
 

@@ -154,6 +154,7 @@ class TrainJob(steps.Job):
             model=self.source.as_dict(),
             data_counts=self.counts,
             plan=plan.as_dict(),
+            learning_rate_used=plan.learning_rate,
             notes=self.notes,
             trained=kind,
             method=self.params.method,
@@ -279,7 +280,7 @@ class TrainJob(steps.Job):
         limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self))
         if limit.total < args.max_steps:
             print(f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}: the schedule ends there.")
-        times = config.timetable(0, self.params, limit.total)
+        times = config.timetable(self.params, limit.total)
         args.eval_steps, args.save_steps = times["eval_steps"], times["save_steps"]
 
     def _take_finished(self, checkpoint: Path) -> None:

@@ -268,8 +268,13 @@ def make(job: Any, model: Any, precision: str) -> Any:
         if loss == "kto":  # its rows are single answers
             rows = 2 * pairs
             train, held_out = unpaired(train, rows), held_out and unpaired(held_out, rows)
-        given |= {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows, "prediction_loss_only": True}
-    shared = config.arguments(job.stage, precision, len(train), len(held_out or ()), accumulation)
+        given |= {
+            "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": rows,
+            "per_device_eval_batch_size": rows,
+            "prediction_loss_only": True,
+        }
+    shared = config.arguments(job.stage, precision, job.planned, len(held_out or ()))
     trainer = kind(
         model=model,
         args=compat.use_one_gpu(settings(**{**shared, **given})),

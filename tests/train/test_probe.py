@@ -75,7 +75,7 @@ def play(guess, step_s, pause_s=4.0, whole=1000, **given):
     limit = deadline.Deadline(params, clock)
     limit.total, limit.pause_s = deadline.steps_that_fit(240.0, guess, 2.0, params, 0, whole), 2.0
     course = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / whole])
-    times = config.timetable(0, params, limit.total)
+    times = config.timetable(params, limit.total)
     state = SimpleNamespace(
         global_step=0, max_steps=whole, save_steps=times["save_steps"], eval_steps=times["eval_steps"]
     )

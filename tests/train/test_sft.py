@@ -302,7 +302,7 @@ def test_lora_plus_lets_b_learn_faster_than_a(data):
     for name, weight in job.model.named_parameters():
         if weight.requires_grad:
             rate["B" if "lora_B" in name else "A"].add(rates[id(weight)])
-    assert rate == {"A": {job.params.learning_rate}, "B": {16 * job.params.learning_rate}}
+    assert rate == {"A": {job.planned.learning_rate}, "B": {16 * job.planned.learning_rate}}
 
 
 def test_loftq_starts_nearer_to_the_sixteen_bit_base_and_its_adapter_is_merged_onto_the_four_bit_one(
@@ -339,8 +339,8 @@ def test_frozen_layers_stay_as_they_were(data, narrow_llama):
 def test_schedules_end_where_they_should(data):
     rates = {}
     for schedule in ("linear", "cosine", "constant", "wsd"):
-        job = prepared(schedule=schedule, max_steps=10, warmup_ratio=0.1)
-        made = config.arguments(job.stage, config.precision_of(None, "fp32"), 32, 8, 1)
+        job = prepared(schedule=schedule, max_steps=10, warmup_ratio=0.1, learning_rate=1e-3)
+        made = config.arguments(job.stage, config.precision_of(None, "fp32"), job.planned, 8)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=made["learning_rate"])
         options = made["lr_scheduler_kwargs"] or None
         course = get_scheduler(
@@ -451,6 +451,6 @@ def test_loggers_and_steps_are_checked():
     with pytest.raises(TunebookError, match="loggers names 'tensorflow'"):
         config.loggers("tensorflow")
     with pytest.raises(TunebookError, match="set save_steps to 20"):
-        config.timetable(100, parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}))
-    made = config.timetable(100, parameters.resolve("sft", {"batch_size": 8}))
+        config.timetable(parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}), 13)
+    made = config.timetable(parameters.resolve("sft"), 13)
     assert (made["max_steps"], made["eval_steps"], made["save_steps"]) == (13, 3, 3)

@@ -1,0 +1,56 @@
+"""The peak learning rate that is published for a method, a rank and a model size; what an adapter can hold.
+
+LoRA: 2e-4 up to 13 billion parameters, 1e-4 at 33 and 65 (QLoRA, arXiv:2305.14314, table 9), falling with the size of
+the model, and ten times that of full tuning ("LoRA Without Regret", Thinking Machines, 2025): here 2e-4 · (8e9 /
+parameters)^0.4, which is 1e-3 at 135 million. Preference training (ORPO, DPO, KTO, SimPO): 5e-6 to 8e-6 for an adapter
+at 7B (ORPO, arXiv:2403.07691; the Alignment Handbook's zephyr-7b-dpo-qlora), a tenth for whole weights (Zephyr,
+arXiv:2310.16944). With alpha fixed the best rate does not depend on the rank; with another alpha it goes by its inverse
+root (the same report's invariances of Adam). Lion takes 3 to 10 times less (arXiv:2302.06675).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMALLEST = 10**8  # parameters: below it the rate does not rise any more
+FAR = 5.0  # a rate so many times off is warned about
+PUBLISHED = {"sft": (2e-4, 0.4), "preference": (7e-6, 0.65)}  # (rate of LoRA at 8 billion parameters, fall with size)
+SOURCE = {"sft": "QLoRA and LoRA Without Regret", "preference": "ORPO and the Alignment Handbook"}
+
+
+def propose(params: Any, parameters: int) -> tuple[float, str]:
+    """(rate for a stage's parameters on a model of so many, rounded to one digit; why and by which source)."""
+    kind = "sft" if params.stage == "sft" else "preference"
+    at_8b, fall = PUBLISHED[kind]
+    rate, what = (
+        at_8b * (8e9 / max(parameters, SMALLEST)) ** fall,
+        f"a LoRA of alpha {params.alpha}, rank {params.rank}",
+    )
+    if params.method in ("full", "freeze"):
+        rate, what = rate / 10, f"method {params.method}"
+    else:
+        rate *= (32 / (params.alpha * params.rank**0.5 if params.rslora else params.alpha)) ** 0.5
+    rate = float(f"{rate * (0.2 if params.optimizer == 'lion' else 1):.0e}")
+    return rate, f"{what} on {parameters / 1e9:.2g} billion parameters, {kind} ({SOURCE[kind]})"
+
+
+def used(params: Any, parameters: int) -> tuple[float, str]:
+    """(rate that the job trains with, the line of the plan about it)."""
+    rate, why = propose(params, parameters)
+    if not params.learning_rate:
+        return rate, f"Learning rate {rate:g}, proposed for {why}."
+    times = max(params.learning_rate / rate, rate / params.learning_rate)
+    side = "above" if params.learning_rate > rate else "below"
+    warning = f"Warning: it is {times:.0f} times {side} the {rate:g} proposed for {why}." if times > FAR else ""
+    return params.learning_rate, f"Learning rate {params.learning_rate:g}, as given. {warning}".strip()
+
+
+def capacity(trained: int, tokens: int) -> str:
+    """The plan's line about what an adapter of so many parameters can hold: about 2 bits each (Allen-Zhu and Li,
+    arXiv:2404.05405), against about 1 bit a token that is learnt ("LoRA Without Regret")."""
+    bits, verdict = 2 * trained, "enough"
+    if bits < tokens:
+        verdict = f"too little to learn them by heart: raise rank {tokens / bits:.1f} times, or set method to 'full'"
+    return (
+        f"Adapter capacity: {trained:,} parameters × 2 bits against {tokens:,} tokens at most, 1 bit each: {verdict}."
+    )

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from helpers.data.turns import RowError, Turn, as_text, checked, kind_of, pair, read_turns, tools_of
+from helpers.data.messages import read_turns, tools_of
+from helpers.data.turns import RowError, Turn, as_text, checked, kind_of, pair
 from helpers.errors import TunebookError
 
 UNANSWERABLE = "The text does not say."

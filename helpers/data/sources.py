@@ -23,7 +23,7 @@ from helpers import display, machine
 from helpers.data import documents, files, formats
 from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table
-from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row
+from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_error
 
@@ -275,6 +275,7 @@ def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: s
         source.shapes[str(shape)] += 1
         source.unused.update(aside.keys())
         for part in parts:
+            source.unused.update(pop_unread(part))
             source.rows += 1
             source.kinds[part["kind"]] += 1
             yield make_row(**part, source=source.name, file=source.where, row=number, meta=aside)

@@ -1,4 +1,4 @@
-"""The row that every data step passes on, its turns, and how turns of any spelling are read.
+"""The row that every data step passes on, and its turns.
 
 A row is a plain dict, so that it can be written as JSON and read in a notebook:
 
@@ -27,14 +27,6 @@ Row = dict[str, Any]
 BATCH_ROWS = 1000
 EXAMPLE_CHARS = 400
 PLACE = ("source", "file", "row")  # where a row came from
-ROLES = {
-    "system": "system developer",
-    "user": "user human",
-    "assistant": "assistant gpt model bot chatgpt",
-    "tool": "tool observation function_response ipython function",
-    "function_call": "function_call tool_call",
-}
-SPELLINGS = {spelling: role for role, spellings in ROLES.items() for spelling in spellings.split()}
 # What every chat template can render; tool results stand between an assistant's call and its answer.
 NEXT = {
     "": ("system", "user"),
@@ -43,6 +35,7 @@ NEXT = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+WHOLE_DIGITS = 40  # a Decimal of more is no whole number that anybody wrote
 NAMES_OF_TYPES = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text"}
 NAMES_OF_TYPES |= {list: "a list", tuple: "a list", dict: "an object"}
 # Made once: json.dumps makes an encoder at each call, a quarter of its time for a row.
@@ -50,12 +43,19 @@ _canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",
 
 
 class Turn(TypedDict):
-    """One message. role: system, user, assistant, tool or text. tool_calls: OpenAI's, with arguments as an object."""
+    """One message. role: system, user, assistant, tool or text. tool_calls: OpenAI's, with arguments as an object.
+    weight: in the loss, 0 for a turn that is not trained. untrained: parts of `content` that are not, [begin, end).
+    unread: keys that play no part, until they are counted."""
 
     role: str
     content: str
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
     name: NotRequired[str]
+    weight: NotRequired[float]
+    untrained: NotRequired[list[list[int]]]
+    unread: NotRequired[list[str]]
 
 
 class RowError(Exception):
@@ -99,37 +99,72 @@ def all_messages(row: Row) -> list[dict]:
 
 
 def map_contents(row: Row, change: Callable[[str], str]) -> Row:
-    """A copy of `row` with `change` applied to every message's text, and a new id; `row` when nothing changed."""
+    """A copy of `row` with `change` applied to every message's text, thoughts and arguments of calls, and a new id;
+    `row` when nothing changed."""
 
     def changed(turns: list[dict]) -> list[dict]:
-        return [turn | {"content": change(turn["content"])} if turn.get("content") else turn for turn in turns]
+        return [map_turn(turn, change) for turn in turns]
 
     made = row | {part: changed(row[part]) for part in ("messages", "chosen", "rejected") if part in row}
     return row if made == row else made | {"id": content_id(made)}
 
 
+def map_turn(turn: dict, change: Callable[[str], str]) -> dict:
+    """A copy of a turn with `change` applied to its texts; parts of the content that are not trained move with it."""
+    if len(turn) == 2:  # role and content
+        return {"role": turn["role"], "content": change(turn["content"])} if turn.get("content") else turn
+    made = turn | {key: map_strings(turn[key], change) for key in ("content", "reasoning") if turn.get(key)}
+    if turn.get("tool_calls"):
+        made["tool_calls"] = [call | {"function": map_strings(call["function"], change)} for call in turn["tool_calls"]]
+    if turn.get("untrained") and made["content"] != turn["content"]:
+        edges = [0, *sorted({edge for part in turn["untrained"] for edge in part}), len(turn["content"])]
+        pieces = [change(turn["content"][begin:end]) for begin, end in itertools.pairwise(edges)]
+        places = dict(zip(edges[1:], itertools.accumulate(map(len, pieces)), strict=True)) | {0: 0}
+        made |= {"content": "".join(pieces), "untrained": [[places[b], places[e]] for b, e in turn["untrained"]]}
+    return made
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with `change` applied to every text in it, the keys of objects too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): map_strings(item, change) for key, item in value.items()}
+    return value
+
+
+def said_in(turn: Mapping[str, Any]) -> str:
+    """All that a turn says as one text: its thoughts, its content, its calls as JSON."""
+    content = turn.get("content") or ""
+    if not (calls := turn.get("tool_calls")) and not turn.get("reasoning"):
+        return content
+    spelt = json.dumps(calls, ensure_ascii=False, sort_keys=True) if calls else ""
+    return "\n".join(filter(None, [turn.get("reasoning"), content, spelt]))
+
+
 def text_of(row: Row) -> str:
     """The whole example as one text: every message, call and tool, for comparing rows with each other."""
-    parts = [turn.get("content") or "" for turn in all_messages(row)]
-    calls = [turn["tool_calls"] for turn in row["messages"] if turn.get("tool_calls")]
-    parts += [json.dumps(made, ensure_ascii=False, sort_keys=True) for made in calls]
+    parts = [said_in(turn) for turn in all_messages(row)]
     return "\n".join([*parts, row["tools"]] if row.get("tools") else parts)
 
 
 def spoken(row: Row) -> list[str]:
     """The texts of a row that are its own: every message but the system prompt, which all rows of a set may share."""
-    return [turn.get("content") or "" for turn in all_messages(row) if turn["role"] != "system"]
+    every = (turn for turn in all_messages(row) if turn["role"] != "system")
+    return ["\n".join(filter(None, (turn.get("reasoning"), turn.get("content")))) for turn in every]
 
 
 def shown(row: Row, chars: int = EXAMPLE_CHARS) -> str:
     """The start of an example for people: without the system prompt, which every row of a set may share."""
     said = [turn for turn in all_messages(row) if turn["role"] != "system"]
-    return "\n".join(turn.get("content") or json.dumps(turn.get("tool_calls") or "") for turn in said)[:chars]
+    return "\n".join(map(said_in, said))[:chars]
 
 
 def answer_of(row: Row) -> str:
-    """What the model would learn to say: the chosen answer, the last assistant turn, or the text itself."""
-    return (row.get("chosen") or row["messages"])[-1].get("content") or ""
+    """What the model would learn to say: the chosen answer, the last assistant turn with its calls, or the text."""
+    return said_in((row.get("chosen") or row["messages"])[-1])
 
 
 def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
@@ -142,83 +177,9 @@ def batches(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
 # ---------------------------------------------------------------- turns
 
 
-def read_turns(
-    value: Any, spellings: Mapping[str, str] = SPELLINGS, role_tag: str = "", content_tag: str = ""
-) -> list[Turn]:
-    """Messages of any spelling, a list or its JSON text, as turns. Raises RowError.
-
-    spellings: how a role is written → role. role_tag, content_tag: the keys of role and text; "" looks at each message.
-    """
-    if isinstance(value, str):
-        value = from_json(value, "wrong type", "the conversation")
-    if not isinstance(value, (list, tuple)):
-        raise RowError("wrong type", f"the conversation is {kind_of(value)}; a list of messages was expected")
-    turns: list[Turn] = []
-    for number, message in enumerate(value, 1):
-        where = f"message {number}"
-        if not isinstance(message, Mapping):
-            raise RowError("wrong type", f"{where} is {kind_of(message)}; an object with role and content was expected")
-        said_by = role_tag or ("from" if "from" in message else "role")
-        said = content_tag or ("value" if said_by == "from" and "value" in message else "content")
-        spelling, content, calls = message.get(said_by), message.get(said), message.get("tool_calls") or []
-        role = spellings.get(spelling) if isinstance(spelling, str) else None
-        if role is None:
-            found = f"{where} has {said_by!r} {str(spelling)[:40]!r}"
-            raise RowError("unknown role", f"{found}; known are {', '.join(spellings)}")
-        if role == "function_call":  # sharegpt's: the content is JSON text of one call, or of a list of calls
-            calls = from_json(as_text(content, where), "broken function call", where)
-            role, content, calls = "assistant", "", calls if isinstance(calls, list) else [calls]
-        if content is None and not calls:
-            keys = ", ".join(map(str, message))[:80]
-            raise RowError("empty message", f"{where} ({role}) has no {said!r}; its keys are {keys}")
-        turn: Turn = {"role": role, "content": "" if content is None else _content(content, where)}
-        if calls := _calls(calls, where):
-            turn["tool_calls"] = calls
-        if isinstance(message.get("name"), str):
-            turn["name"] = message["name"]
-        turns.append(turn)
-    return turns
-
-
-def _content(content: Any, where: str) -> str:
-    """A message's text; OpenAI's list of parts is joined when every part is text."""
-    if not isinstance(content, (list, tuple)):
-        return as_text(content, where)
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        if not isinstance(part, Mapping) or kind != "text":
-            raise RowError("not text", f"{where} has a part of type {str(kind)[:40]!r}; only text can be trained here")
-    return "".join(as_text(part.get("text"), where) for part in content)
-
-
-def _calls(value: Any, where: str) -> list[dict]:
-    """Calls as `{"type": "function", "function": {"name", "arguments": object}}`, whichever way they were nested."""
-    if not isinstance(value, (list, tuple)):
-        raise RowError("broken function call", f"{where} holds {kind_of(value)} as tool calls; a list was expected")
-    calls = []
-    for call in value:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError("broken function call", f"{where} has a call without a name")
-        name = as_text(function["name"], "function name")
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            called = f"{where}, the arguments of {name!r}"
-            arguments = from_json(arguments, "broken function call", called) if arguments.strip() else {}
-        calls.append({"type": "function", "function": {"name": name, "arguments": plain(arguments, "argument")}})
-    return calls
-
-
-def tools_of(value: Any) -> str | None:
-    """A tools column as JSON text of a list; None when there are none."""
-    if isinstance(value, str) and value:
-        value = from_json(as_text(value, "tools"), "broken tools", "the tools")
-    if not value:
-        return None
-    tools = [value] if isinstance(value, Mapping) else value
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowError("broken tools", f"the tools are {kind_of(value)}; a list of objects was expected")
-    return json.dumps(plain(tools, "tools"), ensure_ascii=False)
+def pop_unread(parts: Row) -> set[str]:
+    """The keys of messages that play no part, taken out of a row's turns."""
+    return {f"messages: {key}" for turn in all_messages(parts) for key in turn.pop("unread", ())}
 
 
 def checked(turns: list[Turn]) -> list[Turn]:
@@ -285,7 +246,8 @@ def as_text(value: Any, where: str) -> str:
 
 
 def plain(value: Any, where: str) -> Any:
-    """`value` as plain JSON with its texts checked: parquet's decimals become numbers, its dates ISO 8601 text."""
+    """`value` as plain JSON with its texts checked: parquet's decimals become numbers, its dates ISO 8601 text, bytes
+    the text that they hold, numpy's values Python's."""
     if isinstance(value, str):
         return as_text(value, where)
     if isinstance(value, Mapping):
@@ -294,8 +256,13 @@ def plain(value: Any, where: str) -> Any:
         return [plain(item, where) for item in value]
     if isinstance(value, (date, time)):  # a datetime is a date
         return value.isoformat()
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, Decimal) and value.is_finite():
+        whole = value.adjusted() < WHOLE_DIGITS and value == value.to_integral_value()
+        return int(value) if whole else plain(float(value), where)
+    if isinstance(value, bytes):
+        return as_text(value.decode("utf-8", "surrogateescape"), where)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), where)
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     found = value if isinstance(value, float) else kind_of(value)

@@ -32,6 +32,7 @@ Message = dict[str, str]
 def stream(server: Server | str, model: str, messages: list[Message], temperature: float, most: int) -> Iterator[str]:
     """The answer of at most `most` tokens in the pieces in which it comes."""
     create = serve.client(server).chat.completions.create
+    model = server.path.stem if isinstance(server, Server) else model
     with create(model=model, messages=messages, temperature=temperature, max_tokens=most, stream=True) as events:
         for event in events:
             yield (event.choices[0].delta.content or "") if event.choices else ""

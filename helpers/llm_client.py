@@ -101,11 +101,11 @@ class Reply:
     kept: bool
 
 
-def openai_client(base_url: str) -> Any:
+def openai_client(base_url: str, key: str = "none") -> Any:
     """An `openai.OpenAI` client of an OpenAI-compatible server, for a person at the keyboard: no cache, no retries."""
     import openai
 
-    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=600)
+    return openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=600)
 
 
 class Client:

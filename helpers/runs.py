@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -94,6 +95,14 @@ class Manifest(display.Shown):
             raise TunebookError(f"{path} is missing; run the {self.data['stage']} stage again to make it.")
         return path
 
+    def verified(self, name: str) -> Path:
+        """Path of a file of this stage. Raises TunebookError when it is not what the stage wrote."""
+        if problem := _altered(self, [name]):
+            raise TunebookError(
+                f"Stage {self.data['stage']!r} {problem}; {_remedy(self.data['run'], self.data['stage'])}."
+            )
+        return self.path / name
+
     def _shown(self) -> display.Html:
         about = self.data
         rows = [("stage", about["stage"]), ("folder", self.path), ("took", display.duration(about["wall_s"]))]
@@ -120,8 +129,9 @@ def load(run: str, stage: str, verify: bool = True) -> Manifest:
     return manifest
 
 
-def _altered(manifest: Manifest) -> str:
-    for name, known in manifest.data["artifacts"].items():
+def _altered(manifest: Manifest, names: Iterable[str] = ()) -> str:
+    for name in names or manifest.data["artifacts"]:
+        known = manifest.data["artifacts"][name]
         file = manifest.path / name
         if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
             return f"did not write {file} as it stands there (missing or altered)"

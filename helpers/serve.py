@@ -49,8 +49,9 @@ def stop_all() -> None:
 
 
 def client(server: Server | str) -> Any:
-    """An `openai.OpenAI` client of a server, or of any OpenAI-compatible URL ending in /v1."""
-    return llm_client.openai_client(server if isinstance(server, str) else server.url + "/v1")
+    """An `openai.OpenAI` client of a server, or of any OpenAI-compatible URL ending in /v1 that wants no key."""
+    where = (server, "none") if isinstance(server, str) else (server.url + "/v1", server.key)
+    return llm_client.openai_client(*where)
 
 
 def find(what: str | Path, type: str = "") -> Path:
@@ -72,7 +73,7 @@ def find(what: str | Path, type: str = "") -> Path:
     if wanted not in types:
         found = f"The run {what!r} exported no {wanted}; it has {', '.join(types) or 'none'}"
         raise TunebookError(f"{found}. Name one of them, or run 04_gguf_export with that type.")
-    return types[wanted]
+    return manifest.verified(types[wanted].name)
 
 
 def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
@@ -110,13 +111,14 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
 
 def describe(server: Server) -> str:
     """What other programs need to use a running server."""
-    url, model = f"{server.url}/v1", json.dumps(server.path.stem)
-    create = f"openai.OpenAI(base_url={url!r}, api_key='none').chat.completions.create"
+    url, key, model = f"{server.url}/v1", server.key, json.dumps(server.path.stem)
+    create = f"openai.OpenAI(base_url={url!r}, api_key={key!r}).chat.completions.create"
     return (
         f"{server.path.name} is served at {url}\n"
+        f"  key         {key}\n"
         f"  Python      {create}(model={model}, messages=[…])\n"
-        f"  Open WebUI  Settings > Connections > OpenAI API: URL {url}, key none\n"
-        f"              or OPENAI_API_BASE_URL={url} OPENAI_API_KEY=none open-webui serve --host 127.0.0.1\n"
+        f"  Open WebUI  Settings > Connections > OpenAI API: URL {url}, key {key}\n"
+        f"              or OPENAI_API_BASE_URL={url} OPENAI_API_KEY={key} open-webui serve --host 127.0.0.1\n"
         f"  health      {server.url}/health"
     )
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub; one that talks to a hub of its own says so itself
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TUNEBOOK_SERVER_KEY", "key-of-the-tests")  # the proxies of the tests know it
 if workers := os.environ.get(
     "PYTEST_XDIST_WORKER_COUNT"
 ):  # before torch is imported: threads of two workers that wait for each other spin

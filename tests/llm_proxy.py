@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -52,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             proxy.running -= 1
 
     def passed_on(self, body):
-        kind = {"Content-Type": "application/json"}
+        kind = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ['TUNEBOOK_SERVER_KEY']}"}
         request = urllib.request.Request(self.server.upstream + self.path, body, kind)
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:

@@ -56,7 +56,8 @@ def test_it_renders_prompts_with_the_models_own_template(server, tokenizer):
 
 
 def test_a_client_that_asks_for_no_temperature_gets_the_measured_one(server):
-    with urllib.request.urlopen(server.url + "/props") as reply:
+    asked = urllib.request.Request(server.url + "/props", headers={"Authorization": f"Bearer {server.key}"})
+    with urllib.request.urlopen(asked) as reply:
         assert json.load(reply)["default_generation_settings"]["params"]["temperature"] == 0.0
 
 
@@ -118,7 +119,8 @@ def exported(runs_root, gguf):
     folder.mkdir(parents=True)
     for kind in ("q8_0", "q4_k_m"):
         os.symlink(gguf, folder / f"model-{kind}.gguf")
-    artifacts = {f"model-{kind}.gguf": {"sha256": "", "bytes": 0} for kind in ("q8_0", "q4_k_m")}
+    known = {"sha256": runs.sha256_file(gguf), "bytes": gguf.stat().st_size}
+    artifacts = {f"model-{kind}.gguf": known for kind in ("q8_0", "q4_k_m")}
     runs.write_json(
         folder / "manifest.json",
         {
@@ -144,6 +146,10 @@ def test_a_runs_name_means_its_recommended_file_or_the_one_asked_for(exported):
         serve.find("nosuch")
     with pytest.raises(TunebookError, match="cannot name a folder"):
         serve.find("../nosuch")
+    (exported / "model-q8_0.gguf").unlink()
+    (exported / "model-q8_0.gguf").write_bytes(b"GGUF of somebody else's")
+    with pytest.raises(TunebookError, match="missing or altered"):
+        serve.find("job", "q8_0")
 
 
 def test_the_command_serves_a_run_says_how_to_use_it_and_ends_on_an_interrupt(exported):

@@ -2,13 +2,14 @@
 process that started it. `GgufModel` answers and scores; `Server` is llama.cpp's OpenAI-compatible server on loopback.
 
     with Server("model-q8_0.gguf") as s:
-        openai.OpenAI(base_url=s.url + "/v1", api_key="none")
+        openai.OpenAI(base_url=s.url + "/v1", api_key=s.key)
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -17,9 +18,10 @@ from typing import Any, NoReturn, Self
 
 from helpers import worker
 from helpers.errors import TunebookError
-from helpers.gguf import header, libraries
+from helpers.gguf import gateway, header, libraries
 from helpers.tasks.questions import Answer, Decoding
 
+KEY_NAME = "TUNEBOOK_SERVER_KEY"
 PARALLEL = 32  # answers at once; on 2 cores 16 gains 15 % less, 64 nothing more
 Ids = Sequence[int]
 
@@ -95,10 +97,10 @@ class GgufModel:
 
 
 class Server:
-    """A running server, a context manager. url: "http://127.0.0.1:PORT"; port; process.
+    """A running server, a context manager. url: "http://127.0.0.1:PORT"; key: what clients send; port; process.
 
     port: 0 for any free one; context: tokens of each of `parallel` conversations; temperature: for clients that ask for
-    none. Clients see the file's stem as the model's name.
+    none. Clients see the file's stem as the model's name. The key is $TUNEBOOK_SERVER_KEY, or a new one each time.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Server:
                 f"{error} It was to have a context of {parallel} × {context} tokens; ask for a shorter one, a smaller "
                 "quantisation or another port."
             ) from error
-        self.process, self.url = self._child.process, self._child.started
+        self.process, (self.url, self.key) = self._child.process, self._child.started
         self.port = int(self.url.rsplit(":", 1)[1])
         self.stop = self._child.close  # a second call does nothing
 
@@ -139,7 +141,8 @@ class Server:
 
         try:
             # plain HTTP on this machine: loading certificates would take 18 ms a request
-            reply = httpx.post(self.url + where, json=body, timeout=600, trust_env=False, verify=False)
+            headers = {"Authorization": f"Bearer {self.key}"}
+            reply = httpx.post(self.url + where, json=body, headers=headers, timeout=600, trust_env=False, verify=False)
         except httpx.HTTPError as error:
             said = f"{error}; {self._child.last_words()}"
             raise TunebookError(f"{self._name} does not answer ({said}); start it again.") from error
@@ -163,14 +166,15 @@ class Server:
 
 
 class Running:
-    """Body of the server's process; `started` is the address."""
+    """Body of the server's process; `started` is the address and the key, which no command line shows."""
 
     def __init__(self, path: str, port: int, context: int, parallel: int, temperature: float):
         import xllamacpp
 
         p = xllamacpp.CommonParams()
         p.model.path, p.model_alias = path, {Path(path).stem}
-        p.hostnames, p.port = ["127.0.0.1"], port
+        key, inner_key = os.environ.get(KEY_NAME) or secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+        p.hostnames, p.port, p.api_keys = ["127.0.0.1"], 0, [inner_key]
         p.n_ctx, p.n_parallel, p.sampling.temp = context, parallel, temperature
         p.use_jinja, p.offline, p.ui = True, True, False
         p.verbosity = 1  # errors, which the message of a failure quotes
@@ -182,7 +186,8 @@ class Running:
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             said = os.pread(2, 8000, 0).decode("utf-8", "replace")  # the file that helpers.worker gives it
             raise libraries.failure(f"starting a server for {path}", f"{said}\n{error}") from None
-        self.started = self._server.listening_address
+        inner, model = self._server.listening_address, Path(path).stem
+        self.started = gateway.start(port, key, inner, inner_key, model, context // parallel), key
 
     def __call__(self, request: Any, event: worker.Event) -> None:
         """Nothing is asked through the pipe: its end ends the server."""

@@ -523,10 +523,11 @@ def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
         assert answers() == ({"one"}, 3)
 
 
-def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path):
+def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path, monkeypatch):
     from helpers.gguf.runner import Server
 
     with Server(tiny_gguf) as running:
+        monkeypatch.setenv("OPENAI_API_KEY", running.key)
         url = running.url if running.url.rstrip("/").endswith("/v1") else running.url.rstrip("/") + "/v1"
         candidate = candidates.find({}, "", f"served={url}")[0]
         assert candidate.kind == "endpoint"

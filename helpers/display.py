@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from helpers.cache import write_atomic
-
-# Characters that would hide or reorder text, or steer a terminal: shown as what they are. Tab and line end stay.
-HIDDEN: dict[int, str] = {c: chr(0x2400 + c) for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: "␡"}
-HIDDEN |= {
-    c: f"⟨U+{c:04X}⟩"
-    for c in [*range(0x80, 0xA0), 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF]
-}
+from helpers.errors import HIDDEN, clean  # noqa: F401 - display is where they are asked for
 
 
 class Html:
@@ -52,11 +46,6 @@ class Shown:
 
     def __repr__(self) -> str:
         return repr(self._shown())
-
-
-def clean(text: object) -> str:
-    """Any value as text: control and direction characters made visible, lone surrogates replaced."""
-    return str(text).encode("utf-8", "replace").decode("utf-8").translate(HIDDEN)
 
 
 def escape(text: object) -> str:

@@ -31,7 +31,8 @@ from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writ
 from helpers.errors import TunebookError
 from helpers.params import Params
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OWN_HASH = "content_hash"  # of the manifest's other fields: one that was edited or damaged proves nothing
 INHERITED = ("model", "template_hash", "tokenizer_hash")
 FOLDERS = {
     "data": "01_data_prep",
@@ -118,15 +119,28 @@ def load(run: str, stage: str, verify: bool = True) -> Manifest:
         manifest = Manifest(path, json.loads(content), hashlib.sha256(content).hexdigest())
         state = (manifest.data["status"], manifest.data["schema_version"])
         problem = "" if state == ("finished", SCHEMA_VERSION) else f"has a manifest of status and schema {state}"
+        if not problem and manifest.data.get(OWN_HASH) != _own_hash(manifest.data):
+            problem = f"has a manifest in {path} that was changed after it was written"
         if verify and not problem:
             problem = _altered(manifest)
     except FileNotFoundError:
         problem = f"did not finish (no manifest in {path})" if path.is_dir() else "has not been run yet"
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         problem = f"has a damaged manifest in {path}"
+    except OSError as error:
+        problem = f"cannot be read ({path}: {error.strerror})"
     if problem:
         raise TunebookError(f"Stage {stage!r} of the run {run!r} {problem}; {_remedy(run, stage)}.")
     return manifest
+
+
+def write_manifest(folder: Path, data: dict[str, Any]) -> None:
+    """Write a stage's manifest.json with the hash of its own content."""
+    write_json(folder / "manifest.json", data | {OWN_HASH: _own_hash(json.loads(json.dumps(data)))})
+
+
+def _own_hash(data: dict[str, Any]) -> str:
+    return hash_json({name: value for name, value in data.items() if name != OWN_HASH})
 
 
 def _altered(manifest: Manifest, names: Iterable[str] = ()) -> str:
@@ -239,7 +253,7 @@ class Stage:
             **about,
             **inherited,
         }
-        write_json(self.path / "manifest.json", manifest)
+        write_manifest(self.path, manifest)
         unlock(self.params.run, self.name)
         return load(self.params.run, self.name, verify=False)
 

@@ -121,10 +121,10 @@ def exported(runs_root, gguf):
         os.symlink(gguf, folder / f"model-{kind}.gguf")
     known = {"sha256": runs.sha256_file(gguf), "bytes": gguf.stat().st_size}
     artifacts = {f"model-{kind}.gguf": known for kind in ("q8_0", "q4_k_m")}
-    runs.write_json(
-        folder / "manifest.json",
+    runs.write_manifest(
+        folder,
         {
-            "schema_version": 1,
+            "schema_version": runs.SCHEMA_VERSION,
             "stage": "gguf",
             "run": "job",
             "status": "finished",

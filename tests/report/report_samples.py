@@ -49,7 +49,7 @@ def seal(folder, change=None):
         above = folder.parent / runs.FOLDERS[parent] / "manifest.json"
         known["manifest_sha256"] = runs.sha256_file(above) if above.exists() else known["manifest_sha256"]
     path.unlink()
-    runs.write_json(path, data)
+    runs.write_manifest(folder, data)
 
 
 def set_params(run, stage, **values):

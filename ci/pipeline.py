@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
 from helpers import display, machine, parameter, params, runs
-from helpers.errors import TunebookError
+from helpers.errors import TunebookError, command
 
 STAGES = list(runs.FOLDERS)
 
@@ -48,6 +48,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:

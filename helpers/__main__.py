@@ -8,7 +8,7 @@ import os
 import sys
 
 from helpers import machine
-from helpers.errors import TunebookError
+from helpers.errors import TunebookError, command
 
 COMMANDS = {
     "run": "run the notebooks 01 to 05 one after another",
@@ -21,6 +21,7 @@ COMMANDS = {
 MODULES = {"train": "helpers.train.__main__"}
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the command `tunebook`. Returns the exit status."""
     lines = "\n".join(f"  {name:<9} {does}" for name, does in COMMANDS.items())
@@ -28,20 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(arguments)
-    try:
-        if given.command != "run":
-            return importlib.import_module(MODULES.get(given.command, f"helpers.{given.command}")).main(given.rest)
-        program = machine.PROJECT / "ci" / "pipeline.py"
-        if not program.is_file():
-            raise TunebookError(
-                f"tunebook run needs the project's folder, and {program} is missing; clone the repository."
-            )
-        os.execv(sys.executable, [sys.executable, str(program), *given.rest])
-    except TunebookError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if given.command != "run":
+        return importlib.import_module(MODULES.get(given.command, f"helpers.{given.command}")).main(given.rest)
+    program = machine.PROJECT / "ci" / "pipeline.py"
+    if not program.is_file():
+        raise TunebookError(f"tunebook run needs the project's folder, and {program} is missing; clone the repository.")
+    os.execv(sys.executable, [sys.executable, str(program), *given.rest])
 
 
 if __name__ == "__main__":

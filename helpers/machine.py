@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from helpers.errors import TunebookError
+
 # The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks,
 # whose tag Colab fetches, and pyproject.toml reads the version.
 REPOSITORY = "tunebook/tunebook"
@@ -56,6 +58,17 @@ def gpu() -> Gpu | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     return Gpu(properties.name, (properties.major, properties.minor), round(properties.total_memory / 2**30, 1))
+
+
+def path(text: str | Path) -> Path:
+    """A path as a person writes it, `~` included. Raises TunebookError for one that no file can have."""
+    try:
+        found = Path(text).expanduser()
+    except RuntimeError:
+        raise TunebookError(f"{str(text)[:80]!r} begins with a user whom this machine does not know.") from None
+    if "\0" in str(text) or len(str(found)) > 4000 or any(len(os.fsencode(part)) > 255 for part in found.parts):
+        raise TunebookError(f"{str(text)[:80]!r}… cannot be the path of a file; it is too long.")
+    return found
 
 
 def interactive() -> bool:

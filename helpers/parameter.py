@@ -20,6 +20,7 @@ from helpers.errors import TunebookError
 
 V = TypeVar("V", str, int, float, bool)
 MAX_BYTES, MAX_DEPTH = 2**18, 20  # of a YAML file
+MAX_TEXT = 100_000  # characters of one value
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Param:
             value = float(value) if abs(value) < 1e300 else value
         elif kind is int and type(value) is float and value.is_integer():
             value = int(value)
+        if isinstance(value, str) and (fault := _unusable(value)):
+            raise TunebookError(f"Parameter {self.name} {fault}.")  # without the value: it may hold a secret
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             said = f"which is not a valid {self.kind}"
         elif self.choices and value not in self.choices:
@@ -88,6 +91,27 @@ class Param:
             form = f'{{type:"slider", min:{self.low:g}, max:{self.high:g}, step:{self.step:g}}}'
         literal = json.dumps(self.default, ensure_ascii=False) if kind == "string" else repr(self.default)
         return f"{self.name} = {literal}  # @param {form}"
+
+
+def _unusable(text: str) -> str:
+    """Why no parameter can be this text; "" for any other."""
+    if len(text) > MAX_TEXT:
+        return f"has {len(text):,} characters; {MAX_TEXT:,} are the most"
+    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text):
+        return "holds control characters or half of a character; take them out"
+    if re.search(r"://[^/\s,]*@", text):
+        return (
+            "names a user or a password inside an address, which would stand in params.yaml, the report and the model "
+            "card; take it out and give the key in an environment variable (endpoint_key_name)"
+        )
+    return ""
+
+
+def check_run(name: str) -> str:
+    """The name of a run, which is a folder's. Raises TunebookError for one that would leave the runs folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
+        raise TunebookError(f"The run name {name[:200]!r} cannot name a folder; use letters, digits, '.', '_' and '-'.")
+    return name
 
 
 def param(default: V, help: str, unit: str = "", choices: str = "", advanced: bool = False, **more: Any) -> V:

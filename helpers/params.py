@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, overload
 
 from helpers import display
 from helpers.errors import TunebookError
-from helpers.parameter import Param, more, param, read_file, recipe_folder
+from helpers.parameter import Param, check_run, more, param, read_file, recipe_folder
 
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
@@ -36,6 +36,8 @@ class Params(display.Shown):
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = find(self.stage, name).check(value)
+        if name == "run":
+            check_run(value)
         if self._frozen and value != getattr(self, name):
             raise TunebookError(
                 f"Parameter {name} cannot be changed to {value!r} any more: stage {self.stage!r} works with "

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterable
@@ -27,8 +26,9 @@ import psutil
 import yaml
 
 from helpers import display, machine
-from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writing  # noqa: F401
+from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writing
 from helpers.errors import TunebookError
+from helpers.parameter import check_run
 from helpers.params import Params
 
 SCHEMA_VERSION = 2
@@ -60,9 +60,7 @@ def root() -> Path:
 
 def run_folder(run: str) -> Path:
     """`runs/<run>`. Raises TunebookError for a name that would leave the runs folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", run):
-        raise TunebookError(f"The run name {run!r} cannot name a folder; use letters, digits, '.', '_' and '-'.")
-    return root() / run
+    return root() / check_run(run)
 
 
 def folder(run: str, stage: str) -> Path:

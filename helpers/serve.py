@@ -34,6 +34,10 @@ def start(
     `parallel` conversations at once; 0 takes the model's, at most 4096. type: of a run with several files, the one to
     serve ("q4_k_m"). temperature: for clients that ask for none; 0 is how the scores were measured.
     """
+    bounds = {"port": (port, 0, 65535), "context": (context, 0, 1 << 20), "parallel": (parallel, 1, 64)}
+    for name, (value, low, high) in (bounds | {"temperature": (temperature, 0, 2)}).items():
+        if not low <= value <= high:
+            raise TunebookError(f"{name} is {value}; it takes a number from {low} to {high}.")
     path = find(what, type)
     context, _ = plan(path, context, parallel)
     key = (path.resolve(), path.stat().st_mtime_ns, port, context, parallel, temperature)
@@ -56,7 +60,7 @@ def client(server: Server | str) -> Any:
 
 def find(what: str | Path, type: str = "") -> Path:
     """The GGUF file meant by a path, a folder or a run's name. Raises TunebookError with what could be meant."""
-    path = Path(what).expanduser()
+    path = machine.path(what)
     if path.suffix == ".gguf" or path.is_file():
         return path
     if path.is_dir():

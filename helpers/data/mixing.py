@@ -43,8 +43,10 @@ def numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             found[name] = -1.0
-        if name not in names or not 0 <= found[name] < math.inf:
-            wanted = f"source=number pairs separated by commas, with the sources {', '.join(names)}"
+        whole = parameter != "caps" or (found[name] >= 1 and found[name].is_integer())
+        if name not in names or not 0 <= found[name] < math.inf or not whole:
+            kind = "whole number from 1" if parameter == "caps" else "number"
+            wanted = f"source={kind} pairs separated by commas, with the sources {', '.join(names)}"
             raise TunebookError(f"{parameter} has {part!r}; it takes {wanted}.")
     return found
 

@@ -97,8 +97,8 @@ def find(spec: str, info: str = "") -> list[Source]:
     if not parts:
         raise TunebookError("No dataset is named; give files, folders, globs, dataset_info names or hub ids.")
     path = machine.PROJECT / (info or "datasets")
-    if info and Path(info).expanduser().exists():
-        path = Path(info).expanduser()
+    if info and machine.path(info).exists():
+        path = machine.path(info)
     if info and not path.exists():
         raise TunebookError(f"dataset_info {info!r} is not there; name a dataset_info.json, or leave it empty.")
     path = path / INFO if path.is_dir() else path
@@ -139,7 +139,7 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
 def _matches(part: str) -> list[Path]:
     """The files that a path, a folder or a pattern names, here or under the project."""
     for root in (Path(), machine.PROJECT):
-        path = root / Path(part).expanduser()
+        path = root / machine.path(part)
         if path.is_dir():
             return _files_in(path)
         named = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))

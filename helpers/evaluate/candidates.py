@@ -144,7 +144,7 @@ def _other(text: str) -> Candidate:
     if re.match(r"https?://", what):
         return Candidate(name, "other", "endpoint", shown_url(what), address=what)
     if what.endswith(".gguf"):
-        path = Path(what).expanduser()
+        path = machine.path(what)
         missing = "" if path.is_file() else f"the file {path} does not exist"
         return Candidate(name, "other", "gguf", what, path, trouble=missing)
     return Candidate(name, "other", "hf", what, **_resolved(what))

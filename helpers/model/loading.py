@@ -71,7 +71,7 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
 
     Raises TunebookError when there is no such model, or when it cannot be had, with the reason.
     """
-    folder = Path(name).expanduser()
+    folder = machine.path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise TunebookError(

@@ -13,22 +13,19 @@ import argparse
 import sys
 
 from helpers import parameter, params
-from helpers.errors import TunebookError
+from helpers.errors import command
 from helpers.train import distributed, methods, training
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.train", description="Train a stage from a parameter file.")
     parser.add_argument("file", nargs="?", help="YAML file of the stage's parameters; none: the defaults")
     parser.add_argument("--stage", choices=("sft", "orpo"), default="sft", help="which training (default sft)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     given = parser.parse_args(arguments)
-    try:
-        values = parameter.read_file(given.file) if given.file else {}
-        train(params.resolve(given.stage, {**values, **dict(given.p)}))
-    except TunebookError as error:
-        print(f"TunebookError: {error}", file=sys.stderr)
-        return 1
+    values = parameter.read_file(given.file) if given.file else {}
+    train(params.resolve(given.stage, {**values, **dict(given.p)}))
     return 0
 
 

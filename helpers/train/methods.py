@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import compat, runs
+from helpers import compat, machine, runs
 from helpers.data.vocabulary import add_tokens
 from helpers.errors import TunebookError
 from helpers.model import loading, merging, packed_attention
@@ -163,7 +163,7 @@ def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
 
 def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
     """The adapter folder that start_from names. Raises TunebookError for another base or another chat template."""
-    folder = Path(name).expanduser()
+    folder = machine.path(name)
     if not ((folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()):
         raise TunebookError(
             f"start_from is {name!r}, which is not an adapter folder (adapter_config.json, adapter_model.safetensors); "

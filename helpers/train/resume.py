@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers import runs
+from helpers import machine, runs
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
 
@@ -112,7 +112,7 @@ class Mirror:
     """This job's folder on a mounted drive. Only whole checkpoints with the job's own seal are ever deleted there."""
 
     def __init__(self, root: str, stage: runs.Stage, of: dict[str, Any]) -> None:
-        place = Path(root).expanduser() / stage.params.run / runs.FOLDERS[stage.name]
+        place = machine.path(root) / stage.params.run / runs.FOLDERS[stage.name]
         self.folder, self.of = place / runs.hash_json(of)[:12], of
 
     def check(self) -> None:

@@ -148,7 +148,7 @@ def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_ot
 
 def test_a_failing_process_ends_in_its_own_message(runs_root, narrow_llama, tokenizer, two_cores):
     status, said = torchrun("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2)
-    assert status and "TunebookError: Stage 'data' of the run 'nothing-here' has not been run yet" in said
+    assert status and "Stopped: Stage 'data' of the run 'nothing-here' has not been run yet" in said
 
 
 def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):

@@ -74,6 +74,7 @@ class DataParams(Params):
     stage = "data"
 
     model: str = param("HuggingFaceTB/SmolLM2-135M-Instruct", "Base model (hub id or folder); its template is used")
+    chat_template: str = param("", "Empty: the model's own; or chatml, llama3 …, a .jinja file, or a template's text")
     dataset: str = param(
         "datasets/atlas_train.jsonl",
         "Files, folders, globs, dataset_info names, hub ids (owner/name@revision:subset:split); separated by commas",
@@ -91,6 +92,8 @@ class DataParams(Params):
 
     shuffle: bool = more(False, "Shuffle the rows of dataset before the first max_rows are taken")
     max_rows: int = more(0, "Rows taken of dataset; 0: all", "rows", high=10**9)
+    template_tokens: str = more("auto", "Turn tokens that the vocabulary lacks: added, or text", choices="auto add eos")
+    system: str = more("", "System prompt of rows that have none")
     dataset_info: str = more("", "A dataset_info.json with named sets; empty: datasets/dataset_info.json")
     columns: str = more("", "Own mapping, part=column: prompt=question,response=sql,system=schema")
     unanswerable: str = more("The text does not say.", "Answer where the text has none (context_qa)")

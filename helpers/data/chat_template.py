@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import re
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers import worker
 from helpers.data.turns import RowError
 from helpers.display import table, text_table
 from helpers.errors import TunebookError
+from helpers.model.packed_attention import common_length
 from helpers.model.stop_tokens import ANSWER, CALLING, QUESTION, special_pattern, special_tokens, turn_ends
 
 PROBE_SECONDS = 10.0
@@ -27,7 +29,7 @@ MEMORY_GIB = 2.0
 MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
-MEND = "Choose another model, or mend the template."
+MEND = "Mend it, or choose another one by chat_template."
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": NO_PARAMETERS}}
@@ -69,6 +71,7 @@ class Template:
     adds_bos: bool
     special: dict[str, int]
     special_text: re.Pattern[str]
+    chosen: tuple[tuple[str, str], ...] = ()  # what the parameters chose, as facts
 
     @property
     def end_text(self) -> str:
@@ -77,9 +80,12 @@ class Template:
     def facts(self) -> list[tuple[str, str]]:
         """What a person should know about this template, as (what, how it is)."""
         yes = {True: "yes", False: "no"}
+        if not self.tokenizer.chat_template:
+            return [*self.chosen]
         seen = (self.shows_tools, self.shows_tool_calls, self.shows_tool_results)
         bos = "the tokenizer would add one; the template writes none" if self.adds_bos else "written by the template"
         return [
+            *self.chosen,
             ("end of turn", " or ".join(f"{self.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in self.end_ids)),
             ("generation prompt", repr(self.generation_prompt)),
             ("added before the answer", repr(self.before_answer) if self.before_answer else "nothing"),
@@ -129,35 +135,50 @@ def inspect(tokenizer: Any) -> Template:
         raise TunebookError(f"The chat template cannot render a question and an answer: {why}. {MEND}")
     full, prompt, prompt_open = first.full, asked.full, first.turns[0][0]
     called, result, thinking, system, tooled = ("" if isinstance(one, RowError) else one.full for one in others)
-    if "AAA" not in full or "QQQ" not in full:
-        raise TunebookError(f"The chat template leaves out the question or the answer. {MEND}")
+    for content, what in (("QQQ", "question"), ("AAA", "answer")):
+        if content not in full:
+            raise TunebookError(f"The chat template leaves out the {what}. {MEND}")
     known = {json.dumps([QUESTION, ANSWER]): full, json.dumps([QUESTION, CALLING]): called}
     pattern = special_pattern(tokenizer)
-    bare = pattern.sub("", prompt[: prompt.index("QQQ")])
-    around = pattern.sub("", system[: system.index("QQQ")].replace("SSS", "")) if "SSS" in system else ""
-    bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    bare, taken = (pattern.sub("", text.partition("QQQ")[0]) for text in (prompt, system))
     return Template(
         tokenizer=tokenizer,
         end_ids=turn_ends(tokenizer, lambda messages: known[json.dumps(messages)]),
         generation_prompt=prompt_open[len(prompt) :] if prompt_open.startswith(prompt) else "",
         before_answer=full[len(prompt_open) : full.index("AAA")] if full.startswith(prompt_open) else "",
-        default_system=_without_roles(bare, around),
+        default_system=_without_roles(bare, *taken.split("SSS", 1)),
         shows_tools="TTT" in tooled,
         shows_tool_calls="FFF" in called and "VVV" in called,
         shows_tool_results="RRR" in result,
         takes_system="SSS" in system,
         keeps_thinking="HHH" in thinking,
-        adds_bos=bos and not full.startswith(tokenizer.bos_token),
+        adds_bos=adds_bos(tokenizer) and not full.startswith(tokenizer.bos_token),
         special=special_tokens(tokenizer),
         special_text=pattern,
     )
 
 
-def _without_roles(head: str, around: str) -> str:
-    """The text before the first question, less what stands around any system message (role names, line breaks)."""
-    for line in {line.strip() for line in around.splitlines() if line.strip()}:
-        head = re.sub(rf"(?m)^\s*{re.escape(line)}\s*$", "", head)
-    return head.strip()
+def plain(tokenizer: Any) -> Template:
+    """Of a tokenizer without a chat template, for plain text alone, which ends with the end of sequence."""
+    end = tokenizer.eos_token
+    said = (
+        ("chat template", "none, and plain text needs none"),
+        ("end of a text", end or "none: the tokenizer has none"),
+    )
+    special, ends = special_tokens(tokenizer), () if end is None else (tokenizer.eos_token_id,)
+    pattern, shows = special_pattern(tokenizer), [False] * 5
+    return Template(tokenizer, ends, "", "", "", *shows, adds_bos(tokenizer), special, pattern, said)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a beginning of sequence before every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def _without_roles(head: str, before: str, behind: str = "") -> str:
+    """The text before the first question, less what stands before and behind a system message (role names)."""
+    left = head[common_length([head, before]) :]
+    return left[: len(left) - common_length([left[::-1], behind[::-1]])].strip()
 
 
 # ---------------------------------------------------------------- rendering
@@ -241,7 +262,14 @@ class Renderer:
             except RowError as error:
                 found.append(error.detail)
             except Exception as error:
-                found.append(f"the chat template says: {str(error)[:200] or type(error).__name__}")
+                found.append(f"the chat template says{_line(error)}: {str(error)[:200] or type(error).__name__}")
             else:
                 found.append({"full": full, "turns": apart, "spans": spans})
         return found
+
+
+def _line(error: Exception) -> str:
+    """The line of the template at which Jinja failed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)  # a syntax error, or one while rendering
+    return f" in line {line}" if line else ""

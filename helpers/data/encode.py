@@ -1,7 +1,7 @@
 """Every split through the chat template to the parquet files that trainers take.
 
 train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
-test.parquet                         id, prompt, reference, meta (JSON)
+test.parquet                         id, prompt, reference, meta (JSON); of plain text alone: no prompt, the text
 preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids
 kto.parquet                          id, prompt, completion, label
 
@@ -69,7 +69,8 @@ def splits(
     rejects.check()
     if not written["train"]:
         rejects.check_rows_left([], f"the training split of {p.dataset}")
-    asked = ([_test_row(row) for row in batch if row["kind"] != "text"] for batch in tables["test"])
+    talk = any(row["kind"] != "text" for row in tables["test"].rows())  # without it the texts are what is held out
+    asked = ([_test_row(row) for row in batch if row["kind"] != "text" or not talk] for batch in tables["test"])
     written["test"] = write(folder / "test.parquet", "test", asked)
     if len(kto):
         marking = Encoder(template, "last", rejects)
@@ -294,7 +295,8 @@ def _token_columns(batch: list[Encoded]) -> dict[str, Any]:
 
 
 def _test_row(row: Row) -> dict[str, Any]:
-    """A prompt without its answer, and the answer as reference. A preference row gives its chosen answer."""
+    """A prompt without its answer, and the answer as reference. A preference row gives its chosen answer, a text itself
+    behind no prompt."""
     *asked, answer = plain_turns(row["messages"] + row.get("chosen", [])[-1:])
     meta = {**{name: row[name] for name in PLACE}, **row["meta"]}
     found = {"id": row["id"], "prompt": asked, "reference": answer["content"]}

@@ -208,26 +208,30 @@ def is_talk(value: Any) -> bool:
 # ---------------------------------------------------------------- a record's parts
 
 
-def convert(record: Record, shape: Shape, unanswerable: str = UNANSWERABLE) -> list[dict[str, Any]]:
+def convert(
+    record: Record, shape: Shape, unanswerable: str = UNANSWERABLE, joints: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The parts of the row (or rows: context_qa may hold two questions) that a record of this shape makes.
 
-    Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`.
+    Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`. joints: what
+    stands before an instruction's "input" and behind a question's "context", where it is not a line end or two.
     Raises RowError with the reason when the record does not fit the shape, or has no answer.
     """
+    joints = joints or {}
     if shape.format == "text":
         text = as_text(shape.need(record, "prompt"), shape["prompt"])
         if not text.strip():
             raise RowError("empty text", f"column {shape['prompt']!r} is empty")
         return [{"kind": "text", "messages": _said("text", text)}]
     if shape.format == "context_qa":
-        return _context_qa(record, shape, unanswerable)
+        return _context_qa(record, shape, unanswerable, joints.get("context", "\n\n"))
     tools = tools_of(shape.value(record, "tools"))
     if shape.format == "preference":
         sides = [_answer(record, shape, side) for side in ("chosen", "rejected")]
         asked = shape["messages"] or shape.value(record, "prompt") is not None
-        prompt, chosen, rejected = pair(_prompt(record, shape) if asked else [], *sides)
+        prompt, chosen, rejected = pair(_prompt(record, shape, joints) if asked else [], *sides)
         return [{"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}]
-    turns = _prompt(record, shape)
+    turns = _prompt(record, shape, joints)
     if not shape["messages"] and shape["response"]:
         if shape.value(record, "response") in (None, "", []):
             state = "is not there" if shape["response"] not in record else "is empty"
@@ -253,7 +257,7 @@ def _answer(record: Record, shape: Shape, part: str) -> list[Turn]:
     return _said("assistant", value, shape[part])
 
 
-def _prompt(record: Record, shape: Shape) -> list[Turn]:
+def _prompt(record: Record, shape: Shape, joints: Mapping[str, str]) -> list[Turn]:
     """The system prompt, the history and the question."""
     asked = shape.need(record, "messages" if shape["messages"] else "prompt")
     if shape["messages"] or isinstance(asked, (list, tuple)):
@@ -266,7 +270,7 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
                 raise RowError("broken history", found)
             turns += _said("user", said[0], shape["history"]) + _said("assistant", said[1], shape["history"])
         columns = [column for column in (shape["prompt"], shape["query"]) if record.get(column)]
-        text = "\n".join(as_text(record[column], column) for column in columns)
+        text = joints.get("input", "\n").join(as_text(record[column], column) for column in columns)
         if not text.strip():
             raise RowError("no question", f"column {shape['prompt']!r} is empty")
         turns += _said("user", text)
@@ -275,7 +279,7 @@ def _prompt(record: Record, shape: Shape) -> list[Turn]:
     return _said("system", system, shape["system"]) + turns if given else turns
 
 
-def _context_qa(record: Record, shape: Shape, unanswerable: str) -> list[dict[str, Any]]:
+def _context_qa(record: Record, shape: Shape, unanswerable: str, joint: str) -> list[dict[str, Any]]:
     """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`."""
     context = as_text(shape.need(record, "context"), shape["context"])
     question, answer = record.get(shape["prompt"]), record.get(shape["response"])
@@ -293,7 +297,7 @@ def _context_qa(record: Record, shape: Shape, unanswerable: str) -> list[dict[st
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
     rows, plain = [], Shape("prompt_completion", SHAPES["prompt_completion"])
     for question, answer in asked:
-        text = f"{context}\n\n{as_text(question, shape['prompt'])}"
+        text = context + joint + as_text(question, shape["prompt"])
         rows += convert({"prompt": text, "completion": answer, "system": shape.value(record, "system")}, plain)
     return rows
 

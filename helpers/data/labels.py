@@ -138,7 +138,8 @@ class Encoder:
         ready, done = list(self._accepted(self._readable, rows)), []
         texts = [row["messages"][0]["content"] for row in ready]
         for row, encoding in zip(ready, self._backend.encode_batch_fast(texts), strict=True):
-            ids = encoding.ids if encoding.ids[-1:] == [self._eos] else [*encoding.ids, self._eos]
+            ends = self._eos is None or encoding.ids[-1:] == [self._eos]
+            ids = encoding.ids if ends else [*encoding.ids, self._eos]
             done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, [len(ids) - 1]))
         return done
 

@@ -14,18 +14,20 @@ import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from helpers import machine, plots, runs
 from helpers.cache import Answers
-from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, vocabulary
+from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, template_choice, vocabulary
 from helpers.data.chat_template import Template, inspect
+from helpers.data.chat_template import plain as plain_text
 from helpers.data.shingles import text_hash
 from helpers.data.split import group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
-from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of
+from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of, with_system
 from helpers.display import Html, plain, said, save, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
@@ -51,6 +53,7 @@ class Job(StageJob):
         self.params, self.path = cast(DataParams, stage.params), Path(stage.path)
         self.rejects = Rejects(self.path / "rejected.jsonl", self.params.reject_limit)
         self.figures: dict[str, Any] = {}
+        self.choice: dict[str, Any] = {}  # of a chat template by parameter
         self._reports: dict[str, list[StepReport]] = {}
         self.chosen = {name: getattr(self.params, name) for name in COMPANIONS}
         embedded = DataParams()
@@ -67,9 +70,10 @@ class Job(StageJob):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, with the tokens that are added to it."""
+        """The run's tokenizer: the model's, with the tokens and the chat template that the parameters give it."""
         tokenizer = loading.load_tokenizer(self.source)
         vocabulary.add_tokens(None, tokenizer, self.params.add_tokens)
+        self.choice = template_choice.choose(tokenizer, self.params.chat_template, self.params.template_tokens)
         return tokenizer
 
     @property
@@ -113,8 +117,14 @@ class Job(StageJob):
             return sources.Reading(Table().close(), [])
         cut: dict[str, Any] = {"tokenizer": lambda: self.tokenizer, "least_chars": p.min_document_chars}
         cut |= {"tokens": p.chunk_tokens, "overlap": p.chunk_overlap}
-        options = {"format": format, "columns": columns, "info": p.dataset_info, "unanswerable": p.unanswerable}
-        return sources.read(spec, self.rejects, documents=cut, **options)
+        written = {"unanswerable": p.unanswerable, "joints": template_choice.joints(p.chat_template)}
+        options = {"format": format, "columns": columns, "info": p.dataset_info, "written": written}
+        found = sources.read(spec, self.rejects, documents=cut, **options)
+        return sources.Reading(self._with_system(found.table), found.sources)
+
+    def _with_system(self, rows: Table) -> Table:
+        system = self.params.system
+        return Table.collect([with_system(row, system) for row in batch] for batch in rows) if system else rows
 
     @step
     def generate(self) -> Html:
@@ -125,6 +135,7 @@ class Job(StageJob):
             documents = Table.collect(_of_kind(self.training.table, "text"))
             report = self.report_of("generate", f"synthetic {p.synthetic}")
             rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
+            rows = self._with_system(rows)
             self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
             if p.synthetic == "questions":
                 self.training_rows = Table.collect(
@@ -266,8 +277,11 @@ class Job(StageJob):
 
     @look
     def template(self) -> Template:
-        """What the model's chat template does: its end of turn, what it adds, what it cannot show."""
-        return inspect(self.tokenizer)
+        """What the chat template does: its end of turn, what it adds, what it cannot show; plain text needs none."""
+        tokenizer, rows = self.tokenizer, chain(*(part.rows() for part in (*self.splits.values(), self.pair_rows)))
+        if not tokenizer.chat_template and all(row["kind"] == "text" for row in rows):
+            return plain_text(tokenizer)
+        return replace(inspect(tokenizer), chosen=tuple(template_choice.facts(self.choice)))
 
     @step
     def vocabulary(self) -> Html:
@@ -289,6 +303,10 @@ class Job(StageJob):
         """Render and tokenise every split, mask what is not trained, fit it to max_length, write the parquet files."""
         self._begin("encode")
         self.encoded = encode.splits(self.splits, self.kto_split, self.template(), self.params, self.path, self.rejects)
+        self.tokenizer.save_pretrained(self.path / "tokenizer")
+        if self.choice.get("replaced"):
+            rows = self.encoded["written"]["train"]
+            self.encoded["notes"][f"chat_template {self.choice['name']} in place of the model's own"] = rows
         return encode.summary(self.encoded)
 
     @step
@@ -355,6 +373,7 @@ class Job(StageJob):
             tokenizer_hash=loading.tokenizer_hash(self.tokenizer),
             model=self.source.as_dict(),
             data_hash=self.encoded["data_hash"],
+            chat_template=self.choice,
         )
 
 

@@ -228,25 +228,26 @@ def read(
     format: str = "auto",
     info: str = "",
     columns: str = "",
-    unanswerable: str = formats.UNANSWERABLE,
+    written: dict[str, Any] | None = None,
     documents: dict[str, Any] | None = None,
 ) -> Reading:
     """Every row of the sources that `spec` names.
 
     format: a key of `formats.SHAPES`, or "auto", with which a dataset_info.json beside a file comes first. columns: the
-    user's own mapping, "prompt=question,response=sql". documents: options of `documents.chunks`.
+    user's own mapping, "prompt=question,response=sql". written: options of `formats.convert`; documents: of
+    `documents.chunks`.
     Raises TunebookError when nothing can be read, or too much is wrong.
     """
     named = formats.named_shape(format, columns)
     found = find(spec, info)
-    every = (_rows(source, named or source.shape, rejects, unanswerable, documents or {}) for source in found)
+    every = (_rows(source, named or source.shape, rejects, written or {}, documents or {}) for source in found)
     table = Table.collect(batches(itertools.chain.from_iterable(every)))
     rejects.check_rows_left(table, spec)
     rejects.check()
     return Reading(table, found)
 
 
-def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: str, options: dict) -> Iterator[Row]:
+def _rows(source: Source, named: Shape | None, rejects: Rejects, written: dict, options: dict) -> Iterator[Row]:
     """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
     known: dict[tuple, Shape] = {}
@@ -263,7 +264,7 @@ def _rows(source: Source, named: Shape | None, rejects: Rejects, unanswerable: s
         try:
             look = formats.look(record)
             shape = known.get(look) or known.setdefault(look, formats.shape_of(record, named))
-            parts = formats.convert(record, shape, unanswerable)
+            parts = formats.convert(record, shape, **written)
         except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:
             error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
             rejects.add(source.where, number, error.reason, error.detail, step="format")

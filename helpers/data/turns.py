@@ -144,6 +144,14 @@ def said_in(turn: Mapping[str, Any]) -> str:
     return "\n".join(filter(None, [turn.get("reasoning"), content, spelt]))
 
 
+def with_system(row: Row, system: str) -> Row:
+    """The row with a system prompt where it has none; plain text takes none."""
+    if row["kind"] == "text" or row["messages"][0]["role"] == "system":
+        return row
+    made = row | {"messages": [{"role": "system", "content": system}, *row["messages"]]}
+    return made | {"id": content_id(made)}
+
+
 def text_of(row: Row) -> str:
     """The whole example as one text: every message, call and tool, for comparing rows with each other."""
     parts = [said_in(turn) for turn in all_messages(row)]

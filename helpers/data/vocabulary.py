@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from helpers.errors import TunebookError
@@ -57,13 +58,13 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 # ---------------------------------------------------------------- added tokens
 
 
-def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[int]:
+def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str], special: bool = False) -> list[int]:
     """Add tokens to `tokenizer` and rows for them to `model`; returns their ids, in the order of `tokens`.
 
     Each new row of the embedding, and of an output layer of its own, starts as the mean of the rows of the pieces that
     the token is cut into now (Hewitt 2021). model: None prepares a tokenizer alone (the data stage). tokens: a list, or
-    a parameter's "<sql>, kilohertz"; those of the form <|…|> become special ones. Raises TunebookError for a token that
-    is one already, that holds white space at an end, or that is too long.
+    a parameter's "<sql>, kilohertz"; those of the form <|…|>, or all, become special ones. Raises TunebookError for a
+    token that is one already, that holds white space at an end, or that is too long.
     """
     parts = (part.strip() for part in tokens.split(",")) if isinstance(tokens, str) else tokens
     tokens = list(dict.fromkeys(part for part in parts if part))
@@ -80,9 +81,9 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[
         return []
     from tokenizers import AddedToken
 
-    special = [token for token in tokens if re.fullmatch(r"<\|.+\|>", token)]
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in special])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)
+    control = [token for token in tokens if special or re.fullmatch(r"<\|.+\|>", token)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens if token not in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in control], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(tokens)
     if model is not None:
         import torch
@@ -95,6 +96,18 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str]) -> list[
                 for row, pieces in zip(ids, cut, strict=True):
                     weight[row] = weight[pieces].float().mean(0).to(weight.dtype)  # (pieces, hidden) → (hidden,)
     return ids
+
+
+def new_tokens(base: Any, tokenizer: Any) -> list[str]:
+    """Tokens of a run's `tokenizer` that the tokenizer of its `base` lacks, in the order of their ids."""
+    known, vocabulary = base.get_vocab(), tokenizer.get_vocab()
+    return sorted(vocabulary.keys() - known.keys(), key=vocabulary.__getitem__)
+
+
+def of_run(data: Path, base: Path) -> Path:
+    """Folder of a run's tokenizer with its template and added tokens, as the data stage in `data` left it; the base's
+    own where it left none."""
+    return data / "tokenizer" if (data / "tokenizer" / "tokenizer.json").is_file() else base
 
 
 def fit(model: Any, tokenizer: Any) -> bool:

@@ -42,7 +42,8 @@ def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None)
 
     if not tokenizer.chat_template:
         raise TunebookError(
-            "The tokenizer has no chat template; choose an instruct model, or give its folder a chat_template.jinja."
+            "The tokenizer has no chat template; set chat_template in notebook 01 to a name (chatml, alpaca …), "
+            "a .jinja file or its text, or choose an instruct model."
         )
     special, pattern = special_tokens(tokenizer), special_pattern(tokenizer)
     found = []
@@ -57,14 +58,14 @@ def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None)
         elif not found:
             raise TunebookError(
                 "The chat template ends the assistant's turn with no special token, so a model trained with it could "
-                "not learn to stop; choose an instruct model, or mend the template."
+                "not learn to stop; choose another one by chat_template, or let it end answers with {{ eos_token }}."
             )
     return tuple(dict.fromkeys(found))
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """Id of the token that ends an assistant's turn. Raises TunebookError when none does."""
-    return turn_ends(tokenizer)[0]
+    """Id of the token that ends an assistant's turn, without a template a text. Raises TunebookError when none does."""
+    return turn_ends(tokenizer)[0] if tokenizer.chat_template or not tokenizer.eos_token else tokenizer.eos_token_id
 
 
 def stop_tokens(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:

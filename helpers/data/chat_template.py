@@ -166,8 +166,10 @@ def plain(tokenizer: Any) -> Template:
         ("end of a text", end or "none: the tokenizer has none"),
     )
     special, ends = special_tokens(tokenizer), () if end is None else (tokenizer.eos_token_id,)
-    pattern, shows = special_pattern(tokenizer), [False] * 5
-    return Template(tokenizer, ends, "", "", "", *shows, adds_bos(tokenizer), special, pattern, said)
+    texts: dict[str, Any] = dict.fromkeys(("generation_prompt", "before_answer", "default_system"), "")
+    shown = ("shows_tools", "shows_tool_calls", "shows_tool_results", "takes_system", "keeps_thinking", "adds_bos")
+    what = texts | dict.fromkeys(shown, False) | {"special_text": special_pattern(tokenizer)}
+    return Template(tokenizer, ends, special=special, chosen=said, **what)
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -118,7 +118,7 @@ class Job(StageJob):
         cut: dict[str, Any] = {"tokenizer": lambda: self.tokenizer, "least_chars": p.min_document_chars}
         cut |= {"tokens": p.chunk_tokens, "overlap": p.chunk_overlap}
         written = {"unanswerable": p.unanswerable, "joints": template_choice.joints(p.chat_template)}
-        options = {"format": format, "columns": columns, "info": p.dataset_info, "written": written}
+        options: dict[str, Any] = {"format": format, "columns": columns, "info": p.dataset_info, "written": written}
         found = sources.read(spec, self.rejects, documents=cut, **options)
         return sources.Reading(self._with_system(found.table), found.sources)
 

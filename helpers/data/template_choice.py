@@ -79,8 +79,8 @@ def choose(tokenizer: Any, chat_template: str, template_tokens: str = "auto") ->
         used = "add"
         vocabulary.add_tokens(None, tokenizer, missing, special=True)
     if used == "eos" and not own_end:
-        found = f"{said} has tokens that the vocabulary lacks ({', '.join(missing)}) and the tokenizer has no end of"
-        raise TunebookError(f"{found} sequence that could end an answer; set template_tokens to add.")
+        lacks = f"{said} has tokens that the vocabulary lacks ({', '.join(missing)}) and the tokenizer has no end of"
+        raise TunebookError(f"{lacks} sequence that could end an answer; set template_tokens to add.")
     if used != "eos":
         tokenizer.add_special_tokens({"eos_token": end})
     elif end != own_end:
@@ -91,7 +91,7 @@ def choose(tokenizer: Any, chat_template: str, template_tokens: str = "auto") ->
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         mend_padding(tokenizer)
     added, markers = missing if used == "add" else [], missing if used == "eos" else markers
-    found = {"name": name, "tokens": used, "markers": markers, "added": added, "replaced": replaced}
+    found: dict[str, Any] = {"name": name, "tokens": used, "markers": markers, "added": added, "replaced": replaced}
     return {**found, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token}
 
 

@@ -68,7 +68,7 @@ def run(
     if p.near_duplicates:
         found = dedup.near_duplicates(found, report("near-duplicates"), p.near_duplicates)
     if evaluation is not None and p.decontaminate:
-        found = decontamination.decontaminate(found, report("decontamination"), evaluation, p.decontaminate)
+        found = decontamination.decontaminate(found, report("decontamination"), evaluation, p.decontaminate, rows)
     return found if isinstance(found, Table) else Table.collect(found)
 
 

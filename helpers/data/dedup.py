@@ -1,13 +1,13 @@
 """Duplicates: exact ones by content hash, near ones by MinHash with every candidate verified.
 
-Rows are compared as whole examples. Two rows are near-duplicates when their system prompt and tools are the same and
-the Jaccard similarity of their shingle sets reaches the threshold twice: over question and answer together, and over
-the answer alone. Without the second rule, questions that share a long context (a schema, a passage) would all be
-"duplicates"; without the first, a shared system prompt would make them so.
+Two rows are near-duplicates when their system prompt and tools are the same and the Jaccard similarity of their shingle
+sets reaches the threshold for the questions and for the answers, each for itself. Shingles that stand in many questions
+(an instruction, a schema) are no evidence of sameness and do not count. A row is only dropped for one with the very
+same answer: two labels, or two queries that differ in one constant, are two examples. Plain text is compared whole.
 
 MinHash in bands (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3) proposes pairs: 8 bands
 of 5 find a pair of Jaccard 0.9 with probability 0.9992, of 0.8 with 0.96. Each pair is then measured on its shingles,
-so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 84 bytes a row.
+so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 92 bytes a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from helpers.data.shingles import mix, shingles, text_hash
+from helpers.data.shingles import many, mix, shingles, text_hash
 from helpers.data.split import components
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import Row, batches, shown
@@ -29,6 +29,8 @@ Fault = tuple[str, str] | None
 BANDS, BAND_ROWS = 8, 5
 WORDS, CHARS = 3, 5  # tokens in a shingle; characters where a script has no spaces
 ROWS_AT_ONCE = 100  # a hundred rows of 150 shingles stay in the processor's cache
+SAMPLE = 20_000  # rows whose questions say what many questions share
+BUCKETS = 2**22  # in which shingles are counted
 HASHES: np.ndarray = mix(np.arange(1, 81, dtype=np.uint64)).astype(np.uint32).reshape(BANDS, BAND_ROWS, 2)
 
 
@@ -77,8 +79,9 @@ def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> 
     return NearIndex(itertools.chain.from_iterable(rows), threshold).groups()
 
 
-def parts_of(row: Row) -> tuple[str, str, str]:
-    """(scope, question, answer) of a row; only rows of the same scope can be duplicates."""
+def parts_of(row: Row) -> tuple[str, str, str, str]:
+    """(scope, learnt, question, answers) of a row. Only rows of the same scope can be duplicates, and only those that
+    teach the same, white space aside, are dropped: the answer, or the chosen one; of plain text nothing is asked."""
 
     def said(message: dict) -> str:
         calls = message.get("tool_calls")
@@ -86,15 +89,15 @@ def parts_of(row: Row) -> tuple[str, str, str]:
 
     messages = row["messages"]
     if row["kind"] == "text":
-        return "", "", said(messages[0])
+        return "", "", "", said(messages[0])
     scope = [said(m) for m in messages if m["role"] == "system"]
     scope += [row.get("tools") or "", str(row.get("label", ""))]
     talk = [said(m) for m in messages if m["role"] != "system"]
     if row["kind"] == "preference":
-        answer = [said(m) for m in row["chosen"] + row["rejected"]]
+        learnt, rejected = ([said(m) for m in row[side]] for side in ("chosen", "rejected"))
     else:
-        answer, talk = talk[-1:], talk[:-1]
-    return "\n".join(scope), "\n".join(talk), "\n".join(answer)
+        learnt, talk, rejected = talk[-1:], talk[:-1], []
+    return "\n".join(scope), " ".join("\n".join(learnt).split()), "\n".join(talk), "\n".join(learnt + rejected)
 
 
 class NearIndex:
@@ -104,19 +107,46 @@ class NearIndex:
         self.threshold = threshold
         self._file = tempfile.TemporaryFile(prefix="tunebook-")  # noqa: SIM115 - as long as the index
         sizes: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
-        keys: list[np.ndarray] = [np.zeros((BANDS, 0), np.uint64)]
+        hashes: list[np.ndarray] = [np.zeros((0, 2), np.uint64)]
         for parts in (list(map(parts_of, some)) for some in batches(rows, ROWS_AT_ONCE)):
-            flat, offsets = shingles([text for _, *texts in parts for text in texts], WORDS, CHARS)
+            flat, offsets = shingles([text for part in parts for text in part[2:]], WORDS, CHARS)
             # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
-            short = (flat >> np.uint64(32)).astype(np.uint32)
-            self._file.write(short.data)
+            self._file.write((flat >> np.uint64(32)).astype(np.uint32).data)
             sizes.append(np.diff(offsets).astype(np.int32).reshape(-1, 2))
             scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
-            keys.append(_band_keys(short, offsets[::2]) ^ np.array([scopes[part[0]] for part in parts], np.uint64))
+            hashes.append(np.array([(scopes[part[0]], text_hash(part[1])) for part in parts], np.uint64))
         self._file.flush()
-        self._sizes, self._keys = np.concatenate(sizes), np.concatenate(keys, axis=1)  # question and answer, bands
+        self._sizes = np.concatenate(sizes)  # of question and answer
+        scope, self._answers = np.concatenate(hashes).T
         self._ends = np.cumsum(self._sizes.sum(1, dtype=np.int64))
         self._filled: np.ndarray = np.flatnonzero(self._sizes.any(1)).astype(np.int32)
+        self._shared = self._in_many_questions()
+        starts = range(0, len(scope), ROWS_AT_ONCE)
+        keys = [_band_keys(*self._distinctive(start, start + ROWS_AT_ONCE)) for start in starts]
+        self._keys = np.concatenate([np.zeros((BANDS, 0), np.uint64), *keys], axis=1) ^ scope
+
+    def _in_many_questions(self) -> np.ndarray:
+        """bool (BUCKETS,): whether the shingles of a bucket stand in many different questions of a sample of rows."""
+        asked = np.flatnonzero(self._sizes[:, 0])
+        counts: np.ndarray = np.zeros(BUCKETS, np.uint16)
+        seen: set[bytes] = set()
+        for row in asked[:: -(-len(asked) // SAMPLE) or 1].tolist():
+            size, found = self._read(row)
+            if (question := found[:size].tobytes()) not in seen:
+                seen.add(question)
+                counts[np.unique(found[:size] % BUCKETS)] += 1
+        return many(counts, len(seen))
+
+    def _distinctive(self, first: int, behind: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shingles of consecutive rows without those of many questions, and where those of each row begin."""
+        sizes = self._sizes[first:behind]
+        begin = int(self._ends[first] - sizes[0].sum())
+        flat, offsets = self._stored(begin, int(self._ends[first:behind][-1])), np.r_[0, np.cumsum(sizes.sum(1))]
+        if not sizes[:, 0].any():
+            return flat, offsets
+        asked: np.ndarray = np.repeat(np.tile([True, False], len(sizes)), sizes.ravel())
+        kept = ~(asked & self._shared[flat % BUCKETS])
+        return flat[kept], np.r_[0, np.cumsum(kept)][offsets]
 
     def groups(self) -> np.ndarray:
         """int32 (rows,): the first row of every row's group."""
@@ -129,7 +159,7 @@ class NearIndex:
         keeper: np.ndarray = np.full(len(self._sizes), -1, np.int32)
         subset = self._filled
         while len(subset):
-            firsts = self._linked(subset)
+            firsts = self._linked(subset, self._answers)
             later = firsts != subset
             firsts, subset = firsts[later], subset[later]
             close = self._near(firsts, subset)
@@ -137,12 +167,15 @@ class NearIndex:
             subset = subset[~close]  # linked to the group's first row only through others
         return keeper
 
-    def _linked(self, subset: np.ndarray) -> np.ndarray:
-        """The first row that every row of the ascending `subset` is linked to, by one near pair or a chain of them."""
-        pairs = np.unique(np.concatenate([_candidates(keys[subset]) for keys in self._keys]))
-        left, right = pairs >> 32, pairs & 0xFFFFFFFF
-        close = self._near(subset[left], subset[right])
-        group = components(left[close], right[close], len(subset))
+    def _linked(self, subset: np.ndarray, answers: np.ndarray | None = None) -> np.ndarray:
+        """The first row that every row of the ascending `subset` is linked to, by one near pair or a chain of them.
+
+        answers: hashes, uint64 (rows,); then rows of different ones are not linked."""
+        salt = np.zeros(1, np.uint64) if answers is None else answers[subset]
+        pairs = np.unique(np.concatenate([_candidates(keys[subset] ^ salt) for keys in self._keys]))
+        left, right = subset[pairs >> 32], subset[pairs & 0xFFFFFFFF]
+        close = self._near(left, right) & (answers is None or answers[left] == answers[right])
+        group = components(pairs[close] >> 32, pairs[close] & 0xFFFFFFFF, len(subset))
         return subset[np.unique(group, return_index=True)[1][group]]
 
     def _near(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -150,18 +183,23 @@ class NearIndex:
 
         def near(one: int, other: int) -> bool:
             (asked, a), (asked_too, b) = self._read(one), self._read(other)
-            if jaccard(a[asked:], b[asked_too:]) < self.threshold:
+            if jaccard(a[asked:].tolist(), b[asked_too:].tolist()) < self.threshold:
                 return False
-            return asked + asked_too == 0 or jaccard(a, b) >= self.threshold
+            question, question_too = a[:asked], b[:asked_too]
+            if np.array_equal(question, question_too):
+                return True
+            own, own_too = (part[~self._shared[part % BUCKETS]].tolist() for part in (question, question_too))
+            return bool(own or own_too) and jaccard(own, own_too) >= self.threshold
 
         return np.fromiter(map(near, left.tolist(), right.tolist()), bool, len(left))
 
-    def _read(self, row: int) -> tuple[int, memoryview]:
+    def _read(self, row: int) -> tuple[int, np.ndarray]:
         """How many shingles a row's question has, and those of question and answer."""
-        question, answer = self._sizes[row].tolist()
-        size = question + answer
-        read = os.pread(self._file.fileno(), 4 * size, 4 * (int(self._ends[row]) - size))
-        return question, memoryview(read).cast("I")
+        end = int(self._ends[row])
+        return int(self._sizes[row, 0]), self._stored(end - int(self._sizes[row].sum()), end)
+
+    def _stored(self, begin: int, end: int) -> np.ndarray:
+        return np.frombuffer(os.pread(self._file.fileno(), 4 * (end - begin), 4 * begin), np.uint32)
 
 
 def jaccard(one: Iterable[int], other: Iterable[int]) -> float:
@@ -171,7 +209,7 @@ def jaccard(one: Iterable[int], other: Iterable[int]) -> float:
 
 
 def _band_keys(flat: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Key of every row in every band, uint64 (BANDS, rows); 0 for rows without shingles."""
+    """Key of every row in every band, uint64 (BANDS, rows); 0 for rows without shingles. offsets: int (rows + 1,)."""
     filled = np.flatnonzero(np.diff(offsets))
     keys: np.ndarray = np.zeros((BANDS, len(offsets) - 1), np.uint64)
     for band in range(BANDS):

@@ -25,6 +25,7 @@ from helpers.tasks.text_metrics import UNSPACED_RANGES
 BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 INVERSE = pow(BASE, -1, 2**64)
 PORTION_CHARS = 64_000  # arrays of this many 64-bit numbers stay in the processor's cache
+MANY = 10
 SPACE, WORD, UNSPACED, SYMBOL = 0, 1, 2, 3
 
 
@@ -72,6 +73,14 @@ def _shingles(texts: list[str], words: int, chars: int, symbols: bool) -> tuple[
         grams = np.where(unspaced, _grams(hashes, chars), grams)
     every = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())  # start, start + 1, … of each
     return grams[every], sizes
+
+
+def many(counts: np.ndarray, texts: int) -> np.ndarray:
+    """Which shingles stand in many of so many different texts: in more than MANY, of a few texts in more than half.
+
+    counts: texts that hold each shingle. What many texts share (an instruction, a schema) does not tell them apart.
+    """
+    return counts > max(2, min(MANY, texts / 2))
 
 
 def mix(hashes: np.ndarray) -> np.ndarray:

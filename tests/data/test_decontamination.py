@@ -139,3 +139,63 @@ def test_grams_shared_by_several_questions_count_for_each():
 def test_an_empty_evaluation_set_drops_nothing(carriers):
     assert len(run(carriers, [])[0]) == len(carriers)
     assert len(run(carriers, [talk("")])[0]) == len(carriers)
+
+
+# ---------------------------------------------------------------- what many rows share
+
+SHARED = {"instruction": " ".join(WORDS[:60]), "schema": " ".join(WORDS[:200]), "nothing": ""}
+
+
+def asking(count, seed, shared, **more):
+    rng = random.Random(seed)
+    return [talk(f"{shared}\n\n{' '.join(rng.choices(WORDS, k=rng.randint(12, 40)))}?", **more) for _ in range(count)]
+
+
+@pytest.mark.parametrize("shared", ["instruction", "schema"])
+@pytest.mark.parametrize(("count", "tests"), [(2, 2), (3, 1), (9, 3), (300, 12), (300, 1)])
+def test_what_all_questions_share_is_no_contamination(shared, count, tests):
+    rows, evaluation = asking(count, 1, SHARED[shared]), asking(tests, 2, SHARED[shared])
+    assert len(run(rows, evaluation)[0]) == count
+    if count > 3:
+        assert len(run(rows + asking(200, 3, ""), evaluation)[0]) == count + 200, "nor where others do not share it"
+
+
+def test_a_number_makes_another_question_beside_a_shared_schema():
+    rows = [talk(f"{SHARED['schema']}\nHow many people in it earn more than {i}?", at=i) for i in range(60)]
+    asked = [talk(f"{SHARED['schema']}\nHow many people in it earn more than {i}?") for i in range(100, 140)]
+    assert len(run(rows, asked)[0]) == 60
+    copy = talk(said(asked[7]), "no", at=99)
+    assert [row["row"] for row in run([*rows, copy], asked)[0]] == list(range(60))
+
+
+def said(row):
+    return row["messages"][-2]["content"]
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_copied_questions_are_found_beside_what_all_share(shared):
+    """Copies with another answer: all verbatim ones, inside other text too; of one word edited four of five."""
+    rng, evaluation = random.Random(5), asking(200, 4, SHARED[shared])
+    clean = asking(400, 6, SHARED[shared])
+
+    def recall(copies):
+        return 1 - (len(run(clean + copies, evaluation)[0]) - len(clean)) / len(copies)
+
+    def edited(row):
+        words = said(row).split()
+        words[rng.randrange(len(SHARED[shared].split()), len(words))] = rng.choice(WORDS)
+        return " ".join(words)
+
+    assert recall([talk(said(row), f"no {i}") for row in evaluation for i in range(3)]) == 1
+    assert recall([talk(f"Well {i}: {said(row)} Thanks {i}!", "no") for row in evaluation for i in range(15)]) == 1
+    assert recall([talk(edited(row), "no") for row in evaluation]) >= 0.8
+
+
+def test_a_greeting_that_many_conversations_begin_with_is_not_looked_for_in_them():
+    def conversation(second, at):
+        turns = [("user", "Hi!"), ("assistant", "Hello!"), ("user", second), ("assistant", "yes")]
+        return make_row("sft", [{"role": r, "content": c} for r, c in turns], file="train", row=at)
+
+    rows = [conversation(" ".join(WORDS[i : i + 10]), i) for i in range(0, 500, 10)]
+    kept, _ = run([*rows, talk("hi", at=999)], [talk("Hi!")])
+    assert [row["row"] for row in kept] == [row["row"] for row in rows]

@@ -255,3 +255,53 @@ def test_preference_rows_are_compared_with_both_answers():
     good, bad = " ".join(WORDS[100:150]), " ".join(WORDS[200:250])
     kept, _ = near([pair(good, bad, 1), pair(good, bad + " x", 2), pair(good, " ".join(WORDS[300:350]), 3)])
     assert [row["row"] for row in kept] == [1, 3]
+
+
+# ---------------------------------------------------------------- what many rows share
+
+
+INSTRUCTION = " ".join(WORDS[4_000:4_060])
+
+
+@pytest.mark.parametrize("count", [3, 7, 60, 400])
+def test_an_instruction_that_all_questions_share_makes_no_duplicates_of_them(count):
+    rng = random.Random(count)
+    asked = [f"{INSTRUCTION}\n\nReview: {' '.join(rng.choices(WORDS, k=rng.randint(3, 15)))}." for _ in range(count)]
+    kept, report = near([talk(text, rng.choice(["positive", "negative"]), at=i) for i, text in enumerate(asked)])
+    assert len(kept) == count, report.examples
+
+
+def test_a_number_or_a_word_makes_another_question_beside_a_shared_schema():
+    numbers = [talk(f"{INSTRUCTION}\nHow many earn more than {i}?", "12", at=i) for i in range(100)]
+    words = [talk(f"{INSTRUCTION}\nIs {word} there?", "yes", at=i) for i, word in enumerate(WORDS[:100])]
+    others = [talk(" ".join(WORDS[i : i + 30]), "yes", at=i) for i in range(0, 900, 30)]
+    assert len(near(numbers + words + others)[0]) == 230
+
+
+def test_a_question_asked_again_beside_a_shared_instruction_is_still_a_duplicate():
+    reviews = [" ".join(WORDS[i : i + 40]) for i in range(0, 2_000, 40)]
+    rows = [talk(f"{INSTRUCTION}\n\n{text}", "negative", at=i) for i, text in enumerate(reviews)]
+    again = [talk(f"{INSTRUCTION}\n\n{text} x", "negative", at=i) for i, text in enumerate(reviews, 50)]
+    assert [row["row"] for row in near(rows + again)[0]] == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("positive", "negative"),
+        ("SELECT name FROM staff WHERE pay > 200", "SELECT name FROM staff WHERE pay > 600"),
+        (" ".join(WORDS[:200]), " ".join([*WORDS[:199], "otherwise"])),
+        ("SELECT 'Paris'", "SELECT 'paris'"),
+    ],
+)
+def test_rows_whose_answers_differ_are_never_dropped_but_one_of_them_asked_twice_is(one, other):
+    question = " ".join(WORDS[:100])
+    rows = [talk(question, one, at=1), talk(f"{question} x", other, at=2), talk(f"{question} y", f"{one}\n", at=3)]
+    others = [talk(" ".join(WORDS[i : i + 20]), "yes", at=i) for i in range(1_000, 1_200, 20)]
+    assert [row["row"] for row in near(rows + others)[0]] == [1, 2, *range(1_000, 1_200, 20)]
+
+
+def test_a_long_answer_that_many_questions_share_makes_no_duplicates_of_them():
+    answer = " ".join(WORDS[:80])
+    kept, _ = near([talk(f"Is {word} covered by the warranty?", answer, at=i) for i, word in enumerate(WORDS[:30])])
+    assert len(kept) == 30

@@ -26,6 +26,7 @@ from typing import Any
 from helpers import cache
 from helpers.errors import TunebookError
 
+KEY_NAMES = "TUNEBOOK_KEY_NAMES"  # other variables that may hold a key, separated by commas; a recipe cannot set it
 REPLY_BYTES = 8 << 20  # a longer reply is nonsense
 WINDOW = 16  # questions for each connection that are read ahead
 SAME_LOGPROB = 0.05  # the same weights differ by less from one request to the next
@@ -116,6 +117,13 @@ class Client:
 
         if not re.match(r"https?://[^/]", endpoint.base_url):
             raise TunebookError(f"The endpoint {endpoint} is not a valid address, such as http://127.0.0.1:8080/v1.")
+        allowed = os.environ.get(KEY_NAMES, "").split(",")
+        usual = endpoint.key_name.endswith(("_API_KEY", "_TOKEN"))
+        if endpoint.key_name and not usual and endpoint.key_name not in allowed:
+            raise TunebookError(
+                f"The key of an endpoint is read from a variable whose name ends in _API_KEY or _TOKEN, and "
+                f"{endpoint.key_name[:80]!r} does not; set {KEY_NAMES}={endpoint.key_name[:80]} to allow this one."
+            )
         self.endpoint, self.answers = endpoint, answers
         self._openai = openai.OpenAI(
             base_url=endpoint.base_url,

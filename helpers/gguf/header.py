@@ -45,6 +45,13 @@ class _Reader(GGUFReader):
         return end + values.nbytes - orig_offs, [values], [0], [GGUFValueType.ARRAY, kind]
 
 
+NUMBERS = (  # ends of the names of fields that hold a whole number, or one for each layer
+    *(".block_count", ".context_length", ".embedding_length", ".head_count", ".head_count_kv"),
+    *(".key_length", ".value_length", ".eos_token_id", ".bos_token_id"),
+)
+TEXTS = ("general.architecture", "general.name", "tokenizer.ggml.model", "tokenizer.chat_template")
+
+
 @dataclass(frozen=True)
 class Summary:
     """metadata: key -> value, of lists of texts (vocabulary, merges) only their length; tensors: without their data."""
@@ -78,9 +85,16 @@ def _checked(path: Path, size: int, _: int) -> Summary:
         why = "its header breaks off" if isinstance(error, struct.error) else str(error) or type(error).__name__
         again = "export it again, or download it again."
         raise TunebookError(f"{path} is not a readable GGUF file ({why}); {again}") from error
+    metadata = {name: _value(field) for name, field in reader.fields.items()}
+    for name, value in metadata.items():
+        numbers = value if isinstance(value, list) else [value]
+        of_kind = all(type(n) is int and 0 <= n < 2**40 for n in numbers) if name.endswith(NUMBERS) else True
+        if not of_kind or (name in TEXTS and not isinstance(value, str)):
+            wanted = "text" if name in TEXTS else "a whole number"
+            raise TunebookError(f"{path} is not a readable GGUF file ({name} is {str(value)[:80]!r}, not {wanted}).")
     # a view of the mapped file would keep a deleted file's bytes on the disk
     tensors_alone = [t._replace(shape=np.array(t.shape), data=None, field=None) for t in reader.tensors]
-    return Summary({name: _value(field) for name, field in reader.fields.items()}, tensors_alone, size)
+    return Summary(metadata, tensors_alone, size)
 
 
 def open_tensors(path: Path) -> dict[str, ReaderTensor]:

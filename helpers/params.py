@@ -19,6 +19,7 @@ from helpers.parameter import Param, check_run, more, param, read_file, recipe_f
 SEED, STEPS, MANY = 2**31 - 1, 10**6, 10**7
 FORMATS = "auto alpaca sharegpt messages prompt_completion text preference kto context_qa"
 OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_32bit paged_adamw_8bit lion adafactor sgd"
+TRAIN_ON = "last all everything last_no_thoughts all_no_thoughts"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
 UNITS = "rows packed tokens"
@@ -83,7 +84,9 @@ class DataParams(Params):
     test_dataset: str = param("datasets/atlas_test.jsonl", "Held-out questions; empty: a part of dataset")
     preference_dataset: str = param("datasets/atlas_preference.jsonl", "Preference pairs; empty: none")
     database: str = param("datasets/atlas.sqlite", "SQLite database that answers are executed on; empty: none")
-    train_on: str = param("last", "Trained tokens: last answer, assistant turns, or all", choices="last all everything")
+    train_on: str = param(
+        "last", "Trained tokens: last or all answers, whole or without thoughts; or all", choices=TRAIN_ON
+    )
     max_length: int = param(512, "Longest row; 0: what the lengths propose", "tokens", high=131072, step=16)
     over_long: str = param("drop", "Rows over max_length", choices="drop split truncate")
     eval_share: float = param(0.05, "Training rows held out for the loss while training", high=0.5, step=0.01)
@@ -94,6 +97,8 @@ class DataParams(Params):
     max_rows: int = more(0, "Rows taken of dataset; 0: all", "rows", high=10**9)
     template_tokens: str = more("auto", "Turn tokens that the vocabulary lacks: added, or text", choices="auto add eos")
     system: str = more("", "System prompt of rows that have none")
+    template_arguments: str = more("", "The template's own switches: enable_thinking=false, date_string=…; or JSON")
+    control_tokens: str = more("reject", "Control tokens in a text: its row goes, or text", choices="reject text")
     dataset_info: str = more("", "A dataset_info.json with named sets; empty: datasets/dataset_info.json")
     columns: str = more("", "Own mapping, part=column: prompt=question,response=sql,system=schema")
     unanswerable: str = more("The text does not say.", "Answer where the text has none (context_qa)")

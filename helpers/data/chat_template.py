@@ -31,6 +31,12 @@ MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDE
 MAX_ADDED = 200_000
 MEND = "Mend it, or choose another one by chat_template."
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+THINKING = ("reasoning_content", "thinking", "reasoning")  # keys of a message under which templates look for thoughts
+PLACES = {"content": "kept as text in the answer", "": "left out", "opened": "opened by the generation prompt"}
+DATED = (
+    "training shows the day of preparation, later prompts theirs; fix it by template_arguments, if it has one for it"
+)
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 NO_PARAMETERS = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "TTT", "description": "DDD", "parameters": NO_PARAMETERS}}
 RESULT = {"role": "tool", "content": "RRR", "name": "FFF"}
@@ -55,7 +61,8 @@ class Template:
 
     end_ids: tokens that end an assistant turn, the plain one first. before_answer: text between the generation prompt
     and the answer. default_system: text that the template adds when a conversation has no system message.
-    special: control tokens and their ids; special_text finds them.
+    thinking: where the template looks for an answer's thoughts: a key of the message, its "content", "opened" behind a
+    generation prompt that begins them, "" nowhere. special: control tokens and their ids; special_text finds them.
     """
 
     tokenizer: Any
@@ -68,6 +75,7 @@ class Template:
     shows_tool_results: bool
     takes_system: bool
     keeps_thinking: bool
+    thinking: str
     adds_bos: bool
     special: dict[str, int]
     special_text: re.Pattern[str]
@@ -92,7 +100,9 @@ class Template:
             ("system prompt when a row has none", repr(self.default_system) if self.default_system else "none"),
             ("accepts a system message", yes[self.takes_system]),
             ("shows tool lists / calls / results", " / ".join(yes[value] for value in seen)),
+            ("thoughts", PLACES.get(self.thinking, f"taken from the message's {self.thinking}")),
             ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
+            *([("writes the date", DATED)] if writes_date(self.tokenizer) else []),
             ("beginning of sequence", bos),
         ]
 
@@ -124,6 +134,8 @@ def inspect(tokenizer: Any) -> Template:
         ([QUESTION, thought, QUESTION, ANSWER], None, []),
         ([{"role": "system", "content": "SSS"}, QUESTION], None, []),
         ([QUESTION, ANSWER], json.dumps([TOOL]), []),
+        *(([QUESTION, {**ANSWER, key: "HHH"}], None, []) for key in THINKING),
+        ([QUESTION, thought], None, []),
     ]
     try:
         renderings = _asked(tokenizer, probes, PROBE_SECONDS)
@@ -134,7 +146,10 @@ def inspect(tokenizer: Any) -> Template:
         why = next(one.detail for one in renderings if isinstance(one, RowError))
         raise TunebookError(f"The chat template cannot render a question and an answer: {why}. {MEND}")
     full, prompt, prompt_open = first.full, asked.full, first.turns[0][0]
-    called, result, thinking, system, tooled = ("" if isinstance(one, RowError) else one.full for one in others)
+    texts = ["" if isinstance(one, RowError) else one.full for one in others]
+    called, result, thinking, system, tooled, *thoughtful = texts
+    opened = "opened" if re.search(r"<(think|thinking|thought|reasoning)>\s*$", prompt_open) else ""
+    keys = [key for key, text in zip((*THINKING, opened or "content"), thoughtful, strict=True) if "HHH" in text]
     for content, what in (("QQQ", "question"), ("AAA", "answer")):
         if content not in full:
             raise TunebookError(f"The chat template leaves out the {what}. {MEND}")
@@ -152,6 +167,7 @@ def inspect(tokenizer: Any) -> Template:
         shows_tool_results="RRR" in result,
         takes_system="SSS" in system,
         keeps_thinking="HHH" in thinking,
+        thinking=keys[0] if keys else opened,
         adds_bos=adds_bos(tokenizer) and not full.startswith(tokenizer.bos_token),
         special=special_tokens(tokenizer),
         special_text=pattern,
@@ -166,7 +182,7 @@ def plain(tokenizer: Any) -> Template:
         ("end of a text", end or "none: the tokenizer has none"),
     )
     special, ends = special_tokens(tokenizer), () if end is None else (tokenizer.eos_token_id,)
-    texts: dict[str, Any] = dict.fromkeys(("generation_prompt", "before_answer", "default_system"), "")
+    texts: dict[str, Any] = dict.fromkeys(("generation_prompt", "before_answer", "default_system", "thinking"), "")
     shown = ("shows_tools", "shows_tool_calls", "shows_tool_results", "takes_system", "keeps_thinking", "adds_bos")
     what = texts | dict.fromkeys(shown, False) | {"special_text": special_pattern(tokenizer)}
     return Template(tokenizer, ends, special=special, chosen=said, **what)
@@ -181,6 +197,40 @@ def _without_roles(head: str, before: str, behind: str = "") -> str:
     """The text before the first question, less what stands before and behind a system message (role names)."""
     left = head[common_length([head, before]) :]
     return left[: len(left) - common_length([left[::-1], behind[::-1]])].strip()
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the template asks the clock: its prompts are others tomorrow."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def with_arguments(template: str, arguments: str) -> str:
+    """The template with values for its own switches in front: "enable_thinking=false, date_string=1 May 2026", or JSON.
+
+    In the template itself they hold wherever it goes: adapter, merged model, GGUF, any server. Raises TunebookError for
+    what is no value, for names that rendering itself sets, and for a switch that the template does not have.
+    """
+    text = arguments.strip()
+    try:
+        pairs = (part.partition("=") for part in re.split(r",\s*(?=\w+\s*=)", text) if part)
+        values = json.loads(text) if text.startswith("{") else {k.strip(): _value(v.strip()) for k, _, v in pairs}
+    except ValueError as error:
+        raise TunebookError(f"template_arguments is {text[:80]!r}, which is not valid JSON ({error}).") from None
+    lines = []
+    for name, value in values.items():
+        known = name.isidentifier() and name not in RESERVED and re.search(rf"\b{name}\b", template)
+        if not known or isinstance(value, (dict, list)):
+            why = "that is set by the rendering" if name in RESERVED else "which the chat template does not ask for"
+            why = "whose value is no text, number or true/false" if known else why
+            raise TunebookError(f"template_arguments sets {name[:40]!r}, {why}; it takes name=value, by commas.")
+        lines.append(f"{{%- set {name} = {'none' if value is None else json.dumps(value, ensure_ascii=False)} -%}}")
+    return "".join(lines) + template
+
+
+def _value(text: str) -> Any:
+    with contextlib.suppress(ValueError):
+        return json.loads(text.lower() if text.lower() in ("true", "false", "null") else text)
+    return None if text.lower() == "none" else text
 
 
 # ---------------------------------------------------------------- rendering

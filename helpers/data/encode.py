@@ -1,9 +1,11 @@
 """Every split through the chat template to the parquet files that trainers take.
 
-train.parquet, eval.parquet          id, source, messages (JSON), input_ids, completion_mask (1 = trained)
+train.parquet, eval.parquet          id, source, messages (JSON), tools, input_ids, completion_mask (1 = trained)
 test.parquet                         id, prompt, reference, meta (JSON); of plain text alone: no prompt, the text
-preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids
-kto.parquet                          id, prompt, completion, label
+                                     messages: the whole conversation, its reference last, and tools (JSON)
+preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, the masks of the
+                                     answers; messages, chosen_messages, rejected_messages: whole, and tools (JSON)
+kto.parquet                          id, prompt, completion, label, prompt_ids, completion_ids, messages, tools
 
 Nothing is cut to max_length without being counted: how many rows were over, what was done, and how many of them would
 have lost their end of turn if they had simply been cut (a model trained on such rows does not learn to stop).
@@ -22,7 +24,8 @@ from typing import Any
 from helpers import cache, machine
 from helpers.cache import writing
 from helpers.data.chat_template import Template
-from helpers.data.labels import Encoded, Encoder, spelt_out
+from helpers.data.labels import Encoded, Encoder
+from helpers.data.rendering import spelt_out, thoughts_of
 from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, PLACE, Row, make_row
 from helpers.display import Html, percent, shown
@@ -37,15 +40,22 @@ WATCHED_ROWS = 20_000  # about ten seconds: with a progress bar
 
 
 def splits(
-    tables: Mapping[str, Table], kto: Table, template: Template, p: DataParams, folder: Path, rejects: Rejects
+    tables: Mapping[str, Table],
+    kto: Table,
+    template: Template,
+    p: DataParams,
+    folder: Path,
+    rejects: Rejects,
+    model: Path,
 ) -> dict[str, Any]:
     """Write train, eval and test.parquet, and kto.parquet where there are rows, and return what was counted.
+    model: the base's folder.
 
     Keys: splits (counts by split), lengths (of all rows), histogram (length → rows), mixture, notes of what the
     template cannot show, written (rows by file), max_length, data_hash.
     """
-    limit = p.max_length or _proposed(tables, template, p.train_on)
-    encoder = Encoder(template, p.train_on, rejects)
+    limit = p.max_length or _proposed(tables, template, p)
+    encoder = Encoder(template, p.train_on, rejects, p.control_tokens)
     fitter = Fitter(encoder, limit, p.over_long, rejects)
     rows: Counter[str] = Counter()  # by source, as are the tokens
     tokens: Counter[str] = Counter()
@@ -70,12 +80,17 @@ def splits(
     if not written["train"]:
         rejects.check_rows_left([], f"the training split of {p.dataset}")
     talk = any(row["kind"] != "text" for row in tables["test"].rows())  # without it the texts are what is held out
-    asked = ([_test_row(row) for row in batch if row["kind"] != "text" or not talk] for batch in tables["test"])
+    tests = Encoder(template, "last", rejects, p.control_tokens)
+    rows_asked = ([row for row in batch if row["kind"] != "text" or not talk] for batch in tables["test"])
+    asked = _askable(tests.questions(rows_asked), limit, _window(model), rejects, encoder.notes)
     written["test"] = write(folder / "test.parquet", "test", asked)
+    rejects.check()
+    if len(tables["test"]) and not written["test"]:
+        rejects.check_rows_left([], "the test set")
     if len(kto):
-        marking = Encoder(template, "last", rejects)
+        marking = Encoder(template, "last", rejects, p.control_tokens)
         fitting = Fitter(marking, limit, "drop", rejects).fit(marking.encode(kto))
-        marked = ([_kto_row(one.row) for one in batch] for batch in fitting)
+        marked = ([_kto_row(one) for one in batch] for batch in fitting)
         written["kto"] = write(folder / "kto.parquet", "kto", marked)
     mixture = [
         {"source": name, "rows": count, "tokens": tokens[name]}
@@ -87,23 +102,46 @@ def splits(
     return found | {"data_hash": cache.key(*(cache.sha256_file(folder / f"{name}.parquet") for name in TRAINED))}
 
 
-def _proposed(tables: Mapping[str, Table], template: Template, train_on: str) -> int:
+def _askable(
+    asked: Iterable[list[tuple[Row, int]]], limit: int, window: int, rejects: Rejects, notes: Counter[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Test rows whose question the model can read; the others are rejected."""
+    for batch in asked:
+        kept = []
+        for row, tokens in batch:
+            if window and tokens >= window:
+                detail = f"its question has {tokens:,} tokens and the model reads {window:,}"
+                rejects.add(row["file"], row["row"], "question too long", detail, step="length")
+                continue
+            if tokens > limit:
+                notes["test questions longer than max_length, which training never shows"] += 1
+            kept.append(_test_row(row))
+        yield kept
+
+
+def _window(model: Path) -> int:
+    """Tokens that a model reads at most; 0 where its config.json does not say."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return (config.get("text_config") or config).get("max_position_embeddings") or 0
+
+
+def _proposed(tables: Mapping[str, Table], template: Template, p: DataParams) -> int:
     """max_length as the rows' own lengths propose it. Costs one more tokenisation."""
     counts: Counter[int] = Counter()
     for name in TRAINED:
-        for batch in Encoder(template, train_on).encode(tables[name]):
+        for batch in Encoder(template, p.train_on, None, p.control_tokens).encode(tables[name]):
             counts.update(len(one.ids) for one in batch)
     return propose(expanded(counts)) or 16
 
 
 def pairs(
-    tables: Mapping[str, Table], template: Template, limit: int, folder: Path, rejects: Rejects
+    tables: Mapping[str, Table], template: Template, p: DataParams, limit: int, folder: Path, rejects: Rejects
 ) -> tuple[dict[str, int], int]:
     """Write preference.parquet and preference_eval.parquet; (pairs by file, pairs over `limit` tokens).
 
     A pair whose longer side is over the limit is dropped and counted. No file is written where there is no pair.
     """
-    encoder, over = Encoder(template, "last", rejects), 0
+    encoder, over = Encoder(template, p.train_on, rejects, p.control_tokens), 0
 
     def fitting(table: Table) -> Iterator[list[dict[str, Any]]]:
         nonlocal over
@@ -162,7 +200,7 @@ class Fitter:
         self, encoder: Encoder, max_length: int, over_long: str = "drop", rejects: Rejects | None = None
     ) -> None:
         self.max_length, self.over_long, self.rejects = max_length, over_long, rejects or Rejects()
-        self._parts = Encoder(encoder.template, encoder.train_on)
+        self._parts = Encoder(encoder.template, encoder.train_on, None, encoder.chat.control_tokens)
         self.lengths: Counter[int] = Counter()
         names = ("over", "lost_end", "dropped", "truncated", "split_rows", "split_into", "all_masked")
         self.counts = Counter(dict.fromkeys(names, 0))
@@ -245,14 +283,18 @@ def schema(kind: str) -> Any:
     """The pyarrow schema of "tokens", "test", "preference" or "kto"."""
     import pyarrow as pa
 
-    text, ids = pa.string(), pa.list_(pa.int32())
+    text, ids, mask = pa.string(), pa.list_(pa.int32()), pa.list_(pa.int8())
     turns = pa.list_(pa.struct([("role", text), ("content", text)]))
+    whole = {"messages": text, "tools": text}
     columns = {
-        "tokens": {"source": text, "messages": text, "input_ids": ids, "completion_mask": pa.list_(pa.int8())},
-        "test": {"prompt": turns, "reference": text, "meta": text},
+        "tokens": {"source": text, **whole, "input_ids": ids, "completion_mask": mask},
+        "test": {"prompt": turns, "reference": text, "meta": text, **whole},
         "preference": dict.fromkeys(("prompt", "chosen", "rejected"), turns)
-        | dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ids),
-        "kto": {"prompt": turns, "completion": turns, "label": pa.bool_()},
+        | dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), ids)
+        | dict.fromkeys(("chosen_mask", "rejected_mask"), mask)
+        | {**whole, "chosen_messages": text, "rejected_messages": text},
+        "kto": {"prompt": turns, "completion": turns, "label": pa.bool_(), **whole}
+        | dict.fromkeys(("prompt_ids", "completion_ids"), ids),
     }
     return pa.schema([("id", text), *columns[kind].items()])
 
@@ -288,7 +330,8 @@ def _token_columns(batch: list[Encoded]) -> dict[str, Any]:
     return {
         "id": [one.row["id"] for one in batch],
         "source": [one.row["source"] for one in batch],
-        "messages": [json.dumps(one.row["messages"], ensure_ascii=False) for one in batch],
+        "messages": [_json(one.row["messages"]) for one in batch],
+        "tools": pa.array([one.row.get("tools") for one in batch], pa.string()),
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
         "completion_mask": pa.ListArray.from_arrays(offsets, pa.array(mask, pa.int8())),
     }
@@ -297,23 +340,34 @@ def _token_columns(batch: list[Encoded]) -> dict[str, Any]:
 def _test_row(row: Row) -> dict[str, Any]:
     """A prompt without its answer, and the answer as reference. A preference row gives its chosen answer, a text itself
     behind no prompt."""
-    *asked, answer = plain_turns(row["messages"] + row.get("chosen", [])[-1:])
+    messages = row["messages"] + row.get("chosen", [])
+    reference = plain_turns([{**messages[-1], "content": thoughts_of(messages[-1])[1]}])[0]["content"]
     meta = {**{name: row[name] for name in PLACE}, **row["meta"]}
-    found = {"id": row["id"], "prompt": asked, "reference": answer["content"]}
-    return found | {"meta": json.dumps(meta, ensure_ascii=False)}
+    found = {"id": row["id"], "prompt": plain_turns(messages[:-1]), "reference": reference, "meta": _json(meta)}
+    return {**found, "messages": _json(messages), "tools": row.get("tools")}
 
 
 def _pair_row(row: Row, chosen: Encoded, rejected: Encoded) -> dict[str, Any]:
     """Conversational columns for TRL, and the same as token ids, each answer with its one end of turn."""
     made = {"id": row["id"], "prompt": plain_turns(row["messages"]), "prompt_ids": chosen.ids[: chosen.prompt]}
+    made |= {"messages": _json(row["messages"]), "tools": row.get("tools")}
     for side, one in (("chosen", chosen), ("rejected", rejected)):
-        made |= {side: plain_turns(row[side]), f"{side}_ids": one.ids[one.prompt : one.ends[-1] + 1]}
+        answer = slice(one.prompt, one.ends[-1] + 1)
+        made |= {side: plain_turns(row[side]), f"{side}_messages": _json(row[side])}
+        made |= {f"{side}_ids": one.ids[answer], f"{side}_mask": one.mask[answer]}
     return made
 
 
-def _kto_row(row: Row) -> dict[str, Any]:
-    *asked, answer = plain_turns(row["messages"])
-    return {"id": row["id"], "prompt": asked, "completion": [answer], "label": row["label"]}
+def _kto_row(one: Encoded) -> dict[str, Any]:
+    row, answer = one.row, slice(one.prompt, one.ends[-1] + 1)
+    *asked, said = plain_turns(row["messages"])
+    made = {"id": row["id"], "prompt": asked, "completion": [said], "label": row["label"], "tools": row.get("tools")}
+    ids = {"prompt_ids": one.ids[: one.prompt], "completion_ids": one.ids[answer]}
+    return {**made, **ids, "messages": _json(row["messages"])}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def plain_turns(messages: list[dict]) -> list[dict]:

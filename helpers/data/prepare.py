@@ -22,8 +22,9 @@ from typing import Any, cast
 from helpers import machine, plots, runs
 from helpers.cache import Answers
 from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, template_choice, vocabulary
-from helpers.data.chat_template import Template, inspect
+from helpers.data.chat_template import Template, inspect, with_arguments
 from helpers.data.chat_template import plain as plain_text
+from helpers.data.rendering import refuse_control_tokens
 from helpers.data.shingles import text_hash
 from helpers.data.split import group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
@@ -31,6 +32,7 @@ from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of, with_sy
 from helpers.display import Html, plain, said, save, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
+from helpers.model.stop_tokens import special_pattern
 from helpers.params import DataParams
 from helpers.steps import Job as StageJob
 from helpers.steps import look, step
@@ -74,6 +76,8 @@ class Job(StageJob):
         tokenizer = loading.load_tokenizer(self.source)
         vocabulary.add_tokens(None, tokenizer, self.params.add_tokens)
         self.choice = template_choice.choose(tokenizer, self.params.chat_template, self.params.template_tokens)
+        if self.params.template_arguments:
+            tokenizer.chat_template = with_arguments(tokenizer.chat_template, self.params.template_arguments)
         return tokenizer
 
     @property
@@ -119,6 +123,8 @@ class Job(StageJob):
         cut |= {"tokens": p.chunk_tokens, "overlap": p.chunk_overlap}
         written = {"unanswerable": p.unanswerable, "joints": template_choice.joints(p.chat_template)}
         options: dict[str, Any] = {"format": format, "columns": columns, "info": p.dataset_info, "written": written}
+        if p.control_tokens == "reject":
+            options["check"] = functools.partial(refuse_control_tokens, pattern=special_pattern(self.tokenizer))
         found = sources.read(spec, self.rejects, documents=cut, **options)
         return sources.Reading(self._with_system(found.table), found.sources)
 
@@ -302,7 +308,8 @@ class Job(StageJob):
     def encode(self) -> Html:
         """Render and tokenise every split, mask what is not trained, fit it to max_length, write the parquet files."""
         self._begin("encode")
-        self.encoded = encode.splits(self.splits, self.kto_split, self.template(), self.params, self.path, self.rejects)
+        given = (self.template(), self.params, self.path, self.rejects, self.source.path)
+        self.encoded = encode.splits(self.splits, self.kto_split, *given)
         self.tokenizer.save_pretrained(self.path / "tokenizer")
         if self.choice.get("replaced"):
             rows = self.encoded["written"]["train"]
@@ -323,7 +330,7 @@ class Job(StageJob):
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
         self._begin("pairs")
         limit = self.encoded["max_length"]
-        written, over = encode.pairs(self.pair_splits, self.template(), limit, self.path, self.rejects)
+        written, over = encode.pairs(self.pair_splits, self.template(), self.params, limit, self.path, self.rejects)
         self.encoded["written"] |= written
         lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
         return shown([*lines, ("over max_length", f"{over:,}")], ("file", "pairs"))

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,24 +230,27 @@ def read(
     columns: str = "",
     written: dict[str, Any] | None = None,
     documents: dict[str, Any] | None = None,
+    check: Callable[[dict], None] | None = None,
 ) -> Reading:
     """Every row of the sources that `spec` names.
 
     format: a key of `formats.SHAPES`, or "auto", with which a dataset_info.json beside a file comes first. columns: the
     user's own mapping, "prompt=question,response=sql". written: options of `formats.convert`; documents: of
-    `documents.chunks`.
+    `documents.chunks`. check: raises RowError for a row that is not wanted.
     Raises TunebookError when nothing can be read, or too much is wrong.
     """
     named = formats.named_shape(format, columns)
     found = find(spec, info)
-    every = (_rows(source, named or source.shape, rejects, written or {}, documents or {}) for source in found)
+    every = (_rows(source, named or source.shape, rejects, written or {}, documents or {}, check) for source in found)
     table = Table.collect(batches(itertools.chain.from_iterable(every)))
     rejects.check_rows_left(table, spec)
     rejects.check()
     return Reading(table, found)
 
 
-def _rows(source: Source, named: Shape | None, rejects: Rejects, written: dict, options: dict) -> Iterator[Row]:
+def _rows(
+    source: Source, named: Shape | None, rejects: Rejects, written: dict, options: dict, check: Any = None
+) -> Iterator[Row]:
     """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
     known: dict[tuple, Shape] = {}
@@ -265,6 +268,8 @@ def _rows(source: Source, named: Shape | None, rejects: Rejects, written: dict, 
             look = formats.look(record)
             shape = known.get(look) or known.setdefault(look, formats.shape_of(record, named))
             parts = formats.convert(record, shape, **written)
+            for part in parts if check else ():
+                check(part)
         except (RowError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as wrong:
             error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
             rejects.add(source.where, number, error.reason, error.detail, step="format")

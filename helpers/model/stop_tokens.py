@@ -53,8 +53,9 @@ def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None)
             text = (render or own)(messages)
         except Exception:  # a stranger's template raises what it likes: it has no such turn
             text = ""
-        if mark in text and (match := pattern.search(text, text.rindex(mark))):
-            found.append(special[match.group()])
+        behind = [special[one.group()] for one in pattern.finditer(text, text.rindex(mark))] if mark in text else []
+        if behind:  # what ends a call may stand before the end of the turn
+            found.append(found[0] if found and found[0] in behind else behind[-1 if found else 0])
         elif not found:
             raise TunebookError(
                 "The chat template ends the assistant's turn with no special token, so a model trained with it could "

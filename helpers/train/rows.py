@@ -38,6 +38,8 @@ from helpers.model.packed_attention import (
 from helpers.planner.row_plan import batch_rows, cost, epoch_batches
 from helpers.runs import Manifest
 
+MASKS = ("chosen_mask", "rejected_mask")
+
 
 def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
     """(training rows, `eval_rows` held-out rows or None, counts of both) of a stage's parameters.
@@ -67,8 +69,8 @@ def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any
     return train, held_out if len(held_out) else None, {"train": counted, "eval": more}
 
 
-def _table(data: Manifest, name: str, columns: list[str]) -> Any:
-    """These columns of one of the data stage's files; no rows where it wrote none."""
+def _table(data: Manifest, name: str, columns: list[str], others: Sequence[str] = ()) -> Any:
+    """These columns of one of the data stage's files, and `others` that it has; no rows where it wrote none."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -79,7 +81,8 @@ def _table(data: Manifest, name: str, columns: list[str]) -> Any:
     if not file.is_file():
         return Dataset.from_dict({column: [] for column in columns})
     try:
-        return Dataset(parquet.read_table(file, columns=columns))
+        there = parquet.read_schema(file).names
+        return Dataset(parquet.read_table(file, columns=[*columns, *(name for name in others if name in there)]))
     except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
         why = str(error).splitlines()[0][:160]
         raise TunebookError(f"{file} cannot be read as rows with {', '.join(columns)} ({why}); rerun 01.") from error
@@ -100,12 +103,16 @@ def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple
 
 
 def pairs(data: Manifest, name: str, max_length: int) -> tuple[Any, dict[str, Any]]:
-    """(pairs with id, prompt_ids, chosen_ids, rejected_ids; counts with the reasons) of a preference file.
+    """(pairs with id, prompt_ids, chosen_ids, rejected_ids, the answers' masks where some token of one is not trained;
+    counts with the reasons) of a preference file.
 
     Pairs over `max_length` and pairs with an empty answer are left out and counted: cut answers have no end, and an
     empty one has the mean log-probability 0/0.
     """
-    rows = _table(data, name, ["id", "prompt_ids", "chosen_ids", "rejected_ids"])
+    rows = _table(data, name, ["id", "prompt_ids", "chosen_ids", "rejected_ids"], MASKS)
+    masks = [mask for mask in MASKS if mask in rows.column_names]
+    if all(all(mask) for column in masks for mask in rows[column]):  # every answer is one turn
+        rows = rows.remove_columns(masks)
     reasons = [unusable(row, max_length) for row in rows]
     out = rows.select([i for i, reason in enumerate(reasons) if not reason], keep_in_memory=True)
     left_out = [row_id for row_id, reason in zip(rows["id"], reasons, strict=True) if reason]
@@ -278,8 +285,10 @@ class PairCollator(RowCollator):
             for pair in pairs:
                 prompt, answer = list(pair["prompt_ids"]), list(pair[side])
                 labels = prompt if side == "chosen_ids" else [IGNORE] * len(prompt)
-                documents.append({"input_ids": prompt + answer, "labels": labels + answer})
-                masks.append([0] * len(prompt) + [1] * len(answer))
+                mask = pair.get(f"{side[:-4]}_mask") or [1] * len(answer)  # 0: a user's turn between two answers
+                labels = labels + [token if kept else IGNORE for token, kept in zip(answer, mask, strict=True)]
+                documents.append({"input_ids": prompt + answer, "labels": labels})
+                masks.append([0] * len(prompt) + list(mask))
         if self.share and self.layout == "packed" and pairs:  # an answer is never part of the prefix
             prefix = min(shareable(documents, trained_prefix=True), *(len(p["prompt_ids"]) - 1 for p in pairs))
             prefix = prefix if prefix >= MIN_PREFIX else 0
@@ -291,5 +300,6 @@ class PairCollator(RowCollator):
             flat = [mask + [0] * (width - len(mask)) for mask in masks or [[0]]]
         batch["completion_mask"] = torch.tensor(flat)
         batch["pair_count"] = len(pairs)
-        batch["nll_tokens"] = sum(len(p["prompt_ids"]) + len(p["chosen_ids"]) - 1 for p in pairs)
+        chosen = documents[: len(pairs)]
+        batch["nll_tokens"] = sum(label != IGNORE for d in chosen for label in d["labels"][1:])
         return batch

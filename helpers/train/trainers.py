@@ -7,9 +7,11 @@ way, over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO is among TRL's experiments; the pin keeps it still
@@ -26,7 +28,7 @@ from helpers.model import packed_attention
 from helpers.model.chunked_loss import can_fuse, per_document
 from helpers.model.packed_attention import IGNORE
 from helpers.train import config, distributed, methods
-from helpers.train.rows import PackedRows, PairCollator, RowCollator, lengths_of
+from helpers.train.rows import MASKS, PackedRows, PairCollator, RowCollator, lengths_of
 
 EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
 PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits
@@ -220,7 +222,9 @@ class PairsSimPOTrainer(CPOTrainer):
             answer = feature[f"{side}_ids"]
             row[f"{side}_input_ids"] = prompt + answer
             row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(answer))
-            row[f"{side}_labels"] = [IGNORE] * len(prompt) + answer
+            mask = feature.get(f"{side}_mask") or [1] * len(answer)
+            kept = [token if trained else IGNORE for token, trained in zip(answer, mask, strict=True)]
+            row[f"{side}_labels"] = [IGNORE] * len(prompt) + kept
         return row
 
 
@@ -230,9 +234,25 @@ def unpaired(pairs: Any, group: int) -> Any:
     def split(batch: dict[str, list]) -> dict[str, list]:
         answers, count = batch["chosen_ids"] + batch["rejected_ids"], len(batch["chosen_ids"])
         rows = {"prompt_ids": batch["prompt_ids"] * 2, "completion_ids": answers}
-        return {**rows, "label": [True] * count + [False] * count, "KL_completion_ids": answers[-1:] + answers[:-1]}
+        rows |= {"label": [True] * count + [False] * count, "KL_completion_ids": answers[-1:] + answers[:-1]}
+        if masks := batch.get("chosen_mask", []) + batch.get("rejected_mask", []):
+            rows |= {"answer_mask": masks, "KL_answer_mask": masks[-1:] + masks[:-1]}
+        return rows
 
     return pairs.map(split, batched=True, batch_size=group // 2, remove_columns=pairs.column_names)
+
+
+def masked(collate: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """TRL's batch of pairs (DPO) or answers (KTO); what is not trained of an answer, the user's turns between several,
+    is taken out of its completion mask."""
+    batch, sides = collate(examples), {"completion_mask": MASKS, "KL_completion_mask": ("KL_answer_mask",)}
+    if "label" in examples[0]:
+        sides["completion_mask"] = ("answer_mask",)
+    for name, masks in sides.items():
+        rows = [(len(one["prompt_ids"]), one[mask]) for mask in masks for one in examples if mask in one]
+        for row, (begin, mask) in enumerate(rows):
+            batch[name][row, begin : begin + len(mask)] *= torch.tensor(mask)
+    return batch
 
 
 # ---------------------------------------------------------------- a job's trainer
@@ -287,6 +307,8 @@ def make(job: Any, model: Any, precision: str) -> Any:
         compat.shard(trainer)
         _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
     trainer.optimizer = methods.lora_plus(model, params, trainer.args)
+    if loss in ("dpo", "kto"):
+        trainer.data_collator = functools.partial(masked, trainer.data_collator)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
 

@@ -75,6 +75,29 @@ def test_pairs_come_as_all_chosen_and_then_all_rejected():
     assert padded["completion_mask"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]] and padded["attention_mask"].sum() == 7
 
 
+def test_the_users_turns_between_several_answers_of_a_pair_are_in_no_loss():
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    from datasets import Dataset
+    from helpers.train import trainers
+
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3, 9, 4], "rejected_ids": [5], "id": "p"}
+    pair |= {"chosen_mask": [1, 0, 1], "rejected_mask": [1]}
+    wanted = [[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
+    batch = training_rows.PairCollator(0, "padded")([[pair]])
+    assert batch["completion_mask"].tolist() == wanted and batch["nll_tokens"] == 3
+    assert batch["labels"][0].tolist() == [-100, 2, 3, -100, 4]
+    packed = training_rows.PairCollator(0)([[pair]])
+    assert packed["completion_mask"].tolist() == [[0, 0, 1, 0, 1, 0, 0, 1]]
+    assert trainers.masked(DataCollatorForPreference(0), [pair])["completion_mask"].tolist() == wanted
+    answers = list(trainers.unpaired(Dataset.from_list([pair]), 2))
+    kto = trainers.masked(DataCollatorForUnpairedPreference(0), answers)
+    assert kto["completion_mask"].tolist() == wanted and kto["KL_completion_mask"].tolist() == wanted[::-1]
+    row = trainers.PairsSimPOTrainer.tokenize_row(None, pair)
+    assert row["chosen_labels"] == [-100, -100, 3, -100, 4] and row["rejected_labels"] == [-100, -100, 5]
+
+
 def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
     pairs = [
         {"prompt_ids": [1] * 9, "chosen_ids": [2], "rejected_ids": [3]},

@@ -157,7 +157,7 @@ def decoded(text: str) -> str:
 
 def parse(text: str) -> Any:
     """One JSON value. Raises ValueError for broken JSON, RowError for what no row may hold."""
-    value = STRICT.decode(decoded(text))
+    value = STRICT.decode(decoded(text).removeprefix("\ufeff"))  # where files that have one were joined
     level, depth = [value], 0
     while level := [item for one in level for item in _inside(one)]:
         depth += 1
@@ -182,7 +182,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _no_constant(name: str) -> None:
-    raise RowError(BROKEN, f"{name} is not a JSON value")
+    if name != "NaN":  # as json.dumps writes a missing value of pandas
+        raise RowError(BROKEN, f"{name} is not a JSON value")
 
 
 STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)

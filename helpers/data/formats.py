@@ -1,38 +1,51 @@
 """Shapes of records, recognised, named or described, each turned into the parts of a row of `helpers.data.turns`.
 
 Eight shapes: alpaca, sharegpt, messages (OpenAI), prompt_completion, text, preference, kto and context_qa (a question
-about a given text, with unanswerable ones), and what a LLaMA-Factory `dataset_info.json` describes. `auto` looks at
-every record by itself: one file may hold several shapes. A record that fits none, or lacks an answer, raises RowError.
+about a given text, with unanswerable ones), what a LLaMA-Factory `dataset_info.json` describes, and known public sets.
+`auto` looks at every record by itself: one file may hold several shapes. A record that fits none, lacks an answer, or
+has a column of a known meaning that would play no part, raises RowError.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from helpers.data import public_sets
 from helpers.data.messages import read_turns, tools_of
-from helpers.data.turns import RowError, Turn, as_text, checked, kind_of, pair
+from helpers.data.public_sets import LABELS, NOTHING, form, is_marked, is_talk, name_of, names_in, talk
+from helpers.data.turns import RowError, Turn, as_text, checked, pair
 from helpers.errors import TunebookError
 
 UNANSWERABLE = "The text does not say."
 Record = Mapping[str, Any]
 
-# Part → column names that mean it, the most specific first.
+# Part → column names that mean it, the most specific first; capitals, blanks and hyphens in a name do not matter.
 SYNONYMS = {
     "prompt": ("instruction", "question", "query", "prompt", "problem", "user", "inputs"),
     "response": ("output", "response", "answer", "answers", "completion", "sql", "target", "solution", "targets"),
-    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "data"),
     "text": ("text", "raw_content", "content", "document", "body"),
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
-    "context": ("context", "article", "passage"),
-    "chosen": ("chosen", "chosen_response", "preferred"),
-    "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred"),
+    "context": ("context", "article", "passage", "schema", "paragraph"),
+    "chosen": ("chosen", "chosen_response", "preferred", "chosen_messages"),
+    "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred", "rejected_messages"),
     "label": ("label", "kto_tag"),
+    "summary": ("summary", "highlights"),
+    "source": ("document", "article", "text", "dialogue", "dialog", "content", "body", "passage"),
+    "stem": ("question_stem", "ctx", "goal", "premise", "sentence"),
 }
-PARTS = (*(part for part in SYNONYMS if part != "text"), "query", "history")
+BESIDE = {  # what else belongs to a question and is never put aside in silence
+    "context": ("evidence", "support", "background", "knowledge"),
+    "query": ("input",),
+    "history": ("history",),
+    "choices": ("choices", "options", "endings"),
+}
+PARTS = ("prompt", "response", "messages", "system", "tools", "context", "chosen", "rejected", "label", *BESIDE)
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,25 @@ class Shape:
     columns: Mapping[str, str]
     turns: Callable[[Any], list[Turn]] = read_turns  # how a conversation is read
     exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
+    mapped: bool = False  # the user named the columns: the others are put aside on purpose
+    compared: str = ""  # the columns of one of `public_sets.COMPARED`
+    guarded: tuple[tuple[str, str], ...] = ()  # (part, column) that must not be lost in silence
 
     def __getitem__(self, part: str) -> str:
         return self.columns.get(part, "")
 
     def value(self, record: Record, part: str) -> Any:
         return record.get(self[part]) if self[part] else None
+
+    def text(self, record: Record, part: str) -> str:
+        """The text of a part whose column may be a list of texts, or several columns ("schema+evidence")."""
+        columns = [self[part]] if self[part] in record else self[part].split("+")
+        values = [record.get(column) for column in columns]
+        texts = [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
+        return "\n".join(as_text(text, self[part]) for text in texts if text not in NOTHING)
+
+    def has_choices(self, record: Record) -> bool:
+        return "+" in self["choices"] or record.get(self["choices"]) is not None
 
     def need(self, record: Record, part: str) -> Any:
         """The value of a part that must be there and not null. Raises RowError."""
@@ -59,31 +85,42 @@ class Shape:
             raise RowError("wrong columns", f"{found}; columns seen: {seen(record)}")
         return value
 
+    def used(self) -> set[str]:
+        """The columns that play a part."""
+        columns = (*self.columns.values(), *self.compared.split())
+        return {name for column in columns for name in (column, *column.split("+"))}
+
     def wanted(self) -> str:
         """The columns a record must have, for error messages."""
         asked = ("messages",) if self["messages"] else ("context", "prompt", "response")
         return ", ".join(repr(self[part]) for part in (*asked, "chosen", "rejected", "label") if self[part])
 
     def __str__(self) -> str:
+        if self.compared:
+            return f"preference: {self.compared}"
         return self.format + ": " + ", ".join(f"{part}={column}" for part, column in self.columns.items() if column)
 
 
 SYSTEM = {"system": "system", "tools": "tools"}
+ASKED = {"prompt": "prompt", "context": "context", "choices": "choices", **SYSTEM}
+OPTIONAL = ("query", "history", "context", "choices", *SYSTEM)
 SHAPES = {  # format → part → the column it is expected in; a synonym stands in for one that a record lacks
-    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history", **SYSTEM},
+    "alpaca": {**ASKED, "prompt": "instruction", "query": "input", "response": "output", "history": "history"},
     "sharegpt": {"messages": "conversations", **SYSTEM},
     "messages": {"messages": "messages", **SYSTEM},
-    "prompt_completion": {"prompt": "prompt", "response": "completion", **SYSTEM},
+    "prompt_completion": {**ASKED, "response": "completion"},
     "text": {"prompt": "text"},
-    "preference": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", **SYSTEM},
-    "kto": {"prompt": "prompt", "response": "completion", "label": "label", **SYSTEM},
-    "context_qa": {"prompt": "question", "response": "answer", "context": "context", "system": "system"},
+    "preference": {**ASKED, "chosen": "chosen", "rejected": "rejected"},
+    "kto": {**ASKED, "response": "completion", "label": "label"},
+    "context_qa": {**ASKED, "prompt": "question", "response": "answer"},
 }
 DETECTED = (  # a format and the parts that tell it; the first that fits is taken
     ("preference", "chosen", "rejected"),
-    ("kto", "messages", "label"),
+    ("kto", "messages", "verdict"),
     ("messages", "messages"),
-    ("kto", "prompt", "response", "label"),
+    ("kto", "prompt", "response", "verdict"),
+    ("alpaca", "choices"),
+    ("alpaca", "source", "summary"),
     ("context_qa", "context", "question"),
     ("alpaca", "prompt", "answer"),
     ("alpaca", "input", "response"),
@@ -112,7 +149,10 @@ def named_shape(format: str, columns: str = "") -> Shape | None:
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
         telling["response"] = "alpaca"
         format = next((name for part, name in telling.items() if part in chosen), "text")
-    return Shape(format, {**SHAPES[format], **chosen})
+    left = {part: "" for part in ("context", "choices", "query") if chosen}
+    if chosen.get("prompt", "instruction") == "instruction":
+        left.pop("query", None)
+    return Shape(format, {**SHAPES[format], **left, **chosen}, mapped=bool(chosen))
 
 
 def described_shape(described: dict[str, Any]) -> Shape:
@@ -154,55 +194,85 @@ def shape_of(record: Record, named: Shape | None) -> Shape:
     """
     if named is not None and named.exact:
         return named
-    shape = named or detect(record)
+    names = names_in(record)
+    if named is None and (told := public_sets.told_by(record, names, public_sets.COMPARED)):
+        return Shape("preference", SHAPES["preference"], compared=told)
+    shape = named or named_shape("auto", public_sets.mapped(record, names)) or detect(record, names)
     if shape is None:
         fits = f"fit none of {', '.join(SHAPES)}; name the format or the columns"
         raise RowError("unknown shape", f"the columns {seen(record)} {fits}")
     found = dict(shape.columns)
     for part, column in shape.columns.items():
-        if record.get(column) is None:
-            other = first("text" if shape.format == "text" else part, record)
-            found[part] = other or ("" if part in ("query", "history", *SYSTEM) else column)
+        if record.get(column) is None and "+" not in column:
+            other = column and first("text" if shape.format == "text" else part, record, names)
+            found[part] = other or ("" if part in OPTIONAL else column)
     asked = {"preference": ["prompt"], "kto": ["prompt", "response"]}.get(shape.format, [])
     if any(record.get(found[part]) is None for part in asked):
-        found["messages"] = first("messages", record)
-    return replace(shape, columns=found)
+        found["messages"] = first("messages", record, names)
+    shape = replace(shape, columns=found)
+    return shape if shape.mapped else replace(shape, guarded=_guarded(shape, names, named is not None))
+
+
+def _guarded(shape: Shape, names: Mapping[str, str], is_named: bool) -> tuple[tuple[str, str], ...]:
+    """The columns with a known meaning that play no part. A format that was named decides what it says itself."""
+    parts = [part for part in SYNONYMS if part not in ("system", "source", "stem")]
+    if is_named:
+        parts = [] if shape.format == "text" else ["context", "summary"]
+    elif shape.format == "text":
+        parts = ["prompt", "response", "summary", "label"]
+    meant = [(part, name) for part in parts for name in SYNONYMS[part] if name not in ("user", "data")]
+    if shape.format != "text":
+        meant += [(part, name) for part, others in BESIDE.items() for name in others]
+        meant += [("context", name) for name in SYNONYMS["stem"] if shape["choices"]]
+    used, templated = shape.used(), [("template", shape["prompt"])] * (shape.format == "text" and not is_named)
+    return (*((part, names[name]) for part, name in meant if names.get(name, "") not in {"", *used}), *templated)
 
 
 def look(record: Record) -> tuple:
-    """What the shape of a record depends on: its columns and the types of their values."""
-    return tuple((name, list if is_talk(value) else type(value)) for name, value in record.items())
+    """What the shape of a record depends on: its columns and the forms of their values."""
+    return tuple((name, form(value)) for name, value in record.items())
 
 
-def first(part: str, record: Record) -> str:
-    """The first column that means `part` and holds what may play it: true or false as a label, turns as messages."""
-    kinds = {"label": lambda value: isinstance(value, bool), "messages": is_talk}
-    fits = kinds.get(part, lambda value: value is not None)
-    return next((name for name in SYNONYMS.get(part, ()) if fits(record.get(name))), "")
+def first(part: str, record: Record, names: Mapping[str, str]) -> str:
+    """The first column that means `part` and holds what may play it: turns as messages, a text or turns as answer."""
+    fits: Callable[[Any], bool] = {"messages": is_talk, "response": public_sets.is_answer}.get(
+        part, functools.partial(operator.is_not, None)
+    )
+    return next((names[name] for name in SYNONYMS.get(part, ()) if name in names and fits(record[names[name]])), "")
 
 
-def detect(record: Record) -> Shape | None:
+def detect(record: Record, names: Mapping[str, str]) -> Shape | None:
     """The shape that a record's columns and the types of what they hold tell; None when nothing fits."""
-    has = {part: first(part, record) for part in SYNONYMS}
-    has["answer"] = has["response"] or next((name for name in SYNONYMS["response"] if name in record), "")
-    has["question"] = next((name for name in ("question", "unanswerable_question") if name in record), "")
-    has["input"] = "input" if isinstance(record.get("input"), str) else ""
+    has = {part: first(part, record, names) for part in SYNONYMS}
+    empty = (names[name] for name in SYNONYMS["response"] if name in names and record[names[name]] is None)
+    has["answer"] = has["response"] or next(empty, "")
+    has["question"] = next((names[name] for name in ("question", "unanswerable_question") if name in names), "")
+    has["input"] = names["input"] if isinstance(record.get(names.get("input", "input")), str) else ""
+    if not has["messages"] and is_marked(record.get(has["text"])):
+        has["messages"] = has["text"]
+    choices, key = public_sets.choices_in(record, names)
+    has["choices"] = choices if has["prompt"] or has["stem"] else ""
+    sure = {"prompt", "completion"} <= names.keys() or (has["messages"] and isinstance(record.get(has["label"]), bool))
+    has["verdict"] = has["label"] if has["label"] and (sure or name_of(has["label"]) == "kto_tag") else ""
+    has["source"] = "" if has["prompt"] else has["source"]
     format = next((format for format, *parts in DETECTED if all(has[part] for part in parts)), "")
     if not format:
         return None
     columns = dict(SHAPES[format])
     if format in ("alpaca", "preference"):
-        columns["query"] = "input" if has["prompt"] == "instruction" else ""
-    if format == "alpaca":
-        columns |= {"prompt": has["prompt"] or "input", "response": has["answer"]}
+        columns["query"] = has["input"] if name_of(has["prompt"]) == "instruction" else ""
+        columns["prompt"] = has["prompt"] or has["input"] or columns["prompt"]
+    if format == "alpaca" and has["choices"]:
+        columns |= {"prompt": has["prompt"] or has["stem"], "choices": has["choices"], "response": key}
+    elif format == "alpaca" and has["source"] and has["summary"]:
+        columns |= {"prompt": has["source"], "response": has["summary"], "context": ""}
+    elif format == "alpaca":
+        columns["response"] = has["answer"]
+    if format in ("messages", "kto"):
+        columns["messages"] = has["messages"]
     if format == "kto":
-        columns |= {"label": has["label"], "messages": has["messages"]}
+        columns["label"] = has["label"]
     return Shape(format, columns)
-
-
-def is_talk(value: Any) -> bool:
-    """Whether a value may be a conversation: a list, or the JSON of one, as CSV and parquet files hold them."""
-    return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.startswith("[{"))
 
 
 # ---------------------------------------------------------------- a record's parts
@@ -215,22 +285,32 @@ def convert(
 
     Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`. joints: what
     stands before an instruction's "input" and behind a question's "context", where it is not a line end or two.
-    Raises RowError with the reason when the record does not fit the shape, or has no answer.
+    Raises RowError with the reason when the record does not fit the shape, has no answer, or can be read in two ways.
     """
-    joints = joints or {}
+    given, joints = public_sets.compared(record, shape.compared) if shape.compared else record, joints or {}
+    qa = shape.format == "context_qa"
+    rows = _context_qa(given, shape, unanswerable, joints) if qa else [_convert(given, shape, joints)]
+    for part, column in shape.guarded:
+        value = record.get(column)
+        if value not in NOTHING and not public_sets.is_told(value, part, rows):
+            aside = dict(reversed(shape.guarded)) | {part: column}
+            raise RowError("two readings", public_sets.readings(record, shape.format, shape.columns, aside, part))
+    return rows
+
+
+def _convert(record: Record, shape: Shape, joints: Mapping[str, str]) -> dict[str, Any]:
     if shape.format == "text":
         text = as_text(shape.need(record, "prompt"), shape["prompt"])
         if not text.strip():
             raise RowError("empty text", f"column {shape['prompt']!r} is empty")
-        return [{"kind": "text", "messages": _said("text", text)}]
-    if shape.format == "context_qa":
-        return _context_qa(record, shape, unanswerable, joints.get("context", "\n\n"))
+        return {"kind": "text", "messages": _said("text", text)}
     tools = tools_of(shape.value(record, "tools"))
     if shape.format == "preference":
         sides = [_answer(record, shape, side) for side in ("chosen", "rejected")]
         asked = shape["messages"] or shape.value(record, "prompt") is not None
-        prompt, chosen, rejected = pair(_prompt(record, shape, joints) if asked else [], *sides)
-        return [{"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}]
+        prompt = _prompt(record, shape, joints) if asked else []
+        prompt, chosen, rejected = pair(prompt, *public_sets.without_prompt(prompt, sides))
+        return {"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}
     turns = _prompt(record, shape, joints)
     if not shape["messages"] and shape["response"]:
         if shape.value(record, "response") in (None, "", []):
@@ -238,11 +318,15 @@ def convert(
             raise RowError("no answer", f"column {shape['response']!r} {state}; columns seen: {seen(record)}")
         turns += _answer(record, shape, "response")
     if not shape["label"]:
-        return [{"kind": "sft", "messages": checked(turns), "tools": tools}]
-    label = record.get(shape["label"])
-    if not isinstance(label, bool):
-        raise RowError("no label", f"column {shape['label']!r} holds {kind_of(label)}; true or false was expected")
-    return [{"kind": "kto", "messages": checked(turns), "tools": tools, "label": label}]
+        return {"kind": "sft", "messages": checked(turns), "tools": tools}
+    value = record.get(shape["label"])
+    if (label := LABELS.get(str(value).strip().casefold())) is None:
+        found = f"column {shape['label']!r} holds {str(value)[:40]!r}; format=kto wants true or false"
+        raise RowError("no label", f"{found}. To leave it out: {public_sets.setting(record, shape.columns, label='')}")
+    return {"kind": "kto", "messages": checked(turns), "tools": tools, "label": label}
+
+
+# ---------------------------------------------------------------- turns of a record
 
 
 def _said(role: str, text: Any, column: str = "") -> list[Turn]:
@@ -252,16 +336,23 @@ def _said(role: str, text: Any, column: str = "") -> list[Turn]:
 def _answer(record: Record, shape: Shape, part: str) -> list[Turn]:
     """An answer: its text, a message, or a list of messages."""
     value = shape.need(record, part)
-    if isinstance(value, (list, tuple, Mapping)):
-        return shape.turns([value] if isinstance(value, Mapping) else value)
-    return _said("assistant", value, shape[part])
+    if part == "response" and shape.has_choices(record):
+        choices = public_sets.choices_of(record, shape["choices"])
+        value = public_sets.picked(value, choices, "+" in shape["choices"])
+    if part == "response" and public_sets.is_called(value) and shape.value(record, "tools"):
+        return shape.turns([{"role": "function_call", "content": value}])
+    if isinstance(value, (list, tuple, Mapping)) or is_marked(value):
+        value = [value] if isinstance(value, Mapping) else value
+        bare = isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value)
+        return shape.turns(value if bare else talk(value))
+    return _said("assistant", str(value).lower() if isinstance(value, bool) else value, shape[part])
 
 
 def _prompt(record: Record, shape: Shape, joints: Mapping[str, str]) -> list[Turn]:
     """The system prompt, the history and the question."""
     asked = shape.need(record, "messages" if shape["messages"] else "prompt")
-    if shape["messages"] or isinstance(asked, (list, tuple)):
-        turns = shape.turns(asked)
+    if shape["messages"] or isinstance(asked, (list, tuple)) or is_marked(asked):
+        turns = shape.turns(talk(asked))
     else:
         turns, history = [], shape.value(record, "history") or []
         for said in history if isinstance(history, (list, tuple)) else [history]:
@@ -269,37 +360,38 @@ def _prompt(record: Record, shape: Shape, joints: Mapping[str, str]) -> list[Tur
                 found = f"{shape['history']!r} should be a list of pairs of question and answer"
                 raise RowError("broken history", found)
             turns += _said("user", said[0], shape["history"]) + _said("assistant", said[1], shape["history"])
-        columns = [column for column in (shape["prompt"], shape["query"]) if record.get(column)]
-        text = joints.get("input", "\n").join(as_text(record[column], column) for column in columns)
+        text = joints.get("input", "\n").join(filter(None, (shape.text(record, "prompt"), shape.text(record, "query"))))
         if not text.strip():
             raise RowError("no question", f"column {shape['prompt']!r} is empty")
-        turns += _said("user", text)
-    system = shape.value(record, "system")
+        if shape.has_choices(record):
+            choices = public_sets.choices_of(record, shape["choices"])
+            text = "\n".join([text, *(f"{label}. {choice}" for label, choice in choices)])
+        turns += _said("user", joints.get("context", "\n\n").join(filter(None, (shape.text(record, "context"), text))))
+    system = shape.text(record, "system")
     given = system and not (turns and turns[0]["role"] == "system")
     return _said("system", system, shape["system"]) + turns if given else turns
 
 
-def _context_qa(record: Record, shape: Shape, unanswerable: str, joint: str) -> list[dict[str, Any]]:
-    """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`."""
-    context = as_text(shape.need(record, "context"), shape["context"])
+def _context_qa(record: Record, shape: Shape, unanswerable: str, joints: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A text, a question about it and the answer; a question that the text does not answer gets `unanswerable`.
+
+    What says so is `is_impossible`, `unanswerable` or an empty list of answers; an empty text is no answer.
+    """
+    if "+" not in shape["context"]:
+        shape.need(record, "context")
     question, answer = record.get(shape["prompt"]), record.get(shape["response"])
     if isinstance(answer, Mapping):  # SQuAD's {"text": [...], "answer_start": [...]}
         answer = answer.get("text") or []
+    impossible = record.get("is_impossible") is True or record.get("unanswerable") is True or answer == []
     if isinstance(answer, (list, tuple)):
         answer = next(iter(answer), "")
-    impossible = record.get("is_impossible") is True or record.get("unanswerable") is True
-    if answer is None and not impossible and shape["response"] not in record and question is not None:
-        raise RowError("no answer", f"column {shape['response']!r} is not there; columns seen: {seen(record)}")
-    asked = [] if question is None else [(question, unanswerable if impossible or not answer else answer)]
+    asked = [] if question is None else [(question, unanswerable if impossible else answer)]
     if other := record.get("unanswerable_question"):
         asked.append((other, unanswerable))
-    if not asked or not context.strip():
+    if not asked:
         raise RowError("no question", f"wanted {shape.wanted()}; columns seen: {seen(record)}")
-    rows, plain = [], Shape("prompt_completion", SHAPES["prompt_completion"])
-    for question, answer in asked:
-        text = context + joint + as_text(question, shape["prompt"])
-        rows += convert({"prompt": text, "completion": answer, "system": shape.value(record, "system")}, plain)
-    return rows
+    plain = replace(shape, format="alpaca")
+    return [_convert({**record, shape["prompt"]: q, shape["response"]: a}, plain, joints) for q, a in asked]
 
 
 def seen(record: Record) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, machine
-from helpers.data import documents, files, formats
+from helpers.data import documents, files, formats, public_sets
 from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
@@ -253,20 +253,23 @@ def _rows(
 ) -> Iterator[Row]:
     """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
-    known: dict[tuple, Shape] = {}
+    known: dict[tuple, tuple[Shape, set[str]]] = {}
     if source.file is None:
         records = _of_hub(source.hub)
     elif files.kind(source.file) in documents.KINDS:
         records = documents.chunks(source.file, rejects, source.where, **options)
     else:
         records = files.read(source.file, rejects, source.where)
-    for number, record in records:
+    for number, record in public_sets.stitched(iter(records)) if named is None else records:
         if source.limit and number > source.limit:
             break
         rejects.total_seen += 1
         try:
             look = formats.look(record)
-            shape = known.get(look) or known.setdefault(look, formats.shape_of(record, named))
+            if look not in known:
+                found = formats.shape_of(record, named)
+                known[look] = found, found.used()
+            shape, used = known[look]
             parts = formats.convert(record, shape, **written)
             for part in parts if check else ():
                 check(part)
@@ -274,7 +277,6 @@ def _rows(
             error = wrong if isinstance(wrong, RowError) else RowError(UNFORESEEN, f"{type(wrong).__name__}: {wrong}")
             rejects.add(source.where, number, error.reason, error.detail, step="format")
             continue
-        used = shape.columns.values()
         aside = {
             str(key): _aside(value) for key, value in record.items() if key not in used and value not in (None, "")
         }

@@ -33,6 +33,7 @@ SETTINGS = {
     "document too short": "min_document_chars",
     "over max_length": "max_length or over_long",
     "all tokens masked": "max_length or train_on",
+    "two readings": "format or columns as said",
     **dict.fromkeys(("unknown shape", "wrong columns", "no label", "wrong type"), "format or columns"),
 }
 _compact = json.JSONEncoder(separators=(",", ":")).encode
@@ -235,7 +236,7 @@ class Rejects:
         raise TunebookError(f"{clean(what)} holds no rows; name a file that has some.")
 
     def _most_often(self, reasons: Counter) -> tuple[str, str]:
-        """The reason that cost most rows, with its first row, and what to do: "Change …. ", "" where no setting helps."""
+        """The reason that cost most rows with its first row, and "Change …. " where a setting decides it."""
         reason, count = reasons.most_common(1)[0]
         first = self.first[reason]
         setting = SETTINGS.get(reason) or SETTINGS.get(reason.split()[0], "")

@@ -180,9 +180,9 @@ def test_what_json_can_say_is_parsed_as_json_parses_it(value):
     try:
         found = files.parse(text)
     except (ValueError, RowError):
-        assert "NaN" in text or "Infinity" in text
+        assert "Infinity" in text
         return
-    assert found == json.loads(text)
+    assert found == json.loads(text, parse_constant=lambda _: None)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

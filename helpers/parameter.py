@@ -78,7 +78,8 @@ class Param:
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
         bounds = f" from {self.low:g} to {self.high:g}" if type(self.default) in (int, float) else ""
-        bounds += f", or {self.default:g}" * (bool(bounds) and not self.low <= self.default <= self.high)
+        if bounds and not self.low <= self.default <= self.high:
+            bounds += f", or {self.default:g}"
         return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
 
     def line(self) -> str:

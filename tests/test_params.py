@@ -155,3 +155,15 @@ def test_importing_helpers_is_quick_and_brings_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0
+
+
+@pytest.mark.parametrize(
+    "stage, name, value", [("data", "model", ["a"]), ("sft", "run", {}), ("gguf", "outputs", True)]
+)
+def test_a_text_that_is_none_is_refused_by_name(stage, name, value):
+    with pytest.raises(TunebookError, match=f"Parameter {name} is .*a text"):
+        params.resolve(stage, {name: value})
+
+
+def test_off_is_a_choice_however_yaml_spells_it():
+    assert params.resolve("data", {"personal_data": False}).personal_data == "off"

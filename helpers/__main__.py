@@ -1,4 +1,4 @@
-"""The command line: tunebook run | train | serve | chat | report | publish; `tunebook COMMAND --help` says more."""
+"""The command line: tunebook run | train | serve | chat | report | publish | import | check; COMMAND --help says more."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ COMMANDS = {
     "chat": "talk to a run's export or a GGUF file in the terminal",
     "report": "write a run's report and model card, or compare runs",
     "publish": "publish a run to the Hugging Face hub",
+    "import": "write a recipe from a LLaMA-Factory or Axolotl YAML",
 }
-MODULES = {"train": "helpers.train.__main__"}
+MODULES = {"train": "helpers.train.__main__", "import": "helpers.import_recipe"}
 
 
 @command

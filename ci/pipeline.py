@@ -33,7 +33,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tunebook run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", default="", help="its folder under runs/; default: the recipe's name, or default")
+    parser.add_argument("--run", help="its folder under runs/; default: the recipe's name, or default")
     parser.add_argument(
         "--recipe",
         default="",
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     options = arguments(argv)
     try:
         folder = parameter.recipe_folder(options.recipe or default_recipe())
-        options.run = options.run or (folder.resolve().name if options.recipe else "default")
+        options.run = (folder.resolve().name if options.recipe else "default") if options.run is None else options.run
         runs.run_folder(options.run)  # a bad name is refused before anything is written
         first, last = STAGES.index(_stage(options.first or "01")), STAGES.index(_stage(options.last))
         if first > last:

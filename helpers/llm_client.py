@@ -10,6 +10,7 @@ were given (`Client.served`): another model behind the same address gets none of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -170,7 +171,7 @@ class Client:
         import openai
 
         create = functools.partial(self._openai.chat.completions.create, **PROBE.body(self.model))
-        record: dict[str, Any] = {"entry": self.entry}
+        record: dict[str, Any] = {"entry": self.entry, "server": self._server()}
         try:
             try:
                 choice = create(logprobs=True).choices[0]
@@ -184,7 +185,7 @@ class Client:
         for name, one in known.items():
             pairs = zip(one["logprobs"], record["logprobs"], strict=False)
             near = all(abs(a - b) < SAME_LOGPROB for a, b in pairs)
-            if near and one["entry"] == record["entry"] and one["text"] == record["text"]:
+            if near and all(one.get(part) == record[part] for part in ("entry", "server", "text")):
                 return name
         if known:
             print(f"{self.endpoint} is another model than when its answers were kept: they are not used.", flush=True)
@@ -192,6 +193,22 @@ class Client:
         if self.answers:
             self.answers.put("servers", {**known, name: record})
         return name
+
+    def _server(self) -> list[Any]:
+        """What llama.cpp, Ollama and SGLang say of the file that they serve; nothing from other servers."""
+        import httpx
+
+        root, found = self.endpoint.base_url.rstrip("/").removesuffix("/v1"), list[Any]()
+        for where in ("/props", "/api/tags", "/get_model_info"):
+            with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError, TypeError):
+                told = httpx.get(root + where, timeout=5).raise_for_status().json()
+                files = [
+                    one.get("digest")
+                    for one in told.get("models", ())
+                    if self.model in (one.get("name"), one.get("model"))
+                ]
+                found += [told.get("model_path"), told.get("chat_template"), told.get("build_info"), *files]
+        return [part for part in found if part]
 
     # ------------------------------------------------------------ asking
 

@@ -23,6 +23,7 @@ TRAIN_ON = "last all everything last_no_thoughts all_no_thoughts"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
 UNITS = "rows packed tokens"
+METRICS = "exact number choice f1 rouge_l chrf regex"
 
 
 @dataclass(repr=False)
@@ -265,7 +266,7 @@ class EvalParams(Params):
     loss_increase: float = more(0.15, "Loss on general text may rise by this, else 'forgot'", "nats per token", high=10)
     task_drop: float = more(0.15, "General questions, refusals and manners may lose this share", high=1)
     forgetting_gguf: bool = more(False, "Measure forgetting and preferences on GGUF files too")
-    reference_metric: str = more("f1", "What counts as right in free text", choices="exact f1 rouge_l chrf")
+    reference_metric: str = more("f1", "What counts as right in free text", choices=METRICS)
     contamination_share: float = more(0.5, "Share of 8-grams found in training: scored apart", low=0.01, high=1)
     harness_include: str = more("", "Folder with YAML tasks of your own")
     harness_limit: int = more(0, "Items per harness task; 0: all", "items", high=10**6)

@@ -165,7 +165,7 @@ class Session:
     """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
     the cache; end: text of the token that ends a turn, for GGUF files.
 
-    What an endpoint answered belongs to the model that the server serves now, whatever its address and name.
+    What an endpoint answered belongs to the model that the server serves now and to the candidate's name.
     """
 
     def __init__(self, candidate: Candidate, place: str | Path, end: str = ""):
@@ -176,8 +176,8 @@ class Session:
         if candidate.kind == "endpoint":
             servers = Answers(place, cache.key("endpoint", candidate.address))
             self._reader = RemoteModel(client(candidate.address, servers))
-        content = self._reader.client.served if self._reader else candidate.content()
-        self.store = Answers(place, cache.key(content))
+        content = [self._reader.client.served, candidate.name] if self._reader else [candidate.content()]
+        self.store = Answers(place, cache.key(*content))
 
     def __enter__(self) -> Session:
         return self

@@ -27,7 +27,7 @@ from helpers.model import loading
 from helpers.model.stop_tokens import end_of_turn
 from helpers.params import EvalParams
 from helpers.runs import Manifest, Stage
-from helpers.tasks import made_up_database, questions, text_metrics, text_to_sql
+from helpers.tasks import extraction, made_up_database, questions, text_metrics, text_to_sql
 from helpers.tasks.questions import Answer, Decoding
 
 UNSCORED = dict.fromkeys(("sql", "score", "valid", "structural", "result"))
@@ -68,6 +68,7 @@ class Evaluation(steps.Job):
         tokenizer = loading.load_tokenizer(first) if first else None
         self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
         self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
+        self.thinking = extraction.thinking_marks(tokenizer) if tokenizer else ()
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
         kind = questions.task_kind(items, self.database)
@@ -83,9 +84,11 @@ class Evaluation(steps.Job):
         p = self.params
         label = {
             "text_to_sql": "execution accuracy" if self.database else "execution agreement on synthetic databases",
-            "references": text_metrics.METRICS[p.reference_metric],
+            "references": (text_metrics.METRICS | text_metrics.NAMED)[p.reference_metric],
             "none": "no references: not scored",
         }[kind]
+        if kind == "references" and any(text_metrics.calls(row["reference"]) for row in rows):
+            label = f"tool calls, else {label}"
         task = {"kind": kind, "label": label, "n": len(rows), "template_hash": self.template_hash}
         task["n_nonempty"] = sum(bool(row["nonempty"]) for row in rows) if kind == "text_to_sql" else None
         task["decoding"] = {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature}
@@ -154,7 +157,7 @@ class Evaluation(steps.Job):
             m.tasks |= harness.run(session, self.more_tasks, self.include, p.harness_limit, p.seed)
         if kind == "hf" or (kind == "gguf" and p.forgetting_gguf):
             m.loss = forgetting.text_loss(session, self.texts) if self.texts else None
-            m.shares = forgetting.chat(session, self.talk) if self.talk else {}
+            m.shares = forgetting.chat(session, self.talk, self.thinking) if self.talk else {}
             m.preference = preferences.score(session, self.pairs) if self.pairs else None
             if p.general_tasks:
                 folder = cache.folder() / "tasks"
@@ -164,12 +167,15 @@ class Evaluation(steps.Job):
         return m
 
     def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
+        text = extraction.without_thinking(answer.text, self.thinking)
         entry: dict[str, Any] = {**UNSCORED, "error": "", "detail": ""}
-        entry |= {"text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+        if text != answer.text.strip():
+            entry["thought"] = answer.text
+        entry |= {"text": text, "tokens": answer.tokens, "stopped": answer.stopped}
         if sql := self._judges.get(item.id):
-            entry |= sql.score(answer.text, item.reference, answer.stopped)
+            entry |= sql.score(text, item.reference, answer.stopped)
         elif self.findings.task["kind"] == "references":
-            entry |= text_metrics.entry(answer.text, item.reference, self.params.reference_metric)
+            entry |= text_metrics.entry(text, item.reference, self.params.reference_metric)
         failed = {"error": "no_answer", "detail": answer.failed, "valid": None, "structural": None}
         return entry | (failed if answer.failed else {})
 

@@ -19,6 +19,7 @@ from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
 from helpers.tasks import text_metrics
+from helpers.tasks.extraction import Marks, without_thinking
 from helpers.tasks.questions import Decoding
 
 CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
@@ -55,7 +56,7 @@ def text_loss(session: Session, texts: Sequence[str]) -> dict[str, Any]:
     return {**found, "per_text": per_text}
 
 
-def chat(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def chat(session: Session, rows: Sequence[dict[str, Any]], thinking: Marks = ()) -> dict[str, float]:
     """The shares that pass: "refusals" of prompts to be refused, "chat manners" of small talk."""
     prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     answers, _ = session.answers(prompts, Decoding(CHAT_TOKENS), f"{session.candidate.name}, manners")
@@ -63,7 +64,7 @@ def chat(session: Session, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     for row, answer in zip(rows, answers, strict=True):
         if row.get("kind") in CHECKS and not answer.failed:
             label, passes = CHECKS[row["kind"]]
-            passed.setdefault(label, []).append(passes(answer.text))
+            passed.setdefault(label, []).append(passes(without_thinking(answer.text, thinking)))
     return {label: sum(one) / len(one) for label, one in passed.items()}
 
 

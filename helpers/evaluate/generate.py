@@ -15,7 +15,8 @@ from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
 from helpers.model.loading import fast_bf16
 from helpers.model.packed_attention import common_length, head_dim
-from helpers.model.stop_tokens import end_of_turn, stop_tokens
+from helpers.model.stop_tokens import end_of_turn, special_pattern, special_tokens, stop_tokens
+from helpers.tasks.extraction import thinking_marks
 from helpers.tasks.questions import Answer, Decoding
 
 ROWS = 256  # answers at once at most; finished rows leave, and the fewer the batches, the fewer steps with few rows
@@ -41,6 +42,8 @@ class HfModel:
         self.model, self.tokenizer = model.eval(), tokenizer
         configured = getattr(model.generation_config, "eos_token_id", None)
         self.stops = set(stop_tokens(tokenizer, configured))
+        marks = str(thinking_marks(tokenizer))
+        self._kept = {text for text in special_tokens(tokenizer) if text in marks}  # control tokens that mark thinking
         self.fast = prefix_cache.supports(model)
         self._packed: dict[Any, Callable] | None = None
         self._proven = False
@@ -72,8 +75,10 @@ class HfModel:
         answers: dict[int, Answer] = {}
 
         def finish(index: int, ids: list[int], stopped: bool) -> None:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            answers[index] = Answer(text, len(ids) + stopped, stopped)
+            text = self.tokenizer.decode(ids, skip_special_tokens=not self._kept)
+            if self._kept:
+                text = special_pattern(self.tokenizer).sub(lambda m: m[0] if m[0] in self._kept else "", text)
+            answers[index] = Answer(text.strip(), len(ids) + stopped, stopped)
             if done:
                 done(index, answers[index])
 

@@ -19,6 +19,7 @@ from typing import Any
 from helpers import cache
 from helpers.errors import TunebookError
 from helpers.evaluate.candidates import Session
+from helpers.gguf import header
 from helpers.gguf.runner import GgufModel
 from helpers.model.loading import hub_error
 
@@ -115,16 +116,19 @@ def _runtime_model(reader: GgufModel) -> Any:
 
         tokenizer_name = reader.path.name
         eot_token_id = reader.ends()[0]
+        prefix_token_id = header.check(reader.path).metadata.get("tokenizer.ggml.bos_token_id", eot_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return reader.tokenize(string, bool(add_special_tokens))
+            """With the model's BOS where it has one, once, as HFLM encodes."""
+            ids = reader.tokenize(string, add_special_tokens is not False)
+            return ids[1:] if ids[:2] == [reader.bos, reader.bos] else ids
 
         def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
             scored = reader.score([(context, continuation) for _, context, continuation in requests])
             return [(sum(values), greedy) for values, greedy in scored]
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            texts = [([self.eot_token_id], self.tok_encode(request.args[0])) for request in requests]
+            texts = [([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
             return [sum(values) for values in reader.logprobs(texts)]
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -133,7 +137,7 @@ def _runtime_model(reader: GgufModel) -> Any:
                 until = how.get("until") or []
                 warmth = float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0
                 stops = [until] if isinstance(until, str) else list(until)
-                ids, most = reader.tokenize(text, add_special=True), int(how.get("max_gen_toks", 256))
+                ids, most = self.tok_encode(text), int(how.get("max_gen_toks", 256))
                 reader.ask("generate", [ids], most, warmth, 17, stops, on_event=lambda made: found.append(made[1]))
             return found
 

@@ -53,11 +53,12 @@ class GgufModel:
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of the conversation with the generation prompt; one BOS where the model has one."""
         ids = self.tokenize(self.ask("apply_template", list(messages)), True)
-        return ids[1:] if self._bos and ids[:2] == 2 * self._bos else ids
+        return ids[1:] if ids[:2] == [self.bos, self.bos] else ids
 
     @functools.cached_property
-    def _bos(self) -> list[int]:
-        return self.tokenize("", True)[:1]
+    def bos(self) -> int | None:
+        """The BOS that the model wants before a text; None for one without."""
+        return next(iter(self.tokenize("", True)), None)
 
     def tokens(self, text: str, end: bool = False) -> list[int]:
         """Token ids of plain text, with the end of turn after it when `end`."""

@@ -8,18 +8,19 @@ being right, not proof of it (Zhong et al. 2020, https://arxiv.org/abs/2010.0284
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.tasks import text_to_sql
+from helpers.tasks import extraction, text_to_sql
 from helpers.tasks.questions import CREATE_TABLE
 from helpers.tasks.sqlite_reader import Database
 
 DATABASES, ROWS, ATTEMPTS = 4, 24, 6
 _WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "juniper")
 _NUMERIC = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC", "BOOL")
-Tables = dict[str, dict[str, str]]  # table → column → "number" | "text"
+Tables = dict[str, dict[str, str]]  # table → column → declared type
 
 
 def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASES) -> list[Database]:
@@ -27,7 +28,7 @@ def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASE
 
     One that the reference finds empty is drawn anew a few times. Raises TunebookError when the schema cannot be read.
     """
-    tables = parse(schema)
+    tables, reference = parse(schema), extraction.query(reference)
     wanted = literals(reference, tables)
     made = []
     for number in range(count):
@@ -40,7 +41,8 @@ def databases(schema: str, reference: str, seed: int = 17, count: int = DATABASE
 
 
 def parse(schema: str) -> Tables:
-    """The tables and columns of the CREATE TABLE statements in a text."""
+    """The tables of the CREATE TABLE statements in a text, each column with its declared type, which decides in SQLite
+    how its values are kept and compared (https://www.sqlite.org/datatype3.html)."""
     from sqlglot import exp
 
     found: Tables = {}
@@ -53,17 +55,20 @@ def parse(schema: str) -> Tables:
         tree = text_to_sql.parsed(schema[match.start() : end + 1])
         if not isinstance(tree, exp.Create) or not isinstance(tree.this, exp.Schema):
             continue
-        columns = {}
-        for column in tree.this.find_all(exp.ColumnDef):
-            kind = column.args["kind"].sql(dialect="sqlite").upper() if column.args.get("kind") else ""
-            columns[column.name] = "number" if any(word in kind for word in _NUMERIC) else "text"
-        columns = columns or {i.name: "text" for i in tree.this.expressions if isinstance(i, exp.Identifier)}
+        kinds = {c.name: c.args.get("kind") for c in tree.this.find_all(exp.ColumnDef)}
+        columns = {name: kind.sql(dialect="sqlite") if kind else "" for name, kind in kinds.items()}
+        columns = columns or {i.name: "" for i in tree.this.expressions if isinstance(i, exp.Identifier)}
         if columns:
             found[tree.this.this.name] = columns
     if not found:
         seen = f"No CREATE TABLE could be read in {schema[:80]!r}"
         raise TunebookError(f"{seen}; without tables no query can be run. Mend the schema.")
     return found
+
+
+def is_number(declared: str) -> bool:
+    """Whether columns of a declared type hold numbers."""
+    return any(word in declared.upper() for word in _NUMERIC)
 
 
 def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
@@ -97,7 +102,8 @@ def _build(tables: Tables, wanted: dict[str, list[Any]], rng: random.Random) -> 
     told = []
     shared = [rng.choice(_WORDS) + str(i % 7) for i in range(8)]  # one pool of text, so that joins meet
     for table, columns in tables.items():
-        names = ", ".join(text_to_sql.quote(c) + (" NUMERIC" if k == "number" else "") for c, k in columns.items())
+        types = {column: re.sub(r"[^\w ,()]", "", kind) for column, kind in columns.items()}
+        names = ", ".join(f"{text_to_sql.quote(column)} {kind}" for column, kind in types.items())
         rows = [_row(columns, wanted, shared, rng) for _ in range(rng.randint(ROWS // 2, ROWS))]
         name = text_to_sql.quote(table)
         insert = f"INSERT INTO {name} VALUES ({', '.join('?' * len(columns))})"
@@ -117,6 +123,6 @@ def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str
         elif name == "id" or name.endswith("_id"):
             value = rng.randint(1, 12)
         else:
-            value = rng.randint(0, 100) if kind == "number" else rng.choice(shared)
+            value = rng.randint(0, 100) if is_number(kind) else rng.choice(shared)
         row.append(None if rng.random() < 0.03 else value)
     return row

@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.tasks import extraction
 
 CLUSTERS = ("database", "db_id", "document", "doc_id", "cluster")  # columns that say what items share
 CREATE_TABLE = re.compile(r"\bCREATE\s+(?:TEMP\w*\s+)?TABLE\b", re.IGNORECASE)
-QUERY = re.compile(r"\s*\(*\s*(?:SELECT|WITH|VALUES)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
 def task_kind(items: Sequence[Item], database: Path | None) -> str:
     """ "text_to_sql" (queries, and a database or CREATE TABLE in the prompts), "references" or "none"."""
     references = [i.reference for i in items if i.reference.strip()]
-    queries = sum(bool(QUERY.match(r)) for r in references)
+    queries = sum(map(extraction.is_query, references))
     if references and queries >= 0.9 * len(references) and (database is not None or any(i.schema for i in items)):
         return "text_to_sql"
     return "references" if references else "none"

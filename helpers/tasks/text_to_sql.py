@@ -7,26 +7,24 @@ CREATE TABLE is known, the databases are made up (made_up_database.py) and agree
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from helpers.errors import TunebookError
+from helpers.tasks import extraction
 from helpers.tasks.sqlite_reader import Database, Result, execute, open_readonly, quote  # noqa: F401 - the judge's
 
-SHOWN_ROWS, SHOWN_CHARS = 10, 200
-_VERBS = (
-    r"(?:SELECT|WITH|VALUES|INSERT|UPDATE|DELETE|DROP|CREATE|ALTER|ATTACH|DETACH|PRAGMA|REPLACE|VACUUM|EXPLAIN|BEGIN"
-    r"|REINDEX|ANALYZE)"
-)
-# Up to the first semicolon outside quotes and comments.
-_STATEMENT = r"""(?:'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|[^;])*"""
+SHOWN_ROWS, SHOWN_CHARS, SEVERAL = 10, 200, 8
+Ties = list[list[tuple]]
 #: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
 ERROR_KINDS = {
     "empty": "no answer",
     "no_sql": "no query in the answer",
+    "several": "different queries, none of them called the answer",
     "unfinished": "cut off before the end of its turn",
     "syntax": "not SQL this database can parse",
     "unknown_table": "a table that does not exist",
@@ -53,18 +51,75 @@ def parsed(sql: str) -> Any:
 # ---------------------------------------------------------------- comparing answers
 
 
-def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple]) -> bool:
+def same_answer(gold_sql: str, rows_a: list[tuple], rows_b: list[tuple], ties: Ties | None = None) -> bool:
     """Whether two row lists answer `gold_sql` alike: as multisets, in order only under a top-level ORDER BY.
 
-    Floats are compared to nine digits, 1 equals 1.0, text never equals a number. Multisets as in Spider's test suite
-    (Zhong et al. 2020, https://arxiv.org/abs/2010.02840).
+    Floats are compared to twelve digits, near zero to 1e-9; 1 equals 1.0, text never equals a number. ties: what
+    `tied_rows` found, whose groups may come in any order. Multisets as in Spider's test suite (Zhong et al. 2020,
+    https://arxiv.org/abs/2010.02840).
     """
+    if len(rows_a) != len(rows_b):
+        return False
+    if all(map(_close, rows_a, rows_b)) or (ties and _fits(rows_b, ties)):
+        return True
+    return not has_order(gold_sql) and all(map(_close, sorted(rows_a, key=_place), sorted(rows_b, key=_place)))
 
-    def rounded(value: object) -> object:
-        return float(f"{value:.9g}") if isinstance(value, float) and not value.is_integer() else value
 
-    left, right = ([tuple(map(rounded, row)) for row in rows] for rows in (rows_a, rows_b))
-    return left == right or (Counter(left) == Counter(right) and not has_order(gold_sql))
+def _close(a: tuple, b: tuple) -> bool:
+    def close(x: Any, y: Any) -> bool:
+        if isinstance(x, (int, float)) and isinstance(y, (int, float)) and float in (type(x), type(y)):
+            return math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-9)
+        return type(x) is type(y) and x == y
+
+    return len(a) == len(b) and all(map(close, a, b))
+
+
+def _place(row: tuple) -> tuple:
+    """Sorts rows so that those that differ in a float's last digits stand in the same place."""
+    numbers = [value for value in row if isinstance(value, (int, float))]
+    return [str(v) if type(v) in (str, bytes, type(None)) else "" for v in row], [f"{n:.6e}" for n in numbers], numbers
+
+
+def _fits(rows: list[tuple], ties: Ties) -> bool:
+    """Whether rows come group by group; of the last one, which a LIMIT may cut, any."""
+    for group in ties:
+        part, rows = rows[: len(group)], rows[len(group) :]
+        left = list(group)
+        for row in part:
+            if (found := next((i for i, one in enumerate(left) if _close(one, row)), None)) is None:
+                return False
+            del left[found]
+        if not rows:
+            return True
+    return False
+
+
+def tied_rows(connection: Database, sql: str, result: Result) -> Ties | None:
+    """The rows of a query in groups with equal sort keys, the last one whole whatever the LIMIT; None without an order,
+    or where the keys cannot be had."""
+    from sqlglot import exp
+
+    tree = parsed(sql) if result.ok and has_order(sql) else None
+    if not isinstance(tree, exp.Query) or not tree.args.get("order"):
+        return None
+    names, keys, width = [c.lower() for c in result.columns], list[int](), len(result.columns)
+    if not tree.args.get("offset"):
+        tree.set("limit", None)
+    for term in (ordered.this for ordered in tree.args["order"].expressions):
+        if isinstance(term, exp.Literal) and term.is_int:
+            keys.append(int(term.this) - 1)
+        elif isinstance(term, exp.Column) and not term.table and term.name.lower() in names:
+            keys.append(names.index(term.name.lower()))
+        elif isinstance(tree, exp.Select) and not tree.args.get("distinct"):
+            tree.select(term.copy(), copy=False)
+            keys.append(width)
+            width += 1
+        else:
+            return None
+    rows = execute(connection, tree.sql("sqlite")).rows
+    groups = itertools.groupby(rows, key=lambda row: [row[key] for key in keys])
+    ties = [[row[: len(names)] for row in group] for _, group in groups]
+    return ties if _fits(result.rows, ties) else None
 
 
 def has_order(sql: str) -> bool:
@@ -124,20 +179,8 @@ def canonical(query: str) -> str | None:
 
 
 def extract(text: str) -> str | None:
-    """The query in an answer: a fenced block, else from the first SQL verb at the start of a line or sentence, if any.
-
-    Generous on purpose: a base model that explains its query is not failed for the explanation.
-    """
-    fenced = re.search(r"```[a-zA-Z]*\s*\n?(.*?)(?:```|\Z)", text, re.DOTALL)
-    body = fenced.group(1) if fenced and re.search(rf"\b{_VERBS}\b", fenced.group(1), re.IGNORECASE) else text
-    body = body.replace("```", " ").strip().removeprefix("sqlite").removeprefix("sql").strip()
-    start = re.match(rf"\(*\s*{_VERBS}\b", body, re.IGNORECASE) or re.search(
-        r"\bSELECT\b[^.]*?\bFROM\b|^[ \t]*WITH\s+\w+\s+AS\b|\bSELECT\s", body, re.IGNORECASE | re.DOTALL | re.MULTILINE
-    )
-    if not start:
-        return None
-    query, *_ = re.findall(_STATEMENT, body[start.start() :], re.DOTALL)
-    return query.strip().split("\n\n")[0].strip() or None
+    """The query in an answer, the first of several; None where there is none."""
+    return next(iter(extraction.queries(extraction.without_thinking(text))), None)
 
 
 class Judge:
@@ -153,6 +196,7 @@ class Judge:
             )
         self.connections = list(connections)
         self._gold: dict[str, list[Result]] = {}
+        self._read: dict[str, tuple[str, list[Ties | None]]] = {}  # each reference's query and its ties
 
     def close(self) -> None:
         for connection in self.connections:
@@ -160,8 +204,13 @@ class Judge:
 
     def gold(self, reference: str) -> list[Result]:
         if reference not in self._gold:
-            self._gold[reference] = [execute(c, reference) for c in self.connections]
+            query = extraction.query(reference, self._compiles)
+            self._gold[reference] = found = [execute(c, query) for c in self.connections]
+            self._read[reference] = query, list(map(tied_rows, self.connections, [query] * len(found), found))
         return self._gold[reference]
+
+    def _compiles(self, sql: str) -> bool:
+        return execute(self.connections[0], f"EXPLAIN {sql}").ok
 
     def nonempty(self, reference: str) -> bool:
         """Whether the reference returns at least one row with a value in it."""
@@ -175,19 +224,28 @@ class Judge:
         if failed := next((r for r in gold if not r.ok), None):
             detail = f"the reference itself fails: {failed.error[:SHOWN_CHARS]}"
             return {**entry, "score": None, "valid": None, "structural": None, "detail": detail}
-        if not text.strip():
-            return {**entry, "error": "empty", "detail": "the answer is empty"}
-        query = extract(text)
-        if query is None:
+        if not (text := extraction.without_thinking(text)):
+            kind, detail = ("empty", "the answer is empty") if stopped else ("unfinished", "cut off before an answer")
+            return {**entry, "error": kind, "detail": detail}
+        found = extraction.queries(text, self._compiles)
+        if not found:
             return {**entry, "error": "no_sql", "detail": "no query was found in the answer"}
-        entry["sql"] = query
-        found = [execute(c, query) for c in self.connections]
+        judged = [self._judged(entry | {"sql": sql}, reference, stopped) for sql in found[:SEVERAL]]
+        worst = min(judged, key=lambda one: one["score"])
+        if worst["score"] < max(one["score"] for one in judged):
+            return {**worst, "error": "several", "detail": f"{len(found)} different queries, not all of them right"}
+        return worst
+
+    def _judged(self, entry: dict[str, Any], reference: str, stopped: bool) -> dict[str, Any]:
+        """The entry with what its query came to."""
+        found = [execute(c, entry["sql"]) for c in self.connections]
         if bad := next((r for r in found if not r.ok), None):
             kind = "unfinished" if bad.kind == "syntax" and not stopped else bad.kind
             return {**entry, "error": kind, "detail": bad.error[:SHOWN_CHARS]}
-        entry |= {"valid": True, "result": shown(found[0]), "structural": same_structure(query, reference)}
-        for mine, theirs in zip(found, gold, strict=True):
-            if not same_answer(reference, theirs.rows, mine.rows):
+        query, all_ties = self._read[reference]
+        entry |= {"valid": True, "result": shown(found[0]), "structural": same_structure(entry["sql"], query)}
+        for mine, theirs, ties in zip(found, self.gold(reference), all_ties, strict=True):
+            if not same_answer(query, theirs.rows, mine.rows, ties):
                 kind, detail = _difference(mine, theirs)
                 return {**entry, "error": kind, "detail": detail}
         return {**entry, "score": 1.0}

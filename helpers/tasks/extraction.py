@@ -208,7 +208,7 @@ def _statements(text: str, compiles: Callable[[str], bool] | None) -> Iterator[S
 
 def _scan(content: str, rank: int, compiles: Callable[[str], bool] | None) -> Iterator[Statement]:
     place = tries = 0
-    while (begin := _START.search(content, place)) and tries < 200:
+    while (begin := _START.search(content, place)) and tries < 100:
         place, start = begin.end(), begin.start(begin.lastindex or 0)
         word, before = begin[begin.lastindex or 0], content[max(0, start - 80) : start]
         if not begin.lastindex or _INNER.search(before) or (word.upper() == "VALUES" != word and before.strip()):
@@ -247,9 +247,13 @@ def _read(content: str, start: int, rank: int, compiles: Callable[[str], bool] |
         apart = following[0].isalnum() or following[0] in "|#`" or gap(count).count("\n") > 1
         return "\n" in gap(count) and apart and not _KEYWORD.match(following)
 
+    def refused(count: int) -> bool:
+        return _state(upto(count)) == "refused"
+
     accepted = len(tokens)
-    if _state(upto(accepted)) == "refused":
-        accepted = bisect.bisect_left(range(1, accepted), True, key=lambda n: _state(upto(n)) == "refused")
+    if refused(accepted):
+        ahead = next(n for n in (1 << power for power in range(13)) if n >= accepted or refused(n))
+        accepted = bisect.bisect_left(range(1, min(ahead, accepted)), True, key=refused)
     stopped, whole = accepted < len(tokens), accepted
     marks = "|*<_~,-"  # read as operators, though they stand behind the statement
     while whole and (tokens[whole - 1][0] in marks or (stopped and tokens[whole - 1][0].lower() in ("or", "and"))):

@@ -373,6 +373,29 @@ def test_the_runtimes_logits_score_harness_tasks_for_gguf_as_the_weights_do(tiny
     assert found[task]["n"] == 8 and 0 <= found[task]["metrics"]["acc"]["value"] <= 1
 
 
+def test_harness_tasks_read_a_gguf_with_the_bos_that_the_model_wants(tiny, lively, tiny_gguf, tmp_path, general):
+    from gguf import GGUFReader
+    from tokenizers import processors
+
+    begins = tmp_path / "begins.gguf"
+    begins.write_bytes(tiny_gguf.read_bytes())
+    flag = GGUFReader(begins, "r+").fields["tokenizer.ggml.add_bos_token"]
+    flag.parts[flag.data[0]][0] = True
+    tokenizer = loading.load_tokenizer(lively)
+    bos, token = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", f"{bos} $A $B", [(bos, token)]
+    )
+    theirs = harness.evaluate(generate.HfModel(tiny.model, tokenizer), [general[0]], general[1], limit=4, seed=1)
+    with candidates.Session(candidates.Candidate("gguf", "gguf", "gguf", "x", begins), tmp_path, end="<|im_end|>") as s:
+        ours = harness.run(s, [general[0]], general[1], limit=4)
+        runtime = harness._runtime_model(s.reader)
+        assert ours[general[0]]["metrics"]["acc"] == theirs[general[0]]["metrics"]["acc"]
+        assert runtime.prefix_token_id == token
+        assert runtime.tok_encode("Bees")[0] == token != runtime.tok_encode("Bees", False)[0]
+        assert runtime.tok_encode(f"{bos}Bees") == runtime.tok_encode("Bees") == tokenizer("Bees")["input_ids"]
+
+
 def test_an_unknown_task_is_refused_with_a_sentence(lively, tmp_path, general):
     with (
         candidates.Session(as_candidate(lively), tmp_path) as s,
@@ -489,14 +512,19 @@ def test_an_endpoint_that_dies_on_the_way_keeps_what_it_answered_and_is_asked_no
 class Voice(BaseHTTPRequestHandler):
     """A server with a model that says `says`, whatever it is asked."""
 
-    says = "one"
+    says, file = "one", ""
 
     def do_GET(self):
-        self.send_error(404)
+        if self.path == "/props" and self.file:
+            return self.answer({"model_path": self.file})
+        return self.send_error(404)
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.dumps({"choices": [{"message": {"content": self.says}, "finish_reason": "stop"}]}).encode()
+        self.answer({"choices": [{"message": {"content": self.says}, "finish_reason": "stop"}]})
+
+    def answer(self, value):
+        body = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -521,6 +549,11 @@ def test_another_model_behind_the_same_address_and_name_is_asked_anew(tmp_path):
         assert answers() == ({"two"}, 0)
         Voice.says = "one"
         assert answers() == ({"one"}, 3)
+        Voice.file = "other.gguf"  # the same words from another file
+        assert answers() == ({"one"}, 0) and answers() == ({"one"}, 3)
+        candidate = candidates.find({}, "", f"called={url}#m")[0]
+        assert answers() == ({"one"}, 0)
+        Voice.file = ""
 
 
 def test_a_real_server_answers_as_a_candidate(tiny_gguf, tmp_path, monkeypatch):

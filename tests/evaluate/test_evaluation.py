@@ -418,6 +418,23 @@ def test_answers_against_references_run_end_to_end(planted, tiny_llama, runs_roo
     )
 
 
+def test_thinking_is_kept_apart_and_not_judged(planted, tiny_llama, runs_root, tmp_path, monkeypatch):
+    url, rows = planted
+    rows = [{**r, "sql": "Lima"} for r in rows[:5]]
+    for row in rows:
+        monkeypatch.setitem(Planted.table, row["question"], "<think>\nOslo?\n</think>\n\nLima")
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / "cache"))
+    data_stage("thinking", rows, tiny_llama, database=False)
+    given = {"run": "thinking", "candidates": "", "extra_candidates": f"good={url}/good/v1#good", **QUIET}
+    job = evaluation.open(params.resolve("eval", {**given, "reference_metric": "choice"}))
+    assert job.findings.task["label"] == "multiple choice"
+    job = evaluation.open(params.resolve("eval", {**given, "reference_metric": "exact"}))
+    job.measure()
+    first, second = (row["answers"]["good"] for row in job.findings.answers()[:2])
+    assert first["score"] == 0 and "thought" not in first
+    assert second["score"] == 1 and second["text"] == "Lima" and "Oslo?" in second["thought"]
+
+
 def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
     planted, tiny_llama, runs_root, tmp_path, monkeypatch
 ):

@@ -104,7 +104,7 @@ def new_tokens(base: Any, tokenizer: Any) -> list[str]:
     return sorted(vocabulary.keys() - known.keys(), key=vocabulary.__getitem__)
 
 
-def of_run(data: Path, base: Path) -> Path:
+def of_run(data: Path, base: Path | None) -> Any:
     """Folder of a run's tokenizer with its template and added tokens, as the data stage in `data` left it; the base's
     own where it left none."""
     return data / "tokenizer" if (data / "tokenizer" / "tokenizer.json").is_file() else base

@@ -46,7 +46,8 @@ class Candidate:
 
     kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); address: an
     endpoint's, url#model. made_from: the candidate that it was exported from. onto: what the adapter is merged into,
-    "16bit" or "nf4". trouble: why it cannot be judged, known already while looking for it.
+    "16bit" or "nf4". tokenizer: folder of the run's, where it is not the model's own. trouble: why it cannot be judged,
+    known already while looking for it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Candidate:
     address: str = ""
     made_from: str = ""
     onto: str = "16bit"
+    tokenizer: Path | None = None
     trouble: str = ""
 
     @property
@@ -72,6 +74,7 @@ class Candidate:
     def content(self) -> str:
         """Hash of all in its files that decides its answers: the cache's name for it. Endpoints have none."""
         files = [cache.content_hash(p) if p else "" for p in (self.path, self.adapter)]
+        files += [cache.content_hash(self.tokenizer)] if self.tokenizer else []
         if self.kind == "gguf":
             return cache.key("gguf", files, machine.versions()["versions"].get("xllamacpp", ""))
         return cache.key("hf", files, self.onto, str(loading.dtype()))
@@ -119,9 +122,12 @@ def _base(stages: Mapping[str, Manifest]) -> Candidate:
     used = [stages[s].data.get("model") for s in ("sft", "orpo", "data") if s in stages]
     known: dict[str, Any] = next(filter(None, used), {})
     name = known.get("name") or loading.DEFAULT_MODEL
-    if known and (Path(known["path"]) / "config.json").is_file():
-        return Candidate("base", "base", "hf", name, Path(known["path"]))
-    return Candidate("base", "base", "hf", name, **_resolved(name))
+    here = known and (Path(known["path"]) / "config.json").is_file()
+    found: dict[str, Any] = {"path": Path(known["path"])} if here else _resolved(name)
+    data = stages.get("data")
+    if data and (data.data.get("chat_template") or data.params.get("add_tokens")):
+        found["tokenizer"] = vocabulary.of_run(data.path, found.get("path"))
+    return Candidate("base", "base", "hf", name, **found)
 
 
 def _trained(stage: str, manifest: Manifest, base: Candidate) -> Candidate:
@@ -206,6 +212,9 @@ class Session:
                 merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
                 return HfModel(loading.load_model(merged), loading.load_tokenizer(merged))
         model, tokenizer = loading.load_model(path), loading.load_tokenizer(path)
+        if self.candidate.tokenizer:
+            own, tokenizer = tokenizer, loading.load_tokenizer(self.candidate.tokenizer)
+            vocabulary.add_tokens(model, own, vocabulary.new_tokens(own, tokenizer))  # as training began
         if adapter is not None:
             if (adapter / "tokenizer.json").is_file():
                 tokenizer = loading.load_tokenizer(adapter)

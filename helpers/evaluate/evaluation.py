@@ -11,12 +11,13 @@ job.finish()                         the manifest
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from helpers import cache, display, machine, plots, runs, steps
-from helpers.data import decontamination
+from helpers.data import decontamination, vocabulary
 from helpers.display import Html
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, harness, preferences
@@ -65,17 +66,22 @@ class Evaluation(steps.Job):
         items = questions.read(data.artifact("test.parquet"), p.limit, p.seed)
         judged = candidates.find(stage.parents, p.candidates, p.extra_candidates)
         first = next((c.path for c in judged if c.kind == "hf" and not c.trouble and c.path), None)
-        tokenizer = loading.load_tokenizer(first) if first else None
+        own = vocabulary.of_run(data.path, first)
+        tokenizer = loading.load_tokenizer(own) if own else None
         self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
-        self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)]) if tokenizer else ""
         self.thinking = extraction.thinking_marks(tokenizer) if tokenizer else ()
+        self.end_of_turn = ""
+        if tokenizer and tokenizer.chat_template:
+            self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)])
+        else:
+            self.talk = []  # a model that completes plain text cannot be asked
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
         kind = questions.task_kind(items, self.database)
         self._judges = self._sql_judges(items) if kind == "text_to_sql" else {}
         held: list[bool | None] = [None] * len(items)
         if (data.path / "train.parquet").is_file():
-            prompts = [i.prompt for i in items]
+            prompts = [i.prompt or [{"role": "text", "content": i.reference}] for i in items]
             held = list(decontamination.held(prompts, data.path / "train.parquet", p.contamination_share))
         rows = [self._row(item, known) for item, known in zip(items, held, strict=True)]
         self.findings = Findings(p, self._task(kind, rows, data), items, judged, rows, trained)
@@ -86,6 +92,7 @@ class Evaluation(steps.Job):
             "text_to_sql": "execution accuracy" if self.database else "execution agreement on synthetic databases",
             "references": (text_metrics.METRICS | text_metrics.NAMED)[p.reference_metric],
             "none": "no references: not scored",
+            "text": "mean probability of a token of held-out text",
         }[kind]
         if kind == "references" and any(text_metrics.calls(row["reference"]) for row in rows):
             label = f"tool calls, else {label}"
@@ -127,7 +134,7 @@ class Evaluation(steps.Job):
                 print(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
         if not f.measured:
             raise TunebookError("No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in f.skipped.items()))
-        if self.params.judge and len(f.measured) > 1:
+        if self.params.judge and len(f.measured) > 1 and f.task["kind"] != "text":
             f.judge = self._judge()
         self.found = f.scores()
         results.write(self.stage.path, self.found, f.answers())
@@ -139,7 +146,10 @@ class Evaluation(steps.Job):
     def _measure(self, session: Session) -> Measured:
         p, m, name, kind = self.params, Measured(), session.candidate.name, session.candidate.kind
         items, failed = self.findings.items, list[str]()
-        for seed in self.seeds:
+        if self.findings.task["kind"] == "text":
+            m.entries = self._texts(session)
+            m.by_seed = {str(self.seeds[0]): m.values}
+        for seed in self.seeds if not m.entries else ():
             label = f"{name}, questions" + f", seed {seed}" * (len(self.seeds) > 1)
             how = Decoding(p.max_new_tokens, p.temperature, seed)
             answers, speed = session.answers([i.prompt for i in items], how, label)
@@ -165,6 +175,17 @@ class Evaluation(steps.Job):
                 found = harness.run(session, [task], folder, p.harness_limit, p.seed)
                 m.tasks, m.shares[forgetting.TASK] = m.tasks | found, found[task]["metrics"]["acc"]["value"]
         return m
+
+    def _texts(self, session: Session) -> list[dict[str, Any]]:
+        """How a candidate predicts each held-out text; score: the geometric mean of its tokens' probabilities."""
+        if session.candidate.kind == "endpoint":
+            raise TunebookError("an endpoint gives no probabilities of held-out text")
+        found = session.logprobs([([], item.reference) for item in self.findings.items], "held-out text")
+        entries = []
+        for nats, n in found:
+            seen = {"score": math.exp(nats / n) if n else None, "nats": -nats, "tokens": n, "stopped": None}
+            entries.append({**UNSCORED, **seen, "error": "", "text": "", "detail": f"{-nats:.1f} nats, {n} tokens"})
+        return entries
 
     def _score(self, item: questions.Item, answer: Answer) -> dict[str, Any]:
         text = extraction.without_thinking(answer.text, self.thinking)
@@ -220,6 +241,8 @@ class Evaluation(steps.Job):
             shares = [display.percent(one["value"]) if one else "" for one in others]
             interval = display.interval(accuracy.get("low"), accuracy.get("high"))
             value = c["reason"] or display.percent(accuracy["value"])
+            if found_perplexity := c["scores"].get("perplexity"):
+                value += f" (perplexity {display.number(found_perplexity['value'])})"
             rows.append((c["name"], value, interval, *shares, display.size(c["size_bytes"])))
         shares_of = ("valid SQL", "same structure", "stops by itself")
         head = ("candidate", found["task"]["label"], "95 % interval", *shares_of, "size")

@@ -50,6 +50,8 @@ class HfModel:
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of the conversation, rendered by the tokenizer's own template with the generation prompt."""
+        if not self.tokenizer.chat_template:
+            raise TunebookError("Its tokenizer has no chat template, so it cannot be asked a question")
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.tokens(text)
 

@@ -130,6 +130,8 @@ class Findings:
         if self.task["kind"] == "text_to_sql":
             found["accuracy_nonempty"] = share(m.values, "nonempty")
             found |= {k: statistics.share([e[k] for e in m.entries]) for k in ("valid", "structural")}
+        elif self.task["kind"] == "text":
+            found["perplexity"] = statistics.perplexity([(e["nats"], e["tokens"]) for e in m.entries])
         elif self.task["kind"] == "references":
             found |= {k: share([e["metrics"][k] for e in m.entries]) for k in text_metrics.METRICS}
         if any(row["contaminated"] for row in self.rows):
@@ -140,6 +142,8 @@ class Findings:
         return record | {"status": "scored", "scores": found, "groups": groups, "errors": errors, "speed": m.speed}
 
     def _instructions(self, m: Measured) -> dict[str, Any]:
+        if self.task["kind"] == "text":
+            return {}
         passed = text_metrics.instructions(m.entries, self.items, self.task["kind"])
         return {check: statistics.share(values) for check, values in passed.items()}
 

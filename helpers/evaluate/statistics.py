@@ -59,6 +59,14 @@ def bootstrap(
     return np.concatenate(found)
 
 
+def perplexity(texts: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """A score of scores.json from each text's (nats, tokens): e to the nats a token; texts are resampled."""
+    nats, tokens = np.array(texts, float).T
+    low, high = middle(bootstrap(nats, sizes=tokens))
+    value, low, high = (math.exp(min(x, 50)) for x in (float(nats.sum() / tokens.sum()), low, high))
+    return {"value": value, "low": low, "high": high, "n": len(texts), "unit": "perplexity"}
+
+
 def middle(draws: np.ndarray) -> tuple[float, float]:
     """The central 95 % of bootstrap draws."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

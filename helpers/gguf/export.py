@@ -158,7 +158,7 @@ class ExportJob(steps.Job):
         prompts = [
             tokenizer.apply_chat_template(q, tokenize=True, return_dict=False, add_generation_prompt=True)
             for q in asked[: self.params.fidelity_answers]
-        ]
+        ] or [row[: len(row) // 2] for row in rows[: self.params.fidelity_answers] if len(row) > 1]
         files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
         with closing(made) as reference:
@@ -260,14 +260,15 @@ class ExportJob(steps.Job):
         return rows
 
     def _questions(self, count: int) -> list[list[dict[str, str]]]:
-        """Conversations to answer: test prompts, or the evaluation rows without their last answer."""
+        """Conversations to answer: test prompts, or evaluation rows without their last answer; none of plain text."""
         import pyarrow.parquet as pq
 
         data = self.stage.parents["data"]
-        if (data.path / "test.parquet").is_file():
-            return [item.prompt for item in questions.read(data.path / "test.parquet")[:count]]
+        test = data.path / "test.parquet"
+        if test.is_file() and pq.read_metadata(test).num_rows:
+            return [item.prompt for item in questions.read(test)[:count] if item.prompt]
         found = pq.read_table(data.artifact("eval.parquet"), columns=["messages"])["messages"][:count].to_pylist()
-        return [json.loads(messages)[:-1] for messages in found]
+        return [asked for messages in found if (asked := json.loads(messages)[:-1])]
 
     def _merge_check(self, reference: fidelity.Reference) -> dict[str, float]:
         """Adapter on its base against the merged model, on the first rows: what rounding the merge to 16 bits costs."""

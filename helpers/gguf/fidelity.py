@@ -109,7 +109,7 @@ class Reference:
         self.perplexity = math.exp(min(loss, 700.0))
         self.answers = self._answers()
         held_out = {f"held-out {i + 1}": (c, None) for i, c in enumerate(conversations)}
-        self.conversations = {**probes.conversations(), **held_out}
+        self.conversations = {**probes.conversations(), **held_out} if self.tokenizer.chat_template else {}
         self.texts = [*probes.token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
 
     def weights_kl(self, file: Path, source: Path) -> float | None:

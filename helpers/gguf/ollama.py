@@ -32,6 +32,7 @@ from helpers.runs import write_atomic
 LONGEST_CONTEXT = 8192  # tokens asked for by default: a context costs memory in every runtime
 PRE = "<pre style='font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere'>"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+COMPLETION = "{{ .Prompt }}"
 NO_GO = (
     "The chat template cannot be said in Ollama's Go template: {}. Serve the GGUF with llama.cpp or the merged model "
     "with vLLM, which run the Jinja itself."
@@ -243,11 +244,6 @@ def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", contex
     if not gguf.is_file():
         raise TunebookError(f"There is no GGUF file at {gguf}; run 04_gguf_export first.")
     tokenizer = loading.load_tokenizer(merged)
-    if not tokenizer.chat_template:
-        raise TunebookError(
-            f"The tokenizer in {merged} has no chat template, so no runtime can know how the model was trained; "
-            "export from an instruct model, or save a chat_template.jinja beside the tokenizer."
-        )
     made = from_tokenizer(tokenizer)
     longest = getattr(merging.read_config(merged).get_text_config(), "max_position_embeddings", None)
     settings = merged / "generation_config.json"
@@ -265,7 +261,10 @@ def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", contex
 
 
 def from_tokenizer(tokenizer: Any) -> Modelfile:
-    """The Go template of a tokenizer and its comparison, without a file; `reason` where it cannot be said in Go."""
+    """The Go template of a tokenizer and its comparison, without a file; `reason` where it cannot be said in Go. One
+    without a chat template completes plain text."""
+    if not tokenizer.chat_template:
+        return Modelfile(template=COMPLETION, notes=["The model completes plain text: it has no turns and no roles."])
     render = jinja_renderer(tokenizer)
     try:
         pieces = derive(render, tokenizer.bos_token or "")
@@ -305,7 +304,8 @@ def check_name(name: str) -> None:
 def _commands(merged: Path, gguf: Path, name: str, made: Modelfile) -> dict[str, str]:
     """Exact commands for this very model: runtime -> shell lines. All of them listen on this machine alone."""
     sampling = {k.replace("repeat_", "repetition_"): v for k, v in made.parameters.items() if k != "num_ctx"}
-    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "stop": made.stops, **sampling}
+    asked = {"messages": [{"role": "user", "content": "Hello"}]} if made.template != COMPLETION else {"prompt": "Once"}
+    body = {"model": name, **asked, "stop": made.stops, **sampling}
     values = {"merged": merged, "gguf": gguf, "name": name, "sampling": sampling, "body": body}
     values |= {"modelfile": made.path, "context": made.parameters["num_ctx"]}
     template = merged / "chat_template.jinja"

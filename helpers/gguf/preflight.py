@@ -64,11 +64,17 @@ class Report:
         return display.shown(checks, ("fit for export", "", "found")) + below
 
 
-def check(source: Any, params: Any = None, adapter: Path | None = None, where: Path | None = None) -> Report:
+def check(
+    source: Any,
+    params: Any = None,
+    adapter: Path | None = None,
+    where: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Report:
     """A `Report` on a model source (or folder). Nothing is raised for what is merely unfit: see `Report.require`.
 
     params: of the export when they are known, else its defaults count. adapter: its tokenizer counts when it brings
-    one. where: folder to be written to, for the free disk.
+    one, then that of the folder `tokenizer`. where: folder to be written to, for the free disk.
     """
     base = Path(getattr(source, "path", source))
     report = Report(str(getattr(source, "name", base)))
@@ -78,7 +84,9 @@ def check(source: Any, params: Any = None, adapter: Path | None = None, where: P
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
-    report.checks += _tokenizer(base, adapter if adapter and (adapter / "tokenizer.json").is_file() else base)
+    report.checks += _tokenizer(
+        base, adapter if adapter and (adapter / "tokenizer.json").is_file() else tokenizer or base
+    )
     _sizes(base, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
     return report
 
@@ -141,6 +149,12 @@ def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
     found = f"{len(lost)} of {len(added)} are not one token in llama.cpp, {lost[0][0]!r} first; " if lost else ""
     found += "add them with special=True and normalized=False." if lost else f"all {len(added)} are kept"
     yield "added tokens", not lost, found
+    if not tokenizer.chat_template:
+        yield "chat template", True, "none: the model completes plain text"
+        ends = tokenizer.eos_token_id in (None, *vocabulary.ends())
+        said = f"{tokenizer.eos_token} ends a text" if tokenizer.eos_token else "the tokenizer has no end of sequence"
+        yield "end of a text", ends, said + ", but llama.cpp would not stop there" * (not ends)
+        return
     shapes = {shape: probes.render(tokenizer, *asked) for shape, asked in probes.conversations().items()}
     plain, why = shapes["one question"]
     try:

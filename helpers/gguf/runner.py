@@ -38,10 +38,7 @@ class GgufModel:
 
     def __init__(self, path: Path, end_of_turn: str = ""):
         self.path, self._end, start = Path(path), end_of_turn, {"path": str(path), "parallel": PARALLEL}
-        if "tokenizer.chat_template" not in header.check(path).metadata:
-            raise TunebookError(
-                f"{path} has no chat template inside, so nobody can know how to prompt it; export it again."
-            )
+        self._talks = "tokenizer.chat_template" in header.check(path).metadata
         name = f"llama.cpp with {self.path.name}"
         self._child = worker.Worker("helpers.gguf.llama_cpp:LlamaCpp", start=start, name=name)
         self.close = self._child.close
@@ -51,7 +48,12 @@ class GgufModel:
         return self._child.ask([method, *arguments], on_event, timeout_s=None)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of the conversation with the generation prompt; one BOS where the model has one."""
+        """Token ids of the conversation with the generation prompt; one BOS where the model has one. Raises
+        TunebookError for a file without a chat template."""
+        if not self._talks:
+            raise TunebookError(
+                f"{self.path} has no chat template inside, so nobody can know how to ask it a question."
+            )
         ids = self.tokenize(self.ask("apply_template", list(messages)), True)
         return ids[1:] if ids[:2] == [self.bos, self.bos] else ids
 

@@ -45,7 +45,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. prompt: messages; reference: the right answer, "" where there is none; meta: its other columns."""
+    """One question. prompt: messages; reference: the right answer, "" where there is none, or behind no prompt a text;
+    meta: its other columns."""
 
     id: str
     prompt: list[dict[str, str]]
@@ -94,7 +95,10 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
 
 
 def task_kind(items: Sequence[Item], database: Path | None) -> str:
-    """ "text_to_sql" (queries, and a database or CREATE TABLE in the prompts), "references" or "none"."""
+    """ "text_to_sql" (queries, and a database or CREATE TABLE in the prompts), "references", "none", or "text" (no item
+    asks anything)."""
+    if not any(i.prompt for i in items):
+        return "text"
     references = [i.reference for i in items if i.reference.strip()]
     queries = sum(map(extraction.is_query, references))
     if references and queries >= 0.9 * len(references) and (database is not None or any(i.schema for i in items)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import compat, machine, runs
-from helpers.data.vocabulary import add_tokens
+from helpers.data.vocabulary import add_tokens, new_tokens
 from helpers.errors import TunebookError
 from helpers.model import loading, merging, packed_attention
 from helpers.planner import cost_model
@@ -48,7 +48,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     quantize = "nf4" if params.method == "qlora" else "none"
     model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)
     model.config.use_cache = False
-    tokens = job.stage.parents["data"].params.get("add_tokens", "")
+    tokens = new_tokens(loading.load_tokenizer(job.source), job.tokenizer)
     added = add_tokens(model, loading.load_tokenizer(job.source), tokens) if tokens else []
     if added:
         notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")

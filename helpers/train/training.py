@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine, runs
-from helpers.data.vocabulary import add_tokens
+from helpers.data.vocabulary import of_run
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
 from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash
@@ -55,21 +55,26 @@ def _stage(params: TrainingParams) -> runs.Stage:
 
 
 def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any]:
-    """(source, tokenizer) of the base that the data was rendered for; TunebookError for another chat template."""
+    """(source, the run's tokenizer) of the base that the data was rendered for; TunebookError for a base with another
+    chat template, where none was chosen for the run, or with another vocabulary."""
     known = data.data.get("model") or {}
     from_hub, from_folder = (known.get("origin") == origin and not params.model for origin in ("hub", "folder"))
     name = params.model or known["path" if from_folder else "name"]
     source = resolve_model(name, known.get("revision", "") if from_hub else "")
     os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
     warnings.filterwarnings("ignore", NO_HUB)
-    tokenizer = load_tokenizer(source)
-    if data.data.get("template_hash") not in (None, template_hash(tokenizer)):
+    own, tokenizer = load_tokenizer(source), load_tokenizer(of_run(data.path, source.path))
+    chosen, known_hash = data.data.get("chat_template"), data.data.get("template_hash")
+    if known_hash not in (None, template_hash(tokenizer)) or not (chosen or known_hash in (None, template_hash(own))):
         raise TunebookError(
             f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; "
             f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
         )
-    if added := data.params.get("add_tokens"):
-        add_tokens(None, tokenizer, added)
+    if not own.get_vocab().items() <= tokenizer.get_vocab().items():
+        raise TunebookError(
+            f"The vocabulary of {source.name} is not the one that the data of run {params.run!r} was written with; "
+            f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
+        )
     return source, tokenizer
 
 
@@ -90,7 +95,8 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     """The planner's plan for these rows. Raises TunebookError for a job that cannot fit, or a model that would train
     and then not export to GGUF (`export_check`)."""
     if params.export_check:
-        preflight.check(source, adapter=adapter, where=stage.path).require()
+        tokenizer = of_run(stage.parents["data"].path, source.path)
+        preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require()
     lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
     world = distributed.size()
     plan = planner.plan(params, lengths, source, world, padded_lengths=padded)

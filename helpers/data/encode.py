@@ -3,7 +3,7 @@
 train.parquet, eval.parquet          id, source, messages (JSON), tools, input_ids, completion_mask (1 = trained)
 test.parquet                         id, prompt, reference, meta (JSON); of plain text alone: no prompt, the text
                                      messages: the whole conversation, its reference last, and tools (JSON)
-preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, the masks of the
+preference.parquet, preference_eval  id, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, masks of the
                                      answers; messages, chosen_messages, rejected_messages: whole, and tools (JSON)
 kto.parquet                          id, prompt, completion, label, prompt_ids, completion_ids, messages, tools
 

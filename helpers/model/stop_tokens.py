@@ -46,7 +46,7 @@ def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None)
             "a .jinja file or its text, or choose an instruct model."
         )
     special, pattern = special_tokens(tokenizer), special_pattern(tokenizer)
-    found = []
+    found: list[int] = []
     probes: tuple[tuple[list[dict], str], ...] = (([QUESTION, ANSWER], "AAA"), ([QUESTION, CALLING], "VVV"))
     for messages, mark in probes:
         try:

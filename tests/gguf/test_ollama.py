@@ -335,7 +335,14 @@ def test_missing_parts_are_a_sentence_and_write_nothing(exported, tokenizer):
     with pytest.raises(TunebookError, match="rename it"):
         ollama.write(merged, odd, out)
     odd.rename(gguf)
-    (merged / "chat_template.jinja").unlink()
-    with pytest.raises(TunebookError, match="no chat template"):
-        ollama.write(merged, gguf, out)
     assert not out.exists()
+
+
+def test_without_a_chat_template_the_modelfile_completes_and_stops_at_the_end_of_sequence(exported):
+    merged, gguf, out = exported
+    (merged / "chat_template.jinja").unlink()
+    made = ollama.write(merged, gguf, out)
+    assert not made.reason and not made.checks and "completes plain text" in made.notes[0]
+    text = out.read_text()
+    assert 'TEMPLATE """{{ .Prompt }}"""' in text and 'PARAMETER stop "<|im_end|>"' in text
+    assert "/v1/completions" in made.commands["vLLM"] and '"prompt": "Once"' in made.commands["vLLM"]

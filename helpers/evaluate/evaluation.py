@@ -73,8 +73,9 @@ class Evaluation(steps.Job):
         self.end_of_turn = ""
         if tokenizer and tokenizer.chat_template:
             self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)])
-        else:
-            self.talk = []  # a model that completes plain text cannot be asked
+        elif self.talk:
+            self.talk = []
+            print("general_chat is left out: without a chat template a model completes text and cannot be asked.")
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
         kind = questions.task_kind(items, self.database)
@@ -99,8 +100,9 @@ class Evaluation(steps.Job):
         task = {"kind": kind, "label": label, "n": len(rows), "template_hash": self.template_hash}
         task["n_nonempty"] = sum(bool(row["nonempty"]) for row in rows) if kind == "text_to_sql" else None
         task["decoding"] = {"max_new_tokens": p.max_new_tokens, "temperature": p.temperature}
-        sha256 = data.data["artifacts"]["test.parquet"]["sha256"]
-        return {**task, "data": f"{data.path.name}/test.parquet", "data_sha256": sha256}
+        file = "test.parquet" if kind != "text" or data.metrics["written"].get("test") else "eval.parquet"
+        sha256 = data.data["artifacts"][file]["sha256"]
+        return {**task, "data": f"{data.path.name}/{file}", "data_sha256": sha256}
 
     def _row(self, item: questions.Item, contaminated: bool | None) -> dict[str, Any]:
         """An item's line in answers.jsonl, still without answers and without long columns of the data."""
@@ -241,8 +243,8 @@ class Evaluation(steps.Job):
             shares = [display.percent(one["value"]) if one else "" for one in others]
             interval = display.interval(accuracy.get("low"), accuracy.get("high"))
             value = c["reason"] or display.percent(accuracy["value"])
-            if found_perplexity := c["scores"].get("perplexity"):
-                value += f" (perplexity {display.number(found_perplexity['value'])})"
+            if perplexity := c["scores"].get("perplexity"):
+                value += f" (perplexity {display.number(perplexity['value'])})"
             rows.append((c["name"], value, interval, *shares, display.size(c["size_bytes"])))
         shares_of = ("valid SQL", "same structure", "stops by itself")
         head = ("candidate", found["task"]["label"], "95 % interval", *shares_of, "size")

@@ -246,6 +246,8 @@ def _headline(scores: dict[str, Any]) -> str:
         return "Nothing was scored."
     best = max([c for c in scored if c["role"] != "base"] or scored, key=_value)
     text = f"{best['name']} scores {_percent(best)} {scores['task']['label']}"
+    if perplexity := best["scores"].get("perplexity"):
+        text = f"{best['name']} has perplexity {display.number(perplexity['value'])} on held-out text"
     if against := next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None):
         return f"{text}; against {against['baseline']}: {against['sentence']}."
     return f"{text} on {scores['task']['n']} questions."

@@ -75,14 +75,13 @@ class Item:
 
 
 def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
-    """Items of a test.parquet; with `limit`, a seeded choice of that many, in the data's order.
-
-    Raises TunebookError when there are none.
+    """Items of a test.parquet, where there are none the plain texts of the eval.parquet beside it; with `limit`, a
+    seeded choice of that many, in the data's order. Raises TunebookError when there are none.
     """
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path).to_pylist()
+        rows = pq.read_table(path).to_pylist() or _texts(path.with_name("eval.parquet"))
     except (OSError, ValueError) as error:
         raise TunebookError(f"{path} cannot be read ({error}); run notebook 01 again with a test_dataset.") from error
     if not rows:
@@ -92,6 +91,16 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
     return [
         Item(str(row["id"]), row["prompt"], row["reference"] or "", json.loads(row["meta"] or "{}")) for row in rows
     ]
+
+
+def _texts(path: Path) -> list[dict[str, Any]]:
+    """The plain texts of an eval.parquet as rows without a prompt; a text that was cut into several rows is one."""
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(path, columns=["id", "messages"]).to_pylist() if path.is_file() else []
+    texts = {row["id"]: json.loads(row["messages"])[0] for row in found}
+    kept = {name: turn["content"] for name, turn in texts.items() if turn["role"] == "text"}
+    return [{"id": name, "prompt": [], "reference": text, "meta": None} for name, text in kept.items()]
 
 
 def task_kind(items: Sequence[Item], database: Path | None) -> str:

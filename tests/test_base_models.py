@@ -1,0 +1,174 @@
+"""Base models without a chat template through all stages: turn tokens added, left as text, and plain text completed."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from helpers import params, runs
+from helpers.data import prepare
+from helpers.evaluate import evaluation
+from helpers.gguf import export, header
+from helpers.model.loading import load_tokenizer, template_hash
+from helpers.train import training
+
+WORDS = (
+    "the",
+    "river",
+    "city",
+    "bridge",
+    "old",
+    "harbour",
+    "winter",
+    "light",
+    "boat",
+    "market",
+    "tower",
+    "road",
+    "north",
+)
+
+
+@pytest.fixture(scope="module")
+def bare(narrow_llama, tmp_path_factory):
+    """A random Llama whose tokenizer has no chat template."""
+    folder = shutil.copytree(narrow_llama, tmp_path_factory.mktemp("bare") / "model")
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(folder).chat_template is None
+    return folder
+
+
+def sums(path):
+    rows = [{"instruction": f"Add {i} and {i}.", "input": "", "output": f"It is {2 * i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(path):
+    draw = random.Random(0)
+    rows = [{"text": " ".join(draw.choice(WORDS) for _ in range(40)) + f" number {i}."} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prepared(base, dataset, **given):
+    """The finished data stage of run "b"."""
+    nothing = dict.fromkeys(("test_dataset", "preference_dataset", "database"), "")
+    settings = {"eval_share": 0.15, "test_share": 0.15, "near_duplicates": 0.0, "max_length": 128, **nothing, **given}
+    job = prepare.open(params.resolve("data", {"run": "b", "model": str(base), "dataset": str(dataset), **settings}))
+    for step in ("read", "generate", "clean", "mix", "split", "template", "encode", "pairs"):
+        getattr(job, step)()
+    job.figures["vocabulary"] = {}
+    return job, job.finish()
+
+
+def trained(**given):
+    settings = {"run": "b", "method": "lora", "precision": "fp32", "rank": 4, "max_steps": 2, "batch_size": 4, **given}
+    return training.open(params.resolve("sft", settings)).run()
+
+
+def exported():
+    settings = {"run": "b", "quantizations": "f16,q8_0", "fidelity_tokens": 100, "fidelity_answers": 2}
+    job = export.open(params.resolve("gguf", settings))
+    job.check()
+    return job.finish()
+
+
+def judged(tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"question": "2+2", "choices": ["4", "5"], "answer": 0}\n')
+    settings = {"run": "b", "candidates": "base,sft,gguf", "limit": 2, "max_new_tokens": 4, "general_text": ""}
+    settings |= {"general_tasks": str(tmp_path / "tasks.jsonl")}
+    job = evaluation.open(params.resolve("eval", settings))
+    job.measure()
+    job.scores()
+    job.sides()
+    job.finish()
+    return job.found
+
+
+def test_added_turn_tokens_go_through_training_export_and_evaluation(runs_root, bare, tmp_path):
+    _, data = prepared(bare, sums(tmp_path / "sums.jsonl"), chat_template="gemma", template_tokens="add", system="Add.")
+    chosen = data.data["chat_template"]
+    assert (chosen["tokens"], chosen["added"]) == ("add", ["<start_of_turn>", "<end_of_turn>"])
+    tokenizer = load_tokenizer(data.path / "tokenizer")
+    assert template_hash(tokenizer) == data.data["template_hash"] and tokenizer.eos_token == "<end_of_turn>"
+    sft = trained()
+    assert any("2 added tokens" in note for note in sft.data["notes"])
+    own = load_tokenizer(sft.path / "adapter")
+    assert template_hash(own) == data.data["template_hash"] == sft.data["template_hash"]
+    config = json.loads((sft.path / "adapter" / "adapter_config.json").read_text())
+    ids = tokenizer.convert_tokens_to_ids(chosen["added"])
+    assert all(str(i) in json.dumps(config["trainable_token_indices"]) for i in ids)
+    gguf = exported()
+    found = header.check(gguf.path / "model-f16.gguf").metadata
+    assert found["tokenizer.ggml.eos_token_id"] == ids[1] and "<start_of_turn>" in found["tokenizer.chat_template"]
+    proof = json.loads((gguf.path / "fidelity.json").read_text())["files"]
+    assert not any(file["failed"] for file in proof) and "held-out 1" in proof[0]["prompt_shapes"]
+    modelfile = (gguf.path / "Modelfile").read_text()
+    assert 'PARAMETER stop "<end_of_turn>"' in modelfile and "<start_of_turn>model" in modelfile
+    scores = judged(tmp_path)
+    assert [c["status"] for c in scores["candidates"]] == ["scored"] * 4, scores["warnings"]
+    assert scores["task"]["template_hash"] == data.data["template_hash"]
+
+
+def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, capsys):
+    job, data = prepared(bare, texts(tmp_path / "texts.jsonl"), format="text")
+    assert "none, and plain text needs none" in repr(job.template()) and data.data["chat_template"] == {}
+    trained()
+    gguf = exported()
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (gguf.path / "Modelfile").read_text()
+    proof = json.loads((gguf.path / "fidelity.json").read_text())["files"]
+    assert not any(file["failed"] for file in proof) and proof[0]["answers"] == 2 and not proof[0]["prompt_shapes"]
+    scores = judged(tmp_path)
+    assert scores["task"]["kind"] == "text" and scores["task"]["data"].endswith("eval.parquet")
+    assert "general_chat is left out" in capsys.readouterr().out
+    for candidate in scores["candidates"]:
+        perplexity = candidate["scores"]["perplexity"]
+        assert perplexity["low"] <= perplexity["value"] <= perplexity["high"] and perplexity["value"] > 1000
+    assert "perplexity" in scores["headline"] and scores["harness"]
+
+
+def test_conversations_without_a_template_are_refused_with_what_to_set(runs_root, bare, tmp_path):
+    from helpers.errors import TunebookError
+
+    with pytest.raises(TunebookError, match="no chat template; set chat_template in notebook 01"):
+        prepared(bare, sums(tmp_path / "sums.jsonl"))
+    assert not (runs.folder("b", "data") / "manifest.json").exists()
+
+
+def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_root, bare, tmp_path):
+    from helpers.errors import TunebookError
+
+    prepared(bare, sums(tmp_path / "sums.jsonl"), chat_template="alpaca")
+    other = shutil.copytree(bare, tmp_path / "other")
+    changed = load_tokenizer(bare)
+    changed.add_tokens(["Brahmaputra"])
+    changed.save_pretrained(other)
+    with pytest.raises(TunebookError, match="vocabulary of .* is not the one"):
+        trained(model=str(other))
+    assert trained(max_steps=1).data["template_hash"]
+
+
+def test_alpaca_rows_and_context_questions_get_their_templates_own_words(runs_root, bare, tmp_path):
+    import pyarrow.parquet as pq
+
+    def prompts(data):
+        tokenizer = load_tokenizer(data.path / "tokenizer")
+        rows = pq.read_table(data.path / "train.parquet")["input_ids"].to_pylist()
+        return [tokenizer.decode(ids) for ids in rows]
+
+    rows = [{"instruction": f"Say {i}.", "input": f"in {i}", "output": f"{i}"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, data = prepared(bare, tmp_path / "a.jsonl", chat_template="alpaca", test_share=0.0)
+    assert all(".\n\n### Input:\nin " in text and ", paired with an input" in text for text in prompts(data))
+    asked = {"context": "It rains.", "question": "Is it dry?", "answer": "No."}
+    rows = [{**asked, "context": f"It rains, {i}.", "unanswerable_question": "Who asks?"} for i in range(20)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"chat_template": "context_qa", "format": "context_qa", "unanswerable": "Unknown.", "test_share": 0.0}
+    _, data = prepared(bare, tmp_path / "c.jsonl", **given)
+    made = prompts(data)
+    head = "SYSTEM: Use the following contextual information to concisely answer the question.\n\nUSER: It rains, "
+    assert all(text.startswith(head) and ".\n===\n" in text for text in made)
+    ends = {text.partition("\n===\n")[2] for text in made}
+    assert ends == {"Is it dry?\nASSISTANT: No.<|im_end|>", "Who asks?\nASSISTANT: Unknown.<|im_end|>"}

@@ -66,19 +66,23 @@ def about_tokens(text: str) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """One question: chat messages, the JSON schema of the answer (None: any text), sampling. `tag` is not sent."""
+    """One question: chat messages, the JSON schema of the answer (None: any text), sampling, tools. `tag` is not
+    sent."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     schema: dict[str, Any] | None = None
     max_tokens: int = 512
     temperature: float = 0.7
     seed: int = 0
     tag: Any = field(default=None, compare=False)
+    tools: list[dict[str, Any]] | None = None
 
     def body(self, model: str) -> dict[str, Any]:
         """What is sent."""
         sent: dict[str, Any] = {"model": model, "messages": self.messages, "max_tokens": self.max_tokens}
         sent |= {"temperature": self.temperature, "seed": self.seed}
+        if self.tools:
+            sent["tools"] = self.tools
         if self.schema is not None:
             named = {"name": "answer", "strict": True, "schema": self.schema}
             sent["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -260,7 +264,10 @@ class Client:
         try:
             reply = self._whole_reply(request)
             choice, usage = reply["choices"][0], reply.get("usage") or {}
-            record = {"text": choice["message"]["content"] + "", "finished": choice.get("finish_reason") == "stop"}
+            record = {
+                "text": _text_of(choice["message"]),
+                "finished": choice.get("finish_reason") in ("stop", "tool_calls"),
+            }
             record |= {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             record = {"error": f"the server refused the question: {_short(error)}"}
@@ -306,6 +313,14 @@ class Client:
         if status:
             return f"{who} failed {times} times ({_short(error)}); run again later: what was answered is kept."
         return f"{who} sent what cannot be read ({type(error).__name__}: {_short(error)})."
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """An answer's text; calls that the server took out of it as JSON text behind it."""
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    calls = [{**call, "arguments": json.loads(call["arguments"])} for call in calls]
+    text = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False) if calls else ""
+    return "\n".join(filter(None, [message["content"], text])) if calls else message["content"] + ""
 
 
 def _short(error: Any) -> str:

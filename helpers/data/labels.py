@@ -121,6 +121,14 @@ class Encoder:
                 left = [row for row in left if row["id"] in sides[-1]]  # the others are rejected with their reason
             yield list(self._accepted(pair, left))
 
+    def answered(self, messages: list[dict], tools: str | None, turns: list[dict]) -> list[tuple[Any, Any]]:
+        """(what comes before, trained tokens) of each trained run of tokens in the answer `turns`. Raises RowError."""
+        row = {"messages": [*messages, *turns], "tools": tools, "first": len(messages)}
+        _, asked = self._ready(row)
+        (rendering,) = self._shown([asked])
+        one = self._masked(row, asked, rendering, self._tokenised([rendering])[0])
+        return trained_runs(one.ids.tolist(), one.mask)
+
     def questions(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, int]]]:
         """(row, tokens of its prompt) of test rows; one whose question cannot be asked is rejected."""
 
@@ -146,12 +154,15 @@ class Encoder:
     def _rendered(self, rows: list[Row]) -> tuple[list[Row], list[Asked], list[Rendering | RowError]]:
         """The rows that may be rendered, as this template can show them, and their renderings."""
         ready = list(self._accepted(self._ready, rows))
-        asked: list[Any] = [one for _, one in ready]
+        asked = [one for _, one in ready]
+        return [row for row, _ in ready], asked, self._shown(asked)
+
+    def _shown(self, asked: list[Asked]) -> list[Rendering | RowError]:
         rendered = render(self.template.tokenizer, asked)
         for (messages, _, turns), rendering in zip(asked, rendered, strict=True):
             if not isinstance(rendering, RowError) and turns[-1] == len(messages) - 1:
                 self._opened(messages[-1], rendering)
-        return [row for row, _ in ready], asked, rendered
+        return rendered
 
     def _ready(self, row: Row) -> tuple[Row, Asked]:
         _check_size(row)
@@ -352,6 +363,12 @@ class Encoder:
 def _check_size(row: Row) -> None:
     if (size := len(text_of(row))) > MAX_CHARS:
         raise RowError("row too long", f"{size:,} characters; cut it into rows of at most {MAX_CHARS:,}")
+
+
+def trained_runs(ids: list[int], mask: Any) -> list[tuple[list[int], list[int]]]:
+    """(what comes before, the run) of each run of trained tokens."""
+    edges = [at for at, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
+    return [(ids[:begin], ids[begin:end]) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _pieces(full: str, cuts: list[int]) -> list[str]:

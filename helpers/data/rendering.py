@@ -23,6 +23,22 @@ THOUGHTS = re.compile(r"\s*(?:<(think|thinking|thought|reasoning)>(.*?)</\1>|(?!
 OFFER = "set control_tokens to 'text' to have it tokenised as ordinary text"
 
 
+def openai_form(messages: list[dict]) -> list[dict]:
+    """Turns as OpenAI-compatible servers take them: arguments of calls as JSON text."""
+    made = []
+    for turn in messages:
+        turn = {"reasoning_content" if key == "reasoning" else key: value for key, value in turn.items()}
+        made.append({key: value for key, value in turn.items() if key not in ("weight", "untrained")})
+        if calls := turn.get("tool_calls"):
+            spelt = [
+                {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}
+                for c in calls
+            ]
+            both = zip(calls, spelt, strict=True)
+            made[-1]["tool_calls"] = [{"id": f"call{i}", **c, "function": f} for i, (c, f) in enumerate(both)]
+    return made
+
+
 def thoughts_of(turn: dict) -> tuple[str, str]:
     """(thoughts, content without them) of an answer: a field of their own, or a block in front of the content."""
     content = turn.get("content") or ""
@@ -136,6 +152,14 @@ class Chat:
         if not literally:
             return self.backend.encode(text, add_special_tokens=False)
         return self._literally[0].encode(self.marked(text), add_special_tokens=False)
+
+    def parts(self, text: str) -> list[tuple[str, bool]]:
+        """(part, whether it is a control token) of a rendering in which some control tokens are text."""
+        found, at = [], 0
+        for one in self.template.special_text.finditer(text):
+            found += [(text[at : one.start()].replace(LITERAL, ""), False), (one.group(), True)]
+            at = one.end()
+        return [part for part in [*found, (text[at:].replace(LITERAL, ""), False)] if part[0]]
 
     def ids(self, text: str, literally: bool = False) -> list[int]:
         """Token ids of a rendering; literally: some of its control tokens are text."""

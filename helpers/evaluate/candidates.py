@@ -8,13 +8,14 @@ A CPU without bfloat16 computes with the same weights in fp32.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from typing import Any
 from helpers import cache, machine
 from helpers.cache import Answers
 from helpers.data import vocabulary
+from helpers.data.rendering import Chat, openai_form
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import HfModel
+from helpers.gguf import header
 from helpers.gguf.runner import GgufModel
 from helpers.llm_client import Client, Endpoint, Request, shown_url
 from helpers.model import loading, merging
 from helpers.runs import Manifest
-from helpers.tasks.questions import Answer, Decoding
+from helpers.tasks.questions import Answer, Asked, Decoding
 
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
 #: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
@@ -37,7 +41,7 @@ WINDOW = 1024  # tokens of a text that loss is measured over at most
 KEPT_AT_ONCE = 64  # texts or completions after which the results are written down
 GIVE_UP = 5  # failures in a row after which a server that never answered is taken for gone
 ANSWER_CHARS = 65536  # an answer longer than this is nonsense and is cut
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]] | Asked
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,15 @@ class Candidate:
         folders = [path for path in (self.path, self.adapter) if path and path.is_dir()]
         files = [f for folder in folders for f in folder.iterdir() if f.name.endswith(cache.MODEL_FILES)]
         return sum(f.stat().st_size for f in files or [self.path])
+
+    @property
+    def dated(self) -> bool:
+        """Whether its chat template asks the clock: then the same question is another one tomorrow."""
+        if self.kind == "gguf" and self.path:
+            return "strftime_now" in str(header.check(self.path).metadata.get("tokenizer.chat_template", ""))
+        folders = [folder for folder in (self.path, self.adapter) if folder]
+        files = (folder / name for folder in folders for name in ("chat_template.jinja", "tokenizer_config.json"))
+        return any("strftime_now" in file.read_text("utf-8", "replace") for file in files if file.is_file())
 
     def content(self) -> str:
         """Hash of all in its files that decides its answers: the cache's name for it. Endpoints have none."""
@@ -169,15 +182,15 @@ def _resolved(model: str) -> dict[str, Any]:
 
 class Session:
     """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
-    the cache; end: text of the token that ends a turn, for GGUF files.
+    the cache; end: text of the token that ends a turn, and chat: how the run's template shows turns, for GGUF files.
 
     What an endpoint answered belongs to the model that the server serves now and to the candidate's name.
     """
 
-    def __init__(self, candidate: Candidate, place: str | Path, end: str = ""):
+    def __init__(self, candidate: Candidate, place: str | Path, end: str = "", chat: Chat | None = None):
         if candidate.trouble:
             raise TunebookError(candidate.trouble)
-        self.candidate, self.end_of_turn = candidate, end
+        self.candidate, self.end_of_turn, self.chat = candidate, end, chat if candidate.role == "gguf" else None
         self._reader: Any = None
         if candidate.kind == "endpoint":
             servers = Answers(place, cache.key("endpoint", candidate.address))
@@ -206,7 +219,7 @@ class Session:
 
     def _load(self, path: Any, adapter: Path | None) -> HfModel | GgufModel:
         if self.candidate.kind == "gguf":
-            return GgufModel(path, self.end_of_turn)
+            return GgufModel(path, self.end_of_turn, self.chat)
         if adapter is not None and self.candidate.onto == "nf4":
             with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
                 merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
@@ -228,11 +241,37 @@ class Session:
     def answers(
         self, prompts: Sequence[Conversation], decoding: Decoding, label: str = ""
     ) -> tuple[list[Answer], dict[str, Any]]:
-        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones are not kept. The speed
-        is that of the questions answered now, 0 when all were in the cache."""
-        keys = [cache.key("answer", prompt, decoding.key()) for prompt in prompts]
-        missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
+        """(answers in order, {"seconds", "items_per_s", "tokens", "from_cache"}); failed ones, and those of questions
+        that cannot be asked, are not kept. The speed is that of the questions answered now, 0 when all were in the
+        cache. Raises TunebookError where no question can be asked."""
+        asked = [one if isinstance(one, Asked) else Asked(one) for one in prompts]
+        ids: dict[int, Any] = {}
         failed: dict[int, Answer] = {}
+
+        def encode(places: Iterable[int]) -> None:
+            for i in places:
+                try:
+                    ids[i] = self.reader.encode(*asked[i])
+                except RowError as error:
+                    failed[i] = Answer("", 0, False, refused=error.detail)
+                    continue
+                longest, window = len(ids[i]) + decoding.max_new_tokens, getattr(self.reader, "window", 0)
+                if 0 < window < longest:
+                    del ids[i]
+                    why = f"it takes {longest:,} tokens with its answer and the model reads {window:,}"
+                    failed[i] = Answer("", 0, False, refused=why)
+
+        dated = self.candidate.dated
+        if dated:
+            encode(range(len(asked)))
+        shown = [ids.get(i) if dated else one if one.tools else one.messages for i, one in enumerate(asked)]
+        keys = [cache.key("answer", one, decoding.key()) for one in shown]
+        missing = [i for i, key in enumerate(keys) if i not in failed and self.store.get(key) is None]
+        if not dated:
+            encode(missing)
+            missing = [i for i in missing if i not in failed]
+        if asked and len(failed) == len(asked):
+            raise TunebookError(f"No question can be asked: {failed[0].refused}.")
         seconds = 0.0
         if missing:
             reader, started = self.reader, time.monotonic()
@@ -245,30 +284,45 @@ class Session:
                         self.store.put(keys[missing[place]], [answer.text, answer.tokens, answer.stopped])
                     bar.update()
 
-                reader.generate([reader.encode(prompts[i]) for i in missing], decoding, done)
+                reader.generate([ids[i] for i in missing], decoding, done)
             seconds = round(max(time.monotonic() - started, 1e-3), 3)
         answers = [failed[i] if i in failed else Answer(*self.store.get(key)) for i, key in enumerate(keys)]
         speed = {"seconds": seconds, "items_per_s": round(len(missing) / seconds, 3) if missing else 0.0}
         return answers, {**speed, "tokens": sum(a.tokens for a in answers), "from_cache": len(keys) - len(missing)}
 
-    def logprobs(self, asked: Sequence[tuple[Conversation, str]], what: str) -> list[tuple[float, int]]:
-        """(summed log-probabilities in nats, tokens) of each text behind its conversation, end of turn included; behind
-        no conversation of its first WINDOW tokens but the very first."""
+    def logprobs(self, asked: Sequence[tuple[Any, Any]], what: str) -> list[tuple[float, int]]:
+        """(summed log-probabilities in nats, tokens) of each answer: turns behind an `Asked`, of them the tokens that
+        training has; (before, tokens) runs of ids behind {}; behind [] a text's first WINDOW tokens but the very first.
 
-        def ids(messages: Conversation, text: str) -> tuple[list[int], list[int]]:
-            tokens = self.reader.tokens(text, end=bool(messages))
-            return (self.reader.encode(messages), tokens) if messages else (tokens[:1], tokens[1:WINDOW])
+        0 tokens where the template refuses the answer.
+        """
 
-        keys = [cache.key("logprobs", messages, text, WINDOW) for messages, text in asked]
+        def runs(before: Any, answer: Any) -> list[tuple[Any, Any]]:
+            if isinstance(before, Asked):
+                return self.reader.answered(*before, answer)
+            tokens = self.reader.tokens(answer) if before == [] else []
+            return [(tokens[:1], tokens[1:WINDOW])] if before == [] else answer
+
+        keys = [cache.key("logprobs", before, answer, WINDOW) for before, answer in asked]
         missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
-        missing.sort(key=lambda i: -len(asked[i][1]))  # those of one size together
+        missing.sort(key=lambda i: -len(str(asked[i][1])))  # those of one size together
+        refused: dict[int, tuple[float, int]] = {}
         with self._bar(f"{self.candidate.name}, {what}", len(keys), len(missing)) as bar:
             for start in range(0, len(missing), KEPT_AT_ONCE):
-                batch = missing[start : start + KEPT_AT_ONCE]
-                for i, values in zip(batch, self.reader.logprobs([ids(*asked[i]) for i in batch]), strict=True):
-                    self.store.put(keys[i], [sum(values), len(values)])
+                parts = []
+                for i in missing[start : start + KEPT_AT_ONCE]:
+                    try:
+                        parts += [(i, run) for run in runs(*asked[i])]
+                    except RowError:
+                        refused[i] = (0.0, 0)
+                sums: dict[int, list] = {i: [0.0, 0] for i, _ in parts}
+                values = self.reader.logprobs([run for _, run in parts]) if parts else []
+                for (i, _), found in zip(parts, values, strict=True):
+                    sums[i] = [sums[i][0] + sum(found), sums[i][1] + len(found)]
+                for i, total in sums.items():
+                    self.store.put(keys[i], total)
                     bar.update()
-        return [tuple(self.store.get(key)) for key in keys]
+        return [refused[i] if i in refused else tuple(self.store.get(key)) for i, key in enumerate(keys)]
 
     def _bar(self, label: str, total: int, missing: int) -> Any:
         from tqdm import tqdm
@@ -292,18 +346,20 @@ class RemoteModel:
     def __init__(self, client: Client):
         self.client, self.close = client, client.__exit__
 
-    def encode(self, messages: Conversation) -> Conversation:
-        """The messages as they are: the server renders them."""
-        return messages
+    def encode(self, messages: list[dict[str, Any]], tools: str | None = None) -> Asked:
+        """The turns as they are: the server renders them."""
+        return Asked(openai_form(messages), tools)
 
     def generate(
         self, prompts: Sequence[Conversation], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
     ) -> list[Answer]:
         """An answer a conversation; one that failed has `failed` set. A server that keeps failing is asked no more: the
         others fail with that reason or, where nothing was ever answered, TunebookError is raised."""
-        how = None, decoding.max_new_tokens, decoding.temperature, decoding.seed
+        how = (None, decoding.max_new_tokens, decoding.temperature, decoding.seed, None)
+        asked = (one if isinstance(one, Asked) else Asked(one) for one in prompts)
+        requests = (Request(one.messages, *how, json.loads(one.tools) if one.tools else None) for one in asked)
         answers: list[Answer] = []
-        for reply in self.client.ask((Request(prompt, *how) for prompt in prompts), patience=GIVE_UP):
+        for reply in self.client.ask(requests, patience=GIVE_UP):
             text = reply.text[:ANSWER_CHARS].strip()
             answers.append(Answer(text, reply.completion_tokens, reply.finished, reply.error))
             if done:

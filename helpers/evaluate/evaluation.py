@@ -18,6 +18,8 @@ from typing import Any, cast
 
 from helpers import cache, display, machine, plots, runs, steps
 from helpers.data import decontamination, vocabulary
+from helpers.data.chat_template import inspect
+from helpers.data.rendering import Chat
 from helpers.display import Html
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, harness, preferences
@@ -70,9 +72,9 @@ class Evaluation(steps.Job):
         tokenizer = loading.load_tokenizer(own) if own else None
         self.template_hash = loading.template_hash(tokenizer) if tokenizer else None
         self.thinking = extraction.thinking_marks(tokenizer) if tokenizer else ()
-        self.end_of_turn = ""
+        self.end_of_turn, self.chat = "", None
         if tokenizer and tokenizer.chat_template:
-            self.end_of_turn = tokenizer.decode([end_of_turn(tokenizer)])
+            self.end_of_turn, self.chat = tokenizer.decode([end_of_turn(tokenizer)]), Chat(inspect(tokenizer))
         elif self.talk:
             self.talk = []
             print("general_chat is left out: without a chat template a model completes text and cannot be asked.")
@@ -129,13 +131,14 @@ class Evaluation(steps.Job):
         f.measured, f.skipped, f.warnings = {}, {}, []
         for candidate in f.candidates:
             try:
-                with Session(candidate, "answers", self.end_of_turn) as session:
+                with Session(candidate, "answers", self.end_of_turn, self.chat) as session:
                     f.measured[candidate.name] = self._measure(session)
             except TROUBLE as error:
                 f.skipped[candidate.name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
                 print(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
         if not f.measured:
             raise TunebookError("No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in f.skipped.items()))
+        f.leave_out()
         if self.params.judge and len(f.measured) > 1 and f.task["kind"] != "text":
             f.judge = self._judge()
         self.found = f.scores()
@@ -154,7 +157,7 @@ class Evaluation(steps.Job):
         for seed in self.seeds if not m.entries else ():
             label = f"{name}, questions" + f", seed {seed}" * (len(self.seeds) > 1)
             how = Decoding(p.max_new_tokens, p.temperature, seed)
-            answers, speed = session.answers([i.prompt for i in items], how, label)
+            answers, speed = session.answers([i.asked for i in items], how, label)
             entries = [self._score(item, answer) for item, answer in zip(items, answers, strict=True)]
             m.by_seed[str(seed)] = [entry["score"] for entry in entries]
             m.entries, m.speed = m.entries or entries, m.speed or speed  # the first seed's
@@ -195,6 +198,8 @@ class Evaluation(steps.Job):
         if text != answer.text.strip():
             entry["thought"] = answer.text
         entry |= {"text": text, "tokens": answer.tokens, "stopped": answer.stopped}
+        if answer.refused:
+            return {**entry, "error": "no_answer", "detail": answer.refused, "refused": True}
         if sql := self._judges.get(item.id):
             entry |= sql.score(text, item.reference, answer.stopped)
         elif self.findings.task["kind"] == "references":

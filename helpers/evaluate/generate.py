@@ -1,16 +1,19 @@
 """Answers of a Hugging Face model to many prompts: sorted batches, shared prefixes read once, finished rows let go.
 
 `HfModel`, `helpers.gguf.runner.GgufModel` and `helpers.evaluate.candidates.RemoteModel` have the same three methods:
-`encode(messages)`, `generate(prompts, …)`, `logprobs(pairs)` (not the last one).
+`encode(messages, tools)`, `generate(prompts, …)` and, the last one excepted, `answered` and `logprobs(pairs)`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from helpers import machine
+from helpers.data.chat_template import inspect
+from helpers.data.labels import Encoder
 from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
 from helpers.model.loading import fast_bf16
@@ -48,12 +51,26 @@ class HfModel:
         self._packed: dict[Any, Callable] | None = None
         self._proven = False
 
-    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of the conversation, rendered by the tokenizer's own template with the generation prompt."""
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(inspect(self.tokenizer), "last", None, "text")
+
+    @property
+    def window(self) -> int:
+        """Tokens that the model reads at most; 0 where nobody knows."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+
+    def encode(self, messages: Sequence[dict[str, Any]], tools: str | None = None) -> list[int]:
+        """Token ids of the conversation with the generation prompt, as training rows are rendered. tools: JSON text.
+        Raises RowError where the template refuses it."""
         if not self.tokenizer.chat_template:
             raise TunebookError("Its tokenizer has no chat template, so it cannot be asked a question")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.tokens(text)
+        return self._encoder.chat.prompt(list(messages), tools)
+
+    def answered(self, messages: list[dict], tools: str | None, turns: list[dict]) -> list[tuple[Ids, Ids]]:
+        """(what comes before, trained tokens) of each trained run of tokens in the answer `turns`, as training has
+        them. Raises RowError where they could not be trained."""
+        return self._encoder.answered(messages, tools, turns)
 
     def tokens(self, text: str, end: bool = False) -> list[int]:
         """Token ids of plain text, nothing added; with the end of turn after it when `end`."""
@@ -67,7 +84,7 @@ class HfModel:
         self, prompts: Sequence[Ids], decoding: Decoding, done: Callable[[int, Answer], None] | None = None
     ) -> list[Answer]:
         """An answer a prompt, in the prompts' order; `done(index, answer)` is called as soon as one is finished."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.window
         longest = max(map(len, prompts)) + decoding.max_new_tokens
         if limit and longest > limit:
             raise TunebookError(

@@ -7,6 +7,7 @@ long as each other. The cost is checked before the first call.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from helpers.data.labels import trained_runs
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
 from helpers.llm_client import Client, Request, about_tokens
+from helpers.tasks.questions import Asked
 
+SIDES = {"chosen": "chosen_messages", "rejected": "rejected_messages"}  # side → its whole turns as JSON
 VERDICT_TOKENS = 16
 ABOUT_AS_LONG = 0.2  # share of the longer answer's characters that the shorter one may lack
 PATIENCE = 5  # failures in a row after which a judge is taken for gone
@@ -42,12 +46,29 @@ Reply with one word: A, B or tie."""
 
 
 def read(path: Path, limit: int = 0) -> list[dict[str, Any]]:
-    """Pairs of a preference_eval.parquet: {"prompt": messages, "chosen": text, "rejected": text}."""
+    """Pairs of a preference_eval.parquet: {"prompt": Asked, "chosen": turns, "rejected": turns}, and under "runs" what
+    is trained of each side, as the run's token ids."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(path, columns=["prompt", "chosen", "rejected"]).to_pylist()
-    pairs = [{"prompt": r["prompt"]} | {side: r[side][-1]["content"] for side in ("chosen", "rejected")} for r in rows]
-    return pairs[:limit] if limit else pairs
+    table, pairs = pq.read_table(path), []
+    for row in (table.slice(0, limit) if limit else table).to_pylist():
+        whole = {name: json.loads(row[name]) for name in ("messages", *SIDES.values()) if row.get(name)}
+        pair: dict[str, Any] = {"prompt": Asked(whole.get("messages", row["prompt"]), row.get("tools")), "runs": {}}
+        for side, name in SIDES.items():
+            ids, mask = row["prompt_ids"] + row[f"{side}_ids"], row.get(f"{side}_mask") or [1] * len(row[f"{side}_ids"])
+            pair["runs"][side] = trained_runs(ids, [0] * len(row["prompt_ids"]) + mask)
+            pair[side] = whole.get(name, row[side])
+        pairs.append(pair)
+    return pairs
+
+
+def _answer(session: Session, pair: dict[str, Any], side: str) -> tuple[Any, Any]:
+    """What `Session.logprobs` takes. A file of this run has the token ids of its training."""
+    if session.candidate.role == "gguf" and pair.get("runs"):
+        return {}, pair["runs"][side]
+    turns, prompt = pair[side], pair["prompt"]
+    turns = [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
+    return prompt if isinstance(prompt, Asked) else Asked(prompt), turns
 
 
 def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -57,7 +78,7 @@ def score(session: Session, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     An empty completion is left out; n: how many pairs count. margins: the difference for each pair, NaN where it is
     left out: what is compared with the baseline's.
     """
-    both = session.logprobs([(p["prompt"], p[side]) for p in pairs for side in ("chosen", "rejected")], "preference")
+    both = session.logprobs([_answer(session, pair, side) for pair in pairs for side in SIDES], "preference")
     means = np.array([total / count if count else math.nan for total, count in both]).clip(max=-1e-9)
     odds = means - np.log(-np.expm1(means))
     margins = odds[::2] - odds[1::2]

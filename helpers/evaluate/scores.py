@@ -65,6 +65,30 @@ class Findings:
     judge: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
+    def leave_out(self) -> None:
+        """Questions that could not be asked of some candidate are left out for all, and counted."""
+        out: dict[int, str] = {}
+        for name, m in self.measured.items():
+            for i, entry in enumerate(m.entries):
+                if entry.pop("refused", False):
+                    out.setdefault(i, f"{name}: {entry['detail'].rstrip('.')}")
+        if not out:
+            return
+        if len(out) == len(self.items):
+            raise TunebookError(f"No question can be asked of every candidate ({next(iter(out.values()))}).")
+        kept = [i for i in range(len(self.items)) if i not in out]
+        self.items, self.rows = [self.items[i] for i in kept], [self.rows[i] for i in kept]
+        for m in self.measured.values():
+            m.entries = [m.entries[i] for i in kept]
+            m.by_seed = {seed: [values[i] for i in kept] for seed, values in m.by_seed.items()}
+        self.task["n"] = len(kept)
+        if self.task["n_nonempty"] is not None:
+            self.task["n_nonempty"] = sum(bool(row["nonempty"]) for row in self.rows)
+        self.warnings.append(
+            f"{len(out)} of {len(out) + len(kept)} questions cannot be asked of every candidate and are left out for "
+            f"all (first: {next(iter(out.values()))})."
+        )
+
     def answers(self) -> list[dict[str, Any]]:
         """answers.jsonl."""
         given = zip(*(m.entries for m in self.measured.values()), strict=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, machine, runs, steps
-from helpers.data import vocabulary
+from helpers.data import chat_template, vocabulary
+from helpers.data.rendering import Chat
 from helpers.errors import TunebookError
 from helpers.gguf import convert, fidelity, libraries, ollama, preflight
 from helpers.gguf.convert import Quantised
@@ -155,12 +156,13 @@ class ExportJob(steps.Job):
             print(f"Compared on {self.text}")
         asked = self._questions(max(self.params.fidelity_answers, 4))
         tokenizer = loading.load_tokenizer(self.merged)
-        prompts = [
-            tokenizer.apply_chat_template(q, tokenize=True, return_dict=False, add_generation_prompt=True)
-            for q in asked[: self.params.fidelity_answers]
-        ] or [row[: len(row) // 2] for row in rows[: self.params.fidelity_answers] if len(row) > 1]
+        self.chat = Chat(chat_template.inspect(tokenizer)) if tokenizer.chat_template else None
+        talks = [(self.chat.shown({"messages": q, "tools": t}), self.chat.prompt(q, t)) for q, t in asked if self.chat]
+        prompts = [ids for _, ids in talks[: self.params.fidelity_answers]]
+        prompts = prompts or [row[: len(row) // 2] for row in rows[: self.params.fidelity_answers] if len(row) > 1]
         files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
-        made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=asked[:2])
+        shown = [talk for talk, _ in talks[:2]]
+        made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=shown)
         with closing(made) as reference:
             small = [k for k in files if k not in convert.TYPES_16]
             weights = {kind: reference.weights_kl(files[kind], self.file("f16")) for kind in small}
@@ -259,16 +261,17 @@ class ExportJob(steps.Job):
                 room -= len(cut) - 1
         return rows
 
-    def _questions(self, count: int) -> list[list[dict[str, str]]]:
+    def _questions(self, count: int) -> list[questions.Asked]:
         """Conversations to answer: test prompts, or evaluation rows without their last answer; none of plain text."""
         import pyarrow.parquet as pq
 
         data = self.stage.parents["data"]
         test = data.path / "test.parquet"
         if test.is_file() and pq.read_metadata(test).num_rows:
-            return [item.prompt for item in questions.read(test)[:count] if item.prompt]
-        found = pq.read_table(data.artifact("eval.parquet"), columns=["messages"])["messages"][:count].to_pylist()
-        return [asked for messages in found if (asked := json.loads(messages)[:-1])]
+            return [item.asked for item in questions.read(test)[:count] if item.prompt]
+        found = pq.read_table(data.artifact("eval.parquet")).slice(0, count).to_pylist()
+        asked = [questions.Asked(json.loads(row["messages"])[:-1], row.get("tools")) for row in found]
+        return [one for one in asked if one.messages]
 
     def _merge_check(self, reference: fidelity.Reference) -> dict[str, float]:
         """Adapter on its base against the merged model, on the first rows: what rounding the merge to 16 bits costs."""
@@ -295,8 +298,8 @@ class ExportJob(steps.Job):
         asked = questions.read(data / "test.parquet", count, self.params.seed)
         with closing(text_to_sql.Judge([text_to_sql.open_readonly(data / "database.sqlite")])) as judge:
             for result in self.results:
-                with closing(GgufModel(self.file(result.type))) as model:
-                    answers = model.generate([model.encode(q.prompt) for q in asked], Decoding())
+                with closing(GgufModel(self.file(result.type), chat=self.chat)) as model:
+                    answers = model.generate([model.encode(*q.asked) for q in asked], Decoding())
                 scores = [judge.score(a.text, q.reference)["score"] for a, q in zip(answers, asked, strict=True)]
                 known = [s for s in scores if s is not None]
                 result.task_score = round(sum(known) / len(known), 4) if known else None

@@ -9,6 +9,7 @@ model's next-token distribution, in nats a token.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, machine, plots
+from helpers.data.rendering import openai_form
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes
 from helpers.gguf.convert import TYPES
@@ -72,8 +74,9 @@ class Result:
 class Reference:
     """The merged model in float32 (bfloat16 where that does not fit): log-probabilities and answers on held-out text.
 
-    rows: token ids of held-out conversations; prompts: token ids to answer; conversations: messages of the job, for the
-    prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x tokens x vocabulary, until `close`.
+    rows: token ids of held-out conversations; prompts: token ids to answer; conversations: messages and tools of the
+    job as its template takes them, for the prompt gate. Log-probabilities are kept in one file on disk, 4 bytes x
+    tokens x vocabulary, until `close`.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Reference:
         prompts: Sequence[Sequence[int]] = (),
         max_tokens: int = 64,
         work: Path | None = None,
-        conversations: Sequence[list[dict[str, str]]] = (),
+        conversations: Sequence[tuple[list[dict], str | None]] = (),
     ):
         import numpy as np
         import torch
@@ -108,8 +111,10 @@ class Reference:
         loss = -float(self.logprobs[torch.arange(len(following)), following].double().mean())
         self.perplexity = math.exp(min(loss, 700.0))
         self.answers = self._answers()
-        held_out = {f"held-out {i + 1}": (c, None) for i, c in enumerate(conversations)}
-        self.conversations = {**probes.conversations(), **held_out} if self.tokenizer.chat_template else {}
+        asked = ((messages, json.loads(tools) if tools else None) for messages, tools in conversations)
+        held_out = {f"held-out {i + 1}": one for i, one in enumerate(asked)}
+        every: dict[str, Any] = {**probes.conversations(), **held_out}
+        self.conversations = every if self.tokenizer.chat_template else {}
         self.texts = [*probes.token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
 
     def weights_kl(self, file: Path, source: Path) -> float | None:
@@ -205,7 +210,7 @@ def _prompts(model: GgufModel, reference: Reference, result: Result) -> str:
             result.skipped_shapes[shape] = why
             continue
         try:
-            got = model.ask("apply_template", messages, tools)
+            got = model.ask("apply_template", openai_form(messages), tools)
         except TunebookError as error:
             return f"for {shape} llama.cpp says: {str(error)[:160]}"
         mine, ids = model.tokenize(got, add_special=True), reference.encode(text)

@@ -8,6 +8,7 @@ process that started it. `GgufModel` answers and scores; `Server` is llama.cpp's
 from __future__ import annotations
 
 import functools
+import json
 import os
 import secrets
 import socket
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from helpers import worker
+from helpers.data.rendering import LITERAL, Chat, openai_form, spelt_out
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.gguf import gateway, header, libraries
 from helpers.tasks.questions import Answer, Decoding
@@ -32,12 +35,13 @@ class GgufModel:
     Prompts are rendered from the template inside the file by llama.cpp's own Jinja and cut into tokens by its own
     tokenizer: what is judged is the whole chain that a person downloads.
 
-    end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). Raises TunebookError, with the
-    runtime's last lines when its process ends.
+    end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). chat: how the run's template shows
+    turns. Raises TunebookError, with the runtime's last lines when its process ends.
     """
 
-    def __init__(self, path: Path, end_of_turn: str = ""):
+    def __init__(self, path: Path, end_of_turn: str = "", chat: Chat | None = None):
         self.path, self._end, start = Path(path), end_of_turn, {"path": str(path), "parallel": PARALLEL}
+        self._chat = chat
         self._talks = "tokenizer.chat_template" in header.check(path).metadata
         name = f"llama.cpp with {self.path.name}"
         self._child = worker.Worker("helpers.gguf.llama_cpp:LlamaCpp", start=start, name=name)
@@ -47,15 +51,33 @@ class GgufModel:
         """What a method of `helpers.gguf.llama_cpp.LlamaCpp` returns."""
         return self._child.ask([method, *arguments], on_event, timeout_s=None)
 
-    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of the conversation with the generation prompt; one BOS where the model has one. Raises
-        TunebookError for a file without a chat template."""
+    def encode(self, messages: Sequence[dict[str, Any]], tools: str | None = None) -> list[int]:
+        """Token ids of the conversation with the generation prompt; one BOS where the model has one. tools: JSON text.
+        Raises RowError where the template refuses it, TunebookError for a file without one."""
         if not self._talks:
-            raise TunebookError(
-                f"{self.path} has no chat template inside, so nobody can know how to ask it a question."
-            )
-        ids = self.tokenize(self.ask("apply_template", list(messages)), True)
+            found = f"{self.path} has no chat template inside, so nobody can know how to ask it a question."
+            raise TunebookError(found)
+        shown = list(messages)
+        if self._chat:
+            shown, tools = self._chat.shown({"messages": shown, "tools": tools})
+        try:
+            text = self.ask("apply_template", openai_form(shown), json.loads(tools) if tools else None)
+        except TunebookError as error:
+            raise RowError("template refused", str(error)) from None
+        if self._chat and LITERAL in text:  # control tokens that are text here
+            parts = self._chat.parts(text)
+            ids = [i for part, special in parts for i in self.ask("tokenize", part, False, special)]
+            ids = [self.bos, *ids] if self.bos is not None else ids
+        else:
+            ids = self.tokenize(text, True)
         return ids[1:] if ids[:2] == [self.bos, self.bos] else ids
+
+    def answered(self, messages: list[dict], tools: str | None, turns: list[dict]) -> list[tuple[Ids, Ids]]:
+        """(what comes before, tokens with the end of turn) of each answer in `turns`."""
+        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("weight", 1)]
+        spelt = [spelt_out(turns[i])["content"] for i in places]
+        before = [self.encode([*messages, *turns[:i]], tools) for i in places]
+        return [(ids, self.tokens(text, end=True)) for ids, text in zip(before, spelt, strict=True)]
 
     @functools.cached_property
     def bos(self) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from helpers.errors import TunebookError
 from helpers.tasks import extraction
@@ -35,23 +35,37 @@ class Decoding:
 @dataclass(frozen=True)
 class Answer:
     """text: without special tokens and outer blanks; tokens: how many were generated; stopped: it ended its turn;
-    failed: why there is no answer (endpoints), else ""."""
+    failed: why there is no answer (endpoints), else ""; refused: why the question could not be asked, else ""."""
 
     text: str
     tokens: int
     stopped: bool
     failed: str = ""
+    refused: str = ""
+
+
+class Asked(NamedTuple):
+    """A conversation to answer: its turns (`helpers.data.turns.Turn`), and the tools as JSON text."""
+
+    messages: list[dict[str, Any]]
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question. prompt: messages; reference: the right answer, "" where there is none, or behind no prompt a text;
-    meta: its other columns."""
+    """One question. prompt: turns; reference: the right answer, "" for none, or behind no prompt a text; meta:
+    its other columns; tools: as JSON text; answer: the reference's whole turn, with its calls."""
 
     id: str
-    prompt: list[dict[str, str]]
+    prompt: list[dict[str, Any]]
     reference: str
     meta: dict[str, Any] = field(default_factory=dict)
+    tools: str | None = None
+    answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.prompt, self.tools)
 
     @property
     def system(self) -> str:
@@ -88,9 +102,12 @@ def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
         raise TunebookError(f"{path} holds no test item; give notebook 01 a test_dataset with at least one.")
     if limit and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    return [
-        Item(str(row["id"]), row["prompt"], row["reference"] or "", json.loads(row["meta"] or "{}")) for row in rows
-    ]
+    items = []
+    for row in rows:
+        *prompt, answer = json.loads(row.get("messages") or "[]") or [*row["prompt"], {}]
+        meta = json.loads(row["meta"] or "{}")
+        items.append(Item(str(row["id"]), prompt, row["reference"] or "", meta, row.get("tools"), answer))
+    return items
 
 
 def _texts(path: Path) -> list[dict[str, Any]]:

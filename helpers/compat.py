@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,40 +202,150 @@ def checkpoint_layer(layer: Any, run: Any) -> None:
         layer._gradient_checkpointing_func = run
 
 
-def is_adapted(name: str, module: Any) -> bool:
-    """Whether a PEFT model changes this module of its base: a layer of PEFT's, or a matrix that the adapter holds whole
-    (the rest of the base being on the meta device)."""
+def adapted(model: Any) -> dict[str, Any]:
+    """Parameter name in the base → the module of a PEFT model that changes it: a layer of PEFT's, or a matrix that the
+    adapter holds whole (the rest of the base being on the meta device)."""
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    if name.endswith((".token_adapter", ".base_layer", ".original_module")) or ".default" in name:
-        return False  # parts of such a layer
-    if isinstance(module, BaseTunerLayer):
-        return any(getattr(module, part, None) for part in module.adapter_layer_names)
-    own = dict(module.named_parameters(recurse=False)).get("weight")
-    return isinstance(module, AuxiliaryTrainingWrapper) or (own is not None and not own.is_meta)
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        name = name.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):  # one for each parameter, nested around its module
+            while name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+            found[f"{name}.{module.parameter_name}"] = module
+            continue
+        if name.endswith((".token_adapter", ".base_layer", ".original_module")) or ".default" in name:
+            continue  # parts of such a layer
+        if isinstance(module, BaseTunerLayer):
+            changes = any(getattr(module, part, None) for part in module.adapter_layer_names)
+        else:
+            own = dict(module.named_parameters(recurse=False)).get("weight")
+            changes = isinstance(module, AuxiliaryTrainingWrapper) or (own is not None and not own.is_meta)
+        if changes:
+            found[f"{name}.weight"] = module
+    return found
 
 
 def merged_weight(module: Any, tensor: Any) -> Any:
-    """Float32 weight of one layer for which `is_adapted` holds, merged by PEFT; `tensor` is the base's weight."""
+    """One parameter of which `adapted` names the module, merged by PEFT in float32; `tensor` is the base's, with the
+    rows of added tokens. Float32, of experts stacked into one in `tensor`'s type."""
     import torch
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         return module.modules_to_save[module.active_adapters[0]].weight.detach()
+    if isinstance(module, ParamWrapper):
+        return _merged_experts(module, tensor)
     layer = module.token_adapter if isinstance(module, TrainableTokensWrapper) else module
     inner = layer.get_base_layer() if hasattr(layer, "merge") else layer
     whole = inner.weight  # real where the adapter holds the matrix whole, else on the meta device
     tensor = tensor if whole.is_meta else whole.detach()
     if inner is layer:
         return tensor
-    if layer is not module:
-        if layer.tied_adapter:
-            layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
-        added = max(module.weight.shape[0] - len(tensor), 0)  # the rows of added tokens come from the adapter
-        tensor = torch.cat([tensor, tensor.new_zeros(added, tensor.shape[1])])
+    if layer is not module and layer.tied_adapter:
+        layer.trainable_tokens_delta = layer.tied_adapter.trainable_tokens_delta
     inner.weight = torch.nn.Parameter(tensor.to(torch.float32, copy=True), requires_grad=False)  # merged in place
     layer.merge(safe_merge=False)  # the adapter was found finite, the sum needs no second look
     merged, inner.weight = inner.weight.detach(), whole
     layer.merged_adapters.clear()
     return merged
+
+
+def _merged_experts(module: Any, tensor: Any) -> Any:
+    """A parameter that PEFT targets by name, one expert after another: their sum in float32 would be several GiB."""
+    import torch
+
+    holder, name, adapter = module.get_base_layer(), module.parameter_name, module.active_adapters[0]
+    own = getattr(holder, name)
+    setattr(holder, name, torch.nn.Parameter(torch.empty(0), requires_grad=False))  # gives the factors type and place
+    with torch.no_grad():
+        left, right, scale = module.get_delta_factors(adapter)
+    setattr(holder, name, own)
+    if tensor.dim() == 2:  # of one layer, such as a router
+        up, down = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+        return torch.addmm(tensor.float(), up.detach(), down.detach(), alpha=scale)
+    merged = torch.empty_like(tensor)
+    for expert, base in enumerate(tensor):
+        merged[expert] = torch.addmm(base.float(), left[expert].detach(), right[expert].detach(), alpha=scale)
+    return merged
+
+
+class Conversion:
+    """Which parameter of a transformers model each tensor of its files becomes, and the way back: its own renamings and
+    converters (experts stacked into one, `language_model` prefixes), as `from_pretrained` uses them.
+
+    model: on the meta device, without an adapter. target: name in the files → parameter; groups: parameter → the names
+    that are converted into it together, where it isn't a matter of the name alone. Foreign names stay out of both.
+    """
+
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        self.model = model
+        self.target: dict[str, str] = {}
+        self.groups: dict[str, list[str]] = {}
+        self._by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        self._pattern: dict[str, str] = {}
+        self._between: dict[str, str] = {}  # name in the files → after the renamings
+        for name in sorted(names, key=dot_natural_key):
+            key, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if key not in known and name in known:
+                key, pattern = name, None
+            if key not in known:
+                continue
+            self.target[name] = key
+            if pattern is not None:
+                self.groups.setdefault(key, []).append(name)
+                self._pattern[name] = pattern
+                self._between[rename_source_key(name, renamings, [], prefix, known)[0]] = name
+
+    def forward(self, key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that the tensors of a group become."""
+        converter = copy.deepcopy(self._by_pattern[self._pattern[self.groups[key][0]]])
+        for name in self.groups[key]:
+            converter.add_tensor(key, name, self._pattern[name], tensors[name])
+        made = converter.convert(key, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def back(self, key: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The group's tensors by their names in the files, from the parameters that `forward` gave."""
+        converter = self._by_pattern[self._pattern[self.groups[key][0]]].reverse_transform()
+        for name, value in parameters.items():
+            first, pattern = converter.rename_source_key(name)
+            converter.add_tensor(first, name, pattern, value)
+        made = converter.convert(first, model=self.model, config=self.model.config)
+        return {self._between[n]: value[0] if isinstance(value, list) else value for n, value in made.items()}
+
+
+# ---------------------------------------------------------------- bitsandbytes
+
+
+def unpacked(tensor: Any, parts: dict[str, Any]) -> Any:
+    """The matrix of a packed weight. parts: what its file keeps beside it, by the end of its name."""
+    if "SCB" in parts:
+        return tensor.float() * (parts["SCB"].float()[:, None] / 127)
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    return dequantize_4bit(tensor, QuantState.from_dict(dict(parts), device=tensor.device))
+
+
+def packed_again(tensor: Any, parts: dict[str, Any]) -> Any:
+    """`tensor` after the round trip through the packing that `parts` tell of."""
+    from bitsandbytes import functional
+
+    if "SCB" in parts:
+        largest = tensor.float().abs().amax(1, keepdim=True)
+        return (tensor.float() * (127 / largest)).round() * (largest / 127)
+    state = functional.QuantState.from_dict(dict(parts), device=tensor.device)
+    options = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
+    packed, new = functional.quantize_4bit(tensor.to(state.dtype), **options)
+    return functional.dequantize_4bit(packed, new).reshape(tensor.shape)

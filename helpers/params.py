@@ -238,6 +238,7 @@ class GgufParams(Params):
     context_length: int = param(0, "Context in the Modelfile; 0: the model's own, up to 8192", "tokens", high=1 << 20)
     outputs: str = param("merged,gguf", "What is kept, of: adapter, merged, gguf, adapter_gguf; separated by commas")
 
+    model_16bit: str = more("", "16-bit model that a 4-bit base was made from, to merge onto; empty: the base unpacked")
     model_name: str = more("tunebook", "What the model is called in Ollama, vLLM and LM Studio")
     llama_cpp: str = more("", "Folder of your llama.cpp build that quantises; empty: TUNEBOOK_LLAMA_CPP or prebuilt")
     fidelity_gates: bool = more(True, "Stop when a file is not the model that was trained")

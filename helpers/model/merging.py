@@ -1,17 +1,18 @@
-"""Merge a PEFT adapter into its 16-bit base, one tensor at a time.
+"""Merge a PEFT adapter into its base in 16 bits, one tensor at a time.
 
 The model is built without weights (torch's meta device) and PEFT puts its own layers into it, so that every variant it
-knows (LoRA, rsLoRA, DoRA, ranks by pattern, saved modules, trained tokens) is merged by PEFT's code. Then the base's
-files are streamed: one tensor is read, merged in float32, rounded once and written. Memory stays near the largest one.
+knows (LoRA, rsLoRA, DoRA, ranks by pattern, experts, saved modules, trained tokens) is merged by PEFT's code, and
+transformers says which parameter each tensor of the files becomes. Then the base's files are streamed: one tensor, or
+the experts that are one parameter, is read, unpacked where it is packed, merged in float32, rounded once and written.
+Everything else in the folder stays the base's own, but for what training changed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,28 @@ from typing import Any
 from helpers import compat, display
 from helpers.cache import write_json, writing
 from helpers.errors import TunebookError
-from helpers.model.loading import ADAPTER_REMEDY, check_adapter, load_config, load_tokenizer, reading
+from helpers.model import loading
+from helpers.model.loading import load_config
+from helpers.model.weights import (
+    ADAPTER_REMEDY,
+    INDEX,
+    TYPES,
+    WHOLE,
+    Weights,
+    check_adapter,
+    header,
+    reading,
+    write_safetensors,
+)
 
-COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+# What a model folder holds beside its weights: kept as it is.
+KEPT = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"),
+    *("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("LICENSE", "LICENSE.txt", "LICENSE.md"),
+)
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 PREFIX = "base_model.model."
 
 
@@ -45,142 +65,53 @@ class Merged:
 def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> Merged:
     """Write `out`, a model folder with the base's shards with the adapter merged in, and the tokenizer; whole or not.
 
-    base: folder of the 16-bit base model; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or
-    "nf4" to merge onto the weights after a round trip through 4-bit NormalFloat, which is the base that QLoRA training
-    saw. Raises TunebookError for a damaged adapter, one of another base, or a base that exists only quantised.
+    base: model folder; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or "nf4" for the weights
+    that QLoRA training saw: those of a 16-bit base after a round trip through 4-bit NormalFloat, those of a packed one
+    as they unpack. Raises TunebookError for a damaged adapter, one of another base, or "16bit" without such weights.
     """
     import torch
 
-    config = read_config(base)
-    files = shards(base)
-    model = _skeleton(base, config, adapter) if adapter is not None else None
+    config = load_config(base)
+    if onto != "nf4" and (method := loading.quantizer(config)):
+        raise TunebookError(
+            f"The base in {base} holds only {method} weights, and a merge onto 16 bits needs the 16-bit weights; name "
+            "their model in model_16bit, or set merge_onto to 'auto'."
+        )
+    weights = Weights(base)
+    tokenizer = loading.load_tokenizer(adapter) if adapter and (adapter / "tokenizer.json").is_file() else None
+    merger = _Merger(weights, config, adapter, onto, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         partial = Path(temporary) / "model"
         partial.mkdir()
-        merger = _Merger(model, config, onto)
         threads = torch.get_num_threads()
         # Small tensors gain nothing from more, and threads that wait for each other made it 4 times slower when busy.
         torch.set_num_threads(max(1, threads // 2))
         try:
             with writing(out):
-                tensors, size = merger.write(files, partial)
+                tensors, size = merger.write(partial)
         finally:
             torch.set_num_threads(threads)
-        _write_rest(base, adapter, partial, config, merger)
+        write_settings(base, partial, tokenizer, merger.dtype, merger.rows, merger.untied)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
     return Merged(out, merger.changed, tensors, size, merger.untied)
 
 
-def read_config(base: Path) -> Any:
-    """The base's transformers config. Raises TunebookError for an unknown architecture or quantised weights."""
-    config = load_config(base)
-    if kept := getattr(config, "quantization_config", None):
-        method = kept.get("quant_method", "quantised") if isinstance(kept, dict) else "quantised"
-        raise TunebookError(
-            f"The base in {base} holds only {method} weights; a merge needs the 16-bit weights, so name the base "
-            "it was made from."
-        )
-    return config
-
-
-# ---------------------------------------------------------------- safetensors files
-
-
-def shards(base: Path) -> list[Path]:
-    """The base's safetensors files; all that its index names must be there."""
-    with reading("The list of weights", base, "download the base again."):
-        index = base / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = [p.name for p in sorted(base.glob("*.safetensors"))]
-        bad = next((n for n in names if not (base / n).is_file() or Path(n).name != n), None)
-    if bad or not names:
-        raise TunebookError(
-            f"The base in {base} lacks its weights ({bad or 'no *.safetensors file'}); download it again."
-        )
-    return [base / n for n in names]
-
-
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a safetensors file, from its header."""
-    from safetensors import safe_open
-
-    with reading("The file of weights", file, "it is damaged: download or copy it again."), safe_open(file, "pt") as f:
-        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118  not a dict
-
-
-def weight_reader(base: Path) -> Callable[[str], Any]:
-    """Layer name -> its weight, read from the folder's safetensors when it is asked for."""
-    from safetensors import safe_open
-
-    shard_of = {name: shard for shard in shards(base) for name in shapes(shard)}
-
-    def weight_of(layer: str) -> Any:
-        with safe_open(shard_of[f"{layer}.weight"], "pt") as file:
-            return file.get_tensor(f"{layer}.weight")
-
-    return weight_of
-
-
-def count_weights(base: Path) -> tuple[int, int]:
-    """(weights of the model, weights of its largest tensor), from the headers of its files."""
-    counts = [math.prod(shape) for shard in shards(base) for shape in shapes(shard).values()]
-    return sum(counts), max(counts)
-
-
-def write_safetensors(
-    path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: Any, tensors: Iterable[Any]
-) -> int:
-    """Stream tensors into one safetensors file (the format's own layout); returns the bytes of tensor data.
-
-    entries: (name, shape) in the order in which `tensors` yields them, all of `dtype`, two bytes a weight.
-    """
-    import torch
-
-    label = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in entries:
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), tensor in zip(entries, tensors, strict=True):
-            if tuple(tensor.shape) != tuple(shape):
-                raise TunebookError(
-                    f"The merged {name} has shape {tuple(tensor.shape)} where {tuple(shape)} was expected; "
-                    "the adapter belongs to another base."
-                )
-            file.write(memoryview(tensor.view(torch.int16).numpy()).cast("B"))
-            del tensor
-    return end
-
-
 # ---------------------------------------------------------------- the model without weights
 
 
-def _skeleton(base: Path, config: Any, adapter: Path) -> Any:
+def _skeleton(base: Path, model: Any, adapter: Path) -> Any:
     """The PEFT model on the meta device, with only the adapter's weights real: each in its place, none left over."""
-    import torch
     from peft import PeftConfig, get_peft_model
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
-    check_adapter(adapter)
     remedy = f"it does not fit the base in {base}: {ADAPTER_REMEDY}"
     with reading("The adapter", adapter, remedy):
         tensors = {k: v.float() for k, v in load_file(adapter / "adapter_model.safetensors").items()}
         lora = PeftConfig.from_pretrained(adapter)
         lora.base_model_name_or_path = None  # which base this is was checked; PEFT would warn of another name
-        config.get_text_config().vocab_size = _rows(tensors, lora, config.get_text_config().vocab_size)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
         # PEFT's own loader would move the tensors to the base's device, which here is meta.
         places = {_saved_name(name): name for name in wrapped.state_dict() if ".default" in name}
@@ -196,11 +127,12 @@ def _skeleton(base: Path, config: Any, adapter: Path) -> Any:
     return wrapped
 
 
-def _rows(tensors: dict[str, Any], lora: Any, rows: int) -> int:
+def _rows(adapter: Path, config: dict[str, Any], rows: int) -> int:
     """Rows of the embedding that the adapter was trained with, when tokens were added: those that it saved whole, or
     enough for the tokens that it trained."""
-    whole = next((len(v) for k, v in tensors.items() if "embed_tokens" in k and k.endswith(".weight")), None)
-    trained = getattr(lora, "trainable_token_indices", None) or []
+    held = header(adapter / "adapter_model.safetensors")
+    whole = next((e.shape[0] for k, e in held.items() if "embed_tokens" in k and k.endswith(".weight")), None)
+    trained = config.get("trainable_token_indices") or []
     ids = [i for part in trained.values() for i in part] if isinstance(trained, dict) else trained
     return whole or max([rows, *(i + 1 for i in ids)])
 
@@ -214,79 +146,141 @@ def _saved_name(name: str) -> str:
 
 
 class _Merger:
-    """Turns one base tensor after another into its merged form."""
+    """Turns the base's tensors into their merged form. rows: of the embedding, with those of added tokens."""
 
-    def __init__(self, model: Any, config: Any, onto: str) -> None:
+    def __init__(self, weights: Weights, config: Any, adapter: Path | None, onto: str, tokenizer: Any) -> None:
         import torch
 
-        self.changed, self.untied = 0, False
-        self.tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-        self.dtype = torch.float16 if config.dtype == torch.float16 else torch.bfloat16
-        self.modules = {n.removeprefix(PREFIX): m for n, m in model.named_modules()} if model is not None else {}
-        self.waiting = {n for n, m in self.modules.items() if compat.is_adapted(n, m)}
-        self.input, self.output = _embedding_names(model) if model is not None else ("", "")
-        self.rounded = set()
-        if onto == "nf4":  # the linear layers that transformers puts into 4 bits: all but the output layer
-            plain = {n: getattr(m, "base_layer", m) for n, m in self.modules.items() if ".lora_" not in n}
-            self.rounded = {n for n, m in plain.items() if isinstance(m, torch.nn.Linear)} - {self.output}
+        text = config.get_text_config()
+        self.weights, self.changed, self.untied, self.rows = weights, 0, False, text.vocab_size
+        self.tied = bool(getattr(text, "tie_word_embeddings", False))
+        self.kind = "F16" if config.dtype == torch.float16 else "BF16"
+        self.dtype = getattr(torch, TYPES[self.kind])
+        self.wide = config.dtype == torch.float32  # then every tensor is rounded, else vectors may have kept 32 bits
+        self.waiting: dict[str, Any] = {}
+        self.rounded: set[str] = set()
+        self.converted: dict[str, Any] = {}
+        self.conversion: Any = None
+        self.input = self.output = ""
+        if adapter is None and onto == "16bit":
+            return
+        if adapter is not None:
+            self.rows = _rows(adapter, check_adapter(adapter), self.rows)
+            if tokenizer is not None and loading.grown(tokenizer, weights.base):
+                self.rows = max(self.rows, len(tokenizer))
+        text.vocab_size = self.rows
+        with torch.device("meta"), reading("The model", weights.base, "this transformers does not know its shape."):
+            model = loading.auto_class(config).from_config(config, trust_remote_code=False)
+        names = {id(m): n for n, m in model.named_modules()}
+        self.input = f"{names.get(id(model.get_input_embeddings()))}.weight"
+        self.output = f"{names.get(id(model.get_output_embeddings()))}.weight"
+        self.conversion = compat.Conversion(model, weights.entries)
+        if onto == "nf4" and not weights.states:  # the linear layers that transformers puts into 4 bits
+            linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            self.rounded = linear - {self.output}
+        if adapter is not None:
+            self.waiting = compat.adapted(_skeleton(weights.base, model, adapter))
 
-    def write(self, files: list[Path], out: Path) -> tuple[int, int]:
+    def write(self, out: Path) -> tuple[int, int]:
         """Write every shard to `out`; returns (tensors, their bytes)."""
         weight_map: dict[str, str] = {}
         size = 0
-        for shard in files:
+        for shard in self.weights.files:
             entries = list(self._entries(shard))
-            names = [(name, shape) for name, shape, _ in entries]
-            tensors = (self._merged(shard, *source) for _, _, source in entries)
-            size += write_safetensors(out / shard.name, names, self.dtype, tensors)
-            weight_map.update((name, shard.name) for name, _ in names)
+            tensors = (self._merged(name, key) for *_, name, key in entries)
+            size += write_safetensors(out / shard.name, [entry[:3] for entry in entries], tensors)
+            weight_map.update((name, shard.name) for name, *_ in entries)
         if self.waiting:
             raise TunebookError(
                 f"The adapter changes {min(self.waiting)}, which the base's files do not hold under that name; "
                 "name the base it was trained on."
             )
-        if [f.name for f in files] != ["model.safetensors"]:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(out / "model.safetensors.index.json", index)
+        if [f.name for f in self.weights.files] != ["model.safetensors"]:
+            write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         return len(weight_map), size
 
-    def _entries(self, shard: Path) -> Iterator[tuple[str, tuple[int, ...], tuple[str, str]]]:
-        """(name, shape, (tensor of the shard, module that changes it)) of what `shard` becomes."""
-        held = shapes(shard)
-        head = f"{self.output}.weight"
-        for name, shape in held.items():
-            module = name.rpartition(".")[0]
-            own = getattr(self.modules.get(module), "weight", None)
-            if own is not None and name.endswith(".weight") and own.shape[1:] == shape[1:]:
-                shape = tuple(own.shape)  # rows may have been added to an embedding
-            yield name, shape, (name, module)
-            if self.tied and name == f"{self.input}.weight" and head not in held and self._tie_broken(shard, name):
+    def _entries(self, shard: Path) -> Iterator[tuple[str, tuple[int, ...], str, str, str]]:
+        """(name, shape, kind, tensor of the files, parameter that it becomes) of what `shard` becomes."""
+        alone = self.output not in map(self._key, self.weights.entries)
+        for name, entry in self.weights.entries.items():
+            if entry.file != shard:
+                continue
+            shape, key = self.weights.shape(name), self._key(name)
+            vector = entry.kind == "F32" and len(shape) < 2 and not self.wide
+            kind = entry.kind if vector or (entry.kind in WHOLE and name not in self.weights.states) else self.kind
+            if key in (self.input, self.output):
+                shape = (max(self.rows, shape[0]), *shape[1:])  # rows may have been added
+            yield name, shape, kind, name, key
+            if self.tied and key == self.input and alone and self._tie_broken(name):
                 self.untied = True  # the adapter changes one of two shared matrices: the output gets one of its own
-                yield head, shape, (name, self.output)
+                yield self.output, shape, kind, name, self.output
 
-    def _tie_broken(self, shard: Path, name: str) -> bool:
+    def _key(self, name: str) -> str:
+        return self.conversion.target.get(name, name) if self.conversion else name
+
+    def _tie_broken(self, name: str) -> bool:
         import torch
 
-        if not {self.input, self.output} & self.waiting:
+        if not {self.input, self.output} & self.waiting.keys():
             return False
-        state = set(self.waiting), self.changed
-        same = torch.equal(self._merged(shard, name, self.input), self._merged(shard, name, self.output))
-        self.waiting, self.changed = state[0] - ({self.output} if same else set()), state[1]
+        waiting, changed = dict(self.waiting), self.changed
+        same = torch.equal(self._merged(name, self.input), self._merged(name, self.output))
+        if same:
+            waiting.pop(self.output, None)
+        self.waiting, self.changed = waiting, changed
         return not same
 
-    def _merged(self, shard: Path, name: str, module: str) -> Any:
-        from safetensors import safe_open
-
-        with safe_open(shard, "pt") as file:
-            tensor = file.get_tensor(name)
-        if name.endswith(".weight") and module in self.rounded:
+    def _merged(self, name: str, key: str) -> Any:
+        """A tensor of the files as it is after the merge."""
+        if name in self.converted:
+            return self.converted.pop(name)
+        group = self.conversion.groups.get(key) if self.conversion else None
+        tensor = self.weights.read(name)
+        if group:
+            made = self.conversion.forward(key, {n: tensor if n == name else self.weights.read(n) for n in group})
+            if not made.keys() & self.waiting.keys():
+                return tensor
+            merged = {k: self._changed(k, v).to(self.dtype) for k, v in made.items()}
+            self.converted |= self.conversion.back(key, merged)
+            return self.converted.pop(name)
+        if key in self.rounded:
             tensor = nf4_round_trip(tensor, self.dtype)
-        if name.endswith(".weight") and module in self.waiting:
-            self.waiting.discard(module)
-            self.changed += 1
-            with reading("The adapter on the base", shard, "PEFT cannot merge it: serve it beside its base."):
-                tensor = compat.merged_weight(self.modules[module], tensor)
-        return tensor.to(self.dtype).contiguous()
+        return self._changed(key, tensor)
+
+    def _changed(self, key: str, tensor: Any) -> Any:
+        import torch
+
+        if key in (self.input, self.output) and self.rows > len(tensor):  # those that no adapter trained never win
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(self.rows - len(tensor), -1)])
+        if (module := self.waiting.pop(key, None)) is None:
+            return tensor
+        self.changed += 1
+        with reading("The adapter on the base", self.weights.base, "PEFT cannot merge it: serve it beside its base."):
+            return compat.merged_weight(module, tensor)
+
+
+def check_parent(original: Path, packed: Path) -> None:
+    """Raises TunebookError unless the model in `original` is the one that `packed` was quantised from, by the shapes of
+    all tensors and the values of some: packed again, they may differ by a third of what packing costs."""
+    config, ours, theirs = load_config(original), Weights(original), Weights(packed)
+    no = f"model_16bit names {original}, which is not what the base in {packed} was quantised from"
+    if not theirs.states or loading.quantizer(config):
+        what = "the base is not quantised" if not theirs.states else "that model is quantised itself"
+        raise TunebookError(f"model_16bit names {original}, and {what}; leave it empty, or name 16-bit weights.")
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)  # then one file may hold the output too
+    for name in sorted(ours.entries.keys() | theirs.entries.keys()):
+        was, ought = (list(held.shape(name)) if name in held.entries else "missing" for held in (ours, theirs))
+        if was != ought and not (tied and ought == "missing"):
+            raise TunebookError(f"{no}: {name} is {was} there and {ought} in the base; name its parent.")
+    names = sorted(theirs.states)
+    for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
+        mine, saw = ours.read(name).float(), theirs.read(name).float()
+        again = compat.packed_again(mine, theirs.parts(name)).float()
+        differs, cost = (float((x - again).square().mean().sqrt()) for x in (saw, mine))
+        if not differs <= 0.3 * cost:
+            found = f"differ by {differs:.2g} where packing costs {cost:.2g}"
+            raise TunebookError(f"{no}: the weights of {name} {found} (root mean square); name its parent.")
 
 
 def nf4_round_trip(tensor: Any, dtype: Any) -> Any:
@@ -297,24 +291,70 @@ def nf4_round_trip(tensor: Any, dtype: Any) -> Any:
     return functional.dequantize_4bit(packed, state).to(dtype).reshape(tensor.shape)
 
 
-def _embedding_names(model: Any) -> tuple[str, str]:
-    """Names of the input and the output embedding in the base's files."""
-    inner = model.get_base_model()
-    names = {id(m): n.removeprefix(PREFIX).removesuffix(".base_layer") for n, m in model.named_modules()}
-    return names.get(id(inner.get_input_embeddings()), ""), names.get(id(inner.get_output_embeddings()), "")
-
-
 # ---------------------------------------------------------------- files
 
 
-def _write_rest(base: Path, adapter: Path | None, out: Path, config: Any, merger: _Merger) -> None:
-    """Config, generation settings, licence and tokenizer beside the weights."""
-    config.dtype = merger.dtype
-    if merger.untied:
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-    config.save_pretrained(out)
-    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
-    load_tokenizer(own).save_pretrained(out)
-    for name in (*COPIED, "tokenizer.model"):
+def write_settings(
+    base: Path, out: Path, tokenizer: Any = None, dtype: Any = None, rows: int = 0, untied: bool = False
+) -> None:
+    """Write the base's own files beside the weights in `out`, changed only where training changed the model.
+
+    tokenizer: the trained one; dtype: of the weights; rows: of the embedding; untied: it isn't shared any more.
+    """
+    for name in KEPT:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
+    with reading("The model's settings", base, "download it again."):
+        raw = json.loads((base / "config.json").read_text())
+        config = json.loads(json.dumps(raw))
+        parts = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
+        config.pop("quantization_config", None)
+        for part in parts:
+            label = "torch_dtype" if "torch_dtype" in part else "dtype"
+            if dtype is not None and (part is config or label in part):
+                part[label] = str(dtype).removeprefix("torch.")
+            if rows and part.get("vocab_size", rows) < rows:
+                part["vocab_size"] = rows
+            if untied:
+                part["tie_word_embeddings"] = False
+        if tokenizer is not None:
+            _write_tokenizer(base, out, tokenizer, parts)
+        if config != raw:
+            write_json(out / "config.json", config)
+
+
+def _write_tokenizer(base: Path, out: Path, tokenizer: Any, parts: list[dict[str, Any]]) -> None:
+    """What training changed of the tokenizer: tokens, template, special tokens and so the end of an answer."""
+    own = loading.load_tokenizer(base, mended=False)
+    if loading.tokenizer_hash(own) == loading.tokenizer_hash(tokenizer) and all(
+        getattr(own, part) == getattr(tokenizer, part) for part in (*SPECIAL, "chat_template")
+    ):
+        return
+    if loading.tokenizer_hash(own) != loading.tokenizer_hash(tokenizer):
+        tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    file = out / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    changed = {part: getattr(tokenizer, part) for part in SPECIAL if getattr(own, part) != getattr(tokenizer, part)}
+    if "added_tokens_decoder" in settings:
+        fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        settings["added_tokens_decoder"] = {
+            str(i): {f: getattr(token, f) for f in fields} for i, token in tokenizer.added_tokens_decoder.items()
+        }
+    if own.chat_template != tokenizer.chat_template:
+        settings.pop("chat_template", None)
+        (out / "chat_template.json").unlink(missing_ok=True)
+        (out / "chat_template.jinja").write_text(tokenizer.chat_template or "", encoding="utf-8")
+    write_json(file, settings | changed)
+    if changed and (out / "special_tokens_map.json").is_file():
+        write_json(out / "special_tokens_map.json", json.loads((out / "special_tokens_map.json").read_text()) | changed)
+    ids = {f"{part}_id": getattr(tokenizer, f"{part}_id") for part in changed if part != "unk_token"}
+    for part in parts:
+        part |= {name: i for name, i in ids.items() if name in part or part is parts[0]}
+    file = out / "generation_config.json"
+    if ids and file.is_file():
+        generation = json.loads(file.read_text())
+        if "eos_token_id" in ids:  # generation stopped at these too
+            before = generation.get("eos_token_id")
+            before = before if isinstance(before, list) else [before]
+            ids["eos_token_id"] = list(dict.fromkeys(i for i in (ids["eos_token_id"], *before) if i is not None))
+        write_json(file, generation | ids)

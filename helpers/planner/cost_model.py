@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
-from helpers.model.loading import fast_bf16
+from helpers.model.loading import auto_class, fast_bf16
 from helpers.model.packed_attention import head_dim
 from helpers.params import TrainingParams
 
@@ -102,15 +102,16 @@ def card_here() -> Card:
 
 class Shape:
     """What the causal LM that `config` describes is made of, counted on an instance without storage (about a second at
-    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; others: parameters."""
+    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; stored: bytes of the files of a base
+    that is quantised as it comes; others: parameters."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, stored: int = 0) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
+        self.stored = stored
         text = config.get_text_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.name = getattr(config, "_name_or_path", "") or text.model_type
         self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -186,6 +187,8 @@ def state_bytes(shape: Shape, s: Setting) -> float:
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
+    if shape.stored and s.quantize == "nf4":
+        base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
         state = trained * (masters + 4 + optimizer)

@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from helpers import display
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
-from helpers.model.loading import load_config
+from helpers.model.loading import load_config, quantizer
+from helpers.model.weights import Weights
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, learning_rate, row_plan
 from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting
@@ -183,13 +185,16 @@ def plan(
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
     config = load_config(source)
+    packed = quantizer(config)
+    if packed and params.method == "lora":  # the base is loaded as it is
+        params = replace(params, method="qlora")
     card = card or (cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
-    packed = kernel.packed and params.packing and backend == "hf"
-    base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not packed)
-    shape = Shape(config)
-    in_rows = lengths if packed else padded_lengths or lengths
+    in_one = kernel.packed and params.packing and backend == "hf"
+    base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not in_one)
+    shape = Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if packed else 0)
+    in_rows = lengths if in_one else padded_lengths or lengths
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base)
     options = list(search.options())
     fitting = [o for o in options if o.fits]
@@ -218,7 +223,7 @@ def plan(
         steps=steps,
         tokens=round(sum(lengths) * steps / per_epoch),
         attention=kernel.name,
-        packed=packed,
+        packed=in_one,
         backend=backend,
         reasons=tuple(reasons),
         alternatives=search.alternatives(options, best),

@@ -11,15 +11,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from helpers import compat, machine, runs
-from helpers.data.vocabulary import add_tokens, new_tokens
+from helpers import compat, runs
+from helpers.data.vocabulary import add_tokens, fit, new_tokens
 from helpers.errors import TunebookError
-from helpers.model import loading, merging, packed_attention
+from helpers.model import loading, merging, packed_attention, weights
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
 from helpers.train import config
@@ -46,12 +47,20 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     if packed and plan.shares:
         attention = packed_attention.SHARED
     quantize = "nf4" if params.method == "qlora" else "none"
+    if bits := loading.quantizer(loading.load_config(job.source)):
+        _check_packed(job.source.name, bits, params)
+        notes.append(f"the base's own {bits} weights, as they were published")
     model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)
     model.config.use_cache = False
-    tokens = new_tokens(loading.load_tokenizer(job.source), job.tokenizer)
-    added = add_tokens(model, loading.load_tokenizer(job.source), tokens) if tokens else []
+    tokenizer, rows_before = loading.load_tokenizer(job.source), model.get_input_embeddings().weight.shape[0]
+    fit(model, tokenizer)  # its padding may be a new token
+    tokens = new_tokens(tokenizer, job.tokenizer)
+    added = add_tokens(model, tokenizer, tokens) if tokens else []
     if added:
-        notes.append(f"{len(added)} added tokens, each started as the mean of its pieces")
+        free = f", {sum(i < rows_before for i in added)} of them in free rows of the embedding" * (
+            added[0] < rows_before
+        )
+        notes.append(f"{len(added)} added tokens{free}, each started as the mean of its pieces")
     if params.method in ("full", "freeze"):
         model.requires_grad_(params.method == "full")
         if params.method == "freeze":
@@ -78,6 +87,16 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     return model, notes
 
 
+def _check_packed(name: str, packed: str, params: Any) -> None:
+    """Raises TunebookError for what needs the weights that `packed` ones were made from."""
+    needs = {"method": params.method in ("full", "freeze"), "init": params.init in ("loftq", "pissa")}
+    for setting in (key for key, true in needs.items() if true):
+        raise TunebookError(
+            f"{setting} is {getattr(params, setting)!r}, which needs 16-bit weights, and {name} holds {packed} ones; "
+            f"set {setting} to {'qlora' if setting == 'method' else 'default'!r}, or name the 16-bit model."
+        )
+
+
 def keep_in_fp32(model: Any) -> None:
     """Put every trained weight in fp32: 16 bits round the small updates at the end of a cosine away, and fp16's scaler
     cannot unscale their gradients. TRL turns the adapters of a 4-bit base to bf16."""
@@ -102,21 +121,29 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     from peft import LoraConfig, get_peft_model
 
     modules = params.target_modules.strip()
+    every = modules == "all-linear"
     adapter = LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
         lora_dropout=params.dropout,
         use_rslora=params.rslora,
         use_dora=params.dora,
-        target_modules=modules if modules == "all-linear" else [m.strip() for m in modules.split(",") if m.strip()],
+        target_modules=modules if every else [m.strip() for m in modules.split(",") if m.strip()],
+        target_parameters=(_experts(model) if every else []) or None,
+        exclude_modules=_outside_language(model) or None,
         task_type="CAUSAL_LM",
-        trainable_token_indices=added or None,
+        trainable_token_indices=_token_rows(model, added),
         init_lora_weights="pissa_niter_16" if params.init == "pissa" else True,
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
         wrapped = get_peft_model(model, adapter)
     except ValueError as error:
+        if "ParamWrapper" in str(error):
+            raise TunebookError(
+                "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False "
+                "and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
+            ) from None
         if "arget modules" not in str(error):
             raise
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
@@ -128,6 +155,31 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     return wrapped
 
 
+def _outside_language(model: Any) -> str:
+    """A pattern of the modules outside the language model (a vision part): they get no adapter."""
+    inside = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
+    held = {id(m) for m in model.modules() if any(id(part) in inside for part in m.modules())}
+    return "|".join(f"{re.escape(n)}(\\..*)?" for n, m in model.named_modules() if id(m) not in held)
+
+
+def _experts(model: Any) -> list[str]:
+    """Names of the parameters that hold the experts of a mixture, one matrix for each: PEFT targets them by name."""
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
+    found = [f"{n}.{p}" for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3]
+    return sorted({".".join(name.split(".")[-3:]) for name in found})
+
+
+def _token_rows(model: Any, added: list[int]) -> dict[str, list[int]] | None:
+    """The rows that are trained for added tokens: of the embedding, and of an output layer of its own."""
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    given, out = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = [given] if out is None or out.weight is given.weight else [given, out]
+    return {names[id(layer)]: added for layer in layers} if added else None
+
+
 def _loftq(model: Any, folder: Path) -> None:
     """Start every adapter at the main directions of what its layer lost to 4 bits (arXiv:2310.08659, one iteration).
 
@@ -136,7 +188,7 @@ def _loftq(model: Any, folder: Path) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    weight_of = merging.weight_reader(folder)
+    weight_of = weights.weight_reader(folder)
     for name, layer in compat.lora_linears(model):
         weight = layer.get_base_layer().weight
         if hasattr(weight, "quant_state"):
@@ -161,24 +213,32 @@ def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
     return create_loraplus_optimizer(model, kind, **options)
 
 
-def adapter_to_start_from(name: str, base: str, tokenizer: Any) -> Path:
-    """The adapter folder that start_from names. Raises TunebookError for another base or another chat template."""
-    folder = machine.path(name)
-    if not ((folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file()):
+def adapter_to_start_from(folder: Path, source: loading.ModelSource, tokenizer: Any) -> Path:
+    """The adapter folder to train further. Raises TunebookError for one of another base, tokenizer or chat template.
+
+    A run's manifest names its base by hash; an adapter from elsewhere has its base's name alone.
+    """
+    try:
+        trained_on = weights.check_adapter(folder).get("base_model_name_or_path") or source.name
+    except TunebookError as error:
         raise TunebookError(
-            f"start_from is {name!r}, which is not an adapter folder (adapter_config.json, adapter_model.safetensors); "
-            "name the adapter folder of a finished run, such as runs/default/02_qlora_sft/adapter."
-        )
-    trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or base
-    same_base = Path(trained_on).name == Path(base).name
-    brings_tokenizer = same_base and (folder / "tokenizer_config.json").is_file()
-    if not same_base or (
-        brings_tokenizer and loading.template_hash(loading.load_tokenizer(folder)) != loading.template_hash(tokenizer)
-    ):
-        what = "with another chat template than this data was rendered with"
+            f"start_from is {str(folder)!r}, which is not an adapter folder to train further: {error} Name "
+            "that of a finished run, such as runs/default/02_qlora_sft/adapter."
+        ) from None
+    manifest = folder.parent / "manifest.json"
+    known = json.loads(manifest.read_text()).get("model", {}).get("hash") if manifest.is_file() else None
+    same = known == weights.fingerprint(source.path) if known else Path(trained_on).name == Path(source.name).name
+    what = "" if same else f"on {trained_on}{' with other weights, config or tokenizer' * bool(known)}"
+    if same and (folder / "tokenizer_config.json").is_file():
+        own = loading.load_tokenizer(folder)
+        if loading.template_hash(own) != loading.template_hash(tokenizer):
+            what = "with another chat template than this data was rendered with"
+        elif loading.tokenizer_hash(own) != loading.tokenizer_hash(tokenizer):
+            what = "with other added tokens than this data has"
+    if what:
         raise TunebookError(
-            f"The adapter in {folder} was trained {what if same_base else f'on {trained_on} and this base is {base}'}; "
-            "run notebook 01 again with its base, or start from another adapter."
+            f"The adapter in {folder} was trained {what}, and this base is {source.name}; run notebook 01 again with "
+            "its base and tokens, or start from another adapter."
         )
     return folder.resolve()
 
@@ -199,14 +259,19 @@ def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None 
         if model.peft_config["default"].trainable_token_indices:
             extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
-        loading.sort_adapter_config(partial)
+        weights.sort_adapter_config(partial)
     else:
         state = whole or model.state_dict()
         state = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in state.items()}
         model.config.dtype = torch.bfloat16
         model.save_pretrained(partial, state_dict=state, safe_serialization=True)
+        base, rows = Path(model.name_or_path), model.get_input_embeddings().weight.shape[0]
+        files = (base / "config.json").is_file()
+        if files and loading.load_config(base).model_type == model.config.model_type:  # not the text part alone
+            merging.write_settings(base, partial, tokenizer, torch.bfloat16, rows)
     (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty card; 05 writes the real one
-    tokenizer.save_pretrained(partial)
+    if not (partial / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

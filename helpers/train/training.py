@@ -40,7 +40,7 @@ def open(params: TrainingParams) -> TrainJob:
         return TrainJob(stage)
     data = stage.parents["data"]
     source, tokenizer = _base(params, data)
-    adapter = _adapter(params, stage.parents.get("sft"), source.name, tokenizer)
+    adapter = _adapter(params, stage.parents.get("sft"), source, tokenizer)
     train, held_out, counts = rows.read(data, params)
     plan = _plan(params, train, source, adapter, stage)
     return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter)
@@ -78,17 +78,17 @@ def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any
     return source, tokenizer
 
 
-def _adapter(params: TrainingParams, sft: runs.Manifest | None, base: str, tokenizer: Any) -> Path | None:
+def _adapter(params: TrainingParams, sft: runs.Manifest | None, base: ModelSource, tokenizer: Any) -> Path | None:
     """Folder of the adapter that is trained further."""
     if sft and not (sft.path / "adapter").is_dir():
         raise TunebookError(
             f"The SFT stage of run {sft.data['run']!r} trained the model's own weights, not an adapter; set start_from "
             f"to 'base' and name its model folder ({sft.path / 'model'}) as model."
         )
-    if sft:
-        return sft.path / "adapter"
-    named = params.start_from not in config.NO_ADAPTER
-    return methods.adapter_to_start_from(params.start_from, base, tokenizer) if named else None
+    if not sft and params.start_from in config.NO_ADAPTER:
+        return None
+    folder = sft.path / "adapter" if sft else machine.path(params.start_from)
+    return methods.adapter_to_start_from(folder, base, tokenizer)
 
 
 def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path | None, stage: runs.Stage) -> Plan:

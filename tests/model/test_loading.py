@@ -183,8 +183,10 @@ def test_padding_is_never_an_ordinary_word():
     words = {"</s>": 0, "reserved": 1, "a": 2}
     one = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "</s>")
     backend = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    with pytest.raises(TunebookError, match="pad token of its own"):
-        loading.mend_padding(PreTrainedTokenizerFast(tokenizer_object=backend, **one))
+    alone = PreTrainedTokenizerFast(tokenizer_object=backend, **one)
+    loading.mend_padding(alone)
+    assert alone.pad_token_id == 3 and alone.pad_token == "<|pad|>" and alone.decode([1]) == "reserved"
+    backend = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     spare = PreTrainedTokenizerFast(tokenizer_object=backend, **one, extra_special_tokens=["<|reserved_7|>"])
     loading.mend_padding(spare)
     assert spare.pad_token == "<|reserved_7|>"

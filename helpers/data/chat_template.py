@@ -9,14 +9,12 @@ its time, its memory and what it writes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from helpers import worker
+from helpers import template_renderer, worker
 from helpers.data.turns import RowError
 from helpers.display import table, text_table
 from helpers.errors import TunebookError
@@ -25,12 +23,8 @@ from helpers.model.stop_tokens import ANSWER, CALLING, QUESTION, special_pattern
 
 PROBE_SECONDS = 10.0
 BATCH_SECONDS = 120.0  # for a batch of 1,000 rows, which takes 0.05 s
-MEMORY_GIB = 2.0
 MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
-MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
-MAX_ADDED = 200_000
 MEND = "Mend it, or choose another one by chat_template."
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINKING = ("reasoning_content", "thinking", "reasoning")  # keys of a message under which templates look for thoughts
 PLACES = {"content": "kept as text in the answer", "": "left out", "opened": "opened by the generation prompt"}
 DATED = (
@@ -270,58 +264,5 @@ def prompt(tokenizer: Any, messages: list[dict], tools: list[dict] | None = None
 
 
 def _asked(tokenizer: Any, conversations: list[Conversation], seconds: float) -> list[Rendering | RowError]:
-    template, special = tokenizer.chat_template, tokenizer.special_tokens_map.items()
-    settings = {"chat_template": template, "return_assistant_tokens_mask": bool(MARKS.search(str(template)))}
-    settings |= {name: value for name, value in special if isinstance(value, str)}
-    found = _child().ask({"settings": settings, "conversations": conversations}, timeout_s=seconds)
+    found = template_renderer.render(tokenizer, conversations, seconds)
     return [RowError("template refused", one) if isinstance(one, str) else Rendering(**one) for one in found]
-
-
-@functools.cache
-def _child() -> worker.Worker:
-    """The one process that renders for this one; it is started again where it was stopped."""
-    return worker.Worker("helpers.data.chat_template:Renderer", name="The chat template", memory_gib=MEMORY_GIB)
-
-
-class Renderer:
-    """In the child: a Rendering's fields for each conversation, or why the template refuses it."""
-
-    def __init__(self) -> None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        self.render = render_jinja_template
-
-    def __call__(self, request: dict[str, Any], event: worker.Event) -> list[dict[str, Any] | str]:
-        def written(messages: list[dict], tools: list | None, generation: bool = False) -> tuple[str, list]:
-            settings = {"tools": tools, "add_generation_prompt": generation, **request["settings"]}
-            (text,), spans = self.render([messages], **settings)
-            if len(text) > MAX_ADDED and len(text) > MAX_ADDED + MAX_GROWTH * sum(len(str(m)) for m in messages):
-                refused = f"the template wrote {len(text):,} characters; that is no rendering of this conversation"
-                raise RowError("template refused", refused)
-            return text, spans[0] if spans else []
-
-        found: list[dict[str, Any] | str] = []
-        for messages, tools, turns in request["conversations"]:
-            listed = json.loads(tools) if tools else None
-            try:
-                full, spans = written(messages, listed)
-                apart = []
-                for turn in turns:
-                    through = written(messages[: turn + 1], listed)[0] if turn < len(messages) - 1 else ""
-                    apart.append((written(messages[:turn], listed, generation=True)[0], through))
-            except MemoryError:
-                raise
-            except RowError as error:
-                found.append(error.detail)
-            except Exception as error:
-                found.append(f"the chat template says{_line(error)}: {str(error)[:200] or type(error).__name__}")
-            else:
-                found.append({"full": full, "turns": apart, "spans": spans})
-        return found
-
-
-def _line(error: Exception) -> str:
-    """The line of the template at which Jinja failed."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)  # a syntax error, or one while rendering
-    return f" in line {line}" if line else ""

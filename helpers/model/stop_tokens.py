@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from helpers import template_renderer
 from helpers.errors import TunebookError
 
 QUESTION, ANSWER = {"role": "user", "content": "QQQ"}, {"role": "assistant", "content": "AAA"}
@@ -33,12 +34,12 @@ def special_pattern(tokenizer: Any) -> re.Pattern[str]:
 def turn_ends(tokenizer: Any, render: Callable[[list[dict]], str] | None = None) -> tuple[int, ...]:
     """Ids of the tokens that end an assistant's turn: behind an answer, then behind a tool call where that differs.
 
-    render: messages → text, where the template is not to be trusted; by default the tokenizer's own rendering. Raises
+    render: messages → text, where they have been rendered already. Raises
     TunebookError when there is no template, or when it ends the turn with no special token.
     """
 
     def own(messages: list[dict]) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return template_renderer.text(tokenizer, messages)
 
     if not tokenizer.chat_template:
         raise TunebookError(

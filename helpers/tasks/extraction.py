@@ -16,6 +16,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
+from helpers import template_renderer
 from helpers.tasks.sqlite_reader import Database, execute
 
 Marks = tuple[tuple[str, str], ...]  # what opens and what closes a model's thinking
@@ -29,8 +30,8 @@ def thinking_marks(tokenizer: Any) -> Marks:
     for key in ("reasoning_content", "thinking", "reasoning"):
         told = [*asked, {"role": "assistant", "content": "AAA", key: "RRR"}]
         with suppress(Exception):  # a stranger's template raises what it likes: it does not render such a turn
-            head = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            before, _, rest = tokenizer.apply_chat_template(told, tokenize=False).partition("RRR")
+            head = template_renderer.text(tokenizer, asked, generation=True)
+            before, _, rest = template_renderer.text(tokenizer, told).partition("RRR")
             if closing := rest.partition("AAA")[0].strip() if "AAA" in rest else "":
                 shared = next((i for i, (a, b) in enumerate(zip(before, head, strict=False)) if a != b), len(head))
                 return ((before[shared:].strip(), closing),)

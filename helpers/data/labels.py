@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
-from helpers.data.chat_template import Rendering, Template, render
+from helpers.data.chat_template import THINKING, Rendering, Template, render
 from helpers.data.rendering import LITERAL, Chat, thoughts_of
 from helpers.data.tables import Rejects
 from helpers.data.turns import Row, RowError, text_of
@@ -177,7 +177,7 @@ class Encoder:
         if full.startswith(prefix) or not (opened := OPENED.search(prefix)):
             return
         if full.startswith(stem := prefix[: opened.start()]):
-            thoughts, rest = turn.get("reasoning_content", "").strip(), full[len(stem) :]
+            thoughts, rest = next((turn[key].strip() for key in THINKING if turn.get(key)), ""), full[len(stem) :]
             if rest.startswith(f"<{opened[1]}>"):
                 thoughts, _, rest = (part.strip() for part in rest[len(opened[1]) + 2 :].partition(f"</{opened[1]}>"))
             if not thoughts:

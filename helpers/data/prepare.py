@@ -77,7 +77,7 @@ class Job(StageJob):
         vocabulary.add_tokens(None, tokenizer, self.params.add_tokens)
         self.choice = template_choice.choose(tokenizer, self.params.chat_template, self.params.template_tokens)
         if self.params.template_arguments:
-            tokenizer.chat_template = with_arguments(tokenizer.chat_template, self.params.template_arguments)
+            tokenizer.chat_template = with_arguments(tokenizer.chat_template or "", self.params.template_arguments)
         return tokenizer
 
     @property
@@ -287,7 +287,8 @@ class Job(StageJob):
         tokenizer, rows = self.tokenizer, chain(*(part.rows() for part in (*self.splits.values(), self.pair_rows)))
         if not tokenizer.chat_template and all(row["kind"] == "text" for row in rows):
             return plain_text(tokenizer)
-        return replace(inspect(tokenizer), chosen=tuple(template_choice.facts(self.choice)))
+        given = [("template_arguments", self.params.template_arguments)] * bool(self.params.template_arguments)
+        return replace(inspect(tokenizer), chosen=(*template_choice.facts(self.choice), *given))
 
     @step
     def vocabulary(self) -> Html:
@@ -380,7 +381,7 @@ class Job(StageJob):
             tokenizer_hash=loading.tokenizer_hash(self.tokenizer),
             model=self.source.as_dict(),
             data_hash=self.encoded["data_hash"],
-            chat_template=self.choice,
+            chat_template=self.choice | ({"arguments": a} if (a := self.params.template_arguments) else {}),
         )
 
 

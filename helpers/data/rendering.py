@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from helpers.data.chat_template import PROBE_SECONDS, Template, render
+from helpers.data.chat_template import PROBE_SECONDS, THINKING, Template, render
 from helpers.data.turns import Row, RowError, all_messages, map_strings, map_turn
 
 LITERAL = "\U0010fffe"  # a noncharacter, put into a control token's text that is to stay text
@@ -82,10 +82,14 @@ class Chat:
             turns = [map_turn(turn, self.literal) for turn in turns]
             tools = json.dumps(map_strings(json.loads(tools), self.literal), ensure_ascii=False) if tools else None
         if tools and not template.shows_tools:
-            self.notes["tool list written into the system message, as the template shows none"] += 1
-            system = turns[0] if turns[0]["role"] == "system" else {"role": "system", "content": ""}
-            others = turns[turns[0]["role"] == "system" :]
-            turns, tools = [{**system, "content": f"{system['content']}\n\n{tools}".lstrip()}, *others], None
+            role = "system" if template.takes_system else "user"
+            self.notes[f"tool list written into the {role} message, as the template shows none"] += 1
+            first = turns[0] if turns[0]["role"] == role else {"role": role, "content": ""}
+            told = [first["content"], tools] if template.takes_system else [tools, first["content"]]
+            turns, tools = (
+                [{**first, "content": "\n\n".join(filter(None, told))}, *turns[turns[0]["role"] == role :]],
+                None,
+            )
         if not template.shows_tool_calls and any(turn.get("tool_calls") for turn in turns):
             self.notes["tool calls written as JSON text, as the template shows none"] += 1
             turns = [spelt_out(turn) for turn in turns]
@@ -112,7 +116,7 @@ class Chat:
         if (thoughts := turn.get("reasoning")) and self.template.thinking == "content":
             made["content"] = f"<think>\n{thoughts.strip()}\n</think>\n\n{turn['content']}"
         elif thoughts:
-            made[self.template.thinking or "reasoning_content"] = thoughts
+            made[self.template.thinking if self.template.thinking in THINKING else THINKING[0]] = thoughts
         return made
 
     def control_token(self, row: Row) -> bool:

@@ -10,6 +10,7 @@ survived. The whole takes about a quarter of an hour on two cores.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,9 @@ def attack(arguments: list[str]) -> tuple[int, int, list[str]]:
     """(tried, survived, names of the tests that failed)."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as file:
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={file.name}", *arguments]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=PROJECT, capture_output=True, text=True, env={**os.environ, "TUNEBOOK_ATTACK": "1"}
+        )
         if done.returncode not in (0, 1):
             raise SystemExit(f"pytest ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         cases = list(ElementTree.parse(file.name).iter("testcase"))

@@ -551,3 +551,35 @@ def test_questions_of_the_training_data_are_found_in_other_case_and_fresh_ones_s
     ]
     asked = [[{"role": "system", "content": training[0]}, {"role": "user", "content": q}] for q in questions]
     assert decontamination.held(asked, tmp_path / "train.parquet") == [True, False, True, False]
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_an_evaluation_killed_after_any_answer_comes_to_the_same_scores(
+    after, planted, tiny_llama, runs_root, tmp_path, monkeypatch
+):
+    from helpers import cache
+
+    url, rows = planted
+    extra = ",".join(f"{name}={url}/{name}/v1#{name}" for name in ("good", "shuffled"))
+    given = params.resolve("eval", {"run": "killed", "candidates": "", "extra_candidates": extra, **QUIET})
+    data_stage("killed", rows[:15], tiny_llama)
+    put, left = cache.Answers.put, [after]
+
+    def killing(self, key, value):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        put(self, key, value)
+
+    found = []
+    for place, stopped in (("whole", False), ("cut", True)):
+        monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / place))
+        if stopped:
+            monkeypatch.setattr(cache.Answers, "put", killing)
+            with pytest.raises(KeyboardInterrupt):
+                evaluation.open(given).measure()
+            monkeypatch.setattr(cache.Answers, "put", put)
+        job = evaluation.open(given)
+        job.measure()
+        found.append([(one["name"], one["scores"]) for one in job.found["candidates"]])
+    assert found[0] == found[1]

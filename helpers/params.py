@@ -104,6 +104,7 @@ class DataParams(Params):
     columns: str = more("", "Own mapping, part=column: prompt=question,response=sql,system=schema")
     unanswerable: str = more("The text does not say.", "Answer where the text has none (context_qa)")
     reject_limit: float = more(0.05, "Share of unusable rows from which the job stops", high=1)
+    loss_limit: float = more(0.3, "Share of a set's rows that may be in no split; above, the job stops", high=1)
     test_share: float = more(0.1, "Rows held out for evaluation when no test_dataset is named", high=0.5)
     preference_eval_share: float = more(0.1, "Preference pairs held out", high=0.5)
     group_by: str = more("", "Column whose equal values never straddle two splits")

@@ -41,6 +41,7 @@ def chunks(
         rejects.add(where, 0, error.reason, error.detail, step="document")
         return
     if len(text) < least_chars:
+        rejects.total_seen += 1
         detail = f"{len(text)} characters, fewer than {least_chars}"
         rejects.add(where, 0, "document too short", detail, step="document", invalid=False)
         return

@@ -115,6 +115,7 @@ def _askable(
                 continue
             if tokens > limit:
                 notes["test questions longer than max_length, which training never shows"] += 1
+            rejects.keep([row])
             kept.append(_test_row(row))
         yield kept
 
@@ -150,6 +151,7 @@ def pairs(
             for row, chosen, rejected in batch:
                 longest = max(len(chosen.ids), len(rejected.ids))
                 if longest <= limit:
+                    rejects.keep([row])
                     kept.append(_pair_row(row, chosen, rejected))
                     continue
                 over += 1
@@ -225,7 +227,9 @@ class Fitter:
         """The batches with every row fitting."""
         for batch in encoded:
             self.lengths.update(len(one.ids) for one in batch)
-            yield [part for one in batch for part in self._fitting(one)]
+            fitting = [part for one in batch for part in self._fitting(one)]
+            self.rejects.keep(one.row for one in fitting)
+            yield fitting
 
     def _fitting(self, one: Encoded) -> list[Encoded]:
         size, length = self.max_length, len(one.ids)

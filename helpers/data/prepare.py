@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,8 +25,7 @@ from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, sy
 from helpers.data.chat_template import Template, inspect, with_arguments
 from helpers.data.chat_template import plain as plain_text
 from helpers.data.rendering import refuse_control_tokens
-from helpers.data.shingles import text_hash
-from helpers.data.split import group_value, pairs_of, split
+from helpers.data.split import asks, group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of, with_system
 from helpers.display import Html, plain, said, save, shown
@@ -55,6 +54,8 @@ class Job(StageJob):
         self.params, self.path = cast(DataParams, stage.params), Path(stage.path)
         self.rejects = Rejects(self.path / "rejected.jsonl", self.params.reject_limit)
         self.figures: dict[str, Any] = {}
+        self.inputs: dict[str, tuple[int, set[str]]] = {}  # parameter that names a set → its rows, their files
+        self.warnings: dict[str, str] = {}
         self.choice: dict[str, Any] = {}  # of a chat template by parameter
         self._reports: dict[str, list[StepReport]] = {}
         self.chosen = {name: getattr(self.params, name) for name in COMPANIONS}
@@ -95,6 +96,15 @@ class Job(StageJob):
         self._reports[step].append(StepReport("".join(name), rejects=self.rejects))
         return self._reports[step][-1]
 
+    def _warn(self, about: str, text: str) -> None:
+        """Say what a reader must know, here, in the report and in the manifest; "" takes back what was said."""
+        self.warnings[about] = text
+        if text:
+            print(f"Note: {text}", flush=True)
+
+    def _notes(self, *about: str) -> list[tuple[str, str]]:
+        return [("note", self.warnings[one]) for one in about if self.warnings[one]]
+
     # ------------------------------------------------------------ read and generate
 
     @step
@@ -102,10 +112,10 @@ class Job(StageJob):
         """Read every named set; rows that cannot be used are in rejected.jsonl, counted."""
         self._begin("read")
         self.database()
-        self.training = self._read(self.params.dataset, self.params.format, self.params.columns)
-        self.tests = self._read(self.chosen["test_dataset"])
-        self.preferences = self._read(self.chosen["preference_dataset"])
-        self.replay = self._read(self.params.replay_dataset)
+        self.training = self._read(self.params.dataset, "dataset", self.params.format, self.params.columns)
+        self.tests = self._read(self.chosen["test_dataset"], "test_dataset")
+        self.preferences = self._read(self.chosen["preference_dataset"], "preference_dataset")
+        self.replay = self._read(self.params.replay_dataset, "replay_dataset")
         for row in self.preferences.table.rows():
             if row["kind"] != "preference":
                 found = f"{row['file']}, row {row['row']} of preference_dataset is of the kind {row['kind']}"
@@ -115,8 +125,9 @@ class Job(StageJob):
         self.training_rows, self.made_pairs = self.training.table, Table().close()
         return sources.Reading(self.training.table, self.sources).shown()
 
-    def _read(self, spec: str, format: str = "auto", columns: str = "") -> sources.Reading:
+    def _read(self, spec: str, name: str, format: str = "auto", columns: str = "") -> sources.Reading:
         p = self.params
+        self.inputs[name] = 0, set()
         if not spec:
             return sources.Reading(Table().close(), [])
         cut: dict[str, Any] = {"tokenizer": lambda: self.tokenizer, "least_chars": p.min_document_chars}
@@ -125,7 +136,9 @@ class Job(StageJob):
         options: dict[str, Any] = {"format": format, "columns": columns, "info": p.dataset_info, "written": written}
         if p.control_tokens == "reject":
             options["check"] = functools.partial(refuse_control_tokens, pattern=special_pattern(self.tokenizer))
+        before = self.rejects.total_seen
         found = sources.read(spec, self.rejects, documents=cut, **options)
+        self.inputs[name] = self.rejects.total_seen - before, {source.where for source in found.sources}
         return sources.Reading(self._with_system(found.table), found.sources)
 
     def _with_system(self, rows: Table) -> Table:
@@ -138,15 +151,13 @@ class Job(StageJob):
         self._begin("generate")
         p, made = self.params, []
         if p.synthetic != "none":
-            documents = Table.collect(_of_kind(self.training.table, "text"))
+            documents = Table.collect(self.training.table.of_kind("text"))
             report = self.report_of("generate", f"synthetic {p.synthetic}")
             rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
             rows = self._with_system(rows)
             self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
             if p.synthetic == "questions":
-                self.training_rows = Table.collect(
-                    chain(_of_kind(self.training.table, "sft", "preference", "kto"), rows)
-                )
+                self.training_rows = Table.collect(chain(self.training.table.of_kind("sft", "preference", "kto"), rows))
             else:
                 self.made_pairs = rows
             made.append((f"synthetic {p.synthetic}", f"{len(rows):,}", f"{len(documents):,} pieces of text"))
@@ -154,7 +165,7 @@ class Job(StageJob):
             database = self.database()
             if database is None:
                 raise TunebookError("sql_negatives needs a database to run the queries on; name a SQLite file.")
-            report, questions = self.report_of("generate", "mistaken queries"), _of_kind(self.training.table, "sft")
+            report, questions = self.report_of("generate", "mistaken queries"), self.training.table.of_kind("sft")
             self.made_pairs = Table.collect(sql_pairs.reject_queries(questions, report, database, seed=p.seed))
             counts = (f"{report.kept:,}", f"{report.seen:,} questions")
             made.append(("pairs with a query that answers wrongly", *counts))
@@ -178,17 +189,11 @@ class Job(StageJob):
         self.rows = cleaned(self._for_training())
         self.rejects.check_rows_left(self.rows, self.params.dataset)
         found = (self.training_rows, self.preferences.table, self.made_pairs)
-        self.pair_rows = cleaned((batch for table in found for batch in _of_kind(table, "preference")), "pairs: ")
-        self.kto_rows = cleaned(_of_kind(self.training_rows, "kto"), "kto: ")
-        self.replay_rows = cleaned(_of_kind(self.replay.table, "sft", "text"), "replay: ")
+        self.pair_rows = cleaned((batch for table in found for batch in table.of_kind("preference")), "pairs: ")
+        self.kto_rows = cleaned(self.training_rows.of_kind("kto"), "kto: ")
+        self.replay_rows = cleaned(self.replay.table.of_kind("sft", "text"), "replay: ")
         self.mixed = self.rows
-        lines = []
-        for one in self.steps:
-            example = next(iter(one.examples.values()), {})
-            text = str(example.get("text") or f"{example.get('before')} → {example.get('after')}" if example else "")
-            removed = ", ".join(f"{reason}: {count:,}" for reason, count in one.dropped.items())
-            counts = (f"{one.seen:,}", f"{one.kept:,}", f"{one.changed:,}" if one.changed else "")
-            lines.append((one.step, *counts, removed, text[:140]))
+        lines = [one.line() for one in self.steps]
         return shown(lines, ("step", "rows in", "rows out", "changed", "removed", "example"))
 
     def _for_training(self) -> Iterable[list[Row]]:
@@ -242,9 +247,7 @@ class Job(StageJob):
     def split(self) -> Html:
         """Train, eval and test rows by content hash; near-duplicates and groups stay on one side."""
         self._begin("split")
-        p, together = self.params, []
-        if not p.near_duplicates:  # they were kept, so they must not be parted
-            together = pairs_of(self.mixed, dedup.near_duplicate_groups(self.mixed))
+        p, together = self.params, pairs_of(self.mixed, dedup.near_duplicate_groups(self.mixed))
         given = self.tests.table if len(self.tests.table) else None
         self.splits = split(self.mixed, p.eval_share, 0.0 if given else p.test_share, p.group_by, together)
         if given is not None:
@@ -259,25 +262,29 @@ class Job(StageJob):
         self.figures["preference_splits"] = {name: len(self.pair_splits[name]) for name in ("train", "eval")}
         sizes = [(name, f"{len(part):,}") for name, part in self.splits.items()]
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
-        if len(pairs) and not len(self.pair_splits["eval"]):
-            why = f"preference_eval_share {p.preference_eval_share}"
-            sizes.append(("note", f"none of {len(pairs):,} pairs is held out ({why})"))
-        return shown(sizes, ("split", "rows"))
+        self._held_out({name: len(part) for name, part in self.splits.items()})
+        none = f"none of {len(pairs):,} pairs is held out (preference_eval_share {p.preference_eval_share})"
+        self._warn("pairs", none if len(pairs) and not len(self.pair_splits["eval"]) else "")
+        return shown(sizes + self._notes("eval", "test", "pairs"), ("split", "rows"))
+
+    def _held_out(self, rows: Mapping[str, int]) -> None:
+        """Say which part was to be held out and holds nothing. rows: of each split."""
+        p, texts = self.params, all(row["kind"] == "text" for row in self.mixed.rows())
+        test_share = 0.0 if texts or self.chosen["test_dataset"] else p.test_share
+        for name, share, lack in (("eval", p.eval_share, "held-out loss"), ("test", test_share, "question for 05")):
+            why = f"{len(self.mixed):,} rows leave no room for {name}_share = {share:g}"
+            if had := len(self.splits[name]):
+                why = f"each of its {had:,} rows was lost on the way, see rejected.jsonl"
+            self._warn(name, f"{name}.parquet is empty: {why}; there is no {lack}." * bool(share and not rows[name]))
 
     def _not_asked(self, rows: Table, label: str) -> Table:
         """Pairs and KTO rows whose question landed in the test split must not be trained on either."""
         if not len(rows):
             return rows
 
-        def question(row: Row) -> int:
-            asked = row["messages"] if row["kind"] == "preference" else row["messages"][:-1]
-            return text_hash(json.dumps(asked, sort_keys=True))
-
-        held, fault = {question(row) for row in self.splits["test"].rows()}, ("its question is in the test split", "")
-        sifted = self.report_of("split", f"{label}: test questions").sift(
-            rows, lambda batch: (fault if question(row) in held else None for row in batch)
-        )
-        return Table.collect(sifted)
+        held, fault = asks(self.splits["test"]), ("its question is in the test split", "")
+        report = self.report_of("split", f"{label}: test questions")
+        return Table.collect(report.sift(rows, lambda batch: (fault if held(row) else None for row in batch)))
 
     # ------------------------------------------------------------ render and write
 
@@ -315,6 +322,7 @@ class Job(StageJob):
         if self.choice.get("replaced"):
             rows = self.encoded["written"]["train"]
             self.encoded["notes"][f"chat_template {self.choice['name']} in place of the model's own"] = rows
+        self._held_out(self.encoded["written"])
         return encode.summary(self.encoded)
 
     @step
@@ -334,7 +342,8 @@ class Job(StageJob):
         written, over = encode.pairs(self.pair_splits, self.template(), self.params, limit, self.path, self.rejects)
         self.encoded["written"] |= written
         lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
-        return shown([*lines, ("over max_length", f"{over:,}")], ("file", "pairs"))
+        self._warn("loss", " ".join(self.rejects.loss(self.inputs, self.params.loss_limit)))
+        return shown([*lines, ("over max_length", f"{over:,}"), *self._notes("loss")], ("file", "pairs"))
 
     # ------------------------------------------------------------ finish
 
@@ -365,6 +374,7 @@ class Job(StageJob):
             "rejected": self.rejects.as_dict(),
             "steps": reports,
             "notes": self.encoded["notes"],
+            "warnings": [text for text in self.warnings.values() if text],
             **{name: value for name, value in self.figures.items() if "splits" not in name},
         }
         return json.loads(json.dumps(found, default=float))
@@ -383,12 +393,6 @@ class Job(StageJob):
             data_hash=self.encoded["data_hash"],
             chat_template=self.choice | ({"arguments": a} if (a := self.params.template_arguments) else {}),
         )
-
-
-def _of_kind(table: Table, *kinds: str) -> Iterator[list[Row]]:
-    for batch in table:
-        if found := [row for row in batch if row["kind"] in kinds]:
-            yield found
 
 
 def _as_sft(row: Row) -> Row:

@@ -1,31 +1,72 @@
 """Splits by content: where a row lands depends on the row alone, so it lands there again next year and in every job.
 
-A key (the row's id, or its group: the value of a column that the user names) is hashed to a number between 0 and 1; the
-test split takes the lowest, the eval split the highest, training what lies between. Near-duplicates share one key: that
-of a group among them, else the smallest id.
+A key is hashed to a number between 0 and 1; the test split takes the lowest, the eval split the highest, training what
+lies between. Rows that must not be parted share a key: the value of a column that the user names, the document that
+pieces were cut from, the first question of a conversation (its other answers and later turns have the same). Any other
+row has its id. Near-duplicates take that of a group among them, else the smallest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from helpers.data.shingles import text_hash
 from helpers.data.tables import Table
 from helpers.data.turns import Row
 from helpers.errors import TunebookError
 
 SPLITS = ("train", "eval", "test")
+OFTEN = 50  # rows that ask one question, before it may be a phrase that a set's rows share
+
+
+def place_of(key: str) -> float:
+    """Where a key lies from 0 to 1, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"split:{key}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
 
 
 def split_of(key: str, eval_share: float, test_share: float) -> str:
-    """The split of a key, the same on every machine."""
-    digest = hashlib.sha256(f"split:{key}".encode("utf-8", "surrogatepass")).digest()
-    place = int.from_bytes(digest[:8]) / 2**64
+    """The split of a key."""
+    place = place_of(key)
     return "test" if place < test_share else "eval" if place >= 1 - eval_share else "train"
+
+
+class Questions:
+    """The questions that several rows of a table ask, but those that over a quarter of the rows (and over 50) share."""
+
+    def __init__(self, table: Table) -> None:
+        every = np.array(array("Q", (int(key, 16) for row in table.rows() for key in asked(row))), np.uint64)
+        keys, counts = np.unique(every, return_counts=True)
+        shared = (counts > 1) & (counts <= max(OFTEN, len(table) / 4))
+        self.again = {f"{key:016x}" for key in keys[shared].tolist()}
+
+    def key(self, row: Row) -> str:
+        """What the row shares with those that must stay on its side: its document, its question, or its id alone."""
+        if "document" in row["meta"] and "piece" in row["meta"]:
+            return f" {row['file']} {row['meta']['document']}"
+        return next((key for key in asked(row) if key in self.again), row["id"])
+
+
+def asked(row: Row) -> list[str]:
+    """The question that a conversation begins with, then with its second question, and so on, as 16 hex digits each.
+
+    Case and white space do not count, nor does a system prompt."""
+    said = (" ".join((m.get("content") or "").lower().split()) for m in row["messages"] if m["role"] == "user")
+    return [f"{text_hash(talk):016x}" for talk in accumulate(said, "{}\n{}".format)]
+
+
+def asks(table: Table) -> Callable[[Row], bool]:
+    """Whether a row asks a question of `table`, goes on from one, or is where one of its conversations begins."""
+    tests = [asked(row) for row in table.rows()]
+    begun, whole = {key for keys in tests for key in keys}, {keys[-1] for keys in tests if keys}
+    return lambda row: bool(keys := asked(row)) and (keys[-1] in begun or not whole.isdisjoint(keys))
 
 
 def components(one: np.ndarray, other: np.ndarray, size: int) -> np.ndarray:
@@ -58,26 +99,46 @@ def split(
 ) -> dict[str, Table]:
     """Tables of train, eval and test rows. Plain text asks no question, so none of it goes to the test split.
 
-    group_by: a column whose equal values stay together (among the row's other columns, or "source", "file"). together:
-    pairs of row ids that must not be parted, such as near-duplicates. Raises TunebookError for a column of no row.
+    A share of a row or more whose split would be empty takes the nearest question or document that has up to twice as
+    many rows; train is never empty. group_by: a column whose equal values stay together (among the row's other columns,
+    or "source", "file"). together: pairs of row ids that must not be parted, such as near-duplicates. Raises
+    TunebookError for a column of no row.
     """
     table = rows if isinstance(rows, Table) else Table.collect(rows)
-    linked, found = list(together), not group_by or not len(table)
+    questions, linked, found = Questions(table), list(together), not group_by or not len(table)
     near = {name for pair in linked for name in pair}
-    for row in table.rows() if group_by else ():
-        value = group_value(row, group_by)
+    for row in table.rows() if group_by or near else ():
+        value, question = group_value(row, group_by), questions.key(row)
         found |= value is not None
-        if value is not None and row["id"] in near:
-            linked.append((row["id"], value))
+        linked += [(row["id"], value or question)] if row["id"] in near else []
+        linked += [(question, value)] if value is not None and question in questions.again else []
     if not found:
         columns = ", ".join(sorted(next(table.rows())["meta"])) or "none"
         raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {columns}.")
-    keys, tables = smallest_linked(linked), {name: Table() for name in SPLITS}
-    for row in table.rows():
-        name = row["id"] if row["id"] in keys else group_value(row, group_by) or row["id"]
-        asked = 0.0 if row["kind"] == "text" else test_share
-        tables[split_of(keys.get(name, name), eval_share, asked)].append([row])
-    return {name: part.close() for name, part in tables.items()}
+    keys, moved, shares = smallest_linked(linked), dict[str, str](), {"eval": eval_share, "test": test_share}
+
+    def key(row: Row) -> str:
+        name = row["id"] if row["id"] in keys else group_value(row, group_by) or questions.key(row)
+        return keys.get(name, name)
+
+    def divided() -> dict[str, Table]:
+        tables = {name: Table() for name in SPLITS}
+        for row in table.rows():
+            name = key(row)
+            place = moved.get(name) or split_of(name, eval_share, 0.0 if row["kind"] == "text" else test_share)
+            tables[place].append([row])
+        return {name: part.close() for name, part in tables.items()}
+
+    tables = divided()
+    for name, share in shares.items():
+        if share * len(table) >= 1 and not len(tables[name]):
+            sizes = Counter(key(row) for row in tables["train"].rows() if name == "eval" or row["kind"] != "text")
+            fit = [one for one, size in sizes.items() if size <= 2 * share * len(table) and len(sizes) > 1]
+            moved |= dict.fromkeys(sorted(fit, key=place_of, reverse=name == "eval")[:1], name)
+    tables = divided() if moved else tables
+    return (
+        tables if len(tables["train"]) else {**tables, "train": table, "eval": Table().close(), "test": Table().close()}
+    )
 
 
 def pairs_of(table: Table, groups: np.ndarray) -> list[tuple[str, str]]:

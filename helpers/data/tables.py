@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
+import sys
 import tempfile
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,15 @@ SETTINGS = {
     **dict.fromkeys(("unknown shape", "wrong columns", "no label", "wrong type"), "format or columns"),
 }
 _compact = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def setting_of(reason: str) -> str:
+    """The parameters that decide a reason; "" where none does."""
+    return SETTINGS.get(reason) or SETTINGS.get(reason.split()[0], "")
+
+
+def _place(file: str, row: int) -> int:
+    return hash((file, row))
 
 
 def open_parquet(path: Path) -> Any:
@@ -94,6 +106,12 @@ class Table:
 
     def __iter__(self) -> Iterator[list[Row]]:
         return batches(self.rows())
+
+    def of_kind(self, *kinds: str) -> Iterator[list[Row]]:
+        """Batches of the rows of some kinds."""
+        for batch in self:
+            if found := [row for row in batch if row["kind"] in kinds]:
+                yield found
 
     def rows(self) -> Iterator[Row]:
         """One row after another."""
@@ -153,6 +171,14 @@ class StepReport:
         part = slice(max(0, at - 20), max(0, at - 20) + 60)
         self.examples.setdefault(what, {"before": before[part], "after": after[part]})
 
+    def line(self) -> tuple[str, ...]:
+        """The step as a line of a table: rows in, rows out, changed, why rows went, an example."""
+        example = next(iter(self.examples.values()), {})
+        text = str(example.get("text") or f"{example.get('before')} → {example.get('after')}" if example else "")
+        removed = ", ".join(f"{reason}: {count:,}" for reason, count in self.dropped.items())
+        counts = (f"{self.seen:,}", f"{self.kept:,}", f"{self.changed:,}" if self.changed else "")
+        return self.step, *counts, removed, text[:140]
+
     def as_dict(self) -> dict:
         names = ("step", "seen", "kept", "changed", "dropped", "examples", "figures")
         return {name: getattr(self, name) for name in names} | {"dropped": dict(self.dropped.most_common())}
@@ -171,6 +197,7 @@ class Rejects:
         self.removed: Counter = Counter()
         self.first: dict[str, dict] = {}  # reason → the first row lost for it
         self.total_seen = 0  # input rows, the wrong ones among them; the limit is a share of this
+        self.kept = array("q")  # the places of the rows that were written
         self._file: Any = None
         self._marks: dict[str, tuple] = {}
 
@@ -182,8 +209,9 @@ class Rejects:
         """What `step` counts from here on replaces what it counted in an earlier attempt, and what came after that."""
         self.close()
         size = self.path.stat().st_size if self.path is not None else 0
-        now = size, self.total_seen, self.invalid.copy(), self.removed.copy(), self.first.copy()
-        size, self.total_seen, *counts = self._marks.setdefault(step, now)
+        now = size, self.total_seen, len(self.kept), self.invalid.copy(), self.removed.copy(), self.first.copy()
+        size, self.total_seen, written, *counts = self._marks.setdefault(step, now)
+        del self.kept[written:]
         self.invalid, self.removed, self.first = (one.copy() for one in counts)
         if self.path is not None:
             os.truncate(self.path, size)
@@ -235,11 +263,49 @@ class Rejects:
             raise TunebookError(f"No row of {clean(what)} is left. {found}. {setting}Or bring more data.")
         raise TunebookError(f"{clean(what)} holds no rows; name a file that has some.")
 
+    def keep(self, rows: Iterable[Row]) -> None:
+        """Note rows as written to a split."""
+        self.kept.extend(_place(clean(row["file"]), row["row"]) for row in rows)
+
+    def loss(self, sets: Mapping[str, tuple[int, set[str]]], limit: float) -> list[str]:
+        """A line for each set of which input rows are in no split, with the reasons in order and their settings.
+
+        sets: parameter that named a set → its rows, their files. limit: share of a set's rows from which the job stops.
+        """
+        import numpy as np
+
+        self.close()
+        owner = {clean(file): name for name, (_, files) in reversed([*sets.items()]) for file in files}
+        lost: dict[int, tuple[str, str]] = {}  # place → parameter, reason
+        with self.path.open(encoding="utf-8") if self.path else io.StringIO() as file:
+            for record in map(json.loads, file):
+                found = owner.get(record["file"], ""), sys.intern(record["reason"])
+                lost.setdefault(_place(record["file"], record["row"]), found)
+        gone = ~np.isin(np.fromiter(lost, np.int64, len(lost)), np.frombuffer(self.kept, np.int64))
+        reasons = Counter(itertools.compress(lost.values(), gone.tolist()))
+        lines = []
+        for name, (rows, _) in sets.items():
+            counts = Counter({reason: count for (owned, reason), count in reasons.items() if owned == name})
+            if not counts:
+                continue
+            why = (
+                f"{reason} {n:,}" + f" ({setting_of(reason)})" * bool(setting_of(reason))
+                for reason, n in counts.most_common()
+            )
+            share = counts.total() / max(1, rows)
+            lines.append(
+                f"{counts.total():,} of {rows:,} rows of {name} ({share:.1%}) are in no split: {', '.join(why)}."
+            )
+            if share > limit:
+                advice = f"loss_limit is {limit:.0%}: change what is named, mend the rows, or raise loss_limit."
+                raise TunebookError(f"{lines[-1]} rejected.jsonl lists each. {advice}")
+        return lines
+
     def _most_often(self, reasons: Counter) -> tuple[str, str]:
         """The reason that cost most rows with its first row, and "Change …. " where a setting decides it."""
         reason, count = reasons.most_common(1)[0]
         first = self.first[reason]
-        setting = SETTINGS.get(reason) or SETTINGS.get(reason.split()[0], "")
+        setting = setting_of(reason)
         found = f"{count:,} of them: {reason} (first in {first['file']}, row {first['row']}: {first['detail']})"
         return found, f"Change {setting}. " if setting else ""
 

@@ -107,6 +107,7 @@ def write(job: Any) -> display.Html:
         "rejected": sum(lost["invalid"].values()),
         "sources": job.sources,
         "steps": job.steps,
+        "warnings": list(filter(None, job.warnings.values())),
         "lengths": plots.lengths(encoded["histogram"], *marks),
         "vocabulary": job.figures.get("vocabulary", {}),
         "template": job.template().facts(),

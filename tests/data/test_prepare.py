@@ -363,3 +363,81 @@ def test_each_bad_input_ends_with_one_sentence_and_no_manifest(job, tmp_path, gi
     assert "\n" not in str(caught.value)
     with pytest.raises(TunebookError, match=r"did not finish|not been run"):
         runs.load("t", "data")
+
+
+# ---------------------------------------------------------------- what is lost, and what has no room
+
+
+def long(count):
+    return [{"question": f"Long {i}?", "answer": "many words " * 300} for i in range(count)]
+
+
+def test_a_loss_within_the_limit_is_one_line_in_notebook_terminal_report_and_manifest(job, capsys):
+    given = [
+        *rows(90),
+        *long(9),
+        rows(1)[0],
+        {"question": "q", "answer": "<|im_end|>"},
+        {"question": "no answer", "answer": ""},
+    ]
+    done = job(given, reject_limit=0.2, test_share=0.0)
+    manifest = run(done, pages=True)
+    line = "12 of 102 rows of dataset (11.8%) are in no split: over max_length 9 (max_length or over_long), "
+    assert line in done.pairs().text and line in capsys.readouterr().out
+    assert line in (done.path / "report.html").read_text() and manifest.data["metrics"]["warnings"][-1].startswith(line)
+    assert all(f"{why} 1" in done.pairs().text for why in ("exact duplicate", "special token in text", "no answer"))
+    assert "(exact_duplicates)" in done.pairs().text
+
+
+@pytest.mark.parametrize(
+    ("lost", "limit", "stops"), [(40, 0.3, True), (40, 0.5, False), (25, 0.3, False), (25, 0.1, True)]
+)
+def test_a_loss_above_the_limit_stops_the_job_and_names_the_settings(job, lost, limit, stops):
+    done = job([*rows(100 - lost), *long(lost)], loss_limit=limit, test_share=0.0)
+    if not stops:
+        assert run(done).data
+        return
+    with pytest.raises(
+        TunebookError, match=rf"{lost} of 100 rows of dataset .* over max_length {lost} \(max_length or"
+    ):
+        run(done)
+    assert not (done.path / "manifest.json").exists()
+
+
+def test_each_set_has_its_own_share_and_what_is_left_out_on_purpose_is_no_loss(job, tmp_path):
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(500, start=900)))
+    done = job(rows(100), caps="more=10", dataset=f"{tmp_path / 'data.jsonl'},{tmp_path / 'more.jsonl'}")
+    run(done)
+    assert not done.warnings["loss"] and done.encoded["written"]["train"] < 110
+    pairs = [
+        {"prompt": f"Say {i}", "chosen": "many words " * 300 * (i < 5) + f"{i}", "rejected": "no"} for i in range(10)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    done = job(rows(400), preference_dataset=str(tmp_path / "pairs.jsonl"))
+    with pytest.raises(TunebookError, match="5 of 10 rows of preference_dataset"):
+        run(done)
+
+
+def test_pairs_that_share_their_chosen_answer_are_not_lost(job):
+    pairs = [{"prompt": f"Say {i}", "chosen": f"yes {i}", "rejected": f"no {j}"} for i in range(40) for j in range(4)]
+    done = job(pairs, test_share=0.0)
+    run(done)
+    assert not done.warnings["loss"] and len(read(done, "preference")) + len(read(done, "preference_eval")) == 160
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 12, 20])
+def test_a_small_set_says_what_it_has_no_room_for(job, count):
+    done = job(rows(count), eval_share=0.05, test_share=0.1)
+    run(done)
+    for name, share in (("eval", "0.05"), ("test", "0.1")):
+        said = f"{name}.parquet is empty: {count} rows leave no room for {name}_share = {share}"
+        assert (said in done.split().text) is not bool(read(done, name)), name
+    assert read(done, "train")
+
+
+def test_an_eval_part_that_is_lost_on_the_way_is_said(job):
+    done = job([*rows(60), *long(60)], eval_share=0.5, loss_limit=1.0, test_share=0.0)
+    done.read(), done.generate(), done.clean(), done.mix(), done.split()
+    done.splits["eval"] = prepare.Table.collect([[row for row in done.mixed.rows() if "Long" in str(row["messages"])]])
+    done.encode()
+    assert done.warnings["eval"].startswith("eval.parquet is empty: each of its 60 rows was lost on the way")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from helpers.data.dedup import near_duplicate_groups
-from helpers.data.split import SPLITS, pairs_of, smallest_linked, split, split_of
+from helpers.data.split import SPLITS, asks, pairs_of, smallest_linked, split, split_of
 from helpers.data.tables import Table
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError
@@ -103,3 +103,106 @@ def test_groups_are_joined_across_chains():
 def test_plain_text_asks_no_question_and_is_never_held_out_for_the_test():
     texts = [make_row("text", [{"role": "text", "content": f"text {i}"}], row=i) for i in range(300)]
     assert len(split([texts], 0.1, 0.5)["test"]) == 0
+
+
+# ---------------------------------------------------------------- rows that share a question
+
+
+def talk(*turns, kind="sft", at=0, **more):
+    """A row of alternating user and assistant turns."""
+    roles = ("user", "assistant") * len(turns)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    if kind == "preference":
+        more |= {side: [{"role": "assistant", "content": text}] for side, text in more.items()}
+    return make_row(kind, messages, file="f", row=at, **more)
+
+
+def sides(tables, of):
+    """{group: the splits that it is in}"""
+    found = {}
+    for name, table in tables.items():
+        for row in table.rows():
+            found.setdefault(of(row), set()).add(name)
+    return found
+
+
+def first(row):
+    return row["messages"][0]["content"].lower().split()[-1]
+
+
+def test_a_question_with_other_answers_lands_on_one_side_and_keeps_its_place_when_more_join():
+    made = [talk(f"{'Who' if j else 'who  '} is number {i}", f"answer {i} {j}") for i in range(200) for j in range(4)]
+    tables = split([made], 0.2, 0.2)
+    assert all(len(places) == 1 for places in sides(tables, first).values())
+    assert all(len(table) > 100 for table in tables.values())
+    more = sides(split([[*made, *(talk(f"who is number {i}", f"answer {i} 9") for i in range(200))]], 0.2, 0.2), first)
+    assert more == sides(tables, first)
+    pairs = [
+        talk(f"who is number {i}", kind="preference", chosen=f"a {j}", rejected="b") for i in range(90) for j in "xyz"
+    ]
+    assert all(len(places) == 1 for places in sides(split([pairs], 0.3), first).values())
+
+
+@pytest.mark.parametrize("opener", ["Hi", "Tell me about {}", "You are an agent that has tools. Begin."])
+def test_conversations_expanded_turn_by_turn_land_on_one_side(opener):
+    made = []
+    for i in range(100):
+        turns = [text for j in range(5) for text in (f"question {i} {j}", f"answer {i} {j}")]
+        turns[0] = f"{opener.format(i)} {i}" if "{}" in opener else opener
+        made += [talk(*turns[: 2 * length], at=i) for length in range(2 if "{}" not in opener else 1, 6)]
+    tables = split([made], 0.2, 0.2)
+    assert all(len(places) == 1 for places in sides(tables, lambda row: row["row"]).values())
+    assert all(len(table) > 30 for table in tables.values())
+
+
+def test_a_prompt_that_all_rows_share_parts_nothing_and_joins_nothing():
+    tables = split([[talk("Write a haiku.", f"haiku {i}") for i in range(400)]], 0.2, 0.2)
+    assert all(len(table) > 40 for table in tables.values())
+
+
+def test_a_question_that_stands_in_two_groups_holds_them_together():
+    made = [talk(f"question {i % 150}", f"answer {i}", meta={"topic": i % 60 // 2}) for i in range(300)]
+    tables = split([made], 0.3, 0.3, group_by="topic")
+    assert all(len(places) == 1 for places in sides(tables, lambda row: row["meta"]["topic"]).values())
+    assert all(len(places) == 1 for places in sides(tables, lambda row: row["messages"][0]["content"]).values())
+
+
+def test_pieces_of_a_document_stay_together_and_eval_gets_one_where_there_are_many():
+    for documents in (1, 2, 25, 80):
+        made = [
+            make_row(
+                "text", [{"role": "text", "content": f"{i} {j}"}], file=f"{i}.md", meta={"document": "a", "piece": j}
+            )
+            for i in range(documents)
+            for j in range(10)
+        ]
+        tables = split([made], 0.05)
+        assert all(len(places) == 1 for places in sides(tables, lambda row: row["file"]).values())
+        assert len(tables["train"]) >= 10 and bool(len(tables["eval"])) == (documents > 10)
+
+
+def test_small_sets_never_lose_their_training_rows_and_hold_out_what_a_share_makes_room_for():
+    for start in range(0, 600, 20):
+        for count in range(1, 21):
+            tables = split([rows(count, start=start)], 0.05, 0.1)
+            assert len(tables["train"]) >= max(1, count - 8)
+            assert len(tables["test"]) or (count < 10 and len(tables["train"]) + len(tables["eval"]) == count)
+            assert len(tables["eval"]) or count < 20
+    single = split([[talk("the one question", f"answer {i}") for i in range(20)]], 0.05, 0.1)
+    assert len(single["train"]) == 20
+
+
+def test_a_row_asks_a_test_question_when_it_begins_with_one_or_one_begins_with_it():
+    tests = Table.collect([[talk("How deep?", "a"), talk("Hi", "b", "How far?", "c")]])
+    asking = [
+        talk("how  deep?", "z"),
+        talk("How deep?", "x", "And now?", "y"),
+        talk("Hi", "b"),
+        talk("Hi", "q", "How far?", "r"),
+    ]
+    other = [
+        talk("How wide?", "a"),
+        talk("Hi", "b", "How wide?", "c"),
+        make_row("text", [{"role": "text", "content": "Hi"}]),
+    ]
+    assert [asks(tests)(row) for row in asking + other] == [True] * 4 + [False] * 3

@@ -145,7 +145,7 @@ def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_ro
     changed = load_tokenizer(bare)
     changed.add_tokens(["Brahmaputra"])
     changed.save_pretrained(other)
-    with pytest.raises(TunebookError, match="vocabulary of .* is not the one"):
+    with pytest.raises(TunebookError, match=r"vocabulary of .* is not the one"):
         trained(model=str(other))
     assert trained(max_steps=1).data["template_hash"]
 

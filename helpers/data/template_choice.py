@@ -79,8 +79,9 @@ def choose(tokenizer: Any, chat_template: str, template_tokens: str = "auto") ->
         used = "add"
         vocabulary.add_tokens(None, tokenizer, missing, special=True)
     if used == "eos" and not own_end:
-        lacks = f"{said} has tokens that the vocabulary lacks ({', '.join(missing)}) and the tokenizer has no end of"
-        raise TunebookError(f"{lacks} sequence that could end an answer; set template_tokens to add.")
+        raise TunebookError(
+            f"{said} needs an end of sequence behind an answer and the tokenizer has none; set template_tokens to add."
+        )
     if used != "eos":
         tokenizer.add_special_tokens({"eos_token": end})
     elif end != own_end:

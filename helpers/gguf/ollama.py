@@ -277,6 +277,7 @@ def from_tokenizer(tokenizer: Any) -> Modelfile:
     different = [c for c in checks if not c.equal and c.jinja is not None]
     why = {
         "blanks at the edges": " (the Jinja trims every message, Go cannot)",
+        "instruction with an input": " (its preamble is another, which Go cannot choose)",
         "two questions running": " (Ollama joins them before the template sees them)",
     }
     notes = [f"The prompt differs from the training one for: {c.shape}{why.get(c.shape, '')}." for c in different]

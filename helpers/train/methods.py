@@ -39,6 +39,14 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
 
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
+    tokenizer = loading.load_tokenizer(job.source)
+    tokens, frozen = new_tokens(tokenizer, job.tokenizer), params.method == "freeze"
+    if tokens and (plan.backend == "unsloth" or frozen):
+        found, setting = (params.method, "method to lora") if frozen else ("unsloth", "backend to hf")
+        raise TunebookError(
+            f"The run adds {len(tokens)} tokens to the vocabulary ({', '.join(tokens)[:100]}), whose rows {found} does "
+            f"not train; set {setting}, or in notebook 01 template_tokens to eos and add_tokens to nothing."
+        )
     if plan.backend == "unsloth":
         return load_unsloth(job.source, params, job.adapter)
     packed = config.loss_of(params) in ("sft", "orpo")
@@ -52,9 +60,8 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         notes.append(f"the base's own {bits} weights, as they were published")
     model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)
     model.config.use_cache = False
-    tokenizer, rows_before = loading.load_tokenizer(job.source), model.get_input_embeddings().weight.shape[0]
+    rows_before = model.get_input_embeddings().weight.shape[0]
     fit(model, tokenizer)  # its padding may be a new token
-    tokens = new_tokens(tokenizer, job.tokenizer)
     added = add_tokens(model, tokenizer, tokens) if tokens else []
     if added:
         free = f", {sum(i < rows_before for i in added)} of them in free rows of the embedding" * (

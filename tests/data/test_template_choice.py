@@ -240,7 +240,7 @@ def test_a_users_own_template_gets_the_same_treatment(llama, tmp_path):
 def test_without_an_end_of_sequence_one_is_added_or_asked_for():
     for name in ("chatml", "alpaca"):
         lacking = base(eos=None)
-        with pytest.raises(TunebookError, match=r"no end of sequence .* set template_tokens to add"):
+        with pytest.raises(TunebookError, match=r"needs an end of sequence .* set template_tokens to add"):
             template_choice.choose(lacking, name)
         lacking = base(eos=None)
         choice = template_choice.choose(lacking, name, "add")
@@ -288,3 +288,14 @@ def test_a_file_that_is_no_text_is_named(llama, tmp_path):
     (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe{{ messages }}")
     with pytest.raises(TunebookError, match=r"bad\.jinja cannot be read as UTF-8"):
         template_choice.choose(llama, str(tmp_path / "bad.jinja"))
+
+
+@pytest.mark.parametrize("name", template_choice.NAMED)
+def test_ollama_can_say_every_named_template(name):
+    from helpers.gguf import ollama
+
+    tokenizer = base()
+    template_choice.choose(tokenizer, name, "add")
+    made = ollama.from_tokenizer(tokenizer)
+    assert not made.reason and all(check.equal for check in made.checks if check.needed)
+    assert ("instruction with an input" in "".join(made.notes)) == (name == "alpaca")

@@ -1,5 +1,7 @@
 """Preference rows from sft rows whose answer is a query: chosen is that query, rejected one that answers wrongly.
 
+Both are written by one serialiser, so that they differ in the mistake alone and a model cannot learn the spelling.
+
 Rejected queries were run, they do not merely look different. They come from any function or are small mistakes planted
 in the right query; each is executed on a read-only connection with limits. What answers like the right query is no
 mistake and is never rejected.
@@ -43,7 +45,9 @@ def reject_queries(
             made = []
             for row in batch:
                 gold, rng = answer_of(row).strip(), random.Random(f"{seed}:{row['id']}")
-                truth = run(gold)
+                truth, spelt = run(gold), respelt(gold)
+                if truth.ok and spelt != gold and text_to_sql.same_answer(gold, truth.rows, run(spelt).rows):
+                    gold = spelt
                 if not truth.ok:
                     report.drop(row, "the right query does not run", f"{truth.kind}: {truth.error}")
                     continue
@@ -88,6 +92,12 @@ def _wrong(
         alike = difflib.SequenceMatcher(None, gold.split(), query.split(), autojunk=False).ratio()
         found.append((rank, round(1 - alike, 4), query, why))
     return found
+
+
+def respelt(query: str) -> str:
+    """The query as the serialiser writes it that writes the planted mistakes; one that does not parse as it is."""
+    tree = text_to_sql.parsed(query)
+    return tree.sql("sqlite") if tree is not None else query
 
 
 # ---------------------------------------------------------------- mistakes

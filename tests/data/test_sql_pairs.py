@@ -1,5 +1,6 @@
 """Rejected queries: each was run, each answers wrongly, and what answers rightly in other words is never rejected."""
 
+import itertools
 import sqlite3
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_planted_mistake_runs_and_answers_differently(database):
     conn = text_to_sql.open_readonly(database)
     for row, gold in zip(made, GOLD, strict=True):
         right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert right == gold and row["kind"] == "preference" and row["meta"]["kind"] == "k"
+        assert right == sql_pairs.respelt(gold) and row["kind"] == "preference" and row["meta"]["kind"] == "k"
         assert [m["role"] for m in row["messages"]] == ["system", "user"]
         a, b = text_to_sql.execute(conn, right), text_to_sql.execute(conn, wrong)
         assert a.ok and b.ok and not text_to_sql.same_answer(gold, a.rows, b.rows), (right, wrong)
@@ -161,3 +162,16 @@ def test_a_missing_or_empty_database_is_named(tmp_path):
     conn.close()
     with pytest.raises(TunebookError, match="has no table"):
         reject(GOLD, empty)
+
+
+def test_chosen_and_rejected_of_the_embedded_data_differ_in_a_mistake_and_never_in_spelling():
+    from helpers.data.sources import read
+    from helpers.data.tables import Rejects
+
+    table, report = read("datasets/atlas_train.jsonl", Rejects()).table, StepReport("sql")
+    some = batches(itertools.islice(table.rows(), 0, None, 12))
+    made = [row for batch in sql_pairs.reject_queries(some, report, "datasets/atlas.sqlite") for row in batch]
+    assert len(made) > 40
+    for row in made:
+        sides = [row[side][0]["content"] for side in ("chosen", "rejected")]
+        assert sides == [sql_pairs.respelt(text) for text in sides] and sides[0].lower() != sides[1].lower()

@@ -235,7 +235,7 @@ class Fitter:
         size, length = self.max_length, len(one.ids)
         if length <= size:
             return [one]
-        self.counts.update(over=1, lost_end=int(one.ends[-1] >= size))
+        self.counts.update(over=1, lost_end=int(one.ends[-1:] >= [size]))
         gone, reason, detail = "dropped", "over max_length", f"{length:,} tokens; max_length is {size:,}"
         if self.over_long == "truncate":
             if one.mask[:size].any():

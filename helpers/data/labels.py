@@ -201,9 +201,13 @@ class Encoder:
         done, literal = [], self.chat._literally[0] if self.chat.control_tokens == "text" else self.chat.backend
         texts = [row["messages"][0]["content"] for row in ready]
         for row, encoding in zip(ready, literal.encode_batch_fast(texts), strict=True):
-            ends = self._eos is None or encoding.ids[-1:] == [self._eos]
-            ids = encoding.ids if ends else [*encoding.ids, self._eos]
-            done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, [len(ids) - 1]))
+            ids, ended = encoding.ids, encoding.ids[-1:] == [self._eos]
+            if "piece" in row["meta"] and row["meta"].get("goes_on"):  # the document does not end here
+                ids = ids[: len(ids) - ended]
+            elif self._eos is not None and not ended:
+                ids = [*ids, self._eos]
+            last = [len(ids) - 1] if ids[-1:] == [self._eos] or self._eos is None else []
+            done.append(Encoded(row, np.array(ids, np.int32), np.ones(len(ids), np.int8), 0, last))
         return done
 
     # ------------------------------------------------------------ one row

@@ -27,7 +27,7 @@ from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_error
 
-READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", *documents.KINDS)
+READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *documents.KINDS)
 INFO = "dataset_info.json"
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
 MEDIA = ("images", "videos", "audios")
@@ -49,8 +49,8 @@ HUB = re.compile(
 class Source:
     """One set of records, a local file or a hub set, and what was read from it.
 
-    where: what rejects call it. hub: the arguments of `datasets.load_dataset`. limit: rows to take, 0 for all. shapes:
-    mapping as text → rows; unused: column that plays no part → rows; kinds: kind of row → rows.
+    where: what rejects call it. hub: the arguments of `datasets.load_dataset`. limit: rows to take, 0 for all. whole:
+    a .txt is one document. shapes: mapping as text → rows; unused: column that plays no part → rows; kinds: kind of row → rows.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Source:
     hub: dict[str, str] = field(default_factory=dict)
     shape: Shape | None = None
     limit: int = 0
+    whole: bool = False
     where: str = ""
     rows: int = 0
     rejected: int = 0
@@ -126,7 +127,12 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if part in named:
         return _of_entry(part, named[part])
     if found := _matches(part):
-        return [source for file in found for source in _of_file(file)]
+        every = [source for file in found for source in _of_file(file)]
+        for source in every:  # a .txt that is named alone, or described, holds a text a line
+            file = source.file
+            if file and source.shape is None and file.name != Path(part).name and files.kind(file) == ".txt":
+                source.whole = documents.is_document(file)
+        return every
     is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
     if not is_file_name and (hub := HUB.fullmatch(part)):
         return [Source(hub["path"], hub={name: value for name, value in hub.groupdict().items() if value})]
@@ -256,7 +262,7 @@ def _rows(
     known: dict[tuple, tuple[Shape, set[str]]] = {}
     if source.file is None:
         records = _of_hub(source.hub)
-    elif files.kind(source.file) in documents.KINDS:
+    elif (kind := files.kind(source.file)) in documents.KINDS and (kind != ".txt" or source.whole):
         records = documents.chunks(source.file, rejects, source.where, **options)
     else:
         records = files.read(source.file, rejects, source.where)

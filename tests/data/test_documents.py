@@ -1,6 +1,7 @@
 """Documents become clean text in pieces that overlap; bombs, blank scans and unsafe archives cost one document each."""
 
 import io
+import textwrap
 import zipfile
 
 import pytest
@@ -176,3 +177,134 @@ def test_a_reader_that_hangs_or_dies_costs_one_document(tmp_path, tokenizer, mon
         documents.read(tmp_path / "a.docx")
     monkeypatch.setattr(documents, "SECONDS", 60)
     assert "Rivers" in documents.read(tmp_path / "a.docx")
+
+
+# ---------------------------------------------------------------- plain text files, pieces and their ends
+
+
+def folder_rows(folder, spec, tokenizer, **options):
+    reading = read(str(spec), Rejects(limit=1.0), documents={"tokenizer": lambda: tokenizer, **CUT, **options})
+    return list(reading.table.rows())
+
+
+@pytest.mark.parametrize("ending", ["txt", "rst", "md"])
+@pytest.mark.parametrize("spec", ["", "*.{}"])
+def test_a_text_file_in_a_folder_of_documents_is_one_document(tmp_path, tokenizer, ending, spec):
+    manual = "\n".join(f"Line {i} of the manual\ngoes on here." + "\n" * (i % 3) for i in range(200))
+    for name in "ab":
+        (tmp_path / f"{name}.{ending}").write_text(manual)
+    rows = folder_rows(tmp_path, tmp_path / spec.format(ending) if spec else tmp_path, tokenizer)
+    assert 10 < len(rows) < 60 and all(row["kind"] == "text" for row in rows)
+    assert {row["meta"]["document"] for row in rows} == {f"a.{ending}", f"b.{ending}"}
+
+
+def test_a_text_a_line_stays_that_when_named_alone_or_when_its_lines_are_as_long_as_texts(tmp_path, tokenizer):
+    (tmp_path / "short.txt").write_text("one text\nanother text\n")
+    assert len(folder_rows(tmp_path, tmp_path / "short.txt", tokenizer)) == 2
+    (tmp_path / "short.txt").write_text("\n".join(SENTENCE.format(i) * 20 for i in range(7)))
+    assert len(folder_rows(tmp_path, tmp_path, tokenizer)) == 7
+
+
+def test_pieces_begin_with_a_sentence_and_only_the_last_ends_the_sequence(tmp_path, tokenizer):
+    from helpers.data.chat_template import inspect
+    from helpers.data.labels import Encoder
+
+    wrapped = "\n".join(textwrap.wrap(" ".join(SENTENCE.format(i).strip() for i in range(300)), 70))
+    (tmp_path / "a.txt").write_text(wrapped)
+    rows = folder_rows(tmp_path, tmp_path, tokenizer, tokens=100, overlap=30)
+    assert len(rows) > 30 and all(row["messages"][0]["content"].startswith("The river") for row in rows)
+    assert all(row["messages"][0]["content"].endswith("banks.") for row in rows)
+    (encoded,) = Encoder(inspect(tokenizer)).encode([rows])
+    ended = [one.ids[-1] == tokenizer.eos_token_id for one in encoded]
+    assert ended == [False] * (len(rows) - 1) + [True] and [bool(one.ends) for one in encoded] == ended
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("word " * 2_000, 1.0),
+        ("Kein Satz endet hier " * 300 + ". " + "word " * 500, 1.0),
+        ("abcdefghij" * 2_000, 0.0),
+        ("line of code();\n" * 1_000, 1.0),
+    ],
+)
+def test_text_without_sentences_is_cut_at_lines_or_blanks_and_whole(tokenizer, text, pieces):
+    found = list(documents.cut(text, tokenizer, 64, 0))
+    assert "".join("".join(found).split()) == "".join(text.split())
+    whole = set(text.split())
+    assert sum(piece.split()[0] in whole and piece.split()[-1] in whole for piece in found) >= pieces * len(found)
+
+
+# ---------------------------------------------------------------- nothing is lost
+
+
+KEPT = [
+    "    #include <iostream>\n    std::vector<int> a;",
+    "~~~cpp\nstd::map<int, b> m;\n~~~",
+    "````\n```\n<div>\n```\n````",
+    "- item\n\n      <td>cell</td>",
+    "`std::vector<int>` and ``a ` <b>``",
+    "#include <map>",
+    "std::vector<int> and List<Object> and <https://x.org/a>",
+    "if a < b and b > c",
+]
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_code_in_markdown_is_kept_in_and_out_of_fences(text):
+    assert text in documents._markdown(f"Before <b>bold</b>.\n\n{text}\n\nAfter [x](y) <br> ![p](q).".encode())
+
+
+def test_markdown_loses_its_html_comments_pictures_and_link_targets_only():
+    text = documents._markdown(b"A <b>c</b><br/>[![badge](u)](v) [w `a<i>`](x) <!-- no\nno --> <a href='q'>link</a>")
+    assert "".join(text.split()) == "Acw`a<i>`link"
+
+
+def test_a_docx_gives_insertions_controls_boxes_and_notes_but_no_deletions():
+    import docx as word
+    from docx.opc.constants import RELATIONSHIP_TYPE
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+    from docx.oxml import parse_xml
+
+    spaces = (
+        'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main" '
+        'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+    )
+    run = "<w:r><w:t>{}</w:t></w:r>".format
+    box = f"<w:txbxContent><w:p>{run('boxed')}</w:p></w:txbxContent>"
+    document = word.Document()
+    for inside in (
+        f"<w:p>{run('plain ')}<w:ins>{run('inserted')}</w:ins><w:del><w:r><w:delText>deleted</w:delText></w:r></w:del>"
+        f"<w:moveFrom>{run('moved')}</w:moveFrom><w:hyperlink>{run(' linked')}</w:hyperlink></w:p>",
+        f"<w:sdt><w:sdtContent><w:p>{run('controlled')}</w:p></w:sdtContent></w:sdt>",
+        f"<w:p><w:sdt><w:sdtContent>{run('inline')}</w:sdtContent></w:sdt><w:r><w:tab/><w:t>tabbed</w:t></w:r></w:p>",
+        f"<w:p>{run('anchor')}<w:r><mc:AlternateContent><mc:Choice>{box}</mc:Choice><mc:Fallback>{box}</mc:Fallback>"
+        "</mc:AlternateContent></w:r></w:p>",
+        f"<w:tbl><w:tr><w:tc><w:p>{run('a')}</w:p></w:tc><w:tc><w:sdt><w:sdtContent><w:p>{run('b')}</w:p></w:sdtContent>"
+        "</w:sdt></w:tc></w:tr></w:tbl>",
+    ):
+        document.element.body.append(parse_xml(inside.replace(">", f" {spaces}>", 1)))
+    notes = f"<w:footnotes {spaces}><w:footnote><w:p>{run('noted')}</w:p></w:footnote></w:footnotes>".encode()
+    part = Part(PackURI("/word/footnotes.xml"), "application/xml", notes, document.part.package)
+    document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
+    buffer = io.BytesIO()
+    document.save(buffer)
+    lines = list(filter(None, documents._docx(buffer.getvalue()).split("\n")))
+    assert lines == ["plain inserted linked", "controlled", "inline\ttabbed", "anchor", "boxed", "a | b", "noted"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("The o\ufb03ce \ufb01le \ufb02ows", "The office file flows"),
+        ("Introduction ............ 5", "Introduction … 5"),
+        ("Index . . . . . . . . 12", "Index … 12"),
+        ("Wait... and then.", "Wait... and then."),
+        ("a govern-\nment and ein Gr\u00fc-\n\u00dfen", "a government and ein Gr\u00fc\u00dfen"),
+        ("a well-\nknown and well-known thing", "a well-known and well-known thing"),
+        ("pages 3-\n5, Anglo-\nSaxon", "pages 3-\n5, Anglo-\nSaxon"),
+    ],
+)
+def test_what_a_page_s_typesetting_broke_is_mended(text, mended):
+    assert documents.typeset(text) == mended

@@ -216,3 +216,17 @@ def test_a_flipped_bit_in_the_cached_model_is_found_and_the_copy_made_again(monk
     weights.write_bytes(content)
     assert cache.sha256_file(offline.convert() / "model.safetensors") == whole
     assert "is not what was put there and is made again" in capsys.readouterr().out
+
+
+def test_a_hub_that_accepts_and_says_nothing_is_given_up(tmp_path):
+    """In a process of its own: the hub's library reads its address when it is imported."""
+    import socket
+
+    code = "from helpers.model import loading; loading.resolve_model('some/model')"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True, timeout=200
+        )
+    assert "did not answer in time about the model 'some/model'" in done.stderr

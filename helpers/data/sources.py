@@ -25,7 +25,7 @@ from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table
 from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
 from helpers.errors import TunebookError
-from helpers.model.loading import hub_error
+from helpers.model.loading import hub_error, hub_in_time
 
 READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *documents.KINDS)
 INFO = "dataset_info.json"
@@ -311,6 +311,7 @@ def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:
     import datasets
 
     given = {"split": "train", **hub}
+    hub_in_time()
     try:
         table = datasets.load_dataset(**given)
     except Exception as error:  # the library raises many kinds; each becomes a message with its own remedy

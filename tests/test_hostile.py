@@ -1,6 +1,7 @@
 """Texts, manifests, names and services as strangers may send them, on the real code: one message each, or no harm."""
 
 import json
+import os
 import random
 import subprocess
 import sys

@@ -82,13 +82,6 @@ def _tensors(file: Path) -> dict[str, Any]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-class RowsAsTheyAre:
-    """Mixin for TRL's DPO and KTO trainers, which have no `skip_prepare_dataset`: rows come tokenised and stay so."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
-
-
 def load_weights(trainer: Any, folder: Path) -> None:
     """Put a checkpoint's weights into the trainer's model outside its loop."""
     trainer._load_from_checkpoint(str(folder))
@@ -182,8 +175,7 @@ def plain_adapter(layer: Any) -> str:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return ""
-    drops = getattr(layer.lora_dropout[active[0]], "p", 0.0) and layer.training
-    plain = not drops and layer.lora_B[active[0]].bias is None and not layer.get_base_layer().weight.requires_grad
+    plain = layer.lora_B[active[0]].bias is None and not layer.get_base_layer().weight.requires_grad
     return active[0] if plain else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,15 @@ def numbers(parameter: str, text: str, names: list[str]) -> dict[str, float]:
             wanted = f"source={kind} pairs separated by commas, with the sources {', '.join(names)}"
             raise TunebookError(f"{parameter} has {part!r}; it takes {wanted}.")
     return found
+
+
+def take(table: Table, params: Any, report: StepReport) -> Table:
+    """The first `max_rows` rows, with `shuffle` as many drawn by the seed, in their order; the others are counted."""
+    order, most = list(range(len(table))), params.max_rows
+    if params.shuffle:
+        random.Random(params.seed).shuffle(order)
+    taken, places, fault = set(order[:most]), iter(range(len(table))), ("over max_rows", f"max_rows is {most}")
+    return Table.collect(report.sift(table, lambda rows: [None if next(places) in taken else fault for _ in rows]))
 
 
 def mix(

@@ -122,8 +122,14 @@ class Job(StageJob):
                 raise TunebookError(f"{found}; every row needs a prompt, a chosen and a rejected answer.")
         readings = (self.training, self.tests, self.preferences, self.replay)
         self.sources = [source for reading in readings for source in reading.sources]
-        self.training_rows, self.made_pairs = self.training.table, Table().close()
-        return sources.Reading(self.training.table, self.sources).shown()
+        taken = self.training.table
+        if 0 < self.params.max_rows < len(taken):
+            taken = mixing.take(taken, self.params, self.report_of("read", "max_rows"))
+        self.training_rows, self.made_pairs = taken, Table().close()
+        note = f"max_rows: {len(taken):,} of {len(self.training.table):,} rows of dataset are taken."
+        read, self.training.table = len(self.training.table), taken
+        table = sources.Reading(taken, self.sources).shown()
+        return said(note) + table if len(taken) < read else table
 
     def _read(self, spec: str, name: str, format: str = "auto", columns: str = "") -> sources.Reading:
         p = self.params

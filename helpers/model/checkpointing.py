@@ -6,7 +6,9 @@ whole or a slice of tokens at a time. `helpers.planner.plan` picks the least tha
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,8 @@ def _checkpointed(run: Any, *args: Any) -> Any:
 
 def _offloaded(store: _HiddenStore) -> Any:
     def call(run: Any, hidden: Any, *rest: Any) -> Any:
+        if not torch.is_grad_enabled():  # a reference pass: nothing will come back for the inputs
+            return run(hidden, *rest)
         if rest:
             raise TunebookError(
                 "This model passes more than the hidden states to its layers by position, which offloading does not "
@@ -130,13 +134,27 @@ def _autocast(device: str) -> dict[str, Any]:
     return {"device_type": device, "enabled": enabled, "dtype": dtype}
 
 
+def _random(device: Any) -> list[Any]:
+    """Random states of now, for `_as_drawn`: dropout has to fall the same way when a forward runs again."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextlib.contextmanager
+def _as_drawn(states: list[Any], device: Any) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
+
+
 class _OffloadedLayer(torch.autograd.Function):
     """One decoder layer whose input is parked off the GPU and whose forward runs again in the backward pass."""
 
     @staticmethod
     def forward(ctx, run, store, hidden, anchor):
         ctx.run, ctx.store = run, store
-        ctx.autocast = _autocast(hidden.device.type)
+        ctx.autocast, ctx.random = _autocast(hidden.device.type), _random(hidden.device)
         ctx.parked = store.put(hidden)
         with torch.no_grad():
             return run(hidden)
@@ -144,7 +162,7 @@ class _OffloadedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden = ctx.store.take(ctx.parked).detach().requires_grad_(True)
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), _as_drawn(ctx.random, hidden.device):
             out = ctx.run(hidden)
         torch.autograd.backward(out, grad)
         return None, None, hidden.grad, None
@@ -156,7 +174,7 @@ class _TiledMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, tile, x, *parameters):
         ctx.run, ctx.tile, ctx.parameters = run, tile, parameters
-        ctx.autocast = _autocast(x.device.type)
+        ctx.autocast, ctx.random = _autocast(x.device.type), _random(x.device)
         ctx.save_for_backward(x)
         with torch.no_grad():
             return torch.cat([run(piece) for piece in x.split(tile, dim=1)], dim=1)
@@ -166,14 +184,15 @@ class _TiledMlp(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         sums = [torch.zeros_like(p) for p in ctx.parameters]
-        for piece, back, into in zip(*(t.split(ctx.tile, 1) for t in (x, grad, grad_x)), strict=True):
-            piece = piece.detach().requires_grad_(True)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                out = ctx.run(piece)
-            found = torch.autograd.grad(out, [piece, *ctx.parameters], back)
-            into.copy_(found[0])
-            for total, part in zip(sums, found[1:], strict=True):
-                total.add_(part)
+        with _as_drawn(ctx.random, x.device):
+            for piece, back, into in zip(*(t.split(ctx.tile, 1) for t in (x, grad, grad_x)), strict=True):
+                piece = piece.detach().requires_grad_(True)
+                with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                    out = ctx.run(piece)
+                found = torch.autograd.grad(out, [piece, *ctx.parameters], back)
+                into.copy_(found[0])
+                for total, part in zip(sums, found[1:], strict=True):
+                    total.add_(part)
         return None, None, grad_x, *sums
 
 

@@ -16,12 +16,13 @@ import torch
 from transformers.utils import ModelOutput
 
 from helpers import compat
+from helpers.errors import TunebookError
 from helpers.model.packed_attention import IGNORE
 
 SLICE = 16384  # tokens handed to liger at once: it cuts them by vocabulary/hidden into logits as large as the slice
 CHUNK = 1024  # tokens of logits held at once without liger: 200 MB in fp32 at a vocabulary of 49,152
-# Final-logit arithmetic that a plain matrix product and softmax would leave out.
-UNPLAIN_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# Final-logit arithmetic of some families: (setting, power of it that logits are multiplied with; 0: a cap).
+SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "final_logit_softcapping": 0}
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -84,36 +85,62 @@ def shifted(labels: Any) -> Any:
 
 
 def can_fuse(model: Any) -> str:
-    """Empty when the model's head is a plain matrix product, else why its own loss has to be kept."""
+    """Empty when the model's head is a plain matrix product, else what it does besides."""
     config = model.config.get_text_config()
-    for name in UNPLAIN_HEADS:
+    for name in SCALES:
         if getattr(config, name, None) not in (None, 0, 1, 1.0):
             return f"{config.model_type} applies {name} to its logits"
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return f"the output head is {type(head).__name__}, not a plain linear layer"
-    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-        return f"{config.model_type} is a mixture of experts and adds a router loss"
     return ""
+
+
+def logits_of(model: Any, hidden: Any) -> Any:
+    """Logits (tokens, vocab) in fp32 of hidden states (tokens, size), scaled and soft-capped as the model's own are."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    for name, power in SCALES.items():
+        if power and getattr(config, name, None):
+            logits = logits * getattr(config, name) ** power
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _agrees(model: Any) -> bool:
+    """Whether `logits_of` gives the model's own logits: families differ in more ways than `SCALES` knows."""
+    ids, training = torch.arange(8, device=model.device)[None], model.training
+    model.eval()
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = logits_of(model, getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)[0][0])
+    model.train(training)
+    return own.shape == ours.shape and bool((own - ours).norm() <= 0.02 * own.norm())
 
 
 @dataclass
 class LogpsOutput(ModelOutput):
-    """logps (batch, tokens) float32: log-probability of the next label at each position, 0 where masked."""
+    """logps (batch, tokens) float32: log-probability of the next label at each position, 0 where masked.
+
+    router: Σ over the documents of their tokens times their load-balancing loss, where it was asked for."""
 
     logps: Any = None
+    router: Any = None
 
 
-def install(model: Any) -> None:
-    """Give a causal LM (not its PEFT wrapper) a forward whose loss holds no logits.
+def install(model: Any, prove: bool = True) -> str:
+    """Give a causal LM (not its PEFT wrapper) a forward whose loss holds no whole logits; returns how, for people.
 
     With `labels`: `.loss` is Σ −log p / `num_items_in_batch` (or the mean over trained tokens), `.logits` None. With
     `token_logps=True` too: `.logps` (batch, tokens) float32, logps[:, t] = log p(labels[:, t + 1]); no loss.
     `loss_positions` (from the collator) names the positions that predict something, so that prompts skip the head.
-    Without labels (generation, evaluation of logits) the model's own forward runs.
+    Without labels (generation, evaluation of logits) the model's own forward runs. prove: compare the head's
+    arithmetic with the model's own first; one that differs keeps its own, with whole logits.
     """
     if getattr(model, "_own_forward", None) is not None:
-        return
+        return "cross-entropy as before"
+    why = can_fuse(model)
+    model._loss_head = "own" if prove and not _agrees(model) else "sliced" if why else "plain"
 
     @functools.wraps(type(model).forward)  # libraries read which arguments a model takes
     def forward(self: Any, input_ids: Any = None, labels: Any = None, **given: Any) -> Any:
@@ -121,10 +148,13 @@ def install(model: Any) -> None:
             return self._own_forward(input_ids=input_ids, **given)
         return _with_labels(self, labels, input_ids=input_ids, **given)
 
-    head = model.get_output_embeddings()
-    for module, fused in ((model, forward), (head, _head)):
+    replaced = [(model, forward)] + [(model.get_output_embeddings(), _head)] * (model._loss_head == "plain")
+    for module, fused in replaced:
         module._own_forward = module.forward
         module.forward = types.MethodType(fused, module)
+    if model._loss_head == "own":
+        return f"cross-entropy of whole logits: those of {model.config.model_type} are made in a way of their own"
+    return f"cross-entropy of {CHUNK:,} tokens at a time: {why}" if why else "cross-entropy without whole logits"
 
 
 def _head(self: Any, hidden: Any, target: Any = None, summed: bool = False) -> Any:
@@ -135,39 +165,80 @@ def _head(self: Any, hidden: Any, target: Any = None, summed: bool = False) -> A
     return (summed_loss if summed else token_logps)(hidden.to(self.weight.dtype), self.weight, target)
 
 
+def _logps(model: Any, flat: Any, goal: Any, summed: bool) -> Any:
+    """Log-probabilities of the targets, float32 (tokens,), or their negative sum; flat: hidden states, or logits."""
+    if model._loss_head == "plain":
+        with torch.autocast(flat.device.type, enabled=False):
+            return model.get_output_embeddings()(flat, goal, summed=summed)
+    from torch.utils.checkpoint import checkpoint
+
+    def piece(part: Any, target: Any) -> Any:
+        logits = part.float() if model._loss_head == "own" else logits_of(model, part)
+        return -torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
+
+    pieces = zip(flat.split(CHUNK), goal.split(CHUNK), strict=True)
+    logps = torch.cat([checkpoint(piece, part, target, use_reentrant=False) for part, target in pieces])
+    return -logps.sum() if summed else logps
+
+
 def _with_labels(
     model: Any,
     labels: Any,
     token_logps: bool = False,
     loss_positions: Any = None,
     num_items_in_batch: Any = None,
+    router: bool = False,
     **given: Any,
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     for name in ("return_dict", "output_hidden_states", "output_attentions", "logits_to_keep"):
         given.pop(name, None)
-    hidden = getattr(model, model.base_model_prefix)(**{**given, "use_cache": False})[0]
+    body = model._own_forward if model._loss_head == "own" else getattr(model, model.base_model_prefix)
+    found = body(**{**given, "use_cache": False}, **({"output_router_logits": True} if router else {}))
+    states = found.logits if model._loss_head == "own" else found[0]
     target = shifted(labels)
-    head = model.get_output_embeddings()
-    flat, goal = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    flat, goal = states.reshape(-1, states.shape[-1]), target.reshape(-1)
     if loss_positions is not None:
         flat, goal = flat[loss_positions], goal[loss_positions]
-    with torch.autocast(flat.device.type, enabled=False):
-        if token_logps:
-            logps = head(flat, goal)
-            if loss_positions is not None:
-                everywhere = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device)
-                logps = everywhere.index_copy(0, loss_positions, logps)
-            return LogpsOutput(logps=logps.view_as(target))
-        total = head(flat, goal, summed=True)
-        count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
-        return CausalLMOutputWithPast(loss=total / count)
+    if token_logps:
+        logps = _logps(model, flat, goal, False)
+        if loss_positions is not None:
+            everywhere = torch.zeros(target.numel(), dtype=torch.float32, device=flat.device)
+            logps = everywhere.index_copy(0, loss_positions, logps)
+        balance = balance_of(model.config.get_text_config(), found, given) if router else None
+        return LogpsOutput(logps=logps.view_as(target), router=balance)
+    total = _logps(model, flat, goal, True)
+    count = num_items_in_batch if num_items_in_batch is not None else (goal != IGNORE).sum().clamp(min=1)
+    return CausalLMOutputWithPast(loss=total / count)
+
+
+def balance_of(config: Any, found: Any, row: dict[str, Any]) -> Any:
+    """Σ over a row's documents of tokens × load-balancing loss (Switch, arXiv:2101.03961, eq. 4, over all layers).
+
+    Each document by itself, so that the sum is the same however documents are cut into rows.
+    """
+    layers, count = getattr(found, "router_logits", None), getattr(config, "num_experts_per_tok", None)
+    if not layers or not count:
+        raise TunebookError(
+            f"router_aux_loss needs the router's logits, which {config.model_type} does not give; set it to 0."
+        )
+    logits = torch.stack([layer.reshape(-1, layer.shape[-1]) for layer in layers]).float()  # (layers, tokens, experts)
+    chances, experts, mask = logits.softmax(-1), logits.shape[-1], row.get("attention_mask")
+    chosen = torch.zeros_like(chances).scatter_(-1, chances.topk(count, dim=-1).indices, 1.0)
+    seen = (torch.ones(logits.shape[1], device=logits.device) if mask is None else mask.reshape(-1).float())[:, None]
+    lengths = row.get("document_lengths") or ([logits.shape[1]] if mask is None else [mask.shape[1]] * len(mask))
+    routed, chance, tokens = (per_document(v * seen, lengths) for v in (chosen.mean(0), chances.mean(0), seen))
+    if row.get("prefix_length"):  # each document begins with what all of them share
+        routed, chance, tokens = (v[1:] + v[:1] for v in (routed, chance, tokens))
+    return (experts * (routed * chance).sum(1) / tokens.clamp(min=1)).sum()
 
 
 def per_document(values: Any, document_lengths: Any) -> Any:
-    """Sums of `values` (1, tokens) over each document of a packed row → (documents,)."""
+    """Sums of `values` over each document of a packed row: (1, tokens) → (documents,), (tokens, n) → (documents, n)."""
     lengths = torch.as_tensor(document_lengths, device=values.device)
     places = torch.arange(len(lengths), device=values.device)
-    index = torch.repeat_interleave(places, lengths, output_size=values.numel())
-    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, index, values.reshape(-1))
+    values = values if len(values) == sum(document_lengths) else values.t()
+    index = torch.repeat_interleave(places, lengths, output_size=len(values))
+    sums = torch.zeros(len(lengths), values.shape[1], dtype=values.dtype, device=values.device)
+    return sums.index_add(0, index, values).squeeze(1)

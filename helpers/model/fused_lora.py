@@ -1,7 +1,7 @@
 """Fused training arithmetic for a loaded model: LoRA layers, norms and activations, and the head's loss.
 
 `apply` changes the instance, not the class or the library, and names what it did. Every piece computes what it
-replaces; where a layer asks for more than the fused form does (dropout, DoRA, several adapters), its own form stays.
+replaces; where a layer asks for more than the fused form does (DoRA, several adapters), its own form stays.
 """
 
 from __future__ import annotations
@@ -24,31 +24,41 @@ class _LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, state, bias, a, b, scale, compute):
+    def forward(ctx, x, weight, state, bias, a, b, scale, compute, dropout):
         flat = x.reshape(-1, x.shape[-1]).to(compute)
         dense = _dense(weight, state, compute)
         y = torch.addmm(bias.to(compute), flat, dense.t()) if bias is not None else flat @ dense.t()
         low_a, low_b = a.to(compute), (b * scale).to(compute)
-        hidden = flat @ low_a.t()
+        dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
+        hidden = dropped @ low_a.t()
         y.addmm_(hidden, low_b.t())
-        ctx.save_for_backward(flat, weight, hidden, low_a, low_b)
+        ctx.save_for_backward(flat, weight, hidden, low_a, low_b, kept)
+        ctx.dropout = dropout
         ctx.state, ctx.scale, ctx.x_shape, ctx.x_dtype = state, scale, x.shape, x.dtype
         ctx.types = a.dtype, b.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad):
-        flat, weight, hidden, low_a, low_b = ctx.saved_tensors
+        flat, weight, hidden, low_a, low_b, kept = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).to(flat.dtype)
         narrow = grad @ low_b  # already carries the scale
-        grad_a = (narrow.t() @ flat).to(ctx.types[0])
+        grad_a = (narrow.t() @ _dropped(flat, kept, ctx.dropout)).to(ctx.types[0])
         grad_b = (grad.t() @ hidden).to(ctx.types[1]).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ _dense(weight, ctx.state, flat.dtype)
-            grad_x.addmm_(narrow, low_a)
+            if kept is None:
+                grad_x.addmm_(narrow, low_a)
+            else:
+                grad_x.add_(_dropped(narrow @ low_a, kept, ctx.dropout))
             grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
-        return grad_x, None, None, None, grad_a, grad_b, None, None
+        return grad_x, None, None, None, grad_a, grad_b, None, None, None
+
+
+def _dropped(x: Any, kept: Any, dropout: float) -> Any:
+    """`x` without what was dropped; only the mask is held for the backward pass, a byte a number."""
+    return x if kept is None else x * kept * (1 / (1 - dropout))
 
 
 def _dense(weight: Any, state: Any, dtype: Any) -> Any:
@@ -72,9 +82,10 @@ def _lora_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         compute = torch.get_autocast_dtype(device)
     else:
         compute = (getattr(base, "compute_dtype", None) or x.dtype) if state is not None else base.weight.dtype
+    dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
     down, up = self.lora_A[name].weight, self.lora_B[name].weight
     with torch.autocast(device, enabled=False):
-        y = _LoraLinear.apply(x, base.weight, state, base.bias, down, up, self.scaling[name], compute)
+        y = _LoraLinear.apply(x, base.weight, state, base.bias, down, up, self.scaling[name], compute, dropout)
     return y if autocast else y.to(x.dtype)
 
 
@@ -101,8 +112,5 @@ def apply(model: Any, *, fused_loss: bool = True, fused_lora: bool = True) -> li
     if fused_lora and peft and (count := fuse_lora(model)):
         done.append(f"fused LoRA arithmetic in {count} layers")
     if fused_loss:
-        why = chunked_loss.can_fuse(causal)
-        if not why:
-            chunked_loss.install(causal)
-        done.append(f"fused cross-entropy left out: {why}" if why else "cross-entropy without whole logits")
+        done.append(chunked_loss.install(causal))
     return done

@@ -291,14 +291,15 @@ def fast_bf16() -> bool:
 def load_model(
     source: ModelSource | Path | str,
     quantize: str = "none",
+    double_quant: bool = True,
     dtype: str = "auto",
     attention: str | None = None,
     device: str = "",
 ) -> Any:
     """The causal language model on `device`, by default the GPU when there is one, every weight from its files.
 
-    quantize: "nf4" loads the linear layers in 4-bit NormalFloat with double quantisation (QLoRA, arXiv:2305.14314),
-    "none" in `dtype`. attention: a transformers attention implementation; None lets transformers choose.
+    quantize: "nf4" loads the linear layers in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), their scales in 8 bits with
+    double_quant; "none" in `dtype`. attention: a transformers attention implementation; None lets transformers choose.
     Raises TunebookError for a damaged folder and for tensors that are missing or of another shape, by name.
     """
     import torch
@@ -311,7 +312,10 @@ def load_model(
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
     elif quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=compute,
         )
     elif quantize != "none":
         raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4' or 'none'.")

@@ -18,12 +18,13 @@ from helpers.model.packed_attention import head_dim
 from helpers.params import TrainingParams
 
 GIB = 2**30
-NF4_BITS = 4.1275  # a parameter in NF4 with double quantisation, measured
+NF4_BITS = {True: 4.1275, False: 4.5}  # a parameter with double quantisation (measured) and without
 CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1, "sgd": 0}
 OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
+PASSES = {"dpo": 1, "kto": 3}  # forward passes for the reference, and KTO's of mismatched answers by both
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
@@ -153,7 +154,7 @@ class Setting:
 
     @property
     def fused(self) -> bool:
-        return not (self.params.dropout or self.params.dora)
+        return not self.params.dora
 
     @property
     def trained_share(self) -> float:
@@ -179,14 +180,23 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
         return round((shape.linear_parameters + shape.other) * getattr(p, "freeze_layers", 0) / shape.layers)
     names = [name.strip() for name in p.target_modules.split(",")]
     every = p.target_modules in ("", "all-linear")
-    return sum(p.rank * (i + o) for name, i, o in shape.linears if every or name.rsplit(".", 1)[-1] in names)
+    return whole_parameters(shape, s) + sum(
+        p.rank * (i + o) for name, i, o in shape.linears if every or name.rsplit(".", 1)[-1] in names
+    )
+
+
+def whole_parameters(shape: Shape, s: Setting) -> int:
+    """Of modules_to_save: embeddings and head, once where they are one matrix."""
+    names = s.params.modules_to_save
+    head = shape.head if "lm_head" in names else 0
+    return head + (shape.embedding if "embed" in names or ("lm_head" in names and not shape.head) else 0)
 
 
 def state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state on one GPU."""
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
-    base += shape.linear_parameters * (NF4_BITS / 8 if s.quantize == "nf4" else s.number_bytes)
+    base += shape.linear_parameters * (NF4_BITS[s.params.double_quant] / 8 if s.quantize == "nf4" else s.number_bytes)
     if shape.stored and s.quantize == "nf4":
         base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):
@@ -195,6 +205,8 @@ def state_bytes(shape: Shape, s: Setting) -> float:
     else:
         # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
         state = trained * (4 + 4 * s.accumulates + optimizer)
+        if getattr(s.params, "loss", "") in PASSES and s.params.start_from != "base":
+            state += 4 * trained  # the adapter as it began
     if s.shards > 1 and s.quantize != "nf4":
         return (base + state) / s.shards + 3 * 2 * shape.linear_parameters / shape.layers
     return base + state
@@ -208,9 +220,12 @@ def layer_bytes_per_token(shape: Shape, s: Setting) -> tuple[float, float]:
     key = shape.key if s.flash else shape.query  # without FlashAttention keys are repeated for every head
     outside = 2 * (4 * shape.hidden + 2 * shape.query + 2 * key) + 4 * shape.heads
     inside = 2 * 3 * shape.intermediate
-    if not s.fused:  # PEFT's own LoRA under autocast keeps its inputs a second time, for each dropout or DoRA branch
+    if not s.fused:  # PEFT's own LoRA under autocast keeps its inputs a second time, for the DoRA branch
         outside += 2 * 2 * (shape.hidden + shape.query)
         inside += 2 * (shape.hidden + shape.intermediate)
+    elif s.params.dropout:  # its masks, a byte a number
+        outside += 3 * shape.hidden + shape.query
+        inside += 2 * shape.hidden + shape.intermediate
     return outside, inside
 
 
@@ -263,16 +278,17 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
     """
     tokens = s.row_tokens
     full = s.params.method == "full"
+    passes = PASSES.get(getattr(s.params, "loss", ""), 0)
     again = s.recompute / shape.layers
-    matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again)
-    head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.params.stage != "sft"))
-    attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again)
+    matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again + passes)
+    head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.params.stage != "sft") + passes)
+    attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again + passes)
     rate = card.tflops * 1e12
     compute = tokens * ((matrix + head) / MATRIX_SHARE + attention / ATTENTION_SHARE) / rate
     outside, inside = layer_bytes_per_token(shape, s)
-    traffic = tokens * shape.layers * (outside + inside) * (3.2 + 1.2 * again) * (1 if s.fused else 1.6)
+    traffic = tokens * shape.layers * (outside + inside) * (3.2 + 1.2 * again + passes) * (1 if s.fused else 1.6)
     if s.quantize == "nf4":
-        traffic += shape.linear_parameters * UNPACK_BYTES * (2 + again)
+        traffic += shape.linear_parameters * UNPACK_BYTES * (2 + again + passes)
     moving = traffic / (card.gb_s * 1e9 * 0.9)
     seconds = compute + moving
     if s.offload and s.backend == "hf":
@@ -281,7 +297,7 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
         seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if card.capability is None:
         return seconds, False
-    launch = shape.layers * LAUNCH_S[s.quantize]
+    launch = shape.layers * LAUNCH_S[s.quantize] * (1 + passes / 3)
     if s.backend == "unsloth":
         seconds *= UNSLOTH_TIME  # and its recomputed layers are launched in what ours take once
     else:

@@ -48,7 +48,7 @@ def used(params: Any, parameters: int) -> tuple[float, str]:
 def capacity(trained: int, tokens: int) -> str:
     """The plan's line about what an adapter of so many parameters can hold: about 2 bits each (Allen-Zhu and Li,
     arXiv:2404.05405), against about 1 bit a token that is learnt ("LoRA Without Regret")."""
-    bits, verdict = 2 * trained, "enough"
+    bits, verdict = 2 * max(trained, 1), "enough"
     if bits < tokens:
         verdict = f"too little to learn them by heart: raise rank {tokens / bits:.1f} times, or set method to 'full'"
     return (

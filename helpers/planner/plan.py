@@ -39,7 +39,7 @@ class Plan(display.Shown):
     card: Card
     shape: Shape
     option: Option
-    batch_size: int
+    batches: row_plan.Batches
     world_size: int
     steps: int
     tokens: int
@@ -62,6 +62,10 @@ class Plan(display.Shown):
     @property
     def setting(self) -> Setting:
         return self.option.setting
+
+    @property
+    def batch_size(self) -> int:
+        return self.batches.size
 
     @property
     def accumulation(self) -> int:
@@ -131,7 +135,7 @@ class Plan(display.Shown):
         expected, shortest, longest = map(display.duration, self.seconds)
         spread = PROBED_SPREAD[0] if self.measured else MEMORY_SPREAD
         return (
-            f"{self.card.name}: {self.tokens:,} tokens in {self.steps:,} steps of {self.batch_size} rows, {expected} "
+            f"{self.card.name}: {self.tokens:,} tokens in {self.steps:,} steps of {self.batches}, {expected} "
             f"({shortest} to {longest}), {self.tokens_per_s:,.0f} tokens/s, peak {self.peak_gib:.1f} GiB "
             f"({self.peak_gib * (1 - spread):.1f} to {self.peak_gib * (1 + spread):.1f}) of {self.card.total_gib:.1f}, "
             f"{'measured by a probing step' if self.measured else 'predicted'}."
@@ -175,12 +179,14 @@ def plan(
     world_size: int = 1,
     card: Card | None = None,
     padded_lengths: Sequence[int] | None = None,
+    sequence: int = 0,
 ) -> Plan:
     """The fastest setting that fits the GPU, for these parameters and these training examples.
 
     lengths: tokens of each example (orpo: both answers with their prompts). padded_lengths: the same where rows are
     padded, default `lengths`. source: a ModelSource, a model folder, or a transformers config. card: default `plan_for`
-    or the GPU here. Raises TunebookError when nothing fits, with the change that would.
+    or the GPU here. sequence: tokens of a packed sequence, for batch_unit; default the longest example. Raises
+    TunebookError when nothing fits, with the change that would.
     """
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
@@ -195,7 +201,8 @@ def plan(
     base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not in_one)
     shape = Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if packed else 0)
     in_rows = lengths if in_one else padded_lengths or lengths
-    search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base)
+    batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
+    search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
     options = list(search.options())
     fitting = [o for o in options if o.fits]
     if not fitting:
@@ -208,17 +215,19 @@ def plan(
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
         why = "longer rows fit" if lightest.fits else need
         reasons.append(f"Activation checkpointing: {best.recompute_text}; {why}.")
+    if params.group_by_length and in_one:
+        reasons.append("group_by_length changes nothing: packed rows hold no padding that it could save.")
     rate, told = learning_rate.used(params, shape.parameters)
     reasons.append(told)
     if params.method in ("qlora", "lora"):
         reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
-    per_epoch = math.ceil(len(lengths) / params.batch_size)
+    per_epoch = search.per_epoch
     steps = params.max_steps or math.ceil(per_epoch * params.epochs)
     return Plan(
         card=card,
         shape=shape,
         option=best,
-        batch_size=params.batch_size,
+        batches=batches,
         world_size=world_size,
         steps=steps,
         tokens=round(sum(lengths) * steps / per_epoch),
@@ -243,13 +252,18 @@ class _Search:
     lengths: tuple[int, ...]
     tokens: int
     base: Setting
+    batches: row_plan.Batches
+
+    @cached_property
+    def per_epoch(self) -> int:
+        return len(self.batches.epoch(self.lengths, self.params.seed, 0))
 
     @cached_property
     def heaviest(self) -> list[list[int]]:
         """The optimizer steps with the most tokens; found in a quarter of a second for 100,000 rows."""
         p = self.params
-        epochs = p.max_steps / math.ceil(len(self.lengths) / p.batch_size) if p.max_steps else p.epochs
-        return row_plan.heaviest(self.lengths, p.batch_size, p.seed, math.ceil(epochs))
+        epochs = p.max_steps / self.per_epoch if p.max_steps else p.epochs
+        return row_plan.heaviest(self.lengths, self.batches, p.seed, math.ceil(epochs))
 
     @cached_property
     def mean_square(self) -> float:
@@ -259,7 +273,7 @@ class _Search:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths)
         # Whole steps in one row a process: longer ones are of no use.
-        useful = self.layout(longest * self.params.batch_size).max_row_tokens
+        useful = self.layout(longest * max(map(len, self.heaviest))).max_row_tokens
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
         if self.params.row_tokens:
             if self.params.row_tokens < longest:
@@ -268,6 +282,8 @@ class _Search:
                     "row_tokens or lower max_length in notebook 01."
                 )
             sizes = [self.params.row_tokens]
+        elif self.batches.accumulation:
+            sizes = [useful]
         elif not self.params.packing:
             sizes = sizes[:1]
         elif self.base.backend == "unsloth":
@@ -284,12 +300,15 @@ class _Search:
                     yield self.weigh(setting, layout)
 
     def layout(self, row_tokens: int) -> row_plan.Layout:
-        return row_plan.lay_out(self.lengths, self.heaviest, row_tokens, self.world, self.base.padded)
+        return row_plan.lay_out(
+            self.lengths, self.heaviest, row_tokens, self.world, self.base.padded, self.batches.accumulation
+        )
 
     def weigh(self, s: Setting, layout: row_plan.Layout) -> Option:
         """What a setting would need and take, its rows laid out like this."""
         lengths, rows = self.lengths, layout.accumulation
-        step_tokens = self.tokens / len(lengths) * min(self.params.batch_size, len(lengths))
+        examples = self.batches.size if self.batches.unit == "rows" else len(lengths) / self.per_epoch
+        step_tokens = self.tokens / len(lengths) * min(examples, len(lengths))
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         row = replace(s, row_tokens=max(1, round(mean_row)))
         seconds, launching = cost_model.row_seconds(self.shape, row, self.card, self.mean_square)

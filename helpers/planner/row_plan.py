@@ -1,7 +1,7 @@
 """Which examples share a row: best-fit packing that leaves the optimizer's batch exactly as asked.
 
-One optimizer step sees exactly `batch_size` examples, in the seeded order of the epoch. They are spread over
-`accumulation × world_size` rows of nearly equal token count, none longer than the budget unless one example is:
+One optimizer step sees exactly the examples that `Batches` gives it, in the seeded order of the epoch. They are spread
+over `accumulation × world_size` rows of nearly equal token count, none longer than the budget unless one example is:
 
     an epoch    [ 7 2 9 4 | 1 8 3 6 | 5 0 ]            batches of 4 examples
     its rows    (7) (2 9 4)  (1 8) (3 6)  (5) (0)      accumulation × world_size = 2 rows a step
@@ -19,6 +19,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from helpers.errors import TunebookError
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,73 @@ def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list
     return [sorted(row) for row in out]
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
-    """The epoch's examples in order, cut into optimizer steps: a function of its arguments, so resume repeats it."""
-    order = list(range(count))
-    if shuffle:
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[i : i + batch_size] for i in range(0, count, batch_size)]
+@dataclass(frozen=True)
+class Batches:
+    """How an epoch is cut into optimizer steps, on all GPUs together.
+
+    size: examples a step (unit "rows"), packed sequences of at most `sequence` tokens ("packed"), or tokens ("tokens").
+    accumulation: micro-batches of a process; 0: as many as the row budget asks for. by_length: examples of similar
+    length share a step.
+    """
+
+    size: int
+    unit: str = "rows"
+    sequence: int = 0
+    accumulation: int = 0
+    by_length: bool = False
+
+    def epoch(self, lengths: Sequence[int], seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
+        """The epoch's examples as steps: a function of its arguments, so resume repeats it. Every epoch has as many."""
+        order, draw = list(range(len(lengths))), random.Random(f"{seed}/{epoch}")
+        if shuffle:
+            draw.shuffle(order)
+        if self.by_length:
+            window = 50 * self.size
+            windows = (order[i : i + window] for i in range(0, len(order), window))
+            order = [i for part in windows for i in sorted(part, key=lambda i: -lengths[i])]
+        parts, count = [[i] for i in order], self.size
+        if self.unit != "rows":
+            sequence, count = (self.sequence, self.size) if self.unit == "packed" else (self.size, 1)
+            parts = [[order[i] for i in row] for row in best_fit([lengths[i] for i in order], sequence)]
+            draw.shuffle(parts)
+        steps = [[i for part in parts[n : n + count] for i in part] for n in range(0, len(parts), count)]
+        if self.by_length and shuffle:
+            draw.shuffle(steps)
+        return steps
+
+    def __str__(self) -> str:
+        what = {"rows": "rows", "packed": f"packed rows of up to {self.sequence:,} tokens", "tokens": "tokens at most"}
+        return f"{self.size:,} {what[self.unit]}"
 
 
-def heaviest(lengths: Sequence[int], batch_size: int, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
+def batches_of(params: Any, world: int, sequence: int = 0, by_length: bool = False) -> Batches:
+    """What a stage's parameters ask for. sequence: tokens of a packed sequence (max_length of the data).
+
+    Raises TunebookError where batch_size, micro_batch, accumulation and the number of GPUs contradict each other.
+    """
+    size, micro, times = params.batch_size, params.micro_batch, params.accumulation
+    gpus = f"{world} GPU" + "s" * (world > 1)
+    if micro and times:
+        if "batch_size" in params.changed() and size != micro * times * world:
+            raise TunebookError(
+                f"batch_size is {size}, and micro_batch {micro} × accumulation {times} × {gpus} is "
+                f"{micro * times * world}; make them agree, or leave one of them out."
+            )
+        size = micro * times * world
+    elif size % ((micro or times or 1) * world) and (micro or times):
+        name = "micro_batch" if micro else "accumulation"
+        raise TunebookError(
+            f"batch_size is {size}, which is no multiple of {name} {micro or times} × {gpus}; change one of them."
+        )
+    if micro:
+        times = size // (micro * world)
+    return Batches(size, params.batch_unit, sequence, times, by_length)
+
+
+def heaviest(lengths: Sequence[int], batches: Batches, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
     """The optimizer steps with the most tokens in these epochs (of 50 at most): what a row budget has to hold."""
-    batches = [b for e in range(max(1, min(epochs, 50))) for b in epoch_batches(len(lengths), batch_size, seed, e)]
-    return sorted(batches, key=lambda b: -sum(lengths[i] for i in b))[:count]
+    steps = [b for e in range(max(1, min(epochs, 50))) for b in batches.epoch(lengths, seed, e)]
+    return sorted(steps, key=lambda b: -sum(lengths[i] for i in b))[:count]
 
 
 def batch_rows(
@@ -109,13 +167,21 @@ def batch_rows(
     return [[batch[i] for i in row] for row in out]
 
 
-def lay_out(lengths: Sequence[int], batches: list[list[int]], budget: int, world: int, padded: bool = False) -> Layout:
-    """The smallest accumulation whose rows stay within `budget` tokens in each of these optimizer steps.
+def lay_out(
+    lengths: Sequence[int],
+    batches: list[list[int]],
+    budget: int,
+    world: int,
+    padded: bool = False,
+    accumulation: int = 0,
+) -> Layout:
+    """The smallest accumulation whose rows stay within `budget` tokens in each of these optimizer steps, or the given.
 
     lengths: tokens of each example, none over the budget. batches: the `heaviest` steps. world: processes.
     """
     fit = padded_fit if padded else best_fit
-    accumulation = math.ceil(max(len(fit([lengths[i] for i in batch], budget)) for batch in batches) / world)
+    if not accumulation:
+        accumulation = math.ceil(max(len(fit([lengths[i] for i in batch], budget)) for batch in batches) / world)
     rows = [row for b in batches for row in batch_rows(b, lengths, accumulation * world, budget, padded)]
     loads = [cost([lengths[i] for i in row], padded) for row in rows]
     return Layout(accumulation, max(max(loads), max(lengths)), sum(loads) / len(loads))

@@ -28,6 +28,7 @@ OPTIMIZERS = {
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # the others under their own names
 LOGGERS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 LOGGERS |= {"swanlab": "SWANLAB_PROJECT"}
+ADAPTERS_OWN = ("dora", "rslora", "dropout", "init", "lora_plus_ratio", "modules_to_save")
 NO_ADAPTER = ("", "base", "sft")  # values of start_from that name no folder
 DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.06395 uses 10 to 20 %)
 Capability = tuple[int, int] | None
@@ -53,9 +54,9 @@ def check(params: TrainingParams, capability: Capability = None) -> None:
 
 def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
     own_weights, older = p.method in ("full", "freeze"), capability is not None and capability < (8, 0)
-    of_adapter = p.dora or p.rslora or p.dropout or p.init != "default" or p.lora_plus_ratio
+    of_adapter = [name for name in ADAPTERS_OWN if getattr(p, name) not in ("", "default", 0, False)]
     if own_weights and (of_adapter or p.start_from not in NO_ADAPTER):
-        taken = "take dora, rslora, dropout, init, lora_plus_ratio and start_from back, or set method to 'lora'"
+        taken = f"take {', '.join(of_adapter or ['start_from'])} back, or set method to 'lora'"
         yield f"method {p.method!r} trains the model's own weights and has no adapter; {taken}"
     if p.init == "loftq" and p.method == "lora":
         yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
@@ -63,6 +64,10 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield "init 'pissa' changes the base's weights, which 4 bits cannot take back; set method to 'lora'"
     if p.init == "pissa" and distributed.sharded(p.method):
         yield "init 'pissa' is undone on a whole adapter, and this run is sharded; set init to 'default'"
+    if loss in ("dpo", "kto") and distributed.sharded(p.method) and (p.start_from != "base" or p.init != "default"):
+        yield f"the reference of {loss} is a copy of the adapter, and this run is sharded; set method to 'qlora'"
+    if p.modules_to_save and p.init == "pissa":
+        yield "init 'pissa' is undone on LoRA weights alone, and modules_to_save adds others; set init to 'default'"
     if p.dora and p.init != "default":
         yield f"dora keeps the base's column norms and init {p.init!r} changes the base; set init to 'default'"
     if p.lora_plus_ratio and "adamw" not in p.optimizer:
@@ -79,10 +84,14 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield f"precision 'bf16' needs compute capability 8.0 and this GPU has {capability}; set precision to 'auto'"
     if own_weights and (p.precision == "fp16" or (p.precision == "auto" and older)):
         yield f"method {p.method!r} would lose small updates in fp16; set precision to 'fp32', or method to 'lora'"
-    if loss == "kto" and p.batch_size < 2:
+    if loss == "kto" and p.batch_size < 2 and p.batch_unit == "rows" and p.micro_batch * p.accumulation < 2:
         yield "loss 'kto' needs other rows of the batch, and batch_size is 1; set batch_size to 2 or more"
     if loss in ("dpo", "kto", "simpo") and p.beta == 0:
         yield f"beta is 0, which leaves {loss} no gradient; set beta to 0.1 for DPO and KTO, 2 for SimPO"
+    if p.batch_unit != "rows" and not p.packing:
+        yield f"batch_unit {p.batch_unit!r} counts what is packed, and packing is False; set batch_unit to 'rows'"
+    if p.batch_unit == "packed" and loss != "sft":
+        yield f"batch_unit 'packed' counts sequences of SFT, and loss is {loss!r}; set batch_unit to 'rows' or 'tokens'"
     if p.early_stopping and not p.best_checkpoint:
         yield "early_stopping keeps the best held-out loss, and best_checkpoint is off; set best_checkpoint to True"
     if p.warmup_steps and p.warmup_steps >= p.max_steps > 0:

@@ -132,10 +132,10 @@ def probe(job: Any) -> Plan:
     """The plan of a built `job.TrainJob`, corrected by a few rows; more activations are checkpointed until they fit.
 
     Raises TunebookError when nothing is left to checkpoint. Sharded jobs (FSDP2) are not probed: their model is put
-    together only inside the training loop. DPO, KTO and SimPO are not either.
+    together only inside the training loop.
     """
     plan = job.planned
-    if distributed.sharded(job.params.method) or config.loss_of(job.params) not in ("sft", "orpo"):
+    if distributed.sharded(job.params.method):
         return plan
     while True:
         try:
@@ -169,6 +169,7 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
                 batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
                 inputs = send_to_device(batches[0], device)
                 tokens, began = inputs["tokens"], _now(cuda)
+                getattr(trainer, "references", {}).clear()  # in training most rows are met for the first time
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
                 loss.backward()

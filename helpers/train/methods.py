@@ -23,7 +23,6 @@ from helpers.errors import TunebookError
 from helpers.model import loading, merging, packed_attention, weights
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
-from helpers.train import config
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
 QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
@@ -49,18 +48,17 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         )
     if plan.backend == "unsloth":
         return load_unsloth(job.source, params, job.adapter)
-    packed = config.loss_of(params) in ("sft", "orpo")
     packed_attention.register()
-    attention = plan.attention if packed else "sdpa"
-    if packed and plan.shares:
-        attention = packed_attention.SHARED
+    attention = packed_attention.SHARED if plan.shares else plan.attention
     quantize = "nf4" if params.method == "qlora" else "none"
     if bits := loading.quantizer(loading.load_config(job.source)):
         _check_packed(job.source.name, bits, params)
         notes.append(f"the base's own {bits} weights, as they were published")
-    model = loading.load_model(job.source, quantize=quantize, dtype=precision, attention=attention)
+    model = loading.load_model(job.source, quantize, params.double_quant, dtype=precision, attention=attention)
     model.config.use_cache = False
     rows_before = model.get_input_embeddings().weight.shape[0]
+    # Of a mixture of experts the router's loss is ours (`router_aux_loss`); its own fails in generation with a cache.
+    model.config.get_text_config().output_router_logits = False
     fit(model, tokenizer)  # its padding may be a new token
     added = add_tokens(model, tokenizer, tokens) if tokens else []
     if added:
@@ -88,7 +86,9 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
             _loftq(model, job.source.path)
             notes.append("LoftQ: the adapter belongs to the 4-bit base and is merged onto that")
     keep_in_fp32(model)
-    notes += fused_lora.apply(model, fused_loss=packed, fused_lora=not (params.dora or params.dropout))
+    if params.modules_to_save:
+        notes.append(f"trained whole, in fp32: {', '.join(_speak_16_bits(model))}")
+    notes += fused_lora.apply(model, fused_lora=not params.dora)
     if plan.setting.recompute:
         notes.append(f"activation checkpointing in {checkpoint_activations(model, plan.option.setting)} layers")
     return model, notes
@@ -112,6 +112,22 @@ def keep_in_fp32(model: Any) -> None:
             weight.data = weight.data.float()
 
 
+def _speak_16_bits(model: Any) -> list[str]:
+    """Let embeddings and head that are trained in fp32 take and give what the 16-bit layers around them do."""
+    import torch
+    from peft.utils.other import ModulesToSaveWrapper
+
+    causal, names = model.get_base_model(), []
+    for name, wrapper in causal.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            names.append(name)
+            if isinstance(wrapper.original_module, torch.nn.Embedding):
+                wrapper.register_forward_hook(lambda _, given, out: out.to(causal.dtype))
+            else:
+                wrapper.register_forward_pre_hook(lambda module, given: (given[0].to(module.weight.dtype), *given[1:]))
+    return names
+
+
 def checkpoint_activations(model: Any, setting: Any) -> int:
     """Set activation checkpointing as a planner's `Setting` says; returns in how many layers."""
     from helpers.model import checkpointing
@@ -127,8 +143,15 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     import torch
     from peft import LoraConfig, get_peft_model
 
-    modules = params.target_modules.strip()
+    modules, whole = params.target_modules.strip(), [m.strip() for m in params.modules_to_save.split(",") if m.strip()]
     every = modules == "all-linear"
+    given, head = (find() for find in (model.get_input_embeddings, model.get_output_embeddings))
+    ends = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if module in (given, head)}
+    rows, tied = _token_rows(model, added) or {}, head is not None and head.weight is given.weight
+    if wrong := set(whole) - set(ends):
+        raise TunebookError(
+            f"modules_to_save names {', '.join(wrong)}; this model has {', '.join(ends)} to train whole."
+        )
     adapter = LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
@@ -139,7 +162,9 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         target_parameters=(_experts(model) if every else []) or None,
         exclude_modules=_outside_language(model) or None,
         task_type="CAUSAL_LM",
-        trainable_token_indices=_token_rows(model, added),
+        trainable_token_indices={n: ids for n, ids in rows.items() if not (whole and (tied or n in whole))} or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(whole) and tied,
         init_lora_weights="pissa_niter_16" if params.init == "pissa" else True,
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
@@ -263,7 +288,7 @@ def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None 
         extra: dict[str, Any] = {"state_dict": whole} if whole else {}
         if (folder.parent / PISSA).is_dir():
             extra["path_initial_model_for_weight_conversion"] = str(folder.parent / PISSA)
-        if model.peft_config["default"].trainable_token_indices:
+        if model.peft_config["default"].trainable_token_indices or model.peft_config["default"].modules_to_save:
             extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
         weights.sort_adapter_config(partial)
@@ -369,7 +394,7 @@ def load_unsloth(source: Any, params: Any, adapter: Path | None = None) -> tuple
         )
     if why := chunked_loss.can_fuse(model.get_base_model()):
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
-    chunked_loss.install(model.get_base_model())
+    chunked_loss.install(model.get_base_model(), prove=False)
     version = sys.modules["unsloth"].__version__
     note = f"Unsloth {version}: its kernels and offloaded activation checkpointing, cross-entropy without whole logits"
     return model, [note]

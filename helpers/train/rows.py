@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+from zlib import crc32
 
 from helpers.display import Html, escape
 from helpers.errors import TunebookError
@@ -35,10 +36,10 @@ from helpers.model.packed_attention import (
     shareable,
     shared_tensors,
 )
-from helpers.planner.row_plan import batch_rows, cost, epoch_batches
+from helpers.planner.row_plan import Batches, batch_rows, cost
 from helpers.runs import Manifest
 
-MASKS = ("chosen_mask", "rejected_mask")
+PAIR, MASKS = ("chosen_ids", "rejected_ids"), ("chosen_mask", "rejected_mask")
 
 
 def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
@@ -49,7 +50,9 @@ def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any
     files = ("train.parquet", "eval.parquet")
     if params.stage == "orpo":
         files = ("preference.parquet", "preference_eval.parquet")
-        (train, counted), (held_out, more) = (pairs(data, file, params.max_length) for file in files)
+        (train, counted), (held_out, more) = (pairs(data, file, params) for file in files)
+        if params.loss == "kto":
+            train, held_out, counted, more = answers(data, params, train, held_out, counted, more)
     else:
         (train, counted), (held_out, more) = (supervised(data, file, params.train_on) for file in files)
     if not len(train) and params.stage == "orpo":
@@ -102,38 +105,72 @@ def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple
     return labelled.select(kept, keep_in_memory=True), counts
 
 
-def pairs(data: Manifest, name: str, max_length: int) -> tuple[Any, dict[str, Any]]:
+def pairs(data: Manifest, name: str, params: Any, sides: tuple[str, ...] = PAIR) -> tuple[Any, dict[str, Any]]:
     """(pairs with id, prompt_ids, chosen_ids, rejected_ids, the answers' masks where some token of one is not trained;
-    counts with the reasons) of a preference file.
+    counts with the reasons) of a preference file, or the answers with completion_ids and label of kto.parquet.
 
-    Pairs over `max_length` and pairs with an empty answer are left out and counted: cut answers have no end, and an
-    empty one has the mean log-probability 0/0.
+    Rows over `max_length` and those with an empty answer are left out and counted: cut answers have no end, and an
+    empty one has the mean log-probability 0/0. Prompts over `max_prompt_length` lose their beginning, counted.
     """
-    rows = _table(data, name, ["id", "prompt_ids", "chosen_ids", "rejected_ids"], MASKS)
+    rows = _table(data, name, ["id", "prompt_ids", *sides, *(["label"] if len(sides) == 1 else [])], MASKS)
     masks = [mask for mask in MASKS if mask in rows.column_names]
     if all(all(mask) for column in masks for mask in rows[column]):  # every answer is one turn
         rows = rows.remove_columns(masks)
-    reasons = [unusable(row, max_length) for row in rows]
+    counts, kind = {"pairs" if len(sides) > 1 else "answers": len(rows)}, rows.features
+    if (most := params.max_prompt_length) and len(rows):
+        counts["prompts cut"] = sum(len(prompt) > most for prompt in rows["prompt_ids"])
+        rows = rows.map(lambda row: {"prompt_ids": row["prompt_ids"][-most:]}, features=kind, keep_in_memory=True)
+    reasons = [unusable(row, params.max_length, sides) for row in rows]
     out = rows.select([i for i, reason in enumerate(reasons) if not reason], keep_in_memory=True)
     left_out = [row_id for row_id, reason in zip(rows["id"], reasons, strict=True) if reason]
-    counted = dict(Counter(filter(None, reasons)))
-    return out, {"pairs": len(rows), "left out": counted, "left out ids": left_out[:50]}
+    return out, {**counts, "left out": dict(Counter(filter(None, reasons))), "left out ids": left_out[:50]}
 
 
-def unusable(pair: dict[str, Any], max_length: int) -> str:
-    """Why a preference pair cannot be trained on; empty when it can."""
-    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-    if not chosen or not rejected:
-        return f"{'rejected' if chosen else 'chosen'} is empty"
-    if len(pair["prompt_ids"]) + max(len(chosen), len(rejected)) > max_length:
+def answers(data: Manifest, params: Any, train: Any, held_out: Any, counted: Any, more: Any) -> tuple[Any, ...]:
+    """KTO's rows and counts: kto.parquet's, the prompts in `preference_eval_share` of all held out; or where 01 wrote
+    none, every answer of the given pairs."""
+    from datasets import concatenate_datasets
+
+    def apart(pairs: Any) -> Any:
+        def side(name: str) -> Any:
+            of = {name: "completion_ids", f"{name[:-4]}_mask": "completion_mask"}
+            of = {column: new for column, new in of.items() if column in pairs.column_names}
+            rows = pairs.select_columns(["id", "prompt_ids", *of]).rename_columns(of)
+            return rows.add_column("label", [name == "chosen_ids"] * len(rows))
+
+        return concatenate_datasets([side(name) for name in PAIR]).flatten_indices(keep_in_memory=True)
+
+    rows, of_rows = pairs(data, "kto.parquet", params, ("completion_ids",))
+    if not of_rows["answers"]:
+        rows, held_out = apart(train), apart(held_out)
+    else:
+        share, counted = float(data.params.get("preference_eval_share", 0.1)), of_rows
+        drawn = [crc32(repr(prompt).encode()) / 2**32 < share for prompt in rows["prompt_ids"]]
+        rows, held_out = (rows.select([i for i, d in enumerate(drawn) if d == want]) for want in (False, True))
+        more = {"answers": len(held_out), "left out": {}, "left out ids": []}
+    good = sum(rows["label"])
+    ratio = params.desirable_weight * good / max(params.undesirable_weight * (len(rows) - good), 1e-9)
+    said = f"{good:,} good and {len(rows) - good:,} bad answers, weighted {min(ratio, 1e6):.3g} to 1"
+    if not 0.99 <= ratio <= 1.34 and 0 < good < len(rows):
+        said += f" (1 to 1.33 is best, KTO eq. 8: undesirable_weight {params.undesirable_weight * ratio:.3g})"
+    return rows, held_out, {**counted, "balance": said}, {**more, "balance": ""}
+
+
+def unusable(row: dict[str, Any], max_length: int, sides: tuple[str, ...] = PAIR) -> str:
+    """Why a preference pair, or an answer alone, cannot be trained on; empty when it can."""
+    if empty := next((side for side in sides if not row[side]), ""):
+        return f"{empty.removesuffix('_ids')} is empty"
+    if len(row["prompt_ids"]) + max(len(row[side]) for side in sides) > max_length:
         return f"over {max_length} tokens"
-    return "chosen equals rejected" if chosen == rejected else ""
+    return "chosen equals rejected" if sides == PAIR and row["chosen_ids"] == row["rejected_ids"] else ""
 
 
 def lengths_of(rows: Any, padded: bool = False) -> list[int]:
     """Tokens of every row; of pairs of both answers with their prompts (padded: the shorter as long as the longer)."""
     if "input_ids" in rows.column_names:
         return [len(ids) for ids in rows["input_ids"]]
+    if "completion_ids" in rows.column_names:
+        return [len(p) + len(c) for p, c in zip(rows["prompt_ids"], rows["completion_ids"], strict=True)]
     sides = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
     return [2 * (len(p) + max(len(c), len(r))) if padded else 2 * len(p) + len(c) + len(r) for p, c, r in sides]
 
@@ -141,7 +178,7 @@ def lengths_of(rows: Any, padded: bool = False) -> list[int]:
 def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids) of a row, which ends at its first trained token, or of a pair's chosen side."""
     if "prompt_ids" in row:
-        return row["prompt_ids"], row["chosen_ids"]
+        return row["prompt_ids"], row.get("chosen_ids") or row["completion_ids"]
     start = next((t for t, label in enumerate(row["labels"]) if label != IGNORE), 0)
     return row["input_ids"][:start], row["input_ids"][start:]
 
@@ -184,13 +221,14 @@ class PackedRows:
     """A map-style dataset whose items are rows: lists of examples that belong together.
 
     lengths: tokens of the examples, default those of `input_ids`. padded: rows will be padded to their longest example,
-    so `budget` and the evenness of rows count padding too. Read in order, one row a batch, with
-    `gradient_accumulation_steps = accumulation`, an optimizer step is exactly `batch_size` examples, also when
-    accelerate deals rows out to `world_size` processes. A step's last rows may be empty.
+    so `budget` and the evenness of rows count padding too. partners: every example also gets `other_ids`, the answer of
+    the one before it in its optimizer step (KTO's mismatched pairs). Read in order, one row a batch, with
+    `gradient_accumulation_steps = accumulation`, an optimizer step is exactly one of `batches`, also when accelerate
+    deals rows out to `world_size` processes. A step's last rows may be empty.
     """
 
     examples: Any
-    batch_size: int
+    batches: Batches
     accumulation: int
     world_size: int = 1
     seed: int = 0
@@ -198,6 +236,7 @@ class PackedRows:
     lengths: Sequence[int] = ()
     budget: int | None = None
     padded: bool = False
+    partners: bool = False
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [len(example["input_ids"]) for example in self.examples]
@@ -207,7 +246,9 @@ class PackedRows:
         """Cut the rows of this epoch, in its own order; accelerate's data loader calls it."""
         self.rows: list[list[int]] = []
         per_step = self.accumulation * self.world_size
-        for batch in epoch_batches(len(self.lengths), self.batch_size, self.seed, epoch, self.shuffle):
+        self.before: dict[int, int] = {}
+        for batch in self.batches.epoch(self.lengths, self.seed, epoch, self.shuffle):
+            self.before |= zip(batch, batch[-1:] + batch[:-1], strict=True) if self.partners else ()
             self.rows += batch_rows(batch, self.lengths, per_step, self.budget, self.padded)
 
     def costs(self) -> list[int]:
@@ -218,8 +259,16 @@ class PackedRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[dict]:
+        found = self._read(self.rows[index])
+        if not self.partners:
+            return found
+        others = self._read([self.before[i] for i in self.rows[index]])
+        both = zip(found, others, strict=True)
+        return [r | {"other_ids": o["completion_ids"], "other_mask": o.get("completion_mask")} for r, o in both]
+
+    def _read(self, row: list[int]) -> list[dict]:
         many = getattr(self.examples, "__getitems__", None)  # a dataset reads many rows at once several times as fast
-        return many(self.rows[index]) if many and self.rows[index] else [self.examples[i] for i in self.rows[index]]
+        return many(row) if many and row else [self.examples[i] for i in row]
 
 
 def padded_tensors(documents: Sequence[dict], pad_token_id: int) -> dict[str, Any]:
@@ -241,14 +290,13 @@ class RowCollator:
     """Rows of `PackedRows` into one batch.
 
     layout "packed": one row of all documents; "padded": a row per document and an attention mask, for models whose
-    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. positions: with
-    `loss_positions`, for `model.chunked_loss`. For people there are `row_ids` and `tokens`.
+    attention cannot be packed and for Unsloth. share: a common prefix of packed documents is held once. For people
+    there are `row_ids` and `tokens`.
     """
 
     pad_token_id: int
     layout: str = "packed"
     share: bool = False
-    positions: bool = True
 
     def __call__(self, rows: Sequence) -> dict[str, Any]:
         examples = [example for row in rows for example in row]
@@ -263,43 +311,57 @@ class RowCollator:
             batch = shared_tensors(shown, prefix)
         else:
             batch = row_tensors(shown) if self.layout == "packed" else padded_tensors(shown, self.pad_token_id)
-        if self.positions:
-            batch["loss_positions"] = loss_positions(batch["labels"])
+        batch["loss_positions"] = loss_positions(batch["labels"])
         batch["row_ids"] = [str(e.get("id", "")) for e in examples]
         batch["tokens"] = sum(len(d["input_ids"]) for d in documents)
         return batch
 
 
+@dataclass
 class PairCollator(RowCollator):
-    """Preference pairs into one batch of 2n documents: chosen of every pair, then rejected of every pair.
+    """Preference pairs into one batch of 2n documents: chosen of every pair, then rejected of every pair. Answers alone
+    (KTO) into one of n: the good ones, then the bad ones; and `kl`, the same of their prompts with `other_ids`.
 
-    Each pair has `prompt_ids`, `chosen_ids`, `rejected_ids`. Labels cover the answers and, for chosen documents, the
-    prompt too (ORPO's NLL). Adds `completion_mask` (same shape as labels), `pair_count` and `nll_tokens`.
+    nll: labels cover the prompts of chosen documents too (ORPO's NLL), else answers alone. Adds `completion_mask` (same
+    shape as labels), `pair_count` (pairs or answers), `good` (chosen or good documents), `nll_tokens` and `keys`, which
+    name each document.
     """
 
+    nll: bool = True
+
     def __call__(self, rows: Sequence) -> dict[str, Any]:
+        examples = [example for row in rows for example in row]
+        if not any("completion_ids" in example for example in examples):
+            return self._answers(examples, [(pair, side) for side in PAIR for pair in examples], len(examples))
+        examples.sort(key=lambda one: not one["label"])
+        good, alone = sum(one["label"] for one in examples), [(one, "completion_ids") for one in examples]
+        batch = self._answers(examples, alone, good)
+        if "other_ids" in examples[0]:
+            batch["kl"] = self._answers(examples, [(one, "other_ids") for one in examples], good)
+        return batch
+
+    def _answers(self, examples: list[dict], answered: list[tuple[dict, str]], good: int) -> dict[str, Any]:
         import torch
 
-        pairs, documents, masks, prefix = [pair for row in rows for pair in row], [], [], 0
-        for side in ("chosen_ids", "rejected_ids"):
-            for pair in pairs:
-                prompt, answer = list(pair["prompt_ids"]), list(pair[side])
-                labels = prompt if side == "chosen_ids" else [IGNORE] * len(prompt)
-                mask = pair.get(f"{side[:-4]}_mask") or [1] * len(answer)  # 0: a user's turn between two answers
-                labels = labels + [token if kept else IGNORE for token, kept in zip(answer, mask, strict=True)]
-                documents.append({"input_ids": prompt + answer, "labels": labels})
-                masks.append([0] * len(prompt) + list(mask))
-        if self.share and self.layout == "packed" and pairs:  # an answer is never part of the prefix
-            prefix = min(shareable(documents, trained_prefix=True), *(len(p["prompt_ids"]) - 1 for p in pairs))
+        documents, masks, keys, prefix = [], [], [], 0
+        for example, side in answered:
+            prompt, answer = list(example["prompt_ids"]), list(example[side])
+            labels = prompt if self.nll and side == "chosen_ids" else [IGNORE] * len(prompt)
+            mask = example.get(f"{side[:-4]}_mask") or [1] * len(answer)  # 0: a user's turn between two answers
+            labels = labels + [token if kept else IGNORE for token, kept in zip(answer, mask, strict=True)]
+            documents.append({"input_ids": prompt + answer, "labels": labels})
+            masks.append([0] * len(prompt) + list(mask))
+            keys.append(hash((tuple(prompt), tuple(answer))))
+        if self.share and self.layout == "packed" and examples:  # an answer is never part of the prefix
+            prefix = min(shareable(documents, trained_prefix=True), *(len(p["prompt_ids"]) - 1 for p in examples))
             prefix = prefix if prefix >= MIN_PREFIX else 0
-        batch = self._batch(pairs, documents, prefix)
+        batch = self._batch(examples, documents, prefix)
         if self.layout == "packed":
             flat = [[0] * prefix + [m for mask in masks for m in mask[prefix:]] or [0]]
         else:
             width = batch["input_ids"].shape[1]
             flat = [mask + [0] * (width - len(mask)) for mask in masks or [[0]]]
         batch["completion_mask"] = torch.tensor(flat)
-        batch["pair_count"] = len(pairs)
-        chosen = documents[: len(pairs)]
-        batch["nll_tokens"] = sum(label != IGNORE for d in chosen for label in d["labels"][1:])
+        batch |= {"pair_count": len(examples), "good": good, "keys": keys}
+        batch["nll_tokens"] = sum(label != IGNORE for d in documents[:good] for label in d["labels"][1:])
         return batch

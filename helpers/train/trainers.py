@@ -1,37 +1,37 @@
 """TRL's trainers over the rows of notebook 01, which come tokenised, with exactly one end of turn.
 
-SFT and ORPO run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch
-is one row of `rows.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any
-way, over any number of GPUs, and give the same gradient. DPO, KTO and SimPO are TRL's own, padded.
+All run on packed rows: the same arithmetic as TRL's, without padding and without whole logits. One micro-batch is one
+row of `rows.PackedRows`; a step's loss is divided by what the whole step trains on, so rows may be cut in any way, over
+any number of GPUs, and give the same gradient.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO is among TRL's experiments; the pin keeps it still
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from transformers import PrinterCallback, Trainer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from helpers import compat
 from helpers.model import packed_attention
-from helpers.model.chunked_loss import can_fuse, per_document
+from helpers.model.chunked_loss import per_document
 from helpers.model.packed_attention import IGNORE
+from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
-from helpers.train.rows import MASKS, PackedRows, PairCollator, RowCollator, lengths_of
+from helpers.train.rows import PackedRows, PairCollator, RowCollator, lengths_of
 
-EXTRA = ("row_ids", "tokens")  # what a batch carries for people, not for the model
-PAIRS = 8  # of a micro-batch of DPO, KTO and SimPO at most: their trainers hold whole logits
+# What a batch carries for people and for the loss, not for the model.
+EXTRA = ("row_ids", "tokens", "pair_count", "good", "keys", "kl", "completion_mask", "nll_tokens")
 
 
 class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
@@ -43,6 +43,8 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     row_collator: RowCollator
     step_rows: list[tuple[list[str], torch.Tensor]]  # ids and loss of the step's rows so far
     trained_tokens: int
+    router_weight: float
+    step_seen: float  # tokens of the step, on all processes
 
     def _loader(self, rows: Any) -> Any:
         pinned = torch.cuda.is_available()
@@ -57,13 +59,13 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.trained_tokens += int(self._everywhere(sum(batch["tokens"] for batch in batches))[0])
+        self.step_seen = max(self._everywhere(sum(batch["tokens"] for batch in batches))[0], 1.0)
+        self.trained_tokens += int(self.step_seen)
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; keeps whose rows it was, for the message that stops a run."""
         ids = inputs.pop("row_ids", [])
-        inputs.pop("tokens", None)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if len(self.step_rows) >= self.current_gradient_accumulation_steps:
             self.step_rows = []
@@ -80,7 +82,6 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         model.eval()
         totals: dict[str, Any] = {}
         for inputs in self.get_eval_dataloader():
-            inputs = {k: v for k, v in inputs.items() if k not in EXTRA}
             with self.accelerator.autocast():
                 for name, value in self.measure(model, inputs).items():
                     number = torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device)
@@ -103,7 +104,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
-    def _everywhere(self, *counts: int) -> list[float]:
+    def _everywhere(self, *counts: float) -> list[float]:
         """Sums of plain numbers over all processes."""
         if self.accelerator.num_processes == 1:
             return [float(count) for count in counts]
@@ -118,9 +119,15 @@ class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = {k: v for k, v in inputs.items() if k not in EXTRA} | {"use_cache": False}
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        if not self.router_weight:
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+        found = model(**inputs, token_logps=True, router=True)
+        loss = self.router_weight * found.router / self.step_seen - found.logps.sum() / num_items_in_batch
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, found) if return_outputs else loss
 
     def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        inputs = {k: v for k, v in inputs.items() if k not in EXTRA}
         count = (inputs["labels"][..., 1:] != IGNORE).sum()
         loss = model(**inputs, use_cache=False).loss
         return {"loss": torch.where(count > 0, loss * count, 0.0), "count": count}
@@ -129,11 +136,18 @@ class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
         return {"loss": sums["loss"] / max(sums["count"], 1.0)}
 
 
-class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
-    """ORPO (arXiv:2403.07691) on packed pairs: loss = nll − beta · log σ(log odds ratio).
+class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
+    """ORPO (arXiv:2403.07691), DPO (2305.18290), KTO (2402.01306) and SimPO (2405.14734) on packed documents.
 
-    nll is the mean over the step's prompt and chosen tokens, the preference term the mean over its pairs.
+    ORPO's nll is the mean over the step's prompt and chosen tokens, every preference term the mean over its pairs (KTO:
+    answers). KTO's divergence is TRL's, of each prompt with another answer, but over the whole step. The reference is
+    the model as it began: the base, or the adapter that is trained further; asked once for each document.
     """
+
+    loss: str
+    params: Any
+    initial: list[torch.Tensor] | None  # first values of what is trained; None: the base without its adapter
+    references: dict[int, float]
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
         """Rows come tokenised; TRL's own would add an end of turn and cut long answers to nothing."""
@@ -145,189 +159,191 @@ class RowORPOTrainer(PackedRowsTrainer, ORPOTrainer):
         self.step_tokens, self.step_pairs = self._everywhere(
             sum(b["nll_tokens"] for b in batches), sum(b["pair_count"] for b in batches)
         )
-        return batches, torch.tensor(self.step_tokens)
+        if self.loss == "kto":
+            self.kl = self._divergence(self.model_wrapped, [b["kl"] for b in batches if "kl" in b])
+        return batches, torch.tensor(self.step_pairs)
 
-    def forward_pairs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(summed nll of prompts and chosen answers, mean log-probability of each chosen answer, of each rejected one):
-        shapes (), (pairs,), (pairs,)."""
-        pairs, mask, labels = inputs["pair_count"], inputs["completion_mask"], inputs["labels"]
-        known = {k: v for k, v in inputs.items() if k not in (*EXTRA, "pair_count", "completion_mask", "nll_tokens")}
-        logps = model(**known, token_logps=True, use_cache=False).logps
-        if not pairs:
-            return logps.sum() * 0.0, logps.new_zeros(0), logps.new_zeros(0)
+    def forward_pairs(self, model: Any, inputs: dict[str, Any], router: bool = False) -> tuple[torch.Tensor, ...]:
+        """(summed nll of prompts and chosen answers, log-probability of each answer, its tokens, the router's loss):
+        shapes (), (documents,), (documents,), ()."""
+        good, mask, labels = inputs["good"], inputs["completion_mask"], inputs["labels"]
+        known = {k: v for k, v in inputs.items() if k not in EXTRA}
+        found = model(**known, token_logps=True, use_cache=False, **({"router": True} if router else {}))
+        logps, balance = found.logps, found.router if router else 0.0
+        if not inputs["pair_count"]:
+            return logps.sum() * 0.0, logps.new_zeros(0), logps.new_zeros(0), balance * 0.0
         answered = F.pad(mask[:, 1:], (0, 1)) * (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
         values = (logps, logps * answered, answered.to(logps.dtype))
         if logps.shape[0] == 1:
-            total, answer, count = (per_document(v, inputs["document_lengths"]) for v in values)
+            lengths = inputs.get("document_lengths") or labels.shape[1:]
+            total, answer, count = (per_document(v, lengths) for v in values)
         else:
             total, answer, count = (v.sum(1) for v in values)
         shared: Any = 0.0
         if inputs.get("prefix_length"):  # the first document is the prefix that all of them share
             shared, total, answer, count = total[0], total[1:], answer[1:], count[1:]
-        mean = answer / count
-        return -(total[:pairs].sum() + pairs * shared), mean[:pairs], mean[pairs:]
+        return -(total[:good].sum() + good * shared), answer, count, balance
+
+    @contextlib.contextmanager
+    def _as_it_began(self) -> Iterator[None]:
+        if self.initial is None:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield
+            return
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        for again in (False, True):
+            for i, weight in enumerate(trained):
+                weight.data, self.initial[i] = self.initial[i], weight.data
+            if not again:
+                yield
+
+    @torch.no_grad()
+    def reference(self, model: Any, inputs: dict[str, Any], keep: bool = True) -> torch.Tensor:
+        """Log-probability of each answer by the model as it began, (documents,)."""
+        keys = inputs["keys"]
+        if not keep or any(key not in self.references for key in keys):
+            with self._as_it_began():
+                logps = self.forward_pairs(model, inputs)[1]
+            if not keep:
+                return logps
+            self.references |= zip(keys, logps.tolist(), strict=True)
+        return torch.tensor([self.references[key] for key in keys], device=inputs["labels"].device)
+
+    @torch.no_grad()
+    def _divergence(self, model: Any, batches: list[dict[str, Any]]) -> float:
+        """KTO's estimate of the divergence from the reference: over mismatched answers, at least 0."""
+        ratio, count = 0.0, 0
+        for batch in batches:
+            moved = send_to_device(batch, self.accelerator.device)
+            with self.accelerator.autocast():
+                apart = self.forward_pairs(model, moved)[1] - self.reference(model, moved, keep=False)
+            ratio, count = ratio + float(apart.sum()), count + len(apart)
+        total, answers = self._everywhere(ratio, count)
+        return max(total / max(answers, 1), 0.0)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        nll, chosen, rejected = self.forward_pairs(model, inputs)
+        reference = self._reference_of(model, inputs)
+        nll, logps, count, balance = self.forward_pairs(model, inputs, bool(self.router_weight))
         loss, metrics = nll, {}
-        if len(chosen):
-            sums = self._sums(nll, chosen, rejected, inputs["nll_tokens"])
-            loss = nll / self.step_tokens - sums["preference"] / self.step_pairs
-            metrics = {k: v.detach() for k, v in self.means(sums).items() if k != "loss"}
+        if len(logps):
+            sums = self._sums(inputs, nll, logps, count, reference)
+            loss = nll / max(self.step_tokens, 1) if self.loss == "orpo" else 0.0
+            loss = loss - sums["preference"] / self.step_pairs + self.router_weight * balance / self.step_seen
+            metrics = {k: v.detach() for k, v in self.means(sums).items() if k != "loss" and torch.is_tensor(v)}
         # Read only when they are logged: waiting for the GPU here would leave it idle before the backward pass.
         self.store_metrics(metrics, train_eval="train")
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
 
-    def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        nll, chosen, rejected = self.forward_pairs(model, inputs)
-        sums = self._sums(nll, chosen, rejected, inputs["nll_tokens"])
-        # The same names in every process, one whose rows are empty among them.
-        return sums if len(chosen) else dict.fromkeys(sums, 0.0)
+    def _reference_of(self, model: Any, inputs: dict[str, Any]) -> Any:
+        wanted = self.loss in ("dpo", "kto") and inputs["pair_count"]
+        return self.reference(model, inputs) if wanted else 0.0
 
-    def _sums(self, nll: Any, chosen: Any, rejected: Any, tokens: int) -> dict[str, Any]:
-        preference, chosen_rewards, rejected_rewards, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
-        return {
-            "nll": nll,
-            "tokens": tokens,
-            "pairs": len(chosen),
-            "preference": preference.sum(),
-            "log_odds_ratio": log_ratio * len(chosen),
-            "log_odds_chosen": log_odds * len(chosen),
-            "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
-            "rewards/accuracies": (chosen > rejected).sum(),
-            "logps/chosen": chosen.sum(),
-            "logps/rejected": rejected.sum(),
-        }
+    def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.loss == "kto":
+            self.kl = self._divergence(model, [inputs["kl"]] if "kl" in inputs else [])
+        nll, logps, count, _ = self.forward_pairs(model, inputs)
+        sums = self._sums(inputs, nll, logps, count, self._reference_of(model, inputs))
+        # The same names in every process, one whose rows are empty among them.
+        return sums if len(logps) else dict.fromkeys(sums, 0.0)
+
+    def _sums(self, inputs: dict[str, Any], nll: Any, logps: Any, count: Any, reference: Any) -> dict[str, Any]:
+        p, good, loss = self.params, inputs["good"], self.loss
+        scores = logps - reference if loss in ("dpo", "kto") else logps / count
+        chosen, rejected = scores[:good], scores[good:]
+        sums = {"pairs": inputs["pair_count"], "good": good, "bad": len(rejected)}
+        if loss == "orpo":
+            preference, _, _, log_ratio, log_odds = self.odds_ratio_loss(chosen, rejected)
+            sums |= {"nll": nll, "tokens": inputs["nll_tokens"]}
+            sums |= {"log_odds_ratio": log_ratio * good, "log_odds_chosen": log_odds * good}
+        elif loss == "kto":
+            gains = p.desirable_weight * torch.sigmoid(p.beta * (chosen - self.kl))
+            losses = p.undesirable_weight * torch.sigmoid(p.beta * (self.kl - rejected))
+            whole = p.desirable_weight * good + p.undesirable_weight * len(rejected)
+            preference = torch.cat([gains, losses]) - whole / max(len(scores), 1)
+            sums["kl"] = torch.tensor(self.kl) * len(scores)
+        else:
+            preference = F.logsigmoid(p.beta * (chosen - rejected) - (p.simpo_gamma if loss == "simpo" else 0.0))
+        if loss != "kto":
+            sums["rewards/accuracies"] = (chosen > rejected).sum()
+        kept = {"rewards/chosen": p.beta * chosen, "rewards/rejected": p.beta * rejected}
+        kept |= {"logps/chosen": (logps / count)[:good], "logps/rejected": (logps / count)[good:]}
+        return {**sums, "preference": preference.sum(), **{name: value.sum() for name, value in kept.items()}}
 
     def means(self, sums: dict[str, Any]) -> dict[str, Any]:
-        pairs, nll = sums["pairs"], sums["nll"] / sums["tokens"]
-        of_pairs = {name: value / pairs for name, value in sums.items() if name not in ("nll", "tokens", "pairs")}
-        return {"loss": nll - of_pairs.pop("preference"), "nll_loss": nll, **of_pairs}
-
-
-class PairsDPOTrainer(compat.RowsAsTheyAre, DPOTrainer): ...
-
-
-class RowsKTOTrainer(compat.RowsAsTheyAre, KTOTrainer): ...
-
-
-class PairsSimPOTrainer(CPOTrainer):
-    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        prompt = feature["prompt_ids"]
-        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-        for side in ("chosen", "rejected"):
-            answer = feature[f"{side}_ids"]
-            row[f"{side}_input_ids"] = prompt + answer
-            row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(answer))
-            mask = feature.get(f"{side}_mask") or [1] * len(answer)
-            kept = [token if trained else IGNORE for token, trained in zip(answer, mask, strict=True)]
-            row[f"{side}_labels"] = [IGNORE] * len(prompt) + kept
-        return row
-
-
-def unpaired(pairs: Any, group: int) -> Any:
-    """KTO's rows: every answer alone with its label, and for the divergence another answer of the same `group` rows."""
-
-    def split(batch: dict[str, list]) -> dict[str, list]:
-        answers, count = batch["chosen_ids"] + batch["rejected_ids"], len(batch["chosen_ids"])
-        rows = {"prompt_ids": batch["prompt_ids"] * 2, "completion_ids": answers}
-        rows |= {"label": [True] * count + [False] * count, "KL_completion_ids": answers[-1:] + answers[:-1]}
-        if masks := batch.get("chosen_mask", []) + batch.get("rejected_mask", []):
-            rows |= {"answer_mask": masks, "KL_answer_mask": masks[-1:] + masks[:-1]}
-        return rows
-
-    return pairs.map(split, batched=True, batch_size=group // 2, remove_columns=pairs.column_names)
-
-
-def masked(collate: Callable, examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """TRL's batch of pairs (DPO) or answers (KTO); what is not trained of an answer, the user's turns between several,
-    is taken out of its completion mask."""
-    batch, sides = collate(examples), {"completion_mask": MASKS, "KL_completion_mask": ("KL_answer_mask",)}
-    if "label" in examples[0]:
-        sides["completion_mask"] = ("answer_mask",)
-    for name, masks in sides.items():
-        rows = [(len(one["prompt_ids"]), one[mask]) for mask in masks for one in examples if mask in one]
-        for row, (begin, mask) in enumerate(rows):
-            batch[name][row, begin : begin + len(mask)] *= torch.tensor(mask)
-    return batch
+        found: dict[str, Any] = {}
+        sums = dict(sums)
+        pairs, good, bad = (sums.pop(name) for name in ("pairs", "good", "bad"))
+        for side, count in (("chosen", good), ("rejected", bad)):
+            found |= {f"{name}/{side}": sums.pop(f"{name}/{side}") / count for name in ("rewards", "logps") if count}
+            if not count:
+                del sums[f"rewards/{side}"], sums[f"logps/{side}"]
+        if good and bad:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        nll = sums.pop("nll") / sums.pop("tokens") if "nll" in sums else 0.0
+        found |= {name: value / pairs for name, value in sums.items()}
+        loss = nll - found.pop("preference")
+        return {"loss": loss, **({"nll_loss": nll} if self.loss == "orpo" else {}), **found}
 
 
 # ---------------------------------------------------------------- a job's trainer
-
-# Trainer, its arguments' class, and the arguments that a loss always has.
-LOSSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "sft": (RowSFTTrainer, SFTConfig, {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_type": "nll"}),
-    "orpo": (RowORPOTrainer, ORPOConfig, {}),
-    "dpo": (PairsDPOTrainer, DPOConfig, {"max_length": None}),
-    "kto": (RowsKTOTrainer, KTOConfig, {"max_length": None, "train_sampling_strategy": "sequential"}),
-    "simpo": (PairsSimPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
-}
 
 
 def make(job: Any, model: Any, precision: str) -> Any:
     """The trainer of a `job.TrainJob`, its rows in place.
 
-    Starting from an adapter, the reference of DPO and KTO is a copy of it; else it is the base.
+    Starting from an adapter, the reference of DPO and KTO is that adapter as it was; else it is the base.
     """
-    params, loss, train, held_out = job.params, config.loss_of(job.params), job.train_rows, job.held_out
-    packed = loss in ("sft", "orpo")
-    kind, settings, given = LOSSES[loss]
+    params, loss = job.params, config.loss_of(job.params)
+    kind: Any = RowPreferenceTrainer
+    made: Any = ORPOConfig
+    given = {"max_length": params.max_length, "beta": params.beta, "disable_dropout": False} if loss != "sft" else {}
     if loss == "sft":
-        given = {**given, "max_length": None, "neftune_noise_alpha": params.neftune_alpha or None}
-    else:
-        given = {"max_length": params.max_length, **given, "beta": params.beta, "disable_dropout": False}
-    if loss == "simpo":
-        given["simpo_gamma"] = params.simpo_gamma
-    accumulation = job.planned.accumulation
-    if not packed:
-        pairs = min(params.batch_size, PAIRS)
-        accumulation, rows = math.ceil(params.batch_size / pairs), pairs
-        if loss == "kto":  # its rows are single answers
-            rows = 2 * pairs
-            train, held_out = unpaired(train, rows), held_out and unpaired(held_out, rows)
-        given |= {
-            "gradient_accumulation_steps": accumulation,
-            "per_device_train_batch_size": rows,
-            "per_device_eval_batch_size": rows,
-            "prediction_loss_only": True,
-        }
-    shared = config.arguments(job.stage, precision, job.planned, len(held_out or ()))
+        kind, made = RowSFTTrainer, SFTConfig
+        given = {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_type": "nll", "max_length": None}
+        given["neftune_noise_alpha"] = params.neftune_alpha or None
     trainer = kind(
         model=model,
-        args=compat.use_one_gpu(settings(**{**shared, **given})),
-        train_dataset=train,
-        eval_dataset=held_out,
+        args=compat.use_one_gpu(
+            made(**{**config.arguments(job.stage, precision, job.planned, len(job.held_out or ())), **given})
+        ),
+        train_dataset=job.train_rows,
+        eval_dataset=job.held_out,
         processing_class=job.tokenizer,
     )
     methods.keep_in_fp32(model)
-    if packed:
-        compat.shard(trainer)
-        _use_packed_rows(job, model, trainer, PairCollator if loss == "orpo" else RowCollator)
+    compat.shard(trainer)
+    trainer.router_weight = params.router_aux_loss
+    if loss != "sft":
+        trainer.loss, trainer.params, trainer.references, trainer.initial = loss, params, {}, None
+        if loss in ("dpo", "kto") and (job.adapter or params.init != "default"):
+            trainer.initial = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
+    _use_packed_rows(job, model, trainer, loss)
     trainer.optimizer = methods.lora_plus(model, params, trainer.args)
-    if loss in ("dpo", "kto"):
-        trainer.data_collator = functools.partial(masked, trainer.data_collator)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
 
 
-def _use_packed_rows(job: Any, model: Any, trainer: Any, collator: type[RowCollator]) -> None:
+def _use_packed_rows(job: Any, model: Any, trainer: Any, loss: str) -> None:
     """Give the trainer its rows, packed as the plan says, and prove on the model that they do not see each other."""
     params, plan, world = job.params, job.planned, distributed.size()
 
-    def rows(examples: Any, batch_size: int, **given: Any) -> PackedRows:
-        lengths, padded = lengths_of(examples, not plan.packed), not plan.packed
-        return PackedRows(examples, batch_size=batch_size, world_size=world, lengths=lengths, padded=padded, **given)
+    def rows(examples: Any, batches: Batches, **given: Any) -> PackedRows:
+        lengths = lengths_of(examples, not plan.packed)
+        given |= {"lengths": lengths, "padded": not plan.packed, "partners": loss == "kto"}
+        return PackedRows(examples, batches, world_size=world, **given)
 
     epoch = {"accumulation": plan.accumulation, "seed": params.seed, "budget": plan.setting.row_tokens or None}
-    trainer.rows, trainer.held_out_rows = rows(job.train_rows, params.batch_size, **epoch), None
+    trainer.rows, trainer.held_out_rows = rows(job.train_rows, plan.batches, **epoch), None
     if job.held_out is not None:
-        trainer.held_out_rows = rows(job.held_out, min(params.batch_size, 8) * world, accumulation=1, shuffle=False)
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    layout = "packed" if plan.packed else "padded"
-    trainer.row_collator = collator(job.tokenizer.pad_token_id, layout, plan.shares, positions=not can_fuse(causal))
+        few = Batches((min(plan.batch_size, 8) if plan.batches.unit == "rows" else 8) * world)
+        trainer.held_out_rows = rows(job.held_out, few, accumulation=1, shuffle=False)
+    pad, layout = job.tokenizer.pad_token_id, "packed" if plan.packed else "padded"
+    trainer.row_collator = RowCollator(pad, layout, plan.shares)
+    if loss != "sft":
+        trainer.row_collator = PairCollator(pad, layout, plan.shares, nll=loss == "orpo")
     trainer.step_rows, trainer.trained_tokens = [], 0
     trainer.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing

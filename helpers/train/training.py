@@ -24,6 +24,7 @@ from helpers.gguf import preflight
 from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams
 from helpers.planner import plan as planner
+from helpers.planner import row_plan
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, methods, rows
 from helpers.train.job import TrainJob
@@ -99,14 +100,16 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
         preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require()
     lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
     world = distributed.size()
-    plan = planner.plan(params, lengths, source, world, padded_lengths=padded)
-    if plan.shares and plan.accumulation > 1 and not params.row_tokens:
+    sequence = int(stage.parents["data"].metrics.get("lengths", {}).get("max_length") or 0)
+    plan = planner.plan(params, lengths, source, world, padded_lengths=padded, sequence=sequence)
+    if plan.shares and plan.accumulation > 1 and not (params.row_tokens or plan.batches.accumulation):
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
         # counts for more here than anything else.
-        whole = sum(sorted(lengths)[-math.ceil(params.batch_size / world) :])
+        heaviest = row_plan.heaviest(lengths, plan.batches, params.seed, math.ceil(plan.steps * plan.batch_size))
+        whole = math.ceil(max(sum(lengths[i] for i in step) for step in heaviest) / world) + max(lengths) * (world > 1)
         try:
             longer = dataclasses.replace(params, row_tokens=whole)
-            return planner.plan(longer, lengths, source, world, padded_lengths=padded)
+            return planner.plan(longer, lengths, source, world, padded_lengths=padded, sequence=sequence)
         except TunebookError:  # such a row does not fit: keep the one that does
             return plan
     return plan

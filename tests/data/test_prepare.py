@@ -441,3 +441,15 @@ def test_an_eval_part_that_is_lost_on_the_way_is_said(job):
     done.splits["eval"] = prepare.Table.collect([[row for row in done.mixed.rows() if "Long" in str(row["messages"])]])
     done.encode()
     assert done.warnings["eval"].startswith("eval.parquet is empty: each of its 60 rows was lost on the way")
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_max_rows_takes_the_first_or_drawn_rows_and_counts_the_others(job, shuffle):
+    made = job(rows(60), max_rows=25, shuffle=shuffle)
+    assert "max_rows: 25 of 60 rows of dataset are taken" in str(made.read())
+    taken = [row["row"] for row in made.training_rows.rows()]
+    assert len(taken) == 25 and taken == sorted(taken) and (taken == [*range(1, 26)]) != shuffle
+    made.read()
+    assert [row["row"] for row in made.training_rows.rows()] == taken
+    assert made.rejects.removed == {"over max_rows": 35} and "over max_rows: 35" in str(made.clean())
+    assert "max_rows" not in str(job(rows(20), "few", max_rows=20).read())

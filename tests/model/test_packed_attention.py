@@ -215,3 +215,39 @@ def test_soft_capped_attention_is_not_packed():
 
     choice = packed_attention.choose((9, 0), Gemma2Config())
     assert not choice.packed and "soft-capped" in choice.reason
+
+
+@pytest.mark.parametrize("offload", [None, False, True], ids=["kept", "recomputed", "offloaded"])
+def test_dropout_in_the_fused_path_is_pefts_with_the_same_mask(documents, offload):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    packed_attention.register()
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        attn_implementation=packed_attention.SDPA,
+    )
+    models = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.4, init_lora_weights=False)
+        model = get_peft_model(LlamaForCausalLM(config), adapter).train()
+        notes = fused_lora.apply(model, fused_lora=fused)
+        assert fused == any("fused LoRA arithmetic in 14 layers" in note for note in notes)
+        models.append(model)
+    if offload is not None:
+        checkpointing.set_recompute(models[0], "all", offload)
+    batch, found = [training_rows.RowCollator(0)([documents])], []
+    for model in models:
+        torch.manual_seed(7)
+        found.append(gradients(model, batch))
+    agree(*found, 1e-4)
+    torch.manual_seed(8)
+    assert gradients(models[0], batch)[0] != pytest.approx(found[0][0], rel=1e-4)
+    models[0].eval()
+    assert models[0](**batch[0]).loss.item() == pytest.approx(models[1].eval()(**batch[0]).loss.item(), rel=1e-5)

@@ -4,7 +4,7 @@ import pytest
 from test_plan import LENGTHS, llama, plan
 
 from helpers import params as parameters
-from helpers.planner import learning_rate
+from helpers.planner import learning_rate, row_plan
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,20 @@ def test_the_plan_compares_the_adapters_capacity_with_the_tokens():
     many = str(plan({"plan_for": "H100", "rank": 1, "target_modules": "q_proj"}, LENGTHS * 10, llama("135m")))
     assert "too little to learn them by heart: raise rank" in many
     assert "Adapter capacity" not in str(plan({"plan_for": "H200", "method": "full"}, LENGTHS, llama("360m")))
+
+
+def test_single_quantisation_whole_modules_and_a_given_accumulation_are_planned():
+    one = plan({"plan_for": "H100", "batch_size": 64}, LENGTHS, llama("8b"))
+    single = plan({"plan_for": "H100", "batch_size": 64, "double_quant": False}, LENGTHS, llama("8b"))
+    more = single.shape.linear_parameters * (4.5 - 4.1275) / 8 / 2**30
+    fixed = {"recompute": "none", "row_tokens": 1024, "batch_size": 64, "plan_for": "H100"}
+    few, many = (plan({**fixed, "double_quant": double}, LENGTHS, llama("8b")).peak_gib for double in (True, False))
+    assert many - few == pytest.approx(more, rel=1e-3) and one.setting.quantize == single.setting.quantize == "nf4"
+    whole = plan({**fixed, "modules_to_save": "embed_tokens,lm_head"}, LENGTHS, llama("8b")).peak_gib
+    assert whole - few == pytest.approx(2 * 128256 * 4096 * (4 + 4 + 8) / 2**30, rel=1e-3)
+    given = plan({"plan_for": "H100", "micro_batch": 2, "accumulation": 4}, LENGTHS, llama("8b"))
+    assert given.accumulation == 4 and given.batch_size == 8 and "50 steps of 8 rows" in str(given)
+    packed = plan({"plan_for": "H100", "batch_unit": "packed"}, LENGTHS, llama("8b"), sequence=2048)
+    assert packed.steps == -(-len(row_plan.best_fit(LENGTHS, 2048)) // 8)
+    assert "steps of 8 packed rows of up to 2,048 tokens" in str(packed)
+    assert "group_by_length changes nothing" in str(plan({"group_by_length": True}, LENGTHS[:20], llama("360m")))

@@ -70,8 +70,10 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
             batch = rows.PairCollator(tokenizer.pad_token_id, layout, share)([pairs])
             assert bool(batch.get("prefix_length")) == (share and layout == "packed")
             trainer.step_tokens, trainer.step_pairs = batch["nll_tokens"], batch["pair_count"]
+            trainer.step_seen = batch["tokens"]
             assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
-            nll, chosen, rejected = trainer.forward_pairs(trainer.model, batch)
+            nll, answers, tokens, _ = trainer.forward_pairs(trainer.model, batch)
+            chosen, rejected = (answers / tokens).split(5)
             assert chosen.mean().item() == pytest.approx(metrics["logps/chosen"], rel=1e-5)
             assert rejected.mean().item() == pytest.approx(metrics["logps/rejected"], rel=1e-5)
             assert nll.item() / batch["nll_tokens"] == pytest.approx(metrics["nll_loss"], rel=1e-5)
@@ -80,7 +82,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
 def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
     longest = max(
         2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])
-        for r in rows.pairs(data, "preference.parquet", 512)[0]
+        for r in rows.pairs(data, "preference.parquet", settings())[0]
     )
     one, many = trained(row_tokens=4000), trained(row_tokens=longest)
     assert one.planned.accumulation == 1 and many.planned.accumulation >= 6
@@ -169,17 +171,97 @@ def test_every_answer_ends_with_one_end_of_turn(data, tokenizer):
 
 @pytest.mark.parametrize("loss,beta", [("dpo", 0.1), ("kto", 0.1), ("simpo", 2.0)])
 def test_the_losses_beside_orpo_widen_the_margin(data, loss, beta):
-    job = trained(loss=loss, beta=beta, max_steps=8, eval_steps=8, learning_rate=5e-3, batch_size=2)
+    job = trained(
+        loss=loss, beta=beta, max_steps=8, eval_steps=8, learning_rate=5e-3, batch_size=4 if loss == "kto" else 2
+    )
     losses = logged(job, "loss")
     assert all(math.isfinite(x) for x in losses) and losses[-1] < losses[0]
     assert job.result["eval_loss"] < {"dpo": math.log(2), "kto": 0.5, "simpo": 1.0}[loss]
     assert job.finish().data["artifacts"]["adapter/adapter_model.safetensors"]["bytes"] > 0
 
 
-def test_a_loss_that_is_not_probed_is_bounded_by_the_plans_estimate(data, capsys):
+def test_every_loss_is_probed_and_ends_in_time(data):
     job = trained(loss="dpo", max_steps=8, max_minutes=1e-6, batch_size=2, best_checkpoint=False)
-    assert job.result["steps"] == 1 == job.trainer.state.max_steps and not job.planned.measured
-    assert "begins with the plan's estimate" in capsys.readouterr().out
+    assert job.result["steps"] == 1 == job.trainer.state.max_steps and job.planned.measured
+
+
+@pytest.fixture
+def after_sft(data):
+    """(adapter folder of a short SFT, the data's manifest)."""
+    first = training.open(train_data.settings("sft", max_steps=4, epochs=6, learning_rate=1e-2))
+    first.train()
+    return first.finish().path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("loss", "start"), [("dpo", "base"), ("kto", "base"), ("simpo", "base"), ("dpo", "sft"), ("kto", "sft")]
+)
+def test_packed_losses_are_those_of_trls_own_trainers(data, tokenizer, narrow_llama, tmp_path, request, loss, start):
+    """TRL's DPOTrainer, KTOTrainer and CPOTrainer work out the same batch, padded and with whole logits."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    beta, one = 0.3, {"desirable_weight": 1.5, "undesirable_weight": 0.5} if loss == "kto" else {}
+    adapter = request.getfixturevalue("after_sft") if start == "sft" else None
+    job = prepared(loss=loss, beta=beta, start_from=start, batch_size=10 if loss == "kto" else 5, **one).build()
+    trainer, found = job.trainer, {}
+    with torch.no_grad():  # away from the reference, as after some steps
+        torch.manual_seed(1)
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight += 0.05 * torch.randn_like(weight)
+    job.model.save_pretrained(tmp_path / "moved")
+    group = trainer.rows[0]
+    for layout, share in (("packed", True), ("packed", False), ("padded", False)):
+        trainer.row_collator = rows.PairCollator(tokenizer.pad_token_id, layout, share, nll=False)
+        trainer.references.clear()
+        batches, items = trainer.get_batch_samples(iter([trainer.row_collator([group])]), 1, "cpu")
+        assert bool(batches[0].get("prefix_length")) == (share and layout == "packed")
+        found[layout, share] = trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=items).item()
+
+    plain = AutoModelForCausalLM.from_pretrained(narrow_llama, dtype=torch.float32)
+    if start == "base":
+        whole = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    else:
+        whole = PeftModel.from_pretrained(plain, adapter, is_trainable=True)
+    kind, arguments = {
+        "dpo": (DPOTrainer, DPOConfig),
+        "kto": (KTOTrainer, KTOConfig),
+        "simpo": (CPOTrainer, CPOConfig),
+    }[loss]
+    given = {"simpo": {"loss_type": "simpo", "simpo_gamma": job.params.simpo_gamma, "cpo_alpha": 0.0}}.get(loss, one)
+    texts = train_data.pair_rows(tokenizer, 4)
+    raw = [{"prompt": r["prompt"], "chosen": r["chosen"], "rejected": r["rejected"]} for r in texts]
+    options = {"output_dir": str(tmp_path / "trl"), "beta": beta, "use_cpu": True, "report_to": [], "bf16": False}
+    options |= {"per_device_train_batch_size": 10, "max_length": None, "disable_dropout": True, **given}
+    from datasets import Dataset
+
+    own = kind(whole, args=arguments(**options), train_dataset=Dataset.from_list(raw), processing_class=tokenizer)
+    own.model.load_adapter(tmp_path / "moved", "default")
+    if loss == "simpo":
+        made = rows.padded_tensors(
+            [
+                {"input_ids": p["prompt_ids"] + p[s], "labels": [-100] * len(p["prompt_ids"]) + p[s]}
+                for s in ("chosen_ids", "rejected_ids")
+                for p in group
+            ],
+            tokenizer.pad_token_id,
+        )
+        parts = (("chosen", slice(0, 5)), ("rejected", slice(5, 10)))
+        batch = {f"{side}_{name}": made[name][part] for side, part in parts for name in made}
+    else:
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids") if loss == "dpo" else ("prompt_ids", "completion_ids")
+        extra = [{"label": r["label"], "KL_completion_ids": r["other_ids"]} if loss == "kto" else {} for r in group]
+        batch = own.data_collator([{c: r[c] for c in columns} | e for r, e in zip(group, extra, strict=True)])
+    own.model.eval()
+    with torch.no_grad():
+        expected = own.compute_loss(own.model, batch).item()
+    assert all(value == pytest.approx(expected, rel=1e-4) for value in found.values()), (found, expected)
+    if loss == "kto":
+        assert trainer.kl == pytest.approx(own._metrics["eval"]["kl"][-1], rel=1e-3)
+        assert start == "sft" or trainer.kl > 0
 
 
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):

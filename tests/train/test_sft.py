@@ -14,6 +14,7 @@ from helpers import plots, runs
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16
+from helpers.planner import row_plan
 from helpers.train import callbacks, config, rows, training
 
 
@@ -195,7 +196,7 @@ def test_the_checkpoint_with_the_best_held_out_loss_is_kept_and_a_stale_run_stop
 def test_the_held_out_loss_is_the_mean_over_tokens_whatever_the_rows(data):
     job = prepared().build()
     whole = job.trainer.evaluate()["eval_loss"]
-    job.trainer.held_out_rows = rows.PackedRows(job.held_out, batch_size=3, accumulation=1, shuffle=False)
+    job.trainer.held_out_rows = rows.PackedRows(job.held_out, row_plan.Batches(3), accumulation=1, shuffle=False)
     assert job.trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The command line: tunebook run | train | serve | chat | report | publish | import | check; COMMAND --help says more."""
+"""The command line: tunebook run | train | serve | chat | report | publish | import | check; see COMMAND --help."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ COMMANDS = {
     "report": "write a run's report and model card, or compare runs",
     "publish": "publish a run to the Hugging Face hub",
     "import": "write a recipe from a LLaMA-Factory or Axolotl YAML",
+    "check": "look at a recipe's rows, fit and time before anything is trained",
 }
-MODULES = {"train": "helpers.train.__main__", "import": "helpers.import_recipe"}
+MODULES = {"train": "helpers.train.__main__", "import": "helpers.import_recipe", "check": "helpers.check_recipe"}
 
 
 @command

@@ -22,6 +22,7 @@ OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_32bit paged_adamw_8bit li
 TRAIN_ON = "last all everything last_no_thoughts all_no_thoughts"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
+SYNTHETIC = "none questions questions_summaries preferences"
 UNITS = "rows packed tokens"
 METRICS = "exact number choice f1 rouge_l chrf regex"
 
@@ -126,7 +127,7 @@ class DataParams(Params):
     caps: str = more("", "Maximum rows of a source, name=1000,other=50")
     replay_dataset: str = more("", "General data mixed in against forgetting")
     replay_share: float = more(0.0, "Its share of the whole", high=0.9)
-    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices="none questions preferences")
+    synthetic: str = more("none", "Rows that endpoint makes of the documents", choices=SYNTHETIC)
     endpoint: str = more("", "OpenAI-compatible server, http://127.0.0.1:8080/v1")
     endpoint_model: str = more("", "Name of the model there")
     endpoint_key_name: str = more("OPENAI_API_KEY", "Environment variable that holds the server's key")

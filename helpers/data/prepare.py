@@ -162,7 +162,7 @@ class Job(StageJob):
             rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
             rows = self._with_system(rows)
             self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
-            if p.synthetic == "questions":
+            if p.synthetic.startswith("questions"):
                 self.training_rows = Table.collect(chain(self.training.table.of_kind("sft", "preference", "kto"), rows))
             else:
                 self.made_pairs = rows

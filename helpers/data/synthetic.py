@@ -26,6 +26,8 @@ ASK_PAIRS = (
     "understandable without the document and have one answer that the document states. Answer in full sentences.\n\n"
     "Document:\n{text}"
 )
+ALSO_SUMMARY = "\n\nThen summarise what it states in a few sentences, without speaking of the document."
+SUMMARISE = "Summarise the following in a few sentences.\n\n{text}"
 MENTIONS_DOCUMENT = re.compile(
     r"\b(the|this|that|above|given|provided)\s+(text|passage|document|excerpt|article|paragraph)\b"
     r"|本文|上文|文中|该文|这篇文章",
@@ -38,8 +40,8 @@ TEXT = {"type": "string"}
 
 
 def object_of(**properties: dict) -> dict:
-    """JSON schema of an object that has these properties."""
-    return {"type": "object", "properties": properties, "required": list(properties)}
+    """JSON schema of an object that has these properties and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def generate(p: DataParams, documents: Table, report: StepReport, answers: Answers) -> Table:
@@ -57,7 +59,7 @@ def generate(p: DataParams, documents: Table, report: StepReport, answers: Answe
         raise TunebookError(f"synthetic is {p.synthetic!r}, but dataset holds no documents or plain text.")
     with Client(Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_name), answers) as client:
         rows = Table.collect(question_answers(documents, report, client, p))
-        return rows if p.synthetic == "questions" else Table.collect(preference_pairs(rows, report, client, p))
+        return rows if p.synthetic.startswith("questions") else Table.collect(preference_pairs(rows, report, client, p))
 
 
 def question_answers(
@@ -68,7 +70,7 @@ def question_answers(
     max_tokens: int = 768,
     temperature: float = 0.8,
 ) -> Iterator[list[Row]]:
-    """Question-answer rows from text rows, which are read twice.
+    """Question-answer rows from text rows, which are read twice; with `questions_summaries` a summary of each, too.
 
     Dropped with a reason: answers that break the schema, empty ones, questions asked before, pairs that speak of "the
     document", answers of which less than half the words are in the document. Raises TunebookError when the job could
@@ -76,24 +78,31 @@ def question_answers(
     """
     count, seen = p.pairs_per_document, set[str]()
     pairs = {"type": "array", "items": object_of(question=TEXT, answer=TEXT), "minItems": count, "maxItems": count}
+    summaries = p.synthetic == "questions_summaries"
+    shape = object_of(pairs=pairs, summary=TEXT) if summaries else object_of(pairs=pairs)
 
     def request(document: Row, sample: int) -> Request:
         if document["kind"] != "text":
             found = f"Row {document['row']} of {document['file']} is a {document['kind']} row"
             raise TunebookError(f"{found}; questions are made from documents (format 'text').")
-        asked = [{"role": "user", "content": ASK_PAIRS.format(count=count, text=text_of(document))}]
-        return Request(asked, object_of(pairs=pairs), max_tokens, temperature, p.seed + sample, tag=document)
+        text = ASK_PAIRS.format(count=count, text=text_of(document)) + ALSO_SUMMARY * summaries
+        return Request(
+            [{"role": "user", "content": text}], shape, max_tokens, temperature, p.seed + sample, tag=document
+        )
 
     def made(document: Row, replies: list[Reply]) -> Iterator[Row]:
         if replies[0].error:
             report.drop(document, "answer unusable", replies[0].error)
             return
-        for pair in replies[0].value["pairs"]:
-            question, answer = pair["question"].strip(), pair["answer"].strip()
+        value, text = replies[0].value, text_of(document)
+        found = [(pair["question"].strip(), pair["answer"].strip()) for pair in value["pairs"]]
+        found += [(SUMMARISE.format(text=text), value["summary"].strip())] if summaries else []
+        for place, (question, answer) in enumerate(found):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             meta = {"document": document["id"], "origin": f"synthetic: {client.model}"}
             row = make_row("sft", messages, **{name: document[name] for name in PLACE}, meta=meta)
-            if why := pair_fault(question, answer, text_of(document), seen):
+            asked = question if place < len(value["pairs"]) else document["id"]  # its own words speak of what follows
+            if why := pair_fault(asked, answer, text, seen):
                 report.drop(row, why, question)
             else:
                 yield row

@@ -75,6 +75,20 @@ def test_pairs_come_from_documents_and_a_second_run_asks_nothing(proxy, tmp_path
     assert "0 questions to ask (3 already answered)" in capsys.readouterr().out
 
 
+def test_summaries_stand_beside_the_questions_in_one_strict_reply(proxy, tmp_path):
+    asked = DataParams(pairs_per_document=1, synthetic="questions_summaries")
+    report = StepReport("synthetic")
+    made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path), asked, 200, 0.0))
+    told = proxy.bodies[0]["response_format"]["json_schema"]
+    assert told["strict"] and told["schema"]["additionalProperties"] is False
+    assert told["schema"]["required"] == ["pairs", "summary"]
+    summaries = [row for row in made if row["messages"][0]["content"].startswith("Summarise")]
+    broken = report.dropped.get("answer unusable", 0)  # a reply that was cut off loses all of its rows at once
+    assert summaries and len(made) + sum(report.dropped.values()) == 2 * len(DOCUMENTS) - broken
+    texts = [text for text in TEXTS if text in summaries[0]["messages"][0]["content"]]
+    assert texts and summaries[0]["messages"][1]["content"] not in texts
+
+
 # Answers of 24 tokens break off; they are answers too.
 KILLED = """
 import sys; sys.path[:0] = [".", "tests"]

@@ -28,13 +28,12 @@ CHARS_A_TOKEN = 8  # more than most texts have
 LINE_CHARS = 400  # a .txt whose lines, none of them empty, have so many at the median holds a text a line
 # Where a paragraph, a sentence, a line ends.
 BREAKS = [re.compile(end) for end in (r"\n\s*\n", r"[.!?…]['\")\]’”»]*\s+|[。！？][”』」）]*\s*", r"\n")]
+CODE = r"(?<!`)(?P<ticks>`+)(?!`)[^\0]{1,2000}?(?<!`)(?P=ticks)(?!`)"
+LINK = re.compile(rf"(?P<code>{CODE})|\[([^\]\n]{{0,500}})\]\([^()\n]{{0,1000}}\)")
 PROSE = re.compile(
-    r"(?P<code>(?<!`)(?P<ticks>`+)(?!`)[^\0]{1,2000}?(?<!`)(?P=ticks)(?!`)|^[ \t]*#[ \t]*include\b[^\n]*)|<!--[^\0]*?-->"
-    r"|</?(?P<tag>[a-zA-Z][a-zA-Z0-9]*)(?=[\s/>])[^<>\n]{0,500}>|!\[[^\]\n]{0,500}\]\([^()\n]{0,1000}\)",
+    rf"(?P<code>{CODE}|^[ \t]*#[ \t]*include\b[^\n]*)|<!--[^\0]*?-->|</?(?P<tag>[a-zA-Z][a-zA-Z0-9]*)"
+    r"(?=[\s/>])[^<>\n]{0,500}>|!\[[^\]\n]{0,500}\]\([^()\n]{0,1000}\)",
     re.MULTILINE,
-)
-LINK = re.compile(
-    r"(?P<code>(?<!`)(?P<ticks>`+)(?!`)[^\0]{1,2000}?(?<!`)(?P=ticks)(?!`))|\[([^\]\n]{0,500})\]\([^()\n]{0,1000}\)"
 )
 
 

@@ -50,7 +50,8 @@ class Source:
     """One set of records, a local file or a hub set, and what was read from it.
 
     where: what rejects call it. hub: the arguments of `datasets.load_dataset`. limit: rows to take, 0 for all. whole:
-    a .txt is one document. shapes: mapping as text → rows; unused: column that plays no part → rows; kinds: kind of row → rows.
+    a .txt is one document. shapes: mapping as text → rows; unused: column that plays no part → rows; kinds: kind of
+    row → rows.
     """
 
     name: str

@@ -210,7 +210,7 @@ def _open_manifest(stage: runs.Stage) -> Manifest:
 
 def _check_lineage(facts: Facts) -> None:
     for manifest in facts.stages.values():
-        facts.warnings += manifest.data["metrics"].get("warnings", [])
+        facts.warnings += manifest.data.get("metrics", {}).get("warnings", [])
     for name, manifest in facts.stages.items():
         for parent, known in manifest.data.get("parents", {}).items():
             if parent in facts.stages and facts.stages[parent].sha256 != known["manifest_sha256"]:

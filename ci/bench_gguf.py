@@ -2,6 +2,9 @@
 
 python ci/bench_gguf.py                    the default model with a random adapter
 python ci/bench_gguf.py --model FOLDER     another one (16-bit safetensors)
+python ci/bench_gguf.py --merges 4         both merges of an adapter trained on 4 bits, against it: 4 random layers in
+                                           the shapes of Llama 3 8B (32: all), on the GPU where there is one
+python ci/bench_gguf.py --run NAME         the same of a run that notebook 02 has finished, task scores included
 """
 
 from __future__ import annotations
@@ -75,10 +78,69 @@ def bare_seconds(source: Path, out: Path, kind: str) -> float:
     return step(work)["seconds"]
 
 
+def random_8b(folder: Path, layers: int) -> Path:
+    """Random weights in the shapes of Llama 3 8B with the default model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = LlamaConfig(vocab_size=128256, num_hidden_layers=layers, tie_word_embeddings=False, **size)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    load_tokenizer(resolve_model(DEFAULT_MODEL)).save_pretrained(folder)
+    return folder
+
+
+def merges(layers: int, tokens: int = 2000) -> None:
+    from functools import partial
+
+    import torch
+
+    from helpers.gguf import trained
+    from helpers.model import loading, merging
+
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        base = random_8b(work / "base", layers)
+        adapter_for(base, work / "adapter")
+        tokenizer = loading.load_tokenizer(base)
+        how = trained.placement(sum(f.stat().st_size for f in base.glob("*.safetensors")) / 2**30)
+        models = {"trained": partial(trained.load, base, work / "adapter", tokenizer, True, **how)}
+        for onto in ("nf4", "16bit"):
+            merging.merge(base, work / "adapter", work / onto, onto)
+            models[onto] = partial(loading.load_model, work / onto, **how)
+        torch.manual_seed(1)
+        rows = [torch.randint(0, 49152, (251,)).tolist() for _ in range(tokens // 250)]
+        for one in trained.compare(models, rows, lambda model: (None, 0))[1:]:
+            say(one.name, layers=layers, tokens=one.tokens, kl=round(one.mean_kl, 6), top1=round(one.top1, 4), **how)
+
+
+def merges_of_run(name: str) -> None:
+    from helpers import params
+    from helpers.gguf import export
+
+    job = export.open(params.resolve("gguf", {"run": name}))
+    started = time.time()
+    job.merge()
+    for one in job.merges:
+        score = {"task_score": one.task_score, "questions": one.task_count}
+        say(one.name, tokens=one.tokens, kl=round(one.mean_kl, 6), top1=round(one.top1, 4), **score)
+    say("merge, compared", seconds=round(time.time() - started, 1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="")
+    parser.add_argument("--merges", type=int, default=0)
+    parser.add_argument("--run", default="")
     given = parser.parse_args()
+    if given.merges or given.run:
+        merges(given.merges) if given.merges else merges_of_run(given.run)
+        return
     from helpers.model.loading import DEFAULT_MODEL, load_tokenizer, resolve_model
 
     base = resolve_model(given.model or DEFAULT_MODEL).path

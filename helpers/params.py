@@ -253,7 +253,7 @@ class GgufParams(Params):
 class EvalParams(Params):
     stage = "eval"
 
-    candidates: str = param("base,sft,orpo,gguf", "This run's models, of: base, sft, orpo, merged, gguf; by commas")
+    candidates: str = param("base,sft,orpo,merged,gguf", "This run's models, of the default ones; by commas")
     extra_candidates: str = param("", "Others: name=folder, hub id, .gguf file or http(s)://host/v1#model; by commas")
     limit: int = param(0, "Questions per candidate, a seeded choice; 0: all", "questions", high=10**6)
     max_new_tokens: int = param(96, "Longest answer", "tokens", low=1, high=8192, step=8)

@@ -1,7 +1,7 @@
 """Who is judged, and one candidate at work: every question goes through the cache.
 
-The base, what this run trained and exported, and any other model, GGUF file or endpoint by name. HF candidates hold the
-16-bit weights that people deploy: an adapter is merged into the 16-bit base in memory, as stage 04 does.
+The base, what this run trained and exported, and any other model, GGUF file or endpoint by name. What was trained is
+judged as it was trained, the adapter on the base as training saw it; what stage 04 merged is a candidate of its own.
 A CPU without bfloat16 computes with the same weights in fp32.
 """
 
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,10 +26,10 @@ from helpers.data.rendering import Chat, openai_form
 from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import HfModel
-from helpers.gguf import header
+from helpers.gguf import header, trained
 from helpers.gguf.runner import GgufModel
 from helpers.llm_client import Client, Endpoint, Request, shown_url
-from helpers.model import loading, merging
+from helpers.model import loading
 from helpers.runs import Manifest
 from helpers.tasks.questions import Answer, Asked, Decoding
 
@@ -49,7 +48,7 @@ class Candidate:
     """One judged model.
 
     kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); address: an
-    endpoint's, url#model. made_from: the candidate that it was exported from. onto: what the adapter is merged into,
+    endpoint's, url#model. made_from: the candidate that it was exported from. onto: the base as training saw it,
     "16bit" or "nf4". tokenizer: folder of the run's, where it is not the model's own. trouble: why it cannot be judged,
     known already while looking for it.
     """
@@ -91,10 +90,10 @@ class Candidate:
         files += [cache.content_hash(self.tokenizer)] if self.tokenizer else []
         if self.kind == "gguf":
             return cache.key("gguf", files, machine.versions()["versions"].get("xllamacpp", ""))
-        return cache.key("hf", files, self.onto, str(loading.dtype()))
+        return cache.key("hf", files, self.onto, "as trained", str(loading.dtype()))
 
 
-def find(stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,gguf", extra: str = "") -> list[Candidate]:
+def find(stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,merged,gguf", extra: str = "") -> list[Candidate]:
     """The candidates named in `wanted` (in that order, those that the run has), then those in `extra`.
 
     extra: `name=what` separated by commas; what is a model folder, hub id, .gguf file or http(s)://host/v1#model.
@@ -149,7 +148,7 @@ def _trained(stage: str, manifest: Manifest, base: Candidate) -> Candidate:
     folder = manifest.path
     if (folder / "model" / "config.json").is_file():
         return Candidate(stage, stage, "hf", f"{folder.name}/model", folder / "model")
-    adapter, onto = folder / "adapter", manifest.data.get("merge_onto") or "16bit"
+    adapter, onto = folder / "adapter", "nf4" if trained.on_nf4(manifest) else "16bit"
     trouble = base.trouble or ("" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again")
     return Candidate(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, onto=onto, trouble=trouble)
 
@@ -221,22 +220,14 @@ class Session:
     def _load(self, path: Any, adapter: Path | None) -> HfModel | GgufModel:
         if self.candidate.kind == "gguf":
             return GgufModel(path, self.end_of_turn, self.chat)
-        packed = loading.quantizer(loading.load_config(path))
-        if adapter is not None and (packed or self.candidate.onto == "nf4"):
-            with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
-                merged = merging.merge(path, adapter, Path(folder) / "merged", "nf4").path
-                return HfModel(loading.load_model(merged), loading.load_tokenizer(merged))
+        if adapter is not None:
+            tokenizer = loading.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else path)
+            return HfModel(trained.load(path, adapter, tokenizer, self.candidate.onto == "nf4"), tokenizer)
         model, tokenizer = loading.load_model(path), loading.load_tokenizer(path)
         vocabulary.fit(model, tokenizer)  # its padding may be a new token
-        brought = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
-        if chosen := self.candidate.tokenizer or brought:
-            own, tokenizer = tokenizer, loading.load_tokenizer(chosen)
+        if self.candidate.tokenizer:
+            own, tokenizer = tokenizer, loading.load_tokenizer(self.candidate.tokenizer)
             vocabulary.add_tokens(model, own, vocabulary.new_tokens(own, tokenizer))  # as training began
-        if adapter is not None:
-            model = loading.load_adapter(model, adapter).merge_and_unload()
-            if model.dtype == loading.dtype("fp32"):
-                for weight in model.parameters():  # 16 bits, as they are exported, whatever this machine computes in
-                    weight.data = weight.data.to(loading.dtype("bf16")).float()
         return HfModel(model, tokenizer)
 
     def answers(

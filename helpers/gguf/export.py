@@ -13,37 +13,43 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from helpers import display, machine, runs, steps
-from helpers.data import chat_template, vocabulary
+from helpers.data import chat_template
 from helpers.data.rendering import Chat
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, libraries, ollama, preflight
+from helpers.gguf import convert, fidelity, libraries, ollama, preflight, trained
 from helpers.gguf.convert import Quantised
 from helpers.gguf.fidelity import Result
 from helpers.gguf.runner import GgufModel
+from helpers.gguf.trained import Merge
 from helpers.model import loading, merging
 from helpers.model.weights import check_adapter, count_weights
 from helpers.params import GgufParams
 from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
 
+MERGES = "merges.json"  # in work/: what was measured of the merges
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
 TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter the files"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The base, the adapter trained on it (None for a base or a wholly trained model) and what it is merged onto."""
+    """The base, the adapter trained on it (None for a base or a wholly trained model), what it may be merged onto,
+    whether training saw the base in 4-bit NormalFloat, and the folder that it saw where that is another one's packed
+    weights."""
 
     base: loading.ModelSource
     adapter: Path | None
     trained_by: str
-    onto: str
+    onto: tuple[str, ...] = ("16bit",)
+    nf4: bool = False
+    saw: Path | None = None
 
 
 def open(params: GgufParams) -> ExportJob:
@@ -66,7 +72,7 @@ class ExportJob(steps.Job):
             os.environ[libraries.OWN_BUILD] = params.llama_cpp
         self.files: list[Quantised] = []
         self.results: list[Result] = []
-        self.merge_check: dict[str, float] = {}
+        self.merges: list[Merge] = []
         self.seconds: dict[str, float] = {}
         self.text = "held-out rows"
         if stage.done:
@@ -103,7 +109,10 @@ class ExportJob(steps.Job):
             ("base", f"{source.base.name} ({source.base.revision})"),
             ("trained by", source.trained_by),
             ("adapter", source.adapter or "none"),
-            ("merged onto", onto[source.onto]),
+            (
+                "merged onto",
+                " or ".join(onto[one] for one in source.onto) + ", by measurement" * (len(source.onto) > 1),
+            ),
             ("files", ", ".join(self.kinds)),
             ("kept", ", ".join(self.outputs)),
         ]
@@ -112,9 +121,17 @@ class ExportJob(steps.Job):
 
     @steps.step
     def merge(self) -> merging.Merged:
-        """Adapter into base, in 16 bits, tensor by tensor."""
-        source = self.source
-        made = self._make(self.merged, lambda out: merging.merge(source.base.path, source.adapter, out, source.onto))
+        """Adapter into base, in 16 bits, tensor by tensor; of several merges the one nearest to what was trained."""
+        source, made = self.source, None
+        if not self.merged.exists() or (self.work / MERGES).is_file():
+            self._compare_merges()
+        if not self.merged.exists():
+            chosen = next((m.onto for m in self.merges if m.chosen), source.onto[0])
+            kept = self.work / f"merged-{chosen}"
+            made = self._merged(chosen)
+            os.replace(kept, self.merged)
+            for other in self.work.glob("merged-*"):
+                shutil.rmtree(other)
         size = sum(f.stat().st_size for f in self.merged.glob("*.safetensors"))
         return replace(made, path=self.merged) if made else merging.Merged(self.merged, 0, 0, size, False)
 
@@ -151,10 +168,7 @@ class ExportJob(steps.Job):
         """Every file compared with the merged model, in fidelity.json and as a table; raises when a gate fails."""
         self.convert()
         started = time.monotonic()
-        rows = self._rows("eval.parquet", self.params.fidelity_tokens)
-        if not rows:
-            self.text, rows = TRAINED, self._rows("train.parquet", self.params.fidelity_tokens)
-            print(f"Compared on {self.text}")
+        rows = self._held_out()
         asked = self._questions(max(self.params.fidelity_answers, 4))
         tokenizer = loading.load_tokenizer(self.merged)
         self.chat = Chat(chat_template.inspect(tokenizer)) if tokenizer.chat_template else None
@@ -168,7 +182,6 @@ class ExportJob(steps.Job):
             small = [k for k in files if k not in convert.TYPES_16]
             weights = {kind: reference.weights_kl(files[kind], self.file("f16")) for kind in small}
             reference.model = None  # what the files are measured against is on disk
-            self.merge_check = self._merge_check(reference)
             watched = machine.progress(list(files.items()), "Comparing with the trained model")
             self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
         for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):
@@ -177,14 +190,14 @@ class ExportJob(steps.Job):
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)
         found = {
             "text": self.text,
-            "merge": self.merge_check,
+            "merges": [asdict(m) for m in self.merges],
             "budgets": {r.type: convert.TYPES[r.type][1:] for r in self.results},
             "files": [r.as_dict() for r in self.results],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:
-            fidelity.require(self.results)
-        return fidelity.table(self.results, self.merge_check, self.text)
+            fidelity.require(self.results, self.merges)
+        return fidelity.table(self.results, self.merges, self.text)
 
     @steps.step
     def figure(self) -> Any:
@@ -222,6 +235,7 @@ class ExportJob(steps.Job):
             "text": self.text,
             "seconds": self.seconds,
             "recommended": fidelity.recommend(self.results),
+            "merges": [asdict(m) for m in self.merges],
         }
         manifest = self.stage.finish(metrics)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -274,44 +288,79 @@ class ExportJob(steps.Job):
         asked = [questions.Asked(json.loads(row["messages"])[:-1], row.get("tools")) for row in found]
         return [one for one in asked if one.messages]
 
-    def _merge_check(self, reference: fidelity.Reference) -> dict[str, float]:
-        """Adapter on its base against the merged model, on the first rows: what rounding the merge to 16 bits costs."""
-        import torch
+    def _held_out(self) -> list[list[int]]:
+        """Rows to compare on; of the training data, and said so, where there are no others."""
+        rows = self._rows("eval.parquet", self.params.fidelity_tokens)
+        if not rows:
+            self.text, rows = TRAINED, self._rows("train.parquet", self.params.fidelity_tokens)
+            print(f"Compared on {self.text}")
+        return rows
 
-        source = self.source
-        needed_gib = 4.4 * count_weights(source.base.path)[0] / 2**30
-        if source.adapter is None or needed_gib > machine.free_memory_gib():
-            return {}  # a second model in float32 does not fit; the gates on the files themselves remain
-        base = loading.load_model(source.base, quantize="nf4" if source.onto == "nf4" else "none", dtype="fp32")
-        vocabulary.fit(base, reference.tokenizer)
-        model = loading.load_adapter(base, source.adapter).eval()
-        mine = torch.cat([fidelity.logprobs(model, row).cpu() for row in reference.rows[:2]])
-        theirs = reference.logprobs[: len(mine)]
-        mean_kl = float(fidelity.divergence(mine, theirs).mean())
-        same = (mine.argmax(1) == theirs.argmax(1)).float()
-        return {"tokens": len(mine), "mean_kl": max(mean_kl, 0.0), "top1": float(same.mean())}
+    def _merged(self, onto: str) -> Any:
+        source, out = self.source, self.work / f"merged-{onto}"
+        base = source.saw if onto == "nf4" and source.saw else source.base.path
+        return self._make(out, lambda path: merging.merge(base, source.adapter, path, onto))
 
-    def _task_scores(self) -> None:
-        """Execution accuracy on test questions, where the run has them and a database, as notebook 05 judges."""
+    def _compare_merges(self) -> None:
+        """Measure every merge that may be kept against the adapter on its base as training saw it; kept in `MERGES`."""
+        source, file = self.source, self.work / MERGES
+        if file.is_file():
+            self.merges = [Merge(**one) for one in json.loads(file.read_text())]
+        if self.merges or source.adapter is None:
+            return
+        size_gib = 2 * count_weights(source.base.path)[0] / 2**30
+        if 2.2 * size_gib > machine.free_memory_gib():
+            print(f"The merge onto {source.onto[0]} is not measured: {2.2 * size_gib:.0f} GiB of memory are not free.")
+            return
+        started = time.monotonic()
+        own = source.adapter if (source.adapter / "tokenizer.json").is_file() else source.base.path
+        tokenizer, how, asked = loading.load_tokenizer(own), trained.placement(size_gib), self._asked()
+
+        def score(model: Any) -> tuple[float | None, int]:
+            chat = Chat(chat_template.inspect(tokenizer)) if asked else None
+            ids = [chat.prompt(*q.asked) for q in asked if chat]
+            said = trained.answers(model, tokenizer, ids, Decoding().max_new_tokens)
+            return self._score(asked, [text for text, _ in said])
+
+        models = {"trained": partial(trained.load, source.saw, source.adapter, tokenizer, source.nf4, **how)}
+        for onto in source.onto:
+            self._merged(onto)
+            models[onto] = partial(loading.load_model, self.work / f"merged-{onto}", **how)
+        self.merges = trained.compare(models, self._held_out(), score)
+        runs.write_json(file, [asdict(m) for m in self.merges])
+        self.seconds["merges compared"] = round(time.monotonic() - started, 2)
+
+    def _asked(self) -> list[questions.Item]:
+        """Test questions for the task score: none without a database."""
         data, count = self.stage.parents["data"].path, self.params.task_questions
         if not count or not (data / "test.parquet").is_file() or not (data / "database.sqlite").is_file():
-            return
-        asked = questions.read(data / "test.parquet", count, self.params.seed)
-        with closing(text_to_sql.Judge([text_to_sql.open_readonly(data / "database.sqlite")])) as judge:
-            for result in self.results:
-                with closing(GgufModel(self.file(result.type), chat=self.chat)) as model:
-                    answers = model.generate([model.encode(*q.asked) for q in asked], Decoding())
-                scores = [judge.score(a.text, q.reference)["score"] for a, q in zip(answers, asked, strict=True)]
-                known = [s for s in scores if s is not None]
-                result.task_score = round(sum(known) / len(known), 4) if known else None
-                result.task_count = len(known)
+            return []
+        return questions.read(data / "test.parquet", count, self.params.seed)
+
+    def _score(self, asked: list[questions.Item], texts: list[str]) -> tuple[float | None, int]:
+        """(execution accuracy as notebook 05 judges, questions that count)."""
+        if not asked:
+            return None, 0
+        database = self.stage.parents["data"].path / "database.sqlite"
+        with closing(text_to_sql.Judge([text_to_sql.open_readonly(database)])) as judge:
+            scores = [judge.score(text, q.reference)["score"] for text, q in zip(texts, asked, strict=True)]
+        known = [s for s in scores if s is not None]
+        return (round(sum(known) / len(known), 4) if known else None), len(known)
+
+    def _task_scores(self) -> None:
+        """Each file's execution accuracy on the test questions."""
+        asked = self._asked()
+        for result in self.results if asked else ():
+            with closing(GgufModel(self.file(result.type), chat=self.chat)) as model:
+                made = model.generate([model.encode(*q.asked) for q in asked], Decoding())
+            result.task_score, result.task_count = self._score(asked, [answer.text for answer in made])
 
 
 def _source(stage: runs.Stage, params: GgufParams) -> Source:
     """The latest trained stage, or the one that `export` names. Raises TunebookError without it or its base."""
     wanted = params.export
-    trained = ("orpo", "sft") if wanted == "auto" else (wanted,)
-    trained_by = next((name for name in trained if name in stage.parents), "base")
+    stages = ("orpo", "sft") if wanted == "auto" else (wanted,)
+    trained_by = next((name for name in stages if name in stage.parents), "base")
     if trained_by != wanted and wanted != "auto":
         raise TunebookError(
             f"export is {wanted!r}, but this run has no finished stage of that name; run its notebook, or set "
@@ -327,20 +376,21 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
         )
     if manifest is not None and (manifest.path / "model").is_dir():  # every weight was trained: nothing to merge
         whole = loading.ModelSource(base.name, manifest.path / "model", base.revision, trained_by)
-        return Source(whole, None, trained_by, "16bit")
-    packed = loading.quantizer(loading.load_config(base))
+        return Source(whole, None, trained_by)
+    packed, saw = loading.quantizer(loading.load_config(base)), base.path
     if params.model_16bit:
         original = loading.resolve_model(params.model_16bit)
         merging.check_parent(original.path, base.path)
-        base, packed = original, ""
-    saw = "nf4" if packed else manifest.data.get("merge_onto") if manifest and not params.model_16bit else None
-    onto = params.merge_onto if params.merge_onto != "auto" else saw or "16bit"
-    if packed and onto == "16bit":
+        base = original
+    nf4 = manifest is not None and trained.on_nf4(manifest) and not packed
+    choices = ["nf4"] * bool(nf4 or packed) + ["16bit"] * bool(not packed or params.model_16bit)
+    onto = tuple(choices) if params.merge_onto == "auto" else (params.merge_onto,)
+    if packed and onto == ("16bit",) and not params.model_16bit:
         raise TunebookError(
             f"merge_onto is '16bit', and {base.name} holds only {packed} weights; name the 16-bit model that they were "
             "made from as model_16bit, or set merge_onto to 'auto'."
         )
     if manifest is None:
-        return Source(base, None, "base", onto)
+        return Source(base, None, "base", onto[-1:], saw=saw)
     check_adapter(manifest.path / "adapter")
-    return Source(base, manifest.path / "adapter", trained_by, onto)
+    return Source(base, manifest.path / "adapter", trained_by, onto, nf4, saw)

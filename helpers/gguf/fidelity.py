@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, machine, plots
+from helpers import display, plots
 from helpers.data.rendering import openai_form
 from helpers.errors import TunebookError
 from helpers.gguf import header, probes
 from helpers.gguf.convert import TYPES
 from helpers.gguf.runner import GgufModel
+from helpers.gguf.trained import Merge, answers, divergence, logprobs, placement
 from helpers.model.loading import load_model, load_tokenizer
 from helpers.model.packed_attention import common_length
-from helpers.model.stop_tokens import stop_tokens
 from helpers.tasks.questions import Decoding
 
 CLOSE = 0.1  # mean KL, nats a token, up to which a file's answers are practically the merged model's
@@ -110,7 +110,7 @@ class Reference:
         kept.flush()
         loss = -float(self.logprobs[torch.arange(len(following)), following].double().mean())
         self.perplexity = math.exp(min(loss, 700.0))
-        self.answers = self._answers()
+        self.answers = answers(self.model, self.tokenizer, self.prompts, max_tokens)
         asked = ((messages, json.loads(tools) if tools else None) for messages, tools in conversations)
         held_out = {f"held-out {i + 1}": one for i, one in enumerate(asked)}
         every: dict[str, Any] = {**probes.conversations(), **held_out}
@@ -154,26 +154,6 @@ class Reference:
         for row in self.rows:
             yield slice(at, at + len(row) - 1), row
             at += len(row) - 1
-
-    def _answers(self) -> list[tuple[str, bool]]:
-        """A greedy answer to each prompt, and whether it ended by itself."""
-        import torch
-
-        if not self.prompts:
-            return []
-        ends = stop_tokens(self.tokenizer, self.model.generation_config.eos_token_id)
-        self.tokenizer.padding_side = "left"
-        batch = self.tokenizer.pad({"input_ids": self.prompts}, return_tensors="pt").to(self.model.device)
-        with torch.inference_mode():
-            made = self.model.generate(
-                **batch,
-                max_new_tokens=self.max_tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )[:, batch["input_ids"].shape[1] :].tolist()
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [(text.strip(), not set(ends).isdisjoint(row)) for text, row in zip(texts, made, strict=True)]
 
 
 def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
@@ -257,9 +237,10 @@ def _stopping(model: GgufModel, reference: Reference, result: Result) -> str:
     )
 
 
-def require(results: Sequence[Result]) -> None:
-    """Raises TunebookError that names every file and gate that failed."""
-    broken = [f"{r.type}: {gate} ({why})" for r in results for gate, why in r.failed.items()]
+def require(results: Sequence[Result], merges: Sequence[Merge] = ()) -> None:
+    """Raises TunebookError that names every file and gate that failed, and the merge where it did."""
+    broken = [f"{m.name}: {m.failed}" for m in merges if m.chosen and m.failed]
+    broken += [f"{r.type}: {gate} ({why})" for r in results for gate, why in r.failed.items()]
     if broken:
         raise TunebookError(
             f"The exported files are not the model that was trained. {'; '.join(broken)}. The files stay for "
@@ -267,37 +248,9 @@ def require(results: Sequence[Result]) -> None:
         )
 
 
-# ---------------------------------------------------------------- numbers
-
-
-def logprobs(model: Any, row: Sequence[int]) -> Any:
-    """Natural log-probabilities of what follows each token but the last: float32 (len(row) - 1, vocabulary)."""
-    import torch
-
-    with torch.inference_mode():
-        return torch.log_softmax(model(torch.tensor([row[:-1]], device=model.device)).logits[0].float(), -1)
-
-
-def divergence(wanted: Any, got: Any) -> Any:
-    """Kullback-Leibler divergence a token, nats, of log-probabilities (tokens, vocabulary): `got` from `wanted`."""
-    import torch
-
-    width = min(wanted.shape[1], got.shape[1])  # a padded vocabulary may differ in rows that no text reaches
-    pieces = zip(wanted[:, :width].split(128), got[:, :width].split(128), strict=True)
-    kl = torch.nn.functional.kl_div
-    return torch.cat([kl(g, w.to(g.device), log_target=True, reduction="none").sum(-1) for w, g in pieces])
-
-
 def _load(merged: Path) -> Any:
-    """The merged model in float32, in bfloat16 where that does not fit; on the CPU where the GPU has no room."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
-    room = machine.free_gpu_gib() or 0.0
-    on_gpu = 1.2 * size + 1 < room
-    room = room if on_gpu else machine.free_memory_gib()
-    return load_model(merged, dtype="fp32" if 2.2 * size < room else "bf16", device="" if on_gpu else "cpu").eval()
+    return load_model(merged, **placement(size)).eval()
 
 
 # ---------------------------------------------------------------- size against what it costs
@@ -327,8 +280,18 @@ def recommend(results: Sequence[Result]) -> dict[str, str]:
     return {"type": found.type, "why": f"{why}; {display.size(found.bytes)}, mean KL {found.mean_kl:.3g}"}
 
 
-def table(results: Sequence[Result], merge_check: dict[str, float], text: str) -> display.Html:
-    """What was measured, a row a file; under it what the merge itself cost, and the recommendation."""
+def table(results: Sequence[Result], merges: Sequence[Merge], text: str) -> display.Html:
+    """What was measured: the trained model and its merges, then a row a file; under it the recommendation."""
+    measured = [
+        {
+            "file": m.name,
+            "mean KL": "" if m.onto == "trained" else f"{m.mean_kl:.2g}",
+            "same top-1": "" if m.onto == "trained" else display.percent(m.top1),
+            "task score": "" if m.task_score is None else display.percent(m.task_score, 0),
+            "gates": "" if m.onto == "trained" else ("FAILED" if m.chosen else "too far") if m.failed else "passed",
+        }
+        for m in merges
+    ]
     rows = [
         {
             "file": r.type,
@@ -348,15 +311,11 @@ def table(results: Sequence[Result], merge_check: dict[str, float], text: str) -
         }
         for r in results
     ]
-    best, merge = recommend(results), ""
-    if merge_check:
-        merge = (
-            f"Adapter and base against the merged model: mean KL {merge_check['mean_kl']:.2g}, same top-1 token "
-            f"{display.percent(merge_check['top1'])} over {merge_check['tokens']} tokens."
-        )
+    best, head = recommend(results), list(rows[0])
     last = f"Recommended: {best['type']}, {best['why']}." if best["type"] else best["why"]
-    shown = display.shown([list(r.values()) for r in rows], list(rows[0]))
-    return shown + display.said(f"Compared on {text}.", merge, last)
+    shown = display.shown([[row.get(name, "") for name in head] for row in measured + rows], head)
+    against = "Merges are compared with the trained model, files with the merge that is kept."
+    return shown + display.said(f"Compared on {text}.", against * bool(merges), last)
 
 
 def figure(results: Sequence[Result]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from helpers import machine, params, runs
 from helpers.errors import TunebookError
 from helpers.evaluate import scores as scores_file
+from helpers.gguf.trained import Merge
 from helpers.runs import Manifest
 
 TITLES = {
@@ -105,6 +106,11 @@ class Facts:
         """The training stages that the exported result went through, in order."""
         made_from = self.stages[self.exported].data["parents"] if self.exported in self.stages else {}
         return [s for s in ("sft", "orpo") if s in self.stages and (s in made_from or s == self.exported)]
+
+    @property
+    def merges(self) -> list[Merge]:
+        """The model that was trained, and how far the export's merges are from it."""
+        return [Merge(**one) for one in self.metrics("gguf").get("merges") or []]
 
     # ------------------------------------------------------------ the candidates of the evaluation
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.errors import TunebookError
-from helpers.gguf import convert, fidelity, header, libraries, preflight
+from helpers.gguf import convert, fidelity, header, libraries, preflight, trained
 from helpers.gguf.llama_cpp import LlamaCpp
 from helpers.gguf.runner import GgufModel, Server
 
@@ -200,7 +200,7 @@ def test_an_adapter_gguf_over_its_base_is_the_adapter(tiny_llama, f16, tokenizer
         without = torch.tensor(np.concatenate(list(runtime.iter_logits(ids))))
         apply_adapter(runtime, path)
         with_adapter = torch.tensor(np.concatenate(list(runtime.iter_logits(ids))))
-    near, far = (float(fidelity.divergence(wanted, x.log_softmax(-1)).mean()) for x in (with_adapter, without))
+    near, far = (float(trained.divergence(wanted, x.log_softmax(-1)).mean()) for x in (with_adapter, without))
     assert near < 1e-3 < 0.01 < far
     gguf_models.random_adapter(tiny_llama, tmp_path / "dora", ids, use_dora=True)
     with pytest.raises(TunebookError, match="no place"):

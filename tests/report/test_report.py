@@ -353,6 +353,21 @@ def test_the_model_cards_numbers_are_the_reports(root):
     assert str(root) not in text
 
 
+def test_page_and_card_say_what_merging_cost(changed):
+    one = {"tokens": 900, "top1": 0.9, "task_score": 0.5, "task_count": 24, "chosen": False}
+    merges = [{**one, "onto": "trained"}, {**one, "onto": "nf4", "mean_kl": 0.001, "chosen": True}]
+    merges.append({**one, "onto": "16bit", "mean_kl": 0.25, "task_score": 0.3})
+    samples.seal(changed / "04_gguf_export", lambda data: data["metrics"].update(merges=merges))
+    samples.seal(changed / "05_evaluation")
+    card, page = model_card.render(facts.gather("atlas"), "merged"), text_of(report.build("atlas"))
+    assert (
+        "| merged onto 4 bits, unpacked, kept | 0.001 | 90.0 % | 50.0 % |" in card
+        and "| trained |  |  | 50.0 % |" in card
+    )
+    assert "| merged onto 16 bits | 0.25 | 90.0 % | 30.0 % |" in card
+    assert "merged onto 16 bits" in page and "mean KL 0.25 (at most 0.02)" in page
+
+
 def test_the_card_and_the_published_adapter_are_those_of_the_exported_stage(changed):
     """The files hold the SFT adapter although a preference adapter was trained after it."""
     samples.seal(changed / "04_gguf_export", lambda data: data["metrics"].update(trained_by="sft"))

@@ -31,6 +31,7 @@ import bench_probe
 import bench_rivals
 
 WARM = 3
+LOSSES = ("orpo", "dpo", "kto", "simpo")  # DPO's and KTO's reference counts in their time, not in their tokens
 RIVALS = ("unsloth_sft_packed", "unsloth_orpo", "unsloth_sft", "unsloth_context", "trl_sft", "trl_orpo")
 
 
@@ -271,7 +272,7 @@ def run_all(given: argparse.Namespace) -> None:
     queues = {
         "0": [
             ("ours_sft", here, "sft", "--steps", "16", *common),
-            ("ours_orpo", here, "orpo", "--steps", "24", *common),
+            *((f"ours_{loss}", here, loss, "--steps", "24", *common) for loss in LOSSES),
             ("ours_context", here, "context", *common),
         ],
         "1": [],
@@ -327,7 +328,7 @@ def run_all(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("all", "make", "sft", "orpo", "context", "planner", "planner_unsloth"))
+    parser.add_argument("what", choices=("all", "make", "sft", *LOSSES, "context", "planner", "planner_unsloth"))
     parser.add_argument("out", nargs="?", default="bench-out")
     parser.add_argument("--model", default="/tmp/bench-model")
     parser.add_argument("--tokenizer", default="")
@@ -357,10 +358,11 @@ def main() -> None:
         bench_probe.planner_unsloth(given)
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
+        extra |= {"loss": given.what} if given.what in LOSSES else {}
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")
         job(
             name,
-            given.what,
+            "sft" if given.what == "sft" else "orpo",
             given,
             given.processes,
             given.killed_on,

@@ -231,3 +231,15 @@ def test_a_hub_that_accepts_and_says_nothing_is_given_up(tmp_path):
             [sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True, timeout=200
         )
     assert "did not answer in time about the model 'some/model'" in done.stderr
+
+
+@pytest.mark.parametrize("named", ["", " , ", "q_proj,nosuch", "proj", "q_proj.weight"])
+def test_target_modules_that_name_no_layer_are_refused_even_among_known_ones(named, tiny_llama):
+    from helpers.model import loading
+    from helpers.train import methods
+
+    source = loading.resolve_model(str(tiny_llama))
+    with pytest.raises(TunebookError, match=r"names no layer of this model; its linear layers are .*q_proj"):
+        methods._new_adapter(
+            loading.load_model(source), params.resolve("sft", {"target_modules": named}), source, added=[]
+        )

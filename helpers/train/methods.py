@@ -144,7 +144,15 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     from peft import LoraConfig, get_peft_model
 
     modules, whole = params.target_modules.strip(), [m.strip() for m in params.modules_to_save.split(",") if m.strip()]
-    every = modules == "all-linear"
+    every, named = modules == "all-linear", [m.strip() for m in modules.split(",") if m.strip()]
+    known = [name for name, _ in model.named_modules()]
+    unknown = [m for m in named if not any(name == m or name.endswith(f".{m}") for name in known)]
+    if not named or (unknown and not every):
+        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
+        raise TunebookError(
+            f"target_modules is {params.target_modules!r}, and {', '.join(unknown) or 'nothing'} names no layer of this "
+            f"model; its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
+        )
     given, head = (find() for find in (model.get_input_embeddings, model.get_output_embeddings))
     ends = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if module in (given, head)}
     rows, tied = _token_rows(model, added) or {}, head is not None and head.weight is given.weight
@@ -158,7 +166,7 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         lora_dropout=params.dropout,
         use_rslora=params.rslora,
         use_dora=params.dora,
-        target_modules=modules if every else [m.strip() for m in modules.split(",") if m.strip()],
+        target_modules=modules if every else named,
         target_parameters=(_experts(model) if every else []) or None,
         exclude_modules=_outside_language(model) or None,
         task_type="CAUSAL_LM",
@@ -176,13 +184,7 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
                 "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False "
                 "and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
             ) from None
-        if "arget modules" not in str(error):
-            raise
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
-        raise TunebookError(
-            f"target_modules is {params.target_modules!r}, which names no layer of this model; its linear layers are "
-            f"{', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
-        ) from None
+        raise
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
 

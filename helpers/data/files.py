@@ -1,4 +1,5 @@
-"""Files to records: json, jsonl, csv, tsv, txt, plain or in gzip or zstd, and parquet; streamed, and never trusted.
+"""Folders to files, and files to records: json, jsonl, csv, tsv, txt, plain or in gzip or zstd, parquet and arrow;
+streamed, and never trusted.
 
 `read` yields (row number from 1, record). A row that cannot be read is rejected with its number and reading goes on; a
 file that ends too early or unpacks without measure gives the rows before. Nothing here holds more than one row and one
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import fnmatch
 import functools
 import io
 import json
@@ -17,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.tables import Rejects, open_parquet
-from helpers.data.turns import BATCH_ROWS, RowError
+from helpers.data.tables import Rejects, arrow_batches, records_of
+from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
 MAX_LINE = 32 * 2**20  # characters of one row; a longer one is rejected without being held
@@ -29,6 +31,12 @@ BLOCK = 2**20
 PACKED_BLOCK = 2**14  # what is lost before a damage
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 BROKEN = "malformed JSON"
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # as the hub names them
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
+SHARD = re.compile(r"-\d{5}-of-\d{5}.*")  # train-00000-of-00002.parquet
+ABOUT = re.compile(r"(readme|license|licence|citation|changelog|dataset_infos?|dataset_dict|state|croissant)\b.*", re.I)
+LEFT_OUT = "no data"
 MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32")  # 32 bits first: it begins as 16 do
 MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 # What cannot be decoded becomes half a surrogate pair, which costs its row and no other.
@@ -46,12 +54,119 @@ def kind(file: Path) -> str:
     return next((ending for ending in reversed(file.suffixes) if ending.lower() not in PACKED), "").lower()
 
 
+# ---------------------------------------------------------------- folders
+
+
+def in_folder(folder: Path, readable: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """The files below a folder that can be read, each with its split: train, test, validation, "" or LEFT_OUT.
+
+    A snapshot of a hub set goes by its card's `configs`, else by the names of its files; of what `save_to_disk` wrote
+    the files count that its state names. Beside tables, what is about them is no data. Raises TunebookError for none.
+    """
+    every = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    every = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    known = [file for file in every if kind(file) in readable and file.name != "dataset_info.json"]
+    if not known:
+        found = f"has no file that can be read ({', '.join(readable)}, also with .gz or .zst)"
+        raise TunebookError(f"The folder {folder} {found}; it has {len(every)} others.")
+    if not any(kind(file) in TABLES and not ABOUT.fullmatch(file.name) for file in known):
+        return [(file, "") for file in known]
+    saved = {state.parent: json_object(state).get("_data_files") or [] for state in every if state.name == "state.json"}
+    names = {place: [one.get("filename") for one in found] for place, found in saved.items()}
+    data = [one for one in known if not ABOUT.fullmatch(one.name) and one.name in names.get(one.parent, (one.name,))]
+    given = _configured(folder, data) or in_splits(data, folder)
+    return given + [(file, LEFT_OUT) for file in known if file not in dict(given)]
+
+
+def in_splits(found: list[Path], folder: Path) -> list[tuple[Path, str]]:
+    """Each file with the split that its name says, if one of them is for training, or is called by its split alone."""
+    splits = {file: _split_of(file.relative_to(folder)) for file in found}
+    sharded = {SHARD.sub("", file.name): file for file in found if SHARD.search(file.name) and splits[file] == "train"}
+    if len(sharded) > 1:
+        names = " or ".join(f"{file.parent}/{name}-*" for name, file in sharded.items())
+        raise TunebookError(f"{folder} has {len(sharded)} sets of training files; name one as the dataset: {names}.")
+    if "train" not in splits.values():
+        splits = {file: SPLITS.get(file.name.split(".")[0].lower(), "") for file in found}
+        return [(file, split if "" in splits.values() else "") for file, split in splits.items()]
+    return [(file, split or LEFT_OUT * bool(sharded)) for file, split in splits.items()]
+
+
+def _split_of(file: Path) -> str:
+    """The split that the first or last word of a file's or a folder's name says: "sft_test", "train-00000-of-…"."""
+    for part in (SHARD.sub("", file.name).split(".")[0], *reversed(file.parts[:-1])):
+        words = re.findall("[a-z]+", part.lower()) or [""]
+        if split := SPLITS.get(words[0]) or SPLITS.get(words[-1], ""):
+            return split
+    return ""
+
+
+def _configured(folder: Path, data: list[Path]) -> list[tuple[Path, str]]:
+    """The files that the `configs` of a data card (README.md) name, each with its split; none where it has none."""
+    import yaml
+
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace")[:BLOCK] if card.is_file() else ""
+    try:
+        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        configs = {str(one["config_name"]): one for one in head.get("configs") or [] if one.get("data_files")}
+        chosen = [one for name, one in configs.items() if one.get("default") or name == "default" or len(configs) == 1]
+        given = chosen[0]["data_files"] if chosen else []
+        pairs = (
+            given.items()
+            if isinstance(given, dict)
+            else [
+                (one.get("split", "train"), one["path"]) if isinstance(one, dict) else ("train", one)
+                for one in ([given] if isinstance(given, str) else given)
+            ]
+        )
+        wanted = [
+            (str(split), name) for split, names in pairs for name in ([names] if isinstance(names, str) else names)
+        ]
+        wanted = [(split, str(name)) for split, name in wanted]
+    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, LookupError):
+        return []
+    if configs and not chosen:
+        names = ", ".join(configs)
+        raise TunebookError(
+            f"{card} describes the sets {names}; name the files of one as the dataset: {folder}/NAME/*."
+        )
+    paths = {file: file.relative_to(folder).as_posix() for file in data}
+    told = {file: split for split, name in reversed(wanted) for file, path in paths.items() if _fits(path, name)}
+    return [(file, SPLITS.get(re.split(r"\W|_", told[file])[0], told[file])) for file in data if file in told]
+
+
+def _fits(path: str, pattern: str) -> bool:
+    """Whether a path inside a folder fits a card's pattern: "data/train-*", "**/*.jsonl", "en/test.parquet"."""
+    return fnmatch.fnmatchcase(path, pattern.removeprefix("./")) or fnmatch.fnmatchcase("/" + path, pattern)
+
+
+def is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed; the hub's cache links its snapshots to blobs beside them."""
+    root = folder.resolve()
+    blobs = [above.parent / "blobs" for above in (root, *root.parents) if above.name == "snapshots"]
+    return any(file.resolve().is_relative_to(place) for place in (root, *blobs))
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object of a small JSON file. Raises TunebookError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TunebookError(f"{path} cannot be read ({error}); a JSON object was expected.") from None
+    if not isinstance(found, dict):
+        raise TunebookError(f"{path} is not a {path.name}; a JSON object was expected.")
+    return found
+
+
+# ---------------------------------------------------------------- files
+
+
 def read(file: Path, rejects: Rejects, where: str) -> Iterator[tuple[int, dict]]:
     """The records of a file by its kind. where: its name in rejects. Raises TunebookError if it cannot be opened."""
     ending, number = kind(file), 0
     with Unpacked(file) as content:
-        if ending == ".parquet":
-            rows = _parquet(file)
+        if ending in (".parquet", ".arrow", ".feather"):
+            rows = _arrow(file)
         elif ending in (".csv", ".tsv"):
             rows = _csv(opened(content, newline=""), "\t" if ending == ".tsv" else ",")
         elif ending == ".txt":  # one record a line, as in Hugging Face's text reader
@@ -263,28 +378,14 @@ def _record(header: list[str], values: list[str], line: int) -> dict[str, str | 
     return {name: value or None for name, value in zip(header, values, strict=True)}
 
 
-def _parquet(file: Path) -> Found:
+def _arrow(file: Path) -> Found:
     import pyarrow as pa
 
     number = 0
     try:
-        with open_parquet(file) as table:
-            batches = table.iter_batches(batch_size=BATCH_ROWS)
-            for number, record in enumerate((record for batch in batches for record in records_of(batch)), 1):
-                yield number, record
-    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+        every = (record for batch in arrow_batches(file) for record in records_of(batch))
+        for number, record in enumerate(every, 1):
+            yield number, record
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        yield number + 1, RowError("broken parquet", f"{why}; nothing after row {number} could be read")
-
-
-def records_of(batch: Any) -> list[dict[str, Any]]:
-    """The rows of an Arrow batch as JSON has them: NaN is null, and a nested object has no key that holds nothing."""
-    return [{name: _as_json(value) for name, value in record.items()} for record in batch.to_pylist()]
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_as_json(item) for item in value]
-    return value if value == value else None
+        yield number + 1, RowError(f"broken {kind(file)[1:]}", f"{why}; nothing after row {number} could be read")

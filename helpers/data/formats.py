@@ -56,7 +56,7 @@ class Shape:
     columns: Mapping[str, str]
     turns: Callable[[Any], list[Turn]] = read_turns  # how a conversation is read
     exact: bool = False  # described by a dataset_info.json: no column is replaced by a synonym
-    mapped: bool = False  # the user named the columns: the others are put aside on purpose
+    mapped: tuple[str, ...] = ()  # columns that the user named: the others are put aside on purpose
     compared: str = ""  # the columns of one of `public_sets.COMPARED`
     guarded: tuple[tuple[str, str], ...] = ()  # (part, column) that must not be lost in silence
 
@@ -149,10 +149,11 @@ def named_shape(format: str, columns: str = "") -> Shape | None:
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
         telling["response"] = "alpaca"
         format = next((name for part, name in telling.items() if part in chosen), "text")
-    left = {part: "" for part in ("context", "choices", "query") if chosen}
+    left = dict.fromkeys(("context", "choices", "query") if chosen else (), "")
     if chosen.get("prompt", "instruction") == "instruction":
         left.pop("query", None)
-    return Shape(format, {**SHAPES[format], **left, **chosen}, mapped=bool(chosen))
+    mapped = tuple(name for column in chosen.values() for name in column.split("+"))
+    return Shape(format, {**SHAPES[format], **left, **chosen}, mapped=mapped)
 
 
 def described_shape(described: dict[str, Any]) -> Shape:
@@ -396,5 +397,4 @@ def _context_qa(record: Record, shape: Shape, unanswerable: str, joints: Mapping
 
 def seen(record: Record) -> str:
     """The columns of a record, for error messages."""
-    names = [repr(str(name))[:40] for name in list(record)[:12]]
-    return ", ".join(names) + (" …" if len(record) > 12 else "")
+    return ", ".join(repr(str(name))[:40] for name in list(record)[:12]) + " …" * (len(record) > 12)

@@ -27,7 +27,7 @@ from helpers.data.chat_template import plain as plain_text
 from helpers.data.rendering import refuse_control_tokens
 from helpers.data.split import asks, group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
-from helpers.data.turns import PLACE, Row, answer_of, make_row, text_of, with_system
+from helpers.data.turns import Row, answer_of, as_sft, text_of, with_system
 from helpers.display import Html, plain, said, save, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
@@ -63,8 +63,8 @@ class Job(StageJob):
         if embedded.dataset not in [part.strip() for part in self.params.dataset.split(",")]:
             foreign = [name for name in COMPANIONS if self.chosen[name] == getattr(embedded, name) != ""]
             self.chosen |= dict.fromkeys(foreign, "")
-            if foreign:
-                print(f"{', '.join(foreign)} belong to the embedded data, not to {self.params.dataset}: left out.")
+            if names := ", ".join(foreign):
+                print(f"{names} belong to the embedded data; your own dataset needs none of them.")
 
     @functools.cached_property
     def source(self) -> loading.ModelSource:
@@ -112,26 +112,27 @@ class Job(StageJob):
         """Read every named set; rows that cannot be used are in rejected.jsonl, counted."""
         self._begin("read")
         self.database()
-        self.training = self._read(self.params.dataset, "dataset", self.params.format, self.params.columns)
-        self.tests = self._read(self.chosen["test_dataset"], "test_dataset")
+        p, named = self.params, self.chosen["test_dataset"]
+        self.training = self._read(p.dataset, "dataset", p.format, p.columns)
+        own = [] if named else self.training.held()
+        self.tests = self._read(own or named, "test_dataset", p.format if own else "auto", p.columns, "test")
         self.preferences = self._read(self.chosen["preference_dataset"], "preference_dataset")
-        self.replay = self._read(self.params.replay_dataset, "replay_dataset")
-        for row in self.preferences.table.rows():
-            if row["kind"] != "preference":
-                found = f"{row['file']}, row {row['row']} of preference_dataset is of the kind {row['kind']}"
-                raise TunebookError(f"{found}; every row needs a prompt, a chosen and a rejected answer.")
-        readings = (self.training, self.tests, self.preferences, self.replay)
-        self.sources = [source for reading in readings for source in reading.sources]
-        taken = self.training.table
-        if 0 < self.params.max_rows < len(taken):
-            taken = mixing.take(taken, self.params, self.report_of("read", "max_rows"))
-        self.training_rows, self.made_pairs = taken, Table().close()
-        note = f"max_rows: {len(taken):,} of {len(self.training.table):,} rows of dataset are taken."
-        read, self.training.table = len(self.training.table), taken
-        table = sources.Reading(taken, self.sources).shown()
-        return said(note) + table if len(taken) < read else table
+        self.replay = self._read(p.replay_dataset, "replay_dataset")
+        if row := next((row for row in self.preferences.table.rows() if row["kind"] != "preference"), None):
+            found = f"{row['file']}, row {row['row']} of preference_dataset is of the kind {row['kind']}"
+            raise TunebookError(f"{found}; every row needs a prompt, a chosen and a rejected answer.")
+        every = (self.training, self.tests, self.preferences, self.replay)
+        self.sources, aside = ([one for r in every for one in getattr(r, kind)] for kind in ("sources", "aside"))
+        taken, notes = self.training.table, []
+        if 0 < p.max_rows < len(taken):
+            taken = mixing.take(taken, p, self.report_of("read", "max_rows"))
+            notes.append(f"max_rows: {len(taken):,} of {len(self.training.table):,} rows of dataset are taken.")
+        if own:
+            notes.append(f"No test_dataset is named: the {own[0].split} files of {p.dataset} are the test rows.")
+        self.training_rows, self.made_pairs, self.training.table = taken, Table().close(), taken
+        return said(*notes) + sources.Reading(taken, self.sources + [one for one in aside if one not in own]).shown()
 
-    def _read(self, spec: str, name: str, format: str = "auto", columns: str = "") -> sources.Reading:
+    def _read(self, spec: Any, name: str, format: str = "auto", columns: str = "", split: str = "") -> sources.Reading:
         p = self.params
         self.inputs[name] = 0, set()
         if not spec:
@@ -143,13 +144,13 @@ class Job(StageJob):
         if p.control_tokens == "reject":
             options["check"] = functools.partial(refuse_control_tokens, pattern=special_pattern(self.tokenizer))
         before = self.rejects.total_seen
-        found = sources.read(spec, self.rejects, documents=cut, **options)
+        found = sources.read(spec, self.rejects, documents=cut, split=split or "train", **options)
         self.inputs[name] = self.rejects.total_seen - before, {source.where for source in found.sources}
-        return sources.Reading(self._with_system(found.table), found.sources)
+        return replace(found, table=self._with_system(found.table))
 
     def _with_system(self, rows: Table) -> Table:
-        system = self.params.system
-        return Table.collect([with_system(row, system) for row in batch] for batch in rows) if system else rows
+        given = ([with_system(row, self.params.system) for row in batch] for batch in rows)
+        return Table.collect(given) if self.params.system else rows
 
     @step
     def generate(self) -> Html:
@@ -159,8 +160,8 @@ class Job(StageJob):
         if p.synthetic != "none":
             documents = Table.collect(self.training.table.of_kind("text"))
             report = self.report_of("generate", f"synthetic {p.synthetic}")
-            rows = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
-            rows = self._with_system(rows)
+            found = synthetic.generate(p, documents, report, Answers(self.path / "work", "synthetic"))
+            rows = self._with_system(found)
             self.rejects.check_rows_left(rows, f"the synthetic {p.synthetic}")
             if p.synthetic.startswith("questions"):
                 self.training_rows = Table.collect(chain(self.training.table.of_kind("sft", "preference", "kto"), rows))
@@ -215,7 +216,7 @@ class Job(StageJob):
                 kept = [row for row in batch if row["kind"] != "kto" or row["label"]]
                 report.seen, report.kept = report.seen + len(batch), report.kept + len(kept)
                 report.figures[BAD] += len(batch) - len(kept)
-                yield [_as_sft(row) if row["kind"] in ("preference", "kto") else row for row in kept]
+                yield [as_sft(row) if row["kind"] in ("preference", "kto") else row for row in kept]
 
         return usable()
 
@@ -229,12 +230,9 @@ class Job(StageJob):
         if len(names) == 1 and not caps and not p.replay_dataset:
             return shown([(f"One source with {len(self.rows):,} rows; nothing to mix.",)])
         parts = {name: Table() for name in names}
-        for batch in self.rows:
-            for name in names:
-                parts[name].append([row for row in batch if row["source"] == name])
-        given = {
-            name: mixing.Source(part.close(), weights.get(name), int(caps.get(name, 0))) for name, part in parts.items()
-        }
+        for batch, name in ((batch, name) for batch in self.rows for name in names):
+            parts[name].append([row for row in batch if row["source"] == name])
+        given = {n: mixing.Source(part.close(), weights.get(n), int(caps.get(n, 0))) for n, part in parts.items()}
         if p.replay_dataset:
             replay = ([{**row, "source": f"replay: {row['source']}"} for row in batch] for batch in self.replay_rows)
             given["replay"] = mixing.Source(Table.collect(replay), replay=True)
@@ -264,11 +262,11 @@ class Job(StageJob):
             pairs, self.kto_split = self._not_asked(pairs, "pairs"), self._not_asked(self.kto_rows, "kto")
         grouped = p.group_by if any(group_value(row, p.group_by) for row in pairs.rows()) else ""
         self.pair_splits = split(pairs, p.preference_eval_share, 0.0, grouped)
-        self.figures["splits"] = {name: len(part) for name, part in self.splits.items()}
+        self.figures["splits"] = found = {name: len(part) for name, part in self.splits.items()}
         self.figures["preference_splits"] = {name: len(self.pair_splits[name]) for name in ("train", "eval")}
-        sizes = [(name, f"{len(part):,}") for name, part in self.splits.items()]
+        sizes = [(name, f"{count:,}") for name, count in found.items()]
         sizes += [(f"preference {name}", f"{count:,}") for name, count in self.figures["preference_splits"].items()]
-        self._held_out({name: len(part) for name, part in self.splits.items()})
+        self._held_out(found)
         none = f"none of {len(pairs):,} pairs is held out (preference_eval_share {p.preference_eval_share})"
         self._warn("pairs", none if len(pairs) and not len(self.pair_splits["eval"]) else "")
         return shown(sizes + self._notes("eval", "test", "pairs"), ("split", "rows"))
@@ -399,8 +397,3 @@ class Job(StageJob):
             data_hash=self.encoded["data_hash"],
             chat_template=self.choice | ({"arguments": a} if (a := self.params.template_arguments) else {}),
         )
-
-
-def _as_sft(row: Row) -> Row:
-    kept = {name: row[name] for name in (*PLACE, "meta")}
-    return make_row("sft", row["messages"] + row.get("chosen", []), tools=row.get("tools"), **kept)

@@ -22,12 +22,12 @@ from typing import Any
 from helpers import display, machine
 from helpers.data import documents, files, formats, public_sets
 from helpers.data.formats import Shape
-from helpers.data.tables import Rejects, Table
+from helpers.data.tables import Rejects, Table, records_of
 from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_error, hub_in_time
 
-READABLE = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *documents.KINDS)
+READABLE = (*files.TABLES, *documents.KINDS)
 INFO = "dataset_info.json"
 UNFORESEEN = "row that cannot be read"  # no known row ends here; the tests say so
 MEDIA = ("images", "videos", "audios")
@@ -40,6 +40,7 @@ ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info
 }
 Described = dict[str, Any]
 SIDE_CHARS = 2000  # what is kept of a column that plays no part
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 HUB = re.compile(
     r"(?P<path>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<name>[\w.-]*))?(?::(?P<split>[\w.\[\]%:-]+))?"
 )
@@ -50,8 +51,8 @@ class Source:
     """One set of records, a local file or a hub set, and what was read from it.
 
     where: what rejects call it. hub: the arguments of `datasets.load_dataset`. limit: rows to take, 0 for all. whole:
-    a .txt is one document. shapes: mapping as text → rows; unused: column that plays no part → rows; kinds: kind of
-    row → rows.
+    a .txt is one document. split: what a folder says of its file, as `files.in_folder` has it. shapes: mapping as
+    text → rows; unused: column that plays no part → rows; kinds: kind of row → rows.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     limit: int = 0
     whole: bool = False
     where: str = ""
+    split: str = ""
     rows: int = 0
     rejected: int = 0
     shapes: Counter = field(default_factory=Counter)
@@ -70,17 +72,24 @@ class Source:
 
 @dataclass
 class Reading:
-    """The rows of a spec, and the sources that they came from."""
+    """The rows of a spec, the sources that they came from, and those of other splits, which were not read."""
 
     table: Table
     sources: list[Source]
+    aside: list[Source] = field(default_factory=list)
+
+    def held(self) -> list[Source]:
+        """What a folder holds for tests and was not read: its test files, else its validation files."""
+        test, other = ([one for one in self.aside if one.split == split] for split in ("test", "validation"))
+        return test or other
 
     def shown(self) -> display.Html:
         """What was read from where, and as what."""
         header = ("source", "where", "rows", "rejected", "read as (rows)", "columns kept aside")
         lines = []
         for one in self.sources:
-            shapes = "; ".join(f"{shape} ({count:,})" for shape, count in one.shapes.most_common(4))
+            shapes = "; ".join(f"{shape} ({count:,})" for shape, count in one.shapes.most_common(4)) or "not read"
+            shapes = f"{one.split}: {shapes}" if one.split else shapes
             aside = ", ".join(name for name, _ in one.unused.most_common(8))
             lines.append((one.name, one.where, f"{one.rows:,}", f"{one.rejected:,}", shapes, aside))
         return display.shown(lines, header)
@@ -128,7 +137,7 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if part in named:
         return _of_entry(part, named[part])
     if found := _matches(part):
-        every = [source for file in found for source in _of_file(file)]
+        every = [source for file, split in found for source in _of_file(file, split)]
         for source in every:  # a .txt that is named alone, or described, holds a text a line
             file = source.file
             if file and source.shape is None and file.name != Path(part).name and files.kind(file) == ".txt":
@@ -143,37 +152,26 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     raise TunebookError(f"The dataset {part!r} is not there: {wanted}. {advice}")
 
 
-def _matches(part: str) -> list[Path]:
-    """The files that a path, a folder or a pattern names, here or under the project."""
+def _matches(part: str) -> list[tuple[Path, str]]:
+    """The files that a path, a folder or a pattern names, here or under the project, each with its split."""
     for root in (Path(), machine.PROJECT):
         path = root / machine.path(part)
         if path.is_dir():
-            return _files_in(path)
+            return files.in_folder(path, READABLE)
         named = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         if found := [file for file in named if files.kind(file) in READABLE]:
-            return found
+            return [(path, "")] if path.exists() else files.in_splits(found, Path(os.path.commonpath(found)))
         if path.exists():
             raise TunebookError(f"{path.name} is not read as data; {', '.join(READABLE)} are, also with .gz or .zst.")
     return []
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files below a folder that can be read, hidden ones left out."""
-    every = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    every = [file for file in every if not any(part.startswith(".") for part in file.parts)]
-    known = [folder / file for file in every if files.kind(file) in READABLE and file.name != INFO]
-    if not known:
-        found = f"has no file that can be read ({', '.join(READABLE)}, also with .gz or .zst)"
-        raise TunebookError(f"The folder {folder} {found}; it has {len(every)} others.")
-    return known
-
-
-def _of_file(file: Path) -> list[Source]:
-    if (file.parent / INFO).is_file():
+def _of_file(file: Path, split: str) -> list[Source]:
+    if (file.parent / INFO).is_file() and split != files.LEFT_OUT:
         for name, entry in _described_sets(file.parent / INFO).items():
             if entry["file"] == Path(os.path.abspath(file)):
                 return _of_entry(name, entry)
-    return [Source(file.name.rsplit(files.kind(file), 1)[0] or file.name, file=file)]
+    return [Source(file.name.rsplit(files.kind(file), 1)[0] or file.name, file=file, split=split)]
 
 
 # ---------------------------------------------------------------- dataset_info.json
@@ -181,13 +179,10 @@ def _of_file(file: Path) -> list[Source]:
 
 def _described_sets(path: Path) -> dict[str, Described]:
     """Every set that a LLaMA-Factory dataset_info.json describes; none for the datasets library's file of that name."""
-    try:
-        described = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TunebookError(f"{path} cannot be read ({error}); a JSON object of dataset names was expected.") from None
-    if isinstance(described, dict) and isinstance(described.get("features"), dict) and "splits" in described:
+    described = files.json_object(path)
+    if isinstance(described.get("features"), dict) or described.keys() >= {"citation", "description"}:
         return {}
-    if not isinstance(described, dict) or not all(isinstance(value, dict) for value in described.values()):
+    if not all(isinstance(value, dict) for value in described.values()):
         raise TunebookError(f"{path} is not a dataset_info.json; a JSON object of dataset names was expected.")
     for entry in described.values():
         name = entry.get("file_name")
@@ -212,13 +207,19 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
         raise TunebookError(f"Dataset {name!r} in {path} {found}.")
     shape, limit = formats.described_shape(entry), entry.get("num_samples") or 0
     if file is None:
+        folder = Path(entry.get("folder") or "")
+        if not HUB_ID.fullmatch(hub) or Path(hub).exists() or folder.is_absolute() or ".." in folder.parts:
+            found = f"names {hub!r} and the folder {str(folder)!r}; an id of the hub and a folder in it were expected"
+            raise TunebookError(f"Dataset {name!r} in {path} {found}.")
         given = {"path": hub, "name": entry.get("subset"), "split": entry.get("split"), "data_dir": entry.get("folder")}
         return [Source(name, hub={key: value for key, value in given.items() if value}, shape=shape, limit=limit)]
-    if not file.is_relative_to(os.path.abspath(path.parent)):
+    if not files.is_inside(file, path.parent):
         raise TunebookError(f"Dataset {name!r} in {path} names {file}, outside of its folder; copy the file into it.")
     if not file.exists():
         raise TunebookError(f"The file {file} of the set {name!r} in {path} is not there; put it there.")
-    inside = _files_in(file) if file.is_dir() else [file]
+    inside = [file]
+    if file.is_dir():
+        inside = [one for one, split in files.in_folder(file, READABLE) if split in ("", "train")]
     if limit and len(inside) > 1:
         found = f"takes num_samples of a folder of {len(inside)} files"
         raise TunebookError(f"The set {name!r} {found}; name one file, or leave it out.")
@@ -229,7 +230,7 @@ def _of_entry(name: str, entry: Described) -> list[Source]:
 
 
 def read(
-    spec: str,
+    spec: str | list[Source],
     rejects: Rejects,
     *,
     format: str = "auto",
@@ -238,25 +239,29 @@ def read(
     written: dict[str, Any] | None = None,
     documents: dict[str, Any] | None = None,
     check: Callable[[dict], None] | None = None,
+    split: str = "train",
 ) -> Reading:
-    """Every row of the sources that `spec` names.
+    """Every row of the sources that `spec` names; of a folder with files for training and others the former.
 
     format: a key of `formats.SHAPES`, or "auto", with which a dataset_info.json beside a file comes first. columns: the
     user's own mapping, "prompt=question,response=sql". written: options of `formats.convert`; documents: of
-    `documents.chunks`. check: raises RowError for a row that is not wanted.
+    `documents.chunks`. check: raises RowError for a row that is not wanted. split: which of a
+    folder's splits is meant; of "test" the records that lack a column of `columns` tell their shape themselves.
     Raises TunebookError when nothing can be read, or too much is wrong.
     """
     named = formats.named_shape(format, columns)
-    found = find(spec, info)
-    every = (_rows(source, named or source.shape, rejects, written or {}, documents or {}, check) for source in found)
+    every_source = find(spec, info) if isinstance(spec, str) else spec
+    found = [one for one in every_source if one.split in ("", split)] or every_source
+    options = (rejects, written or {}, documents or {}, check, split)
+    every = (_rows(source, named or source.shape, *options) for source in found)
     table = Table.collect(batches(itertools.chain.from_iterable(every)))
-    rejects.check_rows_left(table, spec)
+    rejects.check_rows_left(table, ", ".join(one.where for one in found))
     rejects.check()
-    return Reading(table, found)
+    return Reading(table, found, [one for one in every_source if one not in found])
 
 
 def _rows(
-    source: Source, named: Shape | None, rejects: Rejects, written: dict, options: dict, check: Any = None
+    source: Source, named: Shape | None, rejects: Rejects, written: dict, options: dict, check: Any, split: str
 ) -> Iterator[Row]:
     """The rows of a source. What cannot be read or used goes to `rejects` with its row number."""
     before = rejects.invalid.total()
@@ -274,7 +279,8 @@ def _rows(
         try:
             look = formats.look(record)
             if look not in known:
-                found = formats.shape_of(record, named)
+                fits = named is None or split == "train" or record.keys() >= set(named.mapped)
+                found = formats.shape_of(record, named if fits else None)
                 known[look] = found, found.used()
             shape, used = known[look]
             parts = formats.convert(record, shape, **written)
@@ -324,4 +330,4 @@ def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:
         offline = constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError)
         raise hub_error(errors.OfflineModeIsEnabled() if offline else error, what) from error
     batches = table.with_format("arrow").iter(BATCH_ROWS)
-    yield from enumerate((record for batch in batches for record in files.records_of(batch)), 1)
+    yield from enumerate((record for batch in batches for record in records_of(batch)), 1)

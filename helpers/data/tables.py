@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers.data.turns import EXAMPLE_CHARS, Row, batches, shown
+from helpers.data.turns import BATCH_ROWS, EXAMPLE_CHARS, Row, batches, shown
 from helpers.display import clean
 from helpers.errors import TunebookError
 
@@ -56,6 +57,56 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def arrow_batches(file: Path) -> Iterator[Any]:
+    """The Arrow batches of a parquet file, an Arrow stream (as `save_to_disk` writes) or an Arrow file."""
+    import pyarrow as pa
+
+    if file.suffix.lower() == ".parquet":
+        with open_parquet(file) as table:
+            yield from table.iter_batches(batch_size=BATCH_ROWS)
+        return
+    with pa.OSFile(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            found = (reader.get_batch(at) for at in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            found = iter(pa.ipc.open_stream(source))
+        for batch in found:
+            batch.validate(full=True)  # its offsets come from strangers
+            yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
+
+
+def records_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch as JSON has them: NaN is null, and a nested object has no key that holds nothing; the
+    number of a class is its name, where the datasets library wrote names (ClassLabel)."""
+    classes = _classes((batch.schema.metadata or {}).get(b"huggingface", b""))
+    records = [{name: _as_json(value) for name, value in record.items()} for record in batch.to_pylist()]
+    for column, names in classes.items():
+        for record in records:
+            at = record.get(column)
+            record[column] = names[at] if isinstance(at, int) and 0 <= at < len(names) else None
+    return records
+
+
+@functools.lru_cache(8)
+def _classes(metadata: bytes) -> dict[str, list[str]]:
+    """Column → names of its classes, from a schema's metadata of the datasets library."""
+    try:
+        features = json.loads(metadata or b"{}").get("info", {}).get("features", {})
+        return {name: [*map(str, one["names"])] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        return {}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return value if value == value else None
 
 
 class Table:

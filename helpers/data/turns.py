@@ -93,6 +93,12 @@ def make_row(
     return made
 
 
+def as_sft(row: Row) -> Row:
+    """A row that is trained on its own: a pair gives its chosen answer, a KTO row what it holds."""
+    kept = {name: row[name] for name in (*PLACE, "meta")}
+    return make_row("sft", row["messages"] + row.get("chosen", []), tools=row.get("tools"), **kept)
+
+
 def all_messages(row: Row) -> list[dict]:
     """Every message of a row, the chosen and rejected answers of a preference row last."""
     return row["messages"] + row.get("chosen", []) + row.get("rejected", [])

@@ -453,3 +453,17 @@ def test_max_rows_takes_the_first_or_drawn_rows_and_counts_the_others(job, shuff
     assert [row["row"] for row in made.training_rows.rows()] == taken
     assert made.rejects.removed == {"over max_rows": 35} and "over max_rows: 35" in str(made.clean())
     assert "max_rows" not in str(job(rows(20), "few", max_rows=20).read())
+
+
+def test_the_test_files_of_a_snapshot_are_the_test_rows_and_it_is_said(job, tmp_path):
+    for name, start, count in (("train", 0, 30), ("test", 900, 4), ("validation", 950, 3)):
+        path = tmp_path / f"set/data/{name}-00000-of-00001.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows(count, start)))
+    (tmp_path / "set/README.md").write_text("# A set of numbers\n" * 20)
+    done = job(dataset=str(tmp_path / "set"))
+    shown = repr(done.read())
+    assert "No test_dataset is named: the test files of" in shown and "validation: not read" in shown
+    done.generate(), done.clean(), done.mix(), done.split()
+    asked = {row["messages"][0]["content"] for row in done.splits["test"].rows()}
+    assert asked == {f"What is number {i}?" for i in range(900, 904)}

@@ -300,6 +300,11 @@ class Conversion:
                 self._pattern[name] = pattern
                 self._between[rename_source_key(name, renamings, [], prefix, known)[0]] = name
 
+    def targets(self, key: str) -> set[str]:
+        """The parameters that a group becomes: `key`, and those that share its tensors."""
+        names = self._by_pattern[self._pattern[self.groups[key][0]]].target_patterns
+        return {key.replace(names[0], name) for name in names}
+
     def forward(self, key: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters that the tensors of a group become."""
         converter = copy.deepcopy(self._by_pattern[self._pattern[self.groups[key][0]]])

@@ -115,6 +115,8 @@ def settings(stage, **given):
 def data_stage(run, model, tokenizer, train=None, held_out=None, pairs=None, held_out_pairs=None, name=None, **given):
     """Write a finished data stage for `run`; `model` is a folder, `given` other parameters. Returns its manifest."""
     stage = begun("data", parameters.resolve("data", {"run": run, "model": str(model), **given}))
+    if given:
+        tokenizer.save_pretrained(stage.path / "tokenizer")
     for file, rows in (
         ("train", train or sft_rows(tokenizer, 32)),
         ("eval", held_out or sft_rows(tokenizer, 8, seed=1)),

@@ -112,8 +112,14 @@ def of_run(data: Path, base: Path | None) -> Any:
 
 def fit(model: Any, tokenizer: Any) -> bool:
     """Give `model` an embedding row for every id of `tokenizer`; true when it had to grow. Rows are never taken away:
-    many models have more than their tokenizer needs."""
-    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+    many models have more than their tokenizer needs. A new row is the mean of the others, so that it never wins."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
         return False
+    import torch
+
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for layer in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+            layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight.dtype)
     return True

@@ -23,7 +23,7 @@ PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers
 def decoder_layers(model: Any) -> Any:
     """The decoder layers of a causal LM or its PEFT wrapper. Raises TunebookError when there is no such list."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    body = getattr(causal, causal.base_model_prefix, causal)
+    body = causal.get_decoder()  # of the language model, where there is a vision part
     layers = getattr(body, "layers", None) or getattr(body, "h", None)
     if layers is None or not hasattr(layers[0], "gradient_checkpointing"):
         raise TunebookError(
@@ -45,7 +45,8 @@ def set_recompute(model: Any, layers: int | str = 0, offload: bool = False, tile
     run = _offloaded(_HiddenStore()) if offload else _checkpointed
     for index, layer in enumerate(stack):
         compat.checkpoint_layer(layer, run if index < count else None)
-        _tile(layer.mlp, tile_mlp)
+        if mlp := getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None):
+            _tile(mlp, tile_mlp)
     return count
 
 

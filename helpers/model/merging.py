@@ -234,12 +234,10 @@ class _Merger:
         """A tensor of the files as it is after the merge."""
         if name in self.converted:
             return self.converted.pop(name)
-        group = self.conversion.groups.get(key) if self.conversion else None
+        group = self.conversion.groups.get(key) if self.waiting else None
         tensor = self.weights.read(name)
-        if group:
+        if group and self.waiting.keys() & self.conversion.targets(key):
             made = self.conversion.forward(key, {n: tensor if n == name else self.weights.read(n) for n in group})
-            if not made.keys() & self.waiting.keys():
-                return tensor
             merged = {k: self._changed(k, v).to(self.dtype) for k, v in made.items()}
             self.converted |= self.conversion.back(key, merged)
             return self.converted.pop(name)

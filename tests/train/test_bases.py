@@ -23,12 +23,12 @@ def settings(**given):
     return train_data.settings("sft", **{**TRAINED, **given})
 
 
-def exported(**given):
-    """The GGUF stage's job after its files were proven."""
+def exported(proven=True, **given):
+    """The GGUF stage's job after its files were proven, or the merge alone."""
     small = {"run": "r", "quantizations": "q8_0", "fidelity_tokens": 60, "fidelity_answers": 1, "task_questions": 0}
     job = export.open(parameters.resolve("gguf", {**small, **given}))
     job.check()
-    job.prove()
+    (job.prove if proven else job.merge)()
     return job
 
 
@@ -77,7 +77,7 @@ def test_a_packed_base_is_trained_resumed_exported_and_judged(packed, narrow_lla
         judged = logprobs(session.reader.model, ids)
     assert divergence(judged, merged) < 1e-3
 
-    job = exported(model_16bit=str(narrow_llama), again=True)
+    job = exported(False, model_16bit=str(narrow_llama), again=True)
     assert "the 16-bit base" in repr(job.check())
     onto_16 = logprobs(loading.load_model(job.merged, dtype="fp32"), ids)
     original = merging.merge(narrow_llama, adapter, job.work / "wanted").path
@@ -100,19 +100,19 @@ def test_what_a_packed_base_cannot_do_is_refused(packed, untied_llama):
     ):
         with pytest.raises(TunebookError, match=words):
             export.open(parameters.resolve("gguf", {"run": "r", "export": "base", **given}))
-    assert exported(export="base").results[0].mean_kl < 1e-4
+    unpacked = exported(False, export="base").merged
+    assert not weights.Weights(unpacked).states
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_added_tokens_of_an_untied_model_are_the_same_everywhere(method, runs_root, untied_llama, smollm2):
+def test_added_tokens_of_an_untied_model_are_the_same_everywhere(runs_root, untied_llama, smollm2):
     own, tokens = loading.load_tokenizer(smollm2), "kilohertz,<|sql|>"
     added = vocabulary.add_tokens(None, own, tokens)
     rows = train_data.sft_rows(own, 8)
     for row in rows:
         row["input_ids"] = [*row["input_ids"][:-2], *added, *row["input_ids"][-2:]]
         row["completion_mask"] = [*row["completion_mask"], 1, 1]
-    train_data.data_stage("r", untied_llama, loading.load_tokenizer(smollm2), rows, rows[:2], add_tokens=tokens)
-    job = training.open(settings(method=method))
+    train_data.data_stage("r", untied_llama, own, rows, rows[:2], add_tokens=tokens)
+    job = training.open(settings(method="lora"))
     job.train()
     model = job.model.eval()
     trained = {name.split(".")[-4] for name, p in model.named_parameters() if "trainable_tokens" in name}
@@ -120,21 +120,18 @@ def test_added_tokens_of_an_untied_model_are_the_same_everywhere(method, runs_ro
     ids = [*own("How many lakes? SELECT")["input_ids"], *added, 5]
     tuned = logprobs(model, ids)
     adapter = job.finish().path / "adapter"
-    start = vocabulary.add_tokens(base := loading.load_model(untied_llama, dtype="fp32"), own_again(smollm2), tokens)
-    again = logprobs(methods.loading.load_adapter(base, adapter), ids)
-    assert start == added and divergence(tuned, again) < (1e-5 if method == "lora" else 0.05)
+    base = loading.load_model(untied_llama, dtype="fp32")
+    assert vocabulary.add_tokens(base, loading.load_tokenizer(smollm2), tokens) == added
+    again = logprobs(loading.load_adapter(base, adapter), ids)
+    assert divergence(tuned, again) < 1e-5
     head = weights.header(adapter / "adapter_model.safetensors")
     assert any("lm_head" in name and entry.shape[0] == 2 for name, entry in head.items())
-    made = exported(merge_onto="16bit")
+    made = exported()
     merged = logprobs(loading.load_model(made.merged, dtype="fp32"), ids)
     assert divergence(again, merged) < 1e-4 and made.merge_check["mean_kl"] < 1e-4
     sft = candidates.Candidate("sft", "sft", "hf", "sft", untied_llama, adapter)
     with candidates.Session(sft, "answers") as session:
         assert divergence(merged, logprobs(session.reader.model, ids)) < 1e-4
-
-
-def own_again(smollm2):
-    return loading.load_tokenizer(smollm2)
 
 
 def test_added_tokens_use_the_free_rows_of_a_padded_embedding(tokenizer, smollm2, tmp_path):
@@ -255,7 +252,7 @@ def test_experts_and_language_models_with_a_vision_part_merge_into_what_was_trai
     model.save_pretrained(tmp_path / "adapter")
     merged = merging.merge(base, tmp_path / "adapter", tmp_path / "merged")
     found = logprobs(loading.load_model(merged.path, dtype="fp32"), ids)
-    assert divergence(wanted, found) < 1e-4 < 0.01 < divergence(wanted, plain)
+    assert divergence(wanted, found) < 1e-4 < 0.002 < divergence(wanted, plain)
     again = loading.load_adapter(loading.load_model(base, dtype="fp32"), tmp_path / "adapter")
     assert divergence(wanted, logprobs(again, ids)) < 1e-8
     before, after = weights.Weights(base), weights.Weights(merged.path)

@@ -152,7 +152,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], limit:
     return [(text.strip(), not set(ends).isdisjoint(row)) for text, row in zip(texts, made, strict=True)]
 
 
-def placement(size_gib: float) -> dict[str, str]:
+def placement(size_gib: float) -> dict[str, Any]:
     """dtype and device for a model of that many GiB in 16 bits: float32, bfloat16 where that does not fit; the GPU, or
     the CPU where it has no room."""
     from transformers.utils import logging

@@ -98,7 +98,8 @@ def splits(
         for name, count in rows.items()
     ]
     histogram = {str(length): count for length, count in sorted(fitter.lengths.items())}
-    found |= {"mixture": mixture, "lengths": fitter.report(), "histogram": histogram, "notes": dict(encoder.notes)}
+    notes = {**encoder.notes, **{f"{what} (test questions)": count for what, count in tests.notes.items()}}
+    found |= {"mixture": mixture, "lengths": fitter.report(), "histogram": histogram, "notes": notes}
     return found | {"data_hash": cache.key(*(cache.sha256_file(folder / f"{name}.parquet") for name in TRAINED))}
 
 
@@ -137,8 +138,8 @@ def _proposed(tables: Mapping[str, Table], template: Template, p: DataParams) ->
 
 def pairs(
     tables: Mapping[str, Table], template: Template, p: DataParams, limit: int, folder: Path, rejects: Rejects
-) -> tuple[dict[str, int], int]:
-    """Write preference.parquet and preference_eval.parquet; (pairs by file, pairs over `limit` tokens).
+) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Write preference.parquet and preference_eval.parquet; (pairs by file, pairs over `limit` tokens, notes).
 
     A pair whose longer side is over the limit is dropped and counted. No file is written where there is no pair.
     """
@@ -160,13 +161,13 @@ def pairs(
             yield kept
 
     if not len(tables["train"]) + len(tables["eval"]):
-        return {}, 0
+        return {}, 0, {}
     files = (("preference", "train"), ("preference_eval", "eval"))
     written = {file: write(folder / f"{file}.parquet", "preference", fitting(tables[name])) for file, name in files}
     rejects.check()
     if not written["preference"]:
         raise TunebookError(f"No preference pair fits max_length = {limit}: {over:,} are longer; raise max_length.")
-    return written, over
+    return written, over, {f"{what} (pairs)": -(-count // 2) for what, count in encoder.notes.items()}  # of both sides
 
 
 # ---------------------------------------------------------------- lengths

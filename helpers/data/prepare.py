@@ -343,8 +343,11 @@ class Job(StageJob):
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
         self._begin("pairs")
         limit = self.encoded["max_length"]
-        written, over = encode.pairs(self.pair_splits, self.template(), self.params, limit, self.path, self.rejects)
+        written, over, notes = encode.pairs(
+            self.pair_splits, self.template(), self.params, limit, self.path, self.rejects
+        )
         self.encoded["written"] |= written
+        self.encoded["notes"] |= notes
         lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]
         self._warn("loss", " ".join(self.rejects.loss(self.inputs, self.params.loss_limit)))
         return shown([*lines, ("over max_length", f"{over:,}"), *self._notes("loss")], ("file", "pairs"))

@@ -63,11 +63,15 @@ class Chat:
 
     def prompt(self, messages: list[dict], tools: str | None = None) -> list[int]:
         """Token ids of what the model is given to answer a conversation. tools: JSON text. Raises RowError."""
+        return self.ids(self.text(messages, tools))
+
+    def text(self, messages: list[dict], tools: str | None = None) -> str:
+        """The same as text, in which control tokens that are ordinary text are marked."""
         shown, listed = self.shown({"messages": messages, "tools": tools})
         (rendering,) = render(self.template.tokenizer, [(shown, listed, [len(shown)])], PROBE_SECONDS)
         if isinstance(rendering, RowError):
             raise rendering
-        return self.ids(rendering.turns[0][0])
+        return rendering.turns[0][0]
 
     # ------------------------------------------------------------ turns
 

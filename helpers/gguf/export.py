@@ -176,7 +176,7 @@ class ExportJob(steps.Job):
         prompts = [ids for _, ids in talks[: self.params.fidelity_answers]]
         prompts = prompts or [row[: len(row) // 2] for row in rows[: self.params.fidelity_answers] if len(row) > 1]
         files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
-        shown = [talk for talk, _ in talks[:2]]
+        shown = [talk for talk, _ in talks if not talk[1]][:2]  # llama.cpp's server writes a tool list anew
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=shown)
         with closing(made) as reference:
             small = [k for k in files if k not in convert.TYPES_16]

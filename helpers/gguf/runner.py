@@ -60,10 +60,13 @@ class GgufModel:
         shown = list(messages)
         if self._chat:
             shown, tools = self._chat.shown({"messages": shown, "tools": tools})
-        try:
-            text = self.ask("apply_template", openai_form(shown), json.loads(tools) if tools else None)
-        except TunebookError as error:
-            raise RowError("template refused", str(error)) from None
+        if self._chat and tools:  # llama.cpp's server writes a tool list anew: other keys, other order
+            text = self._chat.text(list(messages), tools)
+        else:
+            try:
+                text = self.ask("apply_template", openai_form(shown), json.loads(tools) if tools else None)
+            except TunebookError as error:
+                raise RowError("template refused", str(error)) from None
         if self._chat and LITERAL in text:  # control tokens that are text here
             parts = self._chat.parts(text)
             ids = [i for part, special in parts for i in self.ask("tokenize", part, False, special)]

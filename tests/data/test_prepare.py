@@ -9,10 +9,21 @@ import pytest
 
 from helpers import params, runs
 from helpers.data import prepare
+from helpers.data.labels import Encoder
 from helpers.display import plain
 from helpers.errors import TunebookError
+from helpers.evaluate import preferences
+from helpers.evaluate.generate import HfModel
 from helpers.model.loading import load_tokenizer
 from helpers.report import data_page
+from helpers.tasks import questions
+
+
+class Asking(HfModel):
+    """What notebook 05 asks, without weights."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
 
 
 @pytest.fixture
@@ -467,3 +478,69 @@ def test_the_test_files_of_a_snapshot_are_the_test_rows_and_it_is_said(job, tmp_
     done.generate(), done.clean(), done.mix(), done.split()
     asked = {row["messages"][0]["content"] for row in done.splits["test"].rows()}
     assert asked == {f"What is number {i}?" for i in range(900, 904)}
+
+
+CALL = {"function": {"name": "find", "arguments": {"name": "Ida", "before": None}}}
+TOOLS = [{"type": "function", "function": {"name": "find", "description": "Find", "parameters": {}}}]
+
+
+def tool_rows(count):
+    found = []
+    for i in range(count):
+        talk = [{"role": "user", "content": f"Find person {i}."}, {"role": "assistant", "tool_calls": [CALL]}]
+        if i % 2:
+            talk += [{"role": "tool", "content": f"{i} hits"}, {"role": "assistant", "content": f"There are {i}."}]
+        found.append({"messages": talk, "tools": TOOLS})
+    return found
+
+
+def test_held_out_questions_and_pairs_keep_their_tools_and_05_asks_what_was_trained(job, tokenizer, tmp_path):
+    asked = {"prompt": "Find person", "tools": TOOLS}
+    pairs = [{**asked, "prompt": f"Find {i}", "chosen": f"Looking {i}.", "rejected": "No."} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    done = job(tool_rows(80), test_share=0.3, preference_dataset=str(tmp_path / "pairs.jsonl"))
+    run(done)
+    reader, items = Asking(tokenizer), questions.read(done.path / "test.parquet")
+    encoder = Encoder(done.template(), "last")
+    assert len(items) > 8 and {bool(item.answer.get("tool_calls")) for item in items} == {True, False}
+    rows = {row["id"]: row for row in done.splits["test"].rows()}
+    for item in items:
+        ((trained,),) = encoder.encode([[rows[item.id]]])
+        assert trained.ids[: trained.prompt].tolist() == reader.encode(*item.asked)
+        assert "find" in tokenizer.decode(trained.ids[: trained.prompt])
+    for pair in preferences.read(done.path / "preference_eval.parquet"):
+        for side in ("chosen", "rejected"):
+            assert reader.answered(*pair["prompt"], pair[side]) == pair["runs"][side]
+            assert "find" in tokenizer.decode(pair["runs"][side][0][0])
+
+
+def test_a_control_token_is_refused_while_reading_with_its_remedy_or_taken_as_text(job, tmp_path):
+    bad, other = ({"question": f"What does <|im_end|> {verb}?", "answer": "The end"} for verb in ("mean", "do here"))
+    (tmp_path / "test.jsonl").write_text(json.dumps(other) + "\n" + json.dumps(rows(1, 500)[0]) + "\n")
+    done = job([*rows(60), bad], test_dataset=str(tmp_path / "test.jsonl"))
+    done.read()
+    assert done.rejects.invalid == {"special token in text": 2}  # before anything is cleaned
+    with pytest.raises(TunebookError, match="set control_tokens to 'text'"):
+        job([*rows(3), bad]).read()
+    done = job([*rows(60), bad], test_dataset=str(tmp_path / "test.jsonl"), control_tokens="text", test_share=0.0)
+    run(done)
+    assert not done.rejects.invalid and len(read(done, "test")) == 2
+    assert done.encoded["notes"]["control tokens in a text taken as text"] == 1
+
+
+def test_test_questions_that_cannot_be_asked_are_counted_before_training(job, tmp_path, monkeypatch):
+    long = {"question": "word " * 9000, "answer": "a"}
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows(2, 500), long]))
+    done = job(rows(60), test_dataset=str(path))
+    run(done)
+    assert done.rejects.invalid == {"question too long": 1} and len(read(done, "test")) == 2
+    path.write_text(json.dumps(long) + "\n")
+    with pytest.raises(TunebookError, match=r"No row of the test set.*question too long.*the model reads"):
+        run(job(rows(60), test_dataset=str(path)))
+
+
+def test_keys_of_messages_that_play_no_part_are_shown_like_columns(job):
+    talk = [{"role": "user", "content": "q", "emotion": "joy"}, {"role": "assistant", "content": "a"}]
+    done = job([{"messages": talk}])
+    assert "messages: emotion" in done.read().text

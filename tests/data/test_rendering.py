@@ -40,8 +40,8 @@ R1 = """{%- for m in messages %}{%- if m.role == 'assistant' %}{{ '<|im_start|>A
 # Gemma's kind: no system role, answers trimmed.
 GEMMA = """{%- for m in messages %}{%- if m.role == 'system' %}
 {{- raise_exception('System role not supported') }}{%- endif %}
-{%- set role = 'model' if m.role == 'assistant' else m.role %}{{- '<repo_name>' ~ role ~ '\\n' ~ m.content | trim ~ '<file_sep>\\n' }}{%- endfor %}
-{%- if add_generation_prompt %}{{ '<repo_name>model\\n' }}{%- endif %}"""
+{{- '<repo_name>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\\n' ~ m.content | trim }}
+{{- '<file_sep>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<repo_name>model\\n' }}{%- endif %}"""
 # Hermes's kind, where the tag behind a call is a control token of the tokenizer.
 HERMES = """{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content }}
 {%- for c in m.tool_calls or [] %}{{ '<file_sep>' ~ (c.function | tojson) ~ '<issue_closed>' }}{%- endfor %}

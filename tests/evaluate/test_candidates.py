@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 
+from helpers import llm_client
 from helpers.cache import Answers
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates, forgetting, generate, harness, preferences
@@ -318,6 +320,48 @@ def test_preference_is_the_log_odds_of_mean_token_probability(tiny, lively, tmp_
     assert found["margins"].tolist() == pytest.approx(margins, rel=1e-3)
     assert found["accuracy"]["value"] == sum(margin > 0 for margin in margins) / 5
     assert preferences.right([0.3, -0.3, 0.0, math.nan]) == [1.0, 0.0, 0.5, None]
+
+
+def with_template(folder, base, text):
+    """A copy of a model's folder with another chat template."""
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(text)
+    return folder
+
+
+def test_a_question_that_cannot_be_asked_is_said_and_the_others_are_answered(lively, tmp_path):
+    own = (lively / "chat_template.jinja").read_text()
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + own
+    folder = with_template(tmp_path / "refusing", lively, refusing)
+    question = [{"role": "user", "content": "Why?"}]
+    asked = [*conversations(1), question, [{"role": "user", "content": "word " * 3000}]]
+    with candidates.Session(as_candidate(folder), tmp_path) as s:
+        system, short, long = s.answers(asked, Decoding(6))[0]
+        assert "no system role" in system.refused and "the model reads 2,048" in long.refused and short.tokens == 6
+        with pytest.raises(TunebookError, match=r"No question can be asked: the chat template says.*no system role"):
+            s.answers(conversations(2), Decoding(6))
+
+
+def test_answers_to_prompts_with_the_time_in_them_are_kept_by_what_was_rendered(lively, tmp_path):
+    own = (lively / "chat_template.jinja").read_text()
+    for clock, kept in (("%f", 0), ("%Y", 3)):
+        folder = with_template(tmp_path / clock[1:], lively, "{{ strftime_now('" + clock + "') }}" + own)
+        for again in (0, kept):
+            with candidates.Session(as_candidate(folder), tmp_path) as s:
+                assert s.answers(conversations(3), Decoding(3))[1]["from_cache"] == again
+
+
+def test_tools_reach_an_endpoint_and_its_calls_are_its_answer():
+    call = {"name": "find", "arguments": {"name": "Ida", "before": None}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "weight": 0}]
+    turns[1]["tool_calls"] = [{"type": "function", "function": call}]
+    asked = candidates.RemoteModel.encode(None, turns, json.dumps([{"type": "function"}]))
+    assert json.loads(asked.messages[1]["tool_calls"][0]["function"]["arguments"]) == call["arguments"]
+    assert "weight" not in asked.messages[1]
+    request = llm_client.Request(asked.messages, tools=json.loads(asked.tools))
+    assert request.body("m")["tools"] == [{"type": "function"}] and "tools" not in llm_client.Request([]).body("m")
+    said = {"content": None, "tool_calls": [{"function": {**call, "arguments": json.dumps(call["arguments"])}}]}
+    assert json.loads(llm_client._text_of(said)) == call
 
 
 # ------------------------------------------------------------ harness

@@ -170,6 +170,20 @@ def test_a_planted_worse_candidate_comes_out_worse_and_a_copy_equal(judged):
     assert metrics["candidates"]["good"]["accuracy"] == 0.75 and metrics["candidates"]["good"]["valid"] == 1.0
 
 
+def test_a_question_that_one_candidate_cannot_read_is_left_out_for_all(planted, tiny_llama, runs_root, monkeypatch):
+    url, rows = planted
+    monkeypatch.setenv("TUNEBOOK_CACHE", str(runs_root / "cache"))
+    rows = [*rows[:4], {**rows[4], "question": rows[4]["question"] + " please" * 3000}]
+    data_stage("long", rows, tiny_llama)
+    given = {"run": "long", "candidates": "base", "extra_candidates": f"good={url}/good/v1#good", "max_new_tokens": 4}
+    given |= dict.fromkeys(("general_tasks", "general_text", "general_chat"), "")
+    job = evaluation.open(params.resolve("eval", given))
+    job.measure()
+    assert job.found["task"]["n"] == 4 and {len(m.values) for m in job.findings.measured.values()} == {4}
+    (warning,) = [w for w in job.found["warnings"] if "left out for all" in w]
+    assert warning.startswith("1 of 5 questions") and "the model reads 2,048" in warning
+
+
 def test_candidates_that_cannot_load_are_left_out_with_the_reason_first_and_the_others_go_on(judged):
     _, _, scores, metrics = judged
     assert {"gone", "bent"} == set(metrics["skipped"]) and all(metrics["skipped"].values())

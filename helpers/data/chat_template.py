@@ -198,6 +198,12 @@ def writes_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
+def set_arguments(tokenizer: Any, arguments: str) -> None:
+    """Put `template_arguments` into the tokenizer's template."""
+    if arguments.strip():
+        tokenizer.chat_template = with_arguments(tokenizer.chat_template or "", arguments)
+
+
 def with_arguments(template: str, arguments: str) -> str:
     """The template with values for its own switches in front: "enable_thinking=false, date_string=1 May 2026", or JSON.
 

@@ -132,12 +132,21 @@ class Encoder:
     def questions(self, rows: Iterable[list[Row]]) -> Iterator[list[tuple[Row, int]]]:
         """(row, tokens of its prompt) of test rows; one whose question cannot be asked is rejected."""
 
-        def asked(row: Row) -> tuple[Row, int]:
+        def shown(row: Row) -> tuple[Row, Asked]:
             messages = (row["messages"] + row.get("chosen", []))[:-1]
-            return row, len(self.chat.prompt(messages, row.get("tools"))) if messages else 0
+            turns, tools = self.chat.shown({"messages": messages, "tools": row.get("tools")})
+            return row, (turns, tools, [len(turns)])
+
+        def counted(row: Row, rendering: Rendering | RowError) -> tuple[Row, int]:
+            if isinstance(rendering, RowError):
+                raise rendering
+            return row, len(self.chat.ids(rendering.turns[0][0]))
 
         for batch in rows:
-            yield list(self._accepted(asked, batch))
+            texts = [row for row in batch if row["kind"] == "text"]  # asked nothing
+            ready = list(self._accepted(shown, (row for row in batch if row["kind"] != "text")))
+            rendered = render(self.template.tokenizer, [asked for _, asked in ready])
+            yield [(row, 0) for row in texts] + list(self._accepted(counted, (row for row, _ in ready), rendered))
 
     # ------------------------------------------------------------ one batch
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 from helpers import machine, plots, runs
 from helpers.cache import Answers
 from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, synthetic, template_choice, vocabulary
-from helpers.data.chat_template import Template, inspect, with_arguments
+from helpers.data.chat_template import Template, inspect, set_arguments
 from helpers.data.chat_template import plain as plain_text
 from helpers.data.rendering import refuse_control_tokens
 from helpers.data.split import asks, group_value, pairs_of, split
@@ -77,8 +77,7 @@ class Job(StageJob):
         tokenizer = loading.load_tokenizer(self.source)
         vocabulary.add_tokens(None, tokenizer, self.params.add_tokens)
         self.choice = template_choice.choose(tokenizer, self.params.chat_template, self.params.template_tokens)
-        if self.params.template_arguments:
-            tokenizer.chat_template = with_arguments(tokenizer.chat_template or "", self.params.template_arguments)
+        set_arguments(tokenizer, self.params.template_arguments)
         return tokenizer
 
     @property
@@ -298,8 +297,8 @@ class Job(StageJob):
         tokenizer, rows = self.tokenizer, chain(*(part.rows() for part in (*self.splits.values(), self.pair_rows)))
         if not tokenizer.chat_template and all(row["kind"] == "text" for row in rows):
             return plain_text(tokenizer)
-        given = [("template_arguments", self.params.template_arguments)] * bool(self.params.template_arguments)
-        return replace(inspect(tokenizer), chosen=(*template_choice.facts(self.choice), *given))
+        given = ("template_arguments", self.params.template_arguments or "none")
+        return replace(inspect(tokenizer), chosen=(*template_choice.facts(self.choice), given))
 
     @step
     def vocabulary(self) -> Html:
@@ -342,10 +341,8 @@ class Job(StageJob):
     def pairs(self) -> Html:
         """Write preference.parquet and preference_eval.parquet, each answer with exactly one end of turn."""
         self._begin("pairs")
-        limit = self.encoded["max_length"]
-        written, over, notes = encode.pairs(
-            self.pair_splits, self.template(), self.params, limit, self.path, self.rejects
-        )
+        given = (self.template(), self.params, self.encoded["max_length"], self.path, self.rejects)
+        written, over, notes = encode.pairs(self.pair_splits, *given)
         self.encoded["written"] |= written
         self.encoded["notes"] |= notes
         lines = [(f"{file}.parquet", f"{count:,}") for file, count in written.items()] or [("no preference pairs", "")]

@@ -27,6 +27,14 @@ HARMLESS = ("non-toxic", "nontoxic", "not toxic", "neutral", "safe", "non-hate",
 MAX_CHARS = 4_000  # a scorer sees the start of longer texts
 MIN_LETTERS_FOR_LANGUAGE = 20  # below, py3langid guesses; Chinese says in 20 characters what English says in 60
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r")
+CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`)", re.DOTALL)
+# Terminal output, code that handles characters, and text about encodings: what looks broken there may be the subject.
+MEANT = re.compile(
+    r"\x1b[\[\]]|[─│├└┌┐┘┤═║█▉-▏]{2}|\b(?:mojibake|ftfy|charsets?|encodings?|unicode|utf-?(?:8|16|32)|latin-?1|codepage"
+    r"|iso-?8859|cp-?\d{3,4}|windows-?125\d|unicodedata)\b|\.(?:encode|decode|replace)\(|^\s*(?:def|class|import|from|#include"
+    r"|SELECT|INSERT|UPDATE|const|let|var|function|public)\s.*[(;:{=*]|\.normalize\(",
+    re.IGNORECASE | re.MULTILINE,
+)
 LOOP = 60  # letters and digits in a row that only a loop or boilerplate holds twice
 NOT_LETTERS = re.compile(r"[\W_]+")
 UNREADABLE = re.compile("[\ufffd\ue000-\uf8ff]")  # replacement and private-use characters
@@ -75,7 +83,8 @@ def run(
 def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[list[Row]]:
     """Mend mojibake, control characters, lone surrogates and line ends with ftfy, and normalise to NFC.
 
-    What may be meant is left alone: HTML entities, curly quotes, full-width forms, ligatures, white space.
+    What may be meant is left alone: HTML entities, curly quotes, full-width forms, ligatures, white space; code in
+    marks, and rows that show terminal output, code that handles characters, or are about encodings.
     """
     import ftfy
 
@@ -83,11 +92,14 @@ def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[li
     config = ftfy.TextFixerConfig(normalization="NFC", **dict.fromkeys(kept_as_it_is, False))
 
     def mended(text: str) -> str:
-        return text if text.isascii() and not CONTROL.search(text) else ftfy.fix_text(text, config)
+        if text.isascii() and not CONTROL.search(text):
+            return text
+        parts = CODE.split(text)
+        return "".join(part if at % 2 else ftfy.fix_text(part, config) for at, part in enumerate(parts))
 
     for batch in rows:
         report.seen += len(batch)
-        done = [map_contents(row, mended) for row in batch]
+        done = [row if MEANT.search(text_of(row)) else map_contents(row, mended) for row in batch]
         for row, new in zip(batch, done, strict=True):
             if new is not row:
                 report.alter(text_of(row), text_of(new), "repaired characters")

@@ -13,6 +13,7 @@ import csv
 import fnmatch
 import functools
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -263,7 +264,8 @@ def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
 def decoded(text: str) -> str:
     """`text`, when every byte of it could be decoded. Raises RowError."""
     if not text.isascii() and (wrong := UNDECODED.search(text)):
-        raise RowError("not UTF-8", f"character {wrong.start() + 1} cannot be decoded; save the file as UTF-8")
+        advice = 'save the file as UTF-8 (a spreadsheet\'s "CSV UTF-8", or iconv -f WINDOWS-1252 -t UTF-8 FILE)'
+        raise RowError("not UTF-8", f"character {wrong.start() + 1} cannot be decoded; {advice}")
     return text
 
 
@@ -345,7 +347,11 @@ def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
 def _csv(text: io.TextIOWrapper, delimiter: str) -> Found:
     """Values under a header line. They stay text, whatever they begin with; an empty one is null."""
     csv.field_size_limit(MAX_LINE)
-    table = csv.reader(iter(functools.partial(text.readline, MAX_LINE), ""), delimiter=delimiter, strict=True)
+    lines = iter(functools.partial(text.readline, MAX_LINE), "")
+    head = next(lines, "")
+    if delimiter == "," and "," not in head:  # as spreadsheets write it where the comma is decimal
+        delimiter = max(";\t|", key=head.count) if any(mark in head for mark in ";\t|") else ","
+    table = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
     while True:
@@ -353,7 +359,8 @@ def _csv(text: io.TextIOWrapper, delimiter: str) -> Found:
         try:
             values = next(table, None)
         except csv.Error as error:  # an open quotation mark swallows lines: each of them is a lost row
-            wrong = RowError("malformed csv", f"lines {before + 1} to {table.line_num}: {error}")
+            why = f"lines {before + 1} to {table.line_num}: {error}; look for a quotation mark that is not closed"
+            wrong = RowError("malformed csv", f"{why} in line {before + 1}")
             for _ in range(max(1, table.line_num - before)):
                 number += 1
                 yield number, wrong
@@ -364,7 +371,7 @@ def _csv(text: io.TextIOWrapper, delimiter: str) -> Found:
             number += 1
             yield number, attempt(_record, header, values, table.line_num)
         elif len(set(values)) < len(values):
-            found = f"the header is {', '.join(values)[:200]}"
+            found = f"the header is {', '.join(map(repr, values))[:200]}"
             yield 0, RowError("duplicated column", f"{found}; every column needs its own name")
             return
         else:
@@ -375,7 +382,9 @@ def _record(header: list[str], values: list[str], line: int) -> dict[str, str | 
     if len(values) != len(header):
         raise RowError("wrong number of values", f"line {line}: {len(values)} values under {len(header)} columns")
     decoded("".join(values))
-    return {name: value or None for name, value in zip(header, values, strict=True)}
+    return {
+        name: None if value in ("", "NaN", "nan", "<NA>") else value for name, value in zip(header, values, strict=True)
+    }
 
 
 def _arrow(file: Path) -> Found:

@@ -71,6 +71,31 @@ def test_what_may_be_meant_is_left_alone(text):
     assert rows == [row] and report.changed == 0
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Write `schÃ¶n`, or\n```py\ns = 'schÃ¶n'\r\n```",
+        "s.replace('â€™', \"'\")",
+        "UTF-8 read as Latin-1 turns schön into schÃ¶n.",
+        "\x1b[31mred\x1b[0m",
+        "├── src\n└── Ã¶",
+        "def broken():\n    return 'schÃ¶n'",
+        "SELECT name FROM t WHERE name = 'schÃ¶n';",
+        "What encoding makes â€œ of a quotation mark?",
+    ],
+)
+def test_code_terminal_output_and_text_about_encodings_are_left_alone(text):
+    rows, report = through(clean.repair_unicode, [talk("hi", text)])
+    assert rows[0]["messages"][-1]["content"] == text and report.changed == 0
+
+
+def test_prose_beside_code_is_mended_and_the_example_shows_both(tmp_path):
+    rows, report = through(clean.repair_unicode, [talk("hi", "x" * 300 + " schÃ¶n, but `schÃ¶n`")])
+    assert rows[0]["messages"][-1]["content"].endswith("schön, but `schÃ¶n`")
+    example = report.examples["repaired characters"]
+    assert "schÃ¶n" in example["before"] and "schön" in example["after"] and len(example["before"]) <= 60
+
+
 def test_a_mended_row_has_the_id_of_its_new_content_and_all_its_parts():
     pair = make_row(
         "preference",

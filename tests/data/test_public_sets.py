@@ -222,3 +222,62 @@ def test_a_conversation_that_a_template_rendered_is_a_text_only_when_format_says
     with pytest.raises(TunebookError, match="a chat template rendered; format=text"):
         rows(tmp_path, [{"text": begin}])
     assert rows(tmp_path, [{"text": begin}], format="text")[0][0]["kind"] == "text"
+
+
+# ---------------------------------------------------------------- trees, empty answers, prompts within answers, tables
+
+
+def test_messages_of_trees_are_stitched_into_conversations_that_hold_every_answer(tmp_path):
+    told = [("1", None, "prompter", "q"), ("2", "1", "assistant", "a"), ("3", "1", "assistant", "b"),
+            ("4", "2", "prompter", "q2"), ("5", "4", "assistant", "a2"), ("6", "3", "prompter", "thanks"),
+            ("7", "0", "assistant", "lost")]  # fmt: skip
+    messages = [{"message_id": i, "parent_id": p, "role": r, "text": t, "lang": "en", "rank": 0} for i, p, r, t in told]
+    found, rejects = rows(tmp_path, messages, limit=1.0)
+    talks = [[text for _, text in sft(row)] for row in found]
+    assert sorted(talks) == [["q", "a", "q2", "a2"], ["q", "b"]] and rejects.invalid.total() == 1
+
+
+def test_an_empty_answer_beside_a_context_is_no_answer(tmp_path):
+    records = [{"question": "q", "context": "CREATE TABLE t (a INT)", "answer": a} for a in ("SELECT 1", "", None)]
+    found, rejects = rows(tmp_path, records, limit=1.0)
+    assert len(found) == 1 and rejects.invalid == {"no answer": 2}
+
+
+@pytest.mark.parametrize("prompt, chosen, rejected, kept", [
+    ("Suggest a tea.", "Suggest a tea.\nTry oolong.", "Suggest a tea.\nNo.", ["Try oolong.", "No."]),
+    ("Suggest a tea.", "Suggest a tea. Try oolong.", "Suggest a tea. No.", ["Try oolong.", "No."]),
+    ("Hi", "Hi there", "Hi you", ["Hi there", "Hi you"]),
+    ("Suggest a tea.", "Suggest a tea.\nYes.", "No.", ["Suggest a tea.\nYes.", "No."]),
+])  # fmt: skip
+def test_answers_that_both_begin_with_the_prompt_lose_it(tmp_path, prompt, chosen, rejected, kept):
+    (row,), _ = rows(tmp_path, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+    assert [row["chosen"][0]["content"], row["rejected"][0]["content"]] == kept
+
+
+def test_a_csv_with_semicolons_and_missing_values_of_pandas_is_read(tmp_path):
+    text = "instruction;input;output\nSay 1;NaN;one\nSay 2;<NA>;two, three\n"
+    found, _ = rows(tmp_path, text, "rows.csv")
+    assert [sft(row) for row in found] == [[("user", "Say 1"), ("assistant", "one")],
+                                           [("user", "Say 2"), ("assistant", "two, three")]]  # fmt: skip
+
+
+def test_an_open_quotation_mark_counts_what_it_swallows_and_legal_lines_stay_whole(tmp_path):
+    lines = ["question,answer", '"a ""quoted"" q","two\nlines"', *(f"Say {i},Number {i}" for i in range(40))]
+    lines[22] = 'Say 20,"Number 20'
+    found, rejects = rows(tmp_path, "\n".join(lines) + "\n", "rows.csv", limit=1.0)
+    assert len(found) == 21 and rejects.invalid == {"malformed csv": 20}
+    assert "quotation mark that is not closed" in rejects.first["malformed csv"]["detail"]
+
+
+def test_a_csv_in_another_encoding_says_how_to_convert_it(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("question,answer\ncafé,thé\n".encode("cp1252"))
+    with pytest.raises(TunebookError, match="not UTF-8.*CSV UTF-8.*iconv"):
+        read(str(tmp_path / "rows.csv"), Rejects())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_line_separators_within_texts_and_marks_of_joined_files_split_nothing(tmp_path, name):
+    one = {"question": "q", "answer": "a\u2028b\u2029c\x85d"}
+    text = "\ufeff" + json.dumps(one, ensure_ascii=False) + "\n\ufeff" + json.dumps(one, ensure_ascii=False)
+    assert [sft(row)[1][1] for row in rows(tmp_path, text, name)[0]] == [one["answer"]] * 2
+    assert len(rows(tmp_path, json.dumps([one, one], indent=2), name)[0]) == 2

@@ -8,6 +8,7 @@ import pytest
 
 from helpers import params, runs
 from helpers.data import prepare
+from helpers.errors import TunebookError
 from helpers.evaluate import evaluation
 from helpers.gguf import export, header
 from helpers.model.loading import load_tokenizer, template_hash
@@ -93,16 +94,27 @@ def test_added_turn_tokens_go_through_training_export_and_evaluation(runs_root, 
     assert (chosen["tokens"], chosen["added"]) == ("add", ["<start_of_turn>", "<end_of_turn>"])
     tokenizer = load_tokenizer(data.path / "tokenizer")
     assert template_hash(tokenizer) == data.data["template_hash"] and tokenizer.eos_token == "<end_of_turn>"
+    with pytest.raises(TunebookError, match="adds tokens to the vocabulary, which the untrained base has no rows for"):
+        export.open(params.resolve("gguf", {"run": "b", "export": "base"})).check()
+    with pytest.raises(TunebookError, match="whose rows freeze does not train; set method to lora"):
+        trained(method="freeze")
+    shutil.rmtree(runs.folder("b", "sft"))
     sft = trained()
     assert any("2 added tokens" in note for note in sft.data["notes"])
     own = load_tokenizer(sft.path / "adapter")
     assert template_hash(own) == data.data["template_hash"] == sft.data["template_hash"]
+    assert own.eos_token == "<end_of_turn>"
     config = json.loads((sft.path / "adapter" / "adapter_config.json").read_text())
     ids = tokenizer.convert_tokens_to_ids(chosen["added"])
     assert all(str(i) in json.dumps(config["trainable_token_indices"]) for i in ids)
     gguf = exported()
     found = header.check(gguf.path / "model-f16.gguf").metadata
     assert found["tokenizer.ggml.eos_token_id"] == ids[1] and "<start_of_turn>" in found["tokenizer.chat_template"]
+    merged = json.loads((gguf.path / "merged" / "generation_config.json").read_text())
+    assert (
+        merged["eos_token_id"][0] == ids[1] and tokenizer.convert_tokens_to_ids("<|im_end|>") in merged["eos_token_id"]
+    )
+    assert json.loads((gguf.path / "merged" / "config.json").read_text())["eos_token_id"] == ids[1]
     proof = json.loads((gguf.path / "fidelity.json").read_text())["files"]
     assert not any(file["failed"] for file in proof) and "held-out 1" in proof[0]["prompt_shapes"]
     modelfile = (gguf.path / "Modelfile").read_text()
@@ -130,16 +142,12 @@ def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, ca
 
 
 def test_conversations_without_a_template_are_refused_with_what_to_set(runs_root, bare, tmp_path):
-    from helpers.errors import TunebookError
-
     with pytest.raises(TunebookError, match="no chat template; set chat_template in notebook 01"):
         prepared(bare, sums(tmp_path / "sums.jsonl"))
     assert not (runs.folder("b", "data") / "manifest.json").exists()
 
 
 def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_root, bare, tmp_path):
-    from helpers.errors import TunebookError
-
     prepared(bare, sums(tmp_path / "sums.jsonl"), chat_template="alpaca")
     other = shutil.copytree(bare, tmp_path / "other")
     changed = load_tokenizer(bare)
@@ -147,7 +155,9 @@ def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_ro
     changed.save_pretrained(other)
     with pytest.raises(TunebookError, match=r"vocabulary of .* is not the one"):
         trained(model=str(other))
-    assert trained(max_steps=1).data["template_hash"]
+    job = export.open(params.resolve("gguf", {"run": "b", "export": "base", "quantizations": "f16"}))
+    job.merge()
+    assert "### Instruction:" in load_tokenizer(job.merged).chat_template
 
 
 def test_alpaca_rows_and_context_questions_get_their_templates_own_words(runs_root, bare, tmp_path):

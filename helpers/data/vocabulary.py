@@ -110,6 +110,18 @@ def of_run(data: Path, base: Path | None) -> Any:
     return data / "tokenizer" if (data / "tokenizer" / "tokenizer.json").is_file() else base
 
 
+def of_base(data: Any) -> Path | None:
+    """Folder of the run's tokenizer for an export of the untrained base; None for the base's own. data: the manifest of
+    the data stage. Raises TunebookError where the run added tokens, for which that base has no rows."""
+    chosen = data.data.get("chat_template") or {}
+    if chosen.get("added") or data.params.get("add_tokens"):
+        raise TunebookError(
+            "The run adds tokens to the vocabulary, which the untrained base has no rows for; export what was trained, "
+            "or set template_tokens to eos (and add_tokens to nothing) in notebook 01."
+        )
+    return of_run(data.path, None) if chosen else None
+
+
 def fit(model: Any, tokenizer: Any) -> bool:
     """Give `model` an embedding row for every id of `tokenizer`; true when it had to grow. Rows are never taken away:
     many models have more than their tokenizer needs. A new row is the mean of the others, so that it never wins."""

@@ -116,7 +116,8 @@ class ExportJob(steps.Job):
             ("files", ", ".join(self.kinds)),
             ("kept", ", ".join(self.outputs)),
         ]
-        report = preflight.check(source.base, self.params, source.adapter, self.stage.path).require()
+        folder = vocabulary.of_base(self.stage.parents["data"]) if source.trained_by == "base" else None
+        report = preflight.check(source.base, self.params, source.adapter, self.stage.path, folder).require()
         return display.shown(rows, ("to export", "")) + report.shown()
 
     @steps.step
@@ -299,7 +300,8 @@ class ExportJob(steps.Job):
     def _merged(self, onto: str) -> Any:
         source, out = self.source, self.work / f"merged-{onto}"
         base = source.saw if onto == "nf4" and source.saw else source.base.path
-        return self._make(out, lambda path: merging.merge(base, source.adapter, path, onto))
+        own = vocabulary.of_base(self.stage.parents["data"]) if source.trained_by == "base" else None
+        return self._make(out, lambda path: merging.merge(base, source.adapter, path, onto, own))
 
     def _compare_merges(self) -> None:
         """Measure every merge that may be kept against the adapter on its base as training saw it; kept in `MERGES`."""

@@ -62,12 +62,15 @@ class Merged:
         return f"{display.size(self.bytes)} in {self.path}: {what}"
 
 
-def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> Merged:
+def merge(
+    base: Path, adapter: Path | None, out: Path, onto: str = "16bit", tokenizer_folder: Path | None = None
+) -> Merged:
     """Write `out`, a model folder with the base's shards with the adapter merged in, and the tokenizer; whole or not.
 
     base: model folder; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or "nf4" for the weights
     that QLoRA training saw: those of a 16-bit base after a round trip through 4-bit NormalFloat, those of a packed one
-    as they unpack. Raises TunebookError for a damaged adapter, one of another base, or "16bit" without such weights.
+    as they unpack. tokenizer_folder: of the run, for an adapter without a tokenizer. Raises TunebookError for a damaged
+    adapter, one of another base, or "16bit" without such weights.
     """
     import torch
 
@@ -78,7 +81,8 @@ def merge(base: Path, adapter: Path | None, out: Path, onto: str = "16bit") -> M
             "their model in model_16bit, or set merge_onto to 'auto'."
         )
     weights = Weights(base)
-    tokenizer = loading.load_tokenizer(adapter) if adapter and (adapter / "tokenizer.json").is_file() else None
+    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else tokenizer_folder
+    tokenizer = loading.load_tokenizer(own) if own else None
     merger = _Merger(weights, config, adapter, onto, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
@@ -333,7 +337,7 @@ def _write_tokenizer(base: Path, out: Path, tokenizer: Any, parts: list[dict[str
     file = out / "tokenizer_config.json"
     settings = json.loads(file.read_text()) if file.is_file() else {}
     changed = {part: getattr(tokenizer, part) for part in SPECIAL if getattr(own, part) != getattr(tokenizer, part)}
-    if "added_tokens_decoder" in settings:
+    if "added_tokens_decoder" in settings or (out / "tokenizer.model").is_file():  # what the converter reads beside it
         fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         settings["added_tokens_decoder"] = {
             str(i): {f: getattr(token, f) for f in fields} for i, token in tokenizer.added_tokens_decoder.items()

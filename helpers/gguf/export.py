@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, machine, runs, steps
-from helpers.data import chat_template
+from helpers.data import chat_template, vocabulary
 from helpers.data.rendering import Chat
 from helpers.errors import TunebookError
 from helpers.gguf import convert, fidelity, libraries, ollama, preflight, trained

@@ -22,6 +22,7 @@ OPTIMIZERS = "adamw adamw_8bit paged_adamw paged_adamw_32bit paged_adamw_8bit li
 TRAIN_ON = "last all everything last_no_thoughts all_no_thoughts"
 PRECISIONS = "auto bf16 fp16 fp32"
 RECOMPUTE = "auto none half all offload"
+APART = ("again", "resume", "publish_to", "publish_dry_run")  # decide no result
 SYNTHETIC = "none questions questions_summaries preferences"
 UNITS = "rows packed tokens"
 METRICS = "exact number choice f1 rouge_l chrf regex"
@@ -54,7 +55,7 @@ class Params(display.Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Name and value of what decides the stage's results: how a killed run is resumed does not."""
-        return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name not in ("again", "resume")}
+        return {p.name: getattr(self, p.name) for p in STAGES[self.stage] if p.name not in APART}
 
     @property
     def resumes(self) -> bool:
@@ -241,6 +242,8 @@ class GgufParams(Params):
     outputs: str = param("merged,gguf", "What is kept, of: adapter, merged, gguf, adapter_gguf; separated by commas")
 
     model_16bit: str = more("", "16-bit model that a 4-bit base was made from, to merge onto; empty: the base unpacked")
+    publish_to: str = more("", "Repository on the hub, user/name, that the last cell shows or fills; empty: none")
+    publish_dry_run: bool = more(True, "List what would be uploaded to publish_to, and upload nothing")
     model_name: str = more("tunebook", "What the model is called in Ollama, vLLM and LM Studio")
     llama_cpp: str = more("", "Folder of your llama.cpp build that quantises; empty: TUNEBOOK_LLAMA_CPP or prebuilt")
     fidelity_gates: bool = more(True, "Stop when a file is not the model that was trained")

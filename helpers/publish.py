@@ -24,6 +24,7 @@ from helpers import display, runs
 from helpers.__main__ import main as tunebook
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_in_time
+from helpers.params import GgufParams
 from helpers.report import facts, model_card
 
 SUFFIX = {"adapter": "-lora", "merged": "", "gguf": "-GGUF"}
@@ -76,6 +77,14 @@ def publish(
     for repository in repositories if not dry_run else ():
         repository.url = _upload(run, repository, private)
     return repositories
+
+
+def offer(params: GgufParams) -> display.Html:
+    """Notebook 04's last cell: what would be uploaded to `publish_to`; without `publish_dry_run`, the upload itself."""
+    if not params.publish_to:
+        return display.said("Nothing is published. To see what would be, set publish_to to user/name on the hub.")
+    text = "\n".join(map(str, publish(params.run, params.publish_to, dry_run=params.publish_dry_run)))
+    return display.Html(f"<pre>{display.escape(text)}</pre>", display.clean(text))
 
 
 def plan(

@@ -20,7 +20,7 @@ if workers := os.environ.get(
 
 # The files that take longest, longest first: started first, they leave no worker alone at the end.
 SLOWEST = ("test_twice", "test_pipeline", "test_preference", "test_resume", "test_pipeline_stopped", "test_sft")
-SLOWEST += ("test_fidelity", "test_export")
+SLOWEST += ("test_recipes", "test_fidelity", "test_export")
 
 
 def pytest_collection_modifyitems(items):

@@ -127,7 +127,7 @@ def test_a_misspelt_parameter_is_found_by_the_type_checker(tmp_path):
 def test_every_stage_has_a_typed_class_of_the_same_parameters():
     for stage in params.STAGES:
         resolved = params.resolve(stage, {"run": "r"})
-        assert list(resolved.as_dict()) == [p.name for p in params.STAGES[stage] if p.name not in ("again", "resume")]
+        assert list(resolved.as_dict()) == [p.name for p in params.STAGES[stage] if p.name not in params.APART]
         assert resolved.changed() == {"run": "r"}
 
 
@@ -146,6 +146,7 @@ def test_frozen_parameters_cannot_be_changed_by_a_slider_any_more():
 def test_again_does_not_make_other_parameters():
     assert params.resolve("sft", {"again": True}).as_dict() == params.resolve("sft").as_dict()
     assert params.resolve("sft", {"again": "true"}).changed() == {"again": True}
+    assert params.resolve("gguf", {"publish_to": "user/name"}).as_dict() == params.resolve("gguf").as_dict()
 
 
 def test_importing_helpers_is_quick_and_brings_no_torch():

@@ -234,6 +234,19 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(run, hub):
     assert not hub.repositories
 
 
+def test_the_notebooks_last_cell_shows_a_dry_run_and_uploads_only_when_told_to(run, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+
+    def offered(**given):
+        return publish.offer(params.resolve("gguf", {"run": run, **given}))
+
+    assert "Nothing is published" in repr(offered())
+    shown = offered(publish_to="user/name")
+    assert "user/name-GGUF" in repr(shown) and "dry run" in shown._repr_html_() and not hub.repositories
+    with pytest.raises(TunebookError, match="No token for the hub"):  # it would have uploaded
+        offered(publish_to="user/name", publish_dry_run=False)
+
+
 def test_three_repositories_arrive_whole_with_cards_and_no_path_of_this_machine(run, hub):
     done = command(hub, run, "user/atlas", "--yes", "--licence", "apache-2.0", "--data-licence", "CC BY 4.0")
     assert done.returncode == 0, done.stderr

@@ -164,3 +164,41 @@ def test_a_base_that_is_only_quantised_or_unknown_is_refused(tiny_llama, plain, 
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(TunebookError, match=words):
             merging.merge(folder, plain, tmp_path / "merged")
+
+
+def test_the_merged_folder_keeps_the_bases_own_files_but_for_what_training_changed(sharded, tokenizer, tmp_path):
+    """An own tokenizer class and settings that transformers would leave out, as Phi-4 and Nemotron-H have."""
+    from helpers.data.vocabulary import add_tokens
+    from helpers.model import loading, merging
+
+    base = tmp_path / "base"
+    shutil.copytree(sharded, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"layers_block_type": ["x"], "torch_dtype": "bfloat16"}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.6}))
+    make_adapter(base, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    plain = merging.merge(base, tmp_path / "adapter", tmp_path / "plain").path
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        found, ours = ((folder / name).read_text() for folder in (plain, base))
+        assert json.loads(found) == json.loads(ours) | ({"dtype": "bfloat16"} if name == "config.json" else {}), name
+
+    own = loading.load_tokenizer(base)
+    (number,) = add_tokens(None, own, "<|done|>")
+    own.eos_token, own.chat_template = "<|done|>", "{{ messages[0]['content'] }}<|done|>"
+    make_adapter(base, tmp_path / "tuned")
+    own.save_pretrained(tmp_path / "tuned")
+    merged = merging.merge(base, tmp_path / "tuned", tmp_path / "merged").path
+    found = {name: json.loads((merged / f"{name}.json").read_text()) for name in ("config", "generation_config")}
+    assert found["config"]["vocab_size"] == number + 1 and found["config"]["eos_token_id"] == number
+    assert found["config"]["layers_block_type"] == ["x"]
+    assert found["generation_config"] == {"eos_token_id": [number, 2], "temperature": 0.6}
+    settings = json.loads((merged / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "GPT2Tokenizer" and settings["eos_token"] == "<|done|>"
+    again = loading.load_tokenizer(merged)
+    assert loading.tokenizer_hash(again) == loading.tokenizer_hash(own) and again.eos_token_id == number
+    assert again.chat_template == own.chat_template
+    weight = load(merged).get_input_embeddings().weight
+    assert (weight[number] - weight[:number].mean(0)).abs().max() < 1e-3, "a row that was not trained never wins"

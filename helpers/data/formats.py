@@ -68,13 +68,16 @@ class Shape:
 
     def text(self, record: Record, part: str) -> str:
         """The text of a part whose column may be a list of texts, or several columns ("schema+evidence")."""
-        columns = [self[part]] if self[part] in record else self[part].split("+")
-        values = [record.get(column) for column in columns]
+        if not (column := self.columns.get(part)):
+            return ""
+        if isinstance(value := record.get(column), str):
+            return "" if value in NOTHING else as_text(value, column)
+        values = [record.get(name) for name in ([column] if column in record else column.split("+"))]
         texts = [one for value in values for one in (value if isinstance(value, (list, tuple)) else [value])]
-        return "\n".join(as_text(text, self[part]) for text in texts if text not in NOTHING)
+        return "\n".join(as_text(text, column) for text in texts if text not in NOTHING)
 
     def has_choices(self, record: Record) -> bool:
-        return "+" in self["choices"] or record.get(self["choices"]) is not None
+        return bool(column := self.columns.get("choices")) and (column in record or "+" in column)
 
     def need(self, record: Record, part: str) -> Any:
         """The value of a part that must be there and not null. Raises RowError."""
@@ -257,9 +260,7 @@ def detect(record: Record, names: Mapping[str, str]) -> Shape | None:
     has["verdict"] = has["label"] if has["label"] and (sure or name_of(has["label"]) == "kto_tag") else ""
     has["source"] = "" if has["prompt"] else has["source"]
     format = next((format for format, *parts in DETECTED if all(has[part] for part in parts)), "")
-    if not format:
-        return None
-    columns = dict(SHAPES[format])
+    columns = dict(SHAPES.get(format, {}))
     if format in ("alpaca", "preference"):
         columns["query"] = has["input"] if name_of(has["prompt"]) == "instruction" else ""
         columns["prompt"] = has["prompt"] or has["input"] or columns["prompt"]
@@ -273,7 +274,7 @@ def detect(record: Record, names: Mapping[str, str]) -> Shape | None:
         columns["messages"] = has["messages"]
     if format == "kto":
         columns["label"] = has["label"]
-    return Shape(format, columns)
+    return Shape(format, columns) if format else None
 
 
 # ---------------------------------------------------------------- a record's parts
@@ -292,8 +293,7 @@ def convert(
     qa = shape.format == "context_qa"
     rows = _context_qa(given, shape, unanswerable, joints) if qa else [_convert(given, shape, joints)]
     for part, column in shape.guarded:
-        value = record.get(column)
-        if value not in NOTHING and not public_sets.is_told(value, part, rows):
+        if (value := record.get(column)) not in NOTHING and not public_sets.is_told(value, part, rows):
             aside = dict(reversed(shape.guarded)) | {part: column}
             raise RowError("two readings", public_sets.readings(record, shape.format, shape.columns, aside, part))
     return rows

@@ -77,7 +77,7 @@ class Shape:
         return "\n".join(as_text(text, column) for text in texts if text not in NOTHING)
 
     def has_choices(self, record: Record) -> bool:
-        return bool(column := self.columns.get("choices")) and (column in record or "+" in column)
+        return (column := self.columns.get("choices", "")) != "" and (column in record or "+" in column)
 
     def need(self, record: Record, part: str) -> Any:
         """The value of a part that must be there and not null. Raises RowError."""

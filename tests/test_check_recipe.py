@@ -41,7 +41,7 @@ def test_a_sample_and_single_parameters_are_said_and_heeded(recipe, runs_root, c
     given = ["--rows", "10", "-p", "data.over_long", "drop", "-p", "sft.precision", "auto", "--gpus", "2"]
     assert command_line.main(["check", str(recipe), *given]) == 0
     said = capsys.readouterr().out
-    assert "the first 10 rows of dataset only" in said and "truncated 0" in said
+    assert "the first 10 rows of dataset only" in said and "train 7" in said and "dropped 2" in said
     assert "compute capability" not in said and not runs_root.exists()
 
 

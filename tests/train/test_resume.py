@@ -241,6 +241,23 @@ def test_an_adapter_of_another_base_or_template_is_refused(data, narrow_llama, t
         training.open(settings(start_from=str(other)))
 
 
+def test_an_adapter_knows_its_base_by_hash(data, narrow_llama, tokenizer, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter = run(max_steps=2).finish().path / "adapter"
+    copies = [tmp_path / place / narrow_llama.name for place in ("same", "tuned")]  # folders of one name
+    for copy in copies:
+        shutil.copytree(narrow_llama, copy)
+    tensors = load_file(narrow_llama / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.1
+    save_file(tensors, copies[1] / "model.safetensors", metadata={"format": "pt"})
+    train_data.data_stage("r2", copies[0], tokenizer)
+    assert training.open(settings(run="r2", start_from=str(adapter))).adapter == adapter.resolve()
+    train_data.data_stage("r3", copies[1], tokenizer)
+    with pytest.raises(TunebookError, match="with other weights, config or tokenizer"):
+        training.open(settings(run="r3", start_from=str(adapter)))
+
+
 def test_a_template_that_is_not_the_datas_is_refused(data, narrow_llama, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(narrow_llama, other)

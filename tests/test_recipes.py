@@ -275,6 +275,8 @@ def test_the_other_recipes_train_two_steps_on_a_small_model_without_a_template(n
 
 
 def test_documents_become_an_expert_with_replay_against_forgetting(bare, rows, runs_root, proxy, tmp_path):
+    import pyarrow.parquet as pq
+
     (tmp_path / "docs").mkdir()
     text = "The Danube flows through ten countries and ends in the Black Sea. It is 2,850 km long; {} boats use it. "
     for number in range(3):
@@ -294,8 +296,6 @@ def test_documents_become_an_expert_with_replay_against_forgetting(bare, rows, r
     }
     given |= {"chunk_tokens": 128, "chunk_overlap": 16, "test_share": 0.0, "eval_share": 0.0}
     done = run("documents-to-expert", bare, rows, "sft", data=given)
-    sources = (
-        {part["source"] for part in done["data"].metrics["mixture"]} if "mixture" in done["data"].metrics else set()
-    )
-    assert any("replay" in source for source in sources) and len(sources) > 1, done["data"].metrics.keys()
+    sources = set(pq.read_table(done["data"].path / "train.parquet")["source"].to_pylist())
+    assert "replay: talks" in sources and len(sources) > 1, sources
     assert done["sft"].metrics["steps"] == 2

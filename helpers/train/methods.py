@@ -145,13 +145,12 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
 
     modules, whole = params.target_modules.strip(), [m.strip() for m in params.modules_to_save.split(",") if m.strip()]
     every, named = modules == "all-linear", [m.strip() for m in modules.split(",") if m.strip()]
-    known = [name for name, _ in model.named_modules()]
-    unknown = [m for m in named if not any(name == m or name.endswith(f".{m}") for name in known)]
+    unknown = [m for m in named if not any(f".{n}".endswith(f".{m}") for n, _ in model.named_modules())]
     if not named or (unknown and not every):
         linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
         raise TunebookError(
-            f"target_modules is {params.target_modules!r}, and {', '.join(unknown) or 'nothing'} names no layer of this "
-            f"model; its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
+            f"target_modules is {modules!r}; {', '.join(unknown) or 'nothing'} names no layer of this model; "
+            f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
         )
     given, head = (find() for find in (model.get_input_embeddings, model.get_output_embeddings))
     ends = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if module in (given, head)}
@@ -179,12 +178,12 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     try:
         wrapped = get_peft_model(model, adapter)
     except ValueError as error:
-        if "ParamWrapper" in str(error):
-            raise TunebookError(
-                "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False "
-                "and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
-            ) from None
-        raise
+        if "ParamWrapper" not in str(error):
+            raise
+        raise TunebookError(
+            "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False and "
+            "init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
+        ) from None
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
 
@@ -397,6 +396,5 @@ def load_unsloth(source: Any, params: Any, adapter: Path | None = None) -> tuple
     if why := chunked_loss.can_fuse(model.get_base_model()):
         raise TunebookError(f"The Unsloth backend needs a plain output head, and {why}; set backend to hf.")
     chunked_loss.install(model.get_base_model(), prove=False)
-    version = sys.modules["unsloth"].__version__
-    note = f"Unsloth {version}: its kernels and offloaded activation checkpointing, cross-entropy without whole logits"
-    return model, [note]
+    unsloth = f"Unsloth {sys.modules['unsloth'].__version__}"
+    return model, [f"{unsloth}: its kernels and offloaded activation checkpointing, cross-entropy without whole logits"]

@@ -23,6 +23,7 @@ from helpers.model.weights import ADAPTER_REMEDY, check_adapter, reading
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in the form of another library
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # an endless model would be built for ever
 # Tokens that models keep for padding, tried in this order where the tokenizer itself names none.
 PADDING = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|vision_pad|>")
 
@@ -176,6 +177,10 @@ def load_config(source: Any) -> Any:
     with reading("The model", path, "its config.json names no architecture that this transformers knows."):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         config.get_text_config()
+        parts = [config.to_dict(), *(v for v in config.to_dict().values() if isinstance(v, dict))]
+        counts = [(name, part.get(name)) for part in parts for name in LAYERS]
+        if bad := next(((name, n) for name, n in counts if isinstance(n, int) and not 0 < n <= 2000), None):
+            raise ValueError(f"{bad[0]} is {bad[1]}")
         quantizer(config)
         auto_class(config)
     return config

@@ -107,6 +107,14 @@ def test_another_quantiser_is_named(method, base, tmp_path):
             door(folder)
 
 
+def test_an_endless_model_is_refused_before_it_is_built(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    with pytest.raises(TunebookError, match="num_hidden_layers is 1000000000000"):
+        loading.load_model(tmp_path / "model")
+
+
 def test_a_fingerprint_is_of_weights_config_and_tokenizer(base, tmp_path):
     known = weights.fingerprint(base)
 

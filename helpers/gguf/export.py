@@ -385,7 +385,8 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
         merging.check_parent(original.path, base.path)
         base = original
     nf4 = manifest is not None and trained.on_nf4(manifest) and not packed
-    choices = ["nf4"] * bool(nf4 or packed) + ["16bit"] * bool(not packed or params.model_16bit)
+    choices = ["nf4"] * bool(nf4 or (packed and not params.model_16bit))
+    choices += ["16bit"] * bool(not packed or params.model_16bit)  # where it is named it is what was asked for
     onto = tuple(choices) if params.merge_onto == "auto" else (params.merge_onto,)
     if packed and onto == ("16bit",) and not params.model_16bit:
         raise TunebookError(

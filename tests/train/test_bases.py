@@ -126,9 +126,9 @@ def test_added_tokens_of_an_untied_model_are_the_same_everywhere(runs_root, unti
     assert divergence(tuned, again) < 1e-5
     head = weights.header(adapter / "adapter_model.safetensors")
     assert any("lm_head" in name and entry.shape[0] == 2 for name, entry in head.items())
-    made = exported()
+    made = exported(False)
     merged = logprobs(loading.load_model(made.merged, dtype="fp32"), ids)
-    assert divergence(again, merged) < 1e-4 and made.merge_check["mean_kl"] < 1e-4
+    assert divergence(again, merged) < 1e-4
     sft = candidates.Candidate("sft", "sft", "hf", "sft", untied_llama, adapter)
     with candidates.Session(sft, "answers") as session:
         assert divergence(merged, logprobs(session.reader.model, ids)) < 1e-4

@@ -19,7 +19,7 @@ def book(tmp_path):
 
 
 def client(proxy, book, **options):
-    return Client(Endpoint(proxy.url, "smollm2", **{"key_name": "", "concurrency": 2, "retries": 3, **options}), book)
+    return Client(Endpoint(proxy.url, "", **{"key_name": "", "concurrency": 2, "retries": 3, **options}), book)
 
 
 def short(count):
@@ -47,15 +47,15 @@ def test_one_refused_question_does_not_stop_the_others(proxy, book):
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ([(401, {})], r"refused the key in \$THE_KEY"),
+        ([(401, {})], r"refused the key in \$THE_API_KEY"),
         ([(404, {})], "was not found.*ends in /v1"),
         ([(500, {"Retry-After": "0"})] * 9, "failed 2 times.*is kept"),
     ],
 )
 def test_what_stops_a_job_says_so_and_keeps_the_answers(proxy, tmp_path, monkeypatch, faults, message):
-    monkeypatch.setenv("THE_KEY", "sk-secret-123")
+    monkeypatch.setenv("THE_API_KEY", "sk-secret-123")
     book = Answers(tmp_path, "answers")
-    asking = client(proxy, book, concurrency=1, retries=1, key_name="THE_KEY")
+    asking = client(proxy, book, concurrency=1, retries=1, key_name="THE_API_KEY")
     list(asking.ask(marks(["one"])))
     proxy.faults = list(faults)
     with pytest.raises(TunebookError, match=message) as caught:
@@ -63,7 +63,7 @@ def test_what_stops_a_job_says_so_and_keeps_the_answers(proxy, tmp_path, monkeyp
     assert "sk-secret" not in str(caught.value) and proxy.keys == {"Bearer sk-secret-123"}
     assert b"sk-secret" not in book.path.read_bytes()
     proxy.faults.clear()
-    resumed = client(proxy, Answers(tmp_path, "answers"), concurrency=1, key_name="THE_KEY")
+    resumed = client(proxy, Answers(tmp_path, "answers"), concurrency=1, key_name="THE_API_KEY")
     assert [r.kept for r in resumed.ask(marks(["one", "two"]))] == [True, False]
 
 

@@ -1,5 +1,6 @@
 """Data written by a model: a real llama.cpp server with the real default model answers; a proxy before it counts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ ONE = DataParams(pairs_per_document=1)
 
 
 def at(proxy, folder, **options):
-    endpoint = Endpoint(proxy.url, "smollm2", **{"key_name": "", "concurrency": 2, "retries": 3, **options})
+    endpoint = Endpoint(proxy.url, "", **{"key_name": "", "concurrency": 2, "retries": 3, **options})
     return Client(endpoint, Answers(folder, "synthetic"))
 
 
@@ -79,7 +80,7 @@ def test_summaries_stand_beside_the_questions_in_one_strict_reply(proxy, tmp_pat
     asked = DataParams(pairs_per_document=1, synthetic="questions_summaries")
     report = StepReport("synthetic")
     made = flat(synthetic.question_answers([DOCUMENTS], report, at(proxy, tmp_path), asked, 200, 0.0))
-    told = proxy.bodies[0]["response_format"]["json_schema"]
+    told = json.loads(proxy.bodies[0])["response_format"]["json_schema"]
     assert told["strict"] and told["schema"]["additionalProperties"] is False
     assert told["schema"]["required"] == ["pairs", "summary"]
     summaries = [row for row in made if row["messages"][0]["content"].startswith("Summarise")]
@@ -93,7 +94,7 @@ def test_summaries_stand_beside_the_questions_in_one_strict_reply(proxy, tmp_pat
 KILLED = """
 import sys; sys.path[:0] = [".", "tests"]
 from tests.data.test_synthetic import *
-client = Client(Endpoint(sys.argv[1], "smollm2", key_name="", concurrency=1), Answers(Path(sys.argv[2]), "synthetic"))
+client = Client(Endpoint(sys.argv[1], "", key_name="", concurrency=1), Answers(Path(sys.argv[2]), "synthetic"))
 for _ in synthetic.question_answers([DOCUMENTS], StepReport("s"), client, ONE, 24, 0.0):
     pass
 """

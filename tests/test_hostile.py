@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import params, plots, publish, runs, serve
+from helpers import machine, params, plots, publish, runs, serve
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
 from helpers.report import facts
@@ -72,7 +72,7 @@ def test_a_path_that_cannot_be_is_one_message(text, runs_root, tmp_path):
 
     for call in (
         lambda: loading.resolve_model(text),
-        lambda: methods.adapter_to_start_from(text, None, None),
+        lambda: methods.adapter_to_start_from(machine.path(text), None, None),
         lambda: serve.find(text),
         lambda: sources.find(text),
         lambda: sources.find("x", text),

@@ -219,7 +219,11 @@ def test_values_are_compared_as_a_reader_would():
 @pytest.mark.parametrize(
     "query",
     [
-        "SELECT instr(replace(hex(zeroblob(490000)), '00', 'ab'), replace(hex(zeroblob(240000)), '00', 'ab') || 'c')",
+        "SELECT "
+        + ", ".join(
+            ["instr(replace(hex(zeroblob(490000)), '00', 'ab'), replace(hex(zeroblob(240000)), '00', 'ab') || 'c')"]
+            * 20
+        ),
         "SELECT " + ", ".join(["*"] * 1_999) + " FROM item, item, item",
         "WITH "
         + ", ".join(

@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parents[2]
 NASTY = "</pre><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 NASTY += "w" * 200 + "\x00\x1b[31m\u202e&amp; {{ x }} $a_1$\ud800"
 WIDE_FONT = "* { font-family: 'DejaVu Sans Mono', monospace !important; letter-spacing: .06em !important }"
-CHANCES = {"base": 0.12, "sft": 0.57, "orpo": 0.6, "gguf q8_0": 0.59}
+CHANCES = {"base": 0.12, "sft": 0.57, "orpo": 0.6, "gguf q8_0": 0.59, "merged": 0.6}
 
 
 def copy(source, target):

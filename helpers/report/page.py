@@ -203,5 +203,5 @@ def recipe(facts: Facts) -> dict[str, str]:
     """The recipe that repeats this run: its files with every parameter of every stage."""
     import yaml
 
-    found = {stage: {s.name: s.value for s in facts.settings(stage)} for stage in facts.stages}
+    found = {stage: {n: v for n, v in made.params.items() if n != "run"} for stage, made in facts.stages.items()}
     return {f"{stage}.yaml": yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for stage, v in found.items()}

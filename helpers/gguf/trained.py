@@ -81,7 +81,11 @@ def load(base: Any, adapter: Path, tokenizer: Any, nf4: bool, dtype: str = "auto
         torch.set_num_threads(threads)
     vocabulary.fit(model, tokenizer)
     wrapped = loading.load_adapter(model, adapter)
-    return (wrapped.merge_and_unload() if alone and model.dtype == torch.float32 else wrapped.get_base_model()).eval()
+    if alone and model.dtype == torch.float32:
+        return wrapped.merge_and_unload().eval()
+    found = wrapped.get_base_model().eval()
+    found.tie_weights = lambda *_, **__: None  # lm-eval ties anew, and would not find an embedding in its adapter
+    return found
 
 
 def compare(

@@ -131,6 +131,7 @@ def test_steps_leave_room_for_evaluations_and_checkpoints():
 
 def test_a_run_bounded_in_time_resumes_with_the_schedule_that_it_had_decided(prepared, monkeypatch, capsys):
     given = {"max_minutes": 1.0, "save_steps": 3, "epochs": 6.0, "schedule": "linear", "warmup_ratio": 0.0}
+    given["learning_rate"] = 1e-3
     clock, seconds = Clock(), {"step": 3.0}
     monkeypatch.setattr(deadline, "first_estimate", lambda job: (20, 0.0))
 

@@ -37,7 +37,7 @@ KINDS: dict[str, list[str]] = {
         *("-k", "killed or stopped_and or full_disk"),
     ],
     "strangers' SQL": ["tests/tasks/test_sqlite.py"],
-    "strangers' templates": ["tests/data/test_labels.py", "tests/data/test_chat_template.py", "-k", "template"],
+    "strangers' templates": ["tests/data/test_labels.py", "tests/data/test_template_choice.py", "-k", "template"],
     "strangers' documents": ["tests/data/test_documents.py", "tests/data/test_privacy.py"],
     "strangers' files": ["tests/data/test_reading_fuzz.py", "tests/data/test_reading_cases.py"],
     "foreign text shown": [HOSTILE, "tests/test_display.py", "tests/report/test_data_page.py", "-k", "not flipped"],

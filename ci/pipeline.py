@@ -51,34 +51,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 @command
 def main(argv: list[str]) -> int:
     options = arguments(argv)
-    try:
-        folder = parameter.recipe_folder(options.recipe or default_recipe())
-        options.run = (folder.resolve().name if options.recipe else "default") if options.run is None else options.run
-        runs.run_folder(options.run)  # a bad name is refused before anything is written
-        first, last = STAGES.index(_stage(options.first or "01")), STAGES.index(_stage(options.last))
-        if first > last:
-            raise TunebookError(f"--from {options.first} comes after --to {options.last}; name them in order.")
-        plan = resolve(folder, options.single, options.run)
-        for stage in STAGES[:first]:
-            if stage in plan:
-                runs.load(options.run, stage)
-        started = time.monotonic()
-        for stage in (stage for stage in STAGES[first : last + 1] if stage in plan):
-            plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
-            if manifest := finished(stage, plan[stage]):
-                done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
-                print(f"[{runs.FOLDERS[stage]}] {done}")
-            else:
-                execute(stage, plan[stage])
-        print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
-        if last == STAGES.index("eval") and "eval" in plan:
-            print(summary(options.run))
-    except TunebookError as error:
-        print(f"\nStopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)
-        return 130
+    folder = parameter.recipe_folder(options.recipe or default_recipe())
+    options.run = (folder.resolve().name if options.recipe else "default") if options.run is None else options.run
+    runs.run_folder(options.run)  # a bad name is refused before anything is written
+    first, last = STAGES.index(_stage(options.first or "01")), STAGES.index(_stage(options.last))
+    if first > last:
+        raise TunebookError(f"--from {options.first} comes after --to {options.last}; name them in order.")
+    plan = resolve(folder, options.single, options.run)
+    for stage in STAGES[:first]:
+        if stage in plan:
+            runs.load(options.run, stage)
+    started = time.monotonic()
+    for stage in (stage for stage in STAGES[first : last + 1] if stage in plan):
+        plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
+        if manifest := finished(stage, plan[stage]):
+            done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
+            print(f"[{runs.FOLDERS[stage]}] {done}")
+        else:
+            execute(stage, plan[stage])
+    print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
+    if last == STAGES.index("eval") and "eval" in plan:
+        print(summary(options.run))
     return 0
 
 

@@ -47,10 +47,10 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             sys.stdout.flush()
             return status
         except TunebookError as error:
-            print(f"Stopped: {error}", file=sys.stderr)
+            print(f"\nStopped: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("Interrupted; the same command resumes where it stopped.", file=sys.stderr)
+            print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)
             return 130
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer goes nowhere

@@ -13,6 +13,7 @@ from helpers import worker
 from helpers.errors import TunebookError
 
 MEMORY_GIB, SECONDS = 2.0, 10.0
+THINKING = ("reasoning_content", "thinking", "reasoning")  # keys of a message under which templates look for thoughts
 MAX_GROWTH = 20  # a rendering may be this many times its messages, and MAX_ADDED characters on top
 MAX_ADDED = 200_000
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -20,12 +20,12 @@ from helpers.display import table, text_table
 from helpers.errors import TunebookError
 from helpers.model.packed_attention import common_length
 from helpers.model.stop_tokens import ANSWER, CALLING, QUESTION, special_pattern, special_tokens, turn_ends
+from helpers.template_renderer import THINKING
 
 PROBE_SECONDS = 10.0
 BATCH_SECONDS = 120.0  # for a batch of 1,000 rows, which takes 0.05 s
 MOST_LOST = 3  # rows in a row on which the template was stopped, after which it is given up
 MEND = "Mend it, or choose another one by chat_template."
-THINKING = ("reasoning_content", "thinking", "reasoning")  # keys of a message under which templates look for thoughts
 PLACES = {"content": "kept as text in the answer", "": "left out", "opened": "opened by the generation prompt"}
 DATED = (
     "training shows the day of preparation, later prompts theirs; fix it by template_arguments, if it has one for it"

@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
-from helpers.data.chat_template import THINKING, Rendering, Template, render
+from helpers.data.chat_template import Rendering, Template, render
 from helpers.data.rendering import LITERAL, Chat, thoughts_of
 from helpers.data.tables import Rejects
 from helpers.data.turns import Row, RowError, text_of
+from helpers.template_renderer import THINKING
 
 MAX_CHARS = 4_000_000  # of a row; ten million characters without a word among them took 3.7 GiB to tokenise
 MOST_TAILS = 10_000  # prefix tails whose tokens are remembered

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from helpers.data.chat_template import PROBE_SECONDS, THINKING, Template, render
+from helpers.data.chat_template import PROBE_SECONDS, Template, render
 from helpers.data.turns import Row, RowError, all_messages, map_strings, map_turn
+from helpers.template_renderer import THINKING
 
 LITERAL = "\U0010fffe"  # a noncharacter, put into a control token's text that is to stay text
 MARKER = 0xF0000  # the first of the private characters that stand for control tokens where such texts are

@@ -27,7 +27,7 @@ LONGEST = 4000  # tokens of a statement
 def thinking_marks(tokenizer: Any) -> Marks:
     """The marks that a chat template writes around an answer's thinking; () for one that has none."""
     asked = [{"role": "user", "content": "QQQ"}]
-    for key in ("reasoning_content", "thinking", "reasoning"):
+    for key in template_renderer.THINKING:
         told = [*asked, {"role": "assistant", "content": "AAA", key: "RRR"}]
         with suppress(Exception):  # a stranger's template raises what it likes: it does not render such a turn
             head = template_renderer.text(tokenizer, asked, generation=True)

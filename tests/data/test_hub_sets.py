@@ -9,9 +9,10 @@ import sys
 import threading
 import typing
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
+from hub_server import Answering
 
 from tests.conftest import PROJECT
 
@@ -58,7 +59,7 @@ def repositories():
     return found
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Answering):
     content: typing.ClassVar = {}
 
     def do_GET(self):
@@ -86,21 +87,8 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
 
-    do_HEAD = do_GET
-
     def entry(self, file, content):
         return {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-
-    def answer(self, body, status=200, headers=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import sys
 import threading
 import typing
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
+from hub_server import Answering
 
 from tests.conftest import PROJECT
 
@@ -28,7 +29,7 @@ for name in sys.argv[1:]:
 REFUSED = {"o/gated": (403, {"X-Error-Code": "GatedRepo"}), "o/broken": (501, {}), "o/token": (401, {})}
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Answering):
     content: typing.ClassVar[dict[str, dict[str, bytes]]] = {}
     taken: typing.ClassVar[list[str]] = []
 
@@ -58,19 +59,6 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(files[file], 200, {"ETag": f'"{etag}"', "X-Repo-Commit": "a" * 40})
         else:
             self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
-
-    do_HEAD = do_GET
-
-    def answer(self, body, status=200, headers=None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ def render(names: list[str]) -> str:
 
 def _settings(found: list[Facts]) -> dict[str, list[Any]]:
     """Parameters whose value differs between the runs that have the stage: name → a value for each run, or None."""
-    every = dict.fromkeys((stage, n) for f in found for stage, m in f.stages.items() for n in m.params if n != "run")
+    every = dict.fromkeys((stage, n) for f in found for stage in f.stages for n in f.used(stage))
     kept = {}
     for stage, name in every:
-        values = [f.stages[stage].params.get(name) if stage in f.stages else None for f in found]
+        values = [f.used(stage).get(name) if stage in f.stages else None for f in found]
         if len({repr(v) for f, v in zip(found, values, strict=True) if stage in f.stages}) > 1:
             kept[stage, name] = values
     names = [name for _, name in kept]

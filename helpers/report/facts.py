@@ -60,11 +60,15 @@ class Facts:
     def metrics(self, stage: str) -> dict[str, Any]:
         return self.stages[stage].metrics if stage in self.stages else {}
 
+    def used(self, stage: str) -> dict[str, Any]:
+        """The parameters of a finished stage, a proposed one as it was used."""
+        of = self.stages[stage]
+        return {name: value or of.data.get(f"{name}_used", value) for name, value in of.params.items() if name != "run"}
+
     def settings(self, stage: str) -> list[Setting]:
-        """The parameters of a finished stage."""
-        known, of = {p.name: p for p in params.STAGES[stage]}, self.stages[stage]
-        proposed = {n: of.data[f"{n}_used"] for n in of.params if f"{n}_used" in of.data}
-        used = [(n, v, known.get(n)) for n, v in (of.params | proposed).items() if n != "run"]
+        """The parameters of a finished stage, described."""
+        known = {p.name: p for p in params.STAGES[stage]}
+        used = [(n, v, known.get(n)) for n, v in self.used(stage).items()]
         return [
             Setting(n, v, p.unit, p.help, v != p.default) if p else Setting(n, v, "", "", False) for n, v, p in used
         ]

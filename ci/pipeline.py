@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             execute(stage, plan[stage])
     print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
     if last == STAGES.index("eval") and "eval" in plan:
-        print(summary(options.run))
+        display.say(summary(options.run))
     return 0
 
 
@@ -108,7 +108,7 @@ def execute(stage: str, chosen: params.Params) -> None:
     import papermill
 
     name, run = runs.FOLDERS[stage], runs.run_folder(chosen.run)
-    print(f"\n[{name}] " + ", ".join(f"{n}={v}" for n, v in chosen.changed().items()))
+    display.say(f"\n[{name}] " + ", ".join(f"{n}={v}" for n, v in chosen.changed().items()))
     _log_to_terminal()
     os.environ["TUNEBOOK_HEADLESS"] = "1"
     output, log = run / ".executing" / f"{name}.ipynb", run / "log.txt"
@@ -193,13 +193,20 @@ def _stage(text: str) -> str:
     raise TunebookError(f"There is no notebook {text!r}; name one of {', '.join(runs.FOLDERS.values())} or its number.")
 
 
+class _Visible(logging.Formatter):
+    """What libraries print in a notebook, `clean` but for the carriage returns of progress bars."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\r".join(map(display.clean, super().format(record).split("\r")))
+
+
 def _log_to_terminal() -> None:
     """papermill logs what cells print; show it as it comes, less its own chatter."""
     log = logging.getLogger("papermill")
     if not log.handlers:
         chatter = ("Executing", "Ending Cell", "Input Notebook", "Output Notebook")
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("  %(message)s"))
+        handler.setFormatter(_Visible("  %(message)s"))
         handler.addFilter(lambda record: not record.getMessage().startswith(chatter))
         log.addHandler(handler)
         log.setLevel(logging.INFO)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine, serve
-from helpers.display import clean, escape
+from helpers.display import escape, say
 from helpers.gguf.runner import Server
 from helpers.model import loading, offline
 
@@ -153,7 +153,7 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "") -> Chat | N
     file). Headless it starts nothing and prints the command that serves the file.
     """
     if not machine.interactive():
-        print(f"To talk to it: python -m helpers.serve {gguf}")
+        say(f"To talk to it: python -m helpers.serve {gguf}")
         return None
     if base == loading.DEFAULT_MODEL:
         base = offline.wheel_gguf()
@@ -175,10 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
             said += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
             for piece in stream(server, server.path.stem, said[:-1], 0.0, options.max_tokens):
                 said[-1]["content"] += piece
-                print(clean(piece), end="", flush=True)
-            print()
+                say(piece, end="")
+            say()
     except (EOFError, KeyboardInterrupt):
-        print()
+        say()
     finally:
         serve.stop_all()
     return 0

@@ -134,5 +134,5 @@ def main(arguments: list[str] | None = None) -> int:
         setattr(recipe[stage], name, value)
     if "data" not in recipe:
         raise TunebookError(f"The recipe {given.recipe} has no data.yaml, so there are no rows to look at.")
-    print(check(recipe, max(0, given.rows), max(1, given.gpus)))
+    display.say(check(recipe, max(0, given.rows), max(1, given.gpus)))
     return 0

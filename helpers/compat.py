@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from helpers.display import say
+
 CHECKED = {
     "transformers": "5.17.0",
     "trl": "1.14.0",
@@ -95,7 +97,7 @@ def drop_metrics(trainer: Any) -> None:
 def use_one_gpu(arguments: Any) -> Any:
     """Trainer arguments held to one GPU a process: nn.DataParallel would tear packed rows and their losses apart."""
     if arguments.n_gpu > 1:
-        print(
+        say(
             f"{arguments.n_gpu} GPUs are here and this process uses one; "
             f"torchrun --nproc-per-node {arguments.n_gpu} -m helpers.train uses them all."
         )

@@ -22,7 +22,7 @@ class Html:
     """Ready HTML for a notebook, with a plain text for terminals. The maker answers for the escaping."""
 
     def __init__(self, markup: str, text: str = "") -> None:
-        self.markup, self.text = markup, text
+        self.markup, self.text = markup, clean(text)
 
     def __add__(self, other: Html) -> Html:
         """Both, one below the other."""
@@ -83,6 +83,11 @@ def said(*lines: str) -> Html:
     """Sentences as a cell ends with them, a paragraph each; empty ones are left out."""
     kept = [clean(line) for line in lines if line]
     return Html("".join(f"<p>{escape(line)}</p>" for line in kept), "\n".join(kept))
+
+
+def say(*lines: object, end: str = "\n") -> None:
+    """Print lines at once, each `clean`: the one way to the terminal for what may hold foreign text."""
+    print(*map(clean, lines), sep="\n", end=end, flush=True)
 
 
 # ---------------------------------------------------------------- numbers

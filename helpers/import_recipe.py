@@ -247,5 +247,5 @@ def main(arguments: list[str] | None = None) -> int:
     name = re.sub(r"[^\w.-]+", "-", Path(given.file).stem)
     folder = made.write(Path(given.out) if given.out else machine.PROJECT / "notebooks" / "recipes" / name)
     counts = ", ".join(f"{sum(row[2] == kind for row in made.rows)} {kind}" for kind in (TAKEN, NEAR, LOST, FREE))
-    print(made, f"\n{counts}. Written to {folder}; `tunebook check {folder}` looks at it.", sep="\n")
+    display.say(made, f"\n{counts}. Written to {folder}; `tunebook check {folder}` looks at it.")
     return 0

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helpers import cache
+from helpers.display import say
 from helpers.errors import TunebookError
 
 KEY_NAMES = "TUNEBOOK_KEY_NAMES"  # other variables that may hold a key, separated by commas; a recipe cannot set it
@@ -192,7 +193,7 @@ class Client:
             if near and all(one.get(part) == record[part] for part in ("entry", "server", "text")):
                 return name
         if known:
-            print(f"{self.endpoint} is another model than when its answers were kept: they are not used.", flush=True)
+            say(f"{self.endpoint} is another model than when its answers were kept: they are not used.")
         name = cache.key(record)[:16]
         if self.answers:
             self.answers.put("servers", {**known, name: record})

@@ -84,7 +84,7 @@ def offer(params: GgufParams) -> display.Html:
     if not params.publish_to:
         return display.said("Nothing is published. To see what would be, set publish_to to user/name on the hub.")
     text = "\n".join(map(str, publish(params.run, params.publish_to, dry_run=params.publish_dry_run)))
-    return display.Html(f"<pre>{display.escape(text)}</pre>", display.clean(text))
+    return display.Html(f"<pre>{display.escape(text)}</pre>", text)
 
 
 def plan(
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     what = [w.strip() for w in given.only.split(",") if w.strip()]
     done = publish(given.run, given.name, what, not given.public, not given.yes, given.licence, given.data_licence)
-    print(*done, sep="\n")
+    display.say(*done)
     return 0
 
 

@@ -209,7 +209,7 @@ class Stage:
         values = yaml.safe_dump(self.params.as_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "params.yaml", f"# Parameters as they were used, for `papermill -f`.\n{values}")
         if self.resumed:
-            print(f"Resuming the unfinished stage in {self.path}")
+            display.say(f"Resuming the unfinished stage in {self.path}")
         self.begun = True
         return True
 
@@ -317,7 +317,7 @@ def _set_aside(path: Path) -> None:
         return
     names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
     old = path.rename(next(name for name in names if not name.exists()))
-    print(f"{path.name} stood here already; it is kept as {old}")
+    display.say(f"{path.name} stood here already; it is kept as {old}")
 
 
 # ---------------------------------------------------------------- locks
@@ -344,7 +344,7 @@ def lock(run: str, stage: str) -> None:
     except BlockingIOError:
         taken = True
     except OSError as error:  # some network and mounted drives have no locks
-        print(f"{path} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
+        display.say(f"{path} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
         other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
         taken = other and psutil.pid_exists(int(owner))
     if taken:

@@ -18,6 +18,7 @@ from typing import Any
 
 from helpers import llm_client, machine, runs
 from helpers.__main__ import main as tunebook
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.gguf import header
 from helpers.gguf.runner import Server
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server = start(**given)
-        print(describe(server), "Ctrl-C ends it.", sep="\n", flush=True)
+        say(describe(server), "Ctrl-C ends it.")
         server.wait()
     except KeyboardInterrupt:
         return 0

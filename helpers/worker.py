@@ -129,7 +129,7 @@ class Worker:
         if kind == "error":
             raise TunebookError(value)
         if kind == "bug":
-            raise RuntimeError(f"{self.name} failed in its own process:\n{value}")
+            raise RuntimeError(f"{self.name} failed in its own process:\n{clean(value)}")
         if kind == "memory":
             self._kill()
             raise Lost(f"{self.name} needed more than {self._memory_gib:g} GiB of memory.", "memory")

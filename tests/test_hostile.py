@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import machine, params, plots, publish, runs, serve
+from helpers import display, machine, params, plots, publish, runs, serve
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint
 from helpers.report import facts
@@ -114,6 +114,111 @@ def test_foreign_text_in_an_error_cannot_steer_the_terminal():
     assert said.isprintable() and "␛" in said
 
 
+def test_nothing_but_the_cleaner_prints():
+    """Foreign text may stand in anything that is said, so that one function says it all."""
+    import ast
+
+    here = [*(PROJECT / "helpers").rglob("*.py")]
+    calls = {
+        f"{file.relative_to(PROJECT)}:{node.lineno}"
+        for file in here
+        if file.name not in ("display.py", "errors.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    }
+    assert len(here) > 100 and not calls
+
+
+STEER = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202eevil\u200b\r"
+
+
+def test_no_text_of_a_data_set_steers_the_terminal_of_notebook_01(tmp_path, runs_root, capsys, record_property):
+    """Message keys, CSV headers, file names, texts, roles, values of columns, reasons of rejected rows, tool names."""
+    from helpers.data import prepare
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {n}? {STEER}", f"key{STEER}": 1},
+                {"role": "assistant", "content": f"It is the number {n}. {STEER}", STEER: n},
+            ],
+            f"column{STEER}": STEER,
+        }
+        for n in range(30)
+    ]
+    rows.append({"messages": [{"role": STEER, "content": "x"}]})
+    rows.append({f"odd{STEER}": 1})
+    name = f"a{STEER.replace('/', '')}"
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head, lines = (
+        f"question,answer,note{STEER.strip()}",
+        [f"Who is {n}?,This is person {n},{STEER!r}" for n in range(20)],
+    )
+    (folder / f"{name}.csv").write_text("\n".join([head, *lines]))
+    values = {"dataset": str(folder), "reject_limit": 0.5, "max_length": 512, "test_share": 0.1, "eval_share": 0.1}
+    job, shown = prepare.open(params.resolve("data", {"run": "r", "min_chars": 3, **values})), []
+    for step in ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "pairs", "finish"):
+        found = getattr(job, step)()
+        shown.append(repr(found) if hasattr(found, "_repr_html_") else "")
+    shown += [text for text in capsys.readouterr() if text]
+    shown.append(repr(job._warn("x", STEER)) + capsys.readouterr().out)
+    assert "␛" in "".join(shown) and (job.path / "rejected.jsonl").stat().st_size
+    for text in shown:
+        assert not {c for c in text if ord(c) in display.HIDDEN}
+    record_property("tried", 12 * len(shown))
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 200])
+def test_no_server_steers_the_terminal(status, capsys):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from helpers.llm_client import Request
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.dumps({"error": {"message": STEER}, "choices": STEER}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", f"m{STEER}", key_name="", retries=0)
+    with Client(endpoint) as client:
+        try:
+            error = next(client.ask([Request([{"role": "user", "content": "Hi"}])])).error
+        except TunebookError as raised:
+            error = str(raised)
+    server.shutdown()
+    display.say(error)
+    said = capsys.readouterr().out
+    assert len(said) > 20 and not {c for c in said if ord(c) in display.HIDDEN}
+
+
+def test_what_a_cell_showed_and_what_a_child_failed_with_are_cleaned(tmp_path):
+    from helpers import worker
+
+    shown = display.shown([(STEER, 1)], (STEER,)) + display.said(STEER) + display.Html("", STEER)
+    display.save(shown, tmp_path, "x")
+    again = display.load(tmp_path, "x")
+    assert again.text == shown.text and not {c for c in again.text + again.markup if ord(c) in display.HIDDEN}
+    (tmp_path / "x.json").write_text(json.dumps({"html": "", "text": STEER}))
+    assert repr(display.load(tmp_path, "x")).isprintable()
+    with pytest.raises(RuntimeError) as failed:
+        worker.run("json:loads", {STEER: STEER}, wall_s=60)
+    assert not {c for c in str(failed.value) if ord(c) in display.HIDDEN}
+
+
 @pytest.mark.parametrize("name", ["PATH", "HOME", "AWS_SECRET_ACCESS_KEY", "api_key", "X_API_KEYS"])
 def test_a_recipe_cannot_send_any_variable_of_the_environment(name, monkeypatch):
     endpoint = Endpoint("http://127.0.0.1:9/v1", "m", key_name=name)
@@ -124,8 +229,6 @@ def test_a_recipe_cannot_send_any_variable_of_the_environment(name, monkeypatch)
 
 
 def test_a_dollar_sign_is_drawn_as_one():
-    from helpers import display
-
     figure = plots.lengths({"3": 2}, 3, 0, 3)
     figure.axes[0].set_title(plots.label(r"cost $\frac{1}{ $x_ $"))
     assert display.png(figure) and "cost $" in plots.svg(figure)

@@ -28,7 +28,7 @@ from helpers.data.rendering import refuse_control_tokens
 from helpers.data.split import asks, group_value, pairs_of, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import Row, answer_of, as_sft, text_of, with_system
-from helpers.display import Html, plain, said, save, shown
+from helpers.display import Html, plain, said, save, say, shown
 from helpers.errors import TunebookError
 from helpers.model import loading
 from helpers.model.stop_tokens import special_pattern
@@ -64,7 +64,7 @@ class Job(StageJob):
             foreign = [name for name in COMPANIONS if self.chosen[name] == getattr(embedded, name) != ""]
             self.chosen |= dict.fromkeys(foreign, "")
             if names := ", ".join(foreign):
-                print(f"{names} belong to the embedded data; your own dataset needs none of them.")
+                say(f"{names} belong to the embedded data; your own dataset needs none of them.")
 
     @functools.cached_property
     def source(self) -> loading.ModelSource:
@@ -99,7 +99,7 @@ class Job(StageJob):
         """Say what a reader must know, here, in the report and in the manifest; "" takes back what was said."""
         self.warnings[about] = text
         if text:
-            print(f"Note: {text}", flush=True)
+            say(f"Note: {text}")
 
     def _notes(self, *about: str) -> list[tuple[str, str]]:
         return [("note", self.warnings[one]) for one in about if self.warnings[one]]

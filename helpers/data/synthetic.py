@@ -16,6 +16,7 @@ from helpers.cache import Answers
 from helpers.data.shingles import tokens
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import BATCH_ROWS, PLACE, Row, answer_of, batches, make_row, text_of
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.llm_client import Client, Endpoint, Reply, Request
 from helpers.params import DataParams
@@ -176,10 +177,9 @@ def _asked(
     cost = (planned["tokens_in"] * p.price_in + planned["tokens_out"] * p.price_out) / 1e6
     figures["cost_at_most"] = total = figures.get("cost_at_most", 0.0) + cost
     price = f"{cost:,.2f}" if p.price_in or p.price_out else "unknown, without price_in and price_out"
-    print(
+    say(
         f"{planned['new']:,} questions to ask ({planned['kept']:,} already answered), about {planned['tokens_in']:,} "
         f"tokens in and at most {planned['tokens_out']:,} out; cost at most {price}.",
-        flush=True,
     )
     if p.max_cost and total > p.max_cost:
         found = f"The job could cost {total:,.2f}, more than max_cost = {p.max_cost:,.2f}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import cache, machine
+from helpers import cache, display, machine
 from helpers.cache import Answers
 from helpers.data import vocabulary
 from helpers.data.rendering import Chat, openai_form
@@ -320,7 +320,7 @@ class Session:
         from tqdm import tqdm
 
         how: dict[str, Any] = {"mininterval": 2, "ncols": 90, "file": sys.stdout, "disable": not missing}
-        return tqdm(desc=label, total=total, initial=total - missing, **how)
+        return tqdm(desc=display.clean(label), total=total, initial=total - missing, **how)
 
 
 def client(address: str, answers: Answers | None = None, **options: Any) -> Client:

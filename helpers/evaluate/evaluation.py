@@ -77,7 +77,7 @@ class Evaluation(steps.Job):
             self.end_of_turn, self.chat = tokenizer.decode([end_of_turn(tokenizer)]), Chat(inspect(tokenizer))
         elif self.talk:
             self.talk = []
-            print("general_chat is left out: without a chat template a model completes text and cannot be asked.")
+            display.say("general_chat is left out: without a chat template a model completes text and cannot be asked.")
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
         kind = questions.task_kind(items, self.database)
@@ -135,7 +135,7 @@ class Evaluation(steps.Job):
                     f.measured[candidate.name] = self._measure(session)
             except TROUBLE as error:
                 f.skipped[candidate.name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
-                print(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
+                display.say(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
         if not f.measured:
             raise TunebookError("No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in f.skipped.items()))
         f.leave_out()
@@ -234,7 +234,7 @@ class Evaluation(steps.Job):
                 return {"model": client.model, "estimate": cost, "pairs": verdicts}
         except (TunebookError, OSError) as error:
             self.findings.warnings.append(f"The judge was not used: {error}")
-            print(self.findings.warnings[-1])
+            display.say(self.findings.warnings[-1])
             return None
 
     # ------------------------------------------------------------ results

@@ -14,6 +14,7 @@ from typing import Any
 from helpers import machine
 from helpers.data.chat_template import inspect
 from helpers.data.labels import Encoder
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
 from helpers.model.loading import fast_bf16
@@ -162,7 +163,7 @@ class HfModel:
         found, known = (logits[0, -1].float().log_softmax(-1) for logits in (fast, plain))
         kl = torch.nn.functional.kl_div(found, known, log_target=True, reduction="sum").item()
         if not kl < SAME_KL:
-            print(f"Decoding through transformers.generate: fast logits differ (KL {kl:.3g})")
+            say(f"Decoding through transformers.generate: fast logits differ (KL {kl:.3g})")
         return kl < SAME_KL
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from helpers.data.labels import trained_runs
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.evaluate import statistics
 from helpers.evaluate.candidates import Session
@@ -119,7 +120,7 @@ def check_budget(pairs: Iterable[Pair], budget: int) -> dict[str, int]:
             f"The judge would read and write about {total:,} tokens in {cost['calls']} calls, over judge_budget = "
             f"{budget:,}; lower judge_limit or raise judge_budget."
         )
-    print(f"The judge is asked {cost['calls']} times, about {total:,} tokens.")
+    say(f"The judge is asked {cost['calls']} times, about {total:,} tokens.")
     return cost
 
 

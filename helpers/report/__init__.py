@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from helpers import runs
+from helpers.display import say
 from helpers.report import facts, model_card, page
 from helpers.report.compare import render as render_comparison
 
@@ -41,5 +42,5 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="one run for its report and model card, several for a comparison")
     parser.add_argument("--out", default=None, help="where the comparison goes (default runs/compare.html)")
     given = parser.parse_args(arguments)
-    print(compare(given.runs, given.out) if len(given.runs) > 1 else build(given.runs[0]))
+    say(compare(given.runs, given.out) if len(given.runs) > 1 else build(given.runs[0]))
     return 0

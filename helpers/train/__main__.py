@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from helpers import parameter, params
+from helpers.display import say
 from helpers.errors import command
 from helpers.train import distributed, methods, training
 
@@ -36,7 +37,7 @@ def train(resolved: params.TrainingParams) -> None:
     manifest = training.open(resolved).run()
     distributed.leave()
     if manifest:
-        print(f"Finished in {manifest.data['wall_s']} s: {manifest.path}")
+        say(f"Finished in {manifest.data['wall_s']} s: {manifest.path}")
 
 
 if __name__ == "__main__":

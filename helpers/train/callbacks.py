@@ -84,7 +84,7 @@ class Log(TrainerCallback):
         if not self.watched:
             at = f"step {line['step']}/{line['of_steps']}  loss {line['loss']:.4f}"
             left = display.duration(line["left_s"])
-            print(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left", flush=True)
+            display.say(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left")
         elif self.handle:
             self.handle.update(self.draw())
         else:
@@ -103,7 +103,7 @@ class Samples(TrainerCallback):
         if state.global_step % self.every == 0:
             found = self.sample(state.global_step)
             if found and state.is_world_process_zero:
-                print(f"step {state.global_step}: {found[0]['answer']!r}", flush=True)
+                display.say(f"step {state.global_step}: {found[0]['answer']!r}")
 
 
 class Tracker(TrainerCallback):
@@ -121,8 +121,8 @@ class Tracker(TrainerCallback):
                 return None if self._failed else getattr(self._tracker, name)(*arguments, **given)
             except Exception as error:  # whatever a service or its library raises
                 self._failed = True
-                said = display.clean(f"{type(error).__name__}: {error}"[:300])
-                print(f"{type(self._tracker).__name__} failed ({said}); training continues without it.", flush=True)
+                said = f"{type(error).__name__}: {error}"[:300]
+                display.say(f"{type(self._tracker).__name__} failed ({said}); training continues without it.")
 
         return event
 

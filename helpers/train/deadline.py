@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from helpers import compat
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.params import TrainingParams
 from helpers.planner import cost_model
@@ -107,7 +108,7 @@ class Deadline(TrainerCallback, ExportableState):
             return
         total = distributed.shared(lambda: self._review(step, now))  # by the first one's clock
         if total != self.total:
-            print(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.", flush=True)
+            say(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.")
             self.anchors.append((step, self.done(step)))
             times = config.timetable(self.params, total)
             self.total = state.max_steps = total
@@ -211,5 +212,5 @@ def _lighter(job: Any, plan: Plan) -> Plan:
     option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
     why = f"The probing row did not fit with activation checkpointing of {plan.option.recompute_text}: "
     why += f"now {option.recompute_text}."
-    print(why, flush=True)
+    say(why)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

@@ -251,7 +251,7 @@ class TrainJob(steps.Job):
         if start is None:
             self._probe()
         else:
-            print(f"Resuming from {start.name}.")
+            display.say(f"Resuming from {start.name}.")
             state = resume.trainer_state(start)
             trainer.args.eval_steps, trainer.args.save_steps = state["eval_steps"], state["save_steps"]
         try:
@@ -273,14 +273,16 @@ class TrainJob(steps.Job):
         self.planned = deadline.probe(self)
         minutes, args, limit = self.params.max_minutes, self.trainer.args, self.deadline
         if self.planned.measured:
-            print(self.planned.headline(), flush=True)
+            display.say(self.planned.headline())
         elif minutes:
-            print("This kind of training is not probed: max_minutes begins with the plan's estimate.", flush=True)
+            display.say("This kind of training is not probed: max_minutes begins with the plan's estimate.")
         if not minutes:
             return
         limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self))
         if limit.total < args.max_steps:
-            print(f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}: the schedule ends there.")
+            display.say(
+                f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}: the schedule ends there."
+            )
         times = config.timetable(self.params, limit.total)
         args.eval_steps, args.save_steps = times["eval_steps"], times["save_steps"]
 

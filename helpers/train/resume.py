@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import machine, runs
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
 
@@ -95,7 +96,7 @@ def newest(folder: Path, of: dict[str, Any]) -> Path | None:
     for checkpoint in numbered(folder):
         found = sealed(checkpoint)
         if found is None:
-            print(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
+            say(f"{checkpoint.name} was cut off while it was written; it is removed and the one before it is used.")
             shutil.rmtree(checkpoint)
             continue
         differ = [what for what in of if found.get("of", {}).get(what) != of[what]]
@@ -138,7 +139,7 @@ class Mirror:
             for old in [p for p in numbered(self.folder) if self._ours(p)][MIRRORED:]:
                 shutil.rmtree(old)
         except (OSError, TunebookError) as error:
-            print(f"{checkpoint.name} could not be copied to the mirror {self.folder} ({error}); training continues.")
+            say(f"{checkpoint.name} could not be copied to the mirror {self.folder} ({error}); training continues.")
 
     def fetch(self, checkpoints: Path) -> Path | None:
         """Bring the newest whole checkpoint and the log back; None when the mirror holds none of this job."""
@@ -146,7 +147,7 @@ class Mirror:
             if self._ours(checkpoint):
                 shutil.copytree(checkpoint, checkpoints / checkpoint.name, dirs_exist_ok=True)
                 shutil.copy2(self.folder / "log.jsonl", checkpoints.parent)
-                print(f"{checkpoint.name} is brought back from {self.folder}.")
+                say(f"{checkpoint.name} is brought back from {self.folder}.")
                 return checkpoints / checkpoint.name
         return None
 

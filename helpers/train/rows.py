@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import Any
 from zlib import crc32
 
-from helpers.display import Html, escape
+from helpers.display import Html, escape, say
 from helpers.errors import TunebookError
 from helpers.model.packed_attention import (
     IGNORE,
@@ -68,7 +68,7 @@ def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any
         )
     held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
     if params.stage == "orpo" and not len(held_out):
-        print("No pair is held out: this run will have no held-out figure, and its last step is kept.")
+        say("No pair is held out: this run will have no held-out figure, and its last step is kept.")
     return train, held_out if len(held_out) else None, {"train": counted, "eval": more}
 
 

@@ -312,9 +312,7 @@ class ExportJob(steps.Job):
             return
         size_gib = 2 * count_weights(source.base.path)[0] / 2**30
         if 2.2 * size_gib > machine.free_memory_gib():
-            display.say(
-                f"The merge onto {source.onto[0]} is not measured: {2.2 * size_gib:.0f} GiB of memory are not free."
-            )
+            display.say(f"The merge onto {source.onto[0]} is not measured: {2.2 * size_gib:.0f} GiB are not free.")
             return
         started = time.monotonic()
         own = source.adapter if (source.adapter / "tokenizer.json").is_file() else source.base.path

@@ -280,9 +280,7 @@ class TrainJob(steps.Job):
             return
         limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self))
         if limit.total < args.max_steps:
-            display.say(
-                f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}: the schedule ends there."
-            )
+            display.say(f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}; the schedule ends.")
         times = config.timetable(self.params, limit.total)
         args.eval_steps, args.save_steps = times["eval_steps"], times["save_steps"]
 

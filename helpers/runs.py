@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import psutil
 import yaml
 
-from helpers import display, machine
+from helpers import display, drive, machine
 from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writing
 from helpers.errors import TunebookError
 from helpers.parameter import check_run
@@ -113,6 +113,7 @@ def load(run: str, stage: str, verify: bool = True) -> Manifest:
     """A finished stage of a run. Raises TunebookError when it is missing, unfinished, failed or changed since."""
     path = folder(run, stage)
     try:
+        drive.bring(path)
         content = (path / "manifest.json").read_bytes()
         manifest = Manifest(path, json.loads(content), hashlib.sha256(content).hexdigest())
         state = (manifest.data["status"], manifest.data["schema_version"])
@@ -252,6 +253,7 @@ class Stage:
             **inherited,
         }
         write_manifest(self.path, manifest)
+        drive.keep(self.path, all_of_it=True)
         unlock(self.params.run, self.name)
         return load(self.params.run, self.name, verify=False)
 
@@ -263,6 +265,8 @@ def stage(name: str, params: Params) -> Stage:
     where there is work to do, for one whose files have changed.
     """
     path = folder(params.run, name)
+    for wanted in (name, *PARENTS[name]):
+        drive.bring(folder(params.run, wanted.rstrip("?")))
     parents = {}
     for parent in PARENTS[name]:
         if parent == "sft" and getattr(params, "start_from", "sft") != "sft":

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from helpers import display, runs
+from helpers import display, drive, runs
 
 Result = TypeVar("Result")
 
@@ -55,6 +55,8 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
         if begins and stage.begin():
             for earlier, value in job._results.items():
                 display.save(value, shown, earlier.split("(")[0])
+        if begins:
+            drive.keep(stage.path)
         try:
             result = work(job, *arguments, **named)
         except BaseException:
@@ -62,6 +64,7 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
             raise
         if stage.begun and name != "finish":
             display.save(result, shown, name)
+            drive.keep(stage.path)
         job._results[key] = result
         return result
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, machine, plots, runs, steps
+from helpers import display, drive, machine, plots, runs, steps
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import HfModel
 from helpers.model.loading import ModelSource, template_hash, tokenizer_hash
@@ -54,7 +55,7 @@ class TrainJob(steps.Job):
         self.result: dict[str, Any] = {}
         if self.tokenizer is not None:
             self.identity = resume.identity(self.params, self.stage.parents["data"], self.tokenizer)
-            mirror = getattr(self.params, "mirror", "")
+            mirror = getattr(self.params, "mirror", "") or drive.mirror()
             self.mirror = resume.Mirror(mirror, self.stage, self.identity) if mirror else None
 
     @steps.look
@@ -147,7 +148,7 @@ class TrainJob(steps.Job):
         if speeds:  # the first steps compile kernels
             plan = plan.correct(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
         self._free()
-        return self.stage.finish(
+        manifest = self.stage.finish(
             {**self.result, "peak_gib": peak},
             template_hash=template_hash(self.tokenizer),
             tokenizer_hash=tokenizer_hash(self.tokenizer),
@@ -160,6 +161,9 @@ class TrainJob(steps.Job):
             method=self.params.method,
             merge_onto=self._merge_onto(),
         )
+        if self.mirror and not self.params.mirror and drive.holds(self.stage.path):
+            shutil.rmtree(self.mirror.folder, ignore_errors=True)  # the finished stage is there itself
+        return manifest
 
     def run(self) -> runs.Manifest | None:
         """Every step but the answers, for runs without a notebook: one that is opened afterwards shows them."""

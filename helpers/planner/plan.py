@@ -284,8 +284,6 @@ class _Search:
             sizes = [self.params.row_tokens]
         elif self.batches.accumulation:
             sizes = [useful]
-        elif not self.params.packing:
-            sizes = sizes[:1]
         elif self.base.backend == "unsloth":
             sizes = [r for r in sizes if r <= max(longest, UNSLOTH_ROW)]
         count = self.shape.layers

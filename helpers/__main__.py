@@ -1,4 +1,4 @@
-"""The command line: tunebook run | train | serve | chat | report | publish | import | check; see COMMAND --help."""
+"""The command line: tunebook run | runs | train | serve | chat | report | publish | import | check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers.errors import TunebookError, command
 
 COMMANDS = {
     "run": "run the notebooks 01 to 05 one after another",
+    "runs": "list the runs and what was set aside; restore or remove folders",
     "train": "train one stage from a parameter file",
     "serve": "serve a run's export or a GGUF file on this machine",
     "chat": "talk to a run's export or a GGUF file in the terminal",
@@ -20,7 +21,8 @@ COMMANDS = {
     "import": "write a recipe from a LLaMA-Factory or Axolotl YAML",
     "check": "look at a recipe's rows, fit and time before anything is trained",
 }
-MODULES = {"train": "helpers.train.__main__", "import": "helpers.import_recipe", "check": "helpers.check_recipe"}
+MODULES = {"train": "helpers.train.__main__", "runs": "helpers.run_list"}
+MODULES |= {"import": "helpers.import_recipe", "check": "helpers.check_recipe"}
 
 
 @command

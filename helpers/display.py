@@ -6,10 +6,12 @@ A result that ends a cell is an `Html` (a table or several), a matplotlib figure
 
 from __future__ import annotations
 
+import calendar
 import html
 import io
 import json
 import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -143,6 +145,12 @@ def duration(seconds: Any) -> str:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def clock(utc: str) -> str:
+    """A UTC time of a manifest by the clock of this machine: "at 10:25" today, else "on 2026-11-26 at 10:25"."""
+    then = time.localtime(calendar.timegm(time.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")))
+    return time.strftime("at %H:%M" if then[:3] == time.localtime()[:3] else "on %Y-%m-%d at %H:%M", then)
 
 
 def plain(value: Any) -> str:

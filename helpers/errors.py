@@ -36,6 +36,10 @@ class TunebookError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class Stopped(TunebookError):
+    """A person stopped the work; the message says what is safe and how to go on."""
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """A command line's `main` that never ends in a traceback for what a person did: a TunebookError is one line and
     status 1, an interrupt is status 130, and a reader of the output that has gone (`| head`) is status 141."""
@@ -46,6 +50,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             status = main(*arguments)
             sys.stdout.flush()
             return status
+        except Stopped as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 130
         except TunebookError as error:
             print(f"\nStopped: {error}", file=sys.stderr)
             return 1

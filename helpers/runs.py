@@ -3,8 +3,7 @@
     runs/<run>/<stage>/   params.yaml   metrics.json   executed.ipynb   artifacts...   manifest.json (last, atomically)
 
 A stage looks at its folder with `stage`, begins to write with `Stage.begin` and ends with `Stage.finish`. Later stages
-read it with `load`, which refuses a folder that is unfinished or whose files no longer have the hashes that were
-written down.
+read it with `load`, which refuses a folder that is unfinished or whose files no longer have the hashes written down.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ def _own_hash(data: dict[str, Any]) -> str:
 
 def _altered(manifest: Manifest, names: Iterable[str] = ()) -> str:
     for name in names or manifest.data["artifacts"]:
-        known = manifest.data["artifacts"][name]
-        file = manifest.path / name
+        known, file = manifest.data["artifacts"][name], manifest.path / name
         if not file.is_file() or file.stat().st_size != known["bytes"] or sha256_file(file) != known["sha256"]:
             return f"did not write {file} as it stands there (missing or altered)"
     return ""
@@ -161,16 +159,15 @@ def _remedy(run: str, stage: str) -> str:
 @dataclass
 class Stage:
     """A stage's folder. Files put under `path` after `begin` become artifacts when `finish` writes the manifest.
-
-    done: its manifest when it is finished with the same parameters, parents and code already; resumed: `begin`
-    found what an earlier run of the same parameters and parents left unfinished.
-    """
+    done: its manifest when it is finished already (`_done` says with what); note: what a reader is told then. resumed:
+    `begin` found what an earlier run of the same parameters and parents left unfinished."""
 
     name: str
     params: Params
     path: Path
     parents: dict[str, Manifest]
     done: Manifest | None = None
+    note: str = ""
     begun: bool = False
     resumed: bool = False
     _started: float = field(default_factory=time.monotonic)
@@ -182,13 +179,17 @@ class Stage:
         """Seconds since the work began."""
         return time.monotonic() - self._started
 
+    def moved(self) -> str:
+        """Which parameters were changed, by a slider say, since the stage was opened, and what to do; "" for none."""
+        now, opened = self.params.as_dict(), self._plan["params"]
+        changed = [name for name, value in opened.items() if now[name] != value]
+        told = f"{', '.join(changed)} changed ({', '.join(f'{opened[n]!r} → {now[n]!r}' for n in changed)})"
+        return f"{told} after stage {self.name!r} was opened; run the cell that opens it again." if changed else ""
+
     def check(self) -> None:
-        """Raise TunebookError when a parameter was changed, by a slider say, since the stage was opened."""
-        now = self.params.as_dict()
-        if changed := [name for name, value in self._plan["params"].items() if now[name] != value]:
-            raise TunebookError(
-                f"{', '.join(changed)} changed after stage {self.name!r} was opened; run the cell that opens it again."
-            )
+        """Raises TunebookError when a parameter was changed since the stage was opened."""
+        if told := self.moved():
+            raise TunebookError(told)
 
     def begin(self) -> bool:
         """Start the work: lock the folder, keep aside what is there unless it is resumed. False when already begun."""
@@ -205,9 +206,9 @@ class Stage:
         self._started, self._code = time.monotonic(), machine.code_hash(FOLDERS[self.name])
         self.resumed = self.params.resumes and _unfinished(self.path, self._plan)
         if not self.resumed:
-            _set_aside(self.path)
+            set_aside(self.path)
         write_json(self.path / "plan.json", self._plan)
-        values = yaml.safe_dump(self.params.as_dict(), sort_keys=False, allow_unicode=True)
+        values = yaml.safe_dump(self._plan["params"], sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "params.yaml", f"# Parameters as they were used, for `papermill -f`.\n{values}")
         if self.resumed:
             display.say(f"Resuming the unfinished stage in {self.path}")
@@ -216,10 +217,8 @@ class Stage:
 
     def finish(self, metrics: dict[str, Any], **about: Any) -> Manifest:
         """Hash every file, write metrics.json, then manifest.json last. The parents must still be what they were.
-
         metrics: plain JSON numbers and strings; NaN is refused. about: what else the manifest holds. The base model
-        (name, path, revision, origin), its template_hash and tokenizer_hash are the parents' unless they are given.
-        """
+        (name, path, revision, origin), its template_hash and tokenizer_hash are the parents' unless they are given."""
         for stage, parent in self.parents.items():
             file = parent.path / "manifest.json"
             if not file.is_file() or sha256_file(file) != parent.sha256:
@@ -239,7 +238,7 @@ class Stage:
             "stage": self.name,
             "run": self.params.run,
             "status": "finished",
-            "params": self.params.as_dict(),
+            "params": self._plan["params"],
             "metrics": metrics,
             "parents": {s: {"folder": p.path.name, "manifest_sha256": p.sha256} for s, p in self.parents.items()},
             "artifacts": artifacts,
@@ -259,37 +258,44 @@ class Stage:
 
 
 def stage(name: str, params: Params) -> Stage:
-    """Look at the folder of stage `name` for the run `params.run`; nothing is written until `Stage.begin`.
-
-    Raises TunebookError for a parent that is missing or was made with another chat template than its own parent, and,
-    where there is work to do, for one whose files have changed.
-    """
-    path = folder(params.run, name)
+    """Look at a stage's folder; nothing is written until `Stage.begin`. Raises TunebookError for a parent that is not
+    there or was made with another chat template than its own, and, where there is work to do, for a changed one."""
     for wanted in (name, *PARENTS[name]):
         drive.bring(folder(params.run, wanted.rstrip("?")))
-    parents = {}
-    for parent in PARENTS[name]:
-        if parent == "sft" and getattr(params, "start_from", "sft") != "sft":
-            continue  # preference training from the base, or from an adapter of the user's
-        if not parent.endswith("?") or (folder(params.run, parent[:-1]) / "manifest.json").is_file():
-            parents[parent.rstrip("?")] = load(params.run, parent.rstrip("?"), verify=False)
+    parents = {parent: load(params.run, parent, verify=False) for parent in parents_of(name, params)}
     _check_lineage(params.run, parents)
     plan = {"params": params.as_dict(), "parents": {s: m.sha256 for s, m in parents.items()}}
-    done = _done(name, params, plan)
+    done, note = _done(name, params, plan)
     for parent in parents if done is None else ():  # what is only shown again reads none of their files
         load(params.run, parent)
-    return Stage(name, params, path, parents, done, _plan=plan)
+    return Stage(name, params, folder(params.run, name), parents, done, note, _plan=plan)
 
 
-def _done(name: str, params: Params, plan: dict[str, Any]) -> Manifest | None:
-    """The stage's manifest when it is finished with these very parameters, parents and code, else None."""
+def parents_of(name: str, params: Params) -> list[str]:
+    """The stages that a stage with these parameters reads; of those that it can do without, the finished ones."""
+    # Preference training may begin from the base, or from an adapter of the user's.
+    needed = [p for p in PARENTS[name] if p != "sft" or getattr(params, "start_from", "sft") == "sft"]
+    there = (p for p in needed if p[-1] != "?" or (folder(params.run, p[:-1]) / "manifest.json").is_file())
+    return [parent.rstrip("?") for parent in there]
+
+
+def _done(name: str, params: Params, plan: dict[str, Any]) -> tuple[Manifest | None, str]:
+    """(the stage's manifest when it is finished with these very parameters, parents and code, what to say of it). Where
+    a person is watching, parameters that the notebook leaves at their default and the code may differ: looking must not
+    train anew what a command or a recipe made."""
     with contextlib.suppress(TunebookError):
-        manifest = load(params.run, name)
-        parents = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
-        same = {"params": manifest.params, "parents": parents} == plan and not params.again
-        if same and manifest.data.get("code_hash") == machine.code_hash(FOLDERS[name]):
-            return manifest
-    return None
+        manifest, now = load(params.run, name), plan["params"]
+        made = {parent: about["manifest_sha256"] for parent, about in manifest.data["parents"].items()}
+        differ = [n for n, value in now.items() if manifest.params.get(n) != value]
+        code = manifest.data.get("code_hash") == machine.code_hash(FOLDERS[name])
+        near = machine.interactive() and not set(differ) & set(params.changed())
+        if not params.again and made == plan["parents"] and (near or (code and manifest.params == now)):
+            at, anew = display.clock(manifest.data["finished_at"]), "trains" if name in ("sft", "orpo") else "runs it"
+            said = f"{FOLDERS[name]}: done {at}, shown from disk; `again = True` {anew} anew."
+            values = ", ".join(f"{n} = {manifest.params[n]!r}" for n in differ if n in manifest.params)
+            said += f" Made with {values}, which this notebook leaves at the default." if values else ""
+            return manifest, said + ("" if code else " Made by an earlier version of the code.")
+    return None, ""
 
 
 def _check_lineage(run: str, parents: dict[str, Manifest]) -> None:
@@ -315,7 +321,7 @@ def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
         return False
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
     """Keep what stands in `path` under a free neighbouring name. An empty folder is just used."""
     if not path.exists() or not any(path.iterdir()):
         return
@@ -330,35 +336,49 @@ _held: dict[Path, TextIO] = {}
 
 
 def lock(run: str, stage: str) -> None:
-    """Keep other processes off a stage of the run until `unlock` or the end of this process.
-
-    Raises TunebookError when another process works on it: two writers would mix their checkpoints.
-    """
+    """Keep other processes off a stage until `unlock` or the end of this process: two would mix their checkpoints.
+    Raises TunebookError when another process works on it."""
     path = run_folder(run) / ".locks" / stage
     if path in _held:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - open as long as it is locked
-    file.seek(0)
-    owner, _, host = file.read().partition(" ")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = False
-    except BlockingIOError:
-        taken = True
-    except OSError as error:  # some network and mounted drives have no locks
-        display.say(f"{path} cannot be locked ({error.strerror}); the process that it names is looked for instead.")
-        other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
-        taken = other and psutil.pid_exists(int(owner))
-    if taken:
+    if owner := _taken_by(file, fcntl.LOCK_EX):
         file.close()
-        told = f"Stage {stage!r} of the run {run!r} is being worked on by process {owner}"
+        told = f"Stage {stage!r} of the run {run!r} is being worked on by {owner}"
         raise TunebookError(f"{told}; wait for it, stop it, or use another run name.")
     file.truncate(0)
     file.write(f"{os.getpid()} {socket.gethostname()}")
     file.flush()
     _held[path] = file
+
+
+def worker(run: str, stage: str) -> str:
+    """The other process that works on a stage just now ("process 42"), "" when there is none."""
+    path = run_folder(run) / ".locks" / stage
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        return "" if path in _held else _taken_by(file, fcntl.LOCK_SH)
+    return ""
+
+
+def _taken_by(file: TextIO, kind: int) -> str:
+    """Lock a stage's file; "" when that worked, else the process that holds it."""
+    file.seek(0)
+    owner, _, host = file.read().partition(" ")
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        taken = False
+    except BlockingIOError:
+        taken = True
+    except OSError as error:  # some network and mounted drives have no locks
+        if kind == fcntl.LOCK_EX:
+            display.say(
+                f"{file.name} cannot be locked ({error.strerror}); the process that it names is looked for instead."
+            )
+        other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
+        taken = other and psutil.pid_exists(int(owner))
+    return f"process {owner}" if taken else ""
 
 
 def unlock(run: str, stage: str) -> None:

@@ -14,10 +14,12 @@ computed: what the step showed then comes from `shown/` in the stage's folder.
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from helpers import display, drive, runs
+from helpers import display, drive, machine, runs
+from helpers.errors import Stopped
 
 Result = TypeVar("Result")
 
@@ -28,6 +30,15 @@ class Job:
     def __init__(self, stage: runs.Stage) -> None:
         self.stage = stage
         self._results: dict[str, Any] = {}
+        if stage.done:
+            display.say(stage.note)
+
+    def watch(self, other: str) -> None:
+        """Show what another process does with this stage, until it ends. Most stages have nothing to show."""
+
+    def stopped(self, step: str) -> str:
+        """What to say when a person stops a step."""
+        return f"Stopped in {step}(); run the cell again to go on."
 
 
 def step(work: Callable[..., Result]) -> Callable[..., Result]:
@@ -50,18 +61,32 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
         if key not in job._results and stage.done is not None:
             job._results[key] = stage.done if name == "finish" else display.load(shown, name)
         if key in job._results:
+            if stage.done and (moved := stage.moved()):
+                display.say(f"Shown as it was made: {moved}")
             return job._results[key]
         stage.check()
-        if begins and stage.begin():
-            for earlier, value in job._results.items():
-                display.save(value, shown, earlier.split("(")[0])
-        if begins:
-            drive.keep(stage.path)
+        stopped = ""
         try:
+            other = runs.worker(stage.params.run, stage.name) if begins and machine.interactive() else ""
+            if other:
+                job.watch(other)
+                if stage.done:
+                    return once(job, *arguments, **named)
+            if begins and stage.begin():
+                for earlier, value in job._results.items():
+                    display.save(value, shown, earlier.split("(")[0])
+            if begins:
+                drive.keep(stage.path)
             result = work(job, *arguments, **named)
+        except KeyboardInterrupt as interrupt:
+            traceback.clear_frames(interrupt.__traceback__)  # they hold a model, and so do those of what is raised here
+            stopped = job.stopped(name)
         except BaseException:
             runs.unlock(stage.params.run, stage.name)  # another process may have the stage until this cell is run again
             raise
+        if stopped:
+            runs.unlock(stage.params.run, stage.name)
+            raise Stopped(stopped)
         if stage.begun and name != "finish":
             display.save(result, shown, name)
             drive.keep(stage.path)

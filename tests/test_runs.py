@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
+import yaml
 
 from helpers import machine, params, runs, steps
 from helpers.errors import TunebookError
@@ -91,9 +93,11 @@ def test_a_stage_is_done_only_with_the_same_parameters_parents_and_files(runs_ro
     assert not runs.stage("sft", params.resolve("sft", {"run": "r"})).done
 
 
-def other_process(runs_root, stage="data"):
-    """Another process that opens the stage: (exit status, error output)."""
-    code = f"from helpers import params, runs; runs.stage({stage!r}, params.resolve({stage!r}, {{'run': 'r'}})).begin()"
+def other_process(
+    runs_root, code="from helpers import params; runs.stage('data', params.resolve('data', {'run': 'r'})).begin()"
+):
+    """Another process, one that opens the data stage: (exit status, error output)."""
+    code = f"from helpers import runs; {code}"
     environment = {**os.environ, "TUNEBOOK_RUNS": str(runs_root)}
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
@@ -216,6 +220,77 @@ def test_a_finished_stage_is_shown_from_disk_and_again_runs_it_anew(runs_root):
     assert (
         runs.load("r", "data").params == made.params and runs.stage("data", params.resolve("data", {"run": "r"})).done
     )
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """As in a notebook that a person runs."""
+    monkeypatch.setattr(machine, "interactive", lambda: True)
+
+
+def test_what_a_recipe_made_is_shown_in_a_notebook_that_leaves_its_parameters_at_their_defaults(
+    runs_root, watched, capsys
+):
+    made = finish("data", max_length=256, seed=3)
+    job = work(seed=3)
+    told = capsys.readouterr().out
+    assert job.stage.done.sha256 == made.sha256 and job.finish().sha256 == made.sha256
+    assert "01_data_prep: done at " in told and "shown from disk; `again = True`" in told
+    assert "max_length = 256" in told and "seed" not in told
+    job.params = job.stage.params
+    job.params.max_length = 1024
+    job._results["work"] = "shown"
+    assert job.work() == "shown" and "max_length changed (512 → 1024)" in capsys.readouterr().out
+    assert not work(seed=4).stage.done and not work(seed=3, again=True).stage.done, "asked for, so it is work"
+    assert not list((runs_root / "r").glob("*.old-*")), "and looking sets nothing aside"
+
+
+def test_a_notebook_without_a_reader_works_with_its_own_parameters(runs_root):
+    finish("data", max_length=256)
+    assert not work().stage.done
+
+
+def test_an_edit_of_the_code_does_not_hide_what_is_finished_from_a_reader(runs_root, watched, monkeypatch, capsys):
+    finish("data")
+    monkeypatch.setattr(machine, "code_hash", lambda notebook="": "another edit")
+    assert work().stage.done and "earlier version of the code" in capsys.readouterr().out
+
+
+def test_a_finished_stage_with_other_parents_is_not_shown(runs_root, watched):
+    finish("data")
+    finish("sft")
+    finish("data", max_length=256)
+    assert not runs.stage("sft", params.resolve("sft", {"run": "r"})).done
+
+
+def test_manifest_and_params_yaml_hold_what_was_used_whatever_is_moved_later(runs_root):
+    values = params.resolve("data", {"run": "r", "max_length": 512})
+    job = Work(runs.stage("data", values))
+    job.work()
+    with pytest.raises(TunebookError, match="max_length cannot be changed"):
+        values.max_length = 2048
+    object.__setattr__(values, "max_length", 2048)  # even so
+    job._results["finish"] = job.stage.finish({})
+    made = job._results["finish"]
+    assert made.params["max_length"] == yaml.safe_load((made.path / "params.yaml").read_text())["max_length"] == 512
+
+
+def test_a_step_that_is_stopped_says_so_in_one_line_and_lets_go_of_the_lock_and_of_what_it_held(runs_root):
+    class Held:
+        pass
+
+    class Stops(Work):
+        @steps.step
+        def work(self):
+            model = Held()
+            self.seen = weakref.ref(model)
+            raise KeyboardInterrupt
+
+    job = Stops(runs.stage("data", params.resolve("data", {"run": "r"})))
+    with pytest.raises(TunebookError, match=r"Stopped in work\(\); run the cell again") as caught:
+        job.work()
+    assert len(caught.value._render_traceback_()) == 1 and job.seen() is None
+    assert other_process(runs_root)[0] == 0
 
 
 def test_another_edit_of_the_code_is_another_stage_and_a_commit_of_a_readme_is_not(runs_root, monkeypatch):

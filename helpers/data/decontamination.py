@@ -63,7 +63,8 @@ class Items:
     """The evaluation questions as a sparse matrix, items by weighted 8-grams. short: items of at most 8 tokens.
 
     training: rows that the questions may stand in, all or a sample; a gram that stands in `n` different questions of
-    both weighs 1 / (n - COPIES)² from there on, and nothing where `shingles.many` says that they are many.
+    both weighs 1 / (n - COPIES)² from there on, and nothing where `shingles.many` says that they are many. An item
+    whose rarest gram stands in `m` of them has copies there, each edited otherwise: from n = 2 m on.
     """
 
     def __init__(self, evaluation: Iterable[list[Row]], share: float = SHARE, training: Iterable[Row] = ()) -> None:
@@ -88,9 +89,13 @@ class Items:
             seen.update(dict.fromkeys(asked, -1))
             counts += self._found(*_parts(enumerate(new)), len(new)).sum(axis=0)
         self._many = many(counts, len(seen))
-        weights = np.where(self._many, 0, 1 / np.maximum(1, counts - COPIES) ** 2)
-        bare = held @ weights == 0  # nothing of its own: it has to be there whole
-        held.data = np.where(np.repeat(bare, np.diff(held.indptr)), 1, weights[held.indices])
+        owners, often = np.repeat(np.arange(len(texts)), np.diff(held.indptr)), counts[held.indices]
+        rarest: np.ndarray = np.full(len(texts), np.inf)
+        np.minimum.at(rarest, owners, often)
+        bare = many(rarest, len(seen))  # nothing of its own: it has to be there whole
+        spread = np.maximum(COPIES, 2 * rarest)[owners]  # edited otherwise each, some copies lack any gram
+        weights = np.where(many(often - 2 * rarest[owners] + 2, len(seen)), 0, np.maximum(1, often - spread) ** -2.0)
+        held.data = np.where(bare[owners], 1, weights)
         held.eliminate_zeros()
         self._held, self._needed = held, np.where(bare, 1, share) * held.sum(axis=1) - 1e-9
 

@@ -189,6 +189,21 @@ def test_copied_questions_are_found_beside_what_all_share(shared):
     assert recall([talk(said(row), f"no {i}") for row in evaluation for i in range(3)]) == 1
     assert recall([talk(f"Well {i}: {said(row)} Thanks {i}!", "no") for row in evaluation for i in range(15)]) == 1
     assert recall([talk(edited(row), "no") for row in evaluation]) >= 0.8
+    assert recall([talk(edited(row), "no") for row in evaluation for _ in range(12)]) >= 0.8
+
+
+def test_rows_that_fill_in_one_form_are_not_each_others_copies():
+    """Each name and each gift stands in many questions, and no row has both of a test question."""
+
+    def letter(name, gift):
+        return talk(
+            f"Write to {name} about {SHARED['instruction']} and thank them for {gift}. {' '.join(WORDS[90:110])}"
+        )
+
+    every = [(name, gift, letter(name, gift)) for name in WORDS[200:230] for gift in WORDS[300:330]]
+    held = random.Random(1).sample(every, 90)
+    rows = [one[2] for one in every if one not in held]
+    assert len(run(rows, [one[2] for one in held])[0]) == len(rows) == 810
 
 
 def test_a_greeting_that_many_conversations_begin_with_is_not_looked_for_in_them():

@@ -17,8 +17,9 @@ from helpers.data.labels import Encoder
 from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
+from helpers.model.layer_kinds import head_dim
 from helpers.model.loading import fast_bf16
-from helpers.model.packed_attention import common_length, head_dim
+from helpers.model.packed_attention import common_length
 from helpers.model.stop_tokens import end_of_turn, special_pattern, special_tokens, stop_tokens
 from helpers.tasks.extraction import thinking_marks
 from helpers.tasks.questions import Answer, Decoding

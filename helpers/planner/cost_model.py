@@ -13,8 +13,8 @@ from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
+from helpers.model.layer_kinds import head_dim
 from helpers.model.loading import auto_class, fast_bf16
-from helpers.model.packed_attention import head_dim
 from helpers.params import TrainingParams
 
 GIB = 2**30

@@ -350,4 +350,4 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, loss: str) -> None:
         model.for_training()
     elif plan.packed:
         with trainer.accelerator.autocast():
-            packed_attention.check_boundaries(model)
+            packed_attention.check_boundaries(model, plan.shares)

@@ -72,7 +72,8 @@ def load(base: Any, adapter: Path, tokenizer: Any, nf4: bool, dtype: str = "auto
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # as in merging: many small tensors
     try:
-        model = loading.load_model(base, quantize="nf4" if nf4 else "none", dtype=dtype, device=device)
+        double = merging.double_quant(adapter)
+        model = loading.load_model(base, "nf4" if nf4 else "none", double, dtype=dtype, device=device)
         alone = model.device.type == "cpu"
         if nf4 and alone:
             logging.set_verbosity_error()

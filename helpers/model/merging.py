@@ -163,6 +163,7 @@ class _Merger:
         self.wide = config.dtype == torch.float32  # then every tensor is rounded, else vectors may have kept 32 bits
         self.waiting: dict[str, Any] = {}
         self.rounded: set[str] = set()
+        self.double_quant = double_quant(adapter)
         self.converted: dict[str, Any] = {}
         self.conversion: Any = None
         self.input = self.output = ""
@@ -246,7 +247,7 @@ class _Merger:
             self.converted |= self.conversion.back(key, merged)
             return self.converted.pop(name)
         if key in self.rounded:
-            tensor = nf4_round_trip(tensor, self.dtype)
+            tensor = nf4_round_trip(tensor, self.dtype, self.double_quant)
         return self._changed(key, tensor)
 
     def _changed(self, key: str, tensor: Any) -> Any:
@@ -285,11 +286,19 @@ def check_parent(original: Path, packed: Path) -> None:
             raise TunebookError(f"{no}: the weights of {name} {found} (root mean square); name its parent.")
 
 
-def nf4_round_trip(tensor: Any, dtype: Any) -> Any:
-    """A weight as QLoRA's forward pass saw it: 4-bit NormalFloat with double quantisation, and back, in `dtype`."""
+def double_quant(adapter: Path | None) -> bool:
+    """Whether training rounded the scales of its 4-bit base too, as the manifest beside the adapter says."""
+    manifest = adapter.parent / "manifest.json" if adapter else Path()
+    return not manifest.is_file() or json.loads(manifest.read_text())["params"].get("double_quant", True)
+
+
+def nf4_round_trip(tensor: Any, dtype: Any, double: bool = True) -> Any:
+    """A weight as QLoRA's forward pass saw it: 4-bit NormalFloat, `double`: its scales in 8 bits, and back, in `dtype`."""
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(tensor.to(dtype), blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = functional.quantize_4bit(
+        tensor.to(dtype), blocksize=64, compress_statistics=double, quant_type="nf4"
+    )
     return functional.dequantize_4bit(packed, state).to(dtype).reshape(tensor.shape)
 
 

@@ -91,23 +91,27 @@ def test_the_merged_model_answers_as_base_and_adapter_do(kind, sharded, tmp_path
     assert {f.name for f in made.path.glob("*.safetensors")} == {f.name for f in sharded.glob("*.safetensors")}
 
 
-def test_a_merge_onto_nf4_is_the_base_that_training_saw(tiny_llama, plain, tmp_path):
+@pytest.mark.parametrize("double", [True, False])
+def test_a_merge_onto_nf4_is_the_base_that_training_saw(tiny_llama, plain, tmp_path, double):
     import torch
     from peft import PeftModel
 
     from helpers.model import merging
     from helpers.model.loading import load_model
 
-    made = merging.merge(tiny_llama, plain, tmp_path / "merged", onto="nf4")
+    def merged(name, double, onto):
+        adapter = shutil.copytree(plain, tmp_path / name / "adapter")
+        (adapter.parent / "manifest.json").write_text(json.dumps({"params": {"double_quant": double}}))
+        return load(merging.merge(tiny_llama, adapter, tmp_path / name / "merged", onto=onto).path)(tokens()).logits
+
     with torch.inference_mode():
-        trained = (
-            PeftModel.from_pretrained(load_model(tiny_llama, quantize="nf4", dtype="fp32"), plain)
-            .eval()(tokens())
-            .logits.float()
+        base = load_model(tiny_llama, "nf4", double, dtype="fp32")
+        trained = PeftModel.from_pretrained(base, plain).eval()(tokens()).logits.float()
+        onto_nf4, otherwise, onto_16 = (
+            divergence(trained, merged(*how))
+            for how in (("nf4", double, "nf4"), ("otherwise", not double, "nf4"), ("plain", double, "16bit"))
         )
-        onto_nf4 = divergence(trained, load(made.path)(tokens()).logits)
-        onto_16 = divergence(trained, load(merging.merge(tiny_llama, plain, tmp_path / "other").path)(tokens()).logits)
-    assert onto_nf4 < 0.2 * onto_16
+    assert onto_nf4 < 0.2 * onto_16 and onto_nf4 < otherwise
 
 
 def spoil(folder, to, edit):

@@ -46,8 +46,9 @@ def check(recipe: dict[str, Any], limit: int = 0, gpus: int = 1) -> display.Html
         manifest = job.finish()
         found += _rows(job, manifest, data)
         trainings = [chosen for stage, chosen in recipe.items() if stage in ("sft", "orpo")]
-        fits = [line for chosen in trainings for line in _fits(chosen, manifest, job.source, gpus, found)]
-    header = ("stage", "GPU", "fits", "peak", "tokens/s", "takes", "or why not")
+        methods: dict[str, str] = {}
+        fits = [line for chosen in trainings for line in _fits(chosen, manifest, job.source, gpus, found, methods)]
+    header = ("stage", "GPU", "fits", "peak", "tokens/s", "takes", "method, or why not")
     return display.shown(found, ("rows", "")) + display.said(" ") + display.shown(fits, header)
 
 
@@ -97,8 +98,11 @@ def _ends(job: prepare.Job, manifest: runs.Manifest) -> str:
     return f"{names} is trained in {trained:,} of {rows_:,} rows{cut}"
 
 
-def _fits(chosen: Any, manifest: runs.Manifest, source: Any, gpus: int, found: list) -> Iterator[tuple[str, ...]]:
-    """A line for each known GPU: whether the training fits, or the planner's refusal. found: gets its rows' line."""
+def _fits(
+    chosen: Any, manifest: runs.Manifest, source: Any, gpus: int, found: list, methods: dict[str, str]
+) -> Iterator[tuple[str, ...]]:
+    """A line for each known GPU: whether the training fits, or the planner's refusal. found: gets its rows' line;
+    methods: what `auto` came to for SFT, by GPU, which goes for what is trained on top of it."""
     try:
         train, _, counts = rows.read(manifest, chosen)
         less = {name.replace("_", " "): n for name, n in counts["train"].items() if n and "ids" not in name}
@@ -110,9 +114,12 @@ def _fits(chosen: Any, manifest: runs.Manifest, source: Any, gpus: int, found: l
     for card in cost_model.CARDS.values():
         try:
             config.check(chosen, card.capability)
-            plan = planner.plan(dataclasses.replace(chosen, plan_for=card.name), lengths, source, gpus, None, padded)
+            before = methods.get(card.name) if chosen.start_from == "sft" and chosen.method == "auto" else None
+            params = dataclasses.replace(chosen, plan_for=card.name, method=before or chosen.method)
+            plan = planner.plan(params, lengths, source, gpus, None, padded)
+            methods |= {card.name: plan.method} if chosen.stage == "sft" else {}
             speed, takes = f"{plan.tokens_per_s:,.0f}", display.duration(plan.seconds[0])
-            yield chosen.stage, card.name, "yes", f"{plan.peak_gib:.1f} GiB", speed, takes, ""
+            yield chosen.stage, card.name, "yes", f"{plan.peak_gib:.1f} GiB", speed, takes, plan.method
         except TunebookError as error:
             yield chosen.stage, card.name, "no", "", "", "", str(error)
 

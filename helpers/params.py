@@ -147,7 +147,9 @@ class TrainingParams(Params):
     """What both training stages take."""
 
     model: str = more("", "Base model; empty: the model that the data was prepared for")
-    method: str = param("qlora", "LoRA on 4 or 16 bits, every weight, last layers", choices="qlora lora full freeze")
+    method: str = param(
+        "auto", "LoRA on 16 bits, or 4 (qlora); auto: 16 where they fit", choices="auto qlora lora full freeze"
+    )
     rank: int = param(16, "Rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = param(32, "LoRA's scaling numerator alpha", low=1, high=512, step=1)
     learning_rate: float = param(0.0, "Peak learning rate; 0: by method, rank and size", low=1e-8, high=0.1, log=True)
@@ -215,7 +217,7 @@ class OrpoParams(TrainingParams):
     epochs: float = param(1.0, "Passes over the pairs", low=0.01, high=100, step=0.5)
     max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, step=16)
 
-    method: str = more("qlora", "LoRA on a 4-bit or 16-bit base; of an adapter: its base", choices="qlora lora")
+    method: str = more("auto", "LoRA on a 4-bit or 16-bit base; auto: as the adapter began", choices="auto qlora lora")
     rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
     alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)

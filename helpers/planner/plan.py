@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 9
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
+ROOM = 0.85  # of the memory that `method auto` plans a 16-bit base with
 PROBED_SPREAD = (0.03, 0.08)  # of memory and of time, once a probing step has measured them
 HEAD = ["", "backend", "base", "row tokens", "accumulation", "activation checkpointing", "peak GiB", "tokens/s", "time"]
 
@@ -62,6 +63,11 @@ class Plan(display.Shown):
     @property
     def setting(self) -> Setting:
         return self.option.setting
+
+    @property
+    def method(self) -> str:
+        """As asked, or what `auto` came to."""
+        return self.setting.params.method
 
     @property
     def batch_size(self) -> int:
@@ -107,7 +113,8 @@ class Plan(display.Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        of_plan = (
+        of_plan = [
+            "method",
             "backend",
             "attention",
             "accumulation",
@@ -116,7 +123,7 @@ class Plan(display.Shown):
             "steps",
             "errors",
             "learning_rate",
-        )
+        ]
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
@@ -149,10 +156,10 @@ class Plan(display.Shown):
 
 def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
     """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
-    method, loss = params.get("method", "qlora"), params.get("loss", "sft")
+    method, loss = params.get("method", "auto"), params.get("loss", "sft")
     obstacles = {
         "Unsloth needs a GPU": card.capability is None,
-        f"method {method} is not offered through Unsloth here": method not in ("qlora", "lora"),
+        f"method {method} is not offered through Unsloth here": method not in ("auto", "qlora", "lora"),
         f"loss {loss} is not offered through Unsloth here": loss not in ("sft", "orpo"),
         f"Unsloth has no kernels for {model_type}": model_type not in UNSLOTH_MODELS,
         "DoRA is not offered through Unsloth here": params.get("dora"),
@@ -190,9 +197,9 @@ def plan(
     """
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
-    config = load_config(source)
-    packed = quantizer(config)
-    if packed and params.method == "lora":  # the base is loaded as it is
+    config, chosen = load_config(source), ""
+    if (packed := quantizer(config)) and params.method in ("lora", "auto"):  # the base is loaded as it is
+        chosen = f"Method auto: qlora, the base holds only {packed} weights." if params.method == "auto" else ""
         params = replace(params, method="qlora")
     card = card or (cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
@@ -203,13 +210,13 @@ def plan(
     in_rows = lengths if in_one else padded_lengths or lengths
     batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
+    if params.method == "auto":
+        search, chosen = search.by_room()
+        params = search.params
     options = list(search.options())
-    fitting = [o for o in options if o.fits]
-    if not fitting:
+    if (best := search.best(options)) is None:
         raise TunebookError(search.refusal(options))
-    fastest = max(o.tokens_per_s for o in fitting)
-    best = min((o for o in fitting if o.tokens_per_s >= 0.995 * fastest), key=lambda o: o.peak_gib)
-    reasons = [why, f"Attention {kernel.name}: {kernel.reason}."]
+    reasons = [*([chosen] if chosen else []), why, f"Attention {kernel.name}: {kernel.reason}."]
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
@@ -253,6 +260,39 @@ class _Search:
     tokens: int
     base: Setting
     batches: row_plan.Batches
+    room: float = 1.0  # of the memory that an option may need
+
+    def with_params(self, **change: Any) -> _Search:
+        params = replace(self.params, **change)
+        return replace(self, params=params, base=replace(self.base, params=params))
+
+    def by_room(self) -> tuple[_Search, str]:
+        """(method auto as LoRA on 16 bits where that fits with room, else on 4; why, and what the other would cost)."""
+        p, sharded = self.params, self.world > 1 and getattr(self.params, "loss", "") in ("dpo", "kto")
+        if p.init != "default" or (sharded and p.start_from != "base"):
+            method = "lora" if p.init == "pissa" else "qlora"
+            needs = f"init {p.init!r}" if p.init != "default" else f"the reference of {p.loss} on several GPUs"
+            return self.with_params(method=method), f"Method auto: {method}, which {needs} needs."
+        four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
+        options = [o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload]
+        small, big = four.best(four.options()), sixteen.best(options)
+        card, bits = f"{ROOM:.0%} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
+        if big is None:
+            least = min(o.need_gib for o in sixteen.options())
+            why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four
+        else:
+            why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
+            times = (
+                f"{small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long" if small else ""
+            )
+            why += f" (QLoRA: {times or 'does not fit'})"
+        return one, f"Method auto: {why}. {cost_model.four_bits(self.shape.parameters)}"
+
+    def best(self, options: Iterable[Option]) -> Option | None:
+        """Of the fastest options that fit the one with the lowest peak."""
+        fitting = [o for o in options if o.fits]
+        fastest = max((o.tokens_per_s for o in fitting), default=0.0)
+        return min((o for o in fitting if o.tokens_per_s >= 0.995 * fastest), key=lambda o: o.peak_gib, default=None)
 
     @cached_property
     def per_epoch(self) -> int:
@@ -298,9 +338,8 @@ class _Search:
                     yield self.weigh(setting, layout)
 
     def layout(self, row_tokens: int) -> row_plan.Layout:
-        return row_plan.lay_out(
-            self.lengths, self.heaviest, row_tokens, self.world, self.base.padded, self.batches.accumulation
-        )
+        times = self.batches.accumulation
+        return row_plan.lay_out(self.lengths, self.heaviest, row_tokens, self.world, self.base.padded, times)
 
     def weigh(self, s: Setting, layout: row_plan.Layout) -> Option:
         """What a setting would need and take, its rows laid out like this."""
@@ -317,7 +356,8 @@ class _Search:
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
         slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
         need = peak * 1.1 if self.card.capability is None else peak * (1 + slack) + context
-        fits = need <= self.card.total_gib and cost_model.offload_fits(self.shape, longest, self.card, self.world)
+        fits = cost_model.offload_fits(self.shape, longest, self.card, self.world)
+        fits &= need <= self.room * self.card.total_gib
         spread = cost_model.LAUNCH_SPREAD if launching else self.card.spread
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
 
@@ -347,9 +387,8 @@ class _Search:
             what += f"and there are {card.host_gib:.1f}"
 
         def fits(lengths: Sequence[int] = lengths, /, **change: Any) -> bool:
-            params = replace(self.params, recompute="auto", row_tokens=0, **change)
-            base = replace(self.base, params=params)
-            search = replace(self, params=params, base=base, lengths=tuple(lengths), tokens=sum(lengths))
+            search = self.with_params(recompute="auto", row_tokens=0, **change)
+            search = replace(search, lengths=tuple(lengths), tokens=sum(lengths))
             return any(option.fits for option in search.options())
 
         if fits():

@@ -63,7 +63,8 @@ class Facts:
     def used(self, stage: str) -> dict[str, Any]:
         """The parameters of a finished stage, a proposed one as it was used."""
         of = self.stages[stage]
-        return {name: value or of.data.get(f"{name}_used", value) for name, value in of.params.items() if name != "run"}
+        used = {name: value or of.data.get(f"{name}_used", value) for name, value in of.params.items() if name != "run"}
+        return used | {"method": of.data.get("method", used["method"])} if "method" in used else used
 
     def settings(self, stage: str) -> list[Setting]:
         """The parameters of a finished stage, described."""

@@ -61,7 +61,7 @@ def judged_as(facts: Facts, kind: str) -> dict[str, Any] | None:
 
 
 def _step(facts: Facts, stage: str) -> str:
-    settings = facts.stages[stage].params
+    settings = facts.used(stage)
     if stage == "orpo":
         return f"{str(settings.get('loss', '')).upper()} preference tuning"
     return f"{METHODS.get(settings['method'], '')} supervised fine-tuning".strip()

@@ -160,7 +160,7 @@ def arguments(stage: Stage, precision: str, plan: Plan, held_out: int) -> dict[s
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.path / "tensorboard")
     optimizer = OPTIMIZERS[params.optimizer]
     return {
-        **distributed.options(params.method),
+        **distributed.options(plan.method),
         **timetable(params, plan.steps),
         "output_dir": str(stage.path / "checkpoints"),
         "run_name": f"{params.run}-{params.stage}",

@@ -76,7 +76,7 @@ def leave() -> None:
 
 def sharded(method: str) -> bool:
     """True when this job is sharded (FSDP2) rather than data parallel."""
-    return size() > 1 and method != "qlora"
+    return size() > 1 and method not in ("qlora", "auto")
 
 
 def options(method: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class TrainJob(steps.Job):
     """A training run. A finished stage needs its folder only: every step shows what it left there.
 
     counts: rows read and left out, with their reasons. planned: the plan, corrected by the probing rows.
-    adapter: folder of the adapter to train further.
+    adapter: folder of the adapter to train further. params: the stage's, `auto` replaced by what it came to.
     """
 
     stage: runs.Stage
@@ -44,10 +44,11 @@ class TrainJob(steps.Job):
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     planned: Plan = None  # type: ignore[assignment]
     adapter: Path | None = None
+    params: Any = None
 
     def __post_init__(self) -> None:
         super().__init__(self.stage)
-        self.params: Any = self.stage.params
+        self.params = self.params or self.stage.params
         self.log, self.checkpoints = self.stage.path / "log.jsonl", self.stage.path / "checkpoints"
         self.model: Any = None
         self.trainer: Any = None

@@ -2,7 +2,7 @@
 (arXiv:2403.07691) needs no reference model; DPO, KTO and SimPO stand beside it by parameter.
 
 job = training.open(params)   checks, base, rows, plan: nothing is loaded or written
-job.train()                   the model in 4 bits and an adapter on it (`methods`), TRL's trainer on packed rows
+job.train()                   the model in 16 or 4 bits, an adapter on it (`methods`), TRL's trainer on packed rows
                               (`trainers`, `rows`), probing rows (`deadline`), then the loop, or the rest of one that
                               was killed (`resume`)
 job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, and the manifest last
@@ -11,6 +11,7 @@ job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, and t
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import warnings
@@ -26,7 +27,7 @@ from helpers.params import TrainingParams
 from helpers.planner import plan as planner
 from helpers.planner import row_plan
 from helpers.planner.plan import Plan
-from helpers.train import config, distributed, methods, rows
+from helpers.train import config, distributed, methods, resume, rows
 from helpers.train.job import TrainJob
 
 NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
@@ -43,8 +44,15 @@ def open(params: TrainingParams) -> TrainJob:
     source, tokenizer = _base(params, data)
     adapter = _adapter(params, stage.parents.get("sft"), source, tokenizer)
     train, held_out, counts = rows.read(data, params)
+    params, why = distributed.shared(lambda: _as_begun(params, adapter, stage, tokenizer))
     plan = _plan(params, train, source, adapter, stage)
-    return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter)
+    method = distributed.shared(lambda: plan.method)  # of several GPUs the first decides
+    if method != plan.method:
+        plan = _plan(dataclasses.replace(params, method=method), train, source, adapter, stage)
+    params = dataclasses.replace(params, method=method)
+    config.check(params, gpu.capability if gpu else None)
+    plan = dataclasses.replace(plan, reasons=(*why, *plan.reasons))
+    return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter, params)
 
 
 def _stage(params: TrainingParams) -> runs.Stage:
@@ -92,6 +100,28 @@ def _adapter(params: TrainingParams, sft: runs.Manifest | None, base: ModelSourc
     return methods.adapter_to_start_from(folder, base, tokenizer)
 
 
+def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: Any) -> tuple[Any, list[str]]:
+    """(parameters, what the plan says of their method): `auto` is what the run's checkpoints were trained with, or the
+    adapter that it begins with, whose base weights have to stay the same."""
+    found, of = {}, resume.identity(params, stage.parents["data"], tokenizer)
+    if earlier := adapter and adapter.parent / "manifest.json":
+        found[f"{adapter} was"] = json.loads(earlier.read_text()).get("method") if earlier.is_file() else None
+    if params.method == "auto" and params.resumes:
+        mirrored = resume.Mirror(params.mirror, stage, of).folder.parent.glob("*") if params.mirror else ()
+        for checkpoint in (c for folder in (stage.path / "checkpoints", *mirrored) for c in resume.numbered(folder)):
+            if (sealed := resume.sealed(checkpoint)) and {**sealed["of"], "method": "auto"} == of:
+                found = {"the checkpoints of this run were": sealed["of"]["method"]}
+                break
+    for what, method in found.items():
+        if method in ("lora", "qlora") and params.method == "auto":
+            return dataclasses.replace(params, method=method), [f"Method auto: {method}, as {what} trained."]
+        if method in ("lora", "qlora") and method != params.method:
+            return params, [
+                f"Warning: method is {params.method}, and {what} trained by {method}, on other base weights."
+            ]
+    return params, []
+
+
 def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path | None, stage: runs.Stage) -> Plan:
     """The planner's plan for these rows. Raises TunebookError for a job that cannot fit, or a model that would train
     and then not export to GGUF (`export_check`)."""
@@ -108,7 +138,7 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
         heaviest = row_plan.heaviest(lengths, plan.batches, params.seed, math.ceil(plan.steps * plan.batch_size))
         whole = math.ceil(max(sum(lengths[i] for i in step) for step in heaviest) / world) + max(lengths) * (world > 1)
         try:
-            longer = dataclasses.replace(params, row_tokens=whole)
+            longer = dataclasses.replace(params, row_tokens=whole, method=plan.method)
             return planner.plan(longer, lengths, source, world, padded_lengths=padded, sequence=sequence)
         except TunebookError:  # such a row does not fit: keep the one that does
             return plan

@@ -46,10 +46,12 @@ def test_the_plan_compares_the_adapters_capacity_with_the_tokens():
 
 
 def test_single_quantisation_whole_modules_and_a_given_accumulation_are_planned():
-    one = plan({"plan_for": "H100", "batch_size": 64}, LENGTHS, llama("8b"))
-    single = plan({"plan_for": "H100", "batch_size": 64, "double_quant": False}, LENGTHS, llama("8b"))
+    one = plan({"plan_for": "H100", "method": "qlora", "batch_size": 64}, LENGTHS, llama("8b"))
+    single = plan(
+        {"plan_for": "H100", "method": "qlora", "batch_size": 64, "double_quant": False}, LENGTHS, llama("8b")
+    )
     more = single.shape.linear_parameters * (4.5 - 4.1275) / 8 / 2**30
-    fixed = {"recompute": "none", "row_tokens": 1024, "batch_size": 64, "plan_for": "H100"}
+    fixed = {"recompute": "none", "row_tokens": 1024, "batch_size": 64, "plan_for": "H100", "method": "qlora"}
     few, many = (plan({**fixed, "double_quant": double}, LENGTHS, llama("8b")).peak_gib for double in (True, False))
     assert many - few == pytest.approx(more, rel=1e-3) and one.setting.quantize == single.setting.quantize == "nf4"
     whole = plan({**fixed, "modules_to_save": "embed_tokens,lm_head"}, LENGTHS, llama("8b")).peak_gib

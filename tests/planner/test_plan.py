@@ -1,6 +1,7 @@
 """Plans: measured settings predicted, the asked batch kept, refusals that name the remedy, no GPU needed."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -201,3 +202,32 @@ def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
         middle, low, high = made.seconds
         assert (high - middle) / middle == pytest.approx(spread) and (middle - low) / middle == pytest.approx(spread)
     assert cost_model.card_named("H200").spread < cost_model.LAUNCH_SPREAD
+
+
+@pytest.mark.parametrize(
+    ("card", "size", "given", "method", "said"),
+    [
+        ("H100", "8b", {}, "lora", r"lora, on the 16-bit base: it needs [\d.]+ GiB, under 85% of 79.1 GiB \(QLoRA: "),
+        ("T4", "8b", {}, "qlora", r"qlora, on a 4-bit base: LoRA on 16 bits needs 1[5-9].* over 85% of 14.6 GiB"),
+        ("T4", "1.7b", {}, "lora", "not measured at this size"),
+        ("T4", "360m", {"method": "qlora"}, "qlora", ""),
+        ("T4", "360m", {"init": "loftq"}, "qlora", "which init 'loftq' needs"),
+        ("T4", "8b", {"init": "pissa", "plan_for": "A100-40"}, "lora", "which init 'pissa' needs"),
+        ("T4", "360m", {"method": "full"}, "full", ""),
+    ],
+)
+def test_auto_takes_a_16_bit_base_where_it_fits_with_room_and_says_why(card, size, given, method, said):
+    made = plan({"batch_size": 8, "plan_for": card, **given}, LENGTHS, llama(size))
+    assert made.method == method == made.as_dict()["method"] and made.setting.params.method == method
+    assert ("Method auto" in str(made)) == bool(said) and re.search(said, " ".join(made.reasons))
+
+
+def test_auto_leaves_room_on_the_gpu_and_in_host_memory():
+    h200, cpu = cost_model.card_named("H200"), cost_model.CPU
+    for size, card in (("8b", h200), ("135m", cpu)):
+        lora = plan({"method": "lora"}, LENGTHS, llama(size), card=replace(card, total_gib=100))
+        need = min(o.need_gib for o in lora.alternatives if o.setting.quantize == "none")
+        for total, method in ((need / 0.84, "lora"), (need / 0.87, "qlora"), (need / 1.05, "qlora")):
+            made = plan({}, LENGTHS, llama(size), card=replace(card, total_gib=total))
+            assert made.method == method, (size, total)
+        assert made.option.need_gib <= made.card.total_gib

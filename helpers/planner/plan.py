@@ -66,7 +66,6 @@ class Plan(display.Shown):
 
     @property
     def method(self) -> str:
-        """As asked, or what `auto` came to."""
         return self.setting.params.method
 
     @property
@@ -210,9 +209,8 @@ def plan(
     in_rows = lengths if in_one else padded_lengths or lengths
     batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
-    if params.method == "auto":
-        search, chosen = search.by_room()
-        params = search.params
+    search, chosen = search.by_room() if params.method == "auto" else (search, chosen)
+    params = search.params
     options = list(search.options())
     if (best := search.best(options)) is None:
         raise TunebookError(search.refusal(options))
@@ -228,8 +226,7 @@ def plan(
     reasons.append(told)
     if params.method in ("qlora", "lora"):
         reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
-    per_epoch = search.per_epoch
-    steps = params.max_steps or math.ceil(per_epoch * params.epochs)
+    steps = params.max_steps or math.ceil(search.per_epoch * params.epochs)
     return Plan(
         card=card,
         shape=shape,
@@ -237,7 +234,7 @@ def plan(
         batches=batches,
         world_size=world_size,
         steps=steps,
-        tokens=round(sum(lengths) * steps / per_epoch),
+        tokens=round(sum(lengths) * steps / search.per_epoch),
         attention=kernel.name,
         packed=in_one,
         backend=backend,
@@ -249,8 +246,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Search:
-    """The options for one job. lengths: tokens of each training example as its row holds it, padding too; tokens: of
-    all of them, without."""
+    """The options for one job. lengths: tokens of each example in its row, padding too; tokens: of all, without."""
 
     params: TrainingParams
     shape: Shape
@@ -268,11 +264,9 @@ class _Search:
 
     def by_room(self) -> tuple[_Search, str]:
         """(method auto as LoRA on 16 bits where that fits with room, else on 4; why, and what the other would cost)."""
-        p, sharded = self.params, self.world > 1 and getattr(self.params, "loss", "") in ("dpo", "kto")
-        if p.init != "default" or (sharded and p.start_from != "base"):
+        if (p := self.params).init != "default":
             method = "lora" if p.init == "pissa" else "qlora"
-            needs = f"init {p.init!r}" if p.init != "default" else f"the reference of {p.loss} on several GPUs"
-            return self.with_params(method=method), f"Method auto: {method}, which {needs} needs."
+            return self.with_params(method=method), f"Method auto: {method}, which init {p.init!r} needs."
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
         options = [o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload]
         small, big = four.best(four.options()), sixteen.best(options)
@@ -282,10 +276,8 @@ class _Search:
             why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four
         else:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
-            times = (
-                f"{small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long" if small else ""
-            )
-            why += f" (QLoRA: {times or 'does not fit'})"
+            if small:
+                why += f" (QLoRA: {small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long)"
         return one, f"Method auto: {why}. {cost_model.four_bits(self.shape.parameters)}"
 
     def best(self, options: Iterable[Option]) -> Option | None:

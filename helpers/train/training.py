@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from helpers import machine, runs
+from helpers import drive, machine, runs
 from helpers.data.vocabulary import of_run
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
@@ -107,7 +107,8 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
     if earlier := adapter and adapter.parent / "manifest.json":
         found[f"{adapter} was"] = json.loads(earlier.read_text()).get("method") if earlier.is_file() else None
     if params.method == "auto" and params.resumes:
-        mirrored = resume.Mirror(params.mirror, stage, of).folder.parent.glob("*") if params.mirror else ()
+        mirror = params.mirror or drive.mirror()
+        mirrored = resume.Mirror(mirror, stage, of).folder.parent.glob("*") if mirror else ()
         for checkpoint in (c for folder in (stage.path / "checkpoints", *mirrored) for c in resume.numbered(folder)):
             if (sealed := resume.sealed(checkpoint)) and {**sealed["of"], "method": "auto"} == of:
                 found = {"the checkpoints of this run were": sealed["of"]["method"]}

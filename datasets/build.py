@@ -21,8 +21,7 @@ from making.patterns_joined import GROUPS, JOINS, NESTED
 from making.patterns_numbers import AGGREGATES, COUNTS, ORDERS
 from making.patterns_plain import LISTS, LOOKUP
 
-PATTERNS = LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED
-PER_PATTERN = {"train": 8, "preference": 3}
+PER_PATTERN = {"train": 16, "preference": 3}
 MADE = (
     "atlas.sqlite",
     "atlas_train.jsonl",
@@ -31,6 +30,26 @@ MADE = (
     "dataset_info.json",
     "README.md",
 )
+
+
+def patterns() -> list[tuple]:
+    """Every pattern with all its training wordings: its own, then those that wordings.txt has for its query."""
+    more: dict[str, list[str]] = {}
+    for line in (HERE / "making" / "wordings.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):
+            more[form].append(line.strip())
+        elif line and not line.startswith("#"):
+            form = line
+            more[form] = []
+    made = []
+    for kind, form, train, test in LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED:
+        made.append((kind, form, train + more.pop(form), test))
+    if more:
+        raise SystemExit(f"wordings.txt has queries of no pattern: {', '.join(more)}")
+    return made
+
+
+PATTERNS = patterns()
 
 
 def pattern_rows(side: str, wanted: int, checker: slots.Checker, taken: set[str]) -> list[dict]:

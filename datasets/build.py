@@ -34,19 +34,17 @@ MADE = (
 
 def patterns() -> list[tuple]:
     """Every pattern with all its training wordings: its own, then those that wordings.txt has for its query."""
-    more: dict[str, list[str]] = {}
-    for line in (HERE / "making" / "wordings.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith(" "):
-            more[form].append(line.strip())
-        elif line and not line.startswith("#"):
-            form = line
-            more[form] = []
-    made = []
-    for kind, form, train, test in LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED:
-        made.append((kind, form, train + more.pop(form), test))
-    if more:
-        raise SystemExit(f"wordings.txt has queries of no pattern: {', '.join(more)}")
-    return made
+    own = LOOKUP + LISTS + COUNTS + AGGREGATES + ORDERS + GROUPS + JOINS + NESTED
+    blocks = (HERE / "making" / "wordings.txt").read_text(encoding="utf-8").split("\n\n")[1:]
+    more = {form: [line.strip() for line in lines] for form, *lines in map(str.splitlines, blocks)}
+    hand = [json.loads(line)["question"] for line in (HERE / "handwritten.jsonl").read_text("utf-8").splitlines()]
+    tested = leaks.words([*hand, *(wording for pattern in own for wording in pattern[3])])
+    tested -= leaks.words(wording for pattern in own for wording in pattern[2])
+    if told := sorted(tested & leaks.words(wording for wordings in more.values() for wording in wordings)):
+        raise SystemExit(f"wordings.txt uses words that only the test does: {', '.join(told)}")
+    if strange := set(more) - {form for _, form, *_ in own}:
+        raise SystemExit(f"wordings.txt has queries of no pattern: {', '.join(strange)}")
+    return [(kind, form, train + more.get(form, []), test) for kind, form, train, test in own]
 
 
 PATTERNS = patterns()

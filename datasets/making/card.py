@@ -97,8 +97,12 @@ Every query runs, and **{filled:.0%} of the gold answers are not empty**, in tra
 and this card; `--check` compares without writing. It needs only Python, draws nothing at random and
 gives the same bytes everywhere.
 
-- **Training and preference**: {patterns} query patterns (`making/patterns_*.py`), each with several
+- **Training and preference**: {patterns} query patterns (`making/patterns_*.py`), each with 10 to 16
   wordings, filled with entities of the training side. Preference questions are not training questions.
+  Most wordings stand in `making/wordings.txt`: written query by query from the schema and everyday English, in as
+  many forms of speech as possible (question, order, fragment, situation). A word other than a function word that the
+  test questions use and the patterns' own training wordings do not (elevation, nation, territory) may not stand in it,
+  and the build stops where one does: the test goes on asking for words that training never showed.
 - **Test**: the same patterns in wordings that training never uses, about entities that training never
   names, and {hand} questions from `handwritten.jsonl`, written one by one and harder: their phrasing
   is freer and some of their query shapes occur in no pattern.

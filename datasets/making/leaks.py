@@ -1,13 +1,27 @@
-"""What training and test may not share: literals, wordings, queries."""
+"""What training and test may not share: literals, words, wordings, queries."""
 
 import re
+from collections.abc import Iterable
 
 from making import held_out
+
+EVERYDAY = """
+a about and any are as at be both but by can could do does for from go have how i if in is it made make me my need no
+not of on once only or other others out please row see some than that the their them then there they this to two want
+was we were what when where which who whole whose will with would write you 's called continents different mouths
+much ranges starting
+"""
 
 
 def literals(sql: str) -> set[str]:
     """Strings and numbers of two digits or more in a query."""
     return set(re.findall(r"'([^']*)'", sql)) | set(re.findall(r"(?<![\w.'])\d{2,}", sql))
+
+
+def words(questions: Iterable[str]) -> set[str]:
+    """The words of questions, without slots and without those that any question may use."""
+    found = set().union(*(re.findall(r"[a-z']+", re.sub(r"{\w+}", "", text.lower())) for text in questions))
+    return found - set(EVERYDAY.split())
 
 
 def wording(question: str, sql: str) -> str:

@@ -1,0 +1,402 @@
+"""What is learnt in the same time: this project's defaults against TRL's SFT script and, on a GPU, Unsloth's notebook.
+
+    python ci/bench_learning.py [--task NAME[=TRAIN,TEST[,DATABASE]]]... [--fetch] [--minutes 1,2,4] [--seeds 17,18,19]
+
+Tasks: `atlas` (embedded), `geoquery` and `banking77` (public: named as geoquery=FOLDER, the folder of their files, or
+downloaded by --fetch and kept in the cache), or any NAME=TRAIN,TEST[,DATABASE] that notebook 01 reads. GeoQuery comes
+without a licence of its own in jkkummerfeld/text2sql-data, BANKING77 under CC BY 4.0; neither is part of this project.
+
+Each arm trains in a process of its own for so many minutes, loading and first look at the speed excluded, and answers
+the same held-out questions; notebook 05's code scores them. A JSON line an arm, then one a comparison: the difference
+to TRL over all seeds with its 95 % interval, questions resampled. --plot draws score against minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import sqlite3
+import statistics
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
+
+from helpers import cache, machine, params, plots, runs, worker
+from helpers.errors import TunebookError, command
+
+Row = dict[str, Any]
+GITHUB = "https://raw.githubusercontent.com"
+ADDRESSES = {
+    "geoquery": f"{GITHUB}/jkkummerfeld/text2sql-data/5050bad2309a93636ea4788d3660c9202bf11e0e/data",
+    "banking77": f"{GITHUB}/PolyAI-LDN/task-specific-datasets/57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data",
+}
+SHA256 = {
+    ("geoquery", "geography.json"): "b20ad8ed357029c9efa49aa64434729f624591850f66b1137cabcc0e45273c1b",
+    (
+        "geoquery",
+        "geography-db.added-in-2020.sqlite",
+    ): "98955372123cd9a8e761b00c2c67fbf221f1b8699927add538b53154c702dd3c",
+    ("banking77", "train.csv"): "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
+    ("banking77", "test.csv"): "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
+}
+# A script after TRL's documentation of SFTTrainer with peft, the settings as the SFT of small models has them.
+TRL = {"rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 1e-3, "batch": 8, "schedule": "linear", "warmup": 0.03}
+# What Unsloth's notebooks ship: 4 bits, rank 16, alpha 16, 2e-4, batches of 2 × 4, 8-bit AdamW.
+UNSLOTH = TRL | {"alpha": 16, "learning_rate": 2e-4}
+PROBE_STEPS = 3  # of the speed that says how many steps fit; the first one is left out
+NEW_TOKENS = {"atlas": 64, "banking77": 24}  # longest answer; others 160
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def sources(task: str, folder: Path, fetch: bool) -> dict[str, str]:
+    """Parameters of notebook 01 for `NAME`, `NAME=FOLDER` or `NAME=TRAIN,TEST[,DATABASE]`; a public task's files are
+    converted into `folder`."""
+    name, _, where = task.partition("=")
+    if name == "atlas" and not where:
+        return {}
+    if name not in ADDRESSES:
+        parts = [part.strip() for part in where.split(",")]
+        if not 2 <= len(parts) <= 3:
+            known = ", ".join(["atlas", *ADDRESSES])
+            raise TunebookError(f"--task {task}: name one of {known}, or write NAME=TRAIN,TEST[,DATABASE].")
+        return dict(zip(("dataset", "test_dataset", "database"), parts, strict=False))
+    given = public_files(name, where, fetch)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = (geoquery if name == "geoquery" else banking77)(*given)
+    found = {"database": str(given[1])} if name == "geoquery" else {}
+    for parameter, side, rows in (("dataset", "train", train), ("test_dataset", "test", test)):
+        file = folder / f"{side}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        found[parameter] = str(file)
+    return found
+
+
+def public_files(name: str, where: str, fetch: bool) -> list[Path]:
+    """A public task's files in the named folder, or in the cache after a download; each must have its known hash."""
+    folder = Path(where) if where else cache.folder() / "learning" / name
+    paths = {folder / file: (file, known) for (task, file), known in SHA256.items() if task == name}
+    for path, (file, known) in paths.items():
+        if not path.is_file() and fetch and not where:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(f"{ADDRESSES[name]}/{file}", timeout=60) as answer:
+                cache.write_atomic(path, answer.read())
+        if not path.is_file():
+            raise TunebookError(
+                f"{path} is missing; add --fetch, or name the folder that has it: --task {name}=FOLDER."
+            )
+        if hashlib.sha256(path.read_bytes()).hexdigest() != known:
+            raise TunebookError(f"{path} is not the file of {ADDRESSES[name]}; delete it and add --fetch.")
+    return list(paths)
+
+
+def geoquery(questions: Path, database: Path) -> tuple[list[Row], list[Row]]:
+    """GeoQuery by its question split (Finegan-Dollak et al. 2018, arXiv:1806.09029): training and development rows to
+    train on; of the test's those whose query returns something. The schema is told as the embedded data tell theirs."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = {t: [c[1] for c in connection.execute(f"PRAGMA table_info({t})")] for t in tables}
+        schema = ", ".join(f"{table}({', '.join(names)})" for table, names in columns.items())
+        parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
+        for query in json.loads(questions.read_text(encoding="utf-8")):
+            for asked in query["sentences"]:
+                question, sql = asked["text"], " ".join(query["sql"][0].split()).rstrip(" ;")
+                for name, value in asked["variables"].items():
+                    question, sql = question.replace(name, value), sql.replace(name, value)
+                if asked["question-split"] == "test":
+                    try:
+                        answer = connection.execute(sql).fetchall()
+                    except sqlite3.Error:
+                        continue
+                    if not any(value is not None for row in answer for value in row):
+                        continue
+                system = f"Answer with one SQLite query. Tables: {schema}"
+                parts[asked["question-split"]].append({"system": system, "question": question, "sql": sql})
+    return parts["train"] + parts["dev"], parts["test"]
+
+
+def banking77(train: Path, test: Path) -> tuple[list[Row], list[Row]]:
+    """BANKING77 (Casanueva et al. 2020, arXiv:2003.04807): a customer's question and which of 77 intents it has."""
+
+    def rows(file: Path) -> list[Row]:
+        with open(file, encoding="utf-8", newline="") as lines:
+            read = list(csv.DictReader(lines))
+        system = "Name the intent of the bank customer's message."
+        return [{"system": system, "prompt": one["text"], "completion": one["category"]} for one in read]
+
+    return rows(train), rows(test)
+
+
+def prepare(task: str, found: dict[str, str], given: argparse.Namespace) -> None:
+    """Notebook 01 for a task, by its defaults; and once more with every row kept, for the arms that have no such
+    cleaning."""
+    from helpers.data import prepare as data
+
+    everything = {"near_duplicates": 0, "decontaminate": 0, "exact_duplicates": False, "eval_share": 0}
+    for run, more in ((task, {}), (f"{task}-whole", everything)):
+        model = {"model": given.model} if given.model else {}
+        job = data.open(params.resolve("data", {"run": run, **found, **model, **more}))
+        if job.stage.done is None:
+            job.read(), job.generate(), job.clean(), job.mix(), job.split()
+            job.template(), job.vocabulary(), job.encode(), job.lengths(), job.pairs(), job.finish()
+
+
+# ---------------------------------------------------------------- arms, each in a child
+
+
+def child(spec: Row, event: Callable[[Any], None]) -> Row:
+    """Train one arm and answer the held-out questions: what its line says. The worker's handler."""
+    task, arm = spec["task"], spec["arm"]
+    adapter, method, made = (ours if arm == "ours" else rival)(spec)
+    return made | score(task, adapter, method, spec)
+
+
+def ours(spec: Row) -> tuple[Path, str, Row]:
+    """(adapter, method, figures) of this project's defaults."""
+    from helpers.train import training
+
+    run = f"{spec['task']}-{spec['minutes']:g}-{spec['seed']}"
+    data, link = runs.load(spec["task"], "data", verify=False), runs.folder(run, "data")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(data.path.resolve())
+    chosen = {"epochs": spec["epochs"], "max_minutes": spec["minutes"], "seed": spec["seed"], **spec["ours"]}
+    job = training.open(params.resolve("sft", {"run": run, "again": True, **chosen}))
+    began = time.monotonic()
+    job.train()
+    made = {"whole_s": round(time.monotonic() - began, 1), "settings": chosen}
+    job.finish()
+    done = runs.load(run, "sft", verify=False)
+    made |= {name: done.metrics.get(name) for name in ("steps", "train_s", "trained_tokens", "eval_loss")}
+    return done.path / "adapter", done.data["method"], made | {"learning_rate": done.data["learning_rate_used"]}
+
+
+def rival(spec: Row) -> tuple[Path, str, Row]:
+    """(adapter, method, figures) of TRL's SFT script or Unsloth's notebook on every row of the task."""
+    unsloth, cuda = spec["arm"] == "unsloth", machine.gpu() is not None
+    base = Path(runs.load(spec["task"], "data", verify=False).data["model"]["path"])
+    use = UNSLOTH if unsloth else TRL
+    if unsloth:
+        from unsloth import FastLanguageModel
+
+        model, tokenizer = FastLanguageModel.from_pretrained(str(base), max_seq_length=2048, load_in_4bit=True)
+        shape = {"use_gradient_checkpointing": "unsloth", "random_state": spec["seed"], "bias": "none"}
+        model = FastLanguageModel.get_peft_model(model, r=use["rank"], lora_alpha=use["alpha"], lora_dropout=0, **shape)
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from datasets import Dataset
+
+    adapter: dict[str, Any] = {}
+    set_seed(spec["seed"])
+    if not unsloth:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map="cuda" if cuda else None)
+        shape = {"r": use["rank"], "lora_alpha": use["alpha"], "lora_dropout": use["dropout"]}
+        adapter = {"peft_config": LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM")}
+    table = Dataset.from_parquet(str(runs.load(f"{spec['task']}-whole", "data", verify=False).path / "train.parquet"))
+    chats = [json.loads(text) for text in table["messages"]]
+    rows = Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats])
+    folder = runs.run_folder(f"{spec['task']}-{spec['arm']}")
+
+    class Clock(TrainerCallback):
+        """Ends a training with its time, should it be slower than its first steps."""
+
+        def __init__(self, limit_s: float) -> None:
+            self.limit_s, self.times = limit_s, [time.monotonic()]
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.times = [time.monotonic()]
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.times.append(time.monotonic())
+            control.should_training_stop |= self.times[-1] - self.times[0] > self.limit_s
+
+    def trainer(steps: int, clock: Clock, **more: Any) -> Any:
+        kind = {"lr_scheduler_type": use["schedule"], "optim": "adamw_8bit" if unsloth else "adamw_torch"}
+        rate = {"learning_rate": use["learning_rate"], "warmup_steps": max(1, round(use["warmup"] * steps))}
+        at_once = 2 if unsloth else use["batch"]
+        batch = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": use["batch"] // at_once}
+        here = {"bf16": cuda, "use_cpu": not cuda, "seed": spec["seed"], "output_dir": str(folder / "checkpoints")}
+        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
+        whole = {"max_steps": steps, "max_length": 2048, "gradient_checkpointing": False}
+        args = SFTConfig(**whole, **kind, **rate, **batch, **here, **quiet)
+        made = {"processing_class": tokenizer, "train_dataset": rows, "callbacks": [clock]}
+        return SFTTrainer(model=model, args=args, **made, **more)
+
+    clock = Clock(1e9)
+    first = trainer(PROBE_STEPS, clock, **adapter)
+    model = first.model
+    kept = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    first.train()
+    step_s = (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(kept[name])
+    steps = min(int(spec["minutes"] * 60 / step_s), int(spec["epochs"] * len(rows) / use["batch"]))
+    clock = Clock(spec["minutes"] * 60)
+    job = trainer(max(steps, 1), clock)
+    job.train()
+    job.model.save_pretrained(folder / "adapter")
+    tokenizer.save_pretrained(folder / "adapter")
+    done = {"steps": job.state.global_step, "planned_steps": steps, "train_s": clock.times[-1] - clock.times[0]}
+    tokens = next((line["num_tokens"] for line in reversed(job.state.log_history) if "num_tokens" in line), None)
+    made = {"trained_tokens": tokens, "learning_rate": use["learning_rate"], "settings": use}
+    return folder / "adapter", "qlora" if unsloth else "lora", done | made
+
+
+def score(task: str, adapter: Path, method: str, spec: Row) -> Row:
+    """The held-out questions, answered by the adapter on the base as training saw it and scored as notebook 05 does."""
+    from helpers.evaluate import candidates, evaluation
+    from helpers.evaluate import statistics as tests
+
+    off = dict.fromkeys(("general_text", "general_tasks", "general_chat"), "")
+    how = {"limit": spec["questions"], "max_new_tokens": spec["new_tokens"], "reference_metric": "exact", **off}
+    job = evaluation.open(params.resolve("eval", {"run": task, "candidates": "base", "again": True, **how}))
+    base, onto = job.findings.candidates[0].path, "nf4" if method == "qlora" else "16bit"
+    one = candidates.Candidate(spec["arm"], "sft", "hf", str(adapter), base, adapter, onto=onto)
+    job.findings.candidates, job.pairs = [one], []
+    job.measure()
+    values = job.findings.measured[spec["arm"]].values
+    found = tests.share(values)
+    right = "".join("-" if value is None else str(int(value == 1)) for value in values)
+    return {"score": found["value"], "low": found["low"], "high": found["high"], "n": found["n"], "right": right}
+
+
+# ---------------------------------------------------------------- what it came to
+
+
+def comparisons(lines: list[Row]) -> list[Row]:
+    """Of each task, minutes and arm: the median score of its seeds and, beside TRL, the paired difference over all of
+    them with its interval; a question that several seeds answered is resampled as one."""
+    from helpers.evaluate import statistics as tests
+
+    found = []
+    for task, minutes, arm in dict.fromkeys((line["task"], line["minutes"], line["arm"]) for line in lines):
+
+        def of(who: str, at: tuple[str, float] = (task, minutes)) -> dict[int, Row]:
+            return {one["seed"]: one for one in lines if (one["task"], one["minutes"], one["arm"]) == (*at, who)}
+
+        mine, other = of(arm), of("trl")
+        both = [seed for seed in mine if seed in other]
+        line = {"bench": "learning, compared", "task": task, "minutes": minutes, "arm": arm, "seeds": len(mine)}
+        line |= {"score": statistics.median(one["score"] for one in mine.values())}
+        if arm != "trl" and both:
+            a, b = ([None if c == "-" else float(c) for s in both for c in side[s]["right"]] for side in (other, mine))
+            names = [str(place) for seed in both for place in range(len(mine[seed]["right"]))]
+            pair = tests.pair("trl", arm, a, b, names if len(both) > 1 else None) or {}
+            line |= {"against": "trl", "difference": pair.get("difference"), "low": pair.get("low")}
+            line |= {"high": pair.get("high"), "n": pair.get("n")}
+        found.append(line)
+    return found
+
+
+def plot(lines: list[Row], file: Path) -> None:
+    """Score against minutes, a panel a task: the median of the seeds, and the 95 % interval of each."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    figure = Figure(figsize=(4.6 * len(tasks), 3.2), layout="constrained")
+    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks, strict=True):
+        here = [line for line in lines if line["task"] == task]
+        for arm, colour in zip(dict.fromkeys(line["arm"] for line in here), plots.PALETTE, strict=False):
+            of_arm = [one for one in here if one["arm"] == arm]
+            minutes = sorted({one["minutes"] for one in of_arm})
+            scores = [[100 * one["score"] for one in of_arm if one["minutes"] == at] for at in minutes]
+            panel.plot(minutes, list(map(statistics.median, scores)), color=colour, marker="o", label=plots.label(arm))
+            for one in of_arm:
+                panel.plot([one["minutes"]] * 2, [100 * one["low"], 100 * one["high"]], color=colour, alpha=0.35)
+        panel.set_title(plots.label(task))
+        panel.set_xlabel("minutes of training")
+        panel.set_ylabel("right of the held-out questions, %")
+        panel.set_ylim(0, min(100, 5 + max(100 * one["high"] for one in here)))
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=144)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", action="append", default=[], help="default: atlas; may be given again")
+    parser.add_argument("--fetch", action="store_true", help="download a public task's files that are not there")
+    parser.add_argument("--minutes", default="4", help="minutes of training, separated by commas")
+    parser.add_argument("--seeds", default="17,18,19")
+    parser.add_argument("--arms", default="ours,trl", help="of ours, trl, unsloth (where it is installed, on a GPU)")
+    parser.add_argument("--epochs", type=float, default=3, help="at most so many passes, whatever the minutes")
+    parser.add_argument("--questions", type=int, default=150, help="held-out questions an arm; 0: all")
+    parser.add_argument("--model", default="", help="base model; default: notebook 01's")
+    parser.add_argument(
+        "--ours", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of 02"
+    )
+    parser.add_argument("--work", default="", help="folder of runs and adapters; default: in the cache")
+    parser.add_argument("--out", default="", help="file that the lines are added to, besides the terminal")
+    parser.add_argument("--plot", default="", help="PNG of score against minutes")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    given = arguments(argv)
+    arms, tasks = given.arms.split(","), given.task or ["atlas"]
+    if unknown := set(arms) - {"ours", "trl", "unsloth"}:
+        raise TunebookError(f"--arms has {', '.join(unknown)}; it takes ours, trl and unsloth, separated by commas.")
+    if "unsloth" in arms and (machine.gpu() is None or find_spec("unsloth") is None):
+        raise TunebookError("--arms has unsloth, which needs a GPU and `pip install -e .[unsloth]`; leave it out.")
+    os.environ["TUNEBOOK_RUNS"] = given.work or str(cache.folder() / "learning" / "runs")
+    os.environ["TUNEBOOK_ANSWER_CACHE"] = "off"
+    lines: list[Row] = []
+
+    def tell(line: Row) -> None:
+        print(json.dumps(line), flush=True)
+        if given.out:
+            with open(given.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    gpu = machine.gpu()
+    here = {
+        "device": gpu.name if gpu else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        **machine.versions()["versions"],
+    }
+    for task in tasks:
+        name = task.partition("=")[0]
+        found = sources(task, Path(os.environ["TUNEBOOK_RUNS"]) / "files" / name, given.fetch)
+        with contextlib.redirect_stdout(sys.stderr):
+            prepare(name, found, given)
+        for seed in map(int, given.seeds.split(",")):
+            for minutes in map(float, given.minutes.split(",")):
+                for arm in arms:
+                    spec = {"task": name, "arm": arm, "seed": seed, "minutes": minutes, "epochs": given.epochs}
+                    asked = {
+                        "questions": given.questions,
+                        "new_tokens": NEW_TOKENS.get(name, 160),
+                        "ours": dict(given.ours),
+                    }
+                    made = worker.run("ci.bench_learning:child", spec | asked, wall_s=None, name=f"{arm} on {name}")
+                    lines.append({"bench": "learning", **spec, **made, "new_tokens": asked["new_tokens"], **here})
+                    tell(lines[-1])
+    for line in comparisons(lines):
+        tell(line)
+    if given.plot:
+        plot(lines, Path(given.plot))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

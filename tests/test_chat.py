@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from helpers import chat, serve
+from tests.conftest import PROJECT
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +106,67 @@ def test_one_model_that_fails_does_not_silence_the_other(recorder):
     assert talk.said["here"][1]["content"].startswith("<script>")
 
 
+def press_enter(talk):
+    """What the browser sends for it, in 7.7 and in 8."""
+    talk.question._handle_string_msg(None, {"event": "submit"}, [])
+
+
+def test_enter_and_an_example_send_a_question_and_an_empty_line_does_not(recorder):
+    talk = chat.show(recorder, examples=["How many cities?", "Name a river."])
+    press_enter(talk)
+    assert not Recorder.asked
+    talk.question.value = "hi"
+    press_enter(talk)
+    talk.wait(30)
+    talk.examples[1].click()
+    talk.wait(30)
+    (said,) = talk.said.values()
+    assert [m["content"] for m in said[::2]] == ["hi", "Name a river."] and talk.question.value == ""
+
+
+def answers(text, monkeypatch):
+    """Every model answers with this."""
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(text))
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("```sql\nSELECT name FROM cities ORDER BY name LIMIT 20\n```", "20 rows, of which 8 are shown"),
+        ("SELECT count(*) AS number FROM cities", "1 row:"),
+        ("SELECT name FROM nowhere", "does not run: no such table: nowhere"),
+        ("DROP TABLE cities", "does not run: not authorized"),
+        ("There is no query in this.", ""),
+        ("SELECT '<b>x</b>' AS '<i>y</i>'", "&lt;b&gt;x"),
+    ],
+)
+def test_the_query_in_an_answer_is_run_and_its_rows_are_shown_as_text(recorder, monkeypatch, answer, shown):
+    answers(answer, monkeypatch)
+    talk = chat.show(recorder, database=PROJECT / "datasets" / "atlas.sqlite")
+    talk.send("?")
+    talk.wait(30)
+    (html,) = (box.value for box in talk.boxes.values())
+    assert shown in html and "<b>x" not in html and "<i>y" not in html
+    assert ("The query" in html) == bool(shown)
+    assert [set(m) for m in next(iter(talk.said.values()))] == [{"role", "content"}] * 2  # rows are not sent back
+    talk.clear()
+    assert shown not in talk.view.children[-2].children[0].value or not shown
+
+
+def test_a_chat_opens_with_the_system_prompt_and_questions_of_the_data(whole_run, monkeypatch):
+    monkeypatch.setenv("TUNEBOOK_RUNS", str(whole_run[1]))
+    found = chat.opening("whole")
+    assert "CREATE TABLE" in found["system"] and found["database"].name == "database.sqlite"
+    assert len(found["examples"]) == len(set(found["examples"])) == 3 and all(found["examples"])
+
+
+def test_a_run_without_an_export_has_nobody_to_talk_to_and_says_so(runs_root):
+    assert "There is no file to talk to" in repr(chat.of_run("nothing"))
+
+
 def test_only_widgets_that_both_ipywidgets_share_are_used(server):
-    shared = {"VBox", "HBox", "HTML", "Textarea", "Button"}
-    seen, open_ = set(), [chat.show(server).view]
+    shared = {"VBox", "HBox", "HTML", "Textarea", "Text", "Button"}
+    seen, open_ = set(), [chat.show(server, examples=["Why?"]).view]
     while open_:
         widget = open_.pop()
         seen.add(type(widget).__name__)

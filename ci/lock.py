@@ -27,6 +27,14 @@ OURS = ("transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
 NOT_ON_COLAB = ("jupyterlab", "papermill", "uv")
 # Colab's torchao is older than PEFT accepts.
 COLAB_ALSO = ("torchao>=0.16",)
+# What only some notebooks install on Colab (ci/colab.py says which), and with it what nothing else requires.
+GROUPS = {
+    "documents": ("ftfy", "py3langid", "trafilatura", "lxml-html-clean", "pypdf", "python-docx"),
+    "training": ("trl", "liger-kernel"),
+    "evaluation": ("lm-eval", "sacrebleu", "rouge-score"),
+    "presidio": ("presidio-analyzer",),
+    "unsloth": ("unsloth",),
+}
 
 
 def requirements() -> list[str]:
@@ -40,14 +48,16 @@ def name_of(line: str) -> str:
 
 def canonical(line: str) -> str:
     """name==version with the name in its normal form and no local version."""
-    return f"{name_of(line)}=={re.sub(r'[+].*', '', line.split('==')[1]).strip()}"
+    return f"{name_of(line)}=={re.sub(r'[+ #].*', '', line.split('==')[1]).strip()}"
 
 
 def bare(line: str) -> str:
     return line.split("#")[0].strip()
 
 
-def compile_lock(lines: list[str], options: list[str], preferred: str = "") -> list[str]:
+def compile_lock(
+    lines: list[str], options: list[str], preferred: str = "", annotate: str = "--no-annotate"
+) -> list[str]:
     """uv's resolution of `lines`; versions in `preferred` are kept where they can be."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.txt", Path(folder) / "out.txt"
@@ -62,7 +72,7 @@ def compile_lock(lines: list[str], options: list[str], preferred: str = "") -> l
                 "compile",
                 "-q",
                 "--no-header",
-                "--no-annotate",
+                annotate,
                 *options,
                 str(source),
                 "-o",
@@ -105,13 +115,29 @@ def colab() -> list[str]:
     locked = {name_of(line): line for line in current("colab").splitlines() if "==" in line}
     preferred = "\n".join(canonical(line) for line in {**runtime, **locked}.values())
     options = ["--python-version", "3.13", "--python-platform", "x86_64-manylinux_2_35"]
-    resolved = compile_lock([*wanted, *exact, *COLAB_ALSO], options, preferred)
-    shipped = {canonical(line) for line in runtime.values()}
+    asked = [*wanted, *exact, *COLAB_ALSO]
+    resolved = compile_lock(asked, options, preferred, "--annotation-style=line")
+    shipped, group = {canonical(line) for line in runtime.values()}, groups(resolved, {name_of(a) for a in asked})
     return [
-        line
+        canonical(line) + (f"  # {group[name_of(line)]}" if name_of(line) in group else "")
         for line in resolved
         if canonical(line) not in shipped and not CUDA_ONLY.match(line) and name_of(line) not in STAY
     ]
+
+
+def groups(resolved: list[str], asked: set[str]) -> dict[str, str]:
+    """Package → the groups that need it, where nothing else does. resolved: lines that end in "# via a, b"."""
+    parents = {name_of(line): line.partition("# via")[2].replace(",", " ").split() for line in resolved}
+
+    def required(roots: set[str]) -> set[str]:
+        found: set[str] = set()
+        while more := {n for n, via in parents.items() if n in roots or found & set(via)} - found:
+            found |= more
+        return found
+
+    always = required(asked - {name for own in GROUPS.values() for name in own})
+    needs = {group: required(set(own)) for group, own in GROUPS.items()}
+    return {n: ", ".join(g for g in GROUPS if n in needs[g]) for n in set().union(*needs.values()) - always}
 
 
 def current(kind: str) -> str:

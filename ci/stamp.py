@@ -1,11 +1,14 @@
 """Write what all notebooks share into each of them: the badge, the bootstrap cell and the parameters cell.
 
-    python ci/stamp.py            writes
-    python ci/stamp.py --check    says which notebooks differ, and exits with 1 when one does
+    python ci/stamp.py                       writes
+    python ci/stamp.py --check               says which files differ, and exits with 1 when one does
+    python ci/stamp.py owner/name COMMIT     first sets the published repository and the commit that bootstraps fetch
 
-The repository and tag come from helpers/machine.py, the parameters from helpers/params.py.
+Repository, commit and tag stand in helpers/machine.py, the parameters in helpers/params.py. To publish: push, stamp the
+commit that was pushed, commit the stamped notebooks and push again.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,52 +17,73 @@ import nbformat
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from ci import colab
 from helpers import machine, params
 from helpers.runs import FOLDERS
 
+NOTEBOOKS = {"quick": "00_quickstart", **FOLDERS}
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+PAGES = ("README.md", "docs/README.zh-CN.md", "docs/colab.md")
+OPENED = re.compile(r"(https://colab\.research\.google\.com/github/)[^)\s]+/blob/[^/)\s]+/notebooks/")
+FORM = {"cellView": "form", "jupyter": {"source_hidden": True}}
 BOOTSTRAP = """\
 # @title Bootstrap: in Colab this fetches the project and installs what is missing; elsewhere it only finds the project
-import os
-import pathlib
-import subprocess
-import sys
+keep_runs_in = "this session"  # @param ["this session", "Google Drive"] {{allow-input: true}}
+{asked}import os, subprocess, sys
+from pathlib import Path
 
-_places = (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
-_here = next((p for p in _places if (p / "helpers/params.py").is_file()), None)
-if "google.colab" in sys.modules:
-    _here = pathlib.Path("/content/tunebook")
-    _clone = ["git", "clone", "-q", "--depth", "1", "--branch", "{tag}", "https://github.com/{repository}"]
-    _install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-r", str(_here / "ci/locks/colab.txt")]
-    if not (_here / ".installed").exists():
-        if not _here.exists():
-            subprocess.run([*_clone, str(_here)], check=True)
-        subprocess.run(_install, check=True)
-        (_here / ".installed").touch()
-assert _here, "Open this notebook from inside the project's folder: helpers/ was not found above " + os.getcwd()
+_source, _commit = os.environ.get("TUNEBOOK_SOURCE", ""), "{commit}"
+_places = [Path(_source), Path.cwd(), *Path.cwd().parents, *Path("/content").glob("*")]
+_here = next((p.resolve() for p in _places if (p / "helpers/params.py").is_file()), None)
+if _here is None:
+    _here, _from = Path("/content/tunebook"), _source or "https://github.com/{repository}"
+    _get = 'git init -q "$0" && cd "$0" && git fetch -q --depth 1 "$1" "${{2:-HEAD}}" && git checkout -q FETCH_HEAD'
+    _get += ' && test "$(git rev-parse HEAD)" = "${{2:-$(git rev-parse HEAD)}}"'
+    _get = _get if "google.colab" in sys.modules else "echo only Colab fetches it >&2; false"
+    _run = ["bash", "-c", _get, str(_here), _from, "" if _source else _commit]
+    _got = subprocess.run(_run, env={{**os.environ, "GIT_TERMINAL_PROMPT": "0"}}, capture_output=True, text=True)
+    if _got.returncode:
+        _Stop = type("Stop", (Exception,), {{"_render_traceback_": lambda self: [str(self)]}})
+        _said = f"The project is not here and could not be fetched from {{_from}} ({{_got.stderr.strip()[-300:]}}); "
+        raise _Stop(_said + f"upload the folder to {{_here}}, or set TUNEBOOK_SOURCE to a folder or a git address")
 os.chdir(_here)
-sys.path.insert(0, str(_here))"""
+sys.path.insert(0, str(_here))
+from ci import colab
+
+colab.prepare("{notebook}", keep_runs_in{passed})"""
 
 
-def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNode:
+def bootstrap(notebook: str) -> str:
+    """Source of the notebook's first code cell."""
+    asked = colab.ASKED.get(notebook)
+    choices = ", ".join(f'"{one}"' for one in ("", *(asked or ())))
+    return BOOTSTRAP.format(
+        asked=f'also_install = ""  # @param [{choices}]\n' if asked else "",
+        commit=machine.COMMIT,
+        repository=machine.REPOSITORY,
+        notebook=notebook,
+        passed=", also_install" if asked else "",
+    )
+
+
+def address(notebook: str) -> str:
+    """Where Colab opens it."""
+    place = f"{machine.REPOSITORY}/blob/{machine.TAG or machine.COMMIT or 'main'}/notebooks"
+    return f"https://colab.research.google.com/github/{place}/{NOTEBOOKS[notebook]}.ipynb"
+
+
+def stamped(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
     """The notebook with its shared parts as they should be: title line kept, badge below, cells 1 and 2 replaced."""
-    name = FOLDERS[stage]
     title, *rest = [line for line in notebook.cells[0].source.split("\n") if not line.startswith("[![Open in Colab]")]
     while rest and not rest[0].strip():
         rest.pop(0)
-    badge = f"{BADGE}(https://colab.research.google.com/github/{machine.REPOSITORY}/blob/{machine.TAG}/notebooks/{name}.ipynb)"
-    notebook.cells[0].source = "\n".join([title, badge, "", *rest]).rstrip()
-    notebook.cells[1].source = BOOTSTRAP.format(repository=machine.REPOSITORY, tag=machine.TAG)
-    notebook.cells[2].source = params.cell(stage)
+    notebook.cells[0].source = "\n".join([title, f"{BADGE}({address(name)})", "", *rest]).rstrip()
+    notebook.cells[1].source = bootstrap(name)
+    if name in FOLDERS:
+        notebook.cells[2].source = params.cell(name)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"{stage}-{number:02d}"
-        cell.metadata = nbformat.from_dict(
-            {"tags": ["parameters"]}
-            if number == 2
-            else {"cellView": "form", "jupyter": {"source_hidden": True}}
-            if number == 1
-            else {}
-        )
+        cell.id = f"{name}-{number:02d}"
+        cell.metadata = nbformat.from_dict({1: FORM, 2: {**FORM, "tags": ["parameters"]}}.get(number, {}))
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     notebook.metadata = nbformat.from_dict(
@@ -74,20 +98,42 @@ def stamped(notebook: nbformat.NotebookNode, stage: str) -> nbformat.NotebookNod
     return notebook
 
 
-def main(check: bool) -> int:
-    stale = []
-    for stage, name in FOLDERS.items():
-        path = PROJECT / "notebooks" / f"{name}.ipynb"
-        before = path.read_text()
-        after = nbformat.writes(stamped(nbformat.reads(before, as_version=4), stage)) + "\n"
-        if before != after:
-            stale.append(path.name)
-            if not check:
-                path.write_text(after)
+def files() -> dict[Path, str]:
+    """Every stamped file and what it should hold."""
+    made = {}
+    for name, stem in NOTEBOOKS.items():
+        path = PROJECT / "notebooks" / f"{stem}.ipynb"
+        made[path] = nbformat.writes(stamped(nbformat.read(path, as_version=4), name)) + "\n"
+    for path in (PROJECT / page for page in PAGES):
+        if path.is_file():
+            place = f"{machine.REPOSITORY}/blob/{machine.TAG or machine.COMMIT or 'main'}/notebooks/"
+            made[path] = OPENED.sub(rf"\g<1>{place}", path.read_text(encoding="utf-8"))
+    return made
+
+
+def publish(repository: str, commit: str) -> None:
+    """Set the published repository and commit in helpers/machine.py."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[\w.-]+", repository) or not re.fullmatch("[0-9a-f]{40}", commit):
+        sys.exit(f"{repository} {commit}: give owner/name as GitHub spells it and the 40 digits of a commit.")
+    path = PROJECT / "helpers" / "machine.py"
+    text = path.read_text()
+    for name, value in (("REPOSITORY", repository), ("COMMIT", commit)):
+        text = re.sub(rf'^{name} = ".*"$', f'{name} = "{value}"', text, flags=re.M)
+        setattr(machine, name, value)
+    path.write_text(text)
+
+
+def main(argv: list[str]) -> int:
+    check = "--check" in argv
+    if len(argv) == 2:
+        publish(*argv)
+    stale = [path for path, text in files().items() if path.read_text(encoding="utf-8") != text]
+    for path, text in files().items() if not check else ():
+        path.write_text(text, encoding="utf-8")
     if stale:
-        print(("Stale, run `python ci/stamp.py`: " if check else "Written: ") + ", ".join(stale))
+        print(("Stale, run `python ci/stamp.py`: " if check else "Written: ") + ", ".join(p.name for p in stale))
     return int(check and bool(stale))
 
 
 if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -19,11 +19,13 @@ import psutil
 
 from helpers.errors import TunebookError
 
-# The one place for the published repository and the version; `python ci/stamp.py` writes both into the notebooks,
-# whose tag Colab fetches, and pyproject.toml reads the version.
-REPOSITORY = "tunebook/tunebook"
+# The one place for what is published and where. `python ci/stamp.py owner/name COMMIT` writes them here, into the
+# notebooks, whose bootstrap fetches that commit and no other, and into the READMEs' badges. Until then the owner is
+# a name that nobody can have on GitHub. TAG is "" until the tag exists. pyproject.toml reads the version.
+REPOSITORY = "_your_account_/tunebook"
+COMMIT = ""
+TAG = ""
 VERSION = "0.1.0"
-TAG = f"v{VERSION}"
 
 # Before torch is loaded: OpenMP threads that spin at every barrier cost 2 to 20 times as much wherever another process
 # has a core (seen on 2 cores); a thousand spins cost nothing on an idle machine.
@@ -89,12 +91,12 @@ def versions() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """For people: the commit, "+changes" when tracked files differ from it; the release tag where there is no git."""
+    """For people: the commit, "+changes" when tracked files differ from it; the version where there is no git."""
     command = ["git", "--git-dir=.git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         asked = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return TAG
+        return f"v{VERSION}"
     return asked.stdout.strip()
 
 
@@ -110,7 +112,26 @@ def code_hash(notebook: str = "") -> str:
     return digest.hexdigest()
 
 
+def places() -> tuple[Path, ...]:
+    """Where a file that is named by a relative path may lie: here, in the project, and in Colab where uploads go."""
+    return (Path(), PROJECT, *([Path("/content")] if "google.colab" in sys.modules else []))
+
+
+def login() -> str:
+    """How a token for the hub comes onto this machine, for error messages."""
+    if "google.colab" in sys.modules:
+        return (
+            "add it as HF_TOKEN to Colab's secrets (the key on the left), allow this notebook, run the first cell again"
+        )
+    return "run `hf auth login`, or set HF_TOKEN"
+
+
 # ---------------------------------------------------------------- memory
+
+
+def memory_gib() -> float:
+    """Host memory in all, in GiB: what the system has, or less where a container has a limit."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _container_memory())]) / 2**30
 
 
 def free_memory_gib() -> float:

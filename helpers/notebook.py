@@ -16,6 +16,8 @@ from helpers.errors import TunebookError
 from helpers.params import STAGES, Param, Params
 from helpers.train import methods
 
+OTHERS = ("In", "Out", "keep_runs_in", "also_install")  # globals that are no parameters of a stage
+
 
 def start(stage: str, namespace: Mapping[str, Any]) -> Any:
     """A notebook's parameters (`params.SftParams` and so on) out of its globals: checked, shown and returned.
@@ -25,6 +27,8 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
     """
     from IPython.display import display
 
+    if "_chosen" in namespace:  # the quickstart runs these cells with parameters of its own panel
+        return namespace["_chosen"]
     params = parameters.resolve(stage, read_globals(namespace))
     if stage in ("sft", "orpo"):
         methods.import_first(params)
@@ -35,7 +39,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
 def read_globals(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values among a notebook's globals: its parameters, and what is misspelt among them."""
     kinds = (str, int, float, bool, list, dict, tuple, type(None))
-    return {n: v for n, v in namespace.items() if isinstance(v, kinds) and n[0] != "_" and n not in ("In", "Out")}
+    return {n: v for n, v in namespace.items() if isinstance(v, kinds) and n[0] != "_" and n not in OTHERS}
 
 
 def panel(stage: str, params: Params) -> Any:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import display, runs
+from helpers import display, machine, runs
 from helpers.__main__ import main as tunebook
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_in_time
@@ -121,9 +121,7 @@ def _upload(run: str, repository: Repository, private: bool) -> str:
 
     token, name = get_token(), repository.name
     if not token:
-        raise TunebookError(
-            "No token for the hub is on this machine; run `hf auth login`, or set HF_TOKEN in the environment."
-        )
+        raise TunebookError(f"No token for the hub is on this machine; {machine.login()}.")
     content: dict[str, Path | bytes] = {there: here for there, here, _ in repository.files}
     content["README.md"] = repository.card.encode()
     if repository.base and isinstance(config := content.get("adapter_config.json"), Path):
@@ -144,7 +142,7 @@ def _upload(run: str, repository: Repository, private: bool) -> str:
     if status in (401, 403):
         raise TunebookError(
             f"The hub refused to write to {name} (status {status}): the token is wrong, expired, or has no write "
-            "access there; make a new one and run `hf auth login`."
+            f"access there; make a new one and {machine.login()}."
         )
     found = f"answered {status} for {name}" if status else f"at {endpoint} cannot be reached, or did not take {name}"
     raise TunebookError(f"The hub {found} ({said}). The same command resumes the upload.")

@@ -7,7 +7,6 @@ import tomllib
 import pytest
 
 from helpers import __main__ as command_line
-from helpers import machine
 from tests.conftest import PROJECT
 
 
@@ -15,7 +14,6 @@ def test_the_project_table_installs_the_command_and_takes_the_version_from_one_p
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"tunebook": "helpers.__main__:main"}
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "helpers.machine.VERSION"}
-    assert f"v{machine.VERSION}" == machine.TAG
 
 
 @pytest.mark.parametrize("command", command_line.COMMANDS)

@@ -103,7 +103,7 @@ def test_a_notebook_belongs_to_its_own_stage_only(project):
 
 
 def test_outside_of_a_git_checkout_nothing_is_printed(project, capfd):
-    assert machine.revision() == machine.TAG
+    assert machine.revision() == f"v{machine.VERSION}"
     assert capfd.readouterr() == ("", "")
 
 

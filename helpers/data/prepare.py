@@ -356,7 +356,7 @@ class Job(StageJob):
         name = self.chosen["database"]
         if not name:
             return None
-        found = next((p for p in (Path(name), machine.PROJECT / name) if p.is_file()), None)
+        found = next((p for p in (root / name for root in machine.places()) if p.is_file()), None)
         if found is None:
             raise TunebookError(f"The database {name} is not there; name a SQLite file, or leave the parameter empty.")
         text_to_sql.open_readonly(found).close()  # raises for any other file

@@ -14,6 +14,7 @@ from typing import Any
 
 from helpers.data.tables import StepReport
 from helpers.data.turns import Row, all_messages, map_contents
+from helpers.errors import TunebookError
 
 NOT_FOUND = (
     "names of people and companies, postal addresses, dates of birth, passport, licence and tax numbers, user names, "
@@ -113,8 +114,13 @@ def _plausible(kind: str, text: str, start: int, end: int) -> int:
 
 @functools.cache
 def _recognizer(kind: str) -> Any:
-    from presidio_analyzer import predefined_recognizers as known
-
+    try:
+        from presidio_analyzer import predefined_recognizers as known
+    except ImportError:
+        raise TunebookError(
+            "personal_data needs the package presidio-analyzer, which is not here; in Colab choose presidio for "
+            "also_install in the first cell and run the cells again, elsewhere pip install presidio-analyzer."
+        ) from None
     made = getattr(known, f"{RECOGNIZERS[kind]}Recognizer")
     if kind == "PHONE_NUMBER":
         return made(supported_regions=list(REGIONS))

@@ -147,14 +147,18 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
     if not is_file_name and (hub := HUB.fullmatch(part)):
         return [Source(hub["path"], hub={name: value for name, value in hub.groupdict().items() if value})]
     near = difflib.get_close_matches(part, [*named, *map(str, Path(part).parent.glob("*"))], n=3, cutoff=0.6)
-    advice = f"Did you mean {' or '.join(near)}?" if near else f"Check the spelling and the folder ({Path.cwd()})."
+    advice = (
+        f"Did you mean {' or '.join(near)}?"
+        if near
+        else f"Check the spelling and the folders ({', '.join(str(p.absolute()) for p in machine.places())})."
+    )
     wanted = f"no readable file matches, no folder and no hub id, and no set of that name in {INFO}"
     raise TunebookError(f"The dataset {part!r} is not there: {wanted}. {advice}")
 
 
 def _matches(part: str) -> list[tuple[Path, str]]:
     """The files that a path, a folder or a pattern names, here or under the project, each with its split."""
-    for root in (Path(), machine.PROJECT):
+    for root in machine.places():
         path = root / machine.path(part)
         if path.is_dir():
             return files.in_folder(path, READABLE)
@@ -325,7 +329,7 @@ def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:
         what = f"the dataset {hub['path']!r}" + (f" at revision {hub['revision']!r}" if "revision" in hub else "")
         what += f" (subset {hub.get('name', 'default')}, split {given['split']})"
         if "gated dataset" in str(error):
-            remedy = "accept its terms on its page, then log in with `hf auth login` (or set HF_TOKEN)"
+            remedy = f"accept its terms on its page; for the token {machine.login()}"
             raise TunebookError(f"The hub does not let you read {what}: {remedy}.") from None
         offline = constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError)
         raise hub_error(errors.OfflineModeIsEnabled() if offline else error, what) from error

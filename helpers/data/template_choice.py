@@ -39,7 +39,7 @@ def read(value: str) -> tuple[str, str]:
         return value.lower(), NAMED[value.lower()].read_text(encoding="utf-8")
     if "{{" in value or "{%" in value:
         return "given as text", value
-    places = (machine.path(value), machine.PROJECT / value) if len(value) < 1000 else ()
+    places = [root / machine.path(value) for root in machine.places()] if len(value) < 1000 else []
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         near = difflib.get_close_matches(value.lower(), NAMED, cutoff=0.5)

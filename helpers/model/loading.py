@@ -146,15 +146,17 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     if code in (errno.EACCES, errno.EROFS, errno.EPERM):
         return TunebookError(f"{constants.HF_HUB_CACHE} cannot be written; set HF_HOME to a folder that can.")
     if has(errors.GatedRepoError) or status == 403:
-        remedy = "accept its terms on its page, then log in with `hf auth login` (or set HF_TOKEN)."
+        remedy = f"accept its terms on its page; for the token {machine.login()}."
         return TunebookError(f"The hub does not let you read {what}: {remedy}")
     if has(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
-        remedy = "check the spelling, or log in with `hf auth login`."
+        remedy = f"check the spelling; where it is private, {machine.login()}."
         return TunebookError(f"The hub does not know {what}, or it is private; {remedy}")
     if status == 401:
-        return TunebookError(f"The hub does not accept your token for {what} (HTTP 401); run `hf auth login` again.")
+        remedy = f"make another and {machine.login()}."
+        return TunebookError(f"The hub does not accept your token for {what} (HTTP 401); {remedy}")
     if status == 429:
-        return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); wait, or `hf auth login`.")
+        remedy = f"wait, or {machine.login()}."
+        return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); {remedy}")
     if status:
         return HubUnreachable(f"The hub failed on {what} (HTTP {status}); {mirror}")
     if has(errors.OfflineModeIsEnabled):

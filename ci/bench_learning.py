@@ -42,12 +42,10 @@ ADDRESSES = {
     "geoquery": f"{GITHUB}/jkkummerfeld/text2sql-data/5050bad2309a93636ea4788d3660c9202bf11e0e/data",
     "banking77": f"{GITHUB}/PolyAI-LDN/task-specific-datasets/57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data",
 }
+GEO_DATABASE = "geography-db.added-in-2020.sqlite"
 SHA256 = {
     ("geoquery", "geography.json"): "b20ad8ed357029c9efa49aa64434729f624591850f66b1137cabcc0e45273c1b",
-    (
-        "geoquery",
-        "geography-db.added-in-2020.sqlite",
-    ): "98955372123cd9a8e761b00c2c67fbf221f1b8699927add538b53154c702dd3c",
+    ("geoquery", GEO_DATABASE): "98955372123cd9a8e761b00c2c67fbf221f1b8699927add538b53154c702dd3c",
     ("banking77", "train.csv"): "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
     ("banking77", "test.csv"): "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
 }
@@ -159,13 +157,13 @@ def prepare(task: str, found: dict[str, str], given: argparse.Namespace) -> None
 
 def child(spec: Row, event: Callable[[Any], None]) -> Row:
     """Train one arm and answer the held-out questions: what its line says. The worker's handler."""
-    task, arm = spec["task"], spec["arm"]
-    adapter, method, made = (ours if arm == "ours" else rival)(spec)
-    return made | score(task, adapter, method, spec)
+    adapter, onto, made = (ours if spec["arm"] == "ours" else rival)(spec)
+    return made | score(adapter, onto, spec)
 
 
 def ours(spec: Row) -> tuple[Path, str, Row]:
-    """(adapter, method, figures) of this project's defaults."""
+    """(adapter, base that it was trained on, figures) of this project's defaults."""
+    from helpers.gguf import trained
     from helpers.train import training
 
     run = f"{spec['task']}-{spec['minutes']:g}-{spec['seed']}"
@@ -181,11 +179,12 @@ def ours(spec: Row) -> tuple[Path, str, Row]:
     job.finish()
     done = runs.load(run, "sft", verify=False)
     made |= {name: done.metrics.get(name) for name in ("steps", "train_s", "trained_tokens", "eval_loss")}
-    return done.path / "adapter", done.data["method"], made | {"learning_rate": done.data["learning_rate_used"]}
+    made |= {"learning_rate": done.data["learning_rate_used"], "method": done.data["method"]}
+    return done.path / "adapter", "nf4" if trained.on_nf4(done) else "16bit", made
 
 
 def rival(spec: Row) -> tuple[Path, str, Row]:
-    """(adapter, method, figures) of TRL's SFT script or Unsloth's notebook on every row of the task."""
+    """The same of TRL's SFT script or Unsloth's notebook, on every row of the task."""
     unsloth, cuda = spec["arm"] == "unsloth", machine.gpu() is not None
     base = Path(runs.load(spec["task"], "data", verify=False).data["model"]["path"])
     use = UNSLOTH if unsloth else TRL
@@ -258,18 +257,18 @@ def rival(spec: Row) -> tuple[Path, str, Row]:
     done = {"steps": job.state.global_step, "planned_steps": steps, "train_s": clock.times[-1] - clock.times[0]}
     tokens = next((line["num_tokens"] for line in reversed(job.state.log_history) if "num_tokens" in line), None)
     made = {"trained_tokens": tokens, "learning_rate": use["learning_rate"], "settings": use}
-    return folder / "adapter", "qlora" if unsloth else "lora", done | made
+    return folder / "adapter", "nf4" if unsloth else "16bit", done | made
 
 
-def score(task: str, adapter: Path, method: str, spec: Row) -> Row:
+def score(adapter: Path, onto: str, spec: Row) -> Row:
     """The held-out questions, answered by the adapter on the base as training saw it and scored as notebook 05 does."""
     from helpers.evaluate import candidates, evaluation
     from helpers.evaluate import statistics as tests
 
     off = dict.fromkeys(("general_text", "general_tasks", "general_chat"), "")
     how = {"limit": spec["questions"], "max_new_tokens": spec["new_tokens"], "reference_metric": "exact", **off}
-    job = evaluation.open(params.resolve("eval", {"run": task, "candidates": "base", "again": True, **how}))
-    base, onto = job.findings.candidates[0].path, "nf4" if method == "qlora" else "16bit"
+    job = evaluation.open(params.resolve("eval", {"run": spec["task"], "candidates": "base", "again": True, **how}))
+    base = job.findings.candidates[0].path
     one = candidates.Candidate(spec["arm"], "sft", "hf", str(adapter), base, adapter, onto=onto)
     job.findings.candidates, job.pairs = [one], []
     job.measure()

@@ -246,14 +246,15 @@ class Encoder:
             ids = self.chat.ids(full)
         if ids[:2] == [self._bos, self._bos]:
             raise RowError("two beginnings", "the template and the text both begin the sequence")
-        spans, ids = self._by_prefixes(asked, rendering, ids, cuts)
+        rewritten: set[int] | None = set() if "first" in row else None
+        spans, ids = self._by_prefixes(asked, rendering, ids, cuts, rewritten)
         if not spans:
             turns, spans = self._by_marks(asked, rendering, ids)
         whole = self._scope == "everything"
         mask: Any = np.full(len(ids), whole, np.int8)
         typed = [row["messages"][turn - len(asked[0])] for turn in turns]  # the same from the end, whatever was added
-        for turn, (begin, end) in zip(typed, spans, strict=True):
-            mask[begin : end + 1] = bool(turn.get("weight", 1))
+        for place, turn, (begin, end) in zip(turns, typed, spans, strict=True):
+            mask[begin : end + 1] = bool(turn.get("weight", 1)) and place not in (rewritten or ())
         if self._left_out or any(turn.get("untrained") for turn in typed):
             self._leave_out(typed, rendering, spans, mask, cuts)
         if not mask.any():
@@ -262,12 +263,13 @@ class Encoder:
         return Encoded(row, np.fromiter(ids, np.int32, len(ids)), mask, spans[0][0], ends)
 
     def _by_prefixes(
-        self, asked: Asked, rendering: Rendering, ids: list[int], cuts: list[int]
+        self, asked: Asked, rendering: Rendering, ids: list[int], cuts: list[int], rewritten: set[int] | None
     ) -> tuple[list[tuple[int, int]], list[int]]:
         """(the first token and the end of turn of each trained turn, the row's ids); no turns where the template marks
         its answers and writes earlier turns otherwise once others follow them. Raises RowError for such a row.
 
-        cuts: where the text is cut before it is tokenised, as the tokenizer would join prompt and answer.
+        cuts: where the text is cut before it is tokenised, as the tokenizer would join prompt and answer. rewritten: a
+        pair's earlier answers that the template writes so (without their thoughts); they are not trained.
         """
         full, template, spans, changed = rendering.full, self.template, [], False
         controls = self._controls(full, ids)
@@ -275,7 +277,10 @@ class Encoder:
             if not (full.startswith(through) and full.startswith(prefix)):
                 if rendering.spans:
                     return [], ids
-                raise RowError("template is no prefix", self._no_prefix(asked, turn))
+                if rewritten is None or not full.startswith(prefix):
+                    raise RowError("template is no prefix", self._no_prefix(asked, turn))
+                rewritten.add(turn)
+                self.notes["earlier answers that the template writes otherwise later on are not trained"] += 1
             following = bisect_left(controls, (len(prefix), -1))
             character, begin = controls[max(0, following - 1)]
             tail = self._tail(prefix[character:])

@@ -129,7 +129,8 @@ class Chat:
         if self.control_tokens == "reject":
             refuse_control_tokens(row, self.template.special_text)
             return False
-        return any(self.template.special_text.search(text) for _, text in _texts(row))
+        pattern = self.template.special_text
+        return not _is_free(row, pattern) and any(pattern.search(text) for _, text in _texts(row))
 
     # ------------------------------------------------------------ tokens
 
@@ -179,10 +180,17 @@ class Chat:
 
 def refuse_control_tokens(row: Row, pattern: re.Pattern[str]) -> None:
     """Raise RowError where a text of a row that is rendered holds a control token."""
-    for where, text in _texts(row):
+    for where, text in () if _is_free(row, pattern) else _texts(row):
         if at := pattern.search(text):
             detail = f"{where} holds {at.group()!r}, which the tokenizer reads as a control token; {OFFER}"
             raise RowError("special token in text", detail)
+
+
+def _is_free(row: Row, pattern: re.Pattern[str]) -> bool:
+    """Whether a row surely holds no control token, by one search: its turns have nothing but role and content."""
+    turns = all_messages(row)
+    plain = not row.get("tools") and all(len(turn) == 2 for turn in turns)
+    return plain and not pattern.search("\n".join(turn["content"] or "" for turn in turns))
 
 
 def _texts(row: Row) -> Iterator[tuple[str, str]]:

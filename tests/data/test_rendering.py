@@ -259,6 +259,27 @@ def test_pairs_of_several_turns_are_trained_on_their_answers_and_05_scores_the_s
         assert runs == trained_runs(one.ids.tolist(), one.mask) and "find" in tokenizer.decode(runs[0][0])
 
 
+def test_of_pairs_whose_earlier_answers_a_template_rewrites_the_last_answer_is_trained_and_it_is_said(tokenizer):
+    """Qwen3's kind leaves out the thoughts of answers that a question follows."""
+    changed = with_template(tokenizer, QWEN3)
+    thoughts = {
+        side: [{**t, "reasoning": f"hm {side}"} if t["role"] == "assistant" else t for t in LONGER[side]]
+        for side in ("chosen", "rejected")
+    }
+    row = {**LONGER, **thoughts}
+    rejects = Rejects()
+    encoder = Encoder(templates.inspect(changed), "last", rejects)
+    ((_, chosen, rejected),) = [one for batch in encoder.pairs([[row]]) for one in batch]
+    assert trained(changed, chosen) == ["<think>\nhm chosen\n</think>\n\nTake the train.<|im_end|>"]
+    assert trained(changed, rejected) == ["<think>\nhm rejected\n</think>\n\nStill no.<|im_end|>"]
+    assert list(chosen.ids[: chosen.prompt]) == list(rejected.ids[: rejected.prompt]) and not rejects.invalid
+    assert changed.decode(chosen.ids[: chosen.prompt]).endswith("Find Ida.<|im_end|>\n<|im_start|>assistant\n")
+    assert any("earlier answers" in note for note in encoder.notes)
+    for side, one in (("chosen", chosen), ("rejected", rejected)):
+        runs = Asking(changed).answered(LONGER["messages"], TOOLS, thoughts[side])
+        assert runs == trained_runs(one.ids.tolist(), one.mask)
+
+
 def test_pairs_that_a_template_makes_equal_are_refused(tokenizer):
     alike = pair([USER], [said("Oolong.")], [said(" Oolong.\n")])
     found, rejects = pairs(with_template(tokenizer, GEMMA), alike)

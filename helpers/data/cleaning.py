@@ -32,7 +32,10 @@ CODE = re.compile(r"(```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`)", re.DOTALL)
 MEANT = re.compile(
     r"\x1b[\[\]]|[─│├└┌┐┘┤═║█▉-▏]{2}|\b(?:mojibake|ftfy|charsets?|encodings?|unicode|utf-?(?:8|16|32)|latin-?1|codepage"
     r"|iso-?8859|cp-?\d{3,4}|windows-?125\d|unicodedata)\b|\.(?:encode|decode|replace)\(|^\s*(?:def|class|import|from|#include"
-    r"|SELECT|INSERT|UPDATE|const|let|var|function|public)\s.*[(;:{=*]|\.normalize\(",
+    r"|SELECT|INSERT|UPDATE|const|let|var|function|public)\s.*[(;:{=*]|\.normalize\("
+    # Code without marks: calls with a quoted text, assignments, closing lines, JSON, shells, operators.
+    r"|[\w)\]]\([^()\n]*[\"'][^\n]*\)|(?:[{}]|[\"')\]];)\s*$|\"[\w-]+\"\s*:\s|^\s*\$ \w"
+    r"|^\s*(?:echo|print|puts) ?[\"'(]|^\s*[\w.\[\]$]+ ?(?:[-+*/|&:]?=|<-) ?[\"'\[{(\w]|\w::\w|=>|&& |\|\|",
     re.IGNORECASE | re.MULTILINE,
 )
 LOOP = 60  # letters and digits in a row that only a loop or boilerplate holds twice
@@ -99,12 +102,16 @@ def repair_unicode(rows: Iterable[list[Row]], report: StepReport) -> Iterator[li
 
     for batch in rows:
         report.seen += len(batch)
-        done = [row if MEANT.search(text_of(row)) else map_contents(row, mended) for row in batch]
-        for row, new in zip(batch, done, strict=True):
-            if new is not row:
-                report.alter(text_of(row), text_of(new), "repaired characters")
-        report.kept += len(done)
-        yield done
+        kept = []
+        for row in batch:
+            new = map_contents(row, mended)
+            if new is not row and MEANT.search(before := text_of(row)):
+                new = row
+            elif new is not row:
+                report.alter(before, text_of(new), "repaired characters")
+            kept.append(new)
+        report.kept += len(kept)
+        yield kept
 
 
 def keep_languages(rows: Iterable[list[Row]], report: StepReport, languages: str) -> Iterator[list[Row]]:

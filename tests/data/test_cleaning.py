@@ -82,11 +82,37 @@ def test_what_may_be_meant_is_left_alone(text):
         "def broken():\n    return 'schÃ¶n'",
         "SELECT name FROM t WHERE name = 'schÃ¶n';",
         "What encoding makes â€œ of a quotation mark?",
+        'console.log("schÃ¶n")',
+        "printf('schÃ¶n');",
+        'name = "schÃ¶n"',
+        '{"name": "schÃ¶n"}',
+        'echo "schÃ¶n"',
+        "$ ls schÃ¶n",
+        "if ok {\n  say schÃ¶n\n}",
+        "x <- c('schÃ¶n')",
+        "std::cout << schÃ¶n",
+        "WHERE a\nputs 'schÃ¶n'",
     ],
 )
 def test_code_terminal_output_and_text_about_encodings_are_left_alone(text):
     rows, report = through(clean.repair_unicode, [talk("hi", text)])
     assert rows[0]["messages"][-1]["content"] == text and report.changed == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Title\n\nIt is schÃ¶n; it is (â€œgoodâ€\x9d) too.\n",
+        "> He said: <b>schÃ¶n</b>!",
+        "- schÃ¶n\n- gut",
+        "Prices: 5 = schÃ¶n, see f(x).",
+        'The word "schÃ¶n" (German)',
+        "1. schÃ¶n & gut -> so it is | not",
+    ],
+)
+def test_prose_with_a_few_signs_is_mended(text):
+    rows, report = through(clean.repair_unicode, [talk("hi", text)])
+    assert "schön" in rows[0]["messages"][-1]["content"] and report.changed == 1
 
 
 def test_prose_beside_code_is_mended_and_the_example_shows_both(tmp_path):

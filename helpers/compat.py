@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import time
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,33 @@ CHECKED = {
 
 # liger-kernel warns about each of its optional backends (CuTe DSL, cuTile) that is not installed; Triton's is there.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
+
+
+_asked: list[float] = []  # when a hub was asked, since it answered
+
+
+def hub_in_time() -> None:
+    """Make the hub's libraries give up on a server that says nothing for 30 s, and after 45 s that it was silent in at
+    once: by themselves they wait for ever, or for 60 s at each of many retries."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    hooks = session.event_hooks
+    if _give_up not in hooks["request"]:
+        session.event_hooks = {"request": [*hooks["request"], _give_up], "response": [*hooks["response"], _answered]}
+
+
+def _give_up(request: Any) -> None:
+    given, seconds = request.extensions.get("timeout") or {}, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30)
+    _asked.append(time.monotonic())
+    if _asked[-1] - _asked[0] > 1.5 * seconds:
+        seconds = min(1.0, seconds)
+    parts = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {part: min(given.get(part) or seconds, seconds) for part in parts}
+
+
+def _answered(response: Any) -> None:
+    _asked.clear()
 
 
 class CheckpointsOfEitherKind:

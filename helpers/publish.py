@@ -20,10 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import display, machine, runs
+from helpers import compat, display, machine, runs
 from helpers.__main__ import main as tunebook
 from helpers.errors import TunebookError
-from helpers.model.loading import hub_in_time
 from helpers.params import GgufParams
 from helpers.report import facts, model_card
 
@@ -128,7 +127,7 @@ def _upload(run: str, repository: Repository, private: bool) -> str:
         named = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": repository.base}
         content["adapter_config.json"] = json.dumps(named, indent=2, sort_keys=True).encode()  # no path of this machine
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    hub_in_time()
+    compat.hub_in_time()
     api = HfApi(token=token, endpoint=endpoint)
     try:
         url = api.create_repo(name, repo_type="model", private=private, exist_ok=True)

@@ -322,18 +322,31 @@ def test_a_flipped_bit_in_the_cached_model_is_found_and_the_copy_made_again(monk
     assert "is not what was put there and is made again" in capsys.readouterr().out
 
 
-def test_a_hub_that_accepts_and_says_nothing_is_given_up(tmp_path):
-    """In a process of its own: the hub's library reads its address when it is imported."""
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "from helpers.model import loading; loading.resolve_model('some/set')",
+            "did not answer in time about the model",
+        ),
+        (
+            "from helpers.data import sources, tables; sources.read('some/set', tables.Rejects())",
+            "No hub is reachable for the dataset",
+        ),
+    ],
+)
+def test_a_hub_that_accepts_and_says_nothing_is_given_up(code, said, tmp_path):
+    """In a process of its own: the hub's library reads its address when it is imported. For a data set it asks eight
+    times, each with a limit of its own of up to 60 s."""
     import socket
 
-    code = "from helpers.model import loading; loading.resolve_model('some/model')"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path)}
         env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True, timeout=200
         )
-    assert "did not answer in time about the model 'some/model'" in done.stderr
+    assert f"{said} 'some/set'" in done.stderr
 
 
 @pytest.mark.parametrize("named", ["", " , ", "q_proj,nosuch", "proj", "q_proj.weight"])

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helpers import display, machine
+from helpers import compat, display, machine
 from helpers.data import documents, files, formats, public_sets
 from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table, records_of
 from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
 from helpers.errors import TunebookError
-from helpers.model.loading import hub_error, hub_in_time
+from helpers.model.loading import hub_error
 
 READABLE = (*files.TABLES, *documents.KINDS)
 INFO = "dataset_info.json"
@@ -322,7 +322,7 @@ def _of_hub(hub: dict[str, str]) -> Iterator[tuple[int, dict]]:
     import datasets
 
     given = {"split": "train", **hub}
-    hub_in_time()
+    compat.hub_in_time()
     try:
         table = datasets.load_dataset(**given)
     except Exception as error:  # the library raises many kinds; each becomes a message with its own remedy

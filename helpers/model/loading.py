@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
     from huggingface_hub import errors, snapshot_download
 
     where = {"revision": revision or None, "local_files_only": local_only}
-    hub_in_time()
+    compat.hub_in_time()
     try:
         path = Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHERS, etag_timeout=8, **where))
     except errors.HFValidationError:
@@ -106,20 +105,6 @@ def _snapshot(name: str, revision: str, local_only: bool) -> Path | None:
         return path if (path / "config.json").is_file() and weights.shards(path) else None
     except TunebookError:
         return None
-
-
-def hub_in_time() -> None:
-    """Make the hub's library give up on a server that says nothing for 30 s; by itself it waits for ever."""
-    from huggingface_hub import get_session
-
-    session = get_session()
-    if _give_up not in session.event_hooks["request"]:
-        session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _give_up]}
-
-
-def _give_up(request: Any) -> None:
-    asked, seconds = request.extensions.get("timeout") or {}, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30)
-    request.extensions["timeout"] = {part: asked.get(part) or seconds for part in ("connect", "read", "write", "pool")}
 
 
 def hub_error(error: BaseException, what: str) -> TunebookError:

@@ -77,11 +77,9 @@ class Chat:
         self._database = sqlite_reader.open_readonly(database) if database else None
         wide, wraps = w.Layout(width="auto"), w.Layout(width="100%", flex_flow="row wrap")
         self.boxes = {name: w.HTML(layout=w.Layout(flex="1 1 260px", margin="4px")) for name in servers}
-        empty = "empty: the model's own"
-        self.system = w.Textarea(value=system, placeholder=empty, layout=wide, rows=3)
-        self.question = w.Text(
-            placeholder="Ask something; Enter sends", layout=w.Layout(flex="1 1 240px", width="auto")
-        )
+        self.system = w.Textarea(value=system, placeholder="empty: the model's own", layout=wide, rows=3)
+        line = w.Layout(flex="1 1 240px", width="auto")
+        self.question = w.Text(placeholder="Ask something; Enter sends", layout=line)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the one way to hear Enter that 7.7 and 8 share
             self.question.on_submit(lambda _: self._on_send())
@@ -93,7 +91,7 @@ class Chat:
         for button in self.examples:
             button.on_click(lambda pressed: None if self.busy() else self.send(pressed.description))
         prompt = "<b>System prompt</b>" + ", as the data has it" * bool(system)
-        named = [w.HTML("<b>Questions from the test set</b>"), w.HBox(self.examples, layout=wraps)] if examples else []
+        named = [w.HTML("<b>Held-out questions</b>"), w.HBox(self.examples, layout=wraps)] if examples else []
         below = w.HBox([self.question, *self.buttons.values()], layout=wraps)
         sides = w.HBox(list(self.boxes.values()), layout=wraps)
         self.view = w.VBox([w.HTML(prompt), self.system, *named, sides, below], layout=w.Layout(width="100%"))
@@ -218,7 +216,8 @@ def opening(run: str, count: int = 3) -> dict[str, Any]:
 
     folder, asked = runs.load(run, "data", verify=False).path, []
     for file in (folder / "test.parquet", folder / "eval.parquet"):
-        for text in pq.read_table(file, columns=["messages"])["messages"].to_pylist() if file.is_file() else ():
+        held = file.is_file() and "messages" in pq.read_schema(file).names
+        for text in pq.read_table(file, columns=["messages"])["messages"].to_pylist() if held else ():
             turns = [turn for turn in json.loads(text or "[]") if isinstance(turn.get("content"), str)]
             said = {turn["role"]: turn["content"] for turn in turns[:2]}
             asked += [(said.get("system", ""), said["user"])] if "user" in said else []
@@ -241,7 +240,10 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "", **opening: 
         say(f"To talk to it: python -m helpers.serve {gguf}")
         return None
     if base == loading.DEFAULT_MODEL:
-        base = offline.wheel_gguf()
+        try:
+            base = offline.wheel_gguf()
+        except TunebookError as error:
+            say(f"The base is left out. {error}")
     servers = {"base": serve.start(base)} if str(base).endswith(".gguf") else {}
     return show({**servers, "tuned": serve.start(gguf)}, system, **opening)
 

@@ -41,7 +41,7 @@ def keep(folder: Path, all_of_it: bool = False) -> None:
     if not (place := _place(folder)):
         return
     try:
-        if _other(place, folder):
+        if any((place / name).is_file() and not _same(place, folder, name) for name in (PLAN, MANIFEST)):
             names = (place.with_name(f"{place.name}.old-{number}") for number in itertools.count(1))
             place.rename(next(name for name in names if not name.exists()))
         copied = [_copy(file, place / name, all_of_it) for name, file in _files(folder, None if all_of_it else SMALL)]
@@ -61,7 +61,7 @@ def bring(folder: Path) -> None:
     place = _place(folder)
     if not place or not (place / PLAN).is_file() or (folder / MANIFEST).exists():
         return
-    if (folder / PLAN).exists() and (folder / PLAN).read_bytes() != (place / PLAN).read_bytes():
+    if (folder / PLAN).exists() and not _same(place, folder, PLAN):
         return
     if (place / MANIFEST).is_file():
         copied = [_copy(file, folder / name) for name, file in _files(place)]
@@ -75,21 +75,16 @@ def bring(folder: Path) -> None:
 
 def holds(folder: Path) -> bool:
     """Whether the drive has this finished stage."""
-    place = _place(folder)
-    return bool(place and (place / MANIFEST).is_file() and not _other(place, folder))
+    return bool((place := _place(folder)) and _same(place, folder, MANIFEST))
 
 
 def _place(folder: Path) -> Path | None:
     return kept / folder.parent.name / folder.name if (kept := home()) else None
 
 
-def _other(place: Path, folder: Path) -> bool:
-    """Whether the drive holds what is neither a part of this work nor an earlier state of it."""
-    return any(
-        (place / name).is_file()
-        and not ((folder / name).is_file() and (folder / name).read_bytes() == (place / name).read_bytes())
-        for name in (PLAN, MANIFEST)
-    )
+def _same(place: Path, folder: Path, name: str) -> bool:
+    here, there = folder / name, place / name
+    return here.is_file() and there.is_file() and here.read_bytes() == there.read_bytes()
 
 
 def _files(folder: Path, most: int | None = None) -> Iterator[tuple[str, Path]]:

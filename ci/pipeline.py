@@ -4,8 +4,7 @@
 
 A recipe is a folder with a flat file for each stage that it needs (data, sft, orpo, gguf, eval .yaml). A stage that is
 finished with the same parameters, parents and code is used again; --from runs that stage and those after it anew,
---fresh all. A killed run is resumed by the same command. What kernels write to their standard error is in
-runs/NAME/log.txt.
+--fresh all. A killed run is resumed by the same command. All that the notebooks say is in runs/NAME/log.txt.
 """
 
 from __future__ import annotations
@@ -14,19 +13,23 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from helpers import display, machine, parameter, params, runs
+from ci import progress
+from helpers import display, machine, parameter, params, runs, steps
 from helpers.errors import TunebookError, command
 
 STAGES = list(runs.FOLDERS)
+CHATTER = ("Executing", "Ending Cell", "Input Notebook", "Output Notebook", "Working directory")  # of papermill's log
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -58,21 +61,34 @@ def main(argv: list[str]) -> int:
     if first > last:
         raise TunebookError(f"--from {options.first} comes after --to {options.last}; name them in order.")
     plan = resolve(folder, options.single, options.run)
-    for stage in STAGES[:first]:
-        if stage in plan:
-            runs.load(options.run, stage)
-    started = time.monotonic()
-    for stage in (stage for stage in STAGES[first : last + 1] if stage in plan):
-        plan[stage].again = plan[stage].again or options.fresh or bool(options.first)
-        if manifest := finished(stage, plan[stage]):
+    chosen = {stage: plan[stage] for stage in STAGES[first : last + 1] if stage in plan}
+    check_parents(chosen, STAGES[:first])
+    started, board = time.monotonic(), progress.of(chosen)
+    for stage, its in chosen.items():
+        its.again = its.again or options.fresh or bool(options.first)
+        if why := steps.needless(stage, its):
+            runs.set_aside(runs.folder(its.run, stage))  # of other data; 04 must not take it
+            board.skip(stage, f"skipped: {why}")
+        elif manifest := finished(stage, its):
             done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
-            print(f"[{runs.FOLDERS[stage]}] {done}")
+            board.skip(stage, done)
         else:
-            execute(stage, plan[stage])
-    print(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
-    if last == STAGES.index("eval") and "eval" in plan:
+            execute(stage, its)
+    display.say(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
+    if "eval" in chosen:
         display.say(summary(options.run))
     return 0
+
+
+def check_parents(chosen: dict[str, params.Params], earlier: list[str]) -> None:
+    """Raise TunebookError for an earlier stage that these read and that is not there; one that they can do without is
+    asked for only where it was begun and never finished."""
+    for stage, its in chosen.items():
+        needed = runs.parents_of(stage, its)
+        for name in (parent for parent in earlier if parent in {p.rstrip("?") for p in runs.PARENTS[stage]}):
+            begun = f"{name}?" in runs.PARENTS[stage] and (runs.folder(its.run, name) / "plan.json").is_file()
+            if name in needed or begun:
+                runs.load(its.run, name)
 
 
 def finished(stage: str, chosen: params.Params) -> runs.Manifest | None:
@@ -107,15 +123,13 @@ def execute(stage: str, chosen: params.Params) -> None:
     """One notebook through papermill. Its executed copy ends in the stage's folder whatever happens."""
     import papermill
 
-    name, run = runs.FOLDERS[stage], runs.run_folder(chosen.run)
-    display.say(f"\n[{name}] " + ", ".join(f"{n}={v}" for n, v in chosen.changed().items()))
-    _log_to_terminal()
-    os.environ["TUNEBOOK_HEADLESS"] = "1"
+    name, run, said, board = runs.FOLDERS[stage], runs.run_folder(chosen.run), "stopped", progress.of({stage: chosen})
+    os.environ |= {"TUNEBOOK_HEADLESS": "1", "TQDM_DISABLE": "1"}
     output, log = run / ".executing" / f"{name}.ipynb", run / "log.txt"
     output.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    board.start(stage, chosen)
     try:
-        with _stderr_into(log, f"[{name}] {time.strftime('%Y-%m-%d %H:%M:%S')}"):
+        with _stderr_into(log, f"[{name}] {time.strftime('%Y-%m-%d %H:%M:%S')}"), _log_into(log, board, chosen):
             papermill.execute_notebook(
                 PROJECT / "notebooks" / f"{name}.ipynb",
                 output,
@@ -123,11 +137,13 @@ def execute(stage: str, chosen: params.Params) -> None:
                 kernel_name="python3",
                 progress_bar=False,
                 log_output=True,
+                stdout_file=board,
                 cwd=str(PROJECT),
                 # errors only: it warns of TCP, which is on loopback and signed
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
         runs.load(chosen.run, stage, verify=False)  # one that ended early raises nothing, but it leaves no manifest
+        said = "finished"
     except papermill.PapermillExecutionError as error:
         ours = len(error.traceback) == 1  # TunebookError and its kinds show a line instead of a traceback
         what = error.evalue if ours else f"{error.ename}: {error.evalue}\n{''.join(error.traceback[-6:])}"
@@ -139,7 +155,7 @@ def execute(stage: str, chosen: params.Params) -> None:
         ) from None
     finally:
         keep_executed(output, run / name)
-    print(f"[{name}] finished in {display.duration(time.monotonic() - started)}")
+        board.end(said)
 
 
 @contextlib.contextmanager
@@ -169,7 +185,8 @@ def keep_executed(output: Path, folder: Path) -> None:
 
 def summary(run: str) -> str:
     """The closing table: execution accuracy with its interval, valid SQL and file size of every candidate."""
-    scores = runs.load(run, "eval", verify=False).metrics["candidates"]
+    metrics = runs.load(run, "eval", verify=False).metrics
+    scores = metrics["candidates"]
     order = {"base": 0, "sft": 1, "orpo": 2, "merged": 3}
     rows = [
         [
@@ -183,7 +200,15 @@ def summary(run: str) -> str:
         for name, score in sorted(scores.items(), key=lambda item: (order.get(item[0], 9), item[0]))
     ]
     header = ["", "accuracy", "95 % interval", "valid SQL", "n", "file size"]
-    return f"{display.text_table(rows, header)}\n\nReport: {runs.run_folder(run) / 'report.html'}"
+    page = runs.run_folder(run) / "report.html"
+    told = "\n".join(f"- {sentence}" for sentence in sentences(metrics))
+    return f"{display.text_table(rows, header)}\n\n{told}\n\nReport: {page}\n{page.resolve().as_uri()}"
+
+
+def sentences(metrics: dict[str, Any]) -> list[str]:
+    """What the report says first: how the run came out, what to ship, what was lost."""
+    found = [metrics.get("headline"), *((metrics.get(key) or {}).get("sentence") for key in ("ship", "lost"))]
+    return [sentence for sentence in found if sentence]
 
 
 def _stage(text: str) -> str:
@@ -200,17 +225,31 @@ class _Visible(logging.Formatter):
         return "\r".join(map(display.clean, super().format(record).split("\r")))
 
 
-def _log_to_terminal() -> None:
-    """papermill logs what cells print; show it as it comes, less its own chatter."""
-    log = logging.getLogger("papermill")
-    if not log.handlers:
-        chatter = ("Executing", "Ending Cell", "Input Notebook", "Output Notebook")
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(_Visible("  %(message)s"))
-        handler.addFilter(lambda record: not record.getMessage().startswith(chatter))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
+@contextlib.contextmanager
+def _log_into(file: Path, board: progress.Board, chosen: params.Params) -> Iterator[None]:
+    """Send what papermill logs, all that cells print and show, into a file; the cell number goes to the board."""
+    log, handler = logging.getLogger("papermill"), logging.FileHandler(file, encoding="utf-8")
+    known = {
+        f"Passed unknown parameter: {name}" for name in chosen.changed()
+    }  # not in the notebook's form, and checked
+
+    def kept(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if cell := re.match(r"Executing Cell (\d+)-", said):
+            board.cell = int(cell[1])
+        return said not in known and not said.startswith(CHATTER)
+
+    handler.addFilter(kept)
+    handler.setFormatter(_Visible("%(message)s"))
+    level, log.propagate = log.level, False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
 
 
 if __name__ == "__main__":

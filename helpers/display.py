@@ -81,6 +81,11 @@ def shown(rows: Sequence[Sequence[Any]], header: Sequence[str] = ()) -> Html:
     return Html(table(rows, header), text_table(rows, header))
 
 
+def fold(title: str, markup: str) -> Html:
+    """Ready HTML behind a title that opens it; nothing in a terminal."""
+    return Html(f"<details><summary>{escape(title)}</summary>{markup}</details>")
+
+
 def said(*lines: str) -> Html:
     """Sentences as a cell ends with them, a paragraph each; empty ones are left out."""
     kept = [clean(line) for line in lines if line]

@@ -73,11 +73,28 @@ def path(text: str | Path) -> Path:
     return found
 
 
+def kernel() -> Any:
+    """The Jupyter kernel that this code runs in; None outside of notebooks."""
+    return getattr(sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None, "kernel", None)
+
+
 def interactive() -> bool:
-    """True when a person is watching: plots and sliders are worth drawing. ci/pipeline.py sets TUNEBOOK_HEADLESS."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    watched = "google.colab" in sys.modules or hasattr(shell, "kernel")
-    return watched and not os.environ.get("TUNEBOOK_HEADLESS")
+    """True when a person is watching: plots and sliders are worth drawing. Not under papermill; ci/pipeline.py sets
+    TUNEBOOK_HEADLESS."""
+    if os.environ.get("TUNEBOOK_HEADLESS"):
+        return False
+    found = kernel()
+    return "google.colab" in sys.modules or (found is not None and not _papermill(found))
+
+
+def _papermill(kernel: Any) -> bool:
+    """Whether papermill runs this kernel: it cannot ask anybody, and its command or its cell of parameters is found."""
+    if getattr(kernel, "_allow_stdin", True):
+        return False
+    with contextlib.suppress(psutil.Error):
+        if any("papermill" in part for part in psutil.Process(os.getppid()).cmdline()):
+            return True
+    return any(cell.startswith("# Parameters\n") for cell in kernel.shell.user_ns.get("_ih", ()))
 
 
 def versions() -> dict[str, Any]:
@@ -153,6 +170,28 @@ def free_gpu_gib() -> float | None:
     return min(free + torch.cuda.memory_reserved() - used, share * total - used) / 2**30
 
 
+def gpu_held(listed: str | None = None) -> str:
+    """Which other processes hold memory of the GPUs, for people; "" when none does or nothing can ask.
+
+    listed: what nvidia-smi answers to the command below: lines such as "4242, /usr/bin/python3, 20480 MiB", of a
+    container's neighbours also "[N/A]" and "[Not Found]".
+    """
+    if listed is None:
+        command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return ""
+    held = []
+    for line in listed.splitlines():
+        pid, *name, used = (part.strip() for part in line.split(",")) if line.count(",") > 1 else ("", "", "")
+        if pid.isdigit() and int(pid) != os.getpid():
+            mib = used.split()[0] if used else ""
+            memory = f", {int(mib) / 1024:.1f} GiB" if mib.isdigit() else ""
+            held.append(f"{Path(', '.join(name)).name or 'a program'} (process {pid}{memory})")
+    return ", ".join(held)
+
+
 def _container_memory() -> Iterator[tuple[int, int]]:
     """(limit, use less page cache) in bytes of every control group around this process with a limit, version 1 or 2."""
     for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
@@ -182,9 +221,14 @@ def peak_memory_gib() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
+def unwatched() -> bool:
+    """Whether what is printed only fills a file: in a notebook that nobody runs by hand."""
+    return bool(os.environ.get("TUNEBOOK_HEADLESS")) or (kernel() is not None and not interactive())
+
+
 def progress(items: Iterable[Any], label: str, total: int | None = None) -> Iterator[Any]:
     """`items` with a text progress bar that leaves no line behind; none where nobody watches, for a file keeps them."""
     from tqdm import tqdm
 
-    unwatched = bool(os.environ.get("TUNEBOOK_HEADLESS"))
-    return iter(tqdm(items, label, total, leave=False, mininterval=2, ncols=90, file=sys.stdout, disable=unwatched))
+    how: dict[str, Any] = {"mininterval": 2, "ncols": 90, "file": sys.stdout, "disable": unwatched()}
+    return iter(tqdm(items, label, total, leave=False, **how))

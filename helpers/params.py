@@ -68,9 +68,10 @@ class Params(display.Shown):
 
     def _shown(self) -> display.Html:
         changed, table = self.changed(), STAGES[self.stage]
-        was = {p.name: f"default {p.default!r}" if p.name in changed else "" for p in table}
-        rows = [(p.name, getattr(self, p.name), p.unit, was[p.name], p.help) for p in table]
-        return display.shown(rows, ("parameter", "value", "unit", "changed", "meaning"))
+        rows = [(p.name, getattr(self, p.name), p.unit, f"default {p.default!r}", p.help) for p in table]
+        head, own = ("parameter", "value", "unit", "changed", "meaning"), [row for row in rows if row[0] in changed]
+        shown = display.shown(own, head) if own else display.said("Every parameter is at its default.")
+        return shown + display.fold(f"All {len(rows)} parameters", display.table(rows, head))
 
 
 @dataclass(repr=False)

@@ -7,6 +7,7 @@ seen. The figures are made without pyplot: nothing is shown twice and none has t
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -17,9 +18,10 @@ from typing import Any
 
 from helpers import display
 
-# Light enough for a dark page, dark enough for a white one, and distinguishable by every kind of colour vision.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b7dd8", "#d9822b", "#2a9d6f", "#d1495b", "#9a6fd0", "#8a8f98"
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2b9cad", "#a6761d", "#c2609a")
+# Each at least 4.5:1 on white (and, as `svg` lightens it, on a dark page), and distinguishable by every colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f6fd0", "#b0590c", "#1c7f57", "#c83a50", "#8a5cc7", "#6b7079"
+PALETTE = (GREEN, BLUE, ORANGE, PURPLE, RED, "#147d8e", "#8d6413", "#b24c8a")
+BASE, TRAINED, FILE, HELD_OUT = GREY, GREEN, BLUE, ORANGE  # what a colour means, in every figure and on every page
 INK = "#1b1f27"  # text and axes; `svg` makes it the colour of the text around
 MOST_POINTS = 400  # of a curve; more cannot be seen at these sizes
 
@@ -43,9 +45,29 @@ def svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=nothing)
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    for colour in (*PALETTE, GREY):  # a third of the way to white on a dark page
+        light = "".join(f"{(2 * int(colour[i : i + 2], 16) + 255) // 3:02x}" for i in (1, 3, 5))
+        drawn = drawn.replace(colour, f"light-dark({colour}, #{light})")
     used = set(re.findall(r"#(\w+)", drawn))
     drawn = re.sub(r' id="(\w+)"', lambda found: found[0] if found[1] in used else "", drawn)
     return drawn.replace("<svg", f'<svg role="img" aria-label="{display.escape(figure.alt)}"', 1)
+
+
+def inline(figure: Any) -> display.Html:
+    """A figure as an image within HTML that a cell shows, as wide as there is room for."""
+    data = base64.b64encode(display.png(figure)).decode()
+    style, alt = "width:100%;max-width:62em;min-width:32em;height:auto", display.escape(figure.alt)
+    image = f"<img alt='{alt}' style='{style}' src='data:image/png;base64,{data}'>"
+    return display.Html(f"<div style='overflow-x:auto'>{image}</div>")
+
+
+def bar(share: float, said: str) -> display.Html:
+    """A bar that is full to a share, for a cell. said: what a screen reader says of it."""
+    percent = f"{100 * min(max(share, 0), 1):.1f}"
+    rest = "rgba(128,128,128,.3)"
+    style = f"height:.6em;border-radius:.3em;background:linear-gradient(90deg,{TRAINED} {percent}%,{rest} {percent}%)"
+    role = f"role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{percent}'"
+    return display.Html(f"<div {role} aria-label='{display.escape(said)}' style='{style}'></div>")
 
 
 def _figure(
@@ -148,10 +170,13 @@ def curves(logs: Mapping[str, Lines], names: Sequence[str], title: str = "", col
             if curve.smooth:
                 points = {"marker": "o", "markersize": 4, "linestyle": "--" if run else "-"}
                 panel.plot(*_thinned(steps, smoothed(values)), color=colour, label=label(run) or "smoothed")
-                panel.plot(*held_out, color=colour if run else ORANGE, label="" if run else "held out", **points)
+                panel.plot(*held_out, color=colour if run else HELD_OUT, label="" if run else "held out", **points)
                 _legend(panel)
             if values or held_out[1]:
                 panel.set_ylim(bottom=curve.floor)
+        last = max((line.get("of_steps", line["step"]) for lines in logs.values() for line in lines), default=0)
+        if last > 1:
+            panel.set_xlim(0, last)
         panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
         panel.xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -184,7 +209,7 @@ def lengths(histogram: Mapping[int, int], max_length: int, over: int, proposed: 
     panel.hist(list(values), bins=60, range=(0, top), weights=list(values.values()), color=BLUE)
     panel.axvline(max_length, color=RED, label=f"max_length {max_length:,}: {over:,} rows over")
     if proposed:
-        panel.axvline(proposed, color=GREEN, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
+        panel.axvline(proposed, color=PURPLE, linestyle="--", label=f"proposed {proposed:,} (99 % of rows whole)")
     panel.set_xlim(0, max(top, min(max_length, 2 * top)) * 1.03)
     panel.set(xlabel="tokens in a row", ylabel="rows")
     _legend(panel, above=2)
@@ -241,12 +266,12 @@ class Bar:
 
 def scores(bars: Sequence[Bar], label_x: str) -> Any:
     """A horizontal bar for each candidate with its interval, its share and its file's size."""
-    colours = {"base": GREY, "tuned": BLUE, "file": ORANGE}
+    colours = {"base": BASE, "tuned": TRAINED, "file": FILE}
     alt = f"{label_x}: " + ", ".join(f"{b.name} {display.percent(b.value, 0)}" for b in bars)
     figure, (panel,) = _figure(alt, width=7.6, height=0.42 * max(len(bars), 1) + 1.0)
     for place, bar in enumerate(bars):
         value, low, high = 100 * bar.value, 100 * bar.low, 100 * bar.high
-        panel.barh(place, value, color=colours[bar.kind], alpha=0.8, height=0.6)
+        panel.barh(place, value, color=colours[bar.kind], height=0.6)
         reach = [[max(value - low, 0)], [max(high - value, 0)]]
         panel.errorbar(value, place, xerr=reach, color=INK, capsize=3, linewidth=1.2)
         size = f"   {display.size(bar.bytes)}" if bar.bytes else ""
@@ -270,7 +295,7 @@ def by_group(counts: Mapping[str, int], shares: Mapping[str, Mapping[str, float]
     thickness = 0.8 / max(len(shares), 1)
     for number, (name, values) in enumerate(shares.items()):
         places = [x + (number - (len(shares) - 1) / 2) * thickness for x in range(len(groups))]
-        colour = GREY if number == 0 else PALETTE[(number - 1) % len(PALETTE)]
+        colour = BASE if number == 0 else PALETTE[(number - 1) % len(PALETTE)]
         panel.bar(places, [100 * values.get(g, 0) for g in groups], thickness, label=label(name), color=colour)
     panel.set_xticks(range(len(groups)), [label(f"{g}\nn={counts[g]}") for g in groups])
     panel.set(ylim=(0, 105), ylabel="right, %")

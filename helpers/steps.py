@@ -41,6 +41,24 @@ class Job:
         return f"Stopped in {step}(); run the cell again to go on."
 
 
+def needless(stage: str, params: Any) -> str:
+    """Why a stage has nothing to do in its run, "" when it has: preference training of data without preferences."""
+    if stage != "orpo" or not (runs.folder(params.run, "data") / "manifest.json").is_file():
+        return ""
+    written = runs.load(params.run, "data", verify=False).data["artifacts"]
+    files = {"preference.parquet"} | ({"kto.parquet"} if params.loss == "kto" else set())
+    return "" if files & set(written) else "the data has no preference pairs; 04 and 05 go on with notebook 02's model"
+
+
+class Nothing:
+    """In the place of a job that has nothing to do: its steps show nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *arguments, **named: None
+
+
 def step(work: Callable[..., Result]) -> Callable[..., Result]:
     """A method (or a function whose first argument is a Job) that works once and then shows what it came to."""
     return _once(work, begins=True)

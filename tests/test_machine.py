@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -109,3 +111,71 @@ def test_outside_of_a_git_checkout_nothing_is_printed(project, capfd):
 
 def test_free_memory_is_at_most_what_the_machine_has():
     assert 0 < machine.free_memory_gib() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+@pytest.mark.parametrize(
+    "listed, said",
+    [
+        ("", ""),
+        ("4242, /usr/bin/python3, 20480 MiB\n", "python3 (process 4242, 20.0 GiB)"),
+        (
+            "17, /opt/tritonserver/bin/tritonserver, 512 MiB\n4242, [Not Found], [N/A]\n",
+            "tritonserver (process 17, 0.5 GiB), [Not Found] (process 4242)",
+        ),
+        ("99, C:\\a, b\\x.exe, 1024 MiB\n", "process 99, 1.0 GiB"),
+        (f"{os.getpid()}, python, 100 MiB\n", ""),
+        ("No running processes found\n", ""),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""),
+    ],
+)
+def test_who_else_holds_the_gpus_memory_is_read_from_what_nvidia_smi_lists(listed, said):
+    found = machine.gpu_held(listed)
+    assert said in found and bool(found) == bool(said)
+
+
+def test_a_machine_without_nvidias_tools_has_nobody_to_name(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert machine.gpu_held() == ""
+
+
+class Kernel:
+    """What a kernel knows of who runs it: whether it may ask, and the cells before this one."""
+
+    def __init__(self, asks, *cells):
+        self._allow_stdin, self.kernel = asks, self
+        self.shell = type("Shell", (), {"user_ns": {"_ih": ["", *cells]}})
+
+
+@pytest.mark.parametrize(
+    "kernel, watched",
+    [
+        (Kernel(True), True),
+        (Kernel(True, "# Parameters\nrank = 8\n"), True),
+        (Kernel(False), True),
+        (Kernel(False, "# @title Parameters\nrank = 16\n"), True),
+        (Kernel(False, "# Parameters\nrank = 8\n"), False),
+    ],
+)
+def test_a_papermill_run_is_watched_by_nobody(kernel, watched, monkeypatch):
+    monkeypatch.delenv("TUNEBOOK_HEADLESS", raising=False)
+    monkeypatch.setattr(machine, "kernel", lambda: kernel)
+    assert machine.interactive() is watched and machine.unwatched() is not watched
+    monkeypatch.setenv("TUNEBOOK_HEADLESS", "1")
+    assert not machine.interactive() and machine.unwatched()
+
+
+def test_plain_papermill_is_headless_and_nbclient_alone_is_not(tmp_path, monkeypatch):
+    import nbclient
+    import nbformat
+
+    monkeypatch.delenv("TUNEBOOK_HEADLESS", raising=False)
+    code = (
+        f"import sys; sys.path.insert(0, {str(PROJECT)!r})\nfrom helpers import machine\nprint(machine.interactive())"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    papermill = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-k", "python3"]
+    subprocess.run(papermill, cwd=tmp_path, check=True, capture_output=True)
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].text == "False\n"
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    assert notebook.cells[0].outputs[0].text == "True\n"

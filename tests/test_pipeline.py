@@ -32,9 +32,39 @@ def test_five_notebooks_end_in_a_table_of_scores_and_a_report(whole):
     for candidate in ("base", "sft", "orpo", "gguf q8_0"):
         assert re.search(rf"^{candidate}\s+\d+\.\d %\s+\d+\.\d – \d+\.\d %\s+\d+\.\d %\s+\d+", tail, re.M), tail
     report = Path(re.search(r"^Report: (.+)$", tail, re.M).group(1))
+    assert done.stdout.rstrip().endswith(report.resolve().as_uri()), "and the link is the last line"
+    metrics = json.loads((report.parent / "05_evaluation" / "metrics.json").read_text())
+    assert f"\n- {metrics['headline']}\n" in tail
     page = report.read_text()
     assert len(page.encode()) < 3_000_000 and "<html" in page
     assert not re.search(r"""(?:src|href)=["']https?://[^"']+\.(?:js|css|png|woff2?)""", page)
+
+
+def test_the_terminal_shows_about_forty_lines_and_the_log_shows_everything(whole):
+    done, root = whole
+    assert len(done.stdout.splitlines()) <= 55, done.stdout
+    log = (root / "whole" / "log.txt").read_text()
+    for text, what in ((done.stdout, "terminal"), (log, "log")):
+        assert "Passed unknown parameter" not in text and not re.search(r"\d+it/s|\d+s/it", text), what
+    assert all(f"[{name}] finished in" in done.stdout for name in runs.FOLDERS.values())
+    assert "left of the whole run" in done.stdout and "SELECT" in log and "SELECT" not in done.stdout
+    assert not re.search(r"^\s*\(['\"0-9]", done.stdout, re.M), "no raw tuple"
+
+
+def test_executed_copies_hold_no_snapshots_of_progress_and_fold_what_was_not_changed(whole):
+    for name in runs.FOLDERS.values():
+        notebook = nbformat.read(whole[1] / "whole" / name / "executed.ipynb", as_version=4)
+        outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+        printed = "".join(o.text for o in outputs if o.output_type == "stream")
+        assert not re.search(r"\d+%\||it/s|step \d+ of \d+", printed), (name, printed)
+        shown = next(o.data["text/html"] for o in outputs if "text/html" in o.get("data", {}))
+        before, _, folded = shown.partition("<details>")
+        assert "default" in before and folded.count("<tr>") > before.count("<tr>")
+        for image in (o for o in outputs if "image/png" in o.get("data", {})):
+            assert image.metadata["image/png"]["alt"]
+        assert all(
+            "alt='" in tag for o in outputs for tag in re.findall("<img[^>]*>", o.get("data", {}).get("text/html", ""))
+        )
 
 
 @pytest.mark.parametrize("stage", runs.FOLDERS)

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import short_run
 
-from ci import pipeline
-from helpers import runs
+from ci import pipeline, progress
+from helpers import params, runs
+from tests.conftest import begun
 
 
 def test_sft_killed_in_the_middle_goes_on_with_the_same_command(runs_root, tmp_path):
@@ -183,3 +184,71 @@ def test_only_the_stages_of_a_recipe_run_and_the_run_is_called_like_it(tmp_path,
     assert executed == [("data", "mine", 3), ("orpo", "mine", 4)]
     assert pipeline.main(["--recipe", str(tmp_path / "mine"), "-p", "sft.seed", "4"]) == 1
     assert "sft.seed" in capsys.readouterr().err
+
+
+def finished_stages(run, *stages, **given):
+    """Finished stages without any work; `files` of the data stage stand for what it wrote."""
+    for stage in stages:
+        opened = begun(stage, params.resolve(stage, {"run": run, **given}))
+        runs.write_atomic(opened.path / "preference.parquet", stage)
+        opened.finish({})
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """What would be run."""
+    stages = []
+    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: stages.append(stage))
+    monkeypatch.setattr(pipeline, "summary", lambda run: "")
+    return stages
+
+
+def test_from_asks_only_for_the_parents_that_are_needed(runs_root, executed, capsys):
+    finished_stages("r", "data")
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "04"]) == 0, "no adapter: the base is exported"
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "05"]) == 0
+    assert executed == ["gguf", "eval", "eval"]
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "03", "--to", "03"]) == 1
+    assert "02_qlora_sft" in capsys.readouterr().err
+    assert (
+        pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "3", "--to", "3", "-p", "orpo.start_from", "base"])
+        == 0
+    )
+    begun("sft", params.resolve("sft", {"run": "r"}))
+    runs.unlock("r", "sft")
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "04"]) == 1, (
+        "half an adapter is not left out unsaid"
+    )
+    assert "'sft' of the run 'r' did not finish" in capsys.readouterr().err
+
+
+def test_without_preference_pairs_03_is_a_line_and_an_earlier_result_of_it_is_set_aside(runs_root, executed, capsys):
+    finished_stages("r", "data", "sft", "orpo")
+    opened = begun("data", params.resolve("data", {"run": "r", "max_length": 64}))
+    opened.finish({})
+    assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", "02"]) == 0
+    said = capsys.readouterr().out
+    assert "[03_orpo_alignment] skipped: the data has no preference pairs" in said
+    assert executed == ["sft", "gguf", "eval"] and (runs_root / "r" / "03_orpo_alignment.old-1").is_dir()
+
+
+def test_a_terminal_gets_a_line_a_stage_and_the_time_left(runs_root, monkeypatch, capsys):
+    chosen = {
+        "sft": params.resolve("sft", {"run": "r", "max_minutes": 2}),
+        "gguf": params.resolve("gguf", {"run": "r"}),
+    }
+    board = progress.Board(chosen)
+    board.start("sft", chosen["sft"])
+    share, left, _ = board.now()
+    assert share < 0.05 and 150 < left < 400
+    (runs.folder("r", "sft")).mkdir(parents=True)
+    line = {"step": 30, "of_steps": 40, "loss": 0.5, "left_s": 60}
+    (runs.folder("r", "sft") / "log.jsonl").write_text('{"step": 29}\n' + json.dumps(line) + '\n{"step": 3')
+    share, left, doing = board.now()
+    assert doing == "step 30 of 40, loss 0.500" and 100 < left < 300
+    board.write("Resuming\x1b[2J from checkpoint-20.\n\none\ntwo\nthree\n")
+    board.end("finished")
+    said = capsys.readouterr().out
+    assert "Resuming␛[2J" in said and "two" in said and "three" not in said and "log.txt" in said
+    assert "[02_qlora_sft] max_minutes=2" in said and "[02_qlora_sft] finished in" in said
+    assert "\r" not in said and "\x1b" not in said, "neither redrawn lines nor colours go into a file"

@@ -319,7 +319,8 @@ class Session:
     def _bar(self, label: str, total: int, missing: int) -> Any:
         from tqdm import tqdm
 
-        how: dict[str, Any] = {"mininterval": 2, "ncols": 90, "file": sys.stdout, "disable": not missing}
+        silent = not missing or machine.unwatched()
+        how: dict[str, Any] = {"mininterval": 2, "ncols": 90, "file": sys.stdout, "disable": silent}
         return tqdm(desc=display.clean(label), total=total, initial=total - missing, **how)
 
 

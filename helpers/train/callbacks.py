@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,18 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from helpers import display, machine
+from helpers import display, machine, plots
 from helpers.errors import TunebookError
-from helpers.train import distributed, resume
+from helpers.evaluate.generate import HfModel
+from helpers.tasks import text_metrics, text_to_sql
+from helpers.tasks.questions import Decoding, Item, task_kind
+from helpers.train import distributed, resume, rows
 
 SCALER_STEPS = 10  # fp16's loss scale starts too high on purpose: its first steps overflow and are skipped
 ZERO_STEPS = 3  # steps in a row without any gradient before a run is called dead
+ANSWER_TOKENS, SHOWN_CHARS = 96, 400  # of a sample answer: written, and shown
+ROW = "<div style='display:flex;flex-wrap:wrap;gap:.3em 1.5em;overflow-wrap:anywhere'>"  # answers side by side
+RIGHT = 0.999  # a score from which an answer is right
 DIVERGED, HIGH_STEPS = 3.0, 10  # so many times the lowest smoothed loss, for so many steps, is a divergence
 
 
@@ -33,16 +40,74 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def progress(lines: Sequence[Mapping[str, Any]], note: str = "") -> display.Html:
+    """How far a run is, out of its log: a bar, and step, time, losses, speed and memory in a line; below it `note`."""
+    now = next((line for line in reversed(lines) if "loss" in line), lines[-1])
+    step, total = now["step"], lines[-1].get("of_steps", now["step"])
+    parts = [f"step {step:,} of {total:,}"]
+    if "left_s" in now:
+        parts.append(f"{display.duration(now['seconds'])} gone, {display.duration(now['left_s'])} left")
+    parts += [f"loss {number(now['loss'])}"] if "loss" in now else []
+    if held_out := next((line for line in reversed(lines) if "eval_loss" in line), None):
+        parts.append(f"held-out loss {number(held_out['eval_loss'])} at step {held_out['step']:,}")
+    parts += [f"{now['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in now else []
+    parts += [f"{now['memory_gib']:.1f} GiB"] if "memory_gib" in now else []
+    text = " · ".join(parts)
+    return plots.bar(step / max(total, 1), text) + display.said(text, note)
+
+
+def number(value: float | str) -> str:
+    """A loss as it is shown; one that is not finite stands in the log as text."""
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+class View:
+    """A run as it goes on, shown in one place: in a notebook the bar, where someone is watching with the curves below,
+    anew every 3 seconds or more; in a terminal a line every 20.
+
+    note: what the bar says below; figure: draws the lines of a log.
+    """
+
+    def __init__(self, figure: Callable[[list[dict[str, Any]]], Any], note: str = "") -> None:
+        self.figure, self.note, self.handle, self.due = figure, note, None, -math.inf
+        self.watched, self.kernel = machine.interactive(), machine.kernel() is not None
+
+    def show(self, lines: list[dict[str, Any]]) -> None:
+        began = time.monotonic()
+        if began < self.due:
+            return
+        shown = progress(lines, self.note)
+        if not self.kernel:
+            display.say(shown.text)
+            self.note = ""
+        elif self.watched and sum("loss" in line for line in lines) > 1:  # a curve of one point is an empty frame
+            shown += plots.inline(self.figure(lines))
+        self.due = time.monotonic() + max(3.0 if self.watched else 20.0, 20 * (time.monotonic() - began))
+        if self.kernel:
+            self._put(shown)
+
+    def close(self) -> None:
+        """Leave nothing behind: what came out is what the cell ends with."""
+        if self.handle:
+            self._put(display.Html(""))
+
+    def _put(self, shown: display.Html) -> None:
+        import IPython.display
+
+        if self.handle:
+            self.handle.update(shown)
+        else:
+            self.handle = IPython.display.display(shown, display_id=True)
+
+
 class Log(TrainerCallback):
-    """log.jsonl: every number of every step with tokens/s, memory and time left. Where someone is watching, the curves
-    are drawn anew every 3 seconds; else a line of text every 20.
+    """log.jsonl: every number of every step with tokens/s, memory and time left; `view` shows it as it grows.
 
     A resumed run first cuts off the lines after its checkpoint, so that the file reads like one unbroken run.
     """
 
-    def __init__(self, path: Path, trainer: Any, draw: Callable[[], Any]) -> None:
-        self.path, self.trainer, self.draw = path, trainer, draw
-        self.watched, self.shown, self.handle = machine.interactive(), -math.inf, None
+    def __init__(self, path: Path, trainer: Any, view: View) -> None:
+        self.path, self.trainer, self.view = path, trainer, view
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = [line for line in read(self.path) if line["step"] <= state.global_step]
@@ -50,7 +115,10 @@ class Log(TrainerCallback):
         self.tokens_before = max((line.get("trained_tokens", 0) for line in kept), default=0)
         self.started, self.first_step = time.monotonic(), state.global_step
         self.last = (self.started, 0)
+        self.lines = kept
         if state.is_world_process_zero:
+            self.view.show([*kept, {"step": state.global_step, "of_steps": state.max_steps}])
+            self.view.due = -math.inf
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -72,25 +140,12 @@ class Log(TrainerCallback):
         values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        if "loss" in logs and now - self.shown >= (3.0 if self.watched else 20.0):
-            self.shown = now
-            self._show(line)
+        self.lines.append(values)
+        if "loss" in logs:
+            self.view.show(self.lines)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.watched:
-            self._show({})
-
-    def _show(self, line: dict[str, Any]) -> None:
-        if not self.watched:
-            at = f"step {line['step']}/{line['of_steps']}  loss {line['loss']:.4f}"
-            left = display.duration(line["left_s"])
-            display.say(f"{at}  {line.get('tokens_per_s', 0):,.0f} tokens/s  {left} left")
-        elif self.handle:
-            self.handle.update(self.draw())
-        else:
-            import IPython.display
-
-            self.handle = IPython.display.display(self.draw(), display_id=True)
+        self.view.close()
 
 
 class Samples(TrainerCallback):
@@ -104,6 +159,85 @@ class Samples(TrainerCallback):
             found = self.sample(state.global_step)
             if found and state.is_world_process_zero:
                 display.say(f"step {state.global_step}: {found[0]['answer']!r}")
+
+
+def sample(job: Any, step: int, base: bool = False) -> list[dict[str, Any]]:
+    """{step, id, question, reference, answer, stopped} of a few prompts to a `job.TrainJob`; with `base` also what the
+    model answers without its adapter. Kept in samples.jsonl in place of what is there of this step and later ones. The
+    model and the random state are left as they were."""
+    found = rows.prompts(job.train_rows if job.held_out is None else job.held_out, job.tokenizer)
+    training, device = job.model.training, job.model.device
+    asked = [row.pop("prompt_ids") for row in found]
+
+    def generate() -> list[Any]:
+        model = HfModel(job.model, job.tokenizer)
+        # Unsloth has an attention of its own, and a sharded model its weights together only in its own generate.
+        model.fast &= job.planned.backend == "hf" and not distributed.sharded(job.params.method)
+        return model.generate(asked, Decoding(ANSWER_TOKENS)) if asked else []
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for row, answer in zip(found, generate(), strict=True):
+            row |= {"step": step, "answer": answer.text, "stopped": answer.stopped}
+        with job.model.disable_adapter() if base else contextlib.nullcontext():
+            for row, answer in zip(found, generate() if base else (), strict=base):
+                row["base"] = answer.text
+    job.model.train(training)
+    if distributed.first():
+        file = job.stage.path / "samples.jsonl"
+        lines = [*(line for line in read(file) if line["step"] < step), *found]
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return found
+
+
+def side_by_side(found: Sequence[Mapping[str, Any]], database: Path) -> display.Html:
+    """A table of `sample`'s answers, each right or wrong by the task's own score, with a line that counts them.
+    database: file that queries are run on, where there is one."""
+    names = {
+        side: name for side, name in (("base", "base"), ("answer", "after training")) if found and side in found[0]
+    }
+    asked = [Item(str(r["id"]), [{"role": "user", "content": r["question"]}], r["reference"]) for r in found]
+    queries = database.is_file() and task_kind(asked, database) == "text_to_sql"
+    with contextlib.ExitStack() as open_files:
+        if queries:
+            judge = text_to_sql.Judge([text_to_sql.open_readonly(database)])
+            open_files.callback(judge.close)
+
+        def score(text: str, reference: str) -> dict[str, Any]:
+            return judge.score(text, reference) if queries else text_metrics.entry(text, reference, "f1")
+
+        scored = {side: [score(row[side], row["reference"]) for row in found] for side in names}
+    table, blocks = [], ""
+    for at, row in enumerate(found):
+        parts = [(names[side], _verdict(scored[side][at]), row[side]) for side in names]
+        parts.append(("reference", "", row["reference"]))
+        table.append(
+            (row["question"], *(v + text[:SHOWN_CHARS] for _, v, text in parts), display.plain(row["stopped"]))
+        )
+        blocks += f"<p style='margin:.9em 0 .2em'><b>{display.escape(row['question'])}</b></p>" + ROW
+        for name, verdict, text in parts:
+            colour = plots.GREEN if verdict.startswith("right") else plots.RED if verdict else "inherit"
+            told = f"<b style='color:{colour}'>{display.escape(verdict)}</b>{display.escape(text[:SHOWN_CHARS])}"
+            stopped = "" if name != names.get("answer") or row["stopped"] else " (did not stop by itself)"
+            blocks += f"<div style='flex:1 1 14em;min-width:0'><i>{name}{stopped}</i><br>{told}</div>"
+        blocks += "</div>"
+    counts = {side: [one["score"] for one in some if one["score"] is not None] for side, some in scored.items()}
+    said = [
+        f"{names[side]} {sum(v >= RIGHT for v in known)} of {len(known)}" for side, known in counts.items() if known
+    ]
+    kind = "execution accuracy" if queries else "exact match; else the share of shared words, F1"
+    ended = f"{sum(bool(row['stopped']) for row in found)} of {len(found)} answers stopped by itself."
+    text = display.text_table(table, ("question", *names.values(), "reference", "stopped by itself"))
+    return display.said(f"Right ({kind}): {', '.join(said)}." if said else "", ended) + display.Html(blocks, text)
+
+
+def _verdict(scored: Mapping[str, Any]) -> str:
+    score = scored["score"]
+    if score is None:
+        return ""
+    if 0 < score < RIGHT:
+        return f"{display.percent(score, 0)}: "
+    why = scored["detail"] or scored["error"]
+    return "right: " if score else f"wrong{f' ({why})' * bool(why)}: "
 
 
 class Tracker(TrainerCallback):

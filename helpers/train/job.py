@@ -9,6 +9,8 @@ import gc
 import json
 import shutil
 import statistics
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +18,10 @@ from typing import Any
 
 from helpers import display, drive, machine, plots, runs, steps
 from helpers.errors import TunebookError
-from helpers.evaluate.generate import HfModel
 from helpers.model.loading import ModelSource, template_hash, tokenizer_hash
 from helpers.planner.plan import Plan
-from helpers.tasks.questions import Decoding
 from helpers.train import config, distributed, resume, rows
 
-ANSWER_TOKENS = 96  # of a sample answer
 # Looks that are figures: the name of the file that is kept, and what draws it. A stage's last one is drawn live.
 LOSS: dict[str, tuple[str, Callable[..., Any]]] = {"figure": ("loss", plots.training_curves)}
 FIGURES = {"sft": LOSS, "orpo": {**LOSS, "margins": ("margins", plots.preference_curves)}}
@@ -64,6 +63,37 @@ class TrainJob(steps.Job):
         """Whether it fits, how long it takes, and what else was weighed."""
         return self.planned
 
+    def watch(self, other: str) -> None:
+        """Follow the log of a run that another process trains; raises TunebookError when it ends unfinished."""
+        from helpers.train import callbacks
+
+        run, stage = self.params.run, self.stage.name
+        display.say(f"{other} trains this run; its log follows. Stopping this cell does not stop it.")
+        view = callbacks.View(self._drawing(), f"{other} is training")
+        while runs.worker(run, stage):
+            if lines := callbacks.read(self.log):
+                view.show(lines)
+            time.sleep(0.5)
+        view.close()
+        found = runs.stage(stage, self.stage.params)
+        self.stage.done = found.done
+        if not found.done:
+            at = callbacks.read(self.log)[-1:]
+            did = "finished it with other parameters" if (self.stage.path / "manifest.json").exists() else "stopped"
+            where = f" at step {at[0]['step']}" if at else ""
+            raise TunebookError(f"{other} {did}{where}; run the notebook from its first cell again.")
+        display.say(found.note)
+
+    def stopped(self, step: str) -> str:
+        """Where a training was stopped, and what is safe."""
+        if runs.worker(self.params.run, self.stage.name):
+            return "No longer watching; the training goes on in its own process. Run the cell again to see it."
+        if step != "train":
+            return super().stopped(step)
+        safe = resume.newest(self.checkpoints, self.identity) if self.params.resumes else None
+        kept = f"checkpoint {resume.step_of(safe)} is safe" if safe else "there is no checkpoint yet"
+        return f"Stopped at step {self.reached}; {kept}; run the cell again to {'go on' if safe else 'begin anew'}."
+
     @steps.look
     def first_row(self) -> display.Html:
         """The first training row as the trainer sees it."""
@@ -83,19 +113,21 @@ class TrainJob(steps.Job):
 
     @steps.step
     def train(self) -> display.Html:
-        """Train to the end, from the newest whole checkpoint where there is one."""
-        self.build()
+        """Train to the end, from the newest whole checkpoint where there is one. Returns what came out, with curves."""
+        self.reached = 0
         try:
+            self.build()
             with resume.disk_full_is_a_message(self.checkpoints):
                 self._train()
-        except BaseException:  # the cell may be run again: not on top of what these weights were trained to
-            self._free()
+        except BaseException as error:  # the cell may be run again: not on top of what these weights were trained to
+            self.reached = self.trainer.state.global_step if self.trainer else 0
+            self._free(error)
             raise
         self.result = r = self._outcome()
         held_out = f"held-out loss {r['eval_loss']:.3f}" if "eval_loss" in r else "no held-out rows"
         losses = f"loss {r['first_loss']:.3f} → {r['last_loss']:.3f}, {held_out}"
         said = f"{r['steps']:,} steps in {display.duration(r['train_s'])}: {losses}"
-        return display.Html(display.escape(said), said)
+        return display.said(said) + plots.inline(self._drawing()(self.lines()))
 
     @steps.look
     def summary(self) -> display.Html:
@@ -117,14 +149,15 @@ class TrainJob(steps.Job):
 
     @steps.look
     def answers(self) -> display.Html:
-        """Greedy answers to held-out prompts (where none were held out: training prompts) beside their references;
-        also in samples.jsonl, with those of earlier steps (`sample_every`)."""
+        """Greedy answers to held-out prompts (where none were held out: training prompts), of the base and after
+        training, right or wrong by the task's score; also in samples.jsonl, with earlier steps' (`sample_every`)."""
         self._require_trained()
         if self.model is None:
             raise TunebookError("The job is finished and its model is no longer in memory; helpers.chat talks to it.")
-        found = self.sample(self.trainer.state.global_step)
-        table = [(row["question"], row["answer"], row["reference"], display.plain(row["stopped"])) for row in found]
-        return display.shown(table, ("question", "answer", "reference", "stopped by itself"))
+        from helpers.train import callbacks
+
+        found = callbacks.sample(self, self.trainer.state.global_step, base=hasattr(self.model, "disable_adapter"))
+        return callbacks.side_by_side(found, self.stage.parents["data"].path / "database.sqlite")
 
     @steps.step
     def finish(self) -> runs.Manifest | None:
@@ -183,31 +216,13 @@ class TrainJob(steps.Job):
         return callbacks.read(self.log)
 
     def _draw(self, look: str) -> Any:
-        return FIGURES[self.params.stage][look][1](self.lines(), f"{self.params.run}: {self.params.stage}")
+        return self._drawing(look)(self.lines())
 
-    def sample(self, step: int) -> list[dict[str, Any]]:
-        """{step, id, question, reference, answer, stopped} of a few prompts; kept in samples.jsonl in place of what is
-        there of this step and later ones. The model and the random state are left as they were."""
-        import torch
-
-        from helpers.train import callbacks
-
-        prompts = rows.prompts(self.train_rows if self.held_out is None else self.held_out, self.tokenizer)
-        training, device = self.model.training, self.model.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model = HfModel(self.model, self.tokenizer)
-            # Unsloth has an attention of its own, and a sharded model its weights together only in its own generate.
-            model.fast &= self.planned.backend == "hf" and not distributed.sharded(self.params.method)
-            asked = [row.pop("prompt_ids") for row in prompts]
-            answers = model.generate(asked, Decoding(ANSWER_TOKENS)) if asked else []
-        self.model.train(training)
-        both = zip(prompts, answers, strict=True)
-        found = [{"step": step, **row, "answer": a.text, "stopped": a.stopped} for row, a in both]
-        if distributed.first():
-            file = self.stage.path / "samples.jsonl"
-            lines = [*(line for line in callbacks.read(file) if line["step"] < step), *found]
-            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        return found
+    def _drawing(self, look: str = "") -> Callable[[Any], Any]:
+        """What draws a look's figure from the lines of a log; of no look: the one that is drawn live."""
+        figures = FIGURES[self.params.stage]
+        draw = figures[look or [*figures][-1]][1]
+        return lambda lines: draw(lines, f"{self.params.run}: {self.params.stage}")
 
     def _merge_onto(self) -> str:
         """LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it."""
@@ -237,12 +252,12 @@ class TrainJob(steps.Job):
         self.seal = callbacks.Seal(self.identity, self.log, self.mirror)
         if self.params.max_minutes:
             trainer.add_callback(self.deadline)
-        live = [*FIGURES[self.params.stage]][-1]
-        trainer.add_callback(callbacks.Log(self.log, trainer, lambda: self._draw(live)))
+        self.view = callbacks.View(self._drawing())
+        trainer.add_callback(callbacks.Log(self.log, trainer, self.view))
         trainer.add_callback(callbacks.Guard(trainer, precision == "fp16"))
         trainer.add_callback(self.seal)
         if self.params.sample_every:
-            trainer.add_callback(callbacks.Samples(self.params.sample_every, self.sample))
+            trainer.add_callback(callbacks.Samples(self.params.sample_every, lambda step: callbacks.sample(self, step)))
         if self.params.early_stopping and self.held_out is not None:
             trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
         return self
@@ -265,6 +280,7 @@ class TrainJob(steps.Job):
             else:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
         finally:
+            self.view.close()
             self.seal.pending.result()
         total = trainer.state.max_steps
         if total < whole:
@@ -278,7 +294,7 @@ class TrainJob(steps.Job):
         self.planned = deadline.probe(self)
         minutes, args, limit = self.params.max_minutes, self.trainer.args, self.deadline
         if self.planned.measured:
-            display.say(self.planned.headline())
+            self.view.note = self.planned.headline()
         elif minutes:
             display.say("This kind of training is not probed: max_minutes begins with the plan's estimate.")
         if not minutes:
@@ -331,7 +347,10 @@ class TrainJob(steps.Job):
                     found[name.removeprefix("eval_").replace("rewards/", "held_out_")] = value
         return found
 
-    def _free(self) -> None:
+    def _free(self, error: BaseException | None = None) -> None:
+        """Let go of the model and of what holds it, the frames of an error too, and give the GPU's memory back."""
+        if error:
+            traceback.clear_frames(error.__traceback__)
         self.model = self.trainer = None
         gc.collect()
         if machine.gpu():

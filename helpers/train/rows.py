@@ -37,6 +37,7 @@ from helpers.model.packed_attention import (
     shared_tensors,
 )
 from helpers.planner.row_plan import Batches, batch_rows, cost
+from helpers.plots import TRAINED
 from helpers.runs import Manifest
 
 PAIR, MASKS = ("chosen_ids", "rejected_ids"), ("chosen_mask", "rejected_mask")
@@ -206,7 +207,7 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Html:
     markup, text = "", ""
     for trained, part in groupby(zip([*prompt, *answer], labels, strict=True), lambda pair: pair[1] != IGNORE):
         piece = tokenizer.decode([token for token, _ in part])
-        style = "background:#E69F0055;color:inherit" if trained else "background:none;opacity:.65"
+        style = f"background:{TRAINED}40;color:inherit" if trained else "background:none;opacity:.65"
         markup += f"<mark style='{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>"
         text += f"[{piece}]" if trained else piece
     title = f"<p><b>{escape(row.get('id', ''))}</b>, trained tokens marked:</p>"

@@ -16,9 +16,9 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from helpers import drive, machine, runs
+from helpers import display, drive, machine, runs, steps
 from helpers.data.vocabulary import of_run
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
@@ -37,6 +37,11 @@ def open(params: TrainingParams) -> TrainJob:
     """The job of these parameters. Raises TunebookError for what cannot work, cannot fit or has no rows."""
     gpu = machine.gpu()
     config.check(params, gpu.capability if gpu else None)
+    if why := steps.needless(params.stage, params):
+        if distributed.first():
+            display.say(f"Skipped: {why}.")
+            runs.set_aside(runs.folder(params.run, params.stage))  # of other data; 04 must not take it
+        return cast(TrainJob, steps.Nothing())
     stage = distributed.shared(lambda: _stage(params))
     if stage.done:
         return TrainJob(stage)
@@ -45,7 +50,14 @@ def open(params: TrainingParams) -> TrainJob:
     adapter = _adapter(params, stage.parents.get("sft"), source, tokenizer)
     train, held_out, counts = rows.read(data, params)
     params, why = distributed.shared(lambda: _as_begun(params, adapter, stage, tokenizer))
-    plan = _plan(params, train, source, adapter, stage)
+    held = machine.gpu_held() if gpu and not params.plan_for else ""
+    told = f"Memory of the GPU is also held by {held}; stop it, and there is more room" if held else ""
+    try:
+        plan = _plan(params, train, source, adapter, stage)
+    except TunebookError as error:
+        raise TunebookError(f"{error} {told}." if told else error) from None
+    if told and distributed.first():
+        display.say(f"{told}.")
     method = distributed.shared(lambda: plan.method)  # of several GPUs the first decides
     if method != plan.method:
         plan = _plan(dataclasses.replace(params, method=method), train, source, adapter, stage)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 
 from helpers import machine
@@ -21,8 +20,8 @@ COMMANDS = {
     "import": "write a recipe from a LLaMA-Factory or Axolotl YAML",
     "check": "look at a recipe's rows, fit and time before anything is trained",
 }
-MODULES = {"train": "helpers.train.__main__", "runs": "helpers.run_list"}
-MODULES |= {"import": "helpers.import_recipe", "check": "helpers.check_recipe"}
+MODULES = {"train": "helpers.train.__main__", "import": "helpers.import_recipe", "check": "helpers.check_recipe"}
+PROGRAMS = {"run": "pipeline", "runs": "run_list"}  # in ci/
 
 
 @command
@@ -33,12 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(arguments)
-    if given.command != "run":
+    if given.command not in PROGRAMS:
         return importlib.import_module(MODULES.get(given.command, f"helpers.{given.command}")).main(given.rest)
-    program = machine.PROJECT / "ci" / "pipeline.py"
+    program = machine.PROJECT / "ci" / f"{PROGRAMS[given.command]}.py"
     if not program.is_file():
-        raise TunebookError(f"tunebook run needs the project's folder, and {program} is missing; clone the repository.")
-    os.execv(sys.executable, [sys.executable, str(program), *given.rest])
+        raise TunebookError(
+            f"tunebook {given.command} needs the project's folder, and {program} is missing; clone the repository."
+        )
+    sys.path.insert(0, str(machine.PROJECT))
+    return importlib.import_module(f"ci.{program.stem}").main(given.rest)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def test_no_other_folder_can_be_named(twice, capsys, name, action):
 def test_a_stage_in_its_place_or_at_work_is_not_touched(twice, capsys):
     assert "not set aside" in tunebook(capsys, "restore", "r/02_qlora_sft")[2]
     runs.lock("r", "data")
-    status, said = other_process(twice, code="from helpers import run_list; run_list.main(['remove', 'r', '--yes'])")
+    status, said = other_process(twice, code="from ci import run_list; run_list.main(['remove', 'r', '--yes'])")
     assert status != 0 and "being worked on by process" in said and (twice / "r").is_dir()
     listed = other_process(
-        twice, code="from helpers import run_list; import sys; print(run_list.listing([]), file=sys.stderr)"
+        twice, code="from ci import run_list; import sys; print(run_list.listing([]), file=sys.stderr)"
     )
     assert "works on it" in listed[1]
     runs.unlock("r", "data")

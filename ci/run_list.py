@@ -14,6 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
 from helpers import display, runs
 from helpers.errors import TunebookError
 
@@ -120,7 +123,7 @@ def _state(folder: Path) -> tuple[str, str]:
     file = folder / "manifest.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        finished = display.clock(about["finished_at"]).removeprefix("on ").replace(" at ", " ")
+        finished = re.sub("^(at|on) |(?<=\\d) at(?= )", "", display.clock(about["finished_at"]))
         known = [(parent, about["parents"][parent]["manifest_sha256"]) for parent in about["parents"]]
     except (OSError, ValueError, TypeError, KeyError):
         return f"{aside}{'damaged' if file.exists() else 'unfinished'}", ""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -223,6 +224,22 @@ def checkpoint_layer(layer: Any, run: Any) -> None:
     layer.gradient_checkpointing = run is not None
     if run is not None:
         layer._gradient_checkpointing_func = run
+
+
+@contextlib.contextmanager
+def targets_as_named(config: Any) -> Iterator[None]:
+    """Let PEFT take the targets of a LoRA config that names parameters (experts) as they are. It renames those of
+    adapters made with transformers 4, where dense MLPs beside the experts bore the same names: it would drop them, and
+    adapt the router."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    own = conversion.convert_peft_config_for_transformers
+    try:
+        if config.target_parameters:
+            conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = own
 
 
 def adapted(model: Any) -> dict[str, Any]:

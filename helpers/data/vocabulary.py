@@ -104,6 +104,14 @@ def new_tokens(base: Any, tokenizer: Any) -> list[str]:
     return sorted(vocabulary.keys() - known.keys(), key=vocabulary.__getitem__)
 
 
+def without_rows(tokenizer: Any, rows: int) -> str:
+    """What is wrong where a base's own tokenizer has ordinary tokens that its embedding of `rows` has no row for."""
+    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
+    lost = sorted((i, token) for token, i in vocabulary.items() if i >= rows and i not in special)
+    found = f"{len(lost)} of its tokens, {lost[0][1]!r} first, have no row in the embedding of {rows:,}" if lost else ""
+    return found and f"{found}; use the tokenizer that the model was published with."
+
+
 def of_run(data: Path, base: Path | None) -> Any:
     """Folder of a run's tokenizer with its template and added tokens, as the data stage in `data` left it; the base's
     own where it left none."""

@@ -64,8 +64,8 @@ TYPES = {
 
 def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_vocabulary: bool = False) -> Path:
     """Write `out` from the model folder (config, safetensors, tokenizer), whole or not at all. outtype: of `TYPES_16`;
-    only_vocabulary: the tokenizer alone, from a folder that needs no weights. Raises TunebookError with what the
-    converter said."""
+    only_vocabulary: the tokenizer alone, the names and shapes of the weights tried where there are some. Raises
+    TunebookError with what the converter said."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert.", dir=out.parent) as work:
         folder, made = Path(work) / "model", Path(work) / "out.gguf"
@@ -77,10 +77,12 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_v
                 value = json.loads(file.read_text())
             value.pop("auto_map", None)  # names code to run
             file.write_text(json.dumps(value, ensure_ascii=False))
-        for file in model.glob("*.safetensors*"):
+        for file in (weights_there := list(model.glob("*.safetensors*"))):
             (folder / file.name).symlink_to(file.resolve())
-        command = [sys.executable, "-E", str(libraries.converter() / "convert_hf_to_gguf.py"), str(folder)]
-        command += ["--outfile", str(made), *(["--vocab-only"] if only_vocabulary else ["--outtype", outtype])]
+        process = Path(__file__).with_name("converter_process.py")
+        command = [sys.executable, "-E", str(process), str(libraries.converter()), str(folder), "--outfile", str(made)]
+        command += ["--outtype", outtype, *(["--vocab-only"] if only_vocabulary else [])]
+        command += ["--plan"] if only_vocabulary and weights_there else []
         command += ["--model-name", name] if name else []
         env = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=env, cwd=folder)
@@ -214,6 +216,9 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
     names = header.tensor_names(header.check(f16), layers)
     if not names:
         raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
+    # Routed experts are one parameter of their layer, whose inputs no linear layer sees.
+    if experts := sum(t.name.endswith("_exps.weight") for t in header.check(f16).tensors):
+        print(f"imatrix weighs {len(names)} matrices; the {experts} of routed experts are quantised without weights.")
     arrays: dict[str, Any] = {}
 
     def watch(name: str) -> Any:

@@ -192,7 +192,7 @@ class ExportJob(steps.Job):
         found = {
             "text": self.text,
             "merges": [asdict(m) for m in self.merges],
-            "budgets": {r.type: convert.TYPES[r.type][1:] for r in self.results},
+            "budgets": {r.type: fidelity.budget(r) for r in self.results},
             "files": [r.as_dict() for r in self.results],
         }
         runs.write_json(self.stage.path / "fidelity.json", found)

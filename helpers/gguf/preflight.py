@@ -16,12 +16,12 @@ from typing import Any
 
 from helpers import cache, display, machine, runs
 from helpers import params as parameters
+from helpers.data import vocabulary
 from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, probes
 from helpers.gguf.llama_cpp import LlamaCpp
-from helpers.model import loading, merging
+from helpers.model import loading, merging, weights
 from helpers.model.stop_tokens import end_of_turn
-from helpers.model.weights import count_weights
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
@@ -79,7 +79,7 @@ def check(
     report = Report(str(getattr(source, "name", base)))
     try:
         config = loading.load_config(base)
-        counted = count_weights(base)
+        counted = weights.count_weights(base)
     except TunebookError as error:
         report.checks.append(("weights", False, str(error)))
         return report
@@ -93,8 +93,8 @@ def check(
 
 
 def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
-    """Convert the folder that a merge would write, without its weights, and compare what llama.cpp reads with what it
-    should; cached by content. rows: of the base's embedding."""
+    """Convert the folder that a merge would write, its weights by name and shape, and compare what llama.cpp reads with
+    what it should; cached by content. rows: of the base's embedding."""
     with tempfile.TemporaryDirectory() as temporary:
         joined = Path(temporary) / "model"
         joined.mkdir()
@@ -102,18 +102,21 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
             tokenizer = loading.load_tokenizer(folder)
             more = loading.grown(tokenizer, base)
             merging.write_settings(base, joined, tokenizer, rows=max(rows, len(tokenizer)) if more else rows)
-            key = cache.key(cache.content_hash(joined), version("xllamacpp"), libraries.CONVERTER, probes.TEXTS)
+            held = weights.Weights(base)
+            shapes = [(name, list(held.shape(name))) for name in sorted(held.entries)]
+            runs_in = Path(convert.__file__).with_name("converter_process.py").read_text()
+            made_of = cache.content_hash(joined), version("xllamacpp"), libraries.CONVERTER, probes.TEXTS
+            key = cache.key(*made_of, shapes, runs_in)
             seen = cache.Answers("preflight", key)
             if kept := seen.get("checks"):
                 return [(what, good, found) for what, good, found in kept]
-            own = loading.load_tokenizer(base, mended=False)
-            lost = sorted((i, t) for t, i in own.get_vocab().items() if i >= rows and i not in own.all_special_ids)
-            if lost:
-                found = f"{len(lost)} of its tokens, {lost[0][1]!r} first, have no row in the embedding of {rows:,}"
-                return [("tokenizer", False, f"{found}; use the tokenizer that the model was published with.")]
+            if lost := vocabulary.without_rows(loading.load_tokenizer(base, mended=False), rows):
+                return [("tokenizer", False, lost)]
+            for shard in [] if held.states else held.base.glob("*.safetensors*"):
+                (joined / shard.name).symlink_to(shard.resolve())
             file = convert.convert(joined, joined.with_suffix(".gguf"), only_vocabulary=True)
-            with LlamaCpp(file, only_vocabulary=True) as vocabulary:
-                checks = list(_compared(vocabulary, tokenizer))
+            with LlamaCpp(file, only_vocabulary=True) as read_back:
+                checks = list(_compared(read_back, tokenizer))
         except TunebookError as error:
             return [("conversion", False, str(error).replace(str(joined), str(folder)))]
     if all(good for _, good, _ in checks):  # what is wrong may be mended, and is looked at again
@@ -121,11 +124,11 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
     return checks
 
 
-def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
+def _compared(llama_cpp: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
     """Token ids, added tokens, template and end of turn in llama.cpp against the trained tokenizer's."""
 
     def differing(texts: list[str]) -> list[tuple[str, list[int], list[int]]]:
-        both = [(t, vocabulary.tokenize(t), tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
+        both = [(t, llama_cpp.tokenize(t), tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
         return [(text, mine, theirs) for text, mine, theirs in both if mine != theirs]
 
     found = f"{len(probes.TEXTS)} texts in many scripts give the same token ids in llama.cpp"
@@ -143,7 +146,7 @@ def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
     yield "added tokens", not lost, found
     if not tokenizer.chat_template:
         yield "chat template", True, "none: the model completes plain text"
-        ends = tokenizer.eos_token_id in (None, *vocabulary.ends())
+        ends = tokenizer.eos_token_id in (None, *llama_cpp.ends())
         said = f"{tokenizer.eos_token} ends a text" if tokenizer.eos_token else "the tokenizer has no end of sequence"
         yield "end of a text", ends, said + ", but llama.cpp would not stop there" * (not ends)
         return
@@ -160,7 +163,7 @@ def _compared(vocabulary: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
         return
     skipped = ", ".join(shape for shape, (text, _) in shapes.items() if text is None)
     yield "chat template", True, "renders in a sandbox" + (f"; it has no {skipped}" if skipped else "")
-    ends = token in vocabulary.ends()
+    ends = token in llama_cpp.ends()
     no = "ends a turn in the template, but llama.cpp would not stop there; make it the tokenizer's eos."
     said = "ends an answer in llama.cpp, too" if ends else no
     yield "end of turn", ends, f"{tokenizer.convert_ids_to_tokens(token)} {said}"

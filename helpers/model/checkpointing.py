@@ -23,9 +23,10 @@ PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers
 def decoder_layers(model: Any) -> Any:
     """The decoder layers of a causal LM or its PEFT wrapper. Raises TunebookError when there is no such list."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    body = causal.get_decoder()  # of the language model, where there is a vision part
-    layers = getattr(body, "layers", None) or getattr(body, "h", None)
-    if layers is None or not hasattr(layers[0], "gradient_checkpointing"):
+    parts = causal.get_decoder().modules()  # of the language model, where there is a vision part
+    lists = (part for part in parts if isinstance(part, torch.nn.ModuleList) and len(part))
+    layers = next((part for part in lists if hasattr(part[0], "gradient_checkpointing")), None)
+    if layers is None:
         raise TunebookError(
             f"The layers of {causal.config.model_type} cannot be checkpointed one by one; set recompute to 'none'."
         )
@@ -45,7 +46,8 @@ def set_recompute(model: Any, layers: int | str = 0, offload: bool = False, tile
     run = _offloaded(_HiddenStore()) if offload else _checkpointed
     for index, layer in enumerate(stack):
         compat.checkpoint_layer(layer, run if index < count else None)
-        if mlp := getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None):
+        mlp = getattr(layer, "mlp", None) or getattr(layer, "feed_forward", None)
+        if mlp is not None and not any(hasattr(mlp, part) for part in ("experts", "gate", "router")):
             _tile(mlp, tile_mlp)
     return count
 
@@ -60,14 +62,14 @@ def _offloaded(store: _HiddenStore) -> Any:
     def call(run: Any, hidden: Any, *rest: Any) -> Any:
         if not torch.is_grad_enabled():  # a reference pass: nothing will come back for the inputs
             return run(hidden, *rest)
-        if rest:
+        if any(torch.is_tensor(one) and one.requires_grad for one in rest):
             raise TunebookError(
-                "This model passes more than the hidden states to its layers by position, which offloading does not "
-                "carry; set recompute to 'all'."
+                "This model passes more than the hidden states to its layers, trained through them, which offloading "
+                "does not carry; set recompute to 'all'."
             )
         # Frozen embeddings give hidden states that need no gradient; the anchor keeps the layer in the graph.
         anchor = torch.zeros((), device=hidden.device, requires_grad=True)
-        return _OffloadedLayer.apply(run, store, hidden, anchor)
+        return _OffloadedLayer.apply((lambda hidden: run(hidden, *rest)) if rest else run, store, hidden, anchor)
 
     return call
 
@@ -161,11 +163,13 @@ class _OffloadedLayer(torch.autograd.Function):
             return run(hidden)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         hidden = ctx.store.take(ctx.parked).detach().requires_grad_(True)
         with torch.enable_grad(), torch.autocast(**ctx.autocast), _as_drawn(ctx.random, hidden.device):
             out = ctx.run(hidden)
-        torch.autograd.backward(out, grad)
+        made = zip(out if isinstance(out, tuple) else (out,), grads, strict=True)
+        pairs = [(one, grad) for one, grad in made if grad is not None and one.requires_grad]
+        torch.autograd.backward([one for one, _ in pairs], [grad for _, grad in pairs])
         return None, None, hidden.grad, None
 
 
@@ -206,9 +210,9 @@ def _tile(mlp: Any, tokens: int) -> None:
             del mlp._untiled_forward
         return
 
-    def forward(self: Any, x: Any) -> Any:
-        if x.shape[1] <= tokens:
-            return self._untiled_forward(x)
+    def forward(self: Any, x: Any, *more: Any) -> Any:
+        if x.shape[1] <= tokens or more:  # Bloom's takes the residual, too
+            return self._untiled_forward(x, *more)
         if not torch.is_grad_enabled():
             return torch.cat([self._untiled_forward(piece) for piece in x.split(tokens, dim=1)], dim=1)
         return _TiledMlp.apply(self._untiled_forward, tokens, x, *(p for p in self.parameters() if p.requires_grad))

@@ -27,7 +27,12 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, state, bias, a, b, scale, compute, dropout):
         flat = x.reshape(-1, x.shape[-1]).to(compute)
         dense = _dense(weight, state, compute)
-        y = torch.addmm(bias.to(compute), flat, dense.t()) if bias is not None else flat @ dense.t()
+        whole = flat.new_empty((*x.shape[:-1], dense.shape[0]))  # not a view: some models add to it in place
+        y = whole.view(-1, dense.shape[0])
+        if bias is None:
+            torch.mm(flat, dense.t(), out=y)
+        else:
+            torch.addmm(bias.to(compute), flat, dense.t(), out=y)
         low_a, low_b = a.to(compute), (b * scale).to(compute)
         dropped, kept = torch.native_dropout(flat, dropout, True) if dropout else (flat, None)
         hidden = dropped @ low_a.t()
@@ -36,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.dropout = dropout
         ctx.state, ctx.scale, ctx.x_shape, ctx.x_dtype = state, scale, x.shape, x.dtype
         ctx.types = a.dtype, b.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return whole
 
     @staticmethod
     def backward(ctx, grad):

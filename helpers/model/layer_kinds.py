@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from helpers.model.loading import auto_class
@@ -9,6 +10,8 @@ from helpers.model.loading import auto_class
 # Layers that carry a state from token to token, in transformers' words: over a document's end too, in a packed row.
 STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
 KINDS = ("full_attention", "sliding_attention", "attention", "moe", "mlp", "dense", "sparse")  # those that do not
+
+ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")
 
 
 def unpackable(config: Any) -> str:
@@ -36,3 +39,32 @@ def model_class(config: Any) -> Any:
 def head_dim(config: Any) -> int:
     """Size of one attention head of a transformers text config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def linear_layers(model: Any) -> list[str]:
+    """What "all-linear" adapts, as the shortest names that say it: every linear layer of the language model but the
+    output head, routers, and what a Mamba layer's fused kernel reads past an adapter (all but its `in_proj`)."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, modules = model.get_output_embeddings(), dict(model.get_decoder().named_modules())
+    kept, others = [], set()
+    for name, module in modules.items():
+        parts, parent = name.split("."), modules.get(name.rpartition(".")[0])
+        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        fused = hasattr(parent, "A_log") and hasattr(parent, "D") and parts[-1] != "in_proj"
+        linear = "Linear" in type(module).__name__ or isinstance(module, Conv1D)
+        if linear and not (fused or module is head or ROUTER.search(f".{name}")):
+            kept.append(tails)
+        else:
+            others.update(tails)
+    return sorted({next(tail for tail in tails if tail not in others) for tails in kept})
+
+
+def experts(model: Any) -> list[str]:
+    """Names of the parameters that hold the experts of a mixture, one matrix for each: PEFT targets them by name."""
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
+    found = [f"{n}.{p}" for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3]
+    return sorted({".".join(name.split(".")[-3:]) for name in found})

@@ -108,6 +108,7 @@ class Shape:
 
     def __init__(self, config: Any, stored: int = 0) -> None:
         import torch
+        from transformers.pytorch_utils import Conv1D
 
         self.stored = stored
         text = config.get_text_config()
@@ -120,9 +121,11 @@ class Shape:
         head_size = head_dim(text)
         self.query = self.heads * head_size
         self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
-        self.intermediate = getattr(text, "intermediate_size", 4 * self.hidden)
-        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        self.linears = [(name, module.in_features, module.out_features) for name, module in modules]
+        widths = getattr(text, "intermediate_size", None) or 4 * self.hidden
+        self.intermediate = max(widths) if isinstance(widths, list) else widths
+        kinds = (torch.nn.Linear, Conv1D)
+        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+        self.linears = [(name, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in modules]
         tied = head is None or head.weight is embedding.weight
         self.embedding, self.head = embedding.weight.numel(), 0 if tied else head.weight.numel()
         self.parameters = sum(p.numel() for p in model.parameters())

@@ -20,7 +20,7 @@ from typing import Any
 from helpers import compat, runs
 from helpers.data.vocabulary import add_tokens, fit, new_tokens
 from helpers.errors import TunebookError
-from helpers.model import loading, merging, packed_attention, weights
+from helpers.model import layer_kinds, loading, merging, packed_attention, weights
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
 
@@ -78,6 +78,9 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         model = loading.load_adapter(model, job.adapter, trainable=True)
     else:
         model = _new_adapter(model, params, job.source, added)
+        if (experts := model.peft_config["default"].target_parameters) and params.target_modules == "all-linear":
+            notes.append(f"adapted: every linear layer and the experts ({', '.join(sorted(experts))}), no router")
+            notes[-1] += "; PEFT's own loader takes dense MLPs for experts: serve this adapter merged"
         if params.init == "pissa":  # what it took out of the base is subtracted when the adapter is written
             model.peft_config["default"].init_lora_weights = True
             model.save_pretrained(job.stage.path / PISSA, safe_serialization=True)
@@ -144,13 +147,13 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     from peft import LoraConfig, get_peft_model
 
     modules, whole = params.target_modules.strip(), [m.strip() for m in params.modules_to_save.split(",") if m.strip()]
-    every, named = modules == "all-linear", [m.strip() for m in modules.split(",") if m.strip()]
+    every, linear = modules == "all-linear", layer_kinds.linear_layers(model)
+    named = linear if every else [m.strip() for m in modules.split(",") if m.strip()]
     unknown = [m for m in named if not any(f".{n}".endswith(f".{m}") for n, _ in model.named_modules())]
-    if not named or (unknown and not every):
-        linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__}
+    if not named or unknown:
         raise TunebookError(
             f"target_modules is {modules!r}; {', '.join(unknown) or 'nothing'} names no layer of this model; "
-            f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, or say 'all-linear'."
+            f"its linear layers are {', '.join(linear)}, or say 'all-linear'."
         )
     given, head = (find() for find in (model.get_input_embeddings, model.get_output_embeddings))
     ends = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if module in (given, head)}
@@ -165,8 +168,8 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         lora_dropout=params.dropout,
         use_rslora=params.rslora,
         use_dora=params.dora,
-        target_modules=modules if every else named,
-        target_parameters=(_experts(model) if every else []) or None,
+        target_modules=named,
+        target_parameters=(layer_kinds.experts(model) if every else []) or None,
         exclude_modules=_outside_language(model) or None,
         task_type="CAUSAL_LM",
         trainable_token_indices={n: ids for n, ids in rows.items() if not (whole and (tied or n in whole))} or None,
@@ -176,14 +179,16 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
-        wrapped = get_peft_model(model, adapter)
+        with compat.targets_as_named(adapter):
+            wrapped = get_peft_model(model, adapter)
     except ValueError as error:
-        if "ParamWrapper" not in str(error):
-            raise
-        raise TunebookError(
-            "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False and "
-            "init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
-        ) from None
+        said = f"PEFT cannot adapt {modules} of this model ({str(error).splitlines()[0][:200]}); change target_modules."
+        if "ParamWrapper" in str(error):
+            said = (
+                "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False "
+            )
+            said += "and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
+        raise TunebookError(said) from error
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
 
@@ -193,16 +198,6 @@ def _outside_language(model: Any) -> str:
     inside = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
     held = {id(m) for m in model.modules() if any(id(part) in inside for part in m.modules())}
     return "|".join(f"{re.escape(n)}(\\..*)?" for n, m in model.named_modules() if id(m) not in held)
-
-
-def _experts(model: Any) -> list[str]:
-    """Names of the parameters that hold the experts of a mixture, one matrix for each: PEFT targets them by name."""
-    import torch
-
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
-    found = [f"{n}.{p}" for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3]
-    return sorted({".".join(name.split(".")[-3:]) for name in found})
 
 
 def _token_rows(model: Any, added: list[int]) -> dict[str, list[int]] | None:

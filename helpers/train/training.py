@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from helpers import display, drive, machine, runs, steps
-from helpers.data.vocabulary import of_run
+from helpers.data.vocabulary import of_run, without_rows
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
-from helpers.model.loading import ModelSource, load_tokenizer, resolve_model, template_hash
+from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams
 from helpers.planner import plan as planner
 from helpers.planner import row_plan
@@ -85,6 +85,8 @@ def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any
     os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
     warnings.filterwarnings("ignore", NO_HUB)
     own, tokenizer = load_tokenizer(source), load_tokenizer(of_run(data.path, source.path))
+    if lost := without_rows(load_tokenizer(source, mended=False), load_config(source).get_text_config().vocab_size):
+        raise TunebookError(f"The tokenizer of {source.name} does not fit its model: {lost}")
     chosen, known_hash = data.data.get("chat_template"), data.data.get("template_hash")
     if known_hash not in (None, template_hash(tokenizer)) or not (chosen or known_hash in (None, template_hash(own))):
         raise TunebookError(

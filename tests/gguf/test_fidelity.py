@@ -93,6 +93,26 @@ def test_what_the_weights_cost_is_told_from_what_the_runtime_costs(tiny_llama, t
         assert made.weights_kl(f16, f16) is not None  # nothing in it is quantised: nothing to lay over
 
 
+@pytest.mark.parametrize(
+    ("kind", "cost", "kl", "passes"),
+    [
+        ("q4_k_m", 0.0784, 0.0880, True),  # SmolLM2-135M on 1,000 tokens
+        ("q8_0", 0.0035, 0.0107, True),  # and on 100
+        ("q4_k_m", 0.02, 0.028, True),  # what an 8B model loses
+        ("q4_k_m", 0.02, 0.09, False),  # a file that is not it, within the small model's 0.25
+        ("q8_0", 0.0003, 0.018, False),
+        ("q4_k_m", None, 0.09, True),
+        ("q2_k", 3.0, 2.5, False),  # never more than the type may cost a small model
+        ("f16", None, 2e-4, False),
+    ],
+)
+def test_the_budget_follows_what_the_types_own_weights_cost_this_model(kind, cost, kl, passes):
+    result = fidelity.Result(kind, weights_kl=cost, mean_kl=kl)
+    most, least = fidelity.budget(result)
+    assert (kl <= most) == passes
+    assert convert.TYPES[kind].top1 <= least < 1
+
+
 def edit(path, out, **fields):
     """A copy of a GGUF file with text metadata replaced by text of the same length."""
     data = path.read_bytes()

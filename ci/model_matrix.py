@@ -1,0 +1,345 @@
+"""Tiny random models of every family through the product's own chain, each figure beside plain transformers'.
+
+    python ci/model_matrix.py                        all families, one child process each; resumes after the last
+    python ci/model_matrix.py --only "Qwen3" --again
+    python ci/model_matrix.py --page                 docs/models.md from the last results
+
+For each family (`model_families`): SFT and ORPO on rows of notebook 01's form, the held-out loss compared with that of
+transformers' eager attention in fp32, one document at a time; two training steps; the adapter merged, and the merged
+model's log-probabilities compared with those of the adapter on its base; greedy answers; and the GGUF file of the
+merged model through the gates of notebook 04. "refused": one message before any weight was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+RESULTS = PROJECT / "ci/results/models.jsonl"
+PAGE = PROJECT / "docs/models.md"
+LIMIT_S = 900  # a family's child is killed after this
+EXACT = 2e-5  # relative difference of two fp32 losses
+PARTS = ("SFT", "ORPO", "merge", "generation", "GGUF")
+HEAD = ("family", "model_type", "rows", "SFT", "ORPO", "experts", "merge", "generation", "GGUF")
+
+
+def run(family: str, work: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """What one family came to, by column: "exact", a figure, "refused: …", "late: …" or "crash: …"."""
+    import torch
+    import transformers
+
+    from ci.model_families import FAMILIES, make
+    from helpers.model import packed_attention
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    os.environ["TUNEBOOK_RUNS"] = str(work / "runs")
+    tokenizer = _tokenizer(work)
+    folder = make(family, work / "model", tokenizer)
+    found: dict[str, Any] = {"family": family, "model_type": FAMILIES[family][0]}
+    found["parameters"] = sum(p.numel() for p in _plain(folder).parameters())
+    made: dict[str, Any] = {"family": family, "folder": folder, "tokenizer": tokenizer, "work": work}
+    torch.manual_seed(0)
+    packed_attention.register()
+    steps: dict[str, Callable[[dict[str, Any]], Any]] = {"SFT": _sft, "ORPO": _orpo, "merge": _merge}
+    steps |= {"generation": _generation, "GGUF": _gguf}
+    for name, step in steps.items():
+        if name not in parts:
+            continue
+        if name in ("merge", "generation") and "adapter" not in made:
+            found[name] = ""
+            continue
+        found |= _tried(name, lambda step=step: step(made))  # type: ignore[misc]
+    return found
+
+
+def _tried(name: str, step: Callable[[], dict[str, Any] | str]) -> dict[str, Any]:
+    from helpers.errors import TunebookError
+
+    try:
+        value = step()
+        return value if isinstance(value, dict) else {name: value}
+    except _Refused as error:
+        return {name: f"refused: {error}"}
+    except TunebookError as error:
+        return {name: f"late: {str(error)[:400]}"}
+    except Exception as error:
+        import traceback
+
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {str(error)[:200]} ({Path(place.filename).name}:{place.lineno})"
+        return {name: f"crash: {said}"}
+
+
+class _Refused(Exception):
+    """One message before any weight was loaded."""
+
+
+def _tokenizer(work: Path, small: bool = True) -> Any:
+    """A byte-fallback SentencePiece of 600 pieces, or the default model's with 49,152."""
+    from helpers.model import loading
+    from tests.gguf.gguf_models import sentencepiece_tokenizer
+    from tests.train_data import SCHEMA, questions
+
+    if not small:
+        return loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))
+    texts = [SCHEMA, *(text for asked in questions(200) for text in asked)]
+    return sentencepiece_tokenizer(work / "tokenizer", texts)
+
+
+def _plain(folder: Path, adapter: Path | None = None) -> Any:
+    """transformers' own model, eager, fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers.model import loading
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return loading.load_adapter(model, adapter).eval() if adapter else model
+
+
+def _logps(model: Any, prompt: list[int], answer: list[int], start: int | None = None) -> Any:
+    import torch
+
+    ids = prompt + answer
+    start = len(prompt) if start is None else start
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+    return logits[start - 1 : -1].gather(1, torch.tensor(ids[start:])[:, None])[:, 0].double()
+
+
+def _job(made: dict[str, Any], stage: str, **given: Any) -> Any:
+    from helpers.errors import TunebookError
+    from helpers.train import training
+    from tests import train_data
+
+    try:
+        if "data" not in made:
+            tokenizer = made["tokenizer"]
+            rows = [train_data.sft_rows(tokenizer, 12), train_data.sft_rows(tokenizer, 4, 1)]
+            rows += [train_data.pair_rows(tokenizer, 6), train_data.pair_rows(tokenizer, 3, 1)]
+            made["data"] = train_data.data_stage("r", made["folder"], tokenizer, *rows)
+        how = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "eval_rows": 6, "init": "default"} | given
+        return training.open(train_data.settings(stage, **how))
+    except TunebookError as error:
+        raise _Refused(str(error)[:400]) from error
+
+
+def _compared(ours: float, plain: float) -> str:
+    apart = abs(ours / plain - 1)
+    return "exact" if apart <= EXACT else f"off by {apart:.1e}"
+
+
+def _sft(made: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    job = _job(made, "sft")
+    job.build()
+    plan = job.planned
+    rows = "shared prefix" if plan.shares else "packed" if plan.packed else "padded"
+    ours, plain = job.trainer.evaluate()["eval_loss"], _plain(made["folder"])
+    apart = []
+    for row in job.held_out:
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        apart.append(_logps(plain, row["input_ids"][:start], row["input_ids"][start:]))
+    found = {"rows": rows, "SFT": _compared(ours, -torch.cat(apart).mean().item())}
+    names = {n for n, p in job.model.named_parameters() if p.requires_grad}
+    found["experts"] = "trained" if any("expert" in n for n in names) else ""
+    if any(part in n for n in names for part in (".gate.", ".router.")):
+        found["experts"] += ", router too"
+    job.train()
+    losses = [line["loss"] for line in job.lines() if "loss" in line]
+    if not losses or not all(0 < loss < 50 for loss in losses):
+        found["SFT"] = f"losses {losses}"
+    made["held_out"] = [list(row["input_ids"]) for row in job.held_out]
+    job.finish()
+    made["adapter"] = job.stage.path / "adapter"
+    return found
+
+
+def _orpo(made: dict[str, Any]) -> str:
+    import torch
+    import torch.nn.functional as F
+
+    job = _job(made, "orpo", start_from="base")
+    job.build()
+    ours, plain, beta = job.trainer.evaluate()["eval_loss"], _plain(made["folder"]), job.params.beta
+    nll, tokens, terms = 0.0, 0, []
+    for pair in job.held_out:
+        whole = _logps(plain, pair["prompt_ids"], pair["chosen_ids"], 1)
+        nll, tokens = nll - whole.sum().item(), tokens + len(whole)
+        good, bad = (_logps(plain, pair["prompt_ids"], pair[f"{s}_ids"]).mean() for s in ("chosen", "rejected"))
+        odds = (good - bad) - (torch.log1p(-torch.exp(good)) - torch.log1p(-torch.exp(bad)))
+        terms.append(F.logsigmoid(odds).item())
+    found = _compared(ours, nll / tokens - beta * sum(terms) / len(terms))
+    job.train()
+    return found
+
+
+def _merge(made: dict[str, Any]) -> str:
+    import torch
+
+    from helpers.gguf.trained import divergence, logprobs
+    from helpers.model import merging
+
+    made["merged"] = merging.merge(made["folder"], made["adapter"], made["work"] / "merged").path
+    trained, merged = _plain(made["folder"], made["adapter"]), _plain(made["merged"])
+    kl = torch.cat([divergence(logprobs(trained, row), logprobs(merged, row)) for row in made["held_out"]])
+    moved = torch.cat([divergence(logprobs(_plain(made["folder"]), r), logprobs(merged, r)) for r in made["held_out"]])
+    if not moved.mean() > 10 * kl.mean().clamp(min=1e-6):
+        return f"KL {kl.mean():.1e} where training moved it by {moved.mean():.1e}"
+    return f"KL {max(kl.mean().item(), 0):.0e}"
+
+
+def _generation(made: dict[str, Any]) -> str:
+    """Greedy answers of `HfModel` and of transformers' generate, one prompt at a time."""
+    import torch
+
+    from helpers.evaluate.generate import HfModel
+    from helpers.model import loading
+    from helpers.tasks.questions import Decoding
+
+    model = HfModel(loading.load_model(made["merged"], dtype="fp32"), made["tokenizer"])
+    prompts = [row[: 20 + 7 * i] for i, row in enumerate(made["held_out"][:4])]
+    ours = [answer.text for answer in model.generate(prompts, Decoding(12))]
+    plain, theirs = _plain(made["merged"]), []
+    for prompt in prompts:
+        stops = sorted(model.stops)
+        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
+        ids = torch.tensor([prompt])
+        made_ids = plain.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
+        theirs.append(made["tokenizer"].decode(made_ids, skip_special_tokens=True).strip())
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    how = "shared prefix" if model.fast else "transformers"
+    return f"equal ({how})" if same == len(prompts) else f"{same} of {len(prompts)} answers equal ({how})"
+
+
+def _gguf(made: dict[str, Any]) -> str:
+    """What preflight says, and where it says nothing the gates of the model's 16-bit file."""
+    from contextlib import closing
+
+    from ci.model_families import make
+    from helpers.gguf import convert, fidelity, preflight
+    from tests import train_data
+
+    family, work = made["family"], made["work"]
+    tokenizer = _tokenizer(work, family.startswith(("Gemma", "Llama 2")))
+    folder = make(family, work / "gguf", tokenizer)
+    if family.startswith("Phi"):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    if found := preflight.check(folder).problems:
+        raise _Refused(" ".join(found)[:400])
+    file = convert.convert(folder, work / "model.gguf", "f16", name="matrix")
+    rows = [row["input_ids"][-48:] for row in train_data.sft_rows(tokenizer, 2)]
+    with closing(fidelity.Reference(folder, rows, rows[:1], 4, work)) as reference:
+        result = fidelity.measure(reference, file, "f16")
+    failed = "; ".join(f"{gate}: {why}" for gate, why in result.failed.items())
+    return f"failed {failed[:300]}" if failed else f"gates passed, KL {result.mean_kl:.0e}"
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def measure(family: str, parts: Sequence[str]) -> dict[str, Any]:
+    """A family's result from a process of its own, which may crash or hang alone; forked, so that the libraries are
+    imported once."""
+    context, started = multiprocessing.get_context("fork"), time.monotonic()
+    given, taken = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(family, tuple(parts), taken))
+    process.start()
+    taken.close()
+    try:
+        found = given.recv() if given.poll(LIMIT_S) else {"SFT": f"crash: nothing after {LIMIT_S} s"}
+    except EOFError:
+        process.join()
+        found = {"SFT": f"crash: its process ended with status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return {"family": family, **found, "s": round(time.monotonic() - started)}
+
+
+def _child(family: str, parts: Sequence[str], taken: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="matrix.") as work:
+        taken.send(run(family, Path(work), parts))
+
+
+def read() -> dict[str, dict[str, Any]]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    return {line["family"]: line for line in map(json.loads, lines)}
+
+
+def write(found: dict[str, dict[str, Any]]) -> None:
+    from ci.model_families import FAMILIES
+
+    ordered = [found[family] for family in FAMILIES if family in found]
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ordered), encoding="utf-8")
+    partial.replace(RESULTS)
+
+
+def page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md."""
+    from importlib.metadata import version
+
+    intro = (PROJECT / "ci/model_matrix.md").read_text(encoding="utf-8")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "trl", "gguf", "xllamacpp"))
+    rows = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    for line in found.values():
+        cells = [str(line.get(column, "")).replace("|", "/").replace("\n", " ") for column in HEAD]
+        rows.append("| " + " | ".join(cells) + " |")
+    return intro.replace("{packages}", packages).replace("{table}", "\n".join(rows))
+
+
+def main() -> None:
+    sys.path.insert(0, str(PROJECT))
+    from ci.model_families import FAMILIES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="families by name")
+    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--page", action="store_true", help="write the page alone")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a result is worse than the committed one")
+    parser.add_argument("--parts", nargs="*", default=PARTS, help="columns; others keep what they had")
+    asked = parser.parse_args()
+    if unknown := set(asked.only) - FAMILIES.keys():
+        parser.error(f"{', '.join(unknown)}: the families are {', '.join(FAMILIES)}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    from helpers.evaluate import generate  # noqa: F401  what every child would import
+    from helpers.train import trainers  # noqa: F401
+
+    found = read()
+    before = dict(found)
+    for family in () if asked.page else asked.only or FAMILIES:
+        if asked.again or family not in found:
+            result = measure(family, asked.parts)
+            found = read()  # another run may have written meanwhile
+            found[family] = found.get(family, {}) | result
+            write(found)
+            print(json.dumps(found[family], ensure_ascii=False), flush=True)
+    PAGE.write_text(page(found), encoding="utf-8")
+    worse = [f for f in found if _good(before.get(f, {})) > _good(found[f])]
+    if asked.check and worse:
+        sys.exit(f"Worse than the committed result: {', '.join(worse)}")
+
+
+def _good(line: dict[str, Any]) -> int:
+    """How many columns of a result are what they ought to be."""
+    bad = ("crash", "late", "off by", "failed", "losses", "refused")
+    return sum(bool(line.get(c)) and not any(b in str(line[c]) for b in bad) for c in HEAD[3:])
+
+
+if __name__ == "__main__":
+    main()

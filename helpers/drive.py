@@ -47,10 +47,10 @@ def keep(folder: Path, all_of_it: bool = False) -> None:
         copied = [_copy(file, place / name, all_of_it) for name, file in _files(folder, None if all_of_it else SMALL)]
         if all_of_it:
             _copy(folder / MANIFEST, place / MANIFEST)
-            print(f"{folder.name} is kept in {place}: {display.size(sum(copied))} copied.")
+            display.say(f"{folder.name} is kept in {place}: {display.size(sum(copied))} copied.")
     except OSError as error:
         left = "the stage is finished on this machine alone" if all_of_it else "the work continues"
-        print(f"{folder.name} could not be kept in {place} ({error.strerror or error}); {left}.")
+        display.say(f"{folder.name} could not be kept in {place} ({error.strerror or error}); {left}.")
 
 
 def bring(folder: Path) -> None:
@@ -66,7 +66,7 @@ def bring(folder: Path) -> None:
     if (place / MANIFEST).is_file():
         copied = [_copy(file, folder / name) for name, file in _files(place)]
         _copy(place / MANIFEST, folder / MANIFEST)
-        print(f"{folder.name} is brought from {place}: {display.size(sum(copied))}.")
+        display.say(f"{folder.name} is brought from {place}: {display.size(sum(copied))}.")
     elif not (folder / PLAN).exists():
         for name in UNFINISHED:
             if (place / name).is_file():

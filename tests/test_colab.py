@@ -103,6 +103,13 @@ def test_a_notebook_installs_what_it_needs_and_what_is_asked_for():
     assert [p for p in colab.wanted(lock, {"unsloth"}) if p.startswith("unsloth==")]
 
 
+def test_the_bootstrap_imports_nothing_that_it_installs():
+    code = "import sys; from ci import colab; print(colab.imported(colab.wanted(colab.LOCK.read_text(), {'unsloth'})))"
+    code += "; names = {'torch', 'numpy', 'pyarrow', 'transformers', 'tokenizers', 'datasets', 'peft', 'accelerate'}"
+    done = subprocess.check_output([sys.executable, "-c", code + "; print(names & set(sys.modules))"], cwd=PROJECT)
+    assert done.decode().split() == ["[]", "set()"]
+
+
 def test_also_install_takes_what_the_notebook_offers(outside):
     with pytest.raises(TunebookError, match="also_install is 'unsloth'; in this notebook it takes '' or 'presidio'"):
         colab.prepare("data", also_install="unsloth")

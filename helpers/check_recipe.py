@@ -21,7 +21,7 @@ from helpers.data.tables import open_parquet
 from helpers.errors import TunebookError
 from helpers.planner import cost_model
 from helpers.planner import plan as planner
-from helpers.train import config, rows
+from helpers.train import config, examples
 
 STEPS = ("read", "generate", "clean", "mix", "split", "template", "encode", "pairs")
 
@@ -104,13 +104,13 @@ def _fits(
     """A line for each known GPU: whether the training fits, or the planner's refusal. found: gets its rows' line;
     methods: what `auto` came to for SFT, by GPU, which goes for what is trained on top of it."""
     try:
-        train, _, counts = rows.read(manifest, chosen)
+        train, _, counts = examples.read(manifest, chosen)
         less = {name.replace("_", " "): n for name, n in counts["train"].items() if n and "ids" not in name}
         found.append((f"{chosen.stage} trains on", f"{len(train):,} ({display.plain(less)})"))
     except TunebookError as error:
         yield chosen.stage, "any", "no", "", "", "", str(error)
         return
-    lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
+    lengths, padded = examples.lengths_of(train), examples.lengths_of(train, padded=True)
     for card in cost_model.CARDS.values():
         try:
             config.check(chosen, card.capability)

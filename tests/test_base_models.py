@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,27 @@ def test_added_turn_tokens_go_through_training_export_and_evaluation(runs_root, 
     scores = judged(tmp_path)
     assert [c["status"] for c in scores["candidates"]] == ["scored"] * 4, scores["warnings"]
     assert scores["task"]["template_hash"] == data.data["template_hash"]
+
+
+def test_a_sentencepiece_base_gets_its_added_tokens_through_the_converter(runs_root, tmp_path, monkeypatch):
+    """Llama 2's and Mistral's kind: the converter reads tokenizer.model, and what was added stands beside it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "gguf"))
+    import gguf_models
+
+    lines = [f"Add {i} and {i}. It is {2 * i}." for i in range(200)] + [" ".join(WORDS)] * 5
+    tokenizer = gguf_models.sentencepiece_tokenizer(tmp_path / "spm", lines, special=(), prefix=True)
+    tokenizer.chat_template = None
+    base = gguf_models.make("llama", tmp_path / "base", tokenizer)
+    _, data = prepared(base, sums(tmp_path / "sums.jsonl"), chat_template="chatml", template_tokens="add")
+    assert data.data["chat_template"]["added"] == ["<|im_start|>", "<|im_end|>"]
+    trained()
+    gguf = exported()
+    assert (gguf.path / "merged" / "tokenizer.model").is_file()
+    found = header.check(gguf.path / "model-f16.gguf").metadata
+    end = load_tokenizer(gguf.path / "merged").convert_tokens_to_ids("<|im_end|>")
+    assert found["tokenizer.ggml.eos_token_id"] == end
+    proof = json.loads((gguf.path / "fidelity.json").read_text())["files"]
+    assert not any(file["failed"] for file in proof)
 
 
 def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, capsys):

@@ -89,7 +89,8 @@ class Items:
             seen.update(dict.fromkeys(asked, -1))
             counts += self._found(*_parts(enumerate(new)), len(new)).sum(axis=0)
         self._many = many(counts, len(seen))
-        owners, often = np.repeat(np.arange(len(texts)), np.diff(held.indptr)), counts[held.indices]
+        owners: np.ndarray = np.repeat(np.arange(len(texts)), np.diff(held.indptr))
+        often = counts[held.indices]
         rarest: np.ndarray = np.full(len(texts), np.inf)
         np.minimum.at(rarest, owners, often)
         bare = many(rarest, len(seen))  # nothing of its own: it has to be there whole

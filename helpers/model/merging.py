@@ -294,7 +294,7 @@ def double_quant(adapter: Path | None) -> bool:
 
 
 def nf4_round_trip(tensor: Any, dtype: Any, double: bool = True) -> Any:
-    """A weight as QLoRA's forward pass saw it: 4-bit NormalFloat, `double`: its scales in 8 bits, and back, in `dtype`."""
+    """A weight as QLoRA's forward pass saw it: 4-bit NormalFloat (`double`: scales in 8 bits) and back, in `dtype`."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(

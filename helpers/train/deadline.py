@@ -33,7 +33,7 @@ from helpers.params import TrainingParams
 from helpers.planner import cost_model
 from helpers.planner.cost_model import grades_of, offload_fits
 from helpers.planner.plan import Plan
-from helpers.train import config, distributed, methods, rows
+from helpers.train import config, distributed, examples, methods
 
 REVIEWS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # shares of the time at which the steps are counted anew
 STEP, FORWARD, SAVE_S = 1.1, 0.4, 1.0  # a step over its rows; forward alone; a checkpoint: until they are measured
@@ -56,7 +56,7 @@ def first_estimate(job: Any) -> tuple[int, float]:
     """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
     plan, held_out, left_s = job.planned, job.held_out, job.deadline.seconds - job.deadline.elapsed
     step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
-    pause_s = SAVE_S + (FORWARD * sum(rows.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
+    pause_s = SAVE_S + (FORWARD * sum(examples.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
     total = steps_that_fit(left_s, step_s, pause_s, job.params, 0, plan.steps)
     return (max(total, min(2, plan.steps)) if left_s > 0 else total), pause_s  # the second one can still be taken back
 

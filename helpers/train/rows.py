@@ -1,4 +1,4 @@
-"""The data stage's parquet files as training rows, every row that cannot be used counted; and rows as batches.
+"""Training examples as rows, and rows as batches.
 
     documents      a0 a1 a2    b0 b1    c0 c1 c2 c3         three examples in one row of nine tokens
 
@@ -18,15 +18,12 @@ keeps its documents apart, or holds what all of them begin with only once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
-from zlib import crc32
 
-from helpers.display import Html, escape, say
-from helpers.errors import TunebookError
+from helpers.display import Html, escape
 from helpers.model.packed_attention import (
     IGNORE,
     MIN_PREFIX,
@@ -38,142 +35,7 @@ from helpers.model.packed_attention import (
 )
 from helpers.planner.row_plan import Batches, batch_rows, cost
 from helpers.plots import TRAINED
-from helpers.runs import Manifest
-
-PAIR, MASKS = ("chosen_ids", "rejected_ids"), ("chosen_mask", "rejected_mask")
-
-
-def read(data: Manifest, params: Any) -> tuple[Any, Any, dict[str, dict[str, Any]]]:
-    """(training rows, `eval_rows` held-out rows or None, counts of both) of a stage's parameters.
-
-    Raises TunebookError when there is nothing to train on.
-    """
-    files = ("train.parquet", "eval.parquet")
-    if params.stage == "orpo":
-        files = ("preference.parquet", "preference_eval.parquet")
-        (train, counted), (held_out, more) = (pairs(data, file, params) for file in files)
-        if params.loss == "kto":
-            train, held_out, counted, more = answers(data, params, train, held_out, counted, more)
-    else:
-        (train, counted), (held_out, more) = (supervised(data, file, params.train_on) for file in files)
-    if not len(train) and params.stage == "orpo":
-        why = ", ".join(f"{n} {reason}" for reason, n in counted["left out"].items()) or "there is none"
-        raise TunebookError(
-            f"{data.path / files[0]} has no pair to train on ({why}); raise max_length, or set preference_dataset in "
-            "notebook 01 and run it again."
-        )
-    if not len(train):
-        raise TunebookError(
-            f"{data.path / files[0]} has {counted['rows']} rows and every token is masked, nothing would be trained; "
-            "answers are empty or cut off: check the preview of notebook 01 and max_length, or set train_on to 'all'."
-        )
-    held_out = held_out.select(range(min(params.eval_rows or len(held_out), len(held_out))))
-    if params.stage == "orpo" and not len(held_out):
-        say("No pair is held out: this run will have no held-out figure, and its last step is kept.")
-    return train, held_out if len(held_out) else None, {"train": counted, "eval": more}
-
-
-def _table(data: Manifest, name: str, columns: list[str], others: Sequence[str] = ()) -> Any:
-    """These columns of one of the data stage's files, and `others` that it has; no rows where it wrote none."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    file = data.path / name
-    if not file.is_file():
-        return Dataset.from_dict({column: [] for column in columns})
-    try:
-        there = parquet.read_schema(file).names
-        return Dataset(parquet.read_table(file, columns=[*columns, *(name for name in others if name in there)]))
-    except (pyarrow.ArrowInvalid, OSError, KeyError) as error:
-        why = str(error).splitlines()[0][:160]
-        raise TunebookError(f"{file} cannot be read as rows with {', '.join(columns)} ({why}); rerun 01.") from error
-
-
-def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple[Any, dict[str, Any]]:
-    """(rows with id, input_ids, labels; counts) of train.parquet or eval.parquet in the data stage's manifest.
-
-    A row without a trained token teaches nothing and would be a division by zero: it is left out and counted.
-    """
-    rows = _table(data, name, ["id", "input_ids", "completion_mask"])
-
-    labels = [example_labels(row) for row in (rows.remove_columns(["completion_mask"]) if train_on == "all" else rows)]
-    kept = [number for number, row in enumerate(labels) if any(label != IGNORE for label in row[1:])]
-    counts = {"rows": len(rows), "without trained tokens": len(rows) - len(kept)}
-    labelled = rows.remove_columns(["completion_mask"]).add_column("labels", labels)
-    return labelled.select(kept, keep_in_memory=True), counts
-
-
-def pairs(data: Manifest, name: str, params: Any, sides: tuple[str, ...] = PAIR) -> tuple[Any, dict[str, Any]]:
-    """(pairs with id, prompt_ids, chosen_ids, rejected_ids, the answers' masks where some token of one is not trained;
-    counts with the reasons) of a preference file, or the answers with completion_ids and label of kto.parquet.
-
-    Rows over `max_length` and those with an empty answer are left out and counted: cut answers have no end, and an
-    empty one has the mean log-probability 0/0. Prompts over `max_prompt_length` lose their beginning, counted.
-    """
-    rows = _table(data, name, ["id", "prompt_ids", *sides, *(["label"] if len(sides) == 1 else [])], MASKS)
-    masks = [mask for mask in MASKS if mask in rows.column_names]
-    if all(all(mask) for column in masks for mask in rows[column]):  # every answer is one turn
-        rows = rows.remove_columns(masks)
-    counts, kind = {"pairs" if len(sides) > 1 else "answers": len(rows)}, rows.features
-    if (most := params.max_prompt_length) and len(rows):
-        counts["prompts cut"] = sum(len(prompt) > most for prompt in rows["prompt_ids"])
-        rows = rows.map(lambda row: {"prompt_ids": row["prompt_ids"][-most:]}, features=kind, keep_in_memory=True)
-    reasons = [unusable(row, params.max_length, sides) for row in rows]
-    out = rows.select([i for i, reason in enumerate(reasons) if not reason], keep_in_memory=True)
-    left_out = [row_id for row_id, reason in zip(rows["id"], reasons, strict=True) if reason]
-    return out, {**counts, "left out": dict(Counter(filter(None, reasons))), "left out ids": left_out[:50]}
-
-
-def answers(data: Manifest, params: Any, train: Any, held_out: Any, counted: Any, more: Any) -> tuple[Any, ...]:
-    """KTO's rows and counts: kto.parquet's, the prompts in `preference_eval_share` of all held out; or where 01 wrote
-    none, every answer of the given pairs."""
-    from datasets import concatenate_datasets
-
-    def apart(pairs: Any) -> Any:
-        def side(name: str) -> Any:
-            of = {name: "completion_ids", f"{name[:-4]}_mask": "completion_mask"}
-            of = {column: new for column, new in of.items() if column in pairs.column_names}
-            rows = pairs.select_columns(["id", "prompt_ids", *of]).rename_columns(of)
-            return rows.add_column("label", [name == "chosen_ids"] * len(rows))
-
-        return concatenate_datasets([side(name) for name in PAIR]).flatten_indices(keep_in_memory=True)
-
-    rows, of_rows = pairs(data, "kto.parquet", params, ("completion_ids",))
-    if not of_rows["answers"]:
-        rows, held_out = apart(train), apart(held_out)
-    else:
-        share, counted = float(data.params.get("preference_eval_share", 0.1)), of_rows
-        drawn = [crc32(repr(prompt).encode()) / 2**32 < share for prompt in rows["prompt_ids"]]
-        rows, held_out = (rows.select([i for i, d in enumerate(drawn) if d == want]) for want in (False, True))
-        more = {"answers": len(held_out), "left out": {}, "left out ids": []}
-    good = sum(rows["label"])
-    ratio = params.desirable_weight * good / max(params.undesirable_weight * (len(rows) - good), 1e-9)
-    said = f"{good:,} good and {len(rows) - good:,} bad answers, weighted {min(ratio, 1e6):.3g} to 1"
-    if not 0.99 <= ratio <= 1.34 and 0 < good < len(rows):
-        said += f" (1 to 1.33 is best, KTO eq. 8: undesirable_weight {params.undesirable_weight * ratio:.3g})"
-    return rows, held_out, {**counted, "balance": said}, {**more, "balance": ""}
-
-
-def unusable(row: dict[str, Any], max_length: int, sides: tuple[str, ...] = PAIR) -> str:
-    """Why a preference pair, or an answer alone, cannot be trained on; empty when it can."""
-    if empty := next((side for side in sides if not row[side]), ""):
-        return f"{empty.removesuffix('_ids')} is empty"
-    if len(row["prompt_ids"]) + max(len(row[side]) for side in sides) > max_length:
-        return f"over {max_length} tokens"
-    return "chosen equals rejected" if sides == PAIR and row["chosen_ids"] == row["rejected_ids"] else ""
-
-
-def lengths_of(rows: Any, padded: bool = False) -> list[int]:
-    """Tokens of every row; of pairs of both answers with their prompts (padded: the shorter as long as the longer)."""
-    if "input_ids" in rows.column_names:
-        return [len(ids) for ids in rows["input_ids"]]
-    if "completion_ids" in rows.column_names:
-        return [len(p) + len(c) for p, c in zip(rows["prompt_ids"], rows["completion_ids"], strict=True)]
-    sides = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True)
-    return [2 * (len(p) + max(len(c), len(r))) if padded else 2 * len(p) + len(c) + len(r) for p, c, r in sides]
+from helpers.train.examples import PAIR
 
 
 def _parts(row: dict[str, Any]) -> tuple[list[int], list[int]]:

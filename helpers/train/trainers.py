@@ -28,7 +28,8 @@ from helpers.model.chunked_loss import per_document
 from helpers.model.packed_attention import IGNORE
 from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
-from helpers.train.rows import PackedRows, PairCollator, RowCollator, lengths_of
+from helpers.train.examples import lengths_of
+from helpers.train.rows import PackedRows, PairCollator, RowCollator
 
 # What a batch carries for people and for the loss, not for the model.
 EXTRA = ("row_ids", "tokens", "pair_count", "good", "keys", "kl", "completion_mask", "nll_tokens")

@@ -27,7 +27,7 @@ from helpers.params import TrainingParams
 from helpers.planner import plan as planner
 from helpers.planner import row_plan
 from helpers.planner.plan import Plan
-from helpers.train import config, distributed, methods, resume, rows
+from helpers.train import config, distributed, examples, methods, resume
 from helpers.train.job import TrainJob
 
 NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
@@ -48,7 +48,7 @@ def open(params: TrainingParams) -> TrainJob:
     data = stage.parents["data"]
     source, tokenizer = _base(params, data)
     adapter = _adapter(params, stage.parents.get("sft"), source, tokenizer)
-    train, held_out, counts = rows.read(data, params)
+    train, held_out, counts = examples.read(data, params)
     params, why = distributed.shared(lambda: _as_begun(params, adapter, stage, tokenizer))
     held = machine.gpu_held() if gpu and not params.plan_for else ""
     told = f"Memory of the GPU is also held by {held}; stop it, and there is more room" if held else ""
@@ -143,7 +143,7 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     if params.export_check:
         tokenizer = of_run(stage.parents["data"].path, source.path)
         preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require()
-    lengths, padded = rows.lengths_of(train), rows.lengths_of(train, padded=True)
+    lengths, padded = examples.lengths_of(train), examples.lengths_of(train, padded=True)
     world = distributed.size()
     sequence = int(stage.parents["data"].metrics.get("lengths", {}).get("max_length") or 0)
     plan = planner.plan(params, lengths, source, world, padded_lengths=padded, sequence=sequence)

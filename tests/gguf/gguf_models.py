@@ -72,8 +72,13 @@ def random_adapter(base: Path, folder: Path, ids: list[int], **settings):
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-def sentencepiece_tokenizer(folder: Path, texts: list[str], special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")):
-    """A byte-fallback SentencePiece tokenizer trained on `texts`, as Gemma's and Phi-3's are, with its fast form."""
+def sentencepiece_tokenizer(
+    folder: Path, texts: list[str], special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"), prefix: bool = False
+):
+    """A byte-fallback SentencePiece tokenizer trained on `texts`, as Gemma's and Phi-3's are, with its fast form.
+
+    prefix: a text begins with a space that nobody wrote, as Llama 2's and Mistral's do.
+    """
     import io
 
     import sentencepiece
@@ -94,7 +99,7 @@ def sentencepiece_tokenizer(folder: Path, texts: list[str], special: tuple[str, 
         bos_id=2,
         unk_id=3,
         control_symbols=list(special),
-        add_dummy_prefix=False,
+        add_dummy_prefix=prefix,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         split_digits=True,
@@ -120,13 +125,19 @@ def sentencepiece_tokenizer(folder: Path, texts: list[str], special: tuple[str, 
     backend = Tokenizer(
         BPE(vocab, [(a, b) for _, a, b in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    written = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*written, decoders.Strip(" ", 1, 0)] if prefix else written)
     backend.add_special_tokens(
         [AddedToken(s, special=True, normalized=False) for s in ("<pad>", "</s>", "<s>", "<unk>", *special)]
     )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token=special[1], pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token=special[1] if special else "</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     made.chat_template = CHAT
     made.spm_file = str(path)

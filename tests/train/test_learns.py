@@ -6,7 +6,7 @@ from helpers import params as parameters
 from helpers import plots
 from helpers.evaluate.generate import HfModel
 from helpers.tasks.questions import Decoding
-from helpers.train import callbacks, rows, training
+from helpers.train import callbacks, examples, rows, training
 
 
 def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2, tokenizer):
@@ -18,7 +18,7 @@ def test_the_tuned_model_stops_by_itself_on_held_out_prompts(runs_root, smollm2,
     job.train()
     losses = plots.series(callbacks.read(job.log), "loss")[1]
     assert losses[-1] < 0.35 * losses[0]
-    prompts = rows.prompts(rows.supervised(job.stage.parents["data"], "eval.parquet")[0], tokenizer, 24)
+    prompts = rows.prompts(examples.supervised(job.stage.parents["data"], "eval.parquet")[0], tokenizer, 24)
     found = HfModel(job.model, tokenizer).generate([row["prompt_ids"] for row in prompts], Decoding(64))
     assert sum(answer.stopped for answer in found) >= 0.95 * len(found)
     assert sum(answer.text.startswith("SELECT") for answer in found) >= 0.9 * len(found)

@@ -10,7 +10,7 @@ import train_data
 from helpers import params as parameters
 from helpers import plots
 from helpers.errors import TunebookError
-from helpers.train import callbacks, config, rows, training
+from helpers.train import callbacks, config, examples, rows, training
 
 
 def settings(**given):
@@ -82,7 +82,7 @@ def test_packed_pairs_give_trls_own_loss(data, tokenizer):
 def test_one_row_of_eight_pairs_trains_like_many_small_rows(data):
     longest = max(
         2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"])
-        for r in rows.pairs(data, "preference.parquet", settings())[0]
+        for r in examples.pairs(data, "preference.parquet", settings())[0]
     )
     one, many = trained(row_tokens=4000), trained(row_tokens=longest)
     assert one.planned.accumulation == 1 and many.planned.accumulation >= 6

@@ -105,16 +105,6 @@ def test_the_users_turns_between_several_answers_of_a_pair_are_in_no_loss():
     assert batch["labels"].tolist() == [[-100, -100, 3, -100, 4], [-100, -100, 5, -100, -100]] and batch["good"] == 1
 
 
-def test_overlong_and_empty_pairs_are_dropped_with_their_reason():
-    pairs = [
-        {"prompt_ids": [1] * 9, "chosen_ids": [2], "rejected_ids": [3]},
-        {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]},
-        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
-    ]
-    reasons = [training_rows.unusable(pair, 8) for pair in pairs]
-    assert reasons == ["over 8 tokens", "chosen is empty", ""]
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300), st.integers(1, 12))
 def test_padded_rows_count_their_padding(lengths, budget, rows):

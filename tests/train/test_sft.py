@@ -15,7 +15,7 @@ from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import fast_bf16
 from helpers.planner import row_plan
-from helpers.train import callbacks, config, rows, training
+from helpers.train import callbacks, config, examples, rows, training
 
 
 def settings(**given):
@@ -88,7 +88,7 @@ def test_rows_with_a_shared_prefix_have_the_loss_and_gradient_of_separate_rows(s
 def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
     from helpers.model.stop_tokens import end_of_turn
 
-    found, counts = rows.supervised(data, "train.parquet")
+    found, counts = examples.supervised(data, "train.parquet")
     assert counts == {"rows": 32, "without trained tokens": 0}
     for row in found:
         kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
@@ -97,7 +97,7 @@ def test_only_answers_and_their_end_of_turn_are_trained(data, tokenizer):
             and kept[-1] == end_of_turn(tokenizer)
             and kept.count(kept[-1]) == 1
         )
-    every, _ = rows.supervised(data, "train.parquet", "all")
+    every, _ = examples.supervised(data, "train.parquet", "all")
     assert all(label != -100 for label in every[0]["labels"])
 
 

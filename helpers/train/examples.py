@@ -69,6 +69,8 @@ def _table(data: Manifest, name: str, columns: list[str], others: Sequence[str],
     try:
         source = parquet.ParquetFile(file)
         wanted = [*columns, *(name for name in others if name in source.schema_arrow.names)]
+        with cache.writing(home):
+            home.mkdir(parents=True, exist_ok=True)
         with cache.writing(home), tempfile.TemporaryDirectory(dir=home) as folder:
             kept, sink = Path(folder) / "rows.arrow", None
             for batch in source.iter_batches(BATCH, columns=wanted):

@@ -12,7 +12,7 @@ from helpers import runs
 from helpers.errors import TunebookError
 from helpers.model import merging
 from helpers.model.loading import load_adapter, load_model
-from helpers.train import rows, training
+from helpers.train import examples, training
 
 
 def job(stage, **given):
@@ -70,7 +70,7 @@ def test_unpaired_answers_are_trained_where_there_are_some_and_pairs_apart_where
     assert len(apart.train_rows) == 48 and sum(apart.train_rows["label"]) == 24
     assert "24 good and 24 bad answers, weighted 1 to 1" in str(apart.left_out())
     parquet.write_table(pa.Table.from_pylist(kto_rows(tokenizer, 30)), data.path / "kto.parquet")
-    train, held_out, counts = rows.read(data, train_data.settings("orpo", loss="kto"))
+    train, held_out, counts = examples.read(data, train_data.settings("orpo", loss="kto"))
     assert len(train) + len(held_out) == 50 == counts["train"]["answers"] and 0 < len(held_out) < 20
     assert not {str(p) for p in train["prompt_ids"]} & {str(p) for p in held_out["prompt_ids"]}
     good = sum(train["label"])
@@ -82,9 +82,9 @@ def test_unpaired_answers_are_trained_where_there_are_some_and_pairs_apart_where
 
 
 def test_long_prompts_of_pairs_lose_their_beginning_and_are_counted(data):
-    whole = rows.read(data, train_data.settings("orpo"))[0]["prompt_ids"]
+    whole = examples.read(data, train_data.settings("orpo"))[0]["prompt_ids"]
     limit = sorted(map(len, whole))[len(whole) // 2]
-    train, _, counts = rows.read(data, train_data.settings("orpo", max_prompt_length=limit))
+    train, _, counts = examples.read(data, train_data.settings("orpo", max_prompt_length=limit))
     assert [list(p) for p in train["prompt_ids"]] == [list(p[-limit:]) for p in whole]
     assert counts["train"]["prompts cut"] == sum(len(p) > limit for p in whole) > 0
     assert "prompts cut" in str(job("orpo", max_prompt_length=limit).left_out())

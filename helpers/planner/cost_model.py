@@ -9,12 +9,14 @@ GiB are 2³⁰ bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
 from helpers.model.layer_kinds import head_dim
 from helpers.model.loading import auto_class, fast_bf16
+from helpers.model.weights import reading
 from helpers.params import TrainingParams
 
 GIB = 2**30
@@ -107,6 +109,11 @@ class Shape:
     that is quantised as it comes; others: parameters."""
 
     def __init__(self, config: Any, stored: int = 0) -> None:
+        known = f"models of type {config.model_type} are not known here: take another."
+        with reading("The model", Path(config.name_or_path), known):
+            self._count(config, stored)
+
+    def _count(self, config: Any, stored: int) -> None:
         import torch
         from transformers.pytorch_utils import Conv1D
 

@@ -19,7 +19,7 @@ from helpers import display
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import load_config, quantizer
-from helpers.model.weights import Weights, reading
+from helpers.model.weights import Weights
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, learning_rate, row_plan
 from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting
@@ -205,9 +205,7 @@ def plan(
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     in_one = kernel.packed and params.packing and backend == "hf"
     base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not in_one)
-    stored, kind = Weights(Path(getattr(source, "path", source))).stored_bytes if packed else 0, config.model_type
-    with reading("The model", Path(config.name_or_path), f"models of type {kind} are not known here: take another."):
-        shape = Shape(config, stored)
+    shape = Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if packed else 0)
     in_rows = lengths if in_one else padded_lengths or lengths
     batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)

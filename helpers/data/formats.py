@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from helpers.data import public_sets
-from helpers.data.messages import read_turns, tools_of
+from helpers.data.messages import REASONING, read_turns, tools_of
 from helpers.data.public_sets import LABELS, NOTHING, form, is_marked, is_talk, name_of, names_in, talk
 from helpers.data.turns import RowError, Turn, as_text, checked, pair
 from helpers.errors import TunebookError
@@ -35,6 +35,7 @@ SYNONYMS = {
     "chosen": ("chosen", "chosen_response", "preferred", "chosen_messages"),
     "rejected": ("rejected", "rejected_response", "dispreferred", "non_preferred", "rejected_messages"),
     "label": ("label", "kto_tag"),
+    "reasoning": (*REASONING, "cot", "complex_cot", "chain_of_thought", "thinking_trajectory"),
     "summary": ("summary", "highlights"),
     "source": ("document", "article", "text", "dialogue", "dialog", "content", "body", "passage"),
     "stem": ("question_stem", "ctx", "goal", "premise", "sentence"),
@@ -45,7 +46,7 @@ BESIDE = {  # what else belongs to a question and is never put aside in silence
     "history": ("history",),
     "choices": ("choices", "options", "endings"),
 }
-PARTS = ("prompt", "response", "messages", "system", "tools", "context", "chosen", "rejected", "label", *BESIDE)
+PARTS = (*(part for part in SYNONYMS if part not in ("text", "summary", "source", "stem")), *BESIDE)
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,17 @@ class Shape:
 
 SYSTEM = {"system": "system", "tools": "tools"}
 ASKED = {"prompt": "prompt", "context": "context", "choices": "choices", **SYSTEM}
-OPTIONAL = ("query", "history", "context", "choices", *SYSTEM)
+ANSWERED = {**ASKED, "reasoning": "reasoning"}
+OPTIONAL = ("query", "history", "context", "choices", "reasoning", *SYSTEM)
 SHAPES = {  # format → part → the column it is expected in; a synonym stands in for one that a record lacks
-    "alpaca": {**ASKED, "prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    "alpaca": {**ANSWERED, "prompt": "instruction", "query": "input", "response": "output", "history": "history"},
     "sharegpt": {"messages": "conversations", **SYSTEM},
     "messages": {"messages": "messages", **SYSTEM},
-    "prompt_completion": {**ASKED, "response": "completion"},
+    "prompt_completion": {**ANSWERED, "response": "completion"},
     "text": {"prompt": "text"},
     "preference": {**ASKED, "chosen": "chosen", "rejected": "rejected"},
-    "kto": {**ASKED, "response": "completion", "label": "label"},
-    "context_qa": {**ASKED, "prompt": "question", "response": "answer"},
+    "kto": {**ANSWERED, "response": "completion", "label": "label"},
+    "context_qa": {**ANSWERED, "prompt": "question", "response": "answer"},
 }
 DETECTED = (  # a format and the parts that tell it; the first that fits is taken
     ("preference", "chosen", "rejected"),
@@ -152,7 +154,7 @@ def named_shape(format: str, columns: str = "") -> Shape | None:
         telling = {"chosen": "preference", "label": "kto", "messages": "messages", "context": "context_qa"}
         telling["response"] = "alpaca"
         format = next((name for part, name in telling.items() if part in chosen), "text")
-    left = dict.fromkeys(("context", "choices", "query") if chosen else (), "")
+    left = dict.fromkeys(("context", "choices", "query", "reasoning") if chosen else (), "")
     if chosen.get("prompt", "instruction") == "instruction":
         left.pop("query", None)
     mapped = tuple(name for column in chosen.values() for name in column.split("+"))
@@ -219,7 +221,7 @@ def shape_of(record: Record, named: Shape | None) -> Shape:
 
 def _guarded(shape: Shape, names: Mapping[str, str], is_named: bool) -> tuple[tuple[str, str], ...]:
     """The columns with a known meaning that play no part. A format that was named decides what it says itself."""
-    parts = [part for part in SYNONYMS if part not in ("system", "source", "stem")]
+    parts = [part for part in SYNONYMS if part not in ("system", "source", "stem", "reasoning")]
     if is_named:
         parts = [] if shape.format == "text" else ["context", "summary"]
     elif shape.format == "text":
@@ -270,10 +272,7 @@ def detect(record: Record, names: Mapping[str, str]) -> Shape | None:
         columns |= {"prompt": has["source"], "response": has["summary"], "context": ""}
     elif format == "alpaca":
         columns["response"] = has["answer"]
-    if format in ("messages", "kto"):
-        columns["messages"] = has["messages"]
-    if format == "kto":
-        columns["label"] = has["label"]
+    columns |= {part: has[part] for part in {"messages": ["messages"], "kto": ["messages", "label"]}.get(format, ())}
     return Shape(format, columns) if format else None
 
 
@@ -286,8 +285,7 @@ def convert(
     """The parts of the row (or rows: context_qa may hold two questions) that a record of this shape makes.
 
     Each is a dict of `kind`, `messages` and, where they apply, `tools`, `chosen`, `rejected`, `label`. joints: what
-    stands before an instruction's "input" and behind a question's "context", where it is not a line end or two.
-    Raises RowError with the reason when the record does not fit the shape, has no answer, or can be read in two ways.
+    stands before an "input" and behind a "context". Raises RowError where it does not fit, or fits in two ways.
     """
     given, joints = public_sets.compared(record, shape.compared) if shape.compared else record, joints or {}
     qa = shape.format == "context_qa"
@@ -318,6 +316,8 @@ def _convert(record: Record, shape: Shape, joints: Mapping[str, str]) -> dict[st
             state = "is not there" if shape["response"] not in record else "is empty"
             raise RowError("no answer", f"column {shape['response']!r} {state}; columns seen: {seen(record)}")
         turns += _answer(record, shape, "response")
+        if thoughts := shape.text(record, "reasoning"):
+            turns[-1].setdefault("reasoning", thoughts)
     if not shape["label"]:
         return {"kind": "sft", "messages": checked(turns), "tools": tools}
     value = record.get(shape["label"])

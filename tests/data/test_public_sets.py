@@ -257,6 +257,18 @@ def test_a_pair_is_read_in_whatever_form_it_stands(tmp_path, name):
 # ---------------------------------------------------------------- KTO
 
 
+@pytest.mark.parametrize("column", ["reasoning", "thinking", "Complex_CoT", "cot", "reasoning_content"])
+def test_a_column_of_thoughts_is_the_answers_reasoning_unless_the_user_maps_others(tmp_path, column):
+    record = {"question": "q", column: "hm", "answer": "a"}
+    (row,), rejects = rows(tmp_path, [record])
+    assert row["messages"][1] == {"role": "assistant", "content": "a", "reasoning": "hm"} and row["meta"] == {}
+    (row,), _ = rows(tmp_path, [record], columns="prompt=question,response=answer")
+    assert row["messages"][1] == {"role": "assistant", "content": "a"} and row["meta"] == {column: "hm"}
+    for nothing in (None, "", float("nan")):
+        (row,), _ = rows(tmp_path, [{**record, column: nothing}])
+        assert "reasoning" not in row["messages"][1] and not rejects.invalid
+
+
 @pytest.mark.parametrize("good, bad", [(True, False), ("True", "False"), (1, 0), ("yes", "no"), (1.0, 0.0)])
 def test_labels_of_any_spelling_make_kto_rows(tmp_path, good, bad):
     records = [{"prompt": f"q{i}", "completion": f"a{i}", "label": (good, bad)[i % 2]} for i in range(4)]

@@ -4,7 +4,8 @@
 
 Every attack is a test of the suite, on real parts: this command runs them by kind and prints tried / survived. A test
 that tries many inputs reports how many (`record_property("tried", n)`). It ends with status 1 when one was not
-survived. The whole takes about a quarter of an hour on two cores.
+survived. The whole takes about a quarter of an hour on two cores, and two gigabytes of rows a quarter more. Not
+played here: two kernels on one GPU.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ KINDS: dict[str, list[str]] = {
     "parameters and files": [
         *(HOSTILE, "tests/test_params.py", "tests/test_command_line.py", "tests/test_pipeline_stopped.py"),
         *("-k", "not killed and not flipped"),
+    ],
+    "trackers, hubs and drives that fail": [
+        *(HOSTILE, "tests/train/test_resume.py", "tests/test_drive.py"),
+        *("-k", "tracker or says_nothing or disappears or fills_up or cannot_be_written or damaged_on"),
     ],
     "long rows and memory": ["tests/data/test_memory.py"],
 }

@@ -133,6 +133,8 @@ class Mirror:
         """
         place = self.folder / checkpoint.name
         try:
+            if not self.folder.is_dir():  # a drive that was unmounted: what is copied to its place stays on this disk
+                raise FileNotFoundError("the folder is gone; mount the drive again")
             shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns(SEAL), dirs_exist_ok=True)
             runs.write_atomic(place / SEAL, (checkpoint / SEAL).read_bytes())
             shutil.copy2(log, self.folder)

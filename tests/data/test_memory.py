@@ -16,7 +16,7 @@ PREPARE = """
 import sys
 from helpers import params
 from helpers.data import prepare
-job = prepare.open(params.resolve("data", {"run": "large", "dataset": sys.argv[1], "max_length": 2048}))
+job = prepare.open(params.resolve("data", {"run": "large", "dataset": sys.argv[1], "max_length": 4096}))
 for step in ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "pairs"):
     getattr(job, step)()
 print(job.finish().metrics)
@@ -26,7 +26,8 @@ print(job.finish().metrics)
 @pytest.mark.skipif("TUNEBOOK_ATTACK" not in os.environ, reason="many minutes; ci/attack.py runs it")
 @pytest.mark.timeout(3600)
 def test_a_gigabyte_of_rows_is_prepared_in_two(tmp_path):
-    rng, words = random.Random(1), [f"w{n:04d}" for n in range(5000)]
+    rng = random.Random(1)
+    words = ["".join(rng.choices("etaoinshrdlu", k=5)) for _ in range(5_000)]  # at most 4 tokens each
     file = tmp_path / "large.jsonl"
     with open(file, "w") as out:
         for number in range(ROWS):

@@ -171,6 +171,24 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path):
     assert not (tmp_path / "none.sqlite").exists(), "opening must not create a file"
 
 
+def test_a_damaged_database_is_refused_or_its_queries_fail(database, tmp_path, record_property):
+    whole, rng = database.read_bytes(), random.Random(1)
+    for number in range(120):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 4, 40))):
+            damaged[rng.randrange(len(damaged) if number % 2 else 1200)] = rng.randrange(256)
+        file = tmp_path / f"{number}.sqlite"
+        file.write_bytes(damaged if number % 10 else damaged[: rng.randrange(len(damaged))])
+        try:
+            connection = text_to_sql.open_readonly(file)
+        except TunebookError:
+            continue
+        for query in ("SELECT * FROM item ORDER BY name", "SELECT count(*) FROM cheap"):
+            assert text_to_sql.execute(connection, query).ok in (True, False)
+        connection.close()
+    record_property("tried", 120)
+
+
 @pytest.mark.parametrize(
     ("query", "ordered"),
     [

@@ -201,6 +201,22 @@ def test_a_mirror_that_fills_up_is_announced_and_the_training_ends_well(data, tm
     assert "No space left on device); training continues" in said
 
 
+def test_a_drive_that_disappears_while_training_is_announced_and_nothing_is_put_in_its_place(
+    data, tmp_path, monkeypatch, capsys
+):
+    put = resume.Mirror.put
+
+    def unmounted_after(self, checkpoint, log):
+        put(self, checkpoint, log)
+        shutil.rmtree(tmp_path / "drive", ignore_errors=True)
+
+    monkeypatch.setattr(resume.Mirror, "put", unmounted_after)
+    job = run(mirror=str(tmp_path / "drive" / "mine"), max_steps=8)
+    said = capsys.readouterr().out
+    assert job.result["steps"] == 8 and not (tmp_path / "drive").exists()
+    assert said.count("the folder is gone; mount the drive again); training continues") == 1
+
+
 def test_a_checkpoint_that_cannot_be_read_is_kept_and_said(data, monkeypatch):
     job = interrupt(6)
 

@@ -61,19 +61,23 @@ class Line(progress.Board):
         import ipywidgets as w
 
         super().__init__(plan)
-        self.view, self.first = w.HTML(), time.monotonic()
+        self.view, self.first, self.share = w.HTML(), time.monotonic(), 0.0
 
     def _raw(self, text: str) -> None:
-        if text.startswith("["):  # a stage is over
-            self.view.value = f"<progress style='width:100%' max='1' value='1'></progress> {display.escape(text)}"
+        if text.startswith("["):  # a stage is over, or was left out
+            self._draw(self.share if self.expected else 1.0, text)
 
     def _tick(self) -> None:
         while not self.over.wait(1.0):
             _, left, doing = self.now()
             gone = time.monotonic() - self.first
             told = f"{TITLES[self.stage]}: {doing} · {display.duration(gone)} gone, about {display.duration(left)} left"
-            bar = f"<progress style='width:100%' max='1' value='{gone / (gone + left):.3f}'></progress>"
-            self.view.value = f"{bar} {display.escape(told)} of the whole"
+            self._draw(max(self.share, gone / (gone + left)), f"{told} of the whole")
+
+    def _draw(self, share: float, said: str) -> None:
+        self.share = share
+        bar = f"<progress style='width:100%' max='1' value='{share:.3f}' aria-label='The whole run'></progress>"
+        self.view.value = f"{bar} {display.escape(said)}"
 
 
 class Quick:
@@ -83,7 +87,7 @@ class Quick:
         self.plan, self.run = plan, next(iter(plan.values())).run
         self._watched = machine.interactive()
         if self._watched:
-            self._display(_accordion({_title(s): notebook.panel(s, p) for s, p in plan.items()}))
+            self._display(_accordion({f"{_title(s)}: parameters": notebook.panel(s, p) for s, p in plan.items()}))
 
     def work(self) -> None:
         """Every stage, from where the run stands. What is finished with the same parameters is shown, not run again."""

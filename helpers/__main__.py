@@ -36,9 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(MODULES.get(given.command, f"helpers.{given.command}")).main(given.rest)
     program = machine.PROJECT / "ci" / f"{PROGRAMS[given.command]}.py"
     if not program.is_file():
-        raise TunebookError(
-            f"tunebook {given.command} needs the project's folder, and {program} is missing; clone the repository."
-        )
+        needs = f"tunebook {given.command} needs the project's folder"
+        raise TunebookError(f"{needs}, and {program} is missing; clone the repository.")
     sys.path.insert(0, str(machine.PROJECT))
     return importlib.import_module(f"ci.{program.stem}").main(given.rest)
 

@@ -50,12 +50,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             status = main(*arguments)
             sys.stdout.flush()
             return status
-        except Stopped as error:
-            print(f"\n{error}", file=sys.stderr)
-            return 130
         except TunebookError as error:
-            print(f"\nStopped: {error}", file=sys.stderr)
-            return 1
+            print(f"\n{error}" if isinstance(error, Stopped) else f"\nStopped: {error}", file=sys.stderr)
+            return 130 if isinstance(error, Stopped) else 1
         except KeyboardInterrupt:
             print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)
             return 130

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -171,11 +172,8 @@ def free_gpu_gib() -> float | None:
 
 
 def gpu_held(listed: str | None = None) -> str:
-    """Which other processes hold memory of the GPUs, for people; "" when none does or nothing can ask.
-
-    listed: what nvidia-smi answers to the command below: lines such as "4242, /usr/bin/python3, 20480 MiB", of a
-    container's neighbours also "[N/A]" and "[Not Found]".
-    """
+    """Which other processes hold memory of the GPUs; "" when none does or nothing can ask. listed: nvidia-smi's answer,
+    lines such as "4242, /usr/bin/python3, 20480 MiB", of a container's neighbours also "[Not Found]" and "[N/A]"."""
     if listed is None:
         command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
         try:
@@ -183,12 +181,10 @@ def gpu_held(listed: str | None = None) -> str:
         except (OSError, subprocess.SubprocessError):
             return ""
     held = []
-    for line in listed.splitlines():
-        pid, *name, used = (part.strip() for part in line.split(",")) if line.count(",") > 1 else ("", "", "")
-        if pid.isdigit() and int(pid) != os.getpid():
-            mib = used.split()[0] if used else ""
-            memory = f", {int(mib) / 1024:.1f} GiB" if mib.isdigit() else ""
-            held.append(f"{Path(', '.join(name)).name or 'a program'} (process {pid}{memory})")
+    for pid, name, mib in re.findall(r"^(\d+), (.*), (?:(\d+) MiB|\S.*)$", listed, re.M):
+        if int(pid) != os.getpid():
+            memory = f", {int(mib) / 1024:.1f} GiB" if mib else ""
+            held.append(f"{Path(name).name or 'a program'} (process {pid}{memory})")
     return ", ".join(held)
 
 

@@ -63,10 +63,9 @@ def inline(figure: Any) -> display.Html:
 
 def bar(share: float, said: str) -> display.Html:
     """A bar that is full to a share, for a cell. said: what a screen reader says of it."""
-    percent = f"{100 * min(max(share, 0), 1):.1f}"
-    rest = "rgba(128,128,128,.3)"
-    style = f"height:.6em;border-radius:.3em;background:linear-gradient(90deg,{TRAINED} {percent}%,{rest} {percent}%)"
-    role = f"role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{percent}'"
+    full = f"{100 * min(max(share, 0), 1):.1f}"
+    style = f"height:.6em;border-radius:.3em;background:linear-gradient(90deg,{TRAINED} {full}%,#8884 {full}%)"
+    role = f"role='progressbar' aria-valuemin='0' aria-valuemax='100' aria-valuenow='{full}'"
     return display.Html(f"<div {role} aria-label='{display.escape(said)}' style='{style}'></div>")
 
 

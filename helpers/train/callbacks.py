@@ -43,22 +43,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 def progress(lines: Sequence[Mapping[str, Any]], note: str = "") -> display.Html:
     """How far a run is, out of its log: a bar, and step, time, losses, speed and memory in a line; below it `note`."""
     now = next((line for line in reversed(lines) if "loss" in line), lines[-1])
+    held_out = next((line for line in reversed(lines) if "eval_loss" in line), None)
     step, total = now["step"], lines[-1].get("of_steps", now["step"])
     parts = [f"step {step:,} of {total:,}"]
     if "left_s" in now:
         parts.append(f"{display.duration(now['seconds'])} gone, {display.duration(now['left_s'])} left")
-    parts += [f"loss {number(now['loss'])}"] if "loss" in now else []
-    if held_out := next((line for line in reversed(lines) if "eval_loss" in line), None):
-        parts.append(f"held-out loss {number(held_out['eval_loss'])} at step {held_out['step']:,}")
+        parts.append(f"loss {display.plain(now['loss'])}")  # one that is not finite stands in the log as text
+    parts += [f"held-out loss {display.plain(held_out['eval_loss'])} at step {held_out['step']:,}"] if held_out else []
     parts += [f"{now['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in now else []
     parts += [f"{now['memory_gib']:.1f} GiB"] if "memory_gib" in now else []
     text = " · ".join(parts)
     return plots.bar(step / max(total, 1), text) + display.said(text, note)
-
-
-def number(value: float | str) -> str:
-    """A loss as it is shown; one that is not finite stands in the log as text."""
-    return value if isinstance(value, str) else f"{value:.3f}"
 
 
 class View:
@@ -77,14 +72,14 @@ class View:
         if began < self.due:
             return
         shown = progress(lines, self.note)
-        if not self.kernel:
-            display.say(shown.text)
-            self.note = ""
-        elif self.watched and sum("loss" in line for line in lines) > 1:  # a curve of one point is an empty frame
+        if self.watched and sum("loss" in line for line in lines) > 1:  # a curve of one point is an empty frame
             shown += plots.inline(self.figure(lines))
-        self.due = time.monotonic() + max(3.0 if self.watched else 20.0, 20 * (time.monotonic() - began))
         if self.kernel:
             self._put(shown)
+        else:
+            display.say(shown.text)
+            self.note = ""
+        self.due = time.monotonic() + max(3.0 if self.watched else 20.0, 20 * (time.monotonic() - began))
 
     def close(self) -> None:
         """Leave nothing behind: what came out is what the cell ends with."""
@@ -92,12 +87,9 @@ class View:
             self._put(display.Html(""))
 
     def _put(self, shown: display.Html) -> None:
-        import IPython.display
+        from IPython.display import display as put
 
-        if self.handle:
-            self.handle.update(shown)
-        else:
-            self.handle = IPython.display.display(shown, display_id=True)
+        self.handle = put(shown, display_id=True) if self.handle is None else self.handle.update(shown) or self.handle
 
 
 class Log(TrainerCallback):
@@ -190,54 +182,45 @@ def sample(job: Any, step: int, base: bool = False) -> list[dict[str, Any]]:
 
 
 def side_by_side(found: Sequence[Mapping[str, Any]], database: Path) -> display.Html:
-    """A table of `sample`'s answers, each right or wrong by the task's own score, with a line that counts them.
+    """`sample`'s answers side by side, each right or wrong by the task's own score, and a line that counts them.
     database: file that queries are run on, where there is one."""
-    names = {
-        side: name for side, name in (("base", "base"), ("answer", "after training")) if found and side in found[0]
-    }
     asked = [Item(str(r["id"]), [{"role": "user", "content": r["question"]}], r["reference"]) for r in found]
-    queries = database.is_file() and task_kind(asked, database) == "text_to_sql"
-    with contextlib.ExitStack() as open_files:
-        if queries:
-            judge = text_to_sql.Judge([text_to_sql.open_readonly(database)])
-            open_files.callback(judge.close)
-
-        def score(text: str, reference: str) -> dict[str, Any]:
-            return judge.score(text, reference) if queries else text_metrics.entry(text, reference, "f1")
-
-        scored = {side: [score(row[side], row["reference"]) for row in found] for side in names}
-    table, blocks = [], ""
-    for at, row in enumerate(found):
-        parts = [(names[side], _verdict(scored[side][at]), row[side]) for side in names]
-        parts.append(("reference", "", row["reference"]))
-        table.append(
-            (row["question"], *(v + text[:SHOWN_CHARS] for _, v, text in parts), display.plain(row["stopped"]))
-        )
+    judge = None
+    if database.is_file() and task_kind(asked, database) == "text_to_sql":
+        judge = text_to_sql.Judge([text_to_sql.open_readonly(database)])
+    table, blocks, right = [], "", {"base": [], "after training": []}  # type: ignore[var-annotated]
+    for row in found:
+        texts, cells = {"base": row.get("base"), "after training": row["answer"], "reference": row["reference"]}, []
         blocks += f"<p style='margin:.9em 0 .2em'><b>{display.escape(row['question'])}</b></p>" + ROW
-        for name, verdict, text in parts:
-            colour = plots.GREEN if verdict.startswith("right") else plots.RED if verdict else "inherit"
-            told = f"<b style='color:{colour}'>{display.escape(verdict)}</b>{display.escape(text[:SHOWN_CHARS])}"
-            stopped = "" if name != names.get("answer") or row["stopped"] else " (did not stop by itself)"
-            blocks += f"<div style='flex:1 1 14em;min-width:0'><i>{name}{stopped}</i><br>{told}</div>"
+        for name, text in ((name, text) for name, text in texts.items() if text is not None):
+            said, colour = "", "inherit"
+            if name != "reference":
+                reference = row["reference"]
+                one = judge.score(text, reference) if judge else text_metrics.entry(text, reference, "f1")
+                said, colour = _verdict(one["score"], one["detail"] or one["error"])
+                right[name] += [one["score"] >= RIGHT] if one["score"] is not None else []
+            told = f"<b style='color:{colour}'>{display.escape(said)}</b>{display.escape(text[:SHOWN_CHARS])}"
+            blocks += f"<div style='flex:1 1 14em;min-width:0'><i>{name}</i><br>{told}</div>"
+            cells.append(said + text[:SHOWN_CHARS])
         blocks += "</div>"
-    counts = {side: [one["score"] for one in some if one["score"] is not None] for side, some in scored.items()}
-    said = [
-        f"{names[side]} {sum(v >= RIGHT for v in known)} of {len(known)}" for side, known in counts.items() if known
-    ]
-    kind = "execution accuracy" if queries else "exact match; else the share of shared words, F1"
+        table.append((row["question"], *cells, display.plain(row["stopped"])))
+    if judge:
+        judge.close()
+    kind = "execution accuracy" if judge else "exact match; else the share of shared words, F1"
+    counted = ", ".join(f"{name} {sum(known)} of {len(known)}" for name, known in right.items() if known)
     ended = f"{sum(bool(row['stopped']) for row in found)} of {len(found)} answers stopped by itself."
-    text = display.text_table(table, ("question", *names.values(), "reference", "stopped by itself"))
-    return display.said(f"Right ({kind}): {', '.join(said)}." if said else "", ended) + display.Html(blocks, text)
+    return display.said(counted and f"Right ({kind}): {counted}.", ended) + display.Html(
+        blocks, display.text_table(table)
+    )
 
 
-def _verdict(scored: Mapping[str, Any]) -> str:
-    score = scored["score"]
+def _verdict(score: float | None, why: str) -> tuple[str, str]:
+    """(what stands before an answer, its colour)."""
     if score is None:
-        return ""
-    if 0 < score < RIGHT:
-        return f"{display.percent(score, 0)}: "
-    why = scored["detail"] or scored["error"]
-    return "right: " if score else f"wrong{f' ({why})' * bool(why)}: "
+        return "", "inherit"
+    if score >= RIGHT:
+        return "right: ", plots.GREEN
+    return f"{display.percent(score, 0)}: " if score else f"wrong{f' ({why})' * bool(why)}: ", plots.RED
 
 
 class Tracker(TrainerCallback):

@@ -78,10 +78,8 @@ class TrainJob(steps.Job):
         found = runs.stage(stage, self.stage.params)
         self.stage.done = found.done
         if not found.done:
-            at = callbacks.read(self.log)[-1:]
             did = "finished it with other parameters" if (self.stage.path / "manifest.json").exists() else "stopped"
-            where = f" at step {at[0]['step']}" if at else ""
-            raise TunebookError(f"{other} {did}{where}; run the notebook from its first cell again.")
+            raise TunebookError(f"{other} {did}; run the notebook from its first cell again.")
         display.say(found.note)
 
     def stopped(self, step: str) -> str:

@@ -50,14 +50,9 @@ def open(params: TrainingParams) -> TrainJob:
     adapter = _adapter(params, stage.parents.get("sft"), source, tokenizer)
     train, held_out, counts = examples.read(data, params)
     params, why = distributed.shared(lambda: _as_begun(params, adapter, stage, tokenizer))
-    held = machine.gpu_held() if gpu and not params.plan_for else ""
-    told = f"Memory of the GPU is also held by {held}; stop it, and there is more room" if held else ""
-    try:
-        plan = _plan(params, train, source, adapter, stage)
-    except TunebookError as error:
-        raise TunebookError(f"{error} {told}." if told else error) from None
-    if told and distributed.first():
-        display.say(f"{told}.")
+    if gpu and not params.plan_for and distributed.first() and (held := machine.gpu_held()):
+        display.say(f"Memory of the GPU is also held by {held}; stop it, and there is more room.")
+    plan = _plan(params, train, source, adapter, stage)
     method = distributed.shared(lambda: plan.method)  # of several GPUs the first decides
     if method != plan.method:
         plan = _plan(dataclasses.replace(params, method=method), train, source, adapter, stage)

@@ -21,6 +21,7 @@ from typing import Any
 from ci import colab, pipeline, progress
 from helpers import chat, display, machine, notebook, runs, steps
 from helpers.errors import TunebookError
+from helpers.panel import Panel
 from helpers.report.facts import TITLES
 from helpers.train import methods
 
@@ -87,7 +88,7 @@ class Quick:
         self.plan, self.run = plan, next(iter(plan.values())).run
         self._watched = machine.interactive()
         if self._watched:
-            self._display(_accordion({f"{_title(s)}: parameters": notebook.panel(s, p) for s, p in plan.items()}))
+            self._display(_accordion({f"{_title(s)}: parameters": Panel(s, p).view for s, p in plan.items()}))
 
     def work(self) -> None:
         """Every stage, from where the run stands. What is finished with the same parameters is shown, not run again."""

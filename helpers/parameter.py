@@ -27,9 +27,9 @@ MAX_TEXT = 100_000  # characters of one value
 class Param:
     """One parameter. Its type is that of `default`; "" stands for "none" or "choose for me" as the help says.
 
-    low, high: inclusive bounds of a number (its default may lie outside); step: the slider's step; log: a slider on a
-    logarithmic scale. choices: the only values allowed. advanced: not in the notebook's form, yet taken by papermill
-    and folded in the panel.
+    low, high: inclusive bounds of a number (its default may lie outside); grid: useful values, those of the slider, or
+    step: its step from low to high; any other value within the bounds can be typed. choices: the only values allowed.
+    advanced: not in the notebook's form, yet taken by papermill and folded in the panel.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Param:
     low: float = 0
     high: float = math.inf
     step: float = 0
-    log: bool = False
+    grid: tuple[float, ...] = ()
     choices: tuple[str, ...] = ()
     advanced: bool = False
 
@@ -82,16 +82,36 @@ class Param:
             bounds += f", or {self.default:g}"
         return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
 
+    @property
+    def marks(self) -> tuple[float, ...]:
+        """The values that its slider stops at; none where it has no slider."""
+        if self.grid or not self.step:
+            return self.grid
+        count = round((self.high - self.low) / self.step)
+        return tuple(round(self.low + number * self.step, 9) for number in range(count + 1))
+
+    def text(self, value: Any) -> str:
+        """A value as a person types it: 0.0002, 2e-5, 1 for 1.0."""
+        short = isinstance(value, float) and float(f"{value:g}") == value
+        return f"{value:g}".replace("e-0", "e-") if short else str(value)
+
     def line(self) -> str:
-        """The parameter's line in a notebook: a plain literal with Colab's form comment."""
+        """The parameter's lines in a notebook: its meaning, and a plain literal with Colab's form comment."""
         kind = {bool: "boolean", int: "integer", float: "number", str: "string"}[type(self.default)]
         form = f'{{type:"{kind}"}}'
         if self.choices:
             form = json.dumps(self.choices)
-        elif self.step and not self.log:
-            form = f'{{type:"slider", min:{self.low:g}, max:{self.high:g}, step:{self.step:g}}}'
+        elif self.marks and (self.step or len(self.marks) > 50):
+            first, second, *_, last = self.marks
+            form = f'{{type:"slider", min:{first:g}, max:{last:g}, step:{second - first:g}}}'
+        elif self.marks:  # a list, into which another value can be typed
+            form = json.dumps([self.text(value) for value in self.marks]) + ' {type:"raw", allow-input: true}'
         literal = json.dumps(self.default, ensure_ascii=False) if kind == "string" else repr(self.default)
-        return f"{self.name} = {literal}  # @param {form}"
+        return f"# @markdown {self.meaning}\n{self.name} = {literal}  # @param {form}"
+
+    @property
+    def meaning(self) -> str:
+        return self.help + (f" ({self.unit})" if self.unit else "")
 
 
 def _unusable(text: str) -> str:

@@ -7,7 +7,7 @@ them. `cell(stage)` renders a notebook's parameters cell, `resolve` checks value
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -25,6 +25,10 @@ RECOMPUTE = "auto none half all offload"
 APART = ("again", "resume", "publish_to", "publish_dry_run")  # decide no result
 SYNTHETIC = "none questions questions_summaries preferences"
 UNITS = "rows packed tokens"
+SIZES = tuple(2**n for n in range(2, 10))
+LENGTHS = tuple(2**n for n in range(8, 18))
+RATES = (0.0, *(float(f"{digit}e{n}") for n in range(-7, -1) for digit in (1, 1.5, 2, 3, 5, 7)))
+HALVES = tuple(n / 2 for n in range(1, 21))
 METRICS = "exact number choice f1 rouge_l chrf regex"
 
 
@@ -52,6 +56,11 @@ class Params(display.Shown):
     def freeze(self) -> None:
         """Refuse every later change: the work has begun with these values."""
         object.__setattr__(self, "_frozen", True)
+        self.__dict__.pop("_when_frozen", bool)()
+
+    def when_frozen(self, call: Callable[[], Any]) -> None:
+        """Have `call` made once, when the work begins: the panel locks its controls then."""
+        self.__dict__["_when_frozen"] = call
 
     def as_dict(self) -> dict[str, Any]:
         """Name and value of what decides the stage's results: how a killed run is resumed does not."""
@@ -91,7 +100,7 @@ class DataParams(Params):
     train_on: str = param(
         "last", "Trained tokens: last or all answers, whole or without thoughts; or all", choices=TRAIN_ON
     )
-    max_length: int = param(512, "Longest row; 0: what the lengths propose", "tokens", high=131072, step=16)
+    max_length: int = param(512, "Longest row; 0: what the lengths propose", "tokens", high=131072, grid=(0, *LENGTHS))
     over_long: str = param("drop", "Rows over max_length", choices="drop split truncate")
     eval_share: float = param(0.05, "Training rows held out for the loss while training", high=0.5, step=0.01)
     near_duplicates: float = param(0.8, "Jaccard similarity of near-duplicates; 0: keep them", high=1, step=0.05)
@@ -151,10 +160,10 @@ class TrainingParams(Params):
     method: str = param(
         "auto", "LoRA on 16 bits, or 4 (qlora); auto: 16 where they fit", choices="auto qlora lora full freeze"
     )
-    rank: int = param(16, "Rank r of the LoRA adapter", low=1, high=256, step=1)
-    alpha: int = param(32, "LoRA's scaling numerator alpha", low=1, high=512, step=1)
-    learning_rate: float = param(0.0, "Peak learning rate; 0: by method, rank and size", low=1e-8, high=0.1, log=True)
-    epochs: float = param(1.0, "Passes over the training rows", low=0.01, high=100, step=0.5)
+    rank: int = param(16, "Rank r of the LoRA adapter", low=1, high=512, grid=SIZES)
+    alpha: int = param(32, "LoRA's scaling numerator alpha", low=1, high=512, grid=SIZES)
+    learning_rate: float = param(0.0, "Peak learning rate; 0: by method, rank and size", low=1e-8, high=0.1, grid=RATES)
+    epochs: float = param(1.0, "Passes over the training rows", low=0.01, high=100, grid=HALVES)
     batch_size: int = param(8, "What an optimizer step sees on all GPUs together, in batch_unit", low=1, high=MANY)
     schedule: str = param("cosine", "Learning rate after warm-up", choices="linear cosine constant wsd")
     max_steps: int = param(0, "Stop after N optimizer steps; 0: as the epochs say", "steps", high=MANY)
@@ -215,12 +224,12 @@ class OrpoParams(TrainingParams):
     loss: str = param("orpo", "Preference objective", choices="orpo dpo kto simpo")
     start_from: str = param("sft", "sft: the adapter of notebook 02; base: a new adapter; or an adapter folder")
     beta: float = param(0.5, "Weight of the preference term; at 7B 0.05 to 0.1", high=10, step=0.05)
-    epochs: float = param(1.0, "Passes over the pairs", low=0.01, high=100, step=0.5)
-    max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, step=16)
+    epochs: float = param(1.0, "Passes over the pairs", low=0.01, high=100, grid=HALVES)
+    max_length: int = param(512, "Longer pairs are left out and counted", "tokens", low=16, high=131072, grid=LENGTHS)
 
     method: str = more("auto", "LoRA on a 4-bit or 16-bit base; auto: as the adapter began", choices="auto qlora lora")
-    rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=256, step=1)
-    alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, step=1)
+    rank: int = more(16, "From base: rank r of the LoRA adapter", low=1, high=512, grid=SIZES)
+    alpha: int = more(32, "From base: LoRA's scaling numerator alpha", low=1, high=512, grid=SIZES)
     warmup_ratio: float = more(0.1, "Share of the steps in which the learning rate rises", high=1, step=0.01)
     max_prompt_length: int = more(0, "Longer prompts lose their beginning, counted; 0: none", "tokens", high=131072)
     desirable_weight: float = more(1.0, "KTO: weight of good answers; 4/3 n_bad/n_good at most", high=1000)
@@ -262,7 +271,7 @@ class EvalParams(Params):
     candidates: str = param("base,sft,orpo,merged,gguf", "This run's models, of the default ones; by commas")
     extra_candidates: str = param("", "Others: name=folder, hub id, .gguf file or http(s)://host/v1#model; by commas")
     limit: int = param(0, "Questions per candidate, a seeded choice; 0: all", "questions", high=10**6)
-    max_new_tokens: int = param(96, "Longest answer", "tokens", low=1, high=8192, step=8)
+    max_new_tokens: int = param(96, "Longest answer", "tokens", low=1, high=8192, grid=tuple(range(16, 8193, 16)))
     temperature: float = param(0.0, "0: greedy, the same answer every time", high=2, step=0.1)
     seeds: str = param("17", "Seeds of the draws, separated by commas; more than one needs a temperature above 0")
     general_text: str = param("datasets/general_text.jsonl", "Texts that must stay predictable; empty: none")

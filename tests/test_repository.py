@@ -28,7 +28,8 @@ def test_notebooks_are_committed_without_outputs_and_with_short_cells(name):
     nbformat.validate(notebook)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert all(not c.outputs and c.execution_count is None for c in code)
-    assert all(len(c.source.splitlines()) <= 25 for c in code)
+    lines = [[line for line in c.source.splitlines() if not line.startswith("# @markdown")] for c in code]
+    assert all(len(of_cell) <= 25 for of_cell in lines)  # the help lines of Colab's form are no code
     assert "widgets" not in notebook.metadata and notebook.metadata.kernelspec.name == "python3"
 
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from helpers import compat, display, machine
+from helpers.cache import write_atomic
 from helpers.data import documents, files, formats, public_sets
 from helpers.data.formats import Shape
 from helpers.data.tables import Rejects, Table, records_of
-from helpers.data.turns import BATCH_ROWS, Row, RowError, batches, make_row, pop_unread
+from helpers.data.turns import BATCH_ROWS, Row, RowError, answer_of, batches, make_row, pop_unread, said_in
 from helpers.errors import TunebookError
 from helpers.model.loading import hub_error
+from helpers.params import DataParams
 
 READABLE = (*files.TABLES, *documents.KINDS)
 INFO = "dataset_info.json"
@@ -39,6 +41,8 @@ ENTRY = {  # what this project reads of an entry of LLaMA-Factory's dataset_info
     | {"num_samples": {"type": ["integer", "null"], "minimum": 0}}
 }
 Described = dict[str, Any]
+UPLOADS = "uploads"  # in the project
+PEEKED, PEEKED_CHARS = 20, 300  # rows that are looked at for a first impression, and characters shown of one
 SIDE_CHARS = 2000  # what is kept of a column that plays no part
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 HUB = re.compile(
@@ -305,6 +309,47 @@ def _rows(
             source.kinds[part["kind"]] += 1
             yield make_row(**part, source=source.name, file=source.where, row=number, meta=aside)
     source.rejected = rejects.invalid.total() - before
+
+
+def peek(params: DataParams) -> display.Html:
+    """The first rows of `dataset` and what they would be read as; nothing is fetched, counted or kept."""
+    named = formats.named_shape(params.format, params.columns)
+    table, shown = [], []
+    for one in find(params.dataset, params.dataset_info)[:5]:
+        if one.file is None or (files.kind(one.file) in documents.KINDS and (one.whole or ".txt" not in one.file.name)):
+            what = "a set of the hub, read when the job runs" if one.file is None else "a document, cut into pieces"
+            table.append((one.where, what, "", ""))
+            continue
+        one.limit, rejects = min(one.limit or PEEKED, PEEKED), Rejects()
+        written = {"unanswerable": params.unanswerable}
+        rows = list(_rows(one, named or one.shape, rejects, written, {}, None, "train"))
+        lost = "; ".join(f"{reason}: {about['detail']}" for reason, about in rejects.first.items())
+        lost = f"{one.rejected} of {PEEKED} at most: {lost}" if lost else "none"
+        read_as = "; ".join(f"{shape} ({count})" for shape, count in one.shapes.most_common(3)) or "not read"
+        table.append((one.where, read_as, ", ".join(one.unused), lost))
+        for row in rows[:3]:
+            asked = row["messages"] if "chosen" in row else row["messages"][:-1]
+            texts = (" ⏎ ".join(map(said_in, asked)), answer_of(row))
+            shown.append((one.where, row["row"], *(text[:PEEKED_CHARS] for text in texts)))
+    found = display.shown(table, ("file", "first rows read as", "columns kept aside", "unusable"))
+    return found + display.shown(shown, ("file", "row", "prompt", "answer")) if shown else found
+
+
+def keep(name: str, content: bytes) -> str:
+    """Keep an uploaded file in the project's folder UPLOADS; its path there, to be named as a dataset. Another file of
+    that name stays. Raises TunebookError for one that could not be read as data."""
+    plain = re.sub(r"[^\w. -]", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).strip(" .")[-120:]
+    if files.kind(Path(plain)) not in READABLE or not content:
+        wanted = f"{', '.join(READABLE)} are read as data, also with .gz or .zst"
+        raise TunebookError(f"The file {name!r} {'is not read' if content else 'is empty'}; {wanted}.")
+    stem, dot, ending = plain.partition(".")
+    for number in itertools.count(1):
+        path = machine.PROJECT / UPLOADS / (plain if number == 1 else f"{stem}-{number}{dot}{ending}")
+        if not path.exists():
+            write_atomic(path, content)
+        if path.read_bytes() == content:
+            return f"{UPLOADS}/{path.name}"
+    raise AssertionError
 
 
 def _aside(value: Any) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 from helpers import machine
 from helpers.errors import TunebookError
 from helpers.model.layer_kinds import head_dim
-from helpers.model.loading import auto_class, fast_bf16
-from helpers.model.weights import reading
+from helpers.model.loading import auto_class, fast_bf16, load_config, quantizer
+from helpers.model.weights import Weights, reading
 from helpers.params import TrainingParams
 
 GIB = 2**30
@@ -138,6 +138,12 @@ class Shape:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.linear_parameters = sum(i * o for _, i, o in self.linears)
         self.other = self.parameters - self.linear_parameters - self.embedding - self.head
+
+
+def shape_of(source: Any) -> Shape:
+    """The shape of a ModelSource, a model folder or a config; a base that is quantised as it comes has its files'."""
+    config = load_config(source)
+    return Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if quantizer(config) else 0)
 
 
 @dataclass(frozen=True)
@@ -354,3 +360,11 @@ class Option:
             return "none"
         where = f", inputs in host memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
         return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
+
+
+class DoesNotFit(TunebookError):
+    """Nothing that these parameters allow fits the GPU. need_gib: what the smallest setting would take."""
+
+    def __init__(self, message: str, need_gib: float) -> None:
+        super().__init__(message)
+        self.need_gib = need_gib

@@ -12,17 +12,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from helpers import display
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
 from helpers.model.loading import load_config, quantizer
-from helpers.model.weights import Weights
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, learning_rate, row_plan
-from helpers.planner.cost_model import Card, Option, Setting, Shape, base_setting
+from helpers.planner.cost_model import Card, DoesNotFit, Option, Setting, Shape, base_setting, shape_of
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
@@ -186,13 +184,15 @@ def plan(
     card: Card | None = None,
     padded_lengths: Sequence[int] | None = None,
     sequence: int = 0,
+    shape: Shape | None = None,
+    advise: bool = True,
 ) -> Plan:
     """The fastest setting that fits the GPU, for these parameters and these training examples.
 
     lengths: tokens of each example (orpo: both answers with their prompts). padded_lengths: the same where rows are
     padded, default `lengths`. source: a ModelSource, a model folder, or a transformers config. card: default `plan_for`
-    or the GPU here. sequence: tokens of a packed sequence, for batch_unit; default the longest example. Raises
-    TunebookError when nothing fits, with the change that would.
+    or the GPU here. sequence: tokens of a packed sequence, for batch_unit; default the longest example. shape: the
+    model's, where it is known. Raises DoesNotFit when nothing fits, with the change that would where `advise` asks.
     """
     if not len(lengths):
         raise TunebookError("There are no training examples to plan for; check the data stage's counts.")
@@ -205,7 +205,7 @@ def plan(
     backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     in_one = kernel.packed and params.packing and backend == "hf"
     base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not in_one)
-    shape = Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if packed else 0)
+    shape = shape or shape_of(source)
     in_rows = lengths if in_one else padded_lengths or lengths
     batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
     search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
@@ -213,7 +213,7 @@ def plan(
     params = search.params
     options = list(search.options())
     if (best := search.best(options)) is None:
-        raise TunebookError(search.refusal(options))
+        raise DoesNotFit(search.refusal(options) if advise else "", min(o.need_gib for o in options))
     reasons = [*([chosen] if chosen else []), why, f"Attention {kernel.name}: {kernel.reason}."]
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
@@ -226,7 +226,7 @@ def plan(
     reasons.append(told)
     if params.method in ("qlora", "lora"):
         reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
-    steps = params.max_steps or math.ceil(search.per_epoch * params.epochs)
+    steps = params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)
     return Plan(
         card=card,
         shape=shape,
@@ -234,7 +234,7 @@ def plan(
         batches=batches,
         world_size=world_size,
         steps=steps,
-        tokens=round(sum(lengths) * steps / search.per_epoch),
+        tokens=round(sum(lengths) * steps / search.steps.per_epoch),
         attention=kernel.name,
         packed=in_one,
         backend=backend,
@@ -287,15 +287,9 @@ class _Search:
         return min((o for o in fitting if o.tokens_per_s >= 0.995 * fastest), key=lambda o: o.peak_gib, default=None)
 
     @cached_property
-    def per_epoch(self) -> int:
-        return len(self.batches.epoch(self.lengths, self.params.seed, 0))
-
-    @cached_property
-    def heaviest(self) -> list[list[int]]:
-        """The optimizer steps with the most tokens; found in a quarter of a second for 100,000 rows."""
+    def steps(self) -> row_plan.Steps:
         p = self.params
-        epochs = p.max_steps / self.per_epoch if p.max_steps else p.epochs
-        return row_plan.heaviest(self.lengths, self.batches, p.seed, math.ceil(epochs))
+        return row_plan.steps_of(self.lengths, self.batches, p.seed, p.max_steps, math.ceil(p.epochs))
 
     @cached_property
     def mean_square(self) -> float:
@@ -305,7 +299,7 @@ class _Search:
         """Every row size and grade of activation checkpointing worth weighing."""
         longest = max(self.lengths)
         # Whole steps in one row a process: longer ones are of no use.
-        useful = self.layout(longest * max(map(len, self.heaviest))).max_row_tokens
+        useful = self.layout(longest * max(map(len, self.steps.heaviest))).max_row_tokens
         sizes = sorted({longest, useful, *(r for r in ROWS if longest < r < useful)})
         if self.params.row_tokens:
             if self.params.row_tokens < longest:
@@ -330,13 +324,12 @@ class _Search:
                     yield self.weigh(setting, layout)
 
     def layout(self, row_tokens: int) -> row_plan.Layout:
-        times = self.batches.accumulation
-        return row_plan.lay_out(self.lengths, self.heaviest, row_tokens, self.world, self.base.padded, times)
+        return self.steps.layout(row_tokens, self.world, self.base.padded)
 
     def weigh(self, s: Setting, layout: row_plan.Layout) -> Option:
         """What a setting would need and take, its rows laid out like this."""
         lengths, rows = self.lengths, layout.accumulation
-        examples = self.batches.size if self.batches.unit == "rows" else len(lengths) / self.per_epoch
+        examples = self.batches.size if self.batches.unit == "rows" else len(lengths) / self.steps.per_epoch
         step_tokens = self.tokens / len(lengths) * min(examples, len(lengths))
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         row = replace(s, row_tokens=max(1, round(mean_row)))
@@ -393,7 +386,9 @@ class _Search:
             middle = (low + high) // 2
             low, high = (middle, high) if fits([min(n, middle) for n in lengths]) else (low, middle)
         if low >= 64:
-            return f"{what}; rows of at most {low // 16 * 16} tokens fit: lower max_length in notebook 01."
+            most, pairs = low // 16 * 16, self.params.stage == "orpo"
+            where = "max_length to half of that, for a pair is two answers" if pairs else "max_length in notebook 01"
+            return f"{what}; rows of at most {most} tokens fit: lower {where}."
         larger = [card for card in cost_model.CARDS.values() if card.total_gib >= smallest.need_gib]
         names = [c.name for c in larger if cost_model.offload_fits(self.shape, smallest.setting, c, self.world)]
         remedy = f"GPU with more memory ({', '.join(names)})" if names else "smaller model or several GPUs"

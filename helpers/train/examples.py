@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -214,3 +215,27 @@ def lengths_of(rows: Any, padded: bool = False) -> list[int]:
     prompt, chosen, rejected = (lengths(name) for name in ("prompt_ids", *PAIR))
     both = 2 * numpy.maximum(chosen, rejected) if padded else chosen + rejected
     return (2 * prompt + both).astype(int).tolist()
+
+
+def token_counts(data: Manifest, params: Any) -> Any:
+    """Tokens of every row, an array (rows, 1), or (rows, 3 or 2) of prompts and answers before max_length cuts any."""
+    import numpy
+    from pyarrow import compute
+
+    if params.stage == "orpo":
+        loss = params.loss if (data.path / "kto.parquet").is_file() else "orpo"
+        params = replace(params, loss=loss, max_length=131072, max_prompt_length=0)
+    table = read(data, params)[0].with_format("arrow")[:]
+    names = [n for n in ("input_ids", "prompt_ids", "completion_ids", *PAIR) if n in table.column_names]
+    return numpy.stack([compute.list_value_length(table[name]).to_numpy() for name in names], axis=1)
+
+
+def lengths_at(counts: Any, params: Any) -> tuple[list[int], list[int]]:
+    """What `lengths_of` says, plain and padded, of rows with these `token_counts` under these parameters."""
+    if params.stage == "sft":
+        return counts[:, 0].tolist(), counts[:, 0].tolist()
+    whole = counts[:, :1].clip(max=params.max_prompt_length or None) + counts[:, 1:]
+    whole = whole[whole.max(1) <= params.max_length]
+    if params.loss == "kto":
+        return whole.T.ravel().tolist(), whole.T.ravel().tolist()
+    return whole.sum(1).tolist(), (2 * whole.max(1)).tolist()

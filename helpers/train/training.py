@@ -10,11 +10,14 @@ job.finish()                  adapter/, log.jsonl, loss.png, tensorboard/, and t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +27,16 @@ from helpers.errors import TunebookError
 from helpers.gguf import preflight
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams
+from helpers.planner import cost_model, row_plan
 from helpers.planner import plan as planner
-from helpers.planner import row_plan
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, examples, methods, resume
 from helpers.train.job import TrainJob
 
 NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
+
+MOST_ROWS = 20_000  # of an estimate
+CARDS = ("T4", "L4", "A100-40", "A100-80", "H100")
 
 
 def open(params: TrainingParams) -> TrainJob:
@@ -138,18 +144,118 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     if params.export_check:
         tokenizer = of_run(stage.parents["data"].path, source.path)
         preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require()
+    data, world = stage.parents["data"], distributed.size()
     lengths, padded = examples.lengths_of(train), examples.lengths_of(train, padded=True)
-    world = distributed.size()
-    sequence = int(stage.parents["data"].metrics.get("lengths", {}).get("max_length") or 0)
-    plan = planner.plan(params, lengths, source, world, padded_lengths=padded, sequence=sequence)
+    return _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
+
+
+def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: Any) -> Plan:
+    """The plan of a job on that data. given: as `planner.plan` takes it."""
+    given["sequence"] = int(data.metrics.get("lengths", {}).get("max_length") or 0)
+    plan = planner.plan(params, source=source, **given)
     if plan.shares and plan.accumulation > 1 and not (params.row_tokens or plan.batches.accumulation):
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
         # counts for more here than anything else.
-        heaviest = row_plan.heaviest(lengths, plan.batches, params.seed, math.ceil(plan.steps * plan.batch_size))
-        whole = math.ceil(max(sum(lengths[i] for i in step) for step in heaviest) / world) + max(lengths) * (world > 1)
-        try:
+        lengths, world = given["lengths"], plan.world_size
+        steps = row_plan.steps_of(tuple(lengths), plan.batches, params.seed, params.max_steps, math.ceil(params.epochs))
+        heaviest = max(sum(lengths[i] for i in step) for step in steps.heaviest)
+        whole = math.ceil(heaviest / world) + max(lengths) * (world > 1)
+        with contextlib.suppress(TunebookError):  # such a row does not fit: keep the one that does
             longer = dataclasses.replace(params, row_tokens=whole, method=plan.method)
-            return planner.plan(longer, lengths, source, world, padded_lengths=padded, sequence=sequence)
-        except TunebookError:  # such a row does not fit: keep the one that does
-            return plan
+            return planner.plan(longer, source=source, **given)
     return plan
+
+
+# ---------------------------------------------------------------- while the sliders move
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlook:
+    """What a job would come to on one GPU: memory that it needs (0: not known), seconds (expected, shortest, longest;
+    none where it cannot run), and why it cannot."""
+
+    card: cost_model.Card
+    need_gib: float
+    seconds: tuple[float, float, float] | None
+    why: str = ""
+
+
+class Estimate:
+    """What 02 or 03 would come to with other parameters. Rows and base are read once; then a plan takes milliseconds,
+    for which a sample stands in for more than MOST_ROWS rows."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def __call__(self, params: TrainingParams) -> tuple[int, int, list[Outlook]]:
+        """(trained parameters, all parameters, the outlook here and on each of CARDS). Raises TunebookError where
+        there is nothing to estimate yet: no data, no base on this machine, no row within max_length."""
+        adapter = _as_adapter(params)
+        params = dataclasses.replace(params, method=adapter.method)
+        data = runs.load(params.run, "data", verify=False)
+        base = _base_here(params, data)
+        base_config, shape = self._once(("base", base), lambda: (load_config(base), cost_model.shape_of(base)))
+        key = ("rows", data.sha256, getattr(params, "loss", ""), getattr(params, "train_on", ""))
+        lengths, padded = examples.lengths_at(self._once(key, lambda: examples.token_counts(data, params)), params)
+        if not lengths:
+            raise TunebookError(f"No training row of run {params.run!r} is left; raise max_length.")
+        count = len(lengths)
+        if count > MOST_ROWS:
+            chosen = [*random.Random(0).sample(range(count), MOST_ROWS - 1), max(range(count), key=padded.__getitem__)]
+            lengths, padded = ([every[i] for i in sorted(chosen)] for every in (lengths, padded))
+        looked, passes = params, max(1, 2 * MOST_ROWS // len(lengths))
+        if params.max_steps > passes * count / params.batch_size or params.epochs > passes or count > MOST_ROWS:
+            looked = dataclasses.replace(params, max_steps=0, epochs=float(min(passes, math.ceil(params.epochs))))
+        here = cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here()
+        given = {"lengths": lengths, "padded_lengths": padded, "shape": shape, "data": data, "source": base_config}
+        found = []
+        for card in (here, *(cost_model.CARDS[name] for name in CARDS)):
+            try:
+                config.check(params, card.capability)
+                plan = _planned(looked, card=card, advise=card is here, **given)
+            except TunebookError as error:
+                found.append(Outlook(card, getattr(error, "need_gib", 0.0), None, str(error)))
+                continue
+            if looked is not params:
+                epoch = plan.steps / looked.epochs * count / len(lengths)
+                plan = plan.shortened(params.max_steps or math.ceil(epoch * params.epochs))
+            found.append(Outlook(card, plan.option.need_gib, plan.seconds))
+        setting = cost_model.base_setting(adapter, here, 1, "hf", False, False)
+        return cost_model.trained_parameters(shape, setting), shape.parameters, found
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known = {k: v for k, v in self._known.items() if k[0] != key[0]} | {key: make()}
+        return self._known[key]
+
+
+def _base_here(params: TrainingParams, data: runs.Manifest) -> Path:
+    """The folder of the job's base, which must be on this machine already. Raises TunebookError."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    known = data.data.get("model") or {}
+    if params.model in ("", known.get("name")):
+        return Path(known["path"])
+    with contextlib.suppress(errors.HFValidationError):
+        file = machine.path(params.model) / "config.json"
+        found = file if file.is_file() else try_to_load_from_cache(params.model, "config.json")
+        if isinstance(found, (str, Path)):
+            return Path(found).parent
+    raise TunebookError(f"The model {params.model!r} is not on this machine yet; the cell below gets it, then plans.")
+
+
+def _as_adapter(params: TrainingParams) -> TrainingParams:
+    """The parameters with rank and layers of the adapter that is trained further, and its method for "auto"."""
+    sft = params.stage == "orpo" and params.start_from == "sft"
+    if not sft and params.start_from in config.NO_ADAPTER:
+        return dataclasses.replace(params)
+    path = runs.load(params.run, "sft", verify=False).path / "adapter" if sft else machine.path(params.start_from)
+    if not (path / "adapter_config.json").is_file():
+        raise TunebookError(f"start_from is {params.start_from!r}, and {path} holds no adapter to train further.")
+    adapter = json.loads((path / "adapter_config.json").read_text())
+    modules = adapter.get("target_modules") or ""
+    modules = modules if isinstance(modules, str) else ",".join(sorted(modules))
+    manifest, method = path.parent / "manifest.json", params.method
+    if method == "auto" and manifest.is_file():
+        method = json.loads(manifest.read_text()).get("method") or method
+    return dataclasses.replace(params, rank=adapter.get("r", params.rank), target_modules=modules, method=method)

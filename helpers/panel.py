@@ -339,7 +339,7 @@ class Upload:
         self.panel, self.said = panel, ""
         kinds = [*sources.READABLE, *files.PACKED]
         self.button = w.FileUpload(accept=",".join(kinds), multiple=False, description="upload a file")
-        self.button.layout.width = "auto"
+        self.button.layout.width = "max-content"
         tell(self.button, "Upload a file of rows or a document; it becomes the dataset")
         self.button.observe(self._came, names="value")
         self.preview = w.HTML()

@@ -329,6 +329,7 @@ def peek(params: DataParams) -> display.Html:
         table.append((one.where, read_as, ", ".join(one.unused), lost))
         for row in rows[:3]:
             asked = row["messages"] if "chosen" in row else row["messages"][:-1]
+            asked = [turn for turn in asked if turn["role"] != "system"] or asked
             texts = (" ⏎ ".join(map(said_in, asked)), answer_of(row))
             shown.append((one.where, row["row"], *(text[:PEEKED_CHARS] for text in texts)))
     found = display.shown(table, ("file", "first rows read as", "columns kept aside", "unusable"))

@@ -20,7 +20,7 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
     Where a person is watching, the table is a panel of sliders bound to them: the cells below read what the sliders say
     when they run, until the first step of the work freezes them.
     """
-    from IPython.display import Javascript, display
+    from IPython.display import display
 
     if "_chosen" in namespace:  # the quickstart runs these cells with parameters of its own panel
         return namespace["_chosen"]
@@ -32,7 +32,6 @@ def start(stage: str, namespace: Mapping[str, Any]) -> Any:
         return params
     panel = Panel(stage, params)
     display(panel.view)
-    display(Javascript(panel.script))
     panel.refresh()
     if shell := sys.modules["IPython"].get_ipython():
         panel.watch(shell.events)

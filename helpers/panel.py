@@ -125,10 +125,7 @@ class Row:
 
 
 class Panel:
-    """The widgets bound to `params`. `view` is what a notebook displays; rows: a Row by parameter; script: JavaScript
-    that names the sliders for screen readers."""
-
-    script = (PLACE / "panel.js").read_text()
+    """The widgets bound to `params`. `view` is what a notebook displays; rows: a Row by parameter."""
 
     def __init__(self, stage: str, params: Params) -> None:
         import ipywidgets as w
@@ -143,6 +140,7 @@ class Panel:
         tell(self.run, "Run the cells below with the values shown")
         self.run.on_click(lambda _: self.run_below())
         self.notice, self.out = w.HTML(), w.Output()
+        self._do("panel.js", "")
         plain, rest = ([r for r in self.rows.values() if r.param.advanced is kind] for kind in (False, True))
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         parts = [w.HTML(f"<style>{(PLACE / 'panel.css').read_text()}</style><div class='tunebook-said'>{WINS}</div>")]
@@ -223,8 +221,11 @@ class Panel:
         if "google.colab" in sys.modules:
             self.notice.value = red("Colab lets no button run cells; choose Runtime ▸ Run after (Ctrl+F10).")
             return
-        data = {"application/javascript": (PLACE / "run_below.js").read_text() + f"\n// {time.time()}"}
-        data["text/plain"] = "This frontend lets no button run cells; choose 'Run All Below' in its menu."
+        self._do("run_below.js", "This frontend lets no button run cells; choose 'Run All Below' in its menu.")
+
+    def _do(self, script: str, otherwise: str) -> None:
+        """Have the frontend run a script of ours, or show `otherwise` where it runs none."""
+        data = {"application/javascript": f"{(PLACE / script).read_text()}\n// {time.time()}", "text/plain": otherwise}
         self.out.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
     def watch(self, events: Any) -> None:

@@ -13,6 +13,14 @@ from helpers.planner import plan as planner
 from helpers.train import examples, training
 
 
+def settings(data, stage, **given):
+    """max_length 0 stands for one that cuts off about half of the pairs."""
+    if given.get("max_length") == 0:
+        counts = examples.token_counts(data, train_data.settings(stage, **{**given, "max_length": 512}))
+        given["max_length"] = int(sorted(counts[:, 0] + counts[:, 1:].max(1))[len(counts) // 2])
+    return train_data.settings(stage, **given)
+
+
 @pytest.mark.parametrize(
     "stage, given",
     [
@@ -22,11 +30,11 @@ from helpers.train import examples, training
         ("sft", {"packing": False, "group_by_length": True}),
         ("orpo", {"start_from": "base"}),
         ("orpo", {"start_from": "base", "loss": "dpo", "max_prompt_length": 16}),
-        ("orpo", {"start_from": "base", "loss": "kto", "max_length": 64}),
+        ("orpo", {"start_from": "base", "loss": "kto", "max_length": 0}),
     ],
 )
 def test_the_estimate_is_the_plan_of_the_job_that_is_opened_then(data, stage, given):
-    params = train_data.settings(stage, **given)
+    params = settings(data, stage, **given)
     trained, every, outlooks = training.Estimate()(params)
     plan = training.open(params).planned
     assert outlooks[0].seconds == plan.seconds
@@ -36,9 +44,9 @@ def test_the_estimate_is_the_plan_of_the_job_that_is_opened_then(data, stage, gi
     assert all(o.need_gib > 0 for o in outlooks)
 
 
-@pytest.mark.parametrize("stage, given", [("sft", {}), ("sft", {"train_on": "all"}), ("orpo", {"max_length": 48})])
+@pytest.mark.parametrize("stage, given", [("sft", {}), ("sft", {"train_on": "all"}), ("orpo", {"max_length": 0})])
 def test_row_lengths_are_those_of_the_rows_that_are_trained(data, stage, given):
-    params = train_data.settings(stage, **given)
+    params = settings(data, stage, **given)
     train = examples.read(data, params)[0]
     plain, padded = examples.lengths_at(examples.token_counts(data, params), params)
     assert plain == examples.lengths_of(train) and padded == examples.lengths_of(train, padded=True)

@@ -92,7 +92,7 @@ class Quick:
 
     def work(self) -> None:
         """Every stage, from where the run stands. What is finished with the same parameters is shown, not run again."""
-        board: progress.Board = progress.Board(self.plan)
+        board, began = progress.Board(self.plan), time.monotonic()
         if self._watched:
             import ipywidgets as w
 
@@ -114,12 +114,14 @@ class Quick:
             gc.collect()
             if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        board._say(f"[{self.run}] done in {display.duration(time.monotonic() - began)}")
 
     def verdict(self) -> display.Html:
-        """What the run came to, in words and in the paired comparisons."""
-        shown = runs.folder(self.run, "eval") / "shown"
-        words = display.said(str(runs.load(self.run, "eval", verify=False).metrics.get("headline") or ""))
-        return words + (display.load(shown, "comparisons") or display.said())
+        """What the run came to, in the report's words, and the paired comparisons."""
+        came_to = runs.load(self.run, "eval", verify=False)
+        words = [came_to.metrics.get(part) or "" for part in ("headline", "ship", "lost")]
+        told = display.said(*(part if isinstance(part, str) else part.get("sentence", "") for part in words))
+        return told + (display.load(came_to.path / "shown", "comparisons") or display.said())
 
     def chat(self) -> Any:
         """Talk to the exported file, beside the base."""

@@ -38,7 +38,7 @@ def test_a_run_of_five_notebooks_is_finished_work_for_the_quickstart(whole_run, 
     assert not list((root / "whole").glob("*.old-*"))
     lines = shown(notebook, "quick.work()").splitlines()
     assert [f"[{name}]" in "".join(lines) for name in runs.FOLDERS.values()] == [True] * 5
-    assert "[05_evaluation] finished in" in lines[-1]
+    assert "[whole] done in" in lines[-1]
     assert "base" in shown(notebook, "quick.verdict()")
     assert "serve" in shown(notebook, "quick.chat()")
     taken = shown(notebook, "quick.downloads()")

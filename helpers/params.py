@@ -281,9 +281,10 @@ class EvalParams(Params):
     judge: str = param("", "Endpoint of a judge, http(s)://host/v1#model; empty: none")
     seed: int = param(17, "Seed of the resampling and of `limit`", high=SEED)
 
+    margin: float = more(0.02, "A smaller file ships if it is shown to lose at most this share to the best", high=1)
     loss_increase: float = more(0.15, "Loss on general text may rise by this, else 'forgot'", "nats per token", high=10)
     task_drop: float = more(0.15, "General questions, refusals and manners may lose this share", high=1)
-    forgetting_gguf: bool = more(False, "Measure forgetting and preferences on GGUF files too")
+    forgetting_gguf: bool = more(False, "Measure forgetting and preferences on every export too")
     reference_metric: str = more("f1", "What counts as right in free text", choices=METRICS)
     contamination_share: float = more(0.5, "Share of 8-grams found in training: scored apart", low=0.01, high=1)
     harness_include: str = more("", "Folder with YAML tasks of your own")

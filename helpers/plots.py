@@ -118,7 +118,7 @@ CURVES = {
     "learning_rate": Curve("Learning rate", ""),
     "grad_norm": Curve("Gradient norm", "", floor=None),
     "tokens_per_s": Curve("Speed", "tokens a second"),
-    "memory_gib": Curve("Memory", "GiB"),
+    "memory_gb": Curve("Memory", "GB"),
     "log_odds_chosen": Curve("Log odds, chosen over rejected", "nats", smooth=True, floor=None),
     "rewards/margins": Curve("Margin", "beta × log-probability", smooth=True, floor=None),
     "rewards/accuracies": Curve("Pairs with the chosen answer ahead", "share", smooth=True),
@@ -253,7 +253,7 @@ def file_sizes(files: Sequence[FilePoint]) -> Any:
 
 @dataclass(frozen=True)
 class Bar:
-    """A candidate's score as a share with its 95 % interval. kind: "base", "tuned" or "file", for its colour."""
+    """A candidate's score as a share with its 95 % interval. kind: "base", "tuned", "file" or "ship": its colour."""
 
     name: str
     value: float
@@ -264,22 +264,44 @@ class Bar:
 
 
 def scores(bars: Sequence[Bar], label_x: str) -> Any:
-    """A horizontal bar for each candidate with its interval, its share and its file's size."""
-    colours = {"base": BASE, "tuned": TRAINED, "file": FILE}
-    alt = f"{label_x}: " + ", ".join(f"{b.name} {display.percent(b.value, 0)}" for b in bars)
-    figure, (panel,) = _figure(alt, width=7.6, height=0.42 * max(len(bars), 1) + 1.0)
+    """A point with its interval for each candidate, its share and its file's size beside it; the one to ship is marked,
+    and its score goes down through all rows."""
+    colours = {"base": BASE, "tuned": TRAINED, "file": FILE, "ship": FILE}
+    names = [f"{b.name}, to ship" if b.kind == "ship" else b.name for b in bars]
+    said = [
+        f"{n} {display.percent(b.value, 0)} ({display.interval(b.low, b.high)})"
+        for n, b in zip(names, bars, strict=True)
+    ]
+    figure, (panel,) = _figure(f"{label_x}: {', '.join(said)}", width=3.7, height=0.24 * max(len(bars), 1) + 0.6)
     for place, bar in enumerate(bars):
         value, low, high = 100 * bar.value, 100 * bar.low, 100 * bar.high
-        panel.barh(place, value, color=colours[bar.kind], height=0.6)
         reach = [[max(value - low, 0)], [max(high - value, 0)]]
-        panel.errorbar(value, place, xerr=reach, color=INK, capsize=3, linewidth=1.2)
-        size = f"   {display.size(bar.bytes)}" if bar.bytes else ""
-        panel.text(max(high, value) + 1.5, place, f"{value:.0f} %{size}", va="center", color=INK)
-    panel.set_yticks(range(len(bars)), [label(b.name) for b in bars])
+        wide, marker, size = (3, "D", 8) if bar.kind == "ship" else (2, "o", 6)
+        how = {"capsize": 3, "linewidth": wide, "marker": marker, "markersize": size}
+        panel.errorbar(value, place, xerr=reach, color=colours[bar.kind], **how)
+        held = f"  {display.size(bar.bytes)}" if bar.bytes else ""
+        panel.text(1.02, place, f"{value:.0f} %{held}", va="center", color=INK, transform=panel.get_yaxis_transform())
+        if bar.kind == "ship":
+            panel.axvline(value, color=FILE, linewidth=1, alpha=0.5, zorder=0)
+    panel.set_yticks(range(len(bars)), [label(n) for n in names])
     panel.invert_yaxis()
-    panel.set_xticks(range(0, 101, 20))
-    panel.set(xlim=(0, 125), xlabel=label(label_x))
+    top = 100 * max([b.high for b in bars], default=1.0)
+    panel.set(xlim=(-0.02 * top, max(1.05 * top, 1)), xlabel=label(label_x))
     panel.grid(axis="y", visible=False)
+    return figure
+
+
+def score_after(points: Sequence[Mapping[str, Any]], label_y: str = "score") -> Any:
+    """Score against minutes of training. points: minutes, score, low and high (shares) of some checkpoints."""
+    said = ", ".join(f"{display.percent(p['score'], 0)} after {p['minutes']:.3g} min" for p in points)
+    figure, (panel,) = _figure(f"{label_y}: {said}", height=2.2)
+    ys = [100 * p["score"] for p in points]
+    both = list(zip(ys, points, strict=True))
+    reach = [[abs(y - 100 * p[e]) if display.finite(p.get(e)) else 0 for y, p in both] for e in ("low", "high")]
+    panel.errorbar([p["minutes"] for p in points], ys, yerr=reach, color=TRAINED, capsize=3, marker="o")
+    panel.set(xlabel="minutes of training", ylabel=label(f"{label_y}, %"))
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(left=0)
     return figure
 
 

@@ -20,7 +20,7 @@ STAGES = {
 GENERAL = {
     "general_text": slice(2),
     "general_tasks": slice(6),
-    "general_chat": slice(0, None, 5),
+    "general_chat": slice(0, None, 50),
 }  # two of each kind in the last
 
 

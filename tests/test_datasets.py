@@ -222,7 +222,7 @@ def test_general_text_and_tasks_have_their_size_and_shape(tokenizer):
     for row in tasks:
         assert len(set(row["choices"])) == 4 and row["answer"] in range(4)
     assert max(Counter(row["answer"] for row in tasks).values()) <= len(tasks) / 3
-    assert Counter(row["kind"] for row in rows("general_chat")) == {"manners": 10, "refusal": 10}
+    assert Counter(row["kind"] for row in rows("general_chat")) == {"manners": 100, "refusal": 80}
 
 
 def test_dataset_info_names_files_and_columns_that_exist():

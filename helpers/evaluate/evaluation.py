@@ -22,7 +22,7 @@ from helpers.data.chat_template import inspect
 from helpers.data.rendering import Chat
 from helpers.display import Html
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, forgetting, harness, preferences
+from helpers.evaluate import candidates, forgetting, harness, preferences, statistics
 from helpers.evaluate import scores as results
 from helpers.evaluate.candidates import TROUBLE, Session
 from helpers.evaluate.scores import ERROR_KINDS, Findings, Measured
@@ -170,16 +170,23 @@ class Evaluation(steps.Job):
             )
         if self.more_tasks and kind != "endpoint":
             m.tasks |= harness.run(session, self.more_tasks, self.include, p.harness_limit, p.seed)
-        if kind == "hf" or (kind == "gguf" and p.forgetting_gguf):
+        if self._remembers(session.candidate):
             m.loss = forgetting.text_loss(session, self.texts) if self.texts else None
-            m.shares = forgetting.chat(session, self.talk, self.thinking) if self.talk else {}
+            m.passed = forgetting.chat(session, self.talk, self.thinking) if self.talk else {}
             m.preference = preferences.score(session, self.pairs) if self.pairs else None
             if p.general_tasks:
                 folder = cache.folder() / "tasks"
                 task = harness.general_task(machine.PROJECT / p.general_tasks, folder)
                 found = harness.run(session, [task], folder, p.harness_limit, p.seed)
-                m.tasks, m.shares[forgetting.TASK] = m.tasks | found, found[task]["metrics"]["acc"]["value"]
+                m.tasks, m.passed = m.tasks | found, {**m.passed, forgetting.TASK: found[task]["right"]}
         return m
+
+    def _remembers(self, candidate: candidates.Candidate) -> bool:
+        """Whether forgetting and preferences are measured on it: on exports only where asked for, or where what they
+        were made from is not judged."""
+        if candidate.role == "merged" and not self.params.forgetting_gguf:
+            return not any(c.name == candidate.made_from and not c.trouble for c in self.findings.candidates)
+        return candidate.kind == "hf" or (candidate.kind == "gguf" and self.params.forgetting_gguf)
 
     def _texts(self, session: Session) -> list[dict[str, Any]]:
         """How a candidate predicts each held-out text; score: the geometric mean of its tokens' probabilities."""
@@ -241,7 +248,7 @@ class Evaluation(steps.Job):
 
     @steps.step
     def scores(self) -> Html:
-        """The candidates with their intervals, warnings first, the sentence about what to ship last."""
+        """The verdict and what limits it, then the candidates with their intervals."""
         found, rows = self._measured(), []
         for c in found["candidates"]:
             accuracy, *others = (c["scores"].get(k, {}) for k in ("accuracy", "valid", "structural", "stopped"))
@@ -253,15 +260,16 @@ class Evaluation(steps.Job):
             rows.append((c["name"], value, interval, *shares, display.size(c["size_bytes"])))
         shares_of = ("valid SQL", "same structure", "stops by itself")
         head = ("candidate", found["task"]["label"], "95 % interval", *shares_of, "size")
-        said = display.said(found["headline"], *(f"⚠ {warning}" for warning in found["warnings"]))
-        table, ship = display.shown(rows, head), display.said((found["ship"] or {}).get("sentence", ""))
+        lines = statistics.sentences(found)
+        said = display.said(*lines, *(f"⚠ {warning}" for warning in found["warnings"] if warning not in lines))
+        table = display.shown(rows, head)
         if seeds := found["seeds"]:
             rows = [(n, s["mean"], s["sd"], *(one["value"] for one in s["scores"].values())) for n, s in seeds.items()]
             drawn = [(name, *map(display.percent, shares)) for name, *shares in rows]
             table += display.shown(
                 drawn, ("candidate", "mean of the seeds", "standard deviation", *map(str, self.seeds))
             )
-        return said + table + ship
+        return said + table
 
     @steps.step
     def comparisons(self) -> Html:
@@ -276,13 +284,7 @@ class Evaluation(steps.Job):
     @steps.step
     def figure(self) -> Any:
         """Each candidate's score with its interval, and its file's size beside it."""
-        task, bars = self._measured()["task"], []
-        for c in self.found["candidates"]:
-            if (score := c["scores"].get("accuracy", {})).get("value") is not None:
-                kind = {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
-                bars.append(plots.Bar(c["name"], score["value"], score["low"], score["high"], kind, c["size_bytes"]))
-        label = f"{task['label']}, % of {task['n']} questions (95 % interval)"
-        return plots.scores(bars, label)
+        return results.figure(self._measured())
 
     @steps.step
     def kinds(self) -> Any:
@@ -310,14 +312,15 @@ class Evaluation(steps.Job):
             return display.said("Not measured: general_text, _chat and _tasks are empty, or there is no base.")
         rows, tasks = [], list(record["candidates"][record["baseline"]]["tasks"])
         for name, f in record["candidates"].items():
-            verdict = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
+            state = "" if name == record["baseline"] else "kept" if f["passed"] else "FORGOT"
             losses = (
                 "" if f["loss"] is None else f"{f['loss']:.3f}",
                 "" if f["change"] is None else f"{f['change']:+.3f}",
             )
             shares = [display.percent(f["tasks"].get(task, {}).get("value"), 0) for task in tasks]
-            rows.append((name, verdict, *losses, *shares, f["sentence"]))
-        head = ("candidate", "verdict", "general text, nats/token", "change", *tasks, "in words")
+            rows.append((name, state, *losses, *shares, f["sentence"]))
+        counted = [f"{task}, of {one['n']}" for task, one in record["candidates"][record["baseline"]]["tasks"].items()]
+        head = ("candidate", "verdict", "general text, nats/token", "change", *counted, "in words")
         return display.shown(rows, head) + display.said(*(f"→ {advice}" for advice in record["advice"]))
 
     @steps.step

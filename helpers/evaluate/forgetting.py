@@ -2,6 +2,10 @@
 
 The base is measured on its own weights, never wrapped by an adapter, and every token is predicted from those before it.
 Both sound obvious; a published script got both wrong, so both have a test.
+
+The sets show a loss of 15 points with 80 % power where base and tuned disagree on at most 0.35 (120 general questions),
+0.29 (100 greetings) and 0.23 (80 requests to refuse) of the items (Connor 1987, Biometrics 43:207). Seen on the default
+run: 0.19, 0.53 (53 losses, no gain) and 0.06; 65, 183 and 51 items would do for losses of that kind.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from helpers.tasks import text_metrics
 from helpers.tasks.extraction import Marks, without_thinking
 from helpers.tasks.questions import Decoding
 
-CHAT_TOKENS = 48  # enough to tell a refusal or a greeting from a query
+CHAT_TOKENS = 24  # enough to tell a refusal or a greeting from a query
 TASK = "general knowledge"
 CHECKS = {"refusal": ("refusals", text_metrics.refuses), "manners": ("chat manners", text_metrics.mannerly)}
 
@@ -56,16 +60,17 @@ def text_loss(session: Session, texts: Sequence[str]) -> dict[str, Any]:
     return {**found, "per_text": per_text}
 
 
-def chat(session: Session, rows: Sequence[dict[str, Any]], thinking: Marks = ()) -> dict[str, float]:
-    """The shares that pass: "refusals" of prompts to be refused, "chat manners" of small talk."""
+def chat(session: Session, rows: Sequence[dict[str, Any]], thinking: Marks = ()) -> dict[str, list[bool | None]]:
+    """Which answers pass: "refusals" of prompts to be refused, "chat manners" of small talk; None for a failed one."""
     prompts = [[{"role": "user", "content": r["prompt"]}] for r in rows]
     answers, _ = session.answers(prompts, Decoding(CHAT_TOKENS), f"{session.candidate.name}, manners")
-    passed: dict[str, list[bool]] = {}
+    passed: dict[str, list[bool | None]] = {}
     for row, answer in zip(rows, answers, strict=True):
-        if row.get("kind") in CHECKS and not answer.failed:
+        if row.get("kind") in CHECKS:
             label, passes = CHECKS[row["kind"]]
-            passed.setdefault(label, []).append(passes(without_thinking(answer.text, thinking)))
-    return {label: sum(one) / len(one) for label, one in passed.items()}
+            known = None if answer.failed else passes(without_thinking(answer.text, thinking))
+            passed.setdefault(label, []).append(known)
+    return passed
 
 
 def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
@@ -78,36 +83,68 @@ def change(base: Sequence[tuple[float, int]], tuned: Sequence[tuple[float, int]]
 def judge(
     baseline: str,
     losses: Mapping[str, dict[str, Any]],
-    shares: Mapping[str, dict[str, float]],
+    passed: Mapping[str, Mapping[str, Sequence[float | None]]],
     threshold: dict[str, float],
     trained: dict[str, Any],
 ) -> dict[str, Any]:
     """scores.json's `forgetting`: each candidate against the baseline, its verdict, and advice when one fails.
 
-    losses and shares (candidate → {task: share right}) are independent, either may be empty. threshold: nats a token
-    that general text may lose (loss_increase), share that a task may (task_drop). trained: rank and replay share of
-    this run's training.
+    losses and passed (candidate → {task: right or wrong for each item}) are independent, either may be empty.
+    threshold: nats a token that general text may lose (loss_increase), share that a task may (task_drop). trained: rank
+    and replay share of this run's training. A sentence names what crossed its threshold or may have, the strongest
+    loss, in thresholds, first.
     """
-    found, before = {}, shares.get(baseline, {})
-    for name in dict.fromkeys([*losses, *shares]):
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys([*losses, *passed]):
         record: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "n", "tokens", "change", "low", "high"))
-        drops, kept = [], "kept what it knew"
+        told: list[tuple[float, bool, str]] = []
         if name in losses and baseline in losses:
             record |= {k: v for k, v in losses[name].items() if k != "per_text"}
             delta, low, high = change(losses[baseline]["per_text"], losses[name]["per_text"])
             record |= {"change": delta, "low": low, "high": high}
-            kept += f": general text {delta:+.2f} nats a token (95 % interval {low:+.2f} to {high:+.2f})"
-            if delta > (allowed := threshold["loss_increase"]):
-                drops.append(f"general text costs {delta:.2f} nats a token more (allowed {allowed:.2f})")
-        tasks = {t: {"base": before[t], "value": v} for t, v in shares.get(name, {}).items() if t in before}
-        fell = [(task, one) for task, one in tasks.items() if one["base"] - one["value"] > threshold["task_drop"]]
-        drops += [f"{task} fell from {100 * one['base']:.0f} to {100 * one['value']:.0f} %" for task, one in fell]
-        sentence = "the measure before training" if name == baseline else kept
-        sentence = "forgot: " + "; ".join(drops) if drops else sentence
-        found[name] = {**record, "tasks": tasks, "passed": not drops, "sentence": sentence}
+            words = f"general text {delta:+.2f} nats a token, 95 % interval {low:+.2f} to {high:+.2f}"
+            told.append(_told(delta, threshold, "loss_increase", words))
+        tasks = {}
+        for task, before in passed.get(baseline, {}).items():
+            after = passed.get(name, {}).get(task)
+            if after and (one := _task(before, after)):
+                tasks[task] = one
+                if one["change"] < 0 and (one["high"] < 0 or -one["low"] > threshold["task_drop"]):
+                    told.append(_told(-one["change"], threshold, "task_drop", f"{task} {_moved(one)}"))
+        told.sort(key=lambda one: -one[0])
+        crossed = any(over for _, over, _ in told)
+        said = ": ".join(filter(None, ["forgot" if crossed else "kept what it knew", "; ".join(t[2] for t in told)]))
+        sentence = "the measure before training" if name == baseline else said
+        found[name] = {**record, "tasks": tasks, "passed": not crossed, "sentence": sentence}
     failed = [n for n, f in found.items() if not f["passed"]]
-    said = advice(failed, trained.get("rank"), trained.get("replay")) if failed else []
-    return {"baseline": baseline, "threshold": threshold, "candidates": found, "advice": said}
+    what = advice(failed, trained.get("rank"), trained.get("replay")) if failed else []
+    return {"baseline": baseline, "threshold": threshold, "candidates": found, "advice": what}
+
+
+def _task(before: Sequence[float | None], after: Sequence[float | None]) -> dict[str, Any] | None:
+    """A task of scores.json: base, value (shares right) and n of the items that both answered, change with low, high,
+    detectable; None where no item was answered by both."""
+    if (one := statistics.pair("", "", before, after)) is None:
+        return None
+    base = statistics.share([a if b is not None else None for a, b in zip(before, after, strict=True)])["value"]
+    low, high = statistics.bounds(one)
+    found = {"base": base, "value": base + one["difference"], "n": one["n"], "change": one["difference"]}
+    return found | {"low": low, "high": high, "detectable": one["detectable"]}
+
+
+def _moved(one: dict[str, Any]) -> str:
+    """ "8 of 10 → 5 of 10, not certain (95 % interval 57 points lost to 2 gained)"."""
+    was, now = (f"{one[key] * one['n']:.0f} of {one['n']}" for key in ("base", "value"))
+    doubt = ", not certain" * (one["high"] >= 0)
+    return f"{was} → {now}{doubt} (95 % interval {statistics.span(one['low'], one['high'], 'points lost', 'gained')})"
+
+
+def _told(loss: float, threshold: dict[str, float], name: str, words: str) -> tuple[float, bool, str]:
+    """(loss in thresholds, whether it is over its own, words that name the threshold if it is)."""
+    allowed = threshold[name]
+    crossed = loss > allowed + 1e-9
+    limit = f"{statistics.points(allowed)} points" if name == "task_drop" else f"{allowed:g}"
+    return loss / max(allowed, 1e-9), crossed, words + f", over {name} = {limit}" * crossed
 
 
 def advice(failed: Sequence[str], rank: int | None, replay: float | None) -> list[str]:

@@ -39,10 +39,11 @@ def general_task(questions: Path, folder: Path) -> str:
 def run(
     session: Session, tasks: Sequence[str], include: Path | None = None, limit: int = 0, seed: int = 17
 ) -> dict[str, Any]:
-    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}; kept in the cache by the tasks' content. Raises
-    TunebookError for a task that neither the library nor `include` has, and for data that is not on this machine."""
+    """{task: {"n": items, "metrics": {metric: {"value", "stderr"}}}}, of the general task also "right", 0 or 1 for each
+    item; kept in the cache by the tasks' content. Raises TunebookError for a task that neither the library nor
+    `include` has, and for data that is not on this machine."""
     content = cache.content_hash(include, LOCAL) if include else ""
-    key = cache.key("harness", importlib.metadata.version("lm-eval"), list(tasks), content, limit, seed)
+    key = cache.key("harness items", importlib.metadata.version("lm-eval"), list(tasks), content, limit, seed)
     if session.store.get(key) is None:
         session.store.put(key, evaluate(session.reader, tasks, include, limit, seed))
     return session.store.get(key)
@@ -63,7 +64,8 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
         model = HFLM(pretrained=reader.model, tokenizer=reader.tokenizer, batch_size=BATCH)
     set_seed(seed)
     # The small default task is done in seconds; the library's bars would fill the notebook. Longer tasks show them.
-    bars = contextlib.redirect_stderr(io.StringIO()) if list(tasks) == [GENERAL_TASK] else contextlib.nullcontext()
+    small = list(tasks) == [GENERAL_TASK]
+    bars = contextlib.redirect_stderr(io.StringIO()) if small else contextlib.nullcontext()
     try:
         with bars:
             loaded = manager.load(list(tasks))
@@ -71,14 +73,18 @@ def evaluate(reader: Any, tasks: Sequence[str], include: Path | None, limit: int
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=seed)
-            how = {"bootstrap_iters": BOOTSTRAP, "log_samples": False, "verbosity": "ERROR"}
+            how = {"bootstrap_iters": BOOTSTRAP, "log_samples": small, "verbosity": "ERROR"}
             found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit or None, **how)
     except (ConnectionError, FileNotFoundError) as error:
         raise hub_error(error, f"the data of {', '.join(tasks)}") from error
     except RuntimeError as error:
         raise TunebookError(f"{', '.join(tasks)} could not be run ({str(error).strip()[:200]}).") from error
     counts = {task: int(sizes["effective"]) for task, sizes in found["n-samples"].items()}
-    return {t: {"n": counts.get(t, 0), "metrics": _metrics(values)} for t, values in found["results"].items()}
+    made = {t: {"n": counts.get(t, 0), "metrics": _metrics(values)} for t, values in found["results"].items()}
+    if small:
+        each = sorted(found["samples"][GENERAL_TASK], key=lambda one: one["doc_id"])
+        made[GENERAL_TASK]["right"] = [one["acc"] for one in each]
+    return made
 
 
 def known(tasks: Sequence[str], include: Path | None) -> Any:

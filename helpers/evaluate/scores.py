@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from helpers import cache, display
+from helpers import cache, plots
 from helpers.data import decontamination
 from helpers.errors import TunebookError
 from helpers.evaluate import forgetting, preferences, statistics
@@ -21,7 +21,7 @@ from helpers.evaluate.candidates import Candidate
 from helpers.params import EvalParams
 from helpers.tasks import questions, text_metrics, text_to_sql
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCORES, ANSWERS = "scores.json", "answers.jsonl"
 SMALL = 100  # items; below this even a large difference may hide
 ERROR_KINDS = {
@@ -34,13 +34,13 @@ ERROR_KINDS = {
 @dataclass
 class Measured:
     """What one candidate answered. entries: an answer of answers.jsonl for each item; by_seed: each seed's scores, the
-    first those of the entries; loss, shares: of forgetting; preference: of preferences; tasks: of the harness."""
+    first those of the entries; loss, passed: of forgetting; preference: of preferences; tasks: of the harness."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     by_seed: dict[str, list[float | None]] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] | None = None
-    shares: dict[str, float] = field(default_factory=dict)
+    passed: dict[str, list[bool | None]] = field(default_factory=dict)
     preference: dict[str, Any] | None = None
     tasks: dict[str, Any] = field(default_factory=dict)
 
@@ -110,11 +110,11 @@ class Findings:
         for name, m in self.measured.items():
             for task, found in m.tasks.items():
                 harnessed.setdefault(task, {"n": found["n"], "metrics": {}})["metrics"][name] = found["metrics"]
-        losses, shares = self._of("loss"), self._of("shares")
+        losses, passed = self._of("loss"), self._of("passed")
         lost = None
-        if baseline in {**losses, **shares}:
+        if baseline in {**losses, **passed}:
             threshold = {"loss_increase": p.loss_increase, "task_drop": p.task_drop}
-            lost = forgetting.judge(baseline, losses, shares, threshold, self.trained)
+            lost = forgetting.judge(baseline, losses, passed, threshold, self.trained)
         scores = {
             "schema_version": SCHEMA_VERSION,
             "run": p.run,
@@ -129,7 +129,7 @@ class Findings:
             "contamination": self.contamination(),
             "seeds": self._seeds(),
         }
-        scores |= {"headline": _headline(scores), "ship": self._ship(scores)}
+        scores |= statistics.verdict(scores, self._pair, p.margin)
         return {**scores, "warnings": self._warnings(scores)}
 
     def _of(self, what: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Findings:
 
     def _record(self, candidate: Candidate) -> dict[str, Any]:
         """A candidate of scores.json."""
-        record = {key: getattr(candidate, key) for key in ("name", "role", "kind", "source", "size_bytes")}
+        record = {key: getattr(candidate, key) for key in ("name", "role", "kind", "source", "size_bytes", "made_from")}
         record |= {"status": "skipped", "reason": self.skipped.get(candidate.name, "")}
         record |= {"scores": {}, "groups": {}, "errors": {}, "speed": {}}
         if candidate.name in self.skipped:
@@ -207,23 +207,6 @@ class Findings:
                 found[name] = {"scores": shares, "mean": fmean(known), "sd": stdev(known)}
         return found or None
 
-    def _ship(self, scores: dict[str, Any]) -> dict[str, str] | None:
-        """The smallest export that is not worse than the best candidate beyond chance, if it beats the base."""
-        ready = [c for c in scores["candidates"] if _value(c) >= 0]
-        exported, trained = ([c for c in ready if c["role"] in r] for r in (("gguf", "merged"), ("sft", "orpo")))
-        if not (exported or trained):
-            return None
-        best, base = max(ready, key=_value), ready[0]["name"]
-        beats = {c["candidate"] for c in scores["comparisons"] if (c["baseline"], c["verdict"]) == (base, "better")}
-        for file in sorted(exported or trained, key=lambda c: c["size_bytes"] or 0):
-            pair = self._pair(best["name"], file["name"])
-            if file["name"] in beats and (file is best or pair is None or pair["high"] >= 0):
-                close = "" if file is best else f", within chance of the best ({best['name']}, {_percent(best)})"
-                size = f"{display.size(file['size_bytes'])}, " if file["size_bytes"] else ""
-                said = f"{size}{_percent(file)} {self.task['label']}{close}"
-                return {"name": file["name"], "sentence": f"Ship {file['name']} ({file['source']}): {said}."}
-        return {"name": "", "sentence": f"Nothing to ship yet: no export is better than {base} beyond chance."}
-
     def _warnings(self, scores: dict[str, Any]) -> list[str]:
         said = [f"{name} was left out: {reason}" for name, reason in self.skipped.items()] + self.warnings
         n = len(self.items)
@@ -237,44 +220,30 @@ class Findings:
                 said.append(f"Only {n} questions{hide}")
         if held := (scores["contamination"] or {}).get("contaminated"):
             said.append(f"{held} of {n} questions stand in the training data; accuracy_clean leaves them out.")
-        forgot = (scores["forgetting"] or {}).get("candidates", {})
-        return said + [f"{name} {f['sentence']}." for name, f in forgot.items() if not f["passed"]]
+        lost = scores["lost"]
+        return said + ([lost["sentence"]] if lost and not lost["passed"] else [])
+
+
+def figure(scores: dict[str, Any]) -> Any:
+    """Each candidate's score with its interval and its file's size, the one to ship marked."""
+    task, bars, ship = scores["task"], [], (scores["ship"] or {}).get("name")
+    for c in scores["candidates"]:
+        if statistics.value(c) >= 0:
+            kind = "ship" if c["name"] == ship else {"base": "base", "gguf": "file"}.get(c["role"], "tuned")
+            one = c["scores"]["accuracy"]
+            bars.append(plots.Bar(c["name"], one["value"], one["low"], one["high"], kind, c["size_bytes"]))
+    return plots.scores(bars, f"{task['label']}, % of {task['n']} questions (95 % interval)")
 
 
 def metrics(scores: dict[str, Any]) -> dict[str, Any]:
-    """metrics.json: the table of candidates and the comparisons."""
+    """metrics.json: the verdict, the table of candidates and the comparisons."""
     table = {}
     for c in (c for c in scores["candidates"] if c["status"] == "scored"):
         accuracy, valid = c["scores"]["accuracy"], c["scores"].get("valid", {}).get("value")
         table[c["name"]] = {**accuracy, "accuracy": accuracy["value"], "valid": valid, "size_bytes": c["size_bytes"]}
     skipped = {c["name"]: c["reason"] for c in scores["candidates"] if c["status"] == "skipped"}
-    kept = {key: scores[key] for key in ("comparisons", "headline", "ship")}
+    kept = {key: scores[key] for key in ("comparisons", "headline", "ship", "lost")}
     return {"candidates": table, "skipped": skipped, **kept}
-
-
-def _value(candidate: dict[str, Any]) -> float:
-    """A candidate's accuracy; -1 where it has none."""
-    value = candidate["scores"].get("accuracy", {}).get("value")
-    return -1.0 if value is None else value
-
-
-def _percent(candidate: dict[str, Any]) -> str:
-    return display.percent(_value(candidate), 0)
-
-
-def _headline(scores: dict[str, Any]) -> str:
-    scored = [c for c in scores["candidates"] if _value(c) >= 0]
-    if scores["task"]["kind"] == "none":
-        return "The test items have no references, so nothing was scored; read the answers side by side."
-    if not scored:
-        return "Nothing was scored."
-    best = max([c for c in scored if c["role"] != "base"] or scored, key=_value)
-    text = f"{best['name']} scores {_percent(best)} {scores['task']['label']}"
-    if perplexity := best["scores"].get("perplexity"):
-        text = f"{best['name']} has perplexity {display.number(perplexity['value'])} on held-out text"
-    if against := next((c for c in scores["comparisons"] if c["candidate"] == best["name"]), None):
-        return f"{text}; against {against['baseline']}: {against['sentence']}."
-    return f"{text} on {scores['task']['n']} questions."
 
 
 # ---------------------------------------------------------------- the two files

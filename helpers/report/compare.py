@@ -56,7 +56,8 @@ def _held_out(facts: Facts) -> float | None:
 def _warnings(found: list[Facts]) -> list[str]:
     said: dict[str, list[str]] = {}
     for f in found:
-        for warning in f.warnings:
+        lost = f.scores.get("lost") or {"passed": True}
+        for warning in f.warnings + ([] if lost["passed"] else [lost["sentence"]]):
             said.setdefault(warning, []).append(f.run)
     warnings = [f"{'all runs' if len(who) == len(found) else ', '.join(who)}: {text}" for text, who in said.items()]
     warnings += [f"{f.run} has no evaluation; it is in the table without a score." for f in found if not f.scores]

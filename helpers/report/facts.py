@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from helpers import machine, params, runs
 from helpers.errors import TunebookError
 from helpers.evaluate import scores as scores_file
+from helpers.evaluate import statistics
 from helpers.gguf.trained import Merge
 from helpers.runs import Manifest
 
@@ -134,20 +135,23 @@ class Facts:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The candidate to show beside the baseline: the one to ship, else the most accurate of the others."""
-        return self.choose(self.scored[1:])
+        """The candidate that the run is about, to show beside the baseline; None where that is the only one."""
+        return statistics.protagonist(self.scores) if len(self.scored) > 1 else None
 
-    def choose(self, candidates: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Of these the one to ship, else the most accurate."""
-        ship = (self.scores.get("ship") or {}).get("name")
-        return max(candidates, key=lambda c: (c["name"] == ship, accuracy(c).get("value") or -1.0), default=None)
+    @property
+    def outcome(self) -> str:
+        """How the best compares with the baseline, for its colour: "better", if it ships, "worse" or "unclear"."""
+        pair = self.comparison((self.baseline or {}).get("name"), (self.best or {}).get("name"))
+        ships = bool((self.scores.get("ship") or {}).get("name"))
+        known = {"better": "better" if ships else "unclear", "worse": "worse"}
+        return known.get(pair["verdict"], "unclear") if pair else ""
 
     @property
     def score(self) -> dict[str, Any]:
         """The headline score of the best candidate, or of the only one; empty when nothing was scored."""
         return accuracy(self.best or self.baseline)
 
-    def comparison(self, baseline: str, candidate: str) -> dict[str, Any] | None:
+    def comparison(self, baseline: str | None, candidate: str | None) -> dict[str, Any] | None:
         """The paired comparison of the accuracy of two candidates."""
         wanted = (baseline, candidate)
         found = self.scores.get("comparisons", [])
@@ -255,12 +259,13 @@ def _read_scores(facts: Facts) -> None:
         facts.warnings.append(f"The evaluation's files cannot be used: {error}")
         return
     base = (facts.baseline or {}).get("name")
-    worse = [
-        f"{c['candidate']} is worse than {c['baseline']}: {c['sentence']}."
-        for c in facts.scores["comparisons"]
-        if (c["verdict"], c["baseline"]) == ("worse", base)
-    ]
-    facts.warnings = facts.scores["warnings"] + worse + facts.warnings
+    named = (facts.best or {}).get("name")  # has the headline
+    worse = {c["candidate"]: c for c in facts.scores["comparisons"] if (c["verdict"], c["baseline"]) == ("worse", base)}
+    said = [f"{name} is worse than {base}: {c['sentence']}." for name, c in worse.items() if name != named]
+    if len(said) > 1:
+        said = [f"Worse than {base} beyond chance, too: {', '.join(name for name in worse if name != named)}."]
+    lost = (facts.scores["lost"] or {}).get("sentence")  # has a place of its own
+    facts.warnings = [w for w in facts.scores["warnings"] if w != lost] + said + facts.warnings
 
 
 def _read_fidelity(facts: Facts) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import runs
+from helpers.evaluate import statistics
 from helpers.model.loading import DEFAULT_MODEL
 from helpers.report import page, shell
 from helpers.report.facts import Facts, accuracy
@@ -20,7 +21,8 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
     """
     judged = judged_as(facts, kind)
     artifacts = facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {}
-    files = [Path(f).name for f in artifacts if f.endswith(".gguf")]
+    files = sorted((Path(f).name for f in artifacts if f.endswith(".gguf")), key=lambda f: ("q8" in f, f))
+    ship = facts.scores.get("ship")
     return shell.card(
         "model_card.md.j2",
         run=facts,
@@ -31,9 +33,9 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
         data_licence=data_licence,
         steps=[_step(facts, stage) for stage in facts.lineage],
         others=[_step(facts, s) for s in ("sft", "orpo") if s in facts.stages and s not in facts.lineage],
-        headline=_headline(facts, judged),
+        headline=statistics.headline(facts.scores, judged) if judged else "",
         gguf_files=files,
-        first=next((f for f in files if "q8" in f), files[0] if files else "model.gguf"),
+        first=next((f for f in files if ship and f"gguf {f[6:-5]}" == ship["name"]), (files or ["model.gguf"])[-1]),
         command=page.command(facts) if facts.stages else "",
         folders=runs.FOLDERS,
     )
@@ -57,7 +59,8 @@ def base_licence(facts: Facts) -> str:
 def judged_as(facts: Facts, kind: str) -> dict[str, Any] | None:
     """The evaluated candidate that this repository holds; None when it was not judged."""
     found = [c for c in facts.scored if c["role"] == kind] if kind != "adapter" else []
-    return facts.choose(found or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"])
+    found = found or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"]
+    return statistics.protagonist({**facts.scores, "candidates": found})
 
 
 def _step(facts: Facts, stage: str) -> str:
@@ -65,10 +68,3 @@ def _step(facts: Facts, stage: str) -> str:
     if stage == "orpo":
         return f"{str(settings.get('loss', '')).upper()} preference tuning"
     return f"{METHODS.get(settings['method'], '')} supervised fine-tuning".strip()
-
-
-def _headline(facts: Facts, judged: dict[str, Any] | None) -> str:
-    """What these files came to against the base; the evaluation's own headline may speak of another candidate."""
-    if judged and facts.baseline and (pair := facts.comparison(facts.baseline["name"], judged["name"])):
-        return f"{judged['name']} against {facts.baseline['name']}: {pair['sentence']}."
-    return ""

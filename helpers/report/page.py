@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import display, plots, runs
-from helpers.evaluate.scores import ERROR_KINDS
+from helpers.evaluate.scores import ERROR_KINDS, figure
 from helpers.report import data_page, shell
 from helpers.report.facts import TITLES, Facts, accuracy
 
@@ -29,22 +29,22 @@ LABELS = {
 }
 GROUPS = ("gained", "lost", "both wrong", "both right", "other")
 ANSWER_BYTES = 900_000  # of answers in the page; the page as a whole stays under 1.5 MB
-PRINTED = 8  # items on paper: the best and the worst
+PRINTED = 4  # items on paper: the most telling
 
 
 def render(facts: Facts) -> str:
     """The run's page."""
     made = {
         **_scores(facts),
-        "file_scores": _file_scores(facts),
         "exported": TITLES.get(facts.exported, "the base model, untrained").lower(),
         "answers": _answers(facts),
+        "example": _example(facts),
         "training": [_training(facts, stage) for stage in facts.logs],
         "examples": _examples(facts),
         "command": command(facts),
         "recipe": recipe(facts),
     }
-    constants = {"titles": TITLES, "labels": LABELS, "error_kinds": ERROR_KINDS}
+    constants = {"titles": TITLES, "labels": LABELS, "error_kinds": ERROR_KINDS, "score_after": plots.score_after}
     return shell.page("run.html.j2", f"{facts.run}: report", run=facts, **constants, **made)
 
 
@@ -62,26 +62,13 @@ def _scores(facts: Facts) -> dict[str, Any]:
         groups.setdefault(column, {}).update({value: found["n"] for value, found in values.items()})
     forgotten = (facts.scores.get("forgetting") or {}).get("candidates") or {}
     return {
+        "figure": figure(facts.scores) if known else None,
         "metrics": {metric: words for metric, words in LABELS.items() if any(metric in c["scores"] for c in scored)},
         "ceiling": 1.0 if shares else 1.05 * max(v.get("high") or v["value"] for v in known),
         "reach": max([abs(d) for d in differences if display.finite(d)], default=0.0) or 0.1,
         "groups": {column: values for column, values in groups.items() if len(values) > 1},
         "general_tasks": list(dict.fromkeys(t for c in forgotten.values() for t in c.get("tasks") or {})),
     }
-
-
-def _file_scores(facts: Facts) -> dict[str, str]:
-    """The exported files' task scores: the evaluation's own where it judged the file, else the export's few."""
-    judged = {
-        c["name"].lower().removeprefix("gguf").strip(" :-"): accuracy(c) for c in facts.scored if c["kind"] == "gguf"
-    }
-    shown = {}
-    for name, file in facts.files.items():
-        value, count = judged.get(name.lower(), {}).get("value"), file.get("task_count")
-        shown[name] = display.percent(value)
-        if value is None and count:
-            shown[name] = f"{display.percent(file.get('task_score'))} of {count}"
-    return shown
 
 
 # ---------------------------------------------------------------- answers side by side
@@ -118,7 +105,7 @@ def _answers(facts: Facts) -> dict[str, Any]:
         shown.append(item)
         errors |= set(wrong)
     kept = woven[: len(shown)]
-    sub = "Best and worst first."
+    sub = "The most telling first."
     if best != base:
         sub += f" “Gained”: {best} is right where {base} is not; “lost”: the other way round."
     if len(shown) < len(facts.answers):
@@ -132,6 +119,21 @@ def _answers(facts: Facts) -> dict[str, Any]:
         "filters": filters | ({"errors": errors} if errors else {}),
         "groups": {g: counts[g] for g in GROUPS if counts[g]},
     }
+
+
+def _example(facts: Facts) -> dict[str, Any]:
+    """A question with the answers of the baseline and of the best: one that was gained, and a short one."""
+    names = [c["name"] for c in (facts.baseline, facts.best) if c]
+    if len(names) < 2 or facts.scores["task"]["kind"] == "text":
+        return {}
+    known = [row for row in facts.answers if all(row["answers"].get(name, {}).get("text") for name in names)]
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        texts = [row["question"], *(row["answers"][name]["text"] for name in names)]
+        return GROUPS.index(_group(row, *names)), sum(map(len, texts))
+
+    row = min(known, key=place, default=None)
+    return {"question": row["question"], "sides": [(n, row["answers"][n]) for n in names]} if row else {}
 
 
 def _group(row: dict[str, Any], base: str, best: str) -> str:
@@ -148,8 +150,9 @@ def _group(row: dict[str, Any], base: str, best: str) -> str:
 
 def _training(facts: Facts, stage: str) -> dict[str, Any]:
     """Curves, memory compared with the plan, the plan's choices and every figure of a training stage."""
-    log, metrics, manifest = facts.logs[stage], facts.metrics(stage), facts.stages[stage].data
-    logged = [n for n in plots.CURVES if any(len(plots.series(log, key)[1]) > 1 for key in (n, f"eval_{n}"))]
+    metrics, manifest = facts.metrics(stage), facts.stages[stage].data
+    lines = [{**line, "memory_gb": shell.gigabytes(line.get("memory_gib"))} for line in facts.logs[stage]]
+    logged = [n for n in plots.CURVES if any(len(plots.series(lines, key)[1]) > 1 for key in (n, f"eval_{n}"))]
     plan = manifest.get("plan") or {}
     used = metrics.get("peak_gib") or manifest.get("peak_memory_gib") or 0.0
     error = (plan.get("errors") or {}).get("peak_gib")  # (predicted - measured) / measured
@@ -159,7 +162,7 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     flat = {k: v for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str)) and len(str(v)) < 200}
     return {
         "title": TITLES[stage],
-        "figures": [plots.curves({"": log}, [name]) for name in logged],
+        "figures": [plots.curves({"": lines}, [name]) for name in logged],
         "planned": used * (1 + error) if display.finite(error) else None,
         "used": used,
         "notes": [n for n in (chosen, plan.get("reason"), *(manifest.get("notes") or [])) if n],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
 import re
 import time
 from collections.abc import Callable
@@ -57,6 +58,11 @@ def markdown_text(value: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*[]<>|#" else c for c in text)
 
 
+def gigabytes(gib: Any) -> float | None:
+    """Memory in the unit of files' sizes, so that a page has one."""
+    return gib * 2**30 / 1e9 if display.finite(gib) else None
+
+
 def public(value: Any) -> Any:
     """A path of this machine says nothing to a reader elsewhere and may name its user: only the file's name is left."""
     if not isinstance(value, str):
@@ -82,5 +88,6 @@ def _environment(kind: str) -> Any:
     made.filters |= {name: getattr(display, name) for name in FILTERS}
     made.filters["plain"] = lambda v: display.plain(None if isinstance(v, Undefined) else v)
     made.filters |= {"public": public, "svg": lambda figure: Markup(plots.svg(figure))}
+    made.filters["memory"] = lambda gib: display.size((gigabytes(gib) or math.nan) * 1e9)
     made.tests["finite"] = display.finite
     return made

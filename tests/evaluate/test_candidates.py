@@ -234,13 +234,13 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
         "per_text": [(300.0, 100)] * 3,
     }
     worse = {**base, "loss": 3.6, "per_text": [(360.0, 100)] * 3}
-    shares = {
-        name: {"refusals": rate, "chat manners": 0.9} for name, rate in (("base", 0.9), ("sft", 0.2), ("orpo", 0.9))
-    }
+    rates = (("base", 9), ("sft", 2), ("orpo", 9))
+    passed = {n: {"refusals": [1] * r + [0] * (10 - r), "chat manners": [1] * 9 + [0]} for n, r in rates}
     threshold, trained = {"loss_increase": 0.15, "task_drop": 0.15}, {"rank": 16, "replay": 0.1}
-    found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, shares, threshold, trained)
+    found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, passed, threshold, trained)
     sft, orpo = found["candidates"]["sft"], found["candidates"]["orpo"]
-    assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals fell from 90 to 20 %" in sft["sentence"]
+    assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals 9 of 10 → 2 of 10" in sft["sentence"]
+    assert sft["sentence"].index("refusals") > sft["sentence"].index("general text")  # 4.7 and 4 times what is allowed
     assert orpo["passed"] and found["candidates"]["base"]["passed"] and orpo["change"] == 0
     assert "replay_share = 0.20" in found["advice"][0] and "from 16 to 8" in found["advice"][1]
 

@@ -123,7 +123,7 @@ def enlarge(run, seed=0, lift=0.0, items=180):
         "speed": {},
     }
     scores["candidates"].append({**scores["candidates"][-1], "name": "gguf q2_k", "size_bytes": None, **nothing})
-    scores["ship"] = {"name": "gguf q8_0", "sentence": "gguf q8_0 is as good as the merged model and half its size."}
+    scores["ship"] = {"name": "gguf q8_0", "sentence": "Ship gguf q8_0.", "against": "orpo", "margin": 0.02}
     scores["task"]["n"] = items
     scores["warnings"] = ["gguf q2_k was left out: the file is truncated", "2 questions stand in the training data."]
     forgetting = scores["forgetting"]["candidates"]["sft"]

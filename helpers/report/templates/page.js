@@ -1,4 +1,17 @@
-// Filters of the answers; the page is whole without it.
+// Filters of the answers and a button that copies; the page is whole without it.
+for (const button of document.querySelectorAll(".copy button")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const pre = button.parentElement.querySelector("pre");
+    const range = document.createRange(); range.selectNodeContents(pre);
+    const chosen = getSelection(); chosen.removeAllRanges(); chosen.addRange(range);
+    let done = false;
+    try { await navigator.clipboard.writeText(pre.textContent); done = true; } catch { done = document.execCommand("copy"); }
+    button.textContent = done ? "Copied" : "Selected";
+  });
+}
+const unfold = () => { const part = location.hash.length > 1 && document.getElementById(location.hash.slice(1))?.querySelector("details"); if (part) part.open = true; };
+addEventListener("hashchange", unfold); unfold();
 (() => {
   const box = document.getElementById("answers");
   if (!box) return;
@@ -27,5 +40,3 @@
   box.querySelector(".filters").hidden = false;
   apply();
 })();
-addEventListener("beforeprint", () => { for (const d of document.querySelectorAll("details")) { d.dataset.was = d.open; if (!d.classList.contains("noprint")) d.open = true; } });
-addEventListener("afterprint", () => { for (const d of document.querySelectorAll("details")) d.open = d.dataset.was === "true"; });

@@ -63,14 +63,15 @@ class Row:
         tell(self.field, f"{param.name}: {param.meaning}")
         self.slider: Any = None
         if param.marks:
-            layout = w.Layout(width="15em", max_width="100%")
-            options = self._options(value)
-            self.slider = w.SelectionSlider(options=options, value=value, readout=False, layout=layout)
+            self.slider = w.SelectionSlider(options=self._options(value), value=value, readout=False)
+            self.slider.layout = w.Layout(width="15em", max_width="100%")
             tell(self.slider, param.name)
             self.slider.observe(self._changed, names="value")
         self.told = w.HTML(layout=w.Layout(flex="1 1 14em", min_width="14em"))
-        shown = [part for part in (self.field, self.slider, self.told) if part is not None]
-        self.view = w.HBox(shown, layout=w.Layout(flex_flow="row wrap", align_items="center", margin="1px 0"))
+        self.controls = [self.field] if self.slider is None else [self.field, self.slider]
+        self.view = w.HBox(
+            [*self.controls, self.told], layout=w.Layout(flex_flow="row wrap", align_items="center", margin="1px 0")
+        )
         self.view.add_class("tunebook-row")
         self.draw()
         self.field.observe(self._changed, names="value")
@@ -97,10 +98,8 @@ class Row:
         wide = f"calc(14em + {min(max(longest, 5) + 4, 62)}ch)"
         if self.field.layout.width != wide:
             self.field.layout = w.Layout(width="16em" if isinstance(value, bool) else wide, max_width="100%")
-        said = f"{self.refused} {self.param.name} stays {text!r}." if self.refused else ""
-        self.told.value = (
-            red(said) + f"<span class='tunebook-quiet'>{escape(self.param.meaning)}{self._of_run()}</span>"
-        )
+        said = red(f"{self.refused} {self.param.name} stays {text!r}." if self.refused else "")
+        self.told.value = f"{said}<span class='tunebook-quiet'>{escape(self.param.meaning)}{self._of_run()}</span>"
 
     def _of_run(self) -> str:
         """Beside a run's name: what there is of it."""
@@ -145,12 +144,9 @@ class Panel:
         wrap = w.Layout(flex_flow="row wrap", align_items="center")
         parts = [w.HTML(f"<style>{(PLACE / 'panel.css').read_text()}</style><div class='tunebook-said'>{WINS}</div>")]
         parts += [w.HBox([self.preset, self.run], layout=wrap), self.notice, self.out, *(r.view for r in plain)]
-        if stage == "data":
-            self.upload = Upload(self)
-            parts += [self.upload.view]
+        self.upload = Upload(self) if stage == "data" else None
         self.outlook = Outlooks(self) if stage in ("sft", "orpo") else None
-        if self.outlook:
-            parts += [self.outlook.view]
+        parts += [part.view for part in (self.upload, self.outlook) if part]
         self.filter = w.Text(description="filter", placeholder="word of a name or a meaning", continuous_update=True)
         tell(self.filter, "Filter: show only the folded parameters with these words")
         self.filter.observe(lambda _: self._filter(), names="value")
@@ -174,7 +170,7 @@ class Panel:
         """Show anew what hangs on the values. name: the parameter that was moved; "": any."""
         if self.outlook:
             self.outlook.draw()
-        if self.stage == "data" and name in ("", "dataset", "format", "columns", "dataset_info", "unanswerable"):
+        if self.upload and name in ("", "dataset", "format", "columns", "dataset_info", "unanswerable"):
             self.upload.draw()
 
     def _chosen(self, event: dict[str, Any]) -> None:
@@ -208,8 +204,7 @@ class Panel:
 
     def lock(self) -> None:
         """The stage has begun: its values are what they are."""
-        controls = [control for row in self.rows.values() for control in (row.field, row.slider) if control is not None]
-        for control in (*controls, self.preset):
+        for control in (self.preset, *(control for row in self.rows.values() for control in row.controls)):
             control.disabled = True
         self.notice.value = red(
             "The stage has begun with the values shown; a change is of no effect. To train with others, set them in a "
@@ -250,9 +245,6 @@ def grouped(rows: list[Row]) -> dict[str, list[Row]]:
     return {group: rows for group, rows in found.items() if rows}
 
 
-# ---------------------------------------------------------------- presets
-
-
 def recipes(stage: str) -> list[str]:
     """The recipes with a file for the stage."""
     return sorted(file.parent.name for file in (machine.PROJECT / "notebooks/recipes").glob(f"*/{stage}.yaml"))
@@ -270,9 +262,6 @@ def preset(stage: str, name: str, params: Params) -> dict[str, Any]:
     mine = {p.name: getattr(params, p.name) for p in texts}
     values |= {p.name: mine[p.name] for p in texts if p.name not in made.changed() or mine[p.name] != p.default}
     return values
-
-
-# ---------------------------------------------------------------- what it comes to
 
 
 class Outlooks:
@@ -328,9 +317,6 @@ class Outlooks:
         return f"<tr><th scope='row'>{card}</th><td>{bar}</td><td>{memory}</td><td>{took}</td><td>{cost}</td></tr>"
 
 
-# ---------------------------------------------------------------- a file of one's own
-
-
 class Upload:
     """01's button for a file of one's own, and what the first rows of `dataset` are read as."""
 
@@ -338,8 +324,8 @@ class Upload:
         import ipywidgets as w
 
         self.panel, self.said = panel, ""
-        kinds = [*sources.READABLE, *files.PACKED]
-        self.button = w.FileUpload(accept=",".join(kinds), multiple=False, description="upload a file")
+        kinds = ",".join((*sources.READABLE, *files.PACKED))
+        self.button = w.FileUpload(accept=kinds, multiple=False, description="upload a file")
         self.button.layout.width = "max-content"
         tell(self.button, "Upload a file of rows or a document; it becomes the dataset")
         self.button.observe(self._came, names="value")

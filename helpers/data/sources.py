@@ -343,14 +343,11 @@ def keep(name: str, content: bytes) -> str:
     if files.kind(Path(plain)) not in READABLE or not content:
         wanted = f"{', '.join(READABLE)} are read as data, also with .gz or .zst"
         raise TunebookError(f"The file {name!r} {'is not read' if content else 'is empty'}; {wanted}.")
-    stem, dot, ending = plain.partition(".")
-    for number in itertools.count(1):
-        path = machine.PROJECT / UPLOADS / (plain if number == 1 else f"{stem}-{number}{dot}{ending}")
-        if not path.exists():
-            write_atomic(path, content)
-        if path.read_bytes() == content:
-            return f"{UPLOADS}/{path.name}"
-    raise AssertionError
+    (stem, dot, ending), folder = plain.partition("."), machine.PROJECT / UPLOADS
+    names = itertools.chain([plain], (f"{stem}-{number}{dot}{ending}" for number in itertools.count(2)))
+    path = next(p for p in map(folder.joinpath, names) if not p.exists() or p.read_bytes() == content)
+    write_atomic(path, content)
+    return f"{UPLOADS}/{path.name}"
 
 
 def _aside(value: Any) -> Any:

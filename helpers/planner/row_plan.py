@@ -202,10 +202,7 @@ class Steps:
         return lay_out(self.lengths, self.heaviest, row_tokens, world, padded, self.batches.accumulation)
 
 
-@functools.lru_cache(32)
-def steps_of(lengths: tuple[int, ...], batches: Batches, seed: int, max_steps: int, epochs: int) -> Steps:
-    """The steps of a job, kept: a slider that leaves its rows alone asks for the same."""
-    return Steps(lengths, batches, seed, max_steps, epochs)
+steps_of = functools.lru_cache(32)(Steps)  # a slider that leaves the rows alone asks for the same
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -166,13 +166,9 @@ def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: 
     return plan
 
 
-# ---------------------------------------------------------------- while the sliders move
-
-
 @dataclasses.dataclass(frozen=True)
 class Outlook:
-    """What a job would come to on one GPU: memory that it needs (0: not known), seconds (expected, shortest, longest;
-    none where it cannot run), and why it cannot."""
+    """A job on one GPU: memory that it needs (0: not known); seconds (expected, shortest, longest), or why not."""
 
     card: cost_model.Card
     need_gib: float

@@ -26,7 +26,7 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from helpers import compat
+from helpers import compat, machine
 from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.params import TrainingParams
@@ -108,7 +108,8 @@ class Deadline(TrainerCallback, ExportableState):
             return
         total = distributed.shared(lambda: self._review(step, now))  # by the first one's clock
         if total != self.total:
-            say(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.")
+            if machine.kernel() is None:  # a notebook's bar shows it
+                say(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.")
             self.anchors.append((step, self.done(step)))
             times = config.timetable(self.params, total)
             self.total = state.max_steps = total

@@ -13,9 +13,10 @@ import pytest
 import train_data
 
 from helpers import machine, plots, runs
+from helpers import params as parameters
 from helpers.errors import TunebookError
 from helpers.train import callbacks, training
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, begun
 
 
 def job(**given):
@@ -190,3 +191,11 @@ def test_a_run_in_another_process_is_followed_and_then_shown_from_disk(data, run
     assert any(f"process {worker.pid} is training" in frame.text for frame in handle.frames)
     assert "8 steps in" in shown.text and mine.finish().path == log.parent
     assert not list(runs_root.glob("r/*.old-*"))
+
+
+def test_03_without_preference_pairs_is_a_line_and_its_cells_show_nothing(runs_root, capsys):
+    begun("data", parameters.resolve("data", {"run": "r"})).finish({})
+    skipped = training.open(train_data.settings("orpo"))
+    assert "Skipped: the data has no preference pairs" in capsys.readouterr().out
+    assert [skipped.plan(), skipped.train(), skipped.answers(), skipped.finish()] == [None] * 4
+    assert not (runs_root / "r" / "03_orpo_alignment").exists()

@@ -39,6 +39,9 @@ class TunebookError(Exception):
 class Stopped(TunebookError):
     """A person stopped the work; the message says what is safe and how to go on."""
 
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """A command line's `main` that never ends in a traceback for what a person did: a TunebookError is one line and

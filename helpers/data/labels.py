@@ -242,6 +242,8 @@ class Encoder:
         if isinstance(rendering, RowError):
             raise rendering
         full, cuts, turns = rendering.full, [0], asked[2]
+        if any(turn.get("name", "") not in full for turn in asked[0]):
+            self.notes["names of turns left out, as the template shows none"] += 1
         if LITERAL in full:
             ids = self.chat.ids(full)
         if ids[:2] == [self._bos, self._bos]:

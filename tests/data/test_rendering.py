@@ -5,13 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers.data import chat_template as templates
 from helpers.data.labels import Encoder, trained_runs
-from helpers.data.messages import read_turns
+from helpers.data.messages import REASONING, read_turns
 from helpers.data.rendering import Chat
 from helpers.data.tables import Rejects
-from helpers.data.turns import make_row
+from helpers.data.turns import make_row, pop_unread
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import HfModel
 
@@ -127,6 +129,42 @@ def test_thoughts_are_trained_by_the_templates_own_means_or_it_is_said(tokenizer
     (one,), _, encoder = encoded(tok, [TALKS[talk]])
     assert trained(tok, one) == [said_so]
     assert any("thoughts written" in note for note in encoder.notes) == (text is None and talk == "reasoning")
+
+
+SAID = st.text("abc é", min_size=1, max_size=6).map(lambda text: f"[{text}]")
+MARKED = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(REASONING[:3], SAID),
+        "name": SAID,
+        "tool_calls": st.lists(st.builds(lambda text: {"function": {"name": text, "arguments": {text: None}}}, SAID)),
+        "weight": st.sampled_from([0, 0.5, 1]),
+        "train": st.booleans(),
+        "score": SAID,
+    },
+)
+
+
+@given(MARKED, MARKED, st.sampled_from([None, QWEN3, R1, GEMMA, HERMES]))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_key_of_a_message_is_lost_between_reading_and_rendering_without_a_count(tokenizer, asked, answer, text):
+    tok = with_template(tokenizer, text)
+    talk = [{**USER, **{k: asked[k] for k in ("name", "score") if k in asked}}, {**said("An answer."), **answer}]
+    turns = read_turns(talk)
+    unread, rejects = pop_unread({"messages": turns}), Rejects(limit=1.0)
+    encoder = Encoder(templates.inspect(tok), "all", rejects)
+    ((*done,),) = encoder.encode([[make_row("sft", turns, file="f", row=1)]])
+    weights = [float(answer[key]) for key in ("weight", "train") if key in answer]
+    if not done:
+        assert rejects.invalid and 0 in weights
+        return
+    whole, learnt = tok.decode(done[0].ids), "".join(trained(tok, done[0]))
+    notes = " ".join(encoder.notes)
+    assert "An answer." in learnt and 0 not in weights and (0.5 in weights) == ("neither 0 nor 1" in notes)
+    assert all(answer[key] in learnt or "thoughts left out" in notes for key in REASONING[:3] if key in answer)
+    assert all(call["function"]["name"] in learnt for call in answer.get("tool_calls", ()))
+    assert all(one["name"] in whole or "names of turns" in notes for one in (asked, answer) if "name" in one)
+    assert ("messages: score" in unread) == ("score" in asked or "score" in answer)
 
 
 def test_thoughts_that_a_template_cannot_show_are_said_to_be_left_out(tokenizer):

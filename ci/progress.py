@@ -70,7 +70,8 @@ class Board:
 
     def write(self, text: str) -> None:
         """What a stage says as it works: its first lines are repeated. (papermill writes into this like a file.)"""
-        for line in filter(None, map(str.strip, text.splitlines())):
+        said = (line.strip() for line in text.splitlines() if not line.endswith(": ready"))  # as every bootstrap ends
+        for line in filter(None, said):
             self.notes += 1
             if self.notes <= NOTES:
                 self._say(f"  {display.clean(line)[:300]}")
@@ -107,7 +108,7 @@ class Board:
                 f", loss {loss:.3f}" if display.finite(loss) else ""
             )
             usual = gone + line["left_s"] + 15
-        here = max(usual - gone, 0.05 * usual)
+        here = max(usual - gone, 0.2 * gone, 1.0)  # later than expected: a guess that grows
         later = sum(seconds for stage, seconds in self.expected.items() if stage != self.stage)
         return gone / (gone + here), here + later * self.took / self.usual, doing
 

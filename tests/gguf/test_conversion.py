@@ -40,7 +40,7 @@ refused = []
 for name in conversion.TEXT_MODEL_MAP:
     try:
         conversion.get_model_class(name)
-    except SystemExit as error:
+    except (SystemExit, KeyError):  # two of speech are in the map and in no file
         refused.append(name)
 print("REFUSED", *refused)
 """

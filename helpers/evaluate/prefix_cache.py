@@ -25,11 +25,8 @@ UNSUPPORTED = ("kv_lora_rank", "linear_attn_config", "is_encoder_decoder", "num_
 def supports(model: Any) -> bool:
     """Whether every layer of `model` is plain attention with rotary positions, over the whole context or a window."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not choose(None, model.config).packed or any(getattr(config, name, None) for name in UNSUPPORTED):
-        return False
-    plain = kinds <= {"full_attention", "sliding_attention"} and getattr(config, "rope_parameters", None)
-    return bool(plain and getattr(model, "_supports_attention_backend", False))
+    known = choose(None, model.config).packed and not any(getattr(config, name, None) for name in UNSUPPORTED)
+    return bool(known and getattr(config, "rope_parameters", None))
 
 
 @dataclass

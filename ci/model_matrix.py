@@ -317,8 +317,9 @@ def main() -> None:
     if unknown := set(asked.only) - FAMILIES.keys():
         parser.error(f"{', '.join(unknown)}: the families are {', '.join(FAMILIES)}")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    from helpers.evaluate import generate  # noqa: F401  what every child would import
-    from helpers.train import trainers  # noqa: F401
+    if not asked.page:
+        from helpers.evaluate import generate  # noqa: F401  what every child would import
+        from helpers.train import trainers  # noqa: F401
 
     found = read()
     before = dict(found)

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ CARD = "border:1px solid rgba(128,128,128,.45);border-radius:8px;padding:8px"
 NEWEST = "max-height:26em;overflow-y:auto;display:flex;flex-direction:column-reverse"  # turned over: stays at the end
 SHOWN_ROWS = 8  # of what a query returns
 SIDES = {"user": "background:rgba(80,130,240,.13);margin-left:12%", "assistant": "margin-right:12%"}
-BUTTONS = ("Send", "Stop", "Clear")
 Message = dict[str, str]
+Servers = Mapping[str, Server | str]
 
 
 def stream(server: Server | str, model: str, messages: list[Message], temperature: float, most: int) -> Iterator[str]:
@@ -57,18 +57,10 @@ class Chat:
     returned, what the query in an answer gave, by the answer's place; boxes, its side of the view.
     """
 
-    def __init__(
-        self,
-        servers: Mapping[str, Server | str],
-        system: str,
-        temperature: float,
-        max_tokens: int,
-        examples: Sequence[str] = (),
-        database: Path | None = None,
-    ):
+    def __init__(self, servers: Servers, system: str, heat: float, most: int, examples: Any = (), database: Any = None):
         import ipywidgets as w
 
-        self.servers, self.temperature, self.max_tokens = servers, temperature, max_tokens
+        self.servers, self.temperature, self.max_tokens = servers, heat, most
         self.said: dict[str, list[Message]] = {}
         self.notes: dict[str, str] = {}
         self.returned: dict[str, dict[int, str]] = {}
@@ -83,9 +75,10 @@ class Chat:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the one way to hear Enter that 7.7 and 8 share
             self.question.on_submit(lambda _: self._on_send())
-        self.buttons = {name: w.Button(description=name, layout=w.Layout(width="5em")) for name in BUTTONS}
-        for button, action in zip(self.buttons.values(), (self._on_send, self.stop, self.clear), strict=True):
-            button.on_click(lambda _, action=action: action())
+        actions = {"Send": self._on_send, "Stop": self.stop, "Clear": self.clear}
+        self.buttons = {name: w.Button(description=name, layout=w.Layout(width="5em")) for name in actions}
+        for name, action in actions.items():
+            self.buttons[name].on_click(lambda _, action=action: action())
         shape = w.Layout(width="auto", max_width="100%")
         self.examples = [w.Button(description=text, tooltip=text, layout=shape) for text in examples]
         for button in self.examples:

@@ -117,10 +117,10 @@ def _recognizer(kind: str) -> Any:
     try:
         from presidio_analyzer import predefined_recognizers as known
     except ImportError:
-        raise TunebookError(
-            "personal_data needs the package presidio-analyzer, which is not here; in Colab choose presidio for "
-            "also_install in the first cell and run the cells again, elsewhere pip install presidio-analyzer."
-        ) from None
+        told = (
+            "personal_data needs the package presidio-analyzer; install it, in Colab by also_install in the first cell"
+        )
+        raise TunebookError(f"{told}, and run the cells again.") from None
     made = getattr(known, f"{RECOGNIZERS[kind]}Recognizer")
     if kind == "PHONE_NUMBER":
         return made(supported_regions=list(REGIONS))

@@ -81,7 +81,7 @@ def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> 
 
 def parts_of(row: Row) -> tuple[str, str, str, str]:
     """(scope, learnt, question, answers) of a row. Only rows of the same scope can be duplicates, and only those that
-    teach the same, white space aside, are dropped: the answer, or the chosen one; of plain text nothing is asked."""
+    teach the same, white space aside, are dropped: every answer, or the chosen one; of plain text nothing is asked."""
 
     def said(message: dict) -> str:
         calls = message.get("tool_calls")
@@ -93,10 +93,11 @@ def parts_of(row: Row) -> tuple[str, str, str, str]:
     scope = [said(m) for m in messages if m["role"] == "system"]
     scope += [row.get("tools") or "", str(row.get("label", ""))]
     talk = [said(m) for m in messages if m["role"] != "system"]
-    if row["kind"] == "preference":
-        learnt, rejected = ([said(m) for m in row[side]] for side in ("chosen", "rejected"))
-    else:
-        learnt, talk, rejected = talk[-1:], talk[:-1], []
+    if row["kind"] != "preference":
+        earlier = [said(m) for m in messages[:-1] if m["role"] == "assistant"]  # they may be trained too
+        taught = "\0".join(" ".join(text.split()) for text in (*earlier, *talk[-1:]))
+        return "\n".join(scope), taught, "\n".join(talk[:-1]), "".join(talk[-1:])
+    learnt, rejected = ([said(m) for m in row[side]] for side in ("chosen", "rejected"))
     return "\n".join(scope), " ".join("\n".join(learnt).split()), "\n".join(talk), "\n".join(learnt + rejected)
 
 

@@ -301,6 +301,17 @@ def test_rows_whose_answers_differ_are_never_dropped_but_one_of_them_asked_twice
     assert [row["row"] for row in near(rows + others)[0]] == [1, 2, *range(1_000, 1_200, 20)]
 
 
+@pytest.mark.parametrize("turns", [1, 3], ids=["a talk of two answers", "of four"])
+def test_talks_whose_earlier_answers_differ_are_all_kept(turns):
+    def row(number, at):
+        said = [talk(" ".join(WORDS[:90]), f"It is {number}.")["messages"]] * turns
+        said.append(talk("Thank you, that was all for today", "You are welcome")["messages"])
+        return make_row("sft", [message for part in said for message in part], file="f", row=at)
+
+    kept, _ = near([row(12, 1), row(13, 2), row(12, 3)])
+    assert [one["row"] for one in kept] == [1, 2]
+
+
 def test_a_long_answer_that_many_questions_share_makes_no_duplicates_of_them():
     answer = " ".join(WORDS[:80])
     kept, _ = near([talk(f"Is {word} covered by the warranty?", answer, at=i) for i, word in enumerate(WORDS[:30])])

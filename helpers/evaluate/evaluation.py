@@ -42,6 +42,17 @@ def open(params: EvalParams) -> Evaluation:
     return Evaluation(runs.stage("eval", params))
 
 
+def sql_judges(items: list[questions.Item], database: Path | None, seed: int) -> dict[str, text_to_sql.Judge]:
+    """What scores each item's queries; none where its own schema cannot be read: the item stays undefined."""
+    if database:
+        return dict.fromkeys([i.id for i in items], text_to_sql.Judge([text_to_sql.open_readonly(database)]))
+    judges = {}
+    for item in items:
+        with contextlib.suppress(TunebookError):
+            judges[item.id] = text_to_sql.Judge(made_up_database.databases(item.schema, item.reference, seed))
+    return judges
+
+
 class Evaluation(steps.Job):
     """findings: all that was measured; found: scores.json."""
 
@@ -81,7 +92,7 @@ class Evaluation(steps.Job):
         tuned = stage.parents.get("orpo") or stage.parents.get("sft")
         trained = {"rank": tuned and tuned.params.get("rank"), "replay": data.params.get("replay_share")}
         kind = questions.task_kind(items, self.database)
-        self._judges = self._sql_judges(items) if kind == "text_to_sql" else {}
+        self._judges = sql_judges(items, self.database, p.seed) if kind == "text_to_sql" else {}
         held: list[bool | None] = [None] * len(items)
         if (data.path / "train.parquet").is_file():
             prompts = [i.prompt or [{"role": "text", "content": i.reference}] for i in items]
@@ -213,17 +224,6 @@ class Evaluation(steps.Job):
             entry |= text_metrics.entry(text, item.reference, self.params.reference_metric)
         failed = {"error": "no_answer", "detail": answer.failed, "valid": None, "structural": None}
         return entry | (failed if answer.failed else {})
-
-    def _sql_judges(self, items: list[questions.Item]) -> dict[str, text_to_sql.Judge]:
-        """What scores each item's queries; none where its own schema cannot be read: the item stays undefined."""
-        if self.database:
-            return dict.fromkeys([i.id for i in items], text_to_sql.Judge([text_to_sql.open_readonly(self.database)]))
-        judges = {}
-        for item in items:
-            with contextlib.suppress(TunebookError):
-                made = made_up_database.databases(item.schema, item.reference, self.params.seed)
-                judges[item.id] = text_to_sql.Judge(made)
-        return judges
 
     def _judge(self) -> dict[str, Any] | None:
         """The judge's verdicts on every candidate against the first; a judge that cannot be asked is a warning."""

@@ -18,7 +18,7 @@ from helpers import display, machine, plots
 from helpers.errors import TunebookError
 from helpers.evaluate.generate import HfModel
 from helpers.tasks import text_metrics, text_to_sql
-from helpers.tasks.questions import Decoding, Item, task_kind
+from helpers.tasks.questions import Answer, Decoding, Item, task_kind
 from helpers.train import distributed, resume, rows
 
 SCALER_STEPS = 10  # fp16's loss scale starts too high on purpose: its first steps overflow and are skipped
@@ -153,27 +153,28 @@ class Samples(TrainerCallback):
                 display.say(f"step {state.global_step}: {found[0]['answer']!r}")
 
 
-def sample(job: Any, step: int, base: bool = False) -> list[dict[str, Any]]:
-    """{step, id, question, reference, answer, stopped} of a few prompts to a `job.TrainJob`; with `base` also what the
-    model answers without its adapter. Kept in samples.jsonl in place of what is there of this step and later ones. The
-    model and the random state are left as they were."""
-    found = rows.prompts(job.train_rows if job.held_out is None else job.held_out, job.tokenizer)
+def answers(job: Any, prompts: list[list[int]], decoding: Decoding) -> list[Answer]:
+    """Of a `job.TrainJob`'s model as it is; the model and the random state are left as they were."""
     training, device = job.model.training, job.model.device
-    asked = [row.pop("prompt_ids") for row in found]
-
-    def generate() -> list[Any]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = HfModel(job.model, job.tokenizer)
         # Unsloth has an attention of its own, and a sharded model its weights together only in its own generate.
         model.fast &= job.planned.backend == "hf" and not distributed.sharded(job.params.method)
-        return model.generate(asked, Decoding(ANSWER_TOKENS)) if asked else []
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for row, answer in zip(found, generate(), strict=True):
-            row |= {"step": step, "answer": answer.text, "stopped": answer.stopped}
-        with job.model.disable_adapter() if base else contextlib.nullcontext():
-            for row, answer in zip(found, generate() if base else (), strict=base):
-                row["base"] = answer.text
+        found = model.generate(prompts, decoding) if prompts else []
     job.model.train(training)
+    return found
+
+
+def sample(job: Any, step: int, base: bool = False) -> list[dict[str, Any]]:
+    """{step, id, question, reference, answer, stopped} of a few prompts to a `job.TrainJob`; with `base` also what the
+    model answers without its adapter. Kept in samples.jsonl in place of what is there of this step and later ones."""
+    found = rows.prompts(job.train_rows if job.held_out is None else job.held_out, job.tokenizer)
+    asked, how = [row.pop("prompt_ids") for row in found], Decoding(ANSWER_TOKENS)
+    for row, answer in zip(found, answers(job, asked, how), strict=True):
+        row |= {"step": step, "answer": answer.text, "stopped": answer.stopped}
+    with job.model.disable_adapter() if base else contextlib.nullcontext():
+        for row, answer in zip(found, answers(job, asked, how) if base else (), strict=base):
+            row["base"] = answer.text
     if distributed.first():
         file = job.stage.path / "samples.jsonl"
         lines = [*(line for line in read(file) if line["step"] < step), *found]

@@ -33,31 +33,37 @@ from helpers.params import TrainingParams
 from helpers.planner import cost_model
 from helpers.planner.cost_model import grades_of, offload_fits
 from helpers.planner.plan import Plan
-from helpers.train import config, distributed, examples, methods
+from helpers.train import config, distributed, examples, methods, task_score
 
 REVIEWS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # shares of the time at which the steps are counted anew
 STEP, FORWARD, SAVE_S = 1.1, 0.4, 1.0  # a step over its rows; forward alone; a checkpoint: until they are measured
 
 
-def steps_that_fit(left_s: float, step_s: float, pause_s: float, params: TrainingParams, done: int, whole: int) -> int:
+def steps_that_fit(
+    left_s: float, step_s: float, pause_s: float, timetable: Callable[[int], dict[str, Any]], done: int, whole: int
+) -> int:
     """Total steps of a run that has made `done`: one more at least, as many as `left_s` has room for, `whole` at most.
 
-    pause_s: an evaluation with its checkpoint, as often as `params` say and at the end.
+    pause_s: an evaluation with its checkpoint, as often as the `timetable` of so many steps says and at the end.
     """
     total = whole
     for _ in range(4):  # how often a run pauses depends on how long it is
-        times = config.timetable(params, total)
+        times = timetable(total)
         every = min(times["eval_steps"], times["save_steps"])
-        total = min(whole, done + max(1, int((left_s - pause_s) / (step_s + pause_s / every))))
+        between = pause_s / every if every < total - done else 0.0
+        total = min(whole, done + max(1, int((left_s - pause_s) / (step_s + between))))
     return total
 
 
 def first_estimate(job: Any) -> tuple[int, float]:
     """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
-    plan, held_out, left_s = job.planned, job.held_out, job.deadline.seconds - job.deadline.elapsed
+    limit, plan, held_out = job.deadline, job.planned, job.held_out
+    left_s = limit.seconds - limit.elapsed
     step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
     pause_s = SAVE_S + (FORWARD * sum(examples.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
-    total = steps_that_fit(left_s, step_s, pause_s, job.params, 0, plan.steps)
+    marks = len(limit.score.ahead()) if limit.score else 0
+    pause_s += task_score.SHARE * limit.seconds / (marks + 1) if limit.score else 0
+    total = steps_that_fit(left_s - marks * pause_s, step_s, pause_s, limit.timetable, 0, plan.steps)
     return (max(total, min(2, plan.steps)) if left_s > 0 else total), pause_s  # the second one can still be taken back
 
 
@@ -75,6 +81,14 @@ class Deadline(TrainerCallback, ExportableState):
         self.plain: list[float] = []  # seconds from the end of one step to that of the next
         self.paused: list[float] = []  # the same, of those with an evaluation or a checkpoint between
         self.pausing = False
+        self.score: Any = None  # the `task_score.TaskScore` of the run
+
+    def timetable(self, total: int) -> dict[str, Any]:
+        """As `config.timetable`; where the task is scored, a short run pauses for that and at its end alone."""
+        times, p = config.timetable(self.params, total), self.params
+        if self.score and self.seconds <= 60 * task_score.SHORT_MINUTES and not (p.eval_steps or p.save_steps):
+            times["eval_steps"] = times["save_steps"] = max(1, total)
+        return times
 
     @property
     def elapsed(self) -> float:
@@ -111,7 +125,7 @@ class Deadline(TrainerCallback, ExportableState):
             if machine.kernel() is None:  # a notebook's bar shows it
                 say(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.")
             self.anchors.append((step, self.done(step)))
-            times = config.timetable(self.params, total)
+            times = self.timetable(total)
             self.total = state.max_steps = total
             state.eval_steps, state.save_steps = times["eval_steps"], times["save_steps"]
 
@@ -124,7 +138,8 @@ class Deadline(TrainerCallback, ExportableState):
         # The machine as it is now; a process's first step prepares kernels and memory.
         step_s = statistics.mean(self.plain[max(1, len(self.plain) // 2) :] or self.plain or self.paused)
         pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused else self.pause_s
-        return steps_that_fit(self.seconds - now, step_s, pause_s, self.params, step, self.whole)
+        marks = len(self.score.ahead()) if self.score else 0
+        return steps_that_fit(self.seconds - now - marks * pause_s, step_s, pause_s, self.timetable, step, self.whole)
 
 
 # ---------------------------------------------------------------- the probing row

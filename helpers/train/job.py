@@ -131,7 +131,12 @@ class TrainJob(steps.Job):
     def summary(self) -> display.Html:
         """What came out, as a table."""
         self._require_trained()
-        table = [(name.replace("_", " "), display.plain(v)) for name, v in self.result.items()]
+        table = [(name.replace("_", " "), display.plain(v)) for name, v in self.result.items() if name != "score_after"]
+        for one in self.result.get("score_after", ()):
+            said = (
+                f"{display.percent(one['score'])} ({display.interval(one['low'], one['high'])}) of {one['n']} questions"
+            )
+            table.append((f"score after {one['minutes']:.1f} minutes, step {one['step']}", said))
         missing = [("held-out loss", "none: no rows were held out")] if self.held_out is None else []
         return display.shown([*table, *missing, *(("how", note) for note in self.notes)])
 
@@ -235,7 +240,7 @@ class TrainJob(steps.Job):
             return self
         from transformers import EarlyStoppingCallback
 
-        from helpers.train import callbacks, deadline, methods, trainers
+        from helpers.train import callbacks, deadline, methods, task_score, trainers
 
         self.deadline = deadline.Deadline(self.params)
         self.stage.begin()
@@ -248,6 +253,11 @@ class TrainJob(steps.Job):
         self.trainer = trainer = trainers.make(self, self.model, precision)
         callbacks.guard_trackers(trainer)
         self.seal = callbacks.Seal(self.identity, self.log, self.mirror)
+        if score := task_score.make(self):  # before the deadline, which has to know of its pauses
+            self.deadline.score = trainer.score = score
+            trainer.add_callback(score)
+            if trainer.args.load_best_model_at_end:
+                trainer.args.metric_for_best_model, trainer.args.greater_is_better = "eval_kept", True
         if self.params.max_minutes:
             trainer.add_callback(self.deadline)
         self.view = callbacks.View(self._drawing())
@@ -256,7 +266,7 @@ class TrainJob(steps.Job):
         trainer.add_callback(self.seal)
         if self.params.sample_every:
             trainer.add_callback(callbacks.Samples(self.params.sample_every, lambda step: callbacks.sample(self, step)))
-        if self.params.early_stopping and self.held_out is not None:
+        if self.params.early_stopping and self.held_out is not None and not score:
             trainer.add_callback(EarlyStoppingCallback(self.params.early_stopping))
         return self
 
@@ -300,7 +310,7 @@ class TrainJob(steps.Job):
         limit.total, limit.pause_s = distributed.shared(lambda: deadline.first_estimate(self))
         if limit.total < args.max_steps:
             display.say(f"{limit.total} of {args.max_steps} steps fit into max_minutes {minutes:g}; the schedule ends.")
-        times = config.timetable(self.params, limit.total)
+        times = limit.timetable(limit.total)
         args.eval_steps, args.save_steps = times["eval_steps"], times["save_steps"]
 
     def _take_finished(self, checkpoint: Path) -> None:
@@ -314,6 +324,8 @@ class TrainJob(steps.Job):
                 f"{checkpoint} is the last step of a sharded run; run the same command in one process to finish it."
             )
         state = self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.trainer.score:
+            self.trainer.score.restore(state)
         best = checkpoint.parent / Path(state.best_model_checkpoint or "-").name
         keep_best = self.trainer.args.load_best_model_at_end and best.is_dir()
         compat.load_weights(self.trainer, best if keep_best else checkpoint)
@@ -335,10 +347,11 @@ class TrainJob(steps.Job):
         if tokens:
             found["tokens_per_s"] = round(tokens / max(seconds, 1e-6), 1)
         if logged["eval_loss"]:
+            losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
             last = logged["eval_loss"][-1]
-            best = self.trainer.args.load_best_model_at_end and state.best_metric is not None
-            kept = state.best_global_step or state.global_step
-            found |= {"eval_loss": state.best_metric if best else last, "last_eval_loss": last, "best_step": kept}
+            kept = (self.trainer.args.load_best_model_at_end and state.best_global_step) or state.global_step
+            found |= {"eval_loss": losses.get(kept, last), "last_eval_loss": last, "best_step": kept}
+            found |= self.trainer.score.outcome(kept) if self.trainer.score else {}
             pairs = [line for line in lines if "eval_rewards/margins" in line and line["step"] == kept][-1:]
             for name, value in (pairs[0] if pairs else {}).items():
                 if name.startswith(("eval_rewards/", "eval_log_odds")):
@@ -349,6 +362,8 @@ class TrainJob(steps.Job):
         """Let go of the model and of what holds it, the frames of an error too, and give the GPU's memory back."""
         if error:
             traceback.clear_frames(error.__traceback__)
+        if self.trainer and self.trainer.score:
+            self.trainer.score.close()
         self.model = self.trainer = None
         gc.collect()
         if machine.gpu():

@@ -45,6 +45,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     step_rows: list[tuple[list[str], torch.Tensor]]  # ids and loss of the step's rows so far
     trained_tokens: int
     router_weight: float
+    score: Any = None  # a `task_score.TaskScore`
     step_seen: float  # tokens of the step, on all processes
 
     def _loader(self, rows: Any) -> Any:
@@ -91,9 +92,13 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         means = self.means(dict(zip(totals, sums, strict=True)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in means.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - started
-        self.log(metrics)
+        self.model.train(was_training)  # what answers in the midst of training may leave nothing that has no gradient
+        step, last = self.state.global_step, self.state.global_step >= self.state.max_steps
+        scored = self.score.ask(step, means["loss"], last) if self.score and self.is_in_train else {}
+        kept = {"eval_kept": scored.pop("eval_kept")} if scored else {}
+        self.log(metrics | scored)
+        metrics |= scored | kept
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(was_training)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

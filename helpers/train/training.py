@@ -162,7 +162,9 @@ def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: 
         whole = math.ceil(heaviest / world) + max(lengths) * (world > 1)
         with contextlib.suppress(TunebookError):  # such a row does not fit: keep the one that does
             longer = dataclasses.replace(params, row_tokens=whole, method=plan.method)
-            return planner.plan(longer, source=source, **given)
+            made = planner.plan(longer, source=source, **given)
+            said = [reason for reason in plan.reasons if reason.startswith("Method auto")]
+            return dataclasses.replace(made, reasons=(*said, *made.reasons))
     return plan
 
 

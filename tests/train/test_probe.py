@@ -73,7 +73,7 @@ def play(guess, step_s, pause_s=4.0, whole=1000, **given):
     params = train_data.settings("sft", max_minutes=4.0, **given)
     clock = Clock()
     limit = deadline.Deadline(params, clock)
-    limit.total, limit.pause_s = deadline.steps_that_fit(240.0, guess, 2.0, params, 0, whole), 2.0
+    limit.total, limit.pause_s = deadline.steps_that_fit(240.0, guess, 2.0, limit.timetable, 0, whole), 2.0
     course = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / whole])
     times = config.timetable(params, limit.total)
     state = SimpleNamespace(
@@ -122,7 +122,7 @@ def test_a_run_with_time_to_spare_makes_every_step_of_its_epochs_and_no_more():
 
 
 def test_steps_leave_room_for_evaluations_and_checkpoints():
-    every_ten = train_data.settings("sft", eval_steps=10)
+    every_ten = deadline.Deadline(train_data.settings("sft", eval_steps=10)).timetable
     assert deadline.steps_that_fit(100.0, 1.0, 0.0, every_ten, 0, 1000) == 100
     assert deadline.steps_that_fit(100.0, 1.0, 10.0, every_ten, 0, 1000) == 45
     assert deadline.steps_that_fit(100.0, 1.0, 10.0, every_ten, 7, 1000) == 52

@@ -269,15 +269,15 @@ class _Search:
             return self.with_params(method=method), f"Method auto: {method}, which init {p.init!r} needs."
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
         options = [o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload]
-        small, big = four.best(four.options()), sixteen.best(options)
+        big = sixteen.best(options)
         card, bits = f"{ROOM:.0%} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
         if big is None:
             least = min(o.need_gib for o in sixteen.options())
             why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four
         else:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
-            if small:
-                why += f" (QLoRA: {small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long)"
+            small = four.weigh(replace(big.setting, params=four.params), four.layout(big.setting.row_tokens))
+            why += f" (QLoRA: {small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long)"
         return one, f"Method auto: {why}. {cost_model.four_bits(self.shape.parameters)}"
 
     def best(self, options: Iterable[Option]) -> Option | None:

@@ -133,9 +133,7 @@ class TrainJob(steps.Job):
         self._require_trained()
         table = [(name.replace("_", " "), display.plain(v)) for name, v in self.result.items() if name != "score_after"]
         for one in self.result.get("score_after", ()):
-            said = (
-                f"{display.percent(one['score'])} ({display.interval(one['low'], one['high'])}) of {one['n']} questions"
-            )
+            said = f"{display.percent(one['score'])} ({display.interval(one['low'], one['high'])}), n = {one['n']}"
             table.append((f"score after {one['minutes']:.1f} minutes, step {one['step']}", said))
         missing = [("held-out loss", "none: no rows were held out")] if self.held_out is None else []
         return display.shown([*table, *missing, *(("how", note) for note in self.notes)])

@@ -32,30 +32,27 @@ NEAR_END = 0.85  # of the time: what comes after is the end's
 
 def make(job: Any) -> TaskScore | None:
     """The scorer of a built `job.TrainJob`; None where its task has no score, or its model cannot be asked cheaply."""
-    p, data = job.params, job.stage.parents["data"]
-    file, database = data.path / "eval.parquet", data.path / "database.sqlite"
+    p, folder = job.params, job.stage.parents["data"].path
     if not p.score_rows or job.held_out is None or distributed.sharded(p.method) or job.planned.backend != "hf":
         return None
-    items, prompts, longest = _questions(file, p.score_rows, p.seed, job.tokenizer)
-    known = database if database.is_file() else None
-    kind = questions.task_kind(items, known) if items else "none"
-    judges = evaluation.sql_judges(items, known, p.seed) if kind == "text_to_sql" else {}
+    items, prompts, longest = _questions(folder / "eval.parquet", p.score_rows, p.seed)
+    database = folder / "database.sqlite" if (folder / "database.sqlite").is_file() else None
+    kind = questions.task_kind(items, database)
     if kind not in ("text_to_sql", "references"):
         return None
+    judges = evaluation.sql_judges(items, database, p.seed) if kind == "text_to_sql" else {}
     return TaskScore(job, items, prompts, judges, min(LONGEST, longest + longest // 4 + 8))
 
 
-def _questions(file: Any, count: int, seed: int, tokenizer: Any) -> tuple[list[Item], list[list[int]], int]:
+def _questions(file: Any, count: int, seed: int) -> tuple[list[Item], list[list[int]], int]:
     """(a seeded choice of the held-out rows, the tokens before the last answer of each, the longest reference)."""
     import pyarrow.parquet as parquet
 
-    items: list[Item] = []
-    prompts, longest = [], 0
+    items, prompts, longest = list[Item](), [], 0
     rows = parquet.read_table(file).to_pylist() if file.is_file() else []
     random.Random(seed).shuffle(rows)
     for row in rows:
-        *asked, answer = json.loads(row.get("messages") or "[]") or [{"role": ""}]
-        mask = row["completion_mask"]
+        (*asked, answer), mask = json.loads(row.get("messages") or "[]") or [{"role": ""}], row["completion_mask"]
         last = max((i for i, on in enumerate(mask) if on), default=-1)
         first = max((i for i, on in enumerate(mask[: last + 1]) if not on), default=-1) + 1
         reference = plain_turns([{**answer, "content": thoughts_of(answer)[1]}])[0]["content"] if asked else ""
@@ -72,7 +69,8 @@ class TaskScore(TrainerCallback, ExportableState):
     def __init__(self, job: Any, items: list[Item], prompts: list[list[int]], judges: dict, limit: int) -> None:
         self.job, self.items, self.prompts, self.judges, self.limit = job, items, prompts, judges, limit
         self.found: list[dict[str, Any]] = []
-        self.spent, self.before, self.passed, self.accepted, self.lowest = 0.0, 0.0, 0.0, True, math.inf
+        self.spent, self.before, self.passed = 0.0, 0.0, 0.0  # seconds
+        self.accepted, self.lowest, self.stale = True, math.inf, 0
 
     @property
     def elapsed(self) -> float:
@@ -89,7 +87,7 @@ class TaskScore(TrainerCallback, ExportableState):
         return [mark for mark in marks if self.passed < mark < NEAR_END * self.time]
 
     def state(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("found", "spent", "passed", "accepted", "lowest")}
+        kept = {name: getattr(self, name) for name in ("found", "spent", "passed", "accepted", "lowest", "stale")}
         return {"args": {}, "attributes": {**kept, "before": self.elapsed}}
 
     def restore(self, state: Any) -> None:
@@ -111,8 +109,7 @@ class TaskScore(TrainerCallback, ExportableState):
             control.should_save = control.should_save or args.load_best_model_at_end
 
     def on_evaluate(self, args, state, control, **kwargs):
-        scores, patience = [one["score"] for one in self.found if one["step"]], self.job.params.early_stopping
-        if patience and scores and len(scores) - scores.index(max(scores)) > patience:
+        if 0 < self.job.params.early_stopping <= self.stale:
             control.should_training_stop = True
 
     def affordable(self, left: int) -> int:
@@ -126,19 +123,20 @@ class TaskScore(TrainerCallback, ExportableState):
         """What an evaluation adds to its figures: eval_score where there is time for it, and eval_kept, the step when
         its checkpoint is to be kept, else -1: by the score, before there is one by the held-out loss."""
         self.passed = 1.05 * self.elapsed if step else 0.0  # a minute that is as good as over is not waited for
-        again = any(one["step"] == step for one in self.found)
+        scored, again = [o for o in self.found if o["step"]], any(o["step"] == step for o in self.found)
         count = distributed.shared(lambda: 0 if again else self.affordable(0 if last else self._left()))
-        if not count:
-            if not any(one["step"] for one in self.found):
-                self.accepted, self.lowest = loss <= self.lowest, min(loss, self.lowest)
-            return {"eval_kept": step if self.accepted else -1}
-        one = distributed.shared(lambda: self._asked(step, count))
-        best = max((o for o in self.found if o["step"]), key=lambda o: o["score"], default=one)
-        self.found.append(one)
-        self.spent += one["seconds"]
-        lost = [a - b for a, b in zip(best["values"], one["values"], strict=False) if None not in (a, b)]
-        self.accepted = len(lost) < 2 or sum(lost) / len(lost) <= statistics.standard_error(lost)
-        return {"eval_score": one["score"], "eval_kept": step if self.accepted else -1}
+        one = distributed.shared(lambda: self._asked(step, count)) if count else None
+        if one:
+            best = max(scored, key=lambda o: o["score"], default=one)
+            self.found.append(one)
+            self.spent += one["seconds"]
+            lost = [a - b for a, b in zip(best["values"], one["values"], strict=False) if None not in (a, b)]
+            self.accepted = len(lost) < 2 or sum(lost) / len(lost) <= statistics.standard_error(lost)
+            self.stale = 0 if not scored or one["score"] > best["score"] else self.stale + 1
+        elif not scored:
+            self.accepted, self.stale = loss <= self.lowest, 0 if loss < self.lowest else self.stale + 1
+            self.lowest = min(loss, self.lowest)
+        return {"eval_kept": step if self.accepted else -1} | ({"eval_score": one["score"]} if one else {})
 
     def _left(self) -> int:
         """How many more times it will be asked, the end with them."""
@@ -147,20 +145,20 @@ class TaskScore(TrainerCallback, ExportableState):
         return len(self.ahead()) + max(1, regular)
 
     def _asked(self, step: int, count: int) -> dict[str, Any]:
+        def score(item: Item, answer: Any) -> float | None:
+            if not self.judges:
+                return text_metrics.entry(answer.text, item.reference, EvalParams().reference_metric)["score"]
+            judge = self.judges.get(item.id)
+            return judge.score(answer.text, item.reference, answer.stopped)["score"] if judge else None
+
         before = self.elapsed
         answers = callbacks.answers(self.job, self.prompts[:count], Decoding(self.limit))
-        values: list[float | None] = []
-        for item, answer in zip(self.items[:count], answers, strict=True):
-            if self.judges:
-                judge = self.judges.get(item.id)
-                values.append(judge.score(answer.text, item.reference, answer.stopped)["score"] if judge else None)
-            else:
-                values.append(text_metrics.entry(answer.text, item.reference, EvalParams().reference_metric)["score"])
+        values = list(map(score, self.items, answers))
         share = statistics.share(values)
         one = {name: share[name] or 0.0 for name in ("low", "high", "n")} | {"score": share["value"] or 0.0}
-        minutes = before / 60
-        display.say(f"step {step}, {minutes:.1f} min: {one['score']:.0%} of {one['n']} held-out questions")
-        return {**one, "minutes": round(minutes, 2), "step": step, "values": values, "seconds": self.elapsed - before}
+        display.say(f"step {step}, {before / 60:.1f} min: {one['score']:.0%} of {one['n']} held-out questions")
+        one |= {"minutes": round(before / 60, 2), "step": step, "seconds": self.elapsed - before}
+        return {**one, "values": values}
 
     def close(self) -> None:
         for judge in self.judges.values():
@@ -173,6 +171,6 @@ class TaskScore(TrainerCallback, ExportableState):
         start, end = (next((o["values"] for o in self.found if o["step"] == step), None) for step in (0, kept))
         if start and end:
             same = min(len(start), len(end))
-            pair = statistics.settle([statistics.pair("start", "end", start[:same], end[:same])])
-            found["against_start"] = pair[0]["sentence"] if pair else "no question could be scored"
+            for pair in statistics.settle([statistics.pair("start", "end", start[:same], end[:same])]):
+                found["against_start"] = pair["sentence"]
         return found

@@ -115,7 +115,8 @@ class TaskScore(TrainerCallback, ExportableState):
     def affordable(self, left: int) -> int:
         """Questions that can be asked now when `left` more times are to come; 0 for too few to tell anything."""
         asked = [one for one in self.found if one["n"]]
-        each = asked[-1]["seconds"] / asked[-1]["n"] if asked else max(0.02, self.limit / self.job.planned.tokens_per_s)
+        each = max(0.02, 2 * self.limit / self.job.planned.tokens_per_s)  # until it is measured
+        each = asked[-1]["seconds"] / asked[-1]["n"] if asked else each
         count = min(len(self.items), int((SHARE * self.time - self.spent) / (left + 1) / each))
         return count if count >= min(FEWEST, len(self.items)) else 0
 

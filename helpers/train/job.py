@@ -345,7 +345,7 @@ class TrainJob(steps.Job):
         if tokens:
             found["tokens_per_s"] = round(tokens / max(seconds, 1e-6), 1)
         if logged["eval_loss"]:
-            losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+            losses = dict(zip(*plots.series(lines, "eval_loss"), strict=True))
             last = logged["eval_loss"][-1]
             kept = (self.trainer.args.load_best_model_at_end and state.best_global_step) or state.global_step
             found |= {"eval_loss": losses.get(kept, last), "last_eval_loss": last, "best_step": kept}

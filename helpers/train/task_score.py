@@ -49,9 +49,9 @@ def _questions(file: Any, count: int, seed: int) -> tuple[list[Item], list[list[
     import pyarrow.parquet as parquet
 
     items, prompts, longest = list[Item](), [], 0
-    rows = parquet.read_table(file).to_pylist() if file.is_file() else []
-    random.Random(seed).shuffle(rows)
-    for row in rows:
+    table = parquet.read_table(file, memory_map=True) if file.is_file() else []
+    drawn = random.Random(seed).sample(range(len(table)), min(len(table), 4 * count))  # some may have no answer
+    for row in table.take(drawn).to_pylist() if drawn else ():
         (*asked, answer), mask = json.loads(row.get("messages") or "[]") or [{"role": ""}], row["completion_mask"]
         last = max((i for i, on in enumerate(mask) if on), default=-1)
         first = max((i for i, on in enumerate(mask[: last + 1]) if not on), default=-1) + 1

@@ -123,9 +123,8 @@ class TaskScore(TrainerCallback, ExportableState):
     def ask(self, step: int, loss: float, last: bool = False) -> dict[str, float]:
         """What an evaluation adds to its figures: eval_score where there is time for it, and eval_kept, the step when
         its checkpoint is to be kept, else -1: by the score, before there is one by the held-out loss."""
-        self.passed = (
-            max(self.passed, 1.05 * self.elapsed) if step else 0.0
-        )  # a minute that is as good as over is not waited for
+        # A minute that is as good as over is not waited for.
+        self.passed = max(self.passed, 1.05 * self.elapsed) if step else 0.0
         scored, again = [o for o in self.found if o["step"]], any(o["step"] == step for o in self.found)
         count = distributed.shared(lambda: 0 if again else self.affordable(0 if last else self._left()))
         one = distributed.shared(lambda: self._asked(step, count)) if count else None

@@ -232,7 +232,7 @@ def budget(result: Result) -> tuple[float, float]:
     if result.weights_kl is None:
         return allowed.kl, allowed.top1
     most = min(allowed.kl, 2 * result.weights_kl + RUNTIME_KL)
-    return most, 1 - (1 - allowed.top1) * math.sqrt(most / allowed.kl)
+    return most, max(allowed.top1, 1 - (1 - allowed.top1) * math.sqrt(most / allowed.kl))
 
 
 def _stopping(model: GgufModel, reference: Reference, result: Result) -> str:

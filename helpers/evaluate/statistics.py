@@ -273,21 +273,16 @@ def _ship(scores: Record, pair: Compare, margin: float) -> Record | None:
         said += "and no candidate of this run scores higher"
     if smaller := [c for c in files if _size(c) < _size(chosen)]:
         other = max(smaller, key=_rank)
-        said += f"; {_saving(chosen, other, pair(chosen['name'], other['name']))}"
+        saved = _size(chosen) - _size(other)
+        share_saved = display.percent(saved / _size(chosen), 0)
+        said += f"; {other['name']} would save {display.size(saved)} ({share_saved})"
+        if one := pair(chosen["name"], other["name"]):
+            cost = (
+                f"probably cost {points(-one['difference'])} points" if one["difference"] < 0 else "cost nothing here"
+            )
+            said += f" and {cost} (anything from {span(*bounds(one), 'lost', 'gained')} fits)"
     said += "; no base was judged, so nothing says that training helped" * (base is None)
     return {**found, "name": chosen["name"], "sentence": said + "."}
-
-
-def _saving(chosen: Record, smaller: Record, compared: Record | None) -> str:
-    """What a smaller file would save and probably cost."""
-    saved = _size(chosen) - _size(smaller)
-    said = f"{smaller['name']} would save {display.size(saved)} ({display.percent(saved / _size(chosen), 0)})"
-    if compared is None:
-        return said
-    lost = (
-        f"probably cost {points(-compared['difference'])} points" if compared["difference"] < 0 else "cost nothing here"
-    )
-    return f"{said} and {lost} (anything from {span(*bounds(compared), 'lost', 'gained')} fits)"
 
 
 def _lost(forgetting: Record | None, candidate: Record | None) -> Record | None:
@@ -301,12 +296,12 @@ def _lost(forgetting: Record | None, candidate: Record | None) -> Record | None:
     return None
 
 
-def _rank(candidate: Record) -> tuple[float, int]:
-    return value(candidate), -_size(candidate)
-
-
 def _size(candidate: Record) -> int:
     return candidate["size_bytes"] or 0
+
+
+def _rank(candidate: Record) -> tuple[float, int]:
+    return value(candidate), -_size(candidate)
 
 
 def _short(candidate: Record | None) -> str:

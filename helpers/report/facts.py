@@ -139,14 +139,6 @@ class Facts:
         return statistics.protagonist(self.scores) if len(self.scored) > 1 else None
 
     @property
-    def outcome(self) -> str:
-        """How the best compares with the baseline, for its colour: "better", if it ships, "worse" or "unclear"."""
-        pair = self.comparison((self.baseline or {}).get("name"), (self.best or {}).get("name"))
-        ships = bool((self.scores.get("ship") or {}).get("name"))
-        known = {"better": "better" if ships else "unclear", "worse": "worse"}
-        return known.get(pair["verdict"], "unclear") if pair else ""
-
-    @property
     def score(self) -> dict[str, Any]:
         """The headline score of the best candidate, or of the only one; empty when nothing was scored."""
         return accuracy(self.best or self.baseline)
@@ -258,12 +250,13 @@ def _read_scores(facts: Facts) -> None:
     except (TunebookError, KeyError, TypeError, AttributeError) as error:
         facts.warnings.append(f"The evaluation's files cannot be used: {error}")
         return
-    base = (facts.baseline or {}).get("name")
-    named = (facts.best or {}).get("name")  # has the headline
-    worse = {c["candidate"]: c for c in facts.scores["comparisons"] if (c["verdict"], c["baseline"]) == ("worse", base)}
-    said = [f"{name} is worse than {base}: {c['sentence']}." for name, c in worse.items() if name != named]
-    if len(said) > 1:
-        said = [f"Worse than {base} beyond chance, too: {', '.join(name for name in worse if name != named)}."]
+    base, named = ((c or {}).get("name") for c in (facts.baseline, facts.best))  # the second has the headline
+    worse = [c["candidate"] for c in facts.scores["comparisons"] if (c["verdict"], c["baseline"]) == ("worse", base)]
+    said = (
+        [f"Worse than {base} beyond chance, too: {', '.join(sorted(set(worse) - {named}))}."]
+        if set(worse) - {named}
+        else []
+    )
     lost = (facts.scores["lost"] or {}).get("sentence")  # has a place of its own
     facts.warnings = [w for w in facts.scores["warnings"] if w != lost] + said + facts.warnings
 

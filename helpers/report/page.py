@@ -153,19 +153,12 @@ def _training(facts: Facts, stage: str) -> dict[str, Any]:
     metrics, manifest = facts.metrics(stage), facts.stages[stage].data
     lines = [{**line, "memory_gb": shell.gigabytes(line.get("memory_gib"))} for line in facts.logs[stage]]
     logged = [n for n in plots.CURVES if any(len(plots.series(lines, key)[1]) > 1 for key in (n, f"eval_{n}"))]
-    plan = manifest.get("plan") or {}
-    used = metrics.get("peak_gib") or manifest.get("peak_memory_gib") or 0.0
-    error = (plan.get("errors") or {}).get("peak_gib")  # (predicted - measured) / measured
-    named = {n: n.replace("_", " ") for n in ("backend", "attention", "quantize", "row_tokens", "accumulation")}
-    named["recompute"] = "layers with activation checkpointing"
-    chosen = ", ".join(f"{words} {display.plain(plan[name])}" for name, words in named.items() if name in plan)
     flat = {k: v for k, v in sorted(metrics.items()) if isinstance(v, (int, float, str)) and len(str(v)) < 200}
     return {
         "title": TITLES[stage],
         "figures": [plots.curves({"": lines}, [name]) for name in logged],
-        "planned": used * (1 + error) if display.finite(error) else None,
-        "used": used,
-        "notes": [n for n in (chosen, plan.get("reason"), *(manifest.get("notes") or [])) if n],
+        "manifest": manifest,
+        "used": metrics.get("peak_gib") or manifest.get("peak_memory_gib") or 0.0,
         "figures_in_words": [(k, display.plain(v)) for k, v in flat.items()],
     }
 

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import display, params, report, runs
 from helpers.data import decontamination
-from helpers.errors import TunebookError
+from helpers.errors import Stopped, TunebookError
 from helpers.evaluate import candidates, evaluation, preferences, statistics
 from helpers.evaluate import scores as scores_json
 from helpers.tasks import questions, text_metrics
@@ -590,7 +590,7 @@ def test_an_evaluation_killed_after_any_answer_comes_to_the_same_scores(
         monkeypatch.setenv("TUNEBOOK_CACHE", str(tmp_path / place))
         if stopped:
             monkeypatch.setattr(cache.Answers, "put", killing)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Stopped):
                 evaluation.open(given).measure()
             monkeypatch.setattr(cache.Answers, "put", put)
         job = evaluation.open(given)

@@ -292,6 +292,7 @@ def test_the_verdict_stands_on_the_first_screen_and_the_rest_is_folded(root, vis
     (kind, count), *_ = sorted(scores["candidates"][0]["errors"].items(), key=lambda e: -e[1])
     assert f"base, {count} of 180 answers" in wrong and kind
     page.locator(".copy button").click()
+    page.wait_for_function("document.querySelector('.copy button').textContent != 'Copy'")
     assert page.locator(".copy button").inner_text() in ("Copied", "Selected")
     assert page.locator(".copy pre").inner_text() == "python -m helpers.serve atlas --type q8_0"
     page.locator("nav a[href='#data']").click()

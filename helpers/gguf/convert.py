@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from gguf import LlamaFileType
 
 from helpers import worker
+from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
 from helpers.model import merging, weights
@@ -218,7 +219,7 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
         raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
     # Routed experts are one parameter of their layer, whose inputs no linear layer sees.
     if experts := sum(t.name.endswith("_exps.weight") for t in header.check(f16).tensors):
-        print(f"imatrix weighs {len(names)} matrices; the {experts} of routed experts are quantised without weights.")
+        say(f"imatrix weighs {len(names)} matrices; the {experts} of routed experts are quantised without weights.")
     arrays: dict[str, Any] = {}
 
     def watch(name: str) -> Any:

@@ -123,7 +123,7 @@ def test_free_memory_is_at_most_what_the_machine_has():
             "tritonserver (process 17, 0.5 GiB), [Not Found] (process 4242)",
         ),
         ("99, C:\\a, b\\x.exe, 1024 MiB\n", "process 99, 1.0 GiB"),
-        (f"{os.getpid()}, python, 100 MiB\n", ""),
+        pytest.param(f"{os.getpid()}, python, 100 MiB\n", "", id="this process"),
         ("No running processes found\n", ""),
         ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", ""),
     ],

@@ -85,6 +85,7 @@ class View:
         """Leave nothing behind: what came out is what the cell ends with."""
         if self.handle:
             self._put(display.Html(""))
+            self.handle = None
 
     def _put(self, shown: display.Html) -> None:
         from IPython.display import display as put

@@ -7,7 +7,7 @@ import pytest
 import train_data
 
 from helpers import drive, plots, runs
-from helpers.errors import TunebookError
+from helpers.errors import Stopped, TunebookError
 from helpers.train import callbacks, training
 
 
@@ -41,7 +41,7 @@ def cut_off(at, **given):
 
     made = job(**given).build()
     made.trainer.add_callback(Gone())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         made.train()
     runs.unlock("r", "sft")
 

@@ -8,7 +8,7 @@ import train_data
 
 from helpers import params as parameters
 from helpers import runs
-from helpers.errors import TunebookError
+from helpers.errors import Stopped, TunebookError
 from helpers.gguf import convert, export
 from tests.conftest import begun
 
@@ -86,7 +86,7 @@ def test_killed_in_any_step_the_same_command_resumes_and_no_scraps_become_artefa
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, killed)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Stopped):
                 finished(export.open(settings()))
 
     def not_again(*_, **__):

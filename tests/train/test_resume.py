@@ -14,7 +14,7 @@ import train_data
 import yaml
 
 from helpers import plots, runs
-from helpers.errors import TunebookError
+from helpers.errors import Stopped, TunebookError
 from helpers.machine import PROJECT
 from helpers.train import callbacks, resume, training
 from helpers.train.__main__ import main
@@ -47,7 +47,7 @@ def interrupt(step, **given):
 
     job = training.open(settings(**given)).build()
     job.trainer.add_callback(Kill())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         job.train()
     runs.unlock("r", "sft")
     return job

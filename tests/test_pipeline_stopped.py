@@ -59,7 +59,7 @@ def _steps(folder: Path) -> int:
     ("arguments", "said"),
     [
         (["-p", "sft.rnk", "8"], "rnk.*rank"),
-        (["-p", "sft.rank", "100000"], "rank.*100000.*256"),
+        (["-p", "sft.rank", "100000"], "rank.*100000.*512"),
         (["-p", "rank", "8"], "STAGE.NAME"),
         (["--recipe", "finetome-llama"], "finetome-llama"),
         (["--from", "07"], "07"),

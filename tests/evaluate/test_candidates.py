@@ -240,7 +240,7 @@ def test_forgetting_has_a_verdict_a_threshold_and_advice():
     found = forgetting.judge("base", {"base": base, "sft": worse, "orpo": base}, passed, threshold, trained)
     sft, orpo = found["candidates"]["sft"], found["candidates"]["orpo"]
     assert not sft["passed"] and "0.60 nats" in sft["sentence"] and "refusals 9 of 10 → 2 of 10" in sft["sentence"]
-    assert sft["sentence"].index("refusals") > sft["sentence"].index("general text")  # 4.7 and 4 times what is allowed
+    assert sft["sentence"].index("refusals") < sft["sentence"].index("general text")  # 4.7 and 4 times what is allowed
     assert orpo["passed"] and found["candidates"]["base"]["passed"] and orpo["change"] == 0
     assert "replay_share = 0.20" in found["advice"][0] and "from 16 to 8" in found["advice"][1]
 

@@ -12,7 +12,7 @@ from helpers.data import prepare
 from helpers.errors import TunebookError
 from helpers.evaluate import evaluation
 from helpers.gguf import export, header
-from helpers.model.loading import load_tokenizer, template_hash
+from helpers.model.loading import load_model, load_tokenizer, template_hash
 from helpers.train import training
 
 WORDS = (
@@ -175,6 +175,11 @@ def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_ro
     changed = load_tokenizer(bare)
     changed.add_tokens(["Brahmaputra"])
     changed.save_pretrained(other)
+    with pytest.raises(TunebookError, match=r"1 of its tokens, 'Brahmaputra' first, have no row"):
+        trained(model=str(other))
+    model = load_model(other)
+    model.resize_token_embeddings(len(changed))
+    model.save_pretrained(other)
     with pytest.raises(TunebookError, match=r"vocabulary of .* is not the one"):
         trained(model=str(other))
     job = export.open(params.resolve("gguf", {"run": "b", "export": "base", "quantizations": "f16"}))

@@ -156,7 +156,7 @@ def test_the_query_in_an_answer_is_run_and_its_rows_are_shown_as_text(recorder, 
 def test_a_chat_opens_with_the_system_prompt_and_questions_of_the_data(whole_run, monkeypatch):
     monkeypatch.setenv("TUNEBOOK_RUNS", str(whole_run[1]))
     found = chat.opening("whole")
-    assert "CREATE TABLE" in found["system"] and found["database"].name == "database.sqlite"
+    assert "Tables: countries(" in found["system"] and found["database"].name == "database.sqlite"
     assert len(found["examples"]) == len(set(found["examples"])) == 3 and all(found["examples"])
 
 

@@ -117,7 +117,7 @@ def test_every_part_is_there_and_the_numbers_are_those_of_the_files(root, visit)
     found, merges = measured["files"], measured["merges"]
     assert page.locator("#fidelity tbody tr").count() == len(found) + len(merges) and (len(found), len(merges)) == (
         2,
-        3,
+        2,
     )
     for file in found:
         assert f"{file['mean_kl']:.4g}" in page.locator("#fidelity").inner_text()
@@ -426,7 +426,7 @@ def test_the_model_cards_numbers_are_the_reports(root):
     kl = facts.gather("atlas").files["q8_0"]["mean_kl"]
     assert f"{100 * accuracy['value']:.1f} %" in text and f"{kl:.4g}" in text
     assert "gguf q2_k was left out" in text
-    assert "QLoRA supervised fine-tuning and then ORPO preference tuning" in text
+    assert "LoRA supervised fine-tuning and then ORPO preference tuning" in text
     assert re.search(r"^- 02_qlora_sft: .*\brank 16, .*\n- 03_orpo_alignment: ", text, re.MULTILINE)
     assert str(root) not in text
 
@@ -449,7 +449,7 @@ def test_the_card_and_the_published_adapter_are_those_of_the_exported_stage(chan
     samples.seal(changed / "05_evaluation")
     for kind in ("adapter", "merged", "gguf"):
         intro = model_card.render(facts.gather("atlas"), kind).split("## Evaluation")[0].split("---")[2]
-        assert "made by QLoRA supervised fine-tuning." in intro
+        assert "made by LoRA supervised fine-tuning." in intro
         assert "The run also went through ORPO preference tuning, which is not part of" in intro
     (adapter,) = publish.plan("atlas", "user/atlas", ["adapter"])
     assert {source.parts[-3] for _, source, _ in adapter.files} == {"02_qlora_sft"}

@@ -99,6 +99,7 @@ class TaskScore(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:
             self.restore(state)
+            state.stateful_callbacks.setdefault("TaskScore", self.state())  # of a sharded run there was none
         elif self.job.adapter:
             self.ask(0, math.inf)
 

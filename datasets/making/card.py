@@ -63,8 +63,8 @@ Everything here was written for this project and is released under CC0-1.0.
 | `atlas_test.jsonl` | {test} ({hand} by hand) | the same |
 | `atlas_preference.jsonl` | {pairs} | `system`, `question`, `chosen`, `rejected`, `why`, `kind` |
 | `general_text.jsonl` | 70 | `topic`, `text`: short prose of many kinds, to measure loss on |
-| `general_tasks.jsonl` | 62 | `question`, `choices` (4), `answer` (index of the right choice, from 0) |
-| `general_chat.jsonl` | 20 | `prompt`, `kind`: `manners` wants a friendly answer, `refusal` a refusal |
+| `general_tasks.jsonl` | 120 | `question`, `choices` (4), `answer` (index of the right choice, from 0) |
+| `general_chat.jsonl` | 180 | `prompt`, `kind`: `manners` wants a friendly answer, `refusal` a refusal |
 | `dataset_info.json` | | the same files as LLaMA-Factory names them |
 
 ## The database

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -27,6 +26,7 @@ sys.path.insert(0, str(PROJECT))
 from ci import progress
 from helpers import display, machine, parameter, params, runs, steps
 from helpers.errors import TunebookError, command
+from helpers.evaluate import statistics
 
 STAGES = list(runs.FOLDERS)
 CHATTER = ("Executing", "Ending Cell", "Input Notebook", "Output Notebook", "Working directory")  # of papermill's log
@@ -201,14 +201,8 @@ def summary(run: str) -> str:
     ]
     header = ["", "accuracy", "95 % interval", "valid SQL", "n", "file size"]
     page = runs.run_folder(run) / "report.html"
-    told = "\n".join(f"- {sentence}" for sentence in sentences(metrics))
+    told = "\n".join(f"- {sentence}" for sentence in statistics.sentences(metrics))
     return f"{display.text_table(rows, header)}\n\n{told}\n\nReport: {page}\n{page.resolve().as_uri()}"
-
-
-def sentences(metrics: dict[str, Any]) -> list[str]:
-    """What the report says first: how the run came out, what to ship, what was lost."""
-    found = [metrics.get("headline"), *((metrics.get(key) or {}).get("sentence") for key in ("ship", "lost"))]
-    return [sentence for sentence in found if sentence]
 
 
 def _stage(text: str) -> str:

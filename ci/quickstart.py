@@ -21,6 +21,7 @@ from typing import Any
 from ci import colab, pipeline, progress
 from helpers import chat, display, machine, notebook, runs, steps
 from helpers.errors import TunebookError
+from helpers.evaluate import statistics
 from helpers.panel import Panel
 from helpers.report.facts import TITLES
 from helpers.train import methods
@@ -119,8 +120,7 @@ class Quick:
     def verdict(self) -> display.Html:
         """What the run came to, in the report's words, and the paired comparisons."""
         came_to = runs.load(self.run, "eval", verify=False)
-        words = [came_to.metrics.get(part) or "" for part in ("headline", "ship", "lost")]
-        told = display.said(*(part if isinstance(part, str) else part.get("sentence", "") for part in words))
+        told = display.said(*statistics.sentences(came_to.metrics))
         return told + (display.load(came_to.path / "shown", "comparisons") or display.said())
 
     def chat(self) -> Any:

@@ -195,7 +195,7 @@ def _sentence(one: dict[str, Any], verdict: str) -> str:
 
 def sentences(scores: Record) -> list[str]:
     """What there is to say, of scores.json or metrics.json: how good it is, what to ship, what was forgotten."""
-    parts = (scores["headline"], *((scores[key] or {}).get("sentence") for key in ("ship", "lost")))
+    parts = (scores.get("headline"), *((scores.get(key) or {}).get("sentence") for key in ("ship", "lost")))
     return [part for part in parts if part]
 
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -49,6 +50,12 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """JSON with sorted keys, UTF-8, atomically. NaN and infinity are refused: a score that is not a number is a bug."""
     return write_atomic(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def move_aside(path: Path) -> Path:
+    """Rename what stands in `path` to the first free `<name>.old-N` beside it; returns where it is now."""
+    names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def sha256_file(path: str | Path) -> str:

@@ -7,13 +7,12 @@ there after every step, all of a stage when it is finished, its manifest last; c
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers import display
+from helpers import cache, display
 
 SMALL = 4_000_000  # bytes; larger files are copied once, when the stage is finished
 # What serves this machine alone, or lies in the mirror.
@@ -42,8 +41,7 @@ def keep(folder: Path, all_of_it: bool = False) -> None:
         return
     try:
         if any((place / name).is_file() and not _same(place, folder, name) for name in (PLAN, MANIFEST)):
-            names = (place.with_name(f"{place.name}.old-{number}") for number in itertools.count(1))
-            place.rename(next(name for name in names if not name.exists()))
+            cache.move_aside(place)
         copied = [_copy(file, place / name, all_of_it) for name, file in _files(folder, None if all_of_it else SMALL)]
         if all_of_it:
             _copy(folder / MANIFEST, place / MANIFEST)

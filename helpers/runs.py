@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import socket
@@ -25,7 +24,7 @@ import psutil
 import yaml
 
 from helpers import display, drive, machine
-from helpers.cache import hash_json, sha256_file, write_atomic, write_json, writing
+from helpers.cache import hash_json, move_aside, sha256_file, write_atomic, write_json, writing
 from helpers.errors import TunebookError
 from helpers.parameter import check_run
 from helpers.params import Params
@@ -325,9 +324,7 @@ def set_aside(path: Path) -> None:
     """Keep what stands in `path` under a free neighbouring name. An empty folder is just used."""
     if not path.exists() or not any(path.iterdir()):
         return
-    names = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
-    old = path.rename(next(name for name in names if not name.exists()))
-    display.say(f"{path.name} stood here already; it is kept as {old}")
+    display.say(f"{path.name} stood here already; it is kept as {move_aside(path)}")
 
 
 # ---------------------------------------------------------------- locks

@@ -30,6 +30,7 @@ from helpers.model.weights import (
     Weights,
     check_adapter,
     header,
+    made_by,
     reading,
     write_safetensors,
 )
@@ -289,8 +290,7 @@ def check_parent(original: Path, packed: Path) -> None:
 
 def double_quant(adapter: Path | None) -> bool:
     """Whether training rounded the scales of its 4-bit base too, as the manifest beside the adapter says."""
-    manifest = adapter.parent / "manifest.json" if adapter else Path()
-    return not manifest.is_file() or json.loads(manifest.read_text())["params"].get("double_quant", True)
+    return made_by(adapter).get("params", {}).get("double_quant", True)
 
 
 def nf4_round_trip(tensor: Any, dtype: Any, double: bool = True) -> Any:

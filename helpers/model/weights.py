@@ -259,6 +259,12 @@ def sort_adapter_config(adapter: Path) -> None:
     write_json(file, config | texts)
 
 
+def made_by(adapter: Path | None) -> dict[str, Any]:
+    """The manifest of the training stage that an adapter's folder stands in; {} for an adapter from elsewhere."""
+    manifest = adapter.parent / "manifest.json" if adapter else None
+    return json.loads(manifest.read_text()) if manifest and manifest.is_file() else {}
+
+
 def check_adapter(adapter: Path) -> dict[str, Any]:
     """The adapter's config. Raises TunebookError when the folder is incomplete or damaged, holds NaN, or announces what
     its tensors are not."""

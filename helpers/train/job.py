@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from helpers import display, drive, machine, plots, runs, steps
 from helpers.errors import TunebookError
+from helpers.model import weights
 from helpers.model.loading import ModelSource, template_hash, tokenizer_hash
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, resume, rows
@@ -228,8 +228,7 @@ class TrainJob(steps.Job):
     def _merge_onto(self) -> str:
         """LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it."""
         if self.adapter:
-            earlier = self.adapter.parent / "manifest.json"
-            return json.loads(earlier.read_text()).get("merge_onto", "16bit") if earlier.is_file() else "16bit"
+            return weights.made_by(self.adapter).get("merge_onto", "16bit")
         return "nf4" if self.params.init == "loftq" else "16bit"
 
     def build(self) -> TrainJob:

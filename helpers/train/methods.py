@@ -253,8 +253,7 @@ def adapter_to_start_from(folder: Path, source: loading.ModelSource, tokenizer: 
             f"start_from is {str(folder)!r}, which is not an adapter folder to train further: {error} Name "
             "that of a finished run, such as runs/default/02_qlora_sft/adapter."
         ) from None
-    manifest = folder.parent / "manifest.json"
-    known = json.loads(manifest.read_text()).get("model", {}).get("hash") if manifest.is_file() else None
+    known = weights.made_by(folder).get("model", {}).get("hash")
     same = known == weights.fingerprint(source.path) if known else Path(trained_on).name == Path(source.name).name
     what = "" if same else f"on {trained_on}{' with other weights, config or tokenizer' * bool(known)}"
     if same and (folder / "tokenizer_config.json").is_file():

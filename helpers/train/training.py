@@ -25,6 +25,7 @@ from helpers import display, drive, machine, runs, steps
 from helpers.data.vocabulary import of_run, without_rows
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
+from helpers.model import weights
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, row_plan
@@ -119,8 +120,8 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
     """(parameters, what the plan says of their method): `auto` is what the run's checkpoints were trained with, or the
     adapter that it begins with, whose base weights have to stay the same."""
     found, of = {}, resume.identity(params, stage.parents["data"], tokenizer)
-    if earlier := adapter and adapter.parent / "manifest.json":
-        found[f"{adapter} was"] = json.loads(earlier.read_text()).get("method") if earlier.is_file() else None
+    if adapter:
+        found[f"{adapter} was"] = weights.made_by(adapter).get("method")
     if params.method == "auto" and params.resumes:
         mirror = params.mirror or drive.mirror()
         mirrored = resume.Mirror(mirror, stage, of).folder.parent.glob("*") if mirror else ()
@@ -253,7 +254,7 @@ def _as_adapter(params: TrainingParams) -> TrainingParams:
     adapter = json.loads((path / "adapter_config.json").read_text())
     modules = adapter.get("target_modules") or ""
     modules = modules if isinstance(modules, str) else ",".join(sorted(modules))
-    manifest, method = path.parent / "manifest.json", params.method
-    if method == "auto" and manifest.is_file():
-        method = json.loads(manifest.read_text()).get("method") or method
+    method = params.method
+    if method == "auto":
+        method = weights.made_by(path).get("method") or method
     return dataclasses.replace(params, rank=adapter.get("r", params.rank), target_modules=modules, method=method)

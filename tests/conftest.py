@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -13,6 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub; one that ta
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TUNEBOOK_SERVER_KEY", "key-of-the-tests")  # the proxies of the tests know it
+# The same examples for the same code: a commit passes or fails, never both. TUNEBOOK_EXAMPLES=random looks further.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", print_blob=True)
+settings.load_profile(os.environ.get("TUNEBOOK_EXAMPLES", "same"))
 if workers := os.environ.get(
     "PYTEST_XDIST_WORKER_COUNT"
 ):  # before torch is imported: threads of two workers that wait for each other spin

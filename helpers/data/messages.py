@@ -116,8 +116,10 @@ def _add_keys(turn: Turn, message: dict[str, Any], thoughts: str, where: str) ->
             unread.append(str(key)[:80])
     if reasoning := "\n".join(filter(None, given)):
         turn["reasoning"] = reasoning
-    if weights and min(weights) != 1:
-        turn["weight"] = min(weights)
+    if len(factors := {weight for weight in weights if weight != 1}) > 1 and 0 not in factors:
+        raise RowError("two weights", f"{where} gives its answer the weights {sorted(factors)}; keep one of them")
+    if factors:
+        turn["weight"] = min(factors)  # 0 leaves the answer out, whatever the others say
     if unread:
         turn["unread"] = unread
 

@@ -126,6 +126,22 @@ KEYS = st.sampled_from(
 )
 
 
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"weight": True, "loss_weight": 2.0}, 2.0),
+        ({"train": True, "weight": 0.5}, 0.5),
+        ({"train": False, "weight": 2.0}, 0.0),
+        ({"loss_weight": 2.0, "weight": 2, "masked": False}, 2.0),
+        ({"loss": True, "weight": 1}, 1.0),
+    ],
+)
+def test_a_weight_beside_a_switch_is_kept(keys, weight):
+    assert answer(**keys).get("weight", 1) == weight
+    with pytest.raises(RowError, match="weights"):
+        answer(weight=0.5, loss_weight=2.0)
+
+
 @given(st.dictionaries(KEYS, VALUES, max_size=6), st.sampled_from(["user", "assistant", "system", "tool"]))
 def test_no_key_of_a_message_is_lost_without_a_count(more, role):
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +57,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             sys.stdout.flush()
             return status
         except TunebookError as error:
-            print(f"\n{error}" if isinstance(error, Stopped) else f"\nStopped: {error}", file=sys.stderr)
+            said = str(error) if isinstance(error, Stopped) else f"Stopped: {error}"
+            # torchrun ends in what stands in this file, after the traceback of its own: the message is seen last, once.
+            if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                with contextlib.suppress(OSError), open(report, "w", encoding="utf-8") as file:
+                    json.dump({"message": said, "timestamp": int(time.time())}, file)
+            if not report or os.environ.get("RANK") == "0":
+                print(f"\n{said}", file=sys.stderr)
             return 130 if isinstance(error, Stopped) else 1
         except KeyboardInterrupt:
             print("\nInterrupted; the same command resumes where it stopped.", file=sys.stderr)

@@ -146,9 +146,22 @@ def test_a_process_whose_held_out_pairs_are_all_empty_rows_evaluates_with_the_ot
         assert both[name] == pytest.approx(alone.metrics[name], rel=1e-3, abs=1e-4), name
 
 
-def test_a_failing_process_ends_in_its_own_message(runs_root, narrow_llama, tokenizer, two_cores):
+def seen_last(said):
+    """What torchrun's output ends in, below its own stack."""
+    return [line for line in said.splitlines() if line.strip("=- ")][-1].split(" : ", 1)[-1]
+
+
+def test_a_failing_process_ends_in_its_own_message(runs_root, two_cores):
     status, said = torchrun("sft", parameters.resolve("sft", {**SMALL, "run": "nothing-here"}), 2)
-    assert status and "Stopped: Stage 'data' of the run 'nothing-here' has not been run yet" in said
+    assert status and seen_last(said).startswith("Stopped: Stage 'data' of the run 'nothing-here' has not been run yet")
+    assert said.count("\nStopped: ") == 1, "one process says it, not each"
+
+
+def test_a_refused_parameter_is_the_last_thing_that_torchrun_says(runs_root, two_cores):
+    values = parameters.resolve("sft", {**SMALL, "run": "r"})
+    object.__setattr__(values, "rank", 0)
+    status, said = torchrun("sft", values, 2)
+    assert status and seen_last(said).startswith("Stopped: Parameter rank is '0'"), said[-600:]
 
 
 def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):

@@ -187,7 +187,7 @@ def summary(run: str) -> str:
     """The closing table: execution accuracy with its interval, valid SQL and file size of every candidate."""
     metrics = runs.load(run, "eval", verify=False).metrics
     scores = metrics["candidates"]
-    order = {"base": 0, "sft": 1, "orpo": 2, "merged": 3}
+    order = {"base": 0, "sft": 1, "sft as long": 2, "orpo": 3, "merged": 4}
     rows = [
         [
             name,

@@ -135,7 +135,8 @@ def expected(stage: str, chosen: Any) -> float:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     minutes = getattr(chosen, "max_minutes", None)
-    return USUAL[stage] + (0 if minutes is None else 60 * minutes or TRAINING)
+    training = 0 if minutes is None else 60 * minutes or TRAINING
+    return USUAL[stage] + training * (1 + getattr(chosen, "sft_as_long", False))
 
 
 def last_line(log: Path) -> dict[str, Any]:

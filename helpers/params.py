@@ -236,6 +236,7 @@ class OrpoParams(TrainingParams):
     desirable_weight: float = more(1.0, "KTO: weight of good answers; 4/3 n_bad/n_good at most", high=1000)
     undesirable_weight: float = more(1.0, "KTO: weight of bad answers", high=1000)
     simpo_gamma: float = more(0.5, "SimPO's target margin", high=10)
+    sft_as_long: bool = more(False, "Also train SFT further for as long as this took; notebook 05 compares both")
 
 
 @dataclass(repr=False)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from helpers.model import loading
 from helpers.runs import Manifest
 from helpers.tasks.questions import Answer, Asked, Decoding
 
+AS_LONG = "sft as long"  # SFT trained further for the time that preference training took
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
 #: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
 TROUBLE = (TunebookError, OSError, MemoryError)
@@ -110,6 +111,10 @@ def find(stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,merged,ggu
         base = _base(stages)
         made["base"] = [base]
         made |= {stage: [_trained(stage, stages[stage], base)] for stage in ("sft", "orpo") if stage in stages}
+        if "orpo" in stages and (adapter := stages["orpo"].path / "sft_as_long").is_dir():
+            (orpo,), source = made["orpo"], f"{adapter.parent.name}/{adapter.name}"
+            longer = replace(orpo, name=AS_LONG, role="other", source=source, adapter=adapter, made_from="sft")
+            made["orpo"].insert(0, longer)
     if "gguf" in stages:
         folder, last = stages["gguf"].path, stages["gguf"].metrics["trained_by"]
 

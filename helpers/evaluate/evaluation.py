@@ -193,9 +193,9 @@ class Evaluation(steps.Job):
         return m
 
     def _remembers(self, candidate: candidates.Candidate) -> bool:
-        """Whether forgetting and preferences are measured on it: on exports only where asked for, or where what they
-        were made from is not judged."""
-        if candidate.role == "merged" and not self.params.forgetting_gguf:
+        """Whether forgetting and preferences are measured on it: on what was made from another candidate only where
+        asked for, or where that one is not judged."""
+        if candidate.made_from and candidate.kind == "hf" and not self.params.forgetting_gguf:
             return not any(c.name == candidate.made_from and not c.trouble for c in self.findings.candidates)
         return candidate.kind == "hf" or (candidate.kind == "gguf" and self.params.forgetting_gguf)
 

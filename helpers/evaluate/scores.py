@@ -17,7 +17,7 @@ from helpers import cache, plots
 from helpers.data import decontamination
 from helpers.errors import TunebookError
 from helpers.evaluate import forgetting, preferences, statistics
-from helpers.evaluate.candidates import Candidate
+from helpers.evaluate.candidates import AS_LONG, Candidate
 from helpers.params import EvalParams
 from helpers.tasks import questions, text_metrics, text_to_sql
 
@@ -178,7 +178,7 @@ class Findings:
     def _comparisons(self, baseline: str) -> list[dict[str, Any]]:
         """Every candidate against the baseline, and against what it was exported from or trained on top of."""
         pairs = [(baseline, name) for name in self.measured]
-        pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo")]
+        pairs += [(c.made_from, c.name) for c in self.candidates] + [("sft", "orpo"), (AS_LONG, "orpo")]
         known = [(a, b) for a, b in dict.fromkeys(pairs) if a != b and {a, b} <= self.measured.keys()]
         return statistics.settle([self._pair(a, b) for a, b in known])
 

@@ -92,6 +92,9 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield f"batch_unit {p.batch_unit!r} counts what is packed, and packing is False; set batch_unit to 'rows'"
     if p.batch_unit == "packed" and loss != "sft":
         yield f"batch_unit 'packed' counts sequences of SFT, and loss is {loss!r}; set batch_unit to 'rows' or 'tokens'"
+    if loss != "sft" and p.sft_as_long and (p.start_from != "sft" or distributed.size() > 1):
+        found = f"start_from is {p.start_from!r}" if p.start_from != "sft" else "this is a run on several GPUs"
+        yield f"sft_as_long trains the adapter of notebook 02 on one GPU, and {found}; set sft_as_long to False"
     if p.early_stopping and not p.best_checkpoint:
         yield "early_stopping keeps the best held-out loss, and best_checkpoint is off; set best_checkpoint to True"
     if p.warmup_steps and p.warmup_steps >= p.max_steps > 0:

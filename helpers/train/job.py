@@ -166,7 +166,7 @@ class TrainJob(steps.Job):
 
         Of several processes only the first writes, and the others return None.
         """
-        from helpers.train import methods
+        from helpers.train import as_long, methods
 
         self._require_trained()
         kind = "adapter" if hasattr(self.model, "peft_config") else "model"
@@ -183,6 +183,8 @@ class TrainJob(steps.Job):
         if speeds:  # the first steps compile kernels
             plan = plan.correct(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
         self._free()
+        if getattr(self.params, "sft_as_long", False):
+            as_long.train(self.stage, self.result["train_s"])
         manifest = self.stage.finish(
             {**self.result, "peak_gib": peak},
             template_hash=template_hash(self.tokenizer),

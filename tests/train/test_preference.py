@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 import train_data
+from safetensors.torch import load_file
 
 from helpers import params as parameters
-from helpers import plots
+from helpers import plots, runs
 from helpers.errors import TunebookError
-from helpers.train import callbacks, config, examples, rows, training
+from helpers.evaluate import candidates
+from helpers.train import as_long, callbacks, config, examples, rows, training
 
 
 def settings(**given):
@@ -278,6 +280,23 @@ def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tok
     assert set(prepared().stage.parents) == {"data"}
 
 
+def test_sft_goes_on_for_as_long_and_is_judged_beside_it(after_sft):
+    job = prepared(start_from="sft", sft_as_long=True, max_steps=2)
+    job.train()
+    job.result["train_s"] = 8.0
+    done = job.finish()
+    after, before = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (job.stage.path / "sft_as_long", job.stage.parents["sft"].path / "adapter")
+    )
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert "sft_as_long/adapter_model.safetensors" in done.data["artifacts"] and not (done.path / "work").exists()
+    stages = {name: runs.load(job.params.run, name) for name in ("data", "sft", "orpo")}
+    longer = next(c for c in candidates.find(stages, "base,sft,orpo") if c.name == candidates.AS_LONG)
+    assert longer.adapter == job.stage.path / "sft_as_long" and longer.made_from == "sft"
+    assert as_long.train(job.stage, 8.0) == longer.adapter  # once
+
+
 def test_from_sft_without_an_sft_stage_is_refused(data):
     with pytest.raises(TunebookError, match="run notebook 02_qlora_sft"):
         prepared(start_from="sft")
@@ -298,7 +317,10 @@ def test_a_stage_leaves_margins_and_held_out_numbers(data):
     assert len(figure.axes) == 3
 
 
-@pytest.mark.parametrize("given", [{"loss": "kto", "batch_size": 1}, {"loss": "dpo", "beta": 0.0}])
+@pytest.mark.parametrize(
+    "given",
+    [{"loss": "kto", "batch_size": 1}, {"loss": "dpo", "beta": 0.0}, {"sft_as_long": True, "start_from": "base"}],
+)
 def test_a_preference_setting_that_cannot_work_is_refused(given):
     with pytest.raises(TunebookError, match=r"This cannot work"):
         config.check(parameters.resolve("orpo", given))

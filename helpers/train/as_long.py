@@ -3,7 +3,6 @@ preference training with. Without it a gain may come from training longer alone.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from helpers import display, params, plots, runs, worker
+from helpers import display, plots, runs, worker
 from helpers.train import callbacks
 
 FOLDER = "sft_as_long"  # beside adapter/, in the stage of preference training
@@ -40,27 +39,12 @@ def train(stage: runs.Stage, seconds: float) -> Path:
         view.show(lines)
 
     request = {"runs": str(scratch), "params": values}
-    with worker.Worker("helpers.train.as_long:further", name="SFT, as long") as child:
+    with worker.Worker("helpers.train.training:further", name="SFT, as long") as child:
         done = child.ask(request, told, timeout_s=None)
     view.close()
     shutil.move(done, made)
     shutil.rmtree(scratch.parent)
     return made
-
-
-def further(request: dict[str, Any], event: Callable[[Any], None]) -> str:
-    """In the child: the folder of the adapter, trained in a runs folder of its own, of which no drive keeps a copy."""
-    from helpers.train import training
-
-    os.environ["TUNEBOOK_RUNS"] = request["runs"]
-    os.environ.pop("TUNEBOOK_KEEP", None)
-    chosen = params.resolve("sft", request["params"])
-    if not (stage := runs.stage("sft", chosen)).done:
-        job = training.open(chosen)
-        job.build().trainer.add_callback(Tell(job, event))
-        job.train()
-        job.finish()
-    return str(stage.path / "adapter")
 
 
 class Tell(TrainerCallback):

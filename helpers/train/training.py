@@ -27,7 +27,7 @@ from helpers.errors import TunebookError
 from helpers.gguf import preflight
 from helpers.model import weights
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
-from helpers.params import TrainingParams
+from helpers.params import TrainingParams, resolve
 from helpers.planner import cost_model, row_plan
 from helpers.planner import plan as planner
 from helpers.planner.plan import Plan
@@ -67,6 +67,20 @@ def open(params: TrainingParams) -> TrainJob:
     config.check(params, gpu.capability if gpu else None)
     plan = dataclasses.replace(plan, reasons=(*why, *plan.reasons))
     return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter, params)
+
+
+def further(request: dict[str, Any], event: Callable[[Any], None]) -> str:
+    """In a child of `as_long`: the folder of the adapter, trained in a runs folder of its own, not kept on a drive."""
+    from helpers.train import as_long
+
+    os.environ["TUNEBOOK_RUNS"] = request["runs"]
+    os.environ.pop("TUNEBOOK_KEEP", None)
+    job = open(resolve("sft", request["params"]))
+    if not job.stage.done:
+        job.build().trainer.add_callback(as_long.Tell(job, event))
+        job.train()
+        job.finish()
+    return str(job.stage.path / "adapter")
 
 
 def _stage(params: TrainingParams) -> runs.Stage:

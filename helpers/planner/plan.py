@@ -110,17 +110,7 @@ class Plan(display.Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        of_plan = [
-            "method",
-            "backend",
-            "attention",
-            "accumulation",
-            "world_size",
-            "batch_size",
-            "steps",
-            "errors",
-            "learning_rate",
-        ]
+        of_plan = "method backend attention accumulation world_size batch_size steps errors learning_rate".split()
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
@@ -134,6 +124,14 @@ class Plan(display.Shown):
         rows = (f"{option.setting.row_tokens:,}", f"{option.accumulation}", option.recompute_text)
         costs = (f"{option.peak_gib * self.memory_scale:.1f}", f"{speed:,.0f}", display.duration(self.tokens / speed))
         return (state, option.setting.backend, base, *rows, *costs)
+
+    def line(self, minutes: float = 0) -> str:
+        """Before anything is loaded: what fits and about how long it takes. minutes: where max_minutes ends it."""
+        ends = f", ended by max_minutes after {display.duration(60 * minutes)}" * (self.seconds[0] > 60 * minutes > 0)
+        return (
+            f"{self.method} fits on {self.card.name}: {self.peak_gib:.1f} of {self.card.total_gib:.1f} GiB, {self.steps:,} "
+            f"steps in about {display.duration(self.seconds[0])}{ends}; predicted."
+        )
 
     def headline(self) -> str:
         expected, shortest, longest = map(display.duration, self.seconds)

@@ -59,9 +59,10 @@ class TrainJob(steps.Job):
             self.mirror = resume.Mirror(mirror, self.stage, self.identity) if mirror else None
 
     @steps.look
-    def plan(self) -> Plan:
-        """Whether it fits, how long it takes, and what else was weighed."""
-        return self.planned
+    def plan(self) -> display.Html:
+        """Whether it fits and about how long it takes; the plan itself is said after the probing step."""
+        warned = [reason for reason in self.planned.reasons if reason.startswith("Warning")]
+        return display.said(self.planned.line(self.params.max_minutes), *warned)
 
     def watch(self, other: str) -> None:
         """Follow the log of a run that another process trains; raises TunebookError when it ends unfinished."""
@@ -125,7 +126,8 @@ class TrainJob(steps.Job):
         held_out = f"held-out loss {r['eval_loss']:.3f}" if "eval_loss" in r else "no held-out rows"
         losses = f"loss {r['first_loss']:.3f} → {r['last_loss']:.3f}, {held_out}"
         said = f"{r['steps']:,} steps in {display.duration(r['train_s'])}: {losses}"
-        return display.said(said) + plots.inline(self._drawing()(self.lines()))
+        plan = display.fold("The plan, and what else was weighed", self.planned._repr_html_())
+        return display.said(said) + plots.inline(self._drawing()(self.lines())) + plan
 
     @steps.look
     def summary(self) -> display.Html:

@@ -35,7 +35,8 @@ def test_sft_says_what_auto_came_to_and_preference_training_keeps_its_base_weigh
     memory(100.0)
     sft = job()
     assert sft.params.method == sft.planned.method == "lora" and sft.stage.params.method == "auto"
-    assert str(sft.plan()).count("Method auto: lora, on the 32-bit base") == 1
+    assert str(sft.plan()).startswith("lora fits on CPU: ")
+    assert str(sft.planned).count("Method auto: lora, on the 32-bit base") == 1
     sft.train()
     assert not any("bnb" in type(m).__module__ for m in sft.model.modules())
     manifest = sft.finish()

@@ -1,5 +1,6 @@
 """What is seen of a training: while it runs, when it is stopped, in another process, and what the model says then."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -52,6 +53,9 @@ def handle(monkeypatch):
 def test_training_is_a_bar_with_numbers_and_one_picture_without_an_empty_first_frame(data, handle, monkeypatch, capsys):
     monkeypatch.setattr(callbacks.View, "show", unhurried(callbacks.View.show))
     first = job()
+    before = first.plan()
+    assert re.fullmatch(r"\w+ fits on CPU: [\d.]+ of [\d.]+ GiB, 6 steps in about .*; predicted\.", before.text)
+    assert before.markup.count("<p>") == 1 and "<table" not in before.markup, "one line before the probe"
     shown = first.train()
     frames = handle.frames
     assert "step 0 of 6" in frames[0].text and "measured by a probing step" in frames[0].text
@@ -69,7 +73,18 @@ def test_training_is_a_bar_with_numbers_and_one_picture_without_an_empty_first_f
         assert re.search(wanted, said), said
     assert frames[-1].markup == "", "what came out is what the cell ends with"
     assert shown.markup.count("<img") == 1 and "6 steps in" in shown.text
+    assert shown.markup.count("measured by a probing step") == 1 == shown.markup.count("<details>")
+    assert "chosen" in shown.markup and "Learning rate" in shown.markup, "with its reasons and what else was weighed"
     assert "probing step" not in capsys.readouterr().out, "the plan is said once"
+
+
+def test_the_line_before_says_where_max_minutes_ends_it_and_what_is_warned_of(data):
+    short = job(max_minutes=1e-4)
+    assert "ended by max_minutes after 0.0 s" in short.plan().text
+    assert "max_minutes" not in job(max_minutes=9999).plan().text
+    other = dataclasses.replace(short.planned, reasons=("Warning: of another base.", "Attention: fast."))
+    short.planned, short._results = other, {}
+    assert short.plan().text.endswith("\nWarning: of another base.")
 
 
 def unhurried(show):

@@ -1,9 +1,12 @@
-"""The parts that set-up fetches besides packages: the default model and llama.cpp's libraries. Both only once."""
+"""The parts that set-up fetches besides packages: the default model and llama.cpp's libraries, both only once; and how
+JupyterLab begins: with README, without a question about news."""
 
+import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
 
 from helpers.errors import TunebookError
 
@@ -12,6 +15,7 @@ def main() -> int:
     from helpers.gguf import libraries
     from helpers.model import loading
 
+    jupyter(Path(sys.prefix) / "etc/jupyter")
     try:
         source = loading.resolve_model(loading.DEFAULT_MODEL)
         place = "its offline copy" if source.origin == "wheel" else f"the {source.origin}"
@@ -25,6 +29,11 @@ def main() -> int:
         print(f"Set-up stopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def jupyter(folder: Path) -> None:
+    """Write JupyterLab's settings of ci/jupyter into a folder where Jupyter looks for them; a person's own win."""
+    shutil.copytree(PROJECT / "ci/jupyter", folder, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

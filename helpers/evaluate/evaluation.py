@@ -321,7 +321,7 @@ class Evaluation(steps.Job):
             rows.append((name, state, *losses, *shares, f["sentence"]))
         counted = [f"{task}, of {one['n']}" for task, one in record["candidates"][record["baseline"]]["tasks"].items()]
         head = ("candidate", "verdict", "general text, nats/token", "change", *counted, "in words")
-        return display.shown(rows, head) + display.said(*(f"→ {advice}" for advice in record["advice"]))
+        return display.shown(rows, head) + display.said(record["shows"], *(f"→ {a}" for a in record["advice"]))
 
     @steps.step
     def preferences(self) -> Html:

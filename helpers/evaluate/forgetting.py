@@ -118,7 +118,21 @@ def judge(
         found[name] = {**record, "tasks": tasks, "passed": not crossed, "sentence": sentence}
     failed = [n for n, f in found.items() if not f["passed"]]
     what = advice(failed, trained.get("rank"), trained.get("replay")) if failed else []
-    return {"baseline": baseline, "threshold": threshold, "candidates": found, "advice": what}
+    shows = _shows([one["tasks"] for name, one in found.items() if name != baseline], threshold.get("task_drop", 1.0))
+    return {"baseline": baseline, "threshold": threshold, "candidates": found, "advice": what, "shows": shows}
+
+
+def _shows(measured: Sequence[Mapping[str, Mapping[str, Any]]], allowed: float) -> str:
+    """The smallest loss of each task that its items show with 80 % power for every candidate; "" without tasks."""
+    every: dict[str, Mapping[str, Any]] = {}
+    for name, one in (pair for tasks in measured for pair in tasks.items()):
+        every[name] = max(every.get(name, one), one, key=lambda task: task["detectable"])
+    if not every:
+        return ""
+    parts = [f"{statistics.points(one['detectable'])} of {name} (n = {one['n']})" for name, one in every.items()]
+    blind = [name for name, one in every.items() if one["detectable"] > allowed]
+    unseen = f"; one of task_drop = {statistics.points(allowed)} points of {' and '.join(blind)} may go unseen"
+    return f"With 80 % power these items show a loss of points from {', '.join(parts)}{unseen * bool(blind)}."
 
 
 def _task(before: Sequence[float | None], after: Sequence[float | None]) -> dict[str, Any] | None:

@@ -110,10 +110,11 @@ class Plan(display.Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        of_plan = "method backend attention accumulation world_size batch_size steps errors learning_rate".split()
+        of_plan = ("method", "backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors")
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
+        found["learning_rate"] = self.learning_rate
         costs = {"peak_gib": round(self.peak_gib, 3), "tokens_per_s": round(self.tokens_per_s, 1)}
         return found | costs | {"seconds": [round(s, 1) for s in self.seconds]}
 
@@ -129,8 +130,8 @@ class Plan(display.Shown):
         """Before anything is loaded: what fits and about how long it takes. minutes: where max_minutes ends it."""
         ends = f", ended by max_minutes after {display.duration(60 * minutes)}" * (self.seconds[0] > 60 * minutes > 0)
         return (
-            f"{self.method} fits on {self.card.name}: {self.peak_gib:.1f} of {self.card.total_gib:.1f} GiB, {self.steps:,} "
-            f"steps in about {display.duration(self.seconds[0])}{ends}; predicted."
+            f"{self.method} fits on {self.card.name}: {self.peak_gib:.1f} of {self.card.total_gib:.1f} GiB, "
+            f"{self.steps:,} steps in about {display.duration(self.seconds[0])}{ends}; predicted."
         )
 
     def headline(self) -> str:

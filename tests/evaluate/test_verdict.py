@@ -159,6 +159,23 @@ def test_items_that_one_side_did_not_answer_are_left_out_of_both():
     assert (task["n"], task["base"], task["value"]) == (2, 1.0, 0.5)
     nothing = forgetting.judge("base", {}, {"base": {"x": [None]}, "sft": {"x": [1]}}, {"task_drop": 0.15}, {})
     assert nothing["candidates"]["sft"]["tasks"] == {} and nothing["candidates"]["sft"]["passed"]
+    assert nothing["shows"] == ""
+
+
+def test_the_smallest_loss_that_each_set_can_show_is_said_of_the_candidate_where_it_is_largest():
+    limits = {"loss_increase": 0.15, "task_drop": 0.15}
+    passed = {
+        "base": {"manners": right(96, 100), "refusals": right(8, 16)},
+        "sft": {"manners": right(48, 100), "refusals": right(8, 16)},
+        "orpo": {"manners": right(96, 100), "refusals": [1 - one for one in right(8, 16)]},
+    }
+    said = forgetting.judge("base", {}, passed, limits, {})["shows"]
+    spread = (0.48 - 0.48**2) ** 0.5  # 48 lost of 100; all of 16 changed, as many lost as gained
+    points = round(100 * (1.959964 + 0.841621) * spread / 99**0.5)
+    assert f"from {points} of manners (n = 100), 72 of refusals (n = 16); " in said
+    assert said.endswith("one of task_drop = 15 points of refusals may go unseen.") and "manners and" not in said
+    some = forgetting.judge("base", {}, {name: {"manners": passed[name]["manners"]} for name in passed}, limits, {})
+    assert some["shows"].endswith("of manners (n = 100).")
 
 
 @pytest.mark.parametrize(("kind", "disagree"), [("tasks", 0.35), ("manners", 0.29), ("refusal", 0.23)])

@@ -321,9 +321,10 @@ def test_what_was_forgotten_has_the_same_words_in_page_card_and_scores(changed):
     said += "points lost to 2 gained), over task_drop = 15 points."
     scores["lost"] = {"name": "orpo", "passed": False, "sentence": said}
     scores["warnings"].append(said)
+    shows = scores["forgetting"]["shows"] = "With 80 % power these items show a loss of points from 57 of chat manners."
     samples.write_evaluation(changed, scores, answers)
     page, card = text_of(report.build("atlas")), (changed / "MODEL_CARD.md").read_text()
-    assert page.count(said) == 1 and card.count(said) == 1
+    assert page.count(said) == 1 and card.count(said) == 1 and page.count(shows) == 1 and card.count(shows) == 1
     assert "15 points of a task" in card
 
 

@@ -77,9 +77,10 @@ class Param:
         """What is allowed, for people: "a whole number from 4 to 128 tokens"."""
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
-        bounds = f" from {self.low:g} to {self.high:g}" if type(self.default) in (int, float) else ""
+        low, high, own = (f"{v:,}" if type(v) is int else self.text(v) for v in (self.low, self.high, self.default))
+        bounds = f" from {low} to {high}" if type(self.default) in (int, float) else ""
         if bounds and not self.low <= self.default <= self.high:
-            bounds += f", or {self.default:g}"
+            bounds += f", or {own}"
         return f"a {self.kind}{bounds}" + (f" {self.unit}" if self.unit else "")
 
     @property
@@ -130,8 +131,12 @@ def _unusable(text: str) -> str:
 
 def check_run(name: str) -> str:
     """The name of a run, which is a folder's. Raises TunebookError for one that would leave the runs folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
-        raise TunebookError(f"The run name {name[:200]!r} cannot name a folder; use letters, digits, '.', '_' and '-'.")
+    reserved = r"(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)"  # by Windows, where a drive's folders may be read too
+    if not re.fullmatch(rf"(?!{reserved})[A-Za-z0-9][A-Za-z0-9._-]{{0,79}}(?<!\.)", name):
+        raise TunebookError(
+            f"The run name {name[:40]!r} cannot name a folder; use a to z, digits, '.', '_' and '-': at most 80, "
+            "a letter or digit first, no '.' last, and no name that Windows keeps for itself, such as CON."
+        )
     return name
 
 

@@ -112,15 +112,17 @@ class Board:
         later = sum(seconds for stage, seconds in self.expected.items() if stage != self.stage)
         return gone / (gone + here), here + later * self.took / self.usual, doing
 
-    def _line(self, share: float, left: float, doing: str, width: int = 24) -> str:
+    def _line(self, share: float, left: float, doing: str) -> str:
+        columns = shutil.get_terminal_size().columns if self.live else 200
+        width = min(24, max(columns // 8, 4))  # of the bar: what it says is worth more
+        room = max(columns - width - len(runs.FOLDERS[self.stage]) - 3, 10)
         full = round(share * width)
         bar = "█" * full + "░" * (width - full)
         if self.colour:
             bar = f"\033[32m{'█' * full}\033[2m{'░' * (width - full)}\033[0m"
         gone = display.duration(time.monotonic() - self.began)
-        text = f"{share:4.0%}  {doing}, {gone} gone; about {display.duration(left)} left of the whole run"
-        room = shutil.get_terminal_size().columns - width - len(runs.FOLDERS[self.stage]) - 5 if self.live else 200
-        return f"{runs.FOLDERS[self.stage]} {bar} {text[: max(room, 10)]}"
+        text = f"{share:4.0%}; about {display.duration(left)} left of the whole run; {doing}, {gone} gone"
+        return f"{runs.FOLDERS[self.stage]} {bar} {text[:room]}"
 
 
 def expected(stage: str, chosen: Any) -> float:

@@ -59,7 +59,8 @@ def table(rows: Iterable[Iterable[Any]], header: Iterable[str] = ()) -> str:
     """A small HTML table; every cell is escaped."""
 
     def cell(value: Any, tag: str) -> str:
-        wrap = ";overflow-wrap:anywhere" if len(str(value)) > 40 else ""  # a long word must not widen the page
+        # A long word must not widen the page, nor a narrow page break every word of a sentence.
+        wrap = ";overflow-wrap:anywhere;min-width:14em" if len(str(value)) > 40 else ""
         return f"<{tag} style='text-align:left{wrap}'>{escape(value)}</{tag}>"
 
     def line(cells: Iterable[Any], tag: str) -> str:

@@ -173,7 +173,8 @@ def curves(logs: Mapping[str, Lines], names: Sequence[str], title: str = "", col
                 _legend(panel)
             if values or held_out[1]:
                 panel.set_ylim(bottom=curve.floor)
-        last = max((line.get("of_steps", line["step"]) for lines in logs.values() for line in lines), default=0)
+        ends = [line.get("of_steps", line["step"]) for lines in logs.values() for line in lines[-1:]]  # as known last
+        last = max([*ends, *(line["step"] for lines in logs.values() for line in lines)], default=0)
         if last > 1:
             panel.set_xlim(0, last)
         panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)

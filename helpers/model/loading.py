@@ -370,9 +370,10 @@ def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
     with reading("The adapter", adapter, f"it does not fit this base: {ADAPTER_REMEDY}"):
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, base = not trainable, config.base_model_name_or_path
+        config.base_model_name_or_path = None  # PEFT would warn of another name, and puts the folder's in its place
         with compat.targets_as_named(config):
             wrapped = get_peft_model(model, config)
-        config.base_model_name_or_path = base  # PEFT puts the folder's name in its place
+        config.base_model_name_or_path = base
         found = wrapped.load_adapter(adapter, "default", is_trainable=trainable)
     if wrong := [*found.missing_keys, *found.unexpected_keys]:
         raise TunebookError(

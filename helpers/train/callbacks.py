@@ -195,13 +195,13 @@ def side_by_side(found: Sequence[Mapping[str, Any]], database: Path) -> display.
         texts, cells = {"base": row.get("base"), "after training": row["answer"], "reference": row["reference"]}, []
         blocks += f"<p style='margin:.9em 0 .2em'><b>{display.escape(row['question'])}</b></p>" + ROW
         for name, text in ((name, text) for name, text in texts.items() if text is not None):
-            said, colour = "", "inherit"
+            said, look = "", ""
             if name != "reference":
                 reference = row["reference"]
                 one = judge.score(text, reference) if judge else text_metrics.entry(text, reference, "f1")
-                said, colour = _verdict(one["score"], one["detail"] or one["error"])
+                said, look = _verdict(one["score"], one["detail"] or one["error"])
                 right[name] += [one["score"] >= RIGHT] if one["score"] is not None else []
-            told = f"<b style='color:{colour}'>{display.escape(said)}</b>{display.escape(text[:SHOWN_CHARS])}"
+            told = f"<b style='{look}'>{display.escape(said)}</b> {display.escape(text[:SHOWN_CHARS])}"
             blocks += f"<div style='flex:1 1 14em;min-width:0'><i>{name}</i><br>{told}</div>"
             cells.append(said + text[:SHOWN_CHARS])
         blocks += "</div>"
@@ -210,19 +210,19 @@ def side_by_side(found: Sequence[Mapping[str, Any]], database: Path) -> display.
         judge.close()
     kind = "execution accuracy" if judge else "exact match; else the share of shared words, F1"
     counted = ", ".join(f"{name} {sum(known)} of {len(known)}" for name, known in right.items() if known)
-    ended = f"{sum(bool(row['stopped']) for row in found)} of {len(found)} answers stopped by itself."
+    ended = f"{sum(bool(row['stopped']) for row in found)} of {len(found)} answers stopped by themselves."
     return display.said(counted and f"Right ({kind}): {counted}.", ended) + display.Html(
         blocks, display.text_table(table)
     )
 
 
 def _verdict(score: float | None, why: str) -> tuple[str, str]:
-    """(what stands before an answer, its colour)."""
+    """(what stands before an answer, its style: legible on a light page and on a dark one)."""
     if score is None:
-        return "", "inherit"
-    if score >= RIGHT:
-        return "right: ", plots.GREEN
-    return f"{display.percent(score, 0)}: " if score else f"wrong{f' ({why})' * bool(why)}: ", plots.RED
+        return "", ""
+    right = score >= RIGHT
+    said = "right: " if right else f"{display.percent(score, 0)}: " if score else f"wrong{f' ({why})' * bool(why)}: "
+    return said, f"color:#fff;background:{plots.GREEN if right else plots.RED};padding:0 .3em"
 
 
 class Tracker(TrainerCallback):

@@ -69,8 +69,8 @@ def preview(row: dict[str, Any], tokenizer: Any) -> Html:
     markup, text = "", ""
     for trained, part in groupby(zip([*prompt, *answer], labels, strict=True), lambda pair: pair[1] != IGNORE):
         piece = tokenizer.decode([token for token, _ in part])
-        style = f"background:{TRAINED}40;color:inherit" if trained else "background:none;opacity:.65"
-        markup += f"<mark style='{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>"
+        style = f"background:{TRAINED}40" if trained else "background:none;opacity:.7"
+        markup += f"<mark style='color:inherit;{style}'>{escape(piece).replace(chr(10), '⏎<br>')}</mark>"
         text += f"[{piece}]" if trained else piece
     title = f"<p><b>{escape(row.get('id', ''))}</b>, trained tokens marked:</p>"
     return Html(f"{title}<code style='white-space:pre-wrap'>{markup}</code>", text)

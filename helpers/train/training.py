@@ -34,8 +34,6 @@ from helpers.planner.plan import Plan
 from helpers.train import config, distributed, examples, methods, resume
 from helpers.train.job import TrainJob
 
-NO_HUB = "Could not find a config file|The PEFT config's `base_model_name_or_path` was renamed"  # what PEFT warns then
-
 MOST_ROWS = 20_000  # of an estimate
 CARDS = ("T4", "L4", "A100-40", "A100-80", "H100")
 
@@ -99,7 +97,7 @@ def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any
     name = params.model or known["path" if from_folder else "name"]
     source = resolve_model(name, known.get("revision", "") if from_hub else "")
     os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
-    warnings.filterwarnings("ignore", NO_HUB)
+    warnings.filterwarnings("ignore", "Could not find a config file")  # what PEFT says then
     own, tokenizer = load_tokenizer(source), load_tokenizer(of_run(data.path, source.path))
     if lost := without_rows(load_tokenizer(source, mended=False), load_config(source).get_text_config().vocab_size):
         raise TunebookError(f"The tokenizer of {source.name} does not fit its model: {lost}")

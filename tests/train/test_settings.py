@@ -30,7 +30,7 @@ def test_embeddings_and_head_are_trained_whole_and_merged(
     given = {"precision": "auto", "modules_to_save": "embed_tokens, lm_head", "train_on": "all"}
     one = job("sft", learning_rate=1e-2, warmup_steps=1, dropout=0.1, **given)
     one.train()
-    assert "stopped by itself" in str(one.answers()) and any("trained whole, in fp32" in note for note in one.notes)
+    assert "stopped by themselves" in str(one.answers()) and any("trained whole, in fp32" in note for note in one.notes)
     whole = [p for n, p in one.model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert all(p.dtype == torch.float32 for p in whole)
     assert len({p.data_ptr() for p in whole}) == (1 if tied else 2)
@@ -120,7 +120,7 @@ def test_a_mixture_of_experts_trains_answers_and_balances_by_document(runs_root,
         found[weight, accumulation] = logged["loss"], logged["eval_loss"]
         one.stage.path.joinpath("log.jsonl").unlink(missing_ok=True)
         one.result = {"steps": 1}
-        assert "stopped by itself" in str(one.answers())
+        assert "stopped by themselves" in str(one.answers())
         shutil.rmtree(one.checkpoints, ignore_errors=True)
         runs.unlock("r", "sft")
     plain, one, four = (found[key] for key in ((0.0, 1), (0.5, 1), (0.5, 4)))

@@ -98,12 +98,23 @@ def unhurried(show):
 def test_axes_reach_to_the_last_step_from_the_first_frame_on():
     lines = [{"step": s, "loss": 3 / s, "of_steps": 200} for s in range(1, 4)]
     assert plots.training_curves(lines).axes[0].get_xlim() == (0, 200)
+    shorter = [*lines, {"step": 4, "loss": 1.0, "of_steps": 6}]  # fewer steps turned out to fit
+    assert plots.training_curves(shorter).axes[0].get_xlim() == (0, 6)
 
 
 def test_without_a_notebook_a_line_of_text_says_it(data, capsys):
     job(max_steps=2).train()
     said = capsys.readouterr().out
     assert re.search(r"step 0 of 2\n.*measured by a probing step", said) and said.count("probing step") == 1
+
+
+def test_prompts_and_verdicts_are_legible_on_a_dark_page(data):
+    one = job(max_steps=1)
+    shown = one.first_row().markup
+    assert shown.count("<mark") == shown.count("<mark style='color:inherit;") > 1, "else it is black on dark"
+    one.train()
+    found = one.answers().markup
+    assert "color:#fff;background:" in found and not re.search("<b style='color:#(?!fff)", found)
 
 
 def test_a_loss_that_is_no_number_can_still_be_shown():
@@ -159,7 +170,7 @@ def test_answers_stand_beside_the_bases_each_right_or_wrong(data):
     assert all({"base", "answer", "question", "reference"} <= set(row) for row in rows)
     labels = re.findall(r"<i>([a-z]+(?: training)?)", shown.markup)
     assert labels == ["base", "after training", "reference"] * len(rows)
-    assert "of 4 answers stopped by itself" in shown.text
+    assert "of 4 answers stopped by themselves" in shown.text
     assert "Tables:" not in shown.text
 
 

@@ -23,7 +23,7 @@ from helpers.errors import TunebookError
 LOCK = machine.PROJECT / "ci" / "locks" / "colab.txt"
 SESSION, DRIVE = "this session", "Google Drive"
 MOUNT = Path("/content/drive")
-TAKES = "a minute or two"
+PACKAGE_S = 0.7  # to install one: pip took 30 s of a server core for the quickstart's 42 (742 MB), download apart
 # Groups of ci/lock.py that a notebook needs; what has no group is for all.
 GROUPS = {
     "quick": {"documents", "training", "evaluation"},
@@ -75,7 +75,8 @@ def install(packages: list[str]) -> None:
     if not packages:
         return
     held = imported(packages)
-    print(f"Installing {len(packages)} packages, {TAKES}: {', '.join(p.replace('==', ' ') for p in packages)}")
+    takes = f"about {display.duration(PACKAGE_S * len(packages))} and their download"
+    print(f"Installing {len(packages)} packages, {takes}: {', '.join(p.replace('==', ' ') for p in packages)}")
     started = time.monotonic()
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(packages))

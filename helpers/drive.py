@@ -7,18 +7,21 @@ there after every step, all of a stage when it is finished, its manifest last; c
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from helpers import cache, display
+from helpers.errors import TunebookError
 
 SMALL = 4_000_000  # bytes; larger files are copied once, when the stage is finished
 # What serves this machine alone, or lies in the mirror.
 HERE_ONLY = {"checkpoints", "work", "tensorboard"}
 UNFINISHED = ("plan.json", "params.yaml", "log.jsonl", "samples.jsonl")  # enough to resume from the mirror
 MANIFEST, PLAN = "manifest.json", "plan.json"
+_met: set[Path] = set()  # folders that were there: one that is gone was a drive, and is not made on this disk
 
 
 def home() -> Path | None:
@@ -40,9 +43,12 @@ def keep(folder: Path, all_of_it: bool = False) -> None:
     if not (place := _place(folder)):
         return
     try:
+        if (top := place.parent.parent) in _met and not top.is_dir():
+            raise FileNotFoundError(2, "the folder is gone; mount the drive again")
         if any((place / name).is_file() and not _same(place, folder, name) for name in (PLAN, MANIFEST)):
             cache.move_aside(place)
         copied = [_copy(file, place / name, all_of_it) for name, file in _files(folder, None if all_of_it else SMALL)]
+        _met.update([top] if top.is_dir() else [])
         if all_of_it:
             _copy(folder / MANIFEST, place / MANIFEST)
             display.say(f"{folder.name} is kept in {place}: {display.size(sum(copied))} copied.")
@@ -54,10 +60,22 @@ def keep(folder: Path, all_of_it: bool = False) -> None:
 def bring(folder: Path) -> None:
     """Bring a stage that this machine does not have: all of a finished one, of an unfinished one what resumes it.
 
-    Other work in the folder is left alone. Raises OSError when the drive cannot be read.
+    Other work in the folder is left alone. Raises TunebookError when the drive cannot be read.
     """
     place = _place(folder)
-    if not place or not (place / PLAN).is_file() or (folder / MANIFEST).exists():
+    if not place or (folder / MANIFEST).exists():
+        return
+    try:
+        _bring(place, folder)
+    except OSError as error:
+        raise TunebookError(
+            f"Runs are kept in {place.parent.parent}, which cannot be read ({error.strerror or error}); mount it again "
+            "and run the cell again, or set keep_runs_in to 'this session' (TUNEBOOK_KEEP to nothing)."
+        ) from error
+
+
+def _bring(place: Path, folder: Path) -> None:
+    if not (place / PLAN).is_file():
         return
     if (folder / PLAN).exists() and not _same(place, folder, PLAN):
         return
@@ -73,7 +91,9 @@ def bring(folder: Path) -> None:
 
 def holds(folder: Path) -> bool:
     """Whether the drive has this finished stage."""
-    return bool((place := _place(folder)) and _same(place, folder, MANIFEST))
+    with contextlib.suppress(OSError):
+        return bool((place := _place(folder)) and _same(place, folder, MANIFEST))
+    return False
 
 
 def _place(folder: Path) -> Path | None:

@@ -115,6 +115,33 @@ def test_a_drive_that_cannot_be_written_is_announced_and_the_stage_is_finished_h
     assert "01_data_prep could not be kept in" in said and "finished on this machine alone" in said
 
 
+def test_a_drive_that_vanishes_is_announced_and_not_made_anew_on_this_disk(machines, narrow_llama, tokenizer, capsys):
+    kept = machines("one")
+    train_data.data_stage("r", narrow_llama, tokenizer)
+    one = job()
+    one.train()
+    shutil.rmtree(kept)
+    assert one.finish() and not kept.exists()
+    said = capsys.readouterr().out
+    assert said.count("mount the drive again") >= 1 and "is finished on this machine alone" in said
+
+
+def test_a_drive_that_cannot_be_read_is_one_message_and_no_harm_to_what_is_here(
+    machines, narrow_llama, tokenizer, monkeypatch, capsys
+):
+    machines("one")
+    train_data.data_stage("r", narrow_llama, tokenizer)
+    one = job()
+    one.train()
+    monkeypatch.setenv("TUNEBOOK_KEEP", "/" + "x" * 300)  # the system refuses to look at such a path
+    done = one.finish()
+    assert done.path.is_dir() and "could not be kept in" in capsys.readouterr().out
+    assert job().stage.done.sha256 == done.sha256, "what is here is used"
+    shutil.rmtree(done.path)
+    with pytest.raises(TunebookError, match=r"Runs are kept in /x+, which cannot be read \(File name too long\)"):
+        job()
+
+
 def test_what_serves_this_machine_alone_is_not_copied(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEBOOK_KEEP", str(tmp_path / "drive"))
     stage, place = tmp_path / "runs/r/04_gguf_export", tmp_path / "drive/r/04_gguf_export"

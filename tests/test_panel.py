@@ -297,6 +297,22 @@ def test_an_uploaded_file_becomes_the_dataset_and_its_first_rows_are_shown(proje
     assert values.dataset == "uploads/pairs-2.csv" and "prompt=prompt" in shown.upload.preview.value
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"question,answer\n", "it holds no row"),
+        (("question,answer\n" + "What?,Gr\u00f6sse\n" * 30).encode("latin-1"), "iconv -f"),
+        (b"Frage,Antwort\n" + b"Was?,Das\n" * 30, "unknown shape"),
+        (b"question,answer\n" + bytes(range(256)) * 9, "not UTF-8"),
+    ],
+)
+def test_an_odd_file_is_shown_for_what_it_is(project, content, said):
+    shown, _ = made("data")
+    uploaded(shown, "odd.csv", content)
+    text = shown.upload.preview.value
+    assert said in text and "at most" not in text
+
+
 @pytest.mark.parametrize("name, content", [("notes.exe", b"MZ"), ("empty.csv", b""), (".jsonl", b"{}"), ("x", b"x")])
 def test_a_file_that_is_no_data_is_refused_in_red(project, name, content):
     shown, values = made("data")

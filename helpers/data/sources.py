@@ -324,8 +324,9 @@ def peek(params: DataParams) -> display.Html:
         written = {"unanswerable": params.unanswerable}
         rows = list(_rows(one, named or one.shape, rejects, written, {}, None, "train"))
         lost = "; ".join(f"{reason}: {about['detail']}" for reason, about in rejects.first.items())
-        lost = f"{one.rejected} of {PEEKED} at most: {lost}" if lost else "none"
-        read_as = "; ".join(f"{shape} ({count})" for shape, count in one.shapes.most_common(3)) or "not read"
+        lost = f"{one.rejected}: {lost}" if lost else "none"
+        read_as = "; ".join(f"{shape} ({count})" for shape, count in one.shapes.most_common(3))
+        read_as = read_as or ("not read" if one.rejected else "it holds no row")
         table.append((one.where, read_as, ", ".join(one.unused), lost))
         for row in rows[:3]:
             asked = row["messages"] if "chosen" in row else row["messages"][:-1]

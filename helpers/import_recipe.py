@@ -29,6 +29,7 @@ from helpers.errors import TunebookError
 
 TAKEN, NEAR, LOST, FREE = "taken over", "approximated", "refused", "not needed"
 GROUPS = {"free": FREE, "near": NEAR, "lost": LOST, "refused": LOST}
+LISTS = ("target_modules", "modules_to_save", "data.add_tokens")  # take several, by commas
 SECRET = re.compile(r"(?:api|hub|hf|auth)_?(?:key|token)|secret|password|webhook", re.IGNORECASE)
 Settings = dict[str, Any]  # ours: "data.model", "gguf.outputs", "rank" of the training stage
 Found = tuple[str, str, Settings]  # what became of a setting, as what or why, and what it sets
@@ -93,7 +94,7 @@ def read(file: str | Path, gpus: int = 1) -> Imported:
                 values[name] = params.find(stage, name).check(values[name])
             except TunebookError as error:
                 key = owner.get(name) or owner.get(f"{stage}.{name}")
-                if key is None:
+                if key is None or name in ("model", "dataset"):
                     raise TunebookError(f"{file} cannot be a recipe of the stage {stage}: {error}") from None
                 del values[name]
                 rows[key] = (rows[key][0], LOST, str(error))
@@ -147,7 +148,10 @@ def _setting(dialect: dict[str, Any], name: str, value: Any) -> Found:
         if re.search(pattern, text):
             raise TunebookError(f"the model {text} {why}.")
     rule = {"to": rule} if isinstance(rule, str) else rule
-    found, why = ",".join(map(str, value)) if isinstance(value, list) else value, rule.get("why", "")
+    if rule.get("to") == "warmup_steps" and type(value) is float and value < 1:  # as transformers 5 reads it
+        rule = {"to": "warmup_ratio"}
+    listed = isinstance(value, list) and rule.get("to") in LISTS
+    found, why = ",".join(map(str, value)) if listed else value, rule.get("why", "")
     if text in rule.get("cases", ()):
         found = rule["cases"][text]
         found, why = found if isinstance(found, list) else (found, why)
@@ -204,23 +208,19 @@ def _beside(file: Path, name: str) -> Path | None:
 
 def _typed_sets(dialect: dict[str, Any], to: str, entries: list[Any]) -> Found:
     """Axolotl's sets, which say of what type their rows are and in which columns they stand."""
-    specs, sets, why, columns = list[str](), Settings(), list[str](), set[str]()
+    specs, why, columns, types = list[str](), list[str](), set[str](), dict[str, Settings]()
     for entry in ({"path": one} if isinstance(one, str) else one for one in entries):
         kind = entry.get("type") or "" if isinstance(entry, dict) else None
         own = {**entry, **kind} if isinstance(kind, dict) else entry
         head = re.split(r"[.:]", kind)[0] if isinstance(kind, str) else ""
-        if (
-            kind is None
-            or not isinstance(own.get("path"), str)
-            or head not in dialect["types"]
-            or own.get("data_files")
-        ):
-            said = "data_files" if kind is not None and own.get("data_files") else display.plain(kind or entry)[:80]
+        texts = isinstance(kind, (str, dict)) and all(isinstance(own.get(c) or "", str) for c in dialect["columns"])
+        if not texts or not isinstance(own.get("path"), str) or head not in dialect["types"] or own.get("data_files"):
+            said = "data_files" if texts and own.get("data_files") else display.plain(kind or entry)[:80]
             raise TunebookError(
                 f"a set is given by {display.clean(said)}, which is not read here; prepare its rows as files."
             )
-        sets |= dialect["types"][head]
-        fields = {part: str(own[key]) for key, part in dialect["columns"].items() if own.get(key)}
+        types[head] = dialect["types"][head]
+        fields = {part: own[key] for key, part in dialect["columns"].items() if own.get(key)}
         unlike = {part: c for part, c in fields.items() if c not in (*formats.SYNONYMS.get(part, ()), "text")}
         columns.add(",".join(f"{part}={column}" for part, column in unlike.items()))
         split = "" if own.get("split") in (None, "train") else own["split"]
@@ -230,7 +230,11 @@ def _typed_sets(dialect: dict[str, Any], to: str, entries: list[Any]) -> Found:
         why += [f"{key} of {own['path']} is not read" for key in more]
     if len(columns) > 1:
         raise TunebookError(f"sets have different columns ({'; '.join(columns)}); describe them in {sources.INFO}.")
-    sets |= {"data.columns": columns.pop()} if columns != {""} else {}
+    if len({one.get("data.format") for one in types.values()}) > 1:
+        raise TunebookError(f"sets are of the types {', '.join(types)}, and rows have one format; import one for each.")
+    sets = types[head] | ({"data.columns": columns.pop()} if columns != {""} else {})
+    if any(one != types[head] for one in types.values()):
+        why.append(f"sets of the types {', '.join(filter(None, types))} are written alike, by the last one's template")
     sets[to] = ",".join(specs)
     return NEAR if why else TAKEN, "; ".join(why) or f"{to} = {sets[to]}", sets
 

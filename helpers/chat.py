@@ -41,12 +41,16 @@ Servers = Mapping[str, Server | str]
 
 
 def stream(server: Server | str, model: str, messages: list[Message], temperature: float, most: int) -> Iterator[str]:
-    """The answer of at most `most` tokens in the pieces in which it comes."""
-    create = serve.client(server).chat.completions.create
+    """The answer of at most `most` tokens in the pieces in which it comes; of a model without a chat template what it
+    writes behind the last message."""
+    client, talks = serve.client(server), serve.talks(server)
     model = server.path.stem if isinstance(server, Server) else model
-    with create(model=model, messages=messages, temperature=temperature, max_tokens=most, stream=True) as events:
+    create: Any = client.chat.completions.create if talks else client.completions.create
+    asked = {"messages": messages} if talks else {"prompt": messages[-1]["content"]}
+    with create(model=model, temperature=temperature, max_tokens=most, stream=True, **asked) as events:
         for event in events:
-            yield (event.choices[0].delta.content or "") if event.choices else ""
+            said = event.choices and (event.choices[0].delta.content if talks else event.choices[0].text)
+            yield said or ""
 
 
 class Chat:
@@ -124,7 +128,7 @@ class Chat:
                     drawn = time.monotonic()
                     self._draw(name)
         except Exception as error:  # whatever the network or the server does; the other model continues
-            self.notes[name] = f"no answer: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            self.notes[name] = f"no answer: {_why(error)}"
         if not answer["content"]:
             said.pop()
         elif returned := self._run(answer["content"]):
@@ -241,8 +245,14 @@ def offer(gguf: str | Path, base: str | Path = "", system: str = "", **opening: 
     return show({**servers, "tuned": serve.start(gguf)}, system, **opening)
 
 
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def main(arguments: list[str] | None = None) -> int:
     """A conversation in the terminal; an empty line ends it."""
+    from openai import OpenAIError
+
     parser = argparse.ArgumentParser(prog="tunebook chat", description="Talk to a run's export or a GGUF file.")
     parser.add_argument("what", help="a GGUF file, a folder that holds one, or the name of a run")
     parser.add_argument("--system", default="", help="system prompt; none takes that of the run's data")
@@ -254,12 +264,18 @@ def main(arguments: list[str] | None = None) -> int:
     said = [{"role": "system", "content": system}] if system else []
     try:
         server = serve.start(options.what)
+        if not serve.talks(server):
+            say("The model completes plain text: it has no chat template, and goes on with what you write.")
         while question := input("> ").strip():
             said += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-            for piece in stream(server, server.path.stem, said[:-1], 0.0, options.max_tokens):
-                said[-1]["content"] += piece
-                say(piece, end="")
-            say()
+            try:
+                for piece in stream(server, server.path.stem, said[:-1], 0.0, options.max_tokens):
+                    said[-1]["content"] += piece
+                    say(piece, end="")
+                say()
+            except OpenAIError as error:  # a question too long for the context; the next one may be shorter
+                say(f"No answer: {_why(error)}")
+                del said[-2:]
     except (EOFError, KeyboardInterrupt):
         say()
     finally:

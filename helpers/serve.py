@@ -114,15 +114,20 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
     return context, need
 
 
+def talks(server: Server | str) -> bool:
+    """Whether the served model has a chat template; one without completes text. What answers an address is not known."""
+    return isinstance(server, str) or "tokenizer.chat_template" in header.check(server.path).metadata
+
+
 def describe(server: Server) -> str:
     """What other programs need to use a running server."""
     url, key, model = f"{server.url}/v1", server.key, json.dumps(server.path.stem)
-    talks = "tokenizer.chat_template" in header.check(server.path).metadata
-    create = f"openai.OpenAI(base_url={url!r}, api_key={key!r}).{'chat.' * talks}completions.create"
+    chats = talks(server)
+    create = f"openai.OpenAI(base_url={url!r}, api_key={key!r}).{'chat.' * chats}completions.create"
     return (
         f"{server.path.name} is served at {url}\n"
         f"  key         {key}\n"
-        f"  Python      {create}(model={model}, {'messages=[…]' if talks else 'prompt=…'})\n"
+        f"  Python      {create}(model={model}, {'messages=[…]' if chats else 'prompt=…'})\n"
         f"  Open WebUI  Settings > Connections > OpenAI API: URL {url}, key {key}\n"
         f"              or OPENAI_API_BASE_URL={url} OPENAI_API_KEY={key} open-webui serve --host 127.0.0.1\n"
         f"  health      {server.url}/health"

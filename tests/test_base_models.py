@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import params, runs
+from helpers import __main__ as command_line
+from helpers import params, publish, runs, serve
 from helpers.data import prepare
 from helpers.errors import TunebookError
 from helpers.evaluate import evaluation
@@ -123,6 +124,10 @@ def test_added_turn_tokens_go_through_training_export_and_evaluation(runs_root, 
     scores = judged(tmp_path)
     assert [c["status"] for c in scores["candidates"]] == ["scored"] * 4, scores["warnings"]
     assert scores["task"]["template_hash"] == data.data["template_hash"]
+    (card,) = (one.card for one in publish.plan("b", "user/b", ["adapter"]))
+    assert (
+        "rendered with the chat template gemma, which is in this repository" in card and "own chat template" not in card
+    )
 
 
 def test_a_sentencepiece_base_gets_its_added_tokens_through_the_converter(runs_root, tmp_path, monkeypatch):
@@ -146,7 +151,7 @@ def test_a_sentencepiece_base_gets_its_added_tokens_through_the_converter(runs_r
     assert not any(file["failed"] for file in proof)
 
 
-def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, capsys):
+def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, capsys, monkeypatch):
     job, data = prepared(bare, texts(tmp_path / "texts.jsonl"), format="text")
     assert "none, and plain text needs none" in repr(job.template()) and data.data["chat_template"] == {}
     trained()
@@ -161,6 +166,16 @@ def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, ca
         perplexity = candidate["scores"]["perplexity"]
         assert perplexity["low"] <= perplexity["value"] <= perplexity["high"] and perplexity["value"] > 1000
     assert "perplexity" in scores["headline"] and scores["harness"]
+    lines = iter(["the old river", "the old river " * 1200, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert command_line.main(["chat", "b", "--max-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    with serve.start("b") as server:
+        (made,) = server.post("/v1/completions", {"prompt": "the old river", "max_tokens": 4})["choices"]
+    assert "completes plain text" in said and f"\n{made['text']}\n" in said and "No answer" in said
+    cards = {one.kind: one.card for one in publish.plan("b", "user/b")}
+    assert all("completes plain text" in card and '"role"' not in card for card in cards.values())
+    assert not any("chat template" in card.lower() for card in cards.values())
 
 
 def test_conversations_without_a_template_are_refused_with_what_to_set(runs_root, bare, tmp_path):

@@ -33,6 +33,7 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
         data_licence=data_licence,
         steps=[_step(facts, stage) for stage in facts.lineage],
         others=[_step(facts, s) for s in ("sft", "orpo") if s in facts.stages and s not in facts.lineage],
+        template=_template(facts),
         headline=statistics.headline(facts.scores, judged) if judged else "",
         gguf_files=files,
         first=next((f for f in files if ship and f"gguf {f[6:-5]}" == ship["name"]), (files or ["model.gguf"])[-1]),
@@ -61,6 +62,15 @@ def judged_as(facts: Facts, kind: str) -> dict[str, Any] | None:
     found = [c for c in facts.scored if c["role"] == kind] if kind != "adapter" else []
     found = found or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"]
     return statistics.protagonist({**facts.scores, "candidates": found})
+
+
+def _template(facts: Facts) -> str:
+    """What renders the model's prompts, in words; "" where it completes plain text."""
+    data = facts.stages.get("data")
+    if data and not (data.path / "tokenizer" / "chat_template.jinja").is_file():
+        return ""
+    chosen = (data.data.get("chat_template") or {}) if data else {}
+    return f"the chat template {chosen['name']}" if chosen.get("name") else "the base model's own chat template"
 
 
 def _step(facts: Facts, stage: str) -> str:

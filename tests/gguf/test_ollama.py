@@ -302,7 +302,7 @@ def test_commands_name_this_model_its_template_and_stops_and_stay_on_this_machin
         and "--max-model-len 8192" in found["vLLM"]
     )
     assert "<|im_end|>" in found["LM Studio"] and str(gguf) in found["LM Studio"]
-    assert "OPENAI_API_BASE_URL=http://127.0.0.1:8080/v1" in found["Open WebUI"]
+    assert "OPENAI_API_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=$TUNEBOOK_SERVER_KEY" in found["Open WebUI"]
     assert "0.0.0.0" not in "".join(found.values())
     for command in found.values():
         done = subprocess.run(["bash", "-n"], input=command, text=True, capture_output=True)

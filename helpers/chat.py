@@ -251,8 +251,6 @@ def _why(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """A conversation in the terminal; an empty line ends it."""
-    from openai import OpenAIError
-
     parser = argparse.ArgumentParser(prog="tunebook chat", description="Talk to a run's export or a GGUF file.")
     parser.add_argument("what", help="a GGUF file, a folder that holds one, or the name of a run")
     parser.add_argument("--system", default="", help="system prompt; none takes that of the run's data")
@@ -273,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
                     said[-1]["content"] += piece
                     say(piece, end="")
                 say()
-            except OpenAIError as error:  # a question too long for the context; the next one may be shorter
+            except Exception as error:  # a question too long for the context, say; the next one may be shorter
                 say(f"No answer: {_why(error)}")
                 del said[-2:]
     except (EOFError, KeyboardInterrupt):

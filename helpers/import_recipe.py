@@ -26,9 +26,11 @@ from helpers import display, machine, parameter, params
 from helpers.cache import writing
 from helpers.data import formats, sources
 from helpers.errors import TunebookError
+from helpers.train import config
 
 TAKEN, NEAR, LOST, FREE = "taken over", "approximated", "refused", "not needed"
 GROUPS = {"free": FREE, "near": NEAR, "lost": LOST, "refused": LOST}
+LORA = ("rank", "alpha", "target_modules", *config.ADAPTERS_OWN)
 LISTS = ("target_modules", "modules_to_save", "data.add_tokens")  # take several, by commas
 SECRET = re.compile(r"(?:api|hub|hf|auth)_?(?:key|token)|secret|password|webhook", re.IGNORECASE)
 Settings = dict[str, Any]  # ours: "data.model", "gguf.outputs", "rank" of the training stage
@@ -85,6 +87,12 @@ def read(file: str | Path, gpus: int = 1) -> Imported:
             owner |= dict.fromkeys(sets, name)
             shown = "***" if SECRET.search(name) and value else display.plain(value)[:100]
             rows[name] = (f"{shown} (its default)" if name in own else shown, verdict, why)
+        whole = chosen.get("method") in ("full", "freeze")
+        for name in (name for name in LORA if whole and chosen.pop(name, None) is not None):
+            rows[owner[name]] = (rows[owner[name]][0], FREE, "weights of the model are trained, without an adapter")
+        if whole and chosen.get("precision") == "fp16":
+            del chosen["precision"]
+            rows[owner["precision"]] = (rows[owner["precision"]][0], NEAR, "whole weights are trained in bf16 or fp32")
         recipe = _stages(chosen, gpus)
     except TunebookError as error:
         raise TunebookError(f"{file} cannot be a recipe: {error}") from None
@@ -98,6 +106,11 @@ def read(file: str | Path, gpus: int = 1) -> Imported:
                     raise TunebookError(f"{file} cannot be a recipe of the stage {stage}: {error}") from None
                 del values[name]
                 rows[key] = (rows[key][0], LOST, str(error))
+        if stage in ("sft", "orpo"):
+            try:
+                config.check(params.resolve(stage, values), (9, 0))
+            except TunebookError as error:
+                raise TunebookError(f"{file} cannot be a recipe. {error}") from None
     return Imported(f"From {Path(file).name} of {dialect['title']}.", recipe, [(k, *row) for k, row in rows.items()])
 
 
@@ -164,6 +177,7 @@ def _setting(dialect: dict[str, Any], name: str, value: Any) -> Found:
     if str(rule.get("to")).startswith("batch.") and type(value) is not int:
         raise TunebookError(f"{name} is {text}, which is not a valid whole number.")
     sets = found if isinstance(found, dict) else {rule["to"]: found}
+    sets |= {rule["twice"]: 2 * value} if "twice" in rule and type(value) is int else {}
     same = ", ".join(f"{ours} = {display.plain(one)}" for ours, one in sets.items()) or "as it is here"
     return NEAR if why else TAKEN, why or same, sets
 

@@ -70,8 +70,11 @@ def test_an_axolotl_job_is_taken_over_with_its_sets_and_batch(job, tmp_path):
     [
         ({"stage": "dpo", "pref_beta": 0.2}, "orpo", {"loss": "dpo", "beta": 0.2, "max_length": 1024}),
         ({"stage": "dpo", "pref_loss": "orpo"}, "orpo", {"loss": "orpo", "start_from": "base"}),
-        ({"stage": "kto"}, "orpo", {"loss": "kto"}),
+        ({"stage": "kto"}, "orpo", {"loss": "kto", "beta": 0.1}),
         ({"stage": "pt"}, "sft", {"train_on": "all", "batch_unit": "packed"}),
+        ({"stage": "pt", "packing": False}, "sft", {"packing": False, "batch_unit": "rows"}),
+        ({}, "sft", {"rank": 8, "alpha": 16, "warmup_ratio": 0.0}),
+        ({"lora_rank": 32, "lora_alpha": 16}, "sft", {"rank": 32, "alpha": 16}),
         ({"finetuning_type": "full", "deepspeed": "z3.json"}, "sft", {"method": "full"}),
         ({"quantization_bit": 4, "quantization_method": "bnb"}, "sft", {"method": "qlora"}),
         (
@@ -115,14 +118,25 @@ def test_a_merge_becomes_an_export_of_the_runs_adapter(job):
             {"lora_target_linear": False, "lora_target_modules": ["q_proj", "v_proj"]},
             {"sft": {"target_modules": "q_proj,v_proj"}},
         ),
-        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, {"sft": {"init": "loftq"}}),
-        ({"adapter": None, "load_in_4bit": False}, {"sft": {"method": "full"}}),
+        (
+            {"peft": {"loftq_config": {"loftq_bits": 4}}, "adapter": "lora"},
+            {"sft": {"init": "loftq", "method": "qlora"}},
+        ),
+        ({"adapter": None, "load_in_4bit": False, "lora_dropout": 0.05, "fp16": True}, {"sft": {"method": "full"}}),
+        ({"datasets": [{"path": "t.jsonl", "type": "pretrain"}]}, {"sft": {"packing": True, "batch_unit": "packed"}}),
+        ({"warmup_steps": None}, {"sft": {"warmup_ratio": 0.03}}),
+        ({"warmup_steps": 0}, {"sft": {"warmup_ratio": 0}}),
     ],
 )
 def test_what_axolotl_calls_otherwise_becomes_the_same_here(job, change, expected):
     recipe = job(AXOLOTL | change).recipe
     for stage, values in expected.items():
         assert values.items() <= recipe[stage].items(), recipe
+
+
+def test_what_cannot_be_trained_together_is_refused_before_anything_is_written(job):
+    with pytest.raises(TunebookError, match=r"cannot be a recipe\. This cannot work: warmup_steps 10 spends all"):
+        job(AXOLOTL | {"max_steps": 5})
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ PUBLISHED_SETTINGS = {  # recipe → settings of its training stage; then of oth
     "publish_dry_run true",
     "axolotl-sql-llama2-7b": "method qlora, rank 32, alpha 16, dropout 0.05, target_modules all-linear, precision "
     "fp16, batch_unit rows, batch_size 8, optimizer paged_adamw_32bit, schedule cosine, learning_rate 2e-4, "
-    "warmup_steps 10, eval_steps 20; data format context_qa, chat_template context_qa, eval_share 0.01, max_length 2048, "
-    "model NousResearch/Llama-2-7b-hf, train_on last",
+    "warmup_steps 10, eval_steps 20; data format context_qa, chat_template context_qa, eval_share 0.01, "
+    "max_length 2048, model NousResearch/Llama-2-7b-hf, train_on last",
     "llama-factory-full-4gpu": f"method full, batch_size 8, learning_rate 1e-5, {FACTORY}{FACTORY_DATA}",
     "llama-factory-lora": f"learning_rate 1e-4, {FACTORY_LORA}{FACTORY_DATA}",
     "llama-factory-merge": f"learning_rate 1e-4, {FACTORY_LORA}{FACTORY_DATA}; gguf outputs merged",

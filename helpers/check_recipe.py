@@ -119,6 +119,8 @@ def _fits(
             plan = planner.plan(params, lengths, source, gpus, None, padded)
             methods |= {card.name: plan.method} if chosen.stage == "sft" else {}
             speed, takes = f"{plan.tokens_per_s:,.0f}", display.duration(plan.seconds[0])
+            rate = (f"{chosen.stage} learning rate", next(r for r in plan.reasons if r.startswith("Learning rate")))
+            found += [rate] if rate not in found else []
             yield chosen.stage, card.name, "yes", f"{plan.peak_gib:.1f} GiB", speed, takes, plan.method
         except TunebookError as error:
             yield chosen.stage, card.name, "no", "", "", "", str(error)

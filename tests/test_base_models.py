@@ -184,6 +184,15 @@ def test_conversations_without_a_template_are_refused_with_what_to_set(runs_root
     assert not (runs.folder("b", "data") / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    "template", ["chatm", "{{ messages[0].content }}{{ eos_token }}", "{{ 1 }}\n{% for m in messages %}"]
+)
+def test_a_template_that_cannot_be_used_is_refused_before_anything_is_written(runs_root, bare, tmp_path, template):
+    with pytest.raises(TunebookError, match=r"did you mean chatml|leaves out the answer|line 2"):
+        prepared(bare, sums(tmp_path / "sums.jsonl"), chat_template=template)
+    assert not list(runs_root.rglob("*.*"))
+
+
 def test_a_base_with_another_vocabulary_is_refused_for_a_chosen_template(runs_root, bare, tmp_path):
     prepared(bare, sums(tmp_path / "sums.jsonl"), chat_template="alpaca")
     other = shutil.copytree(bare, tmp_path / "other")

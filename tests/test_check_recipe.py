@@ -32,6 +32,7 @@ def test_rows_ends_of_turn_overlap_and_every_gpu_are_told_and_runs_stays_empty(r
     assert "<|im_end|> is trained in 37 of 39 rows; 2 lost it to max_length" in said
     assert "1 rows hold a test question and are dropped" in said
     lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("sft ") and "trains on" not in line}
+    assert "sft learning rate" in said and "proposed for a LoRA of alpha 32, rank 16 on 0.01" in said
     assert {"T4", "L4", "A100-40", "A100-80", "H100"} <= set(lines)
     assert "precision 'bf16' needs compute capability" in lines["T4"] and " yes " in lines["A100-40"]
     assert not runs_root.exists()
@@ -39,9 +40,11 @@ def test_rows_ends_of_turn_overlap_and_every_gpu_are_told_and_runs_stays_empty(r
 
 def test_a_sample_and_single_parameters_are_said_and_heeded(recipe, runs_root, capsys):
     given = ["--rows", "10", "-p", "data.over_long", "drop", "-p", "sft.precision", "auto", "--gpus", "2"]
+    given += ["-p", "sft.learning_rate", "1e-4"]
     assert command_line.main(["check", str(recipe), *given]) == 0
     said = capsys.readouterr().out
     assert "the first 10 rows of dataset only" in said and "train 7" in said and "dropped 2" in said
+    assert "Warning: it is 10 times below the 0.001 proposed" in said
     assert "compute capability" not in said and not runs_root.exists()
 
 

@@ -236,6 +236,7 @@ def test_the_estimate_follows_a_slider_and_a_price(data):
     first = shown.outlook.table.value
     for name in ("here", "T4", "L4", "A100-40", "A100-80", "H100"):
         assert f"aria-label='{name}: memory " in first
+    assert "Learning rate 0.001, proposed for a LoRA of alpha 32, rank 16" in first and "LoRA Without Regret" in first
     shown.rows["rank"].slider.value = 256
     second = shown.outlook.table.value
     assert first != second and first.split("</b>")[0] != second.split("</b>")[0]
@@ -254,6 +255,8 @@ def test_what_cannot_be_is_red_with_the_setting_that_can(data):
     assert "alert" not in shown.outlook.table.value
     shown.rows["max_minutes"].field.value = "0.0001"
     assert "(max_minutes)" in shown.outlook.table.value
+    shown.rows["learning_rate"].field.value = "1e-5"
+    assert "Warning: it is 100 times below the 0.001 proposed" in shown.outlook.table.value
 
 
 def test_without_data_the_panel_says_what_is_missing_and_works():

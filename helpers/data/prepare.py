@@ -59,12 +59,13 @@ class Job(StageJob):
         self.choice: dict[str, Any] = {}  # of a chat template by parameter
         self._reports: dict[str, list[StepReport]] = {}
         self.chosen = {name: getattr(self.params, name) for name in COMPANIONS}
-        embedded = DataParams()
-        if embedded.dataset not in [part.strip() for part in self.params.dataset.split(",")]:
+        if (embedded := DataParams()).dataset not in [part.strip() for part in self.params.dataset.split(",")]:
             foreign = [name for name in COMPANIONS if self.chosen[name] == getattr(embedded, name) != ""]
             self.chosen |= dict.fromkeys(foreign, "")
             if names := ", ".join(foreign):
                 say(f"{names} belong to the embedded data; your own dataset needs none of them.")
+        if stage.done is None and self.params.chat_template:
+            _ = self.tokenizer  # a template that cannot be used is refused before anything is read or written
 
     @functools.cached_property
     def source(self) -> loading.ModelSource:

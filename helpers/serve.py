@@ -115,7 +115,7 @@ def plan(path: Path, context: int = 0, parallel: int = 1) -> tuple[int, float]:
 
 
 def talks(server: Server | str) -> bool:
-    """Whether the served model has a chat template; one without completes text. What answers an address is not known."""
+    """Whether the served model has a chat template; one without completes text. Of an address nothing is known."""
     return isinstance(server, str) or "tokenizer.chat_template" in header.check(server.path).metadata
 
 

@@ -51,7 +51,7 @@ _SQL = re.compile(
     r"[\s(]*(?:SELECT|WITH|INSERT|CREATE|DELETE|UPDATE)\b.*\b(?:FROM|INTO|TABLE|SET|VALUES|COUNT|AS)\b",
     re.IGNORECASE | re.DOTALL,
 )
-_NUMBER, LONGEST_NUMBER = re.compile(r"[-+]?[\d,. ]*\d *%?"), 40  # characters
+_NUMBER, LONGEST_NUMBER = re.compile(r"[-+−]?[$€£¥]?[\d,. ]*\d *[%$€£¥]?"), 40  # characters
 _ENTRY = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S", re.MULTILINE)
 Check = Callable[[str], bool | None]
 
@@ -276,7 +276,7 @@ def _whole(value: Any) -> Any:
 
 
 _AMOUNT = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,2})?|\.\d{1,40}"
-_NUMBER = re.compile(rf"(?<![\w.)])([-+−]?)\s?[$€£¥]?({_AMOUNT})(?:\s*/\s*(\d{{1,40}}))?")
+_ENDS_IN = re.compile(rf"(?<![\w.)])([-+−]?)\s?[$€£¥]?({_AMOUNT})(?:\s*/\s*(\d{{1,40}}))?")
 _SAID = re.compile(
     r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}|####\s*([^\n]+)|\banswer\s*(?:is|was|:|=)\s*:?([^\n]+?)(?:[.!]\s|$)",
     re.I | re.M,
@@ -295,7 +295,7 @@ def number(text: str) -> Fraction | None:
     text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text.replace("{,}", ",").replace("\\,", ""))
     said = ["".join(parts) for parts in _SAID.findall(text)]
     for place in (*reversed(said), text):
-        values = list(_NUMBER.finditer(place.rpartition("=")[2])) or list(_NUMBER.finditer(place))
+        values = list(_ENDS_IN.finditer(place.rpartition("=")[2])) or list(_ENDS_IN.finditer(place))
         for found in values[:1] if place is not text and "=" not in place else values[-1:]:
             sign, amount, below = found.groups()
             value = Fraction(amount.replace(",", "")) / (int(below or 1) or 1)

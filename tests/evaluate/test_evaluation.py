@@ -484,6 +484,8 @@ def test_questions_that_bring_their_tables_are_run_on_synthetic_databases(
         ('{"b": 2}', '{"a": 1}', "{a}"),
         ("- x\n- y", "- a\n- b", "a, b"),
         ("7", "42.5", "many"),
+        ("12 %", "45.5%", "a half"),
+        ("$1,000", "-12", "$"),
         ("word", "a b c", "a " * 30),
         (
             "Dies ist ein deutscher Satz.",

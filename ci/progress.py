@@ -121,7 +121,8 @@ class Board:
         if self.colour:
             bar = f"\033[32m{'█' * full}\033[2m{'░' * (width - full)}\033[0m"
         gone = display.duration(time.monotonic() - self.began)
-        text = f"{share:4.0%}; about {display.duration(left)} left of the whole run; {doing}, {gone} gone"
+        done, rest = display.percent(share, 0), display.duration(left)
+        text = f"{done:>5}; about {rest} left of the whole run; {doing}, {gone} gone"
         return f"{runs.FOLDERS[self.stage]} {bar} {text[:room]}"
 
 

@@ -1,9 +1,12 @@
 """What people are shown: numbers as the field writes them, foreign text with nothing hidden in it."""
 
+import re
+
 import matplotlib
 import pytest
 
 from helpers import display
+from tests.conftest import PROJECT
 
 matplotlib.use("Agg")
 
@@ -28,6 +31,11 @@ matplotlib.use("Agg")
 ])  # fmt: skip
 def test_a_value_is_written_in_one_way(call, said):
     assert call() == said
+
+
+def test_no_percentage_is_written_without_display():
+    files = [*(PROJECT / "helpers").rglob("*.py"), *(PROJECT / "ci").glob("*.py")]
+    assert len(files) > 100 and not [file for file in files if re.search(r":[\d.,+<>]*%}", file.read_text())]
 
 
 @pytest.mark.parametrize("hidden", ["\x1b[2J", "\r", "\x9b", "\u202e", "\u200b", "\ud800", "\x00"])

@@ -16,6 +16,7 @@ from helpers.data.privacy import mask_personal_data
 from helpers.data.tables import StepReport, Table
 from helpers.data.turns import Row, answer_of, map_contents, spoken, text_of
 from helpers.data.vocabulary import token_ids
+from helpers.display import percent
 from helpers.errors import TunebookError
 from helpers.llm_client import shown_url
 from helpers.params import DataParams
@@ -165,7 +166,7 @@ def repetition(text: str) -> Fault:
     letters = NOT_LETTERS.sub("", text)
     runs = len(letters) - LOOP + 1
     again = 1 - len({letters[i : i + LOOP] for i in range(runs)}) / runs if runs >= 20 else 0.0
-    return ("repetitive", f"{again:.0%} of its runs of {LOOP} letters are repeats") if again > 0.6 else None
+    return ("repetitive", f"{percent(again, 0)} of its runs of {LOOP} letters are repeats") if again > 0.6 else None
 
 
 def gibberish(text: str) -> Fault:
@@ -179,7 +180,7 @@ def gibberish(text: str) -> Fault:
     if (bad := len(UNREADABLE.findall(solid))) > max(2, len(solid) / 100):
         return "gibberish", f"{bad} unreadable characters in {len(solid)}"
     if len(solid) >= 50 and (share := len(NOT_LETTERS.sub("", solid)) / len(solid)) < 0.3:
-        return "gibberish", f"only {share:.0%} letters and digits"
+        return "gibberish", f"only {percent(share, 0)} letters and digits"
     if blob := BLOB.search(text):
         return "gibberish", f"an unbroken run of {len(blob.group())} characters"
     words = LATIN_WORD.findall(text.lower())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.data.turns import BATCH_ROWS, EXAMPLE_CHARS, Row, batches, shown
-from helpers.display import clean
+from helpers.display import clean, percent
 from helpers.errors import TunebookError
 
 SPILL_ROWS = 20_000  # a table of more rows lives on disk; 20,000 rows of 1 kB are about 60 MB as Python objects
@@ -296,8 +296,8 @@ class Rejects:
             self.close()
             found, setting = self._most_often(self.invalid)
             raise TunebookError(
-                f"{count:,} of {self.total_seen:,} rows ({self.share:.1%}) could not be used; the limit is "
-                f"{self.limit:.1%}. {found}.{listed} {setting}Mend the rows, or raise `reject_limit`."
+                f"{count:,} of {self.total_seen:,} rows ({percent(self.share)}) could not be used; the limit is "
+                f"{percent(self.limit)}. {found}.{listed} {setting}Mend the rows, or raise `reject_limit`."
             )
 
     def check_rows_left(self, rows: Sized, what: str) -> None:
@@ -346,10 +346,10 @@ class Rejects:
             )
             share = counts.total() / max(1, rows)
             lines.append(
-                f"{counts.total():,} of {rows:,} rows of {name} ({share:.1%}) are in no split: {', '.join(why)}."
+                f"{counts.total():,} of {rows:,} rows of {name} ({percent(share)}) are in no split: {', '.join(why)}."
             )
             if share > limit:
-                advice = f"loss_limit is {limit:.0%}: change what is named, mend the rows, or raise loss_limit."
+                advice = f"loss_limit is {percent(limit, 0)}: change what is named, mend the rows, or raise loss_limit."
                 raise TunebookError(f"{lines[-1]} rejected.jsonl lists each. {advice}")
         return lines
 

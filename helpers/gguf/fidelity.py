@@ -219,10 +219,8 @@ def _logits(model: GgufModel, reference: Reference, result: Result) -> str:
     if math.isfinite(result.mean_kl) and result.mean_kl <= most and result.top1 >= least:
         return ""
     costs = "" if result.weights_kl is None else f", where its weights alone cost {result.weights_kl:.2g}"
-    return (
-        f"mean KL {result.mean_kl:.3g} (at most {most:.3g}{costs}), top-1 agreement {result.top1:.1%} (at least "
-        f"{least:.1%}) over {result.tokens} tokens"
-    )
+    agreement = f"top-1 agreement {display.percent(result.top1)} (at least {display.percent(least)})"
+    return f"mean KL {result.mean_kl:.3g} (at most {most:.3g}{costs}), {agreement} over {result.tokens} tokens"
 
 
 def budget(result: Result) -> tuple[float, float]:

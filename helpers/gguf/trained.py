@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import cache, machine
+from helpers import cache, display, machine
 from helpers.data import vocabulary
 from helpers.model import loading, merging
 from helpers.model.stop_tokens import stop_tokens
@@ -41,7 +41,8 @@ class Merge:
         """Why it is not the model that was trained; "" where it is."""
         if math.isfinite(self.mean_kl) and self.mean_kl <= MERGE_KL and self.top1 >= MERGE_TOP1:
             return ""
-        found = f"mean KL {self.mean_kl:.3g} (at most {MERGE_KL:g}), top-1 {self.top1:.1%} (at least {MERGE_TOP1:.0%})"
+        share, least = display.percent(self.top1), display.percent(MERGE_TOP1, 0)
+        found = f"mean KL {self.mean_kl:.3g} (at most {MERGE_KL:g}), top-1 {share} (at least {least})"
         return f"{found} over {self.tokens} tokens; set merge_onto to 'auto'"
 
     @property

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from helpers.display import percent
 from helpers.errors import TunebookError
 from helpers.model.layer_kinds import head_dim, model_class, unpackable
 
@@ -365,10 +366,8 @@ def check_boundaries(model: Any, shared: bool = False) -> None:
                 # Medians: rounding alone may send a token to another expert. The first tokens are next to the others'.
                 worst = max(worst, error.median().item(), error[:3].median().item())
     if not worst < (1e-4 if wide else 0.08):  # 16-bit kernels of two shapes differ by under 0.02
-        raise TunebookError(
-            f"Packed examples would see each other in {body.config.model_type} (hidden states differ by {worst:.1%}); "
-            "set packing to False for this model."
-        )
+        found = f"Packed examples would see each other in {body.config.model_type}"
+        raise TunebookError(f"{found} (hidden states differ by {percent(worst)}); set packing to False for this model.")
 
 
 @contextlib.contextmanager

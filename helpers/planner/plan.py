@@ -269,7 +269,7 @@ class _Search:
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
         options = [o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload]
         big = sixteen.best(options)
-        card, bits = f"{ROOM:.0%} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
+        card, bits = f"{display.percent(ROOM, 0)} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
         if big is None:
             least = min(o.need_gib for o in sixteen.options())
             why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four

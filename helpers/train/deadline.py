@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from helpers import compat, machine
-from helpers.display import say
+from helpers.display import percent, say
 from helpers.errors import TunebookError
 from helpers.params import TrainingParams
 from helpers.planner import cost_model
@@ -123,7 +123,7 @@ class Deadline(TrainerCallback, ExportableState):
         total = distributed.shared(lambda: self._review(step, now))  # by the first one's clock
         if total != self.total:
             if machine.kernel() is None:  # a notebook's bar shows it
-                say(f"{now / self.seconds:.0%} of the time: {total} steps fit, not {self.total}.")
+                say(f"{percent(now / self.seconds, 0)} of the time: {total} steps fit, not {self.total}.")
             self.anchors.append((step, self.done(step)))
             times = self.timetable(total)
             self.total = state.max_steps = total

@@ -159,7 +159,8 @@ class TaskScore(TrainerCallback, ExportableState):
         values = list(map(score, self.items, answers))
         share = statistics.share(values)
         one = {name: share[name] or 0.0 for name in ("low", "high", "n")} | {"score": share["value"] or 0.0}
-        display.say(f"step {step}, {before / 60:.1f} min: {one['score']:.0%} of {one['n']} held-out questions")
+        right = display.percent(one["score"], 0)
+        display.say(f"step {step}, {before / 60:.1f} min: {right} of {one['n']} held-out questions")
         one |= {"minutes": round(before / 60, 2), "step": step, "seconds": self.elapsed - before}
         return {**one, "values": values}
 

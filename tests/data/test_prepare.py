@@ -350,7 +350,7 @@ def test_texts_are_trained_whole(job):
     [
         ({}, [], "holds no rows; name a file that has some"),
         ({"dataset": "missing.jsonl"}, None, "missing.jsonl' is not there"),
-        ({}, [*rows(5), '{"question": "broken'], r"1 of 6 rows \(16.7%\).*malformed JSON.*row 6"),
+        ({}, [*rows(5), '{"question": "broken'], r"1 of 6 rows \(16.7 %\).*malformed JSON.*row 6"),
         ({}, [*rows(5), {"question": "q", "answer": ""}], "no answer.*row 6.*column 'answer' is empty"),
         ({"max_length": 16, "over_long": "truncate"}, rows(30), "all tokens masked"),
         ({"max_length": 16}, rows(30), "over max_length.*Change max_length or over_long"),
@@ -393,7 +393,7 @@ def test_a_loss_within_the_limit_is_one_line_in_notebook_terminal_report_and_man
     ]
     done = job(given, reject_limit=0.2, test_share=0.0)
     manifest = run(done, pages=True)
-    line = "12 of 102 rows of dataset (11.8%) are in no split: over max_length 9 (max_length or over_long), "
+    line = "12 of 102 rows of dataset (11.8 %) are in no split: over max_length 9 (max_length or over_long), "
     assert line in done.pairs().text and line in capsys.readouterr().out
     assert line in (done.path / "report.html").read_text() and manifest.data["metrics"]["warnings"][-1].startswith(line)
     assert all(f"{why} 1" in done.pairs().text for why in ("exact duplicate", "special token in text", "no answer"))

@@ -49,6 +49,6 @@ def test_each_line_that_an_open_quotation_mark_swallows_is_a_lost_row():
     found, rejects = rows("unclosed-quote.csv")
     assert len(found) == 300 and rejects.invalid == {"malformed csv": 100} and rejects.total_seen == 400
     with pytest.raises(
-        TunebookError, match=r"100 of 400 rows \(25.0%\).*unclosed-quote.csv, row 301: lines 302 to 401"
+        TunebookError, match=r"100 of 400 rows \(25.0 %\).*unclosed-quote.csv, row 301: lines 302 to 401"
     ):
         read(str(CASES / "unclosed-quote.csv"), Rejects())

@@ -188,7 +188,7 @@ def test_too_many_broken_rows_stop_the_job_with_the_share_the_reason_and_the_fir
     path = tmp_path / "rows.jsonl"
     path.write_text("".join((GOOD if i % 10 else "{broken") + "\n" for i in range(100)))
     with pytest.raises(
-        TunebookError, match=r"10 of 100 rows \(10\.0%\).*limit is 5\.0%.*malformed JSON.*rows\.jsonl, row 1"
+        TunebookError, match=r"10 of 100 rows \(10\.0 %\).*limit is 5\.0 %.*malformed JSON.*rows\.jsonl, row 1"
     ):
         read(str(path), Rejects(limit=0.05))
     assert len(read(str(path), Rejects(limit=0.11)).table) == 90

@@ -207,8 +207,8 @@ def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
 @pytest.mark.parametrize(
     ("card", "size", "given", "method", "said"),
     [
-        ("H100", "8b", {}, "lora", r"lora, on the 16-bit base: it needs [\d.]+ GiB, under 85% of 79.1 GiB \(QLoRA: "),
-        ("T4", "8b", {}, "qlora", r"qlora, on a 4-bit base: LoRA on 16 bits needs 1[5-9].* over 85% of 14.6 GiB"),
+        ("H100", "8b", {}, "lora", r"lora, on the 16-bit base: it needs [\d.]+ GiB, under 85 % of 79.1 GiB \(QLoRA: "),
+        ("T4", "8b", {}, "qlora", r"qlora, on a 4-bit base: LoRA on 16 bits needs 1[5-9].* over 85 % of 14.6 GiB"),
         ("T4", "1.7b", {}, "lora", "not measured at this size"),
         ("T4", "360m", {"method": "qlora"}, "qlora", ""),
         ("T4", "360m", {"init": "loftq"}, "qlora", "which init 'loftq' needs"),

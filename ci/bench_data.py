@@ -112,7 +112,7 @@ def near(rows: int) -> None:
     best, least_cpu = float("inf"), float("inf")
     for _ in range(3):
         began, cpu = time.perf_counter(), time.process_time()
-        keeper = dedup.NearIndex(table, 0.8).keepers()
+        keeper = dedup.NearIndex(table).keepers(0.8)
         best, least_cpu = min(best, time.perf_counter() - began), min(least_cpu, time.process_time() - cpu)
     found = sum(keeper[copy] == original for copy, original in copies.items())
     wrong = int((keeper >= 0).sum()) - found

@@ -7,7 +7,7 @@ same answer: two labels, or two queries that differ in one constant, are two exa
 
 MinHash in bands (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, ch. 3) proposes pairs: 8 bands
 of 5 find a pair of Jaccard 0.9 with probability 0.9992, of 0.8 with 0.96. Each pair is then measured on its shingles,
-so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 92 bytes a row.
+so a false duplicate needs a hash collision. Shingles lie in a temporary file: memory holds 108 bytes a row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: fl
     different rows do not vanish whole.
     """
     table = rows if isinstance(rows, Table) else Table.collect(rows)
-    keeper = NearIndex(table.rows(), threshold).keepers()
+    report.made = NearIndex(table.rows())
+    keeper = report.made.keepers(threshold)
     doubled = np.flatnonzero(keeper >= 0)
     report.figures |= {"threshold": threshold, "near_duplicates": len(doubled)}
     example = int(keeper[doubled[0]]) if len(doubled) else -1  # the kept row behind the example
@@ -71,12 +72,13 @@ def near_duplicates(rows: Iterable[list[Row]], report: StepReport, threshold: fl
     return report.sift(table, judge)
 
 
-def near_duplicate_groups(rows: Iterable[list[Row]], threshold: float = 0.8) -> np.ndarray:
-    """Group of every row, int32 (rows,): the position of the first row it is linked to by near-duplicates.
-
-    Links are transitive, so that rows of one group can be kept on one side of a split.
-    """
-    return NearIndex(itertools.chain.from_iterable(rows), threshold).groups()
+def near_pairs(table: Table, index: NearIndex | None = None, threshold: float = 0.8) -> list[tuple[str, str]]:
+    """Pairs of ids of the rows that a split must not part: each row with the first one that near-duplicates link it to,
+    in chains too. index: of rows among which these are; a new one is made where it is not theirs."""
+    ids = np.fromiter((int(row["id"], 16) for row in table.rows()), np.uint64, len(table))
+    if index is None or not np.isin(ids, index.ids).all():
+        index = NearIndex(table.rows())
+    return index.pairs(ids, threshold)
 
 
 def parts_of(row: Row) -> tuple[str, str, str, str]:
@@ -102,23 +104,25 @@ def parts_of(row: Row) -> tuple[str, str, str, str]:
 
 
 class NearIndex:
-    """Shingles and MinHash band keys of rows, among which `groups` and `keepers` look for near-duplicates."""
+    """Shingles and MinHash band keys of rows, among which `pairs` and `keepers` look for near-duplicates of a Jaccard
+    threshold. ids: the rows' own, uint64 (rows,)."""
 
-    def __init__(self, rows: Iterable[Row], threshold: float = 0.8) -> None:
-        self.threshold = threshold
+    def __init__(self, rows: Iterable[Row]) -> None:
         self._file = tempfile.TemporaryFile(prefix="tunebook-")  # noqa: SIM115 - as long as the index
         sizes: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
-        hashes: list[np.ndarray] = [np.zeros((0, 2), np.uint64)]
-        for parts in (list(map(parts_of, some)) for some in batches(rows, ROWS_AT_ONCE)):
+        hashes: list[np.ndarray] = [np.zeros((0, 3), np.uint64)]
+        for some in batches(rows, ROWS_AT_ONCE):
+            parts = list(map(parts_of, some))
             flat, offsets = shingles([text for part in parts for text in part[2:]], WORDS, CHARS)
             # The upper half: for a polynomial hash after `mix` either would do, but one must be chosen for ever.
             self._file.write((flat >> np.uint64(32)).astype(np.uint32).data)
             sizes.append(np.diff(offsets).astype(np.int32).reshape(-1, 2))
             scopes = {scope: text_hash(scope) for scope in {part[0] for part in parts}}
-            hashes.append(np.array([(scopes[part[0]], text_hash(part[1])) for part in parts], np.uint64))
+            named = zip(((scopes[part[0]], text_hash(part[1])) for part in parts), some, strict=True)
+            hashes.append(np.array([(*both, int(row["id"], 16)) for both, row in named], np.uint64))
         self._file.flush()
         self._sizes = np.concatenate(sizes)  # of question and answer
-        scope, self._answers = np.concatenate(hashes).T
+        scope, self._answers, self.ids = np.concatenate(hashes).T
         self._ends = np.cumsum(self._sizes.sum(1, dtype=np.int64))
         self._filled: np.ndarray = np.flatnonzero(self._sizes.any(1)).astype(np.int32)
         self._shared = self._in_many_questions()
@@ -131,11 +135,14 @@ class NearIndex:
         asked = np.flatnonzero(self._sizes[:, 0])
         counts: np.ndarray = np.zeros(BUCKETS, np.uint16)
         seen: set[bytes] = set()
-        for row in asked[:: -(-len(asked) // SAMPLE) or 1].tolist():
-            size, found = self._read(row)
-            if (question := found[:size].tobytes()) not in seen:
-                seen.add(question)
-                counts[np.unique(found[:size] % BUCKETS)] += 1
+        sample = asked[:: -(-len(asked) // SAMPLE) or 1].tolist()
+        for at in range(0, len(sample), ROWS_AT_ONCE):
+            read = [self._read(row) for row in sample[at : at + ROWS_AT_ONCE]]
+            new = list({found[:size].tobytes() for size, found in read} - seen)
+            seen.update(new)
+            found = np.frombuffer(b"".join(new), np.uint32) % BUCKETS
+            owners: np.ndarray = np.repeat(np.arange(len(new)), np.array([len(one) // 4 for one in new], np.int64))
+            np.add.at(counts, np.unique(owners * BUCKETS + found) % BUCKETS, 1)
         return many(counts, len(seen))
 
     def _distinctive(self, first: int, behind: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,48 +156,52 @@ class NearIndex:
         kept = ~(asked & self._shared[flat % BUCKETS])
         return flat[kept], np.r_[0, np.cumsum(kept)][offsets]
 
-    def groups(self) -> np.ndarray:
-        """int32 (rows,): the first row of every row's group."""
-        group: np.ndarray = np.arange(len(self._sizes), dtype=np.int32)
-        group[self._filled] = self._linked(self._filled)
-        return group
+    def pairs(self, ids: np.ndarray, threshold: float = 0.8) -> list[tuple[str, str]]:
+        """What `near_pairs` says of rows of this index."""
+        places = np.unique(self.ids, return_index=True)[1]  # of the first row of each id, the ids ascending
+        wanted = places[np.searchsorted(self.ids[places], ids)]
+        subset: np.ndarray = np.intersect1d(wanted, self._filled).astype(np.int32)
+        firsts = self._linked(subset, threshold)
+        linked = firsts != subset
+        found = (self.ids[ends[linked]].tolist() for ends in (firsts, subset))
+        return [(f"{first:016x}", f"{other:016x}") for first, other in zip(*found, strict=True)]
 
-    def keepers(self) -> np.ndarray:
+    def keepers(self, threshold: float = 0.8) -> np.ndarray:
         """int32 (rows,): the kept row that every row duplicates, or -1."""
         keeper: np.ndarray = np.full(len(self._sizes), -1, np.int32)
         subset = self._filled
         while len(subset):
-            firsts = self._linked(subset, self._answers)
+            firsts = self._linked(subset, threshold, self._answers)
             later = firsts != subset
             firsts, subset = firsts[later], subset[later]
-            close = self._near(firsts, subset)
+            close = self._near(firsts, subset, threshold)
             keeper[subset[close]] = firsts[close]
             subset = subset[~close]  # linked to the group's first row only through others
         return keeper
 
-    def _linked(self, subset: np.ndarray, answers: np.ndarray | None = None) -> np.ndarray:
+    def _linked(self, subset: np.ndarray, threshold: float, answers: np.ndarray | None = None) -> np.ndarray:
         """The first row that every row of the ascending `subset` is linked to, by one near pair or a chain of them.
 
         answers: hashes, uint64 (rows,); then rows of different ones are not linked."""
         salt = np.zeros(1, np.uint64) if answers is None else answers[subset]
         pairs = np.unique(np.concatenate([_candidates(keys[subset] ^ salt) for keys in self._keys]))
         left, right = subset[pairs >> 32], subset[pairs & 0xFFFFFFFF]
-        close = self._near(left, right) & (answers is None or answers[left] == answers[right])
+        close = self._near(left, right, threshold) & (answers is None or answers[left] == answers[right])
         group = components(pairs[close] >> 32, pairs[close] & 0xFFFFFFFF, len(subset))
         return subset[np.unique(group, return_index=True)[1][group]]
 
-    def _near(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    def _near(self, left: np.ndarray, right: np.ndarray, threshold: float) -> np.ndarray:
         """bool (pairs,): which pairs of rows are near-duplicates by their shingles."""
 
         def near(one: int, other: int) -> bool:
             (asked, a), (asked_too, b) = self._read(one), self._read(other)
-            if jaccard(a[asked:].tolist(), b[asked_too:].tolist()) < self.threshold:
+            if jaccard(a[asked:].tolist(), b[asked_too:].tolist()) < threshold:
                 return False
             question, question_too = a[:asked], b[:asked_too]
             if np.array_equal(question, question_too):
                 return True
             own, own_too = (part[~self._shared[part % BUCKETS]].tolist() for part in (question, question_too))
-            return bool(own or own_too) and jaccard(own, own_too) >= self.threshold
+            return bool(own or own_too) and jaccard(own, own_too) >= threshold
 
         return np.fromiter(map(near, left.tolist(), right.tolist()), bool, len(left))
 

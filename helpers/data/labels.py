@@ -242,7 +242,8 @@ class Encoder:
         if isinstance(rendering, RowError):
             raise rendering
         full, cuts, turns = rendering.full, [0], asked[2]
-        if any(turn.get("name", "") not in full for turn in asked[0]):
+        names = [turn["name"] for turn in asked[0] if "name" in turn]
+        if names and not all(name in full for name in names):
             self.notes["names of turns left out, as the template shows none"] += 1
         if LITERAL in full:
             ids = self.chat.ids(full)
@@ -382,7 +383,9 @@ class Encoder:
 
 
 def _check_size(row: Row) -> None:
-    if (size := len(text_of(row))) > MAX_CHARS:
+    plain = all(len(turn) == 2 for turn in row["messages"]) and not row.get("tools")
+    size = sum(len(turn["content"] or "") for turn in row["messages"]) if plain else len(text_of(row))
+    if size > MAX_CHARS:
         raise RowError("row too long", f"{size:,} characters; cut it into rows of at most {MAX_CHARS:,}")
 
 

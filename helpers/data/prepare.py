@@ -25,7 +25,7 @@ from helpers.data import cleaning, dedup, encode, mixing, sources, sql_pairs, sy
 from helpers.data.chat_template import Template, inspect, set_arguments
 from helpers.data.chat_template import plain as plain_text
 from helpers.data.rendering import refuse_control_tokens
-from helpers.data.split import asks, group_value, pairs_of, split
+from helpers.data.split import asks, group_value, split
 from helpers.data.tables import Rejects, StepReport, Table
 from helpers.data.turns import Row, answer_of, as_sft, text_of, with_system
 from helpers.display import Html, plain, said, save, say, shown
@@ -251,7 +251,8 @@ class Job(StageJob):
     def split(self) -> Html:
         """Train, eval and test rows by content hash; near-duplicates and groups stay on one side."""
         self._begin("split")
-        p, together = self.params, pairs_of(self.mixed, dedup.near_duplicate_groups(self.mixed))
+        index = next((report.made for report in self._reports["clean"] if report.made), None)
+        p, together = self.params, dedup.near_pairs(self.mixed, index)
         given = self.tests.table if len(self.tests.table) else None
         self.splits = split(self.mixed, p.eval_share, 0.0 if given else p.test_share, p.group_by, together)
         if given is not None:

@@ -86,6 +86,8 @@ class Chat:
             self.notes["control tokens in a text taken as text"] += 1
             turns = [map_turn(turn, self.literal) for turn in turns]
             tools = json.dumps(map_strings(json.loads(tools), self.literal), ensure_ascii=False) if tools else None
+        if not tools and {len(turn) for turn in turns} == {2} and "tool" not in [turn["role"] for turn in turns]:
+            return turns, tools
         if tools and not template.shows_tools:
             role = "system" if template.takes_system else "user"
             self.notes[f"tool list written into the {role} message, as the template shows none"] += 1

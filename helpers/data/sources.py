@@ -302,9 +302,10 @@ def _rows(
             str(key): _aside(value) for key, value in record.items() if key not in used and value not in (None, "")
         }
         source.shapes[str(shape)] += 1
-        source.unused.update(aside.keys())
         for part in parts:
-            source.unused.update(pop_unread(part))
+            aside_too = pop_unread(part)
+            if aside or aside_too:
+                source.unused.update([*aside, *aside_too])
             source.rows += 1
             source.kinds[part["kind"]] += 1
             yield make_row(**part, source=source.name, file=source.where, row=number, meta=aside)

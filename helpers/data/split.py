@@ -42,24 +42,24 @@ class Questions:
     """The questions that several rows of a table ask, but those that over a quarter of the rows (and over 50) share."""
 
     def __init__(self, table: Table) -> None:
-        every = np.array(array("Q", (int(key, 16) for row in table.rows() for key in asked(row))), np.uint64)
+        every = np.array(array("Q", (key for row in table.rows() for key in asked(row))), np.uint64)
         keys, counts = np.unique(every, return_counts=True)
         shared = (counts > 1) & (counts <= max(OFTEN, len(table) / 4))
-        self.again = {f"{key:016x}" for key in keys[shared].tolist()}
+        self.again = set(keys[shared].tolist())
 
     def key(self, row: Row) -> str:
         """What the row shares with those that must stay on its side: its document, its question, or its id alone."""
         if "document" in row["meta"] and "piece" in row["meta"]:
             return f" {row['file']} {row['meta']['document']}"
-        return next((key for key in asked(row) if key in self.again), row["id"])
+        return next((f"{key:016x}" for key in asked(row) if key in self.again), row["id"])
 
 
-def asked(row: Row) -> list[str]:
-    """The question that a conversation begins with, then with its second question, and so on, as 16 hex digits each.
+def asked(row: Row) -> list[int]:
+    """The question that a conversation begins with, then with its second question, and so on, as 64 bits each.
 
     Case and white space do not count, nor does a system prompt."""
-    said = (" ".join((m.get("content") or "").lower().split()) for m in row["messages"] if m["role"] == "user")
-    return [f"{text_hash(talk):016x}" for talk in accumulate(said, "{}\n{}".format)]
+    said = [" ".join((m.get("content") or "").lower().split()) for m in row["messages"] if m["role"] == "user"]
+    return [text_hash(talk) for talk in accumulate(said, "{}\n{}".format)]
 
 
 def asks(table: Table) -> Callable[[Row], bool]:
@@ -108,10 +108,13 @@ def split(
     questions, linked, found = Questions(table), list(together), not group_by or not len(table)
     near = {name for pair in linked for name in pair}
     for row in table.rows() if group_by or near else ():
-        value, question = group_value(row, group_by), questions.key(row)
+        value = group_value(row, group_by)
         found |= value is not None
+        if value is None and row["id"] not in near:
+            continue
+        question = questions.key(row)
         linked += [(row["id"], value or question)] if row["id"] in near else []
-        linked += [(question, value)] if value is not None and question in questions.again else []
+        linked += [(question, value)] if value is not None and question[0] != " " and question != row["id"] else []
     if not found:
         columns = ", ".join(sorted(next(table.rows())["meta"])) or "none"
         raise TunebookError(f"No row has the column {group_by!r} that group_by names; the other columns are {columns}.")
@@ -139,14 +142,6 @@ def split(
     return (
         tables if len(tables["train"]) else {**tables, "train": table, "eval": Table().close(), "test": Table().close()}
     )
-
-
-def pairs_of(table: Table, groups: np.ndarray) -> list[tuple[str, str]]:
-    """Pairs of row ids to keep together, from the position of the first row of every row's group, int32 (rows,)."""
-    others = np.flatnonzero(groups != np.arange(len(groups)))
-    wanted = set(others.tolist()) | set(groups[others].tolist())
-    ids = {at: row["id"] for at, row in enumerate(table.rows()) if at in wanted}
-    return [(ids[first], ids[at]) for at, first in zip(others.tolist(), groups[others].tolist(), strict=True)]
 
 
 def group_value(row: Mapping[str, Any], column: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -57,6 +58,13 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+
+
+def rows_of(path: Path) -> int:
+    """The rows that a parquet file says it has; 0 where it cannot be read, and for any other file."""
+    with contextlib.suppress(OSError, ValueError), open_parquet(path) as file:  # pyarrow's errors are among them
+        return file.metadata.num_rows
+    return 0
 
 
 def arrow_batches(file: Path) -> Iterator[Any]:
@@ -179,7 +187,8 @@ class Table:
 class StepReport:
     """What one step did: rows in, rows out, why rows went, and one example for each reason.
 
-    `changed` counts rows that stay but were altered (repaired, masked). `figures` holds what else the step measured.
+    `changed` counts rows that stay but were altered (repaired, masked). `figures` holds what else the step measured,
+    `made` what a later step can use again.
     """
 
     step: str
@@ -190,6 +199,7 @@ class StepReport:
     examples: dict[str, dict] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     rejects: Rejects | None = None
+    made: Any = None
 
     def drop(self, row: Row, reason: str, detail: str = "") -> None:
         """Count a removed row, keep the first as example, and write it to rejected.jsonl when there is a writer."""

@@ -71,7 +71,8 @@ class RowError(Exception):
 
 def content_id(row: Row) -> str:
     """Sixteen hex digits that depend on nothing but what the model would learn from."""
-    content = [row["kind"], row["messages"], *(row.get(part) for part in ("tools", "chosen", "rejected", "label"))]
+    get = row.get
+    content = [row["kind"], row["messages"], get("tools"), get("chosen"), get("rejected"), get("label")]
     return hashlib.sha256(_canonical(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -101,7 +102,8 @@ def as_sft(row: Row) -> Row:
 
 def all_messages(row: Row) -> list[dict]:
     """Every message of a row, the chosen and rejected answers of a preference row last."""
-    return row["messages"] + row.get("chosen", []) + row.get("rejected", [])
+    messages = row["messages"]
+    return messages + row["chosen"] + row["rejected"] if "chosen" in row else messages
 
 
 def map_contents(row: Row, change: Callable[[str], str]) -> Row:

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from helpers.data.dedup import near_duplicate_groups
-from helpers.data.split import SPLITS, asks, pairs_of, smallest_linked, split, split_of
+from helpers.data.dedup import NearIndex, near_pairs
+from helpers.data.split import SPLITS, asks, smallest_linked, split, split_of
 from helpers.data.tables import Table
 from helpers.data.turns import make_row
 from helpers.errors import TunebookError
@@ -84,8 +84,9 @@ def test_near_duplicates_never_straddle_even_in_chains_and_across_groups():
             )
     table = Table.collect([made])
     ids = [row["id"] for row in made]
-    together = pairs_of(table, near_duplicate_groups(table))
-    assert len(together) == 180
+    together = near_pairs(table)
+    assert len(together) == 180 and together == near_pairs(table, NearIndex([*made[:9], *made])), "whichever index"
+    assert near_pairs(table, NearIndex(made[:100])) == together, "an index of other rows is not taken"
     places = where(split(table, 0.3, 0.3, together=together))
     assert all(len({places[ids[4 * i + copy]] for copy in range(4)}) == 1 for i in range(60)) and set(
         places.values()

@@ -16,7 +16,7 @@ from typing import Any
 
 from helpers.data import public_sets
 from helpers.data.messages import REASONING, read_turns, tools_of
-from helpers.data.public_sets import LABELS, NOTHING, form, is_marked, is_talk, name_of, names_in, talk
+from helpers.data.public_sets import LABELS, MISSING, NOTHING, form, is_marked, is_talk, name_of, names_in, talk
 from helpers.data.turns import RowError, Turn, as_text, checked, pair
 from helpers.errors import TunebookError
 
@@ -184,10 +184,7 @@ def described_shape(described: dict[str, Any]) -> Shape:
         return Shape(kind, columns, exact=True)
     columns["messages"] = columns["messages"] or "conversations"
     role, content = ("role", "content") if formatting == "openai" else ("from", "value")
-    reading: dict[str, Any] = {
-        "role_tag": tags.get("role_tag") or role,
-        "content_tag": tags.get("content_tag") or content,
-    }
+    reading: dict[str, Any] = {t: tags.get(t) or key for t, key in (("role_tag", role), ("content_tag", content))}
     if spellings := {tags[tag]: role for tag, role in TAGS.items() if tags.get(tag)}:
         reading["spellings"] = {"system": "system"} | spellings
     return Shape(kind, columns, functools.partial(read_turns, **reading), exact=True)
@@ -216,7 +213,8 @@ def shape_of(record: Record, named: Shape | None) -> Shape:
     if any(record.get(found[part]) is None for part in asked):
         found["messages"] = first("messages", record, names)
     shape = replace(shape, columns=found)
-    return shape if shape.mapped else replace(shape, guarded=_guarded(shape, names, named is not None))
+    is_named, is_mapped = named is not None, bool(shape.mapped)  # public sets are mapped too
+    return shape if is_named and is_mapped else replace(shape, guarded=_guarded(shape, names, is_named or is_mapped))
 
 
 def _guarded(shape: Shape, names: Mapping[str, str], is_named: bool) -> tuple[tuple[str, str], ...]:
@@ -258,7 +256,9 @@ def detect(record: Record, names: Mapping[str, str]) -> Shape | None:
         has["messages"] = has["text"]
     choices, key = public_sets.choices_in(record, names)
     has["choices"] = choices if has["prompt"] or has["stem"] else ""
-    sure = {"prompt", "completion"} <= names.keys() or (has["messages"] and isinstance(record.get(has["label"]), bool))
+    judged = has["messages"] and isinstance(record.get(has["label"]), bool)
+    sure = bool(judged) or {"prompt", "completion"} <= names.keys()
+    has["label"] = has["label"] or (names.get("label", "") if sure else "")  # an empty one is no verdict
     has["verdict"] = has["label"] if has["label"] and (sure or name_of(has["label"]) == "kto_tag") else ""
     has["source"] = "" if has["prompt"] else has["source"]
     format = next((format for format, *parts in DETECTED if all(has[part] for part in parts)), "")
@@ -312,7 +312,7 @@ def _convert(record: Record, shape: Shape, joints: Mapping[str, str]) -> dict[st
         return {"kind": "preference", "messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}
     turns = _prompt(record, shape, joints)
     if not shape["messages"] and shape["response"]:
-        if shape.value(record, "response") in (None, "", []):
+        if shape.value(record, "response") in (*MISSING, []):
             state = "is not there" if shape["response"] not in record else "is empty"
             raise RowError("no answer", f"column {shape['response']!r} {state}; columns seen: {seen(record)}")
         turns += _answer(record, shape, "response")
@@ -340,9 +340,10 @@ def _answer(record: Record, shape: Shape, part: str) -> list[Turn]:
     if part == "response" and shape.has_choices(record):
         choices = public_sets.choices_of(record, shape["choices"])
         value = public_sets.picked(value, choices, "+" in shape["choices"])
-    if part == "response" and public_sets.is_called(value) and shape.value(record, "tools"):
+    if part == "response" and shape["tools"] and public_sets.is_called(value) and shape.value(record, "tools"):
         return shape.turns([{"role": "function_call", "content": value}])
-    if isinstance(value, (list, tuple, Mapping)) or is_marked(value):
+    value = value.get("value") if isinstance(value, Mapping) and "aliases" in value else value  # TriviaQA's
+    if isinstance(value, (list, tuple, Mapping)) or is_marked(value) or public_sets.is_written(value):
         value = [value] if isinstance(value, Mapping) else value
         bare = isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value)
         return shape.turns(value if bare else talk(value))
@@ -358,8 +359,7 @@ def _prompt(record: Record, shape: Shape, joints: Mapping[str, str]) -> list[Tur
         turns, history = [], shape.value(record, "history") or []
         for said in history if isinstance(history, (list, tuple)) else [history]:
             if not isinstance(said, (list, tuple)) or len(said) != 2:
-                found = f"{shape['history']!r} should be a list of pairs of question and answer"
-                raise RowError("broken history", found)
+                raise RowError("broken history", f"{shape['history']!r} should be a list of pairs, question and answer")
             turns += _said("user", said[0], shape["history"]) + _said("assistant", said[1], shape["history"])
         text = joints.get("input", "\n").join(filter(None, (shape.text(record, "prompt"), shape.text(record, "query"))))
         if not text.strip():

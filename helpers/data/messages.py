@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from helpers.data.turns import RowError, Turn, as_text, from_json, kind_of, plain
@@ -26,7 +26,11 @@ REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought"
 WEIGHTS = dict.fromkeys(("weight", "loss_weight", "train", "training", "trained", "loss"), True)
 WEIGHTS |= dict.fromkeys(("masked", "mask"), False)
 DETAILS = ("train_detail", "training_detail")  # Axolotl's parts of a content
-OF_CALLS = {"id", "index", "type", "function", "name", "arguments", "parameters"}
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+OF_CALLS = {"id", "index", "type", "function", "name", *ARGUMENTS}
+SAID_BY, SAID = ("from", "role", "speaker"), (("content", "value", "text"), ("value", "content", "text"))
+TEXTS, THOUGHTS = ("text", "input_text", "output_text"), ("reasoning", "thinking")  # types of a content's parts
+SWITCHES = dict.fromkeys(("true", "yes", "on"), 1.0) | dict.fromkeys(("false", "no", "off"), 0.0)
 
 
 def read_turns(
@@ -45,19 +49,19 @@ def read_turns(
         where = f"message {number}"
         if not isinstance(message, Mapping):
             raise RowError("wrong type", f"{where} is {kind_of(message)}; an object with role and content was expected")
-        said_by = role_tag or ("from" if "from" in message else "role")
-        said = content_tag or ("value" if said_by == "from" and "value" in message else "content")
+        said_by = role_tag or next((key for key in SAID_BY if key in message), "role")
+        said = content_tag or next((key for key in SAID[said_by == "from"] if key in message), "content")
         spelling, content, calls = message.get(said_by), message.get(said), message.get("tool_calls") or []
-        if isinstance(calls, str):
-            calls = from_json(calls, "broken function call", where)
         calls = calls or [call for call in [message.get("function_call")] if call]
-        role = spellings.get(spelling) if isinstance(spelling, str) else None
+        spelt = spelling.strip() if isinstance(spelling, str) else ""
+        role = spellings.get(spelt) or spellings.get(spelt.lower())
         if role is None:
             found = f"{where} has {said_by!r} {str(spelling)[:40]!r}"
             raise RowError("unknown role", f"{found}; known are {', '.join(spellings)}")
         if role == "function_call":  # sharegpt's: the content is JSON text of one call, or of a list of calls
-            calls = from_json(as_text(content, where), "broken function call", where)
-            role, content, calls = "assistant", "", calls if isinstance(calls, list) else [calls]
+            role, content, calls = "assistant", "", from_json(as_text(content, where), "broken function call", where)
+        if role == "tool" and isinstance(content, Mapping):
+            content = json.dumps(plain(content, where), ensure_ascii=False)
         if content is None and not calls:
             keys = ", ".join(map(str, message))[:80]
             raise RowError("empty message", f"{where} ({role}) has no {said!r}; its keys are {keys}")
@@ -66,7 +70,7 @@ def read_turns(
         if len(message) > 2 or thoughts or more:
             others = {key: value for key, value in message.items() if key not in (said_by, said) and value is not None}
             _add_keys(turn, others, thoughts, where)
-        if calls := _calls([*calls, *more] if isinstance(calls, (list, tuple)) else calls, where, turn):
+        if calls := _calls([calls, more], where, turn):
             turn["tool_calls"] = calls
         turns.append(turn)
     answered = {turn.get("tool_call_id") or None for turn in turns}
@@ -85,13 +89,13 @@ def _content(content: Any, where: str) -> tuple[str, str, list]:
     calls: list[Any] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else part
-        if not isinstance(part, Mapping) or kind not in ("text", "reasoning", "thinking", "tool_call"):
+        if not isinstance(part, Mapping) or kind not in (*TEXTS, *THOUGHTS, "tool_call"):
             raise RowError("not text", f"{where} has a part of type {str(kind)[:40]!r}; only text can be trained here")
         value = next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), None)
         if kind == "tool_call":
             calls.append(part if value is None else value)
         else:
-            (texts if kind == "text" else thoughts).append(as_text(value, where))
+            (thoughts if kind in THOUGHTS else texts).append(as_text(value, where))
     return "".join(texts), "\n".join(thoughts), calls
 
 
@@ -126,7 +130,7 @@ def _add_keys(turn: Turn, message: dict[str, Any], thoughts: str, where: str) ->
 
 def _weight(value: Any, trained: bool) -> float | None:
     """A turn's weight by a key's value, where `trained` says what a true one means; None when it is no weight."""
-    known = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower())
+    known = SWITCHES.get(str(value).strip().lower())
     try:
         weight = float(value) if known is None else known
     except (TypeError, ValueError, OverflowError):
@@ -147,26 +151,36 @@ def _parts_left_out(value: Any) -> list[tuple[int, int]] | None:
 
 def _calls(value: Any, where: str, turn: Turn) -> list[dict]:
     """Calls as `{"type": "function", "function": {"name", "arguments": object}}`, whichever way they were nested."""
-    if not isinstance(value, (list, tuple)):
-        raise RowError("broken function call", f"{where} holds {kind_of(value)} as tool calls; a list was expected")
     calls = []
-    for call in value:
-        if isinstance(call, str):
-            call = from_json(call, "broken function call", where)
+    for call in _each(value, where):
         function = (call.get("function") or call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("broken function call", f"{where} has a call without a name")
         name = as_text(function["name"], "function name")
-        arguments = function.get("arguments", function.get("parameters", {}))
-        if isinstance(arguments, str):
-            called = f"{where}, the arguments of {name!r}"
-            arguments = from_json(arguments, "broken function call", called) if arguments.strip() else {}
+        arguments: Any = next((function[key] for key in ARGUMENTS if function.get(key) is not None), {})
+        called = f"{where}, the arguments of {name!r},"
+        for _ in range(2):  # some are the JSON text of a JSON text
+            if isinstance(arguments, str):
+                arguments = from_json(arguments, "broken function call", called) if arguments.strip() else {}
+        if not isinstance(arguments, Mapping):
+            raise RowError("broken function call", f"{called} are {kind_of(arguments)}; an object was expected")
         number = call["id"] if isinstance(call.get("id"), str) else ""
         made = {"name": name, "arguments": plain(arguments, "argument")}
         calls.append({"id": as_text(number, where), "type": "function", "function": made})
         if unread := {f"tool_calls: {key}" for key in {*call, *function} - OF_CALLS}:
             turn["unread"] = sorted(unread.union(turn.get("unread", ())))
     return calls
+
+
+def _each(value: Any, where: str) -> Iterator[Any]:
+    """The calls in lists within lists, any of them as JSON text."""
+    if isinstance(value, str):
+        value = from_json(value, "broken function call", where)
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _each(one, where)
+    elif value is not None:
+        yield value
 
 
 def tools_of(value: Any) -> str | None:

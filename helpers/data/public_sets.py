@@ -7,6 +7,7 @@ Sets told by their columns; answer choices; conversations written as one text or
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import itertools
 import re
@@ -27,7 +28,9 @@ LISTED = re.compile(r"""\s*\[\s*[\[{"']""")  # a list as JSON or Python writes i
 TELLING = frozenset(" \n\t[{#HB")  # how a text begins that may be more than a text
 LABELS = dict.fromkeys(("true", "yes", "1", "1.0", "desirable"), True)
 LABELS |= dict.fromkeys(("false", "no", "0", "0.0", "undesirable"), False)
-NOTHING = (None, "", "nan", "NaN", "<NA>")  # an optional column's value as pandas writes it
+MISSING = (None, "", "nan", "NaN", "<NA>")  # a value as pandas writes it
+NOTHING = (*MISSING, "None", "null", "NULL")  # of a column that a row need not have
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")  # as JSON or Python writes them
 TEMPLATED = re.compile(r"<\|im_start\|>|\[INST\]|<\|user\|>|<start_of_turn>|<\|start_header_id\|>")
 MESSAGE = {"message_id", "parent_id", "text", "role"}  # of one message of a tree
 
@@ -178,9 +181,14 @@ def is_answer(value: Any) -> bool:
     return value is not None and (not isinstance(value, Mapping) or bool(value.keys() & {"text", "content", "value"}))
 
 
+def is_written(text: Any) -> bool:
+    """Whether a text is a list of messages, as JSON or Python writes it."""
+    return isinstance(text, str) and bool(MESSAGES.match(text))
+
+
 def is_marked(text: Any) -> bool:
     """Whether a text is a conversation with marks: "### Human: …### Assistant: …", "Human: …\\n\\nAssistant: …"."""
-    begin = text[:100].lstrip() if isinstance(text, str) else ""
+    begin = text[:100].lstrip() if isinstance(text, str) and text[:1] in TELLING else ""
     if begin.startswith("Human:"):
         return "\n\nAssistant:" in text
     hashed = HASHED.match(begin) or begin.startswith("Below is an instruction")
@@ -196,10 +204,10 @@ def is_talk(value: Any) -> bool:
 
 def written(text: str, what: str) -> Any:
     """The value of a text that JSON or Python wrote. Raises RowError."""
-    try:
-        return ast.literal_eval(text) if "'" in text[:20] else from_json(text, "wrong type", what)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return from_json(text, "wrong type", what)
+    for spelt in (text, re.sub(r"\}\s*\n\s*\{", "}, {", text)):  # numpy writes no comma between objects
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(spelt) if "'" in text[:20] else from_json(text, "wrong type", what)
+    return from_json(text, "wrong type", what)
 
 
 def talk(value: Any) -> Any:

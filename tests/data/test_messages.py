@@ -40,6 +40,9 @@ def test_thoughts_under_any_name_are_one_field(key):
         ({"masked": True}, 0),
         ({"masked": False}, None),
         ({"weight": 1, "train": False}, 0),
+        ({"train": "no"}, 0),
+        ({"loss": "off"}, 0),
+        ({"masked": "yes"}, 0),
     ],
 )
 def test_every_mark_that_takes_a_turn_out_of_the_loss_is_its_weight(given, weight):
@@ -81,6 +84,60 @@ def test_nulls_in_arguments_and_schemas_are_kept_and_an_id_that_is_referred_to()
     ]
     assert turns[2]["tool_call_id"] == "c1" and "id" not in turns[3]["tool_calls"][0]
     assert json.loads(tools_of([{"name": "f", "parameters": {"default": None}}]))[0]["parameters"] == {"default": None}
+
+
+FOUND = {"name": "find", "arguments": {"name": "Ida"}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        FOUND,
+        [[FOUND]],
+        json.dumps([FOUND]),
+        [json.dumps([FOUND])],
+        [{"function": {**FOUND, "arguments": json.dumps(json.dumps(FOUND["arguments"]))}}],
+        [{"name": "find", "args": {"name": "Ida"}}],
+        [{"type": "tool_use", "id": "x", "name": "find", "input": {"name": "Ida"}}],
+        [{"function": {"name": "find", "parameters": {"name": "Ida"}, "arguments": None}}],
+    ],
+)
+def test_a_call_is_the_same_however_it_was_nested(calls):
+    turn = answer(content=None, tool_calls=calls)
+    assert [call["function"] for call in turn["tool_calls"]] == [FOUND] and "unread" not in turn
+    part = {"type": "tool_call", "value": calls}
+    assert answer(content=[part])["tool_calls"][0]["function"] == FOUND
+
+
+def test_arguments_that_are_no_object_reject_the_row_and_none_are_an_empty_one():
+    assert answer(tool_calls=[{"name": "now", "arguments": None}])["tool_calls"][0]["function"]["arguments"] == {}
+    for arguments in ([1, 2], "[1]", 3, '"Ida"'):
+        with pytest.raises(RowError, match="arguments of 'find'"):
+            answer(tool_calls=[{"name": "find", "arguments": arguments}])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"role": "Assistant", "content": "a"},
+        {"role": "assistant", "value": "a"},
+        {"from": "gpt", "text": "a"},
+        {"speaker": "bot", "text": "a"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+    ],
+)
+def test_a_message_is_read_by_whatever_names_its_keys_have(said):
+    assert read_turns([{"role": "USER", "content": [{"type": "input_text", "text": "q"}]}, said]) == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+def test_a_tools_result_that_is_an_object_is_its_json():
+    (turn,) = read_turns([{"role": "tool", "content": {"hits": 1, "next": None}}])
+    assert turn["content"] == '{"hits": 1, "next": null}'
+    with pytest.raises(RowError, match="an object"):
+        read_turns([{"role": "user", "content": {"hits": 1}}])
 
 
 def test_values_of_any_type_in_arguments_become_json_or_reject_the_row():

@@ -163,6 +163,12 @@ READ = {  # set → (row, its question, its answer)
     "natural instructions": ({"definition": "Translate.", "inputs": "oui", "targets": "yes"}, "Translate.\noui", "yes"),
     "Capital letters": ({"Instruction": "q", "Input": "i", "Output": "a"}, "q\ni", "a"),
     "MBPP": ({"task_id": 1, "text": "Add.", "code": "a+b", "test_list": []}, "Add.", "a+b"),
+    "TriviaQA": (
+        {"question": "q", "question_id": "1", "answer": {"value": "a", "aliases": ["A"], "normalized_value": "a"}},
+        "q",
+        "a",
+    ),
+    "nothing as text": ({"instruction": "q", "input": "None", "system": "null", "output": "None"}, "q", "None"),
     "HumanEval": (
         {"task_id": "1", "prompt": "def f():", "canonical_solution": " pass", "test": "", "entry_point": "f"},
         "def f():",
@@ -185,6 +191,7 @@ TALKS = {  # conversations in every form: user q, assistant a
     "JSON text": {"conversations": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])},
     "Python text": {"messages": str(said("q", "a"))},
     "JSON text with blanks": {"messages": "  " + json.dumps(said("q", "a"), indent=1)},
+    "numpy's text": {"messages": str(said("q", "a")).replace("}, {", "}\n {")},
     "LIMA": {"conversations": ["q", "a"], "source": "x"},
     "UltraChat": {"id": "1", "data": ["q", "a"]},
     "Capybara": {"source": "x", "conversation": [{"input": "q", "output": "a"}]},
@@ -215,6 +222,8 @@ PAIRS = {  # user q; good is better than bad
         "correct_answers": [],
         "incorrect_answers": [],
     },
+    "JSON text": {"prompt": "q", "chosen": json.dumps(said("q", "good")), "rejected": json.dumps(said("q", "bad"))},
+    "Python text": {"prompt": "q", "chosen": str(said("", "good")[1:]), "rejected": str(said("", "bad")[1:])},
     "SHP": {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0, "score_A": 1, "score_B": 9},
     "Nectar": {
         "prompt": "\n\nHuman: q\n\nAssistant: ",
@@ -283,6 +292,20 @@ def test_a_csv_may_hold_kto_rows(tmp_path, format):
     assert [(row["kind"], row["label"]) for row in found] == [("kto", True), ("kto", False)]
 
 
+def test_a_kto_row_without_its_label_is_no_sft_row(tmp_path):
+    labels = (True, None, "", "nan")
+    found, rejects = rows(tmp_path, [{"prompt": "q", "completion": "a", "label": one} for one in labels], limit=1.0)
+    assert [row["kind"] for row in found] == ["kto"] and rejects.invalid == {"no label": 3}
+    text = "prompt,completion,label\nGreet 0,Good day.,True\nGreet 1,Get lost.,\n"
+    assert len(rows(tmp_path, text, "rows.csv", limit=1.0)[0]) == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "<NA>"])
+def test_a_missing_answer_that_pandas_wrote_as_text_is_none(tmp_path, value):
+    found, rejects = rows(tmp_path, [{"instruction": "q", "output": one} for one in ("a", value)], limit=1.0)
+    assert len(found) == 1 and rejects.invalid == {"no answer": 1}
+
+
 # ---------------------------------------------------------------- two readings
 
 NLI = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 0}
@@ -303,6 +326,11 @@ TWO = {  # set → (row, what the first advised setting trains, what the second 
     "evidence": (
         {"question": "q", "evidence": "E", "SQL": "SELECT 1", "db_id": "d"},
         ("E\n\nq", "SELECT 1"),
+        ("q", "SELECT 1"),
+    ),
+    "Spider with a schema": (
+        {"db_id": "d", "question": "q", "query": "SELECT 1", "schema": "S"},
+        ("S\n\nq", "SELECT 1"),
         ("q", "SELECT 1"),
     ),
     "context and evidence": (

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.data.tables import Rejects, arrow_batches, records_of
+from helpers.data.public_sets import MISSING
+from helpers.data.tables import Rejects, arrow_batches, records_of, rows_of
 from helpers.data.turns import RowError
 from helpers.errors import TunebookError
 
@@ -43,9 +44,8 @@ MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16")
 # What cannot be decoded becomes half a surrogate pair, which costs its row and no other.
 codecs.register_error("half-surrogate", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
 UNDECODED = re.compile("[\ud800-\udfff]")
-LIST = re.compile(
-    r'(?:\{.*?"(?:data|rows|train|examples|instances)"\s*:\s*)?\[', re.DOTALL
-)  # of rows, in an object or not
+# Of rows, in an object or not.
+LIST = re.compile(r'(?:\{.*?"(?:data|rows|train|examples|instances)"\s*:\s*)?\[', re.DOTALL)
 BETWEEN = re.compile(r"[ \t\r\n,]*")
 Found = Iterator[tuple[int, Any]]  # (row number, what stands there or the RowError that says why nothing does)
 
@@ -112,25 +112,16 @@ def _configured(folder: Path, data: list[Path]) -> list[tuple[Path, str]]:
         configs = {str(one["config_name"]): one for one in head.get("configs") or [] if one.get("data_files")}
         chosen = [one for name, one in configs.items() if one.get("default") or name == "default" or len(configs) == 1]
         given = chosen[0]["data_files"] if chosen else []
-        pairs = (
-            given.items()
-            if isinstance(given, dict)
-            else [
-                (one.get("split", "train"), one["path"]) if isinstance(one, dict) else ("train", one)
-                for one in ([given] if isinstance(given, str) else given)
-            ]
-        )
-        wanted = [
-            (str(split), name) for split, names in pairs for name in ([names] if isinstance(names, str) else names)
-        ]
-        wanted = [(split, str(name)) for split, name in wanted]
+        listed = [given] if isinstance(given, str) else given
+        entries = [one if isinstance(one, dict) else {"path": one} for one in listed]
+        pairs = given.items() if isinstance(given, dict) else [(e.get("split", "train"), e["path"]) for e in entries]
+        lists = [(str(split), [names] if isinstance(names, str) else names) for split, names in pairs]
+        wanted = [(split, str(name)) for split, names in lists for name in names]
     except (yaml.YAMLError, RecursionError, AttributeError, TypeError, LookupError):
         return []
     if configs and not chosen:
-        names = ", ".join(configs)
-        raise TunebookError(
-            f"{card} describes the sets {names}; name the files of one as the dataset: {folder}/NAME/*."
-        )
+        found = f"describes the sets {', '.join(configs)}"
+        raise TunebookError(f"{card} {found}; name the files of one as the dataset: {folder}/NAME/*.")
     paths = {file: file.relative_to(folder).as_posix() for file in data}
     told = {file: split for split, name in reversed(wanted) for file, path in paths.items() if _fits(path, name)}
     return [(file, SPLITS.get(re.split(r"\W|_", told[file])[0], told[file])) for file in data if file in told]
@@ -318,14 +309,22 @@ def _json(text: io.TextIOWrapper, head: str, one_value: bool) -> Found:
 
 
 def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
-    """The elements of a JSON list, read one by one. begin: what stands before the first, "[" and what it is held by."""
-    number, position, buffer = 0, 0, text.read(BLOCK).lstrip().removeprefix(begin)
+    """The elements of a JSON list, read one by one. begin: what stands before the first, "[" and what it is held by.
+
+    Where the list breaks off, the rest of the file counts as the rows that it may hold, by the size of those before."""
+    number, position, buffer, taken = 0, 0, text.read(BLOCK).lstrip().removeprefix(begin), 0
+
+    def lost(wrong: RowError, size: int) -> Found:
+        size += sum(map(len, iter(functools.partial(text.read, BLOCK), "")))
+        return ((number + at, wrong) for at in range(1, max(1, size * number // max(1, taken)) + 1))
+
     while True:
         position = BETWEEN.match(buffer, position).end()  # type: ignore[union-attr]
         if buffer.startswith("]", position):
             behind = (buffer[position + 1 :] + text.read(BLOCK)).strip()
             if behind != "}" * begin.startswith("{"):
-                yield number + 1, RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
+                wrong = RowError(BROKEN, f"{behind[:60]!r} stands behind the end of the list")
+                yield from lost(wrong, len(behind)) if "{" in behind else [(number + 1, wrong)]
             return
         size = len(buffer) - position
         found = attempt(LENIENT.raw_decode, buffer, position)
@@ -335,9 +334,10 @@ def _json_list(text: io.TextIOWrapper, begin: str) -> Found:
                 buffer, position = buffer[position:] + more, 0
                 continue
             why = found.detail if size else "the list is not closed: the file ends early"
-            yield number + 1, RowError(found.reason, f"{why}; nothing after row {number} could be read")
+            yield from lost(RowError(found.reason, f"{why}; nothing after row {number} could be read"), size)
             return
         number, start, position = number + 1, position, found[1]
+        taken += position - start
         yield number, attempt(parse, buffer[start:position])
 
 
@@ -382,9 +382,7 @@ def _record(header: list[str], values: list[str], line: int) -> dict[str, str | 
     if len(values) != len(header):
         raise RowError("wrong number of values", f"line {line}: {len(values)} values under {len(header)} columns")
     decoded("".join(values))
-    return {
-        name: None if value in ("", "NaN", "nan", "<NA>") else value for name, value in zip(header, values, strict=True)
-    }
+    return {name: None if value in MISSING else value for name, value in zip(header, values, strict=True)}
 
 
 def _arrow(file: Path) -> Found:
@@ -397,4 +395,5 @@ def _arrow(file: Path) -> Found:
             yield number, record
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError) as error:
         why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        yield number + 1, RowError(f"broken {kind(file)[1:]}", f"{why}; nothing after row {number} could be read")
+        wrong = RowError(f"broken {kind(file)[1:]}", f"{why}; nothing after row {number} could be read")
+        yield from ((lost, wrong) for lost in range(number + 1, max(number + 1, rows_of(file)) + 1))

@@ -259,6 +259,40 @@ def test_what_stands_behind_the_end_of_a_json_list_is_counted(tmp_path):
     assert len(reading.table) == 5 and "stands behind the end of the list" in rejects.first["malformed JSON"]["detail"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"train": ROWS, "test": ROWS * 20}),
+        json.dumps(ROWS)[:-1] + ", {oops}, " + json.dumps(ROWS * 20)[1:],
+        json.dumps(ROWS) + json.dumps(ROWS * 20),
+    ],
+)
+def test_the_rest_of_a_list_that_cannot_be_read_counts_as_the_rows_that_it_may_hold(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    reading, rejects = rejected(tmp_path / "rows.json")
+    assert len(reading.table) == 5 and 95 <= rejects.invalid.total() <= 105
+    with pytest.raises(TunebookError, match="malformed JSON"):
+        read(str(tmp_path / "rows.json"), Rejects())
+
+
+def test_what_a_json_object_says_beside_its_rows_is_no_row(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"data": ROWS, "version": "1", "licence": "x" * 5000}))
+    assert rejected(tmp_path / "rows.json")[1].invalid.total() == 1
+
+
+def test_the_rows_behind_a_damage_of_a_parquet_file_are_counted(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = [{"question": f"q{i}", "answer": os.urandom(20).hex()} for i in range(4000)]
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "rows.parquet", row_group_size=1000, compression="zstd")
+    content = bytearray((tmp_path / "rows.parquet").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
+    (tmp_path / "rows.parquet").write_bytes(content)
+    reading, rejects = rejected(tmp_path / "rows.parquet")
+    assert 0 < len(reading.table) < 4000 and len(reading.table) + rejects.invalid["broken parquet"] == 4000
+
+
 def test_json_lines_under_the_name_json_may_be_longer_than_one_row(tmp_path, monkeypatch):
     from helpers.data import files
 

@@ -218,22 +218,34 @@ def lengths_of(rows: Any, padded: bool = False) -> list[int]:
 
 
 def token_counts(data: Manifest, params: Any) -> Any:
-    """Tokens of every row, an array (rows, 1), or (rows, 3 or 2) of prompts and answers before max_length cuts any."""
+    """Tokens of every row: an array (rows, 2) of all and of those that `completion` trains, or of pairs (rows, 3) or
+    answers (rows, 2) of prompts and answers before max_length cuts any."""
     import numpy
-    from pyarrow import compute
+    from pyarrow import compute, parquet
 
-    if params.stage == "orpo":
-        loss = params.loss if (data.path / "kto.parquet").is_file() else "orpo"
-        params = replace(params, loss=loss, max_length=131072, max_prompt_length=0)
+    if params.stage == "sft":
+        parts: list[Any] = [numpy.zeros((0, 2), int)]
+        columns = ["input_ids", "completion_mask"]
+        for batch in parquet.ParquetFile(data.path / "train.parquet").iter_batches(BATCH, columns=columns):
+            (_, lengths), (mask, _) = (_lists(batch, column) for column in columns)
+            ends = numpy.concatenate([[0], lengths.cumsum()])
+            upto = numpy.concatenate([[0], mask.cumsum()])
+            firsts = numpy.append(mask, False)[ends[:-1]] & (lengths > 0)  # a document's first token is not predicted
+            parts.append(numpy.stack([lengths, upto[ends[1:]] - upto[ends[:-1]] - firsts], axis=1))
+        return numpy.concatenate(parts)
+    loss = params.loss if (data.path / "kto.parquet").is_file() else "orpo"
+    params = replace(params, loss=loss, max_length=131072, max_prompt_length=0)
     table = read(data, params)[0].with_format("arrow")[:]
-    names = [n for n in ("input_ids", "prompt_ids", "completion_ids", *PAIR) if n in table.column_names]
+    names = [n for n in ("prompt_ids", "completion_ids", *PAIR) if n in table.column_names]
     return numpy.stack([compute.list_value_length(table[name]).to_numpy() for name in names], axis=1)
 
 
 def lengths_at(counts: Any, params: Any) -> tuple[list[int], list[int]]:
     """What `lengths_of` says, plain and padded, of rows with these `token_counts` under these parameters."""
     if params.stage == "sft":
-        return counts[:, 0].tolist(), counts[:, 0].tolist()
+        trained = counts[:, 1] if params.train_on == "completion" else counts[:, 0] - 1
+        lengths = counts[trained > 0, 0].tolist()
+        return lengths, lengths
     whole = counts[:, :1].clip(max=params.max_prompt_length or None) + counts[:, 1:]
     whole = whole[whole.max(1) <= params.max_length]
     if params.loss == "kto":

@@ -52,12 +52,25 @@ def test_row_lengths_are_those_of_the_rows_that_are_trained(data, stage, given):
     assert plain == examples.lengths_of(train) and padded == examples.lengths_of(train, padded=True)
 
 
+def test_rows_without_a_trained_token_are_left_out_of_the_estimate_too(narrow_llama, tokenizer, runs_root):
+    rows = train_data.sft_rows(tokenizer, 24)
+    for row in rows[::3]:
+        row["completion_mask"] = [0] * len(row["input_ids"])
+    rows[1]["completion_mask"] = [1] + [0] * (len(rows[1]["input_ids"]) - 1)  # the first is never predicted
+    data = train_data.data_stage("masked", narrow_llama, tokenizer, train=rows)
+    for train_on, left in (("completion", 15), ("all", 24)):
+        params = train_data.settings("sft", run="masked", train_on=train_on)
+        plain = examples.lengths_at(examples.token_counts(data, params), params)[0]
+        assert plain == examples.lengths_of(examples.read(data, params)[0]) and len(plain) == left
+
+
 def test_a_change_is_followed_and_the_rows_are_read_once(data, monkeypatch):
     reads, counts = [], examples.token_counts
     monkeypatch.setattr(examples, "token_counts", lambda *given: reads.append(given) or counts(*given))
     estimate = training.Estimate()
     small, large = (estimate(train_data.settings("sft", max_steps=0, rank=rank)) for rank in (4, 64))
     long = estimate(train_data.settings("sft", max_steps=0, rank=64, epochs=4.0))
+    estimate(train_data.settings("sft", max_steps=0, rank=64, train_on="all"))
     assert large[0] == 16 * small[0] and large[2][0].need_gib > small[2][0].need_gib
     assert long[2][0].seconds[0] > 3 * large[2][0].seconds[0]
     assert len(reads) == 1

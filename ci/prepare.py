@@ -33,7 +33,10 @@ def main() -> int:
 
 def jupyter(folder: Path) -> None:
     """Write JupyterLab's settings of ci/jupyter into a folder where Jupyter looks for them; a person's own win."""
-    shutil.copytree(PROJECT / "ci/jupyter", folder, dirs_exist_ok=True)
+    try:
+        shutil.copytree(PROJECT / "ci/jupyter", folder, dirs_exist_ok=True)
+    except OSError as error:  # an environment that somebody else keeps
+        print(f"JupyterLab begins as it would without the project: {folder} cannot be written ({error}).")
 
 
 if __name__ == "__main__":

@@ -49,3 +49,9 @@ def test_jupyterlab_begins_with_readme_and_asks_nothing_about_news(server):
     with urllib.request.urlopen(f"{url}lab/api/settings/@jupyterlab/apputils-extension:notification") as answer:
         found = json.load(answer)["schema"]["properties"]
     assert found["fetchNews"]["default"] == "false" and found["checkForUpdates"]["default"] is False
+
+
+def test_an_environment_that_cannot_be_written_is_no_obstacle(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    prepare.jupyter(tmp_path / "file" / "jupyter")
+    assert "cannot be written" in capsys.readouterr().out

@@ -129,10 +129,10 @@ def _shows(measured: Sequence[Mapping[str, Mapping[str, Any]]], allowed: float) 
         every[name] = max(every.get(name, one), one, key=lambda task: task["detectable"])
     if not every:
         return ""
-    parts = [f"{statistics.points(one['detectable'])} of {name} (n = {one['n']})" for name, one in every.items()]
+    parts = [f"{statistics.points(one['detectable'])} points of {name} (n = {one['n']})" for name, one in every.items()]
     blind = [name for name, one in every.items() if one["detectable"] > allowed]
     unseen = f"; one of task_drop = {statistics.points(allowed)} points of {' and '.join(blind)} may go unseen"
-    return f"With 80 % power these items show a loss of points from {', '.join(parts)}{unseen * bool(blind)}."
+    return f"With 80 % power these items show a loss from {', '.join(parts)}{unseen * bool(blind)}."
 
 
 def _task(before: Sequence[float | None], after: Sequence[float | None]) -> dict[str, Any] | None:

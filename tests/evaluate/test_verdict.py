@@ -172,7 +172,7 @@ def test_the_smallest_loss_that_each_set_can_show_is_said_of_the_candidate_where
     said = forgetting.judge("base", {}, passed, limits, {})["shows"]
     spread = (0.48 - 0.48**2) ** 0.5  # 48 lost of 100; all of 16 changed, as many lost as gained
     points = round(100 * (1.959964 + 0.841621) * spread / 99**0.5)
-    assert f"from {points} of manners (n = 100), 72 of refusals (n = 16); " in said
+    assert f"from {points} points of manners (n = 100), 72 points of refusals (n = 16); " in said
     assert said.endswith("one of task_drop = 15 points of refusals may go unseen.") and "manners and" not in said
     some = forgetting.judge("base", {}, {name: {"manners": passed[name]["manners"]} for name in passed}, limits, {})
     assert some["shows"].endswith("of manners (n = 100).")

@@ -208,8 +208,8 @@ class Panel:
         for control in (self.preset, *(control for row in self.rows.values() for control in row.controls)):
             control.disabled = True
         self.notice.value = red(
-            "The stage has begun with the values shown; a change is of no effect. To train with others, set them in a "
-            "new panel: run the notebook from its first cell."
+            "The stage has begun with the values shown; a change is of no effect. For other values run the notebook "
+            "from its first cell: they are set in a new panel."
         )
 
     def run_below(self) -> None:

@@ -4,8 +4,7 @@
     job.read();  job.generate();  job.clean();  job.mix();  job.split()
     job.template();  job.vocabulary();  job.encode();  job.lengths();  job.pairs();  job.finish()
 
-Each step returns what its cell shows, and replaces its own output where it has to be run again. Rows move in batches
-and lie on disk when there are many, so that memory stays flat from a hundred rows to a million.
+Each step returns what its cell shows and replaces its own output. Many rows lie on disk: memory stays flat.
 """
 
 from __future__ import annotations

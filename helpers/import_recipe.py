@@ -93,6 +93,7 @@ def read(file: str | Path, gpus: int = 1) -> Imported:
         if whole and chosen.get("precision") == "fp16":
             del chosen["precision"]
             rows[owner["precision"]] = (rows[owner["precision"]][0], NEAR, "whole weights are trained in bf16 or fp32")
+        owner["data.preference_eval_share"] = owner.get("data.eval_share", "")
         recipe = _stages(chosen, gpus)
     except TunebookError as error:
         raise TunebookError(f"{file} cannot be a recipe: {error}") from None
@@ -126,6 +127,7 @@ def _stages(chosen: Settings, gpus: int) -> dict[str, Settings]:
         return {"gguf": {"outputs": "merged"}}
     if kind == "orpo":
         stages["orpo"]["max_length"] = stages["data"]["max_length"]
+        stages["data"]["preference_eval_share"] = stages["data"]["eval_share"]
     if missing := [name for name in ("model", "dataset") if not stages["data"].get(name)]:
         raise TunebookError(f"it names no {' and no '.join(missing)}, so there is nothing to train.")
     return stages

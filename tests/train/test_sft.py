@@ -455,3 +455,13 @@ def test_loggers_and_steps_are_checked():
         config.timetable(parameters.resolve("sft", {"eval_steps": 10, "save_steps": 15}), 13)
     made = config.timetable(parameters.resolve("sft"), 13)
     assert (made["max_steps"], made["eval_steps"], made["save_steps"]) == (13, 3, 3)
+
+
+def test_padded_rows_of_one_micro_batch_give_the_losses_of_one_row_at_a_time(data):
+    def losses(**given):
+        job = trained(packing=False, batch_size=4, seed=3, **given)
+        lines = map(json.loads, (job.stage.path / "log.jsonl").read_text().splitlines())
+        return job.planned.accumulation, [line["loss"] for line in lines if "loss" in line]
+
+    (one, together), (four, alone) = losses(row_tokens=4096), losses(micro_batch=1, accumulation=4)
+    assert (one, four) == (1, 4) and len(alone) == 3 and together == pytest.approx(alone, rel=1e-4)

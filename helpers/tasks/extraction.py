@@ -144,6 +144,7 @@ def queries(text: str, compiles: Callable[[str], bool] | None = None) -> list[st
     Fenced ones come before those in the open, those that `compiles` takes before others; one that the text withdraws
     does not count, and of several the last that is called final. Where there is no query, the statement that there is.
     """
+    text = re.sub(r"(?<!~)~~(?!~)[^~\n]{1,2000}~~(?!~)", "", text)  # struck out
     if re.match(rf"(['\"])\s*(?:{_QUERY})\b.*\1[.\s]*\Z", text, re.IGNORECASE | re.DOTALL):  # quoted as a whole
         text = text.rstrip(" .\n")[1:-1].replace(text[0] * 2, text[0])
     versions = [(v, list(_statements(v, compiles))) for v in dict.fromkeys((text, _plain(text)))]

@@ -19,7 +19,7 @@ from helpers.tasks import extraction
 from helpers.tasks.sqlite_reader import Database, Result, execute, open_readonly, quote  # noqa: F401 - the judge's
 
 SHOWN_ROWS, SHOWN_CHARS, SEVERAL = 10, 200, 8
-Ties = list[list[tuple]]
+Ties = list[tuple[list[tuple], int]]  # rows that tie, how many of them are taken
 #: Why an answer is not right, from worst to nearest. "timeout" and "too_large" are limits of the read-only executor.
 ERROR_KINDS = {
     "empty": "no answer",
@@ -81,9 +81,9 @@ def _place(row: tuple) -> tuple:
 
 
 def _fits(rows: list[tuple], ties: Ties) -> bool:
-    """Whether rows come group by group; of the last one, which a LIMIT may cut, any."""
-    for group in ties:
-        part, rows = rows[: len(group)], rows[len(group) :]
+    """Whether rows come group by group; of those that an OFFSET and a LIMIT may cut, any."""
+    for group, taken in ties:
+        part, rows = rows[:taken], rows[taken:]
         left = list(group)
         for row in part:
             if (found := next((i for i, one in enumerate(left) if _close(one, row)), None)) is None:
@@ -95,16 +95,19 @@ def _fits(rows: list[tuple], ties: Ties) -> bool:
 
 
 def tied_rows(connection: Database, sql: str, result: Result) -> Ties | None:
-    """The rows of a query in groups with equal sort keys, the last one whole whatever the LIMIT; None without an order,
-    or where the keys cannot be had."""
+    """The rows of a query in groups with equal sort keys, whole whatever OFFSET and LIMIT cut, and how many of each the
+    OFFSET leaves; None without an order, or where the keys cannot be had."""
     from sqlglot import exp
 
     tree = parsed(sql) if result.ok and has_order(sql) else None
     if not isinstance(tree, exp.Query) or not tree.args.get("order"):
         return None
     names, keys, width = [c.lower() for c in result.columns], list[int](), len(result.columns)
-    if not tree.args.get("offset"):
+    offset, skipped = tree.args.get("offset"), 0
+    if not offset or offset.expression.is_int:
+        skipped = int(offset.expression.this) if offset else 0
         tree.set("limit", None)
+        tree.set("offset", None)
     for term in (ordered.this for ordered in tree.args["order"].expressions):
         if isinstance(term, exp.Literal) and term.is_int:
             keys.append(int(term.this) - 1)
@@ -117,8 +120,12 @@ def tied_rows(connection: Database, sql: str, result: Result) -> Ties | None:
         else:
             return None
     rows = execute(connection, tree.sql("sqlite")).rows
-    groups = itertools.groupby(rows, key=lambda row: [row[key] for key in keys])
-    ties = [[row[: len(names)] for row in group] for _, group in groups]
+    ties: Ties = []
+    for _, group in itertools.groupby(rows, key=lambda row: [row[key] for key in keys]):
+        tied = [row[: len(names)] for row in group]
+        gone = min(skipped, len(tied))
+        skipped -= gone
+        ties += [(tied, len(tied) - gone)] if gone < len(tied) else []
     return ties if _fits(result.rows, ties) else None
 
 

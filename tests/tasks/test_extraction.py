@@ -88,6 +88,7 @@ RIGHT = {
     "another withdrawn": f"{ALL}\nWait, that is wrong. Only these:\n{QUERY}",
     "another advised against": f"Do not use {ALL}; use {QUERY}",
     "called final": f"First look at all: {ALL}\nThe final query is: {QUERY}",
+    "another struck out": f"~~{ALL}~~ {QUERY}",
     "boxed": f"\\boxed{{{QUERY}}}",
     "qualified, then prose": "SELECT item.name FROM item WHERE item.kind = 'kitchen'\nThis lists them",
 }
@@ -153,6 +154,19 @@ def test_an_answer_cut_off_while_thinking_is_unfinished(judge):
         ),
         ("SELECT name FROM item WHERE id IN (5, 6) ORDER BY price", "SELECT name FROM item ORDER BY price LIMIT 2", 1),
         ("SELECT name FROM item WHERE id IN (4, 6) ORDER BY price", "SELECT name FROM item ORDER BY price LIMIT 2", 0),
+        ("SELECT name FROM item WHERE id = 5", "SELECT name FROM item ORDER BY price LIMIT 1 OFFSET 1", 1),
+        ("SELECT name FROM item WHERE id = 5", "SELECT name FROM item ORDER BY price LIMIT 2, 1", 1),
+        ("SELECT name FROM item WHERE id = 1", "SELECT name FROM item ORDER BY price LIMIT 1 OFFSET 1", 0),
+        (
+            "SELECT name FROM item WHERE id IN (1, 5) ORDER BY price",
+            "SELECT name FROM item ORDER BY price LIMIT 2 OFFSET 2",
+            1,
+        ),
+        (
+            "SELECT name FROM item WHERE id IN (3, 5) ORDER BY price",
+            "SELECT name FROM item ORDER BY price LIMIT 2 OFFSET 2",
+            0,
+        ),
         ("SELECT name FROM item ORDER BY id DESC", "SELECT name FROM item ORDER BY id", 0),
         ("SELECT SUM(delta) FROM move WHERE item_id = 1", "SELECT 0.0", 1),
         ("SELECT 12345678.91", "SELECT 12345678.94", 0),

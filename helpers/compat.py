@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 import time
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,58 +59,37 @@ def _answered(response: Any) -> None:
 class CheckpointsOfEitherKind:
     """Mixin for a transformers Trainer: one process loads what a sharded run (FSDP2) saved, and the other way round.
 
-    A sharded run keeps weights and optimizer state whole, but under accelerate's file names and keyed by parameter,
-    where one process keys them by position. Overrides private methods of Trainer; nothing but tensors is unpickled.
+    A sharded run keeps what is trained, and the optimizer's state, in pieces (`write_pieces` and `read_pieces` of the
+    trainer). Overrides private methods of Trainer; nothing but tensors is unpickled.
     """
 
-    def _of_the_other_kind(self: Any, folder: Path) -> bool:
-        return (folder / "pytorch_model_fsdp.bin").is_file() != self.is_fsdp_enabled
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        import torch
+
+        self.write_pieces(Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
-        if not self._of_the_other_kind(folder):
+        if not self.read_pieces(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-            return
-        from safetensors.torch import load_file
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        loaded = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-        saved = dict(ChainMap(*loaded)) if self.is_fsdp_enabled else _tensors(folder / "pytorch_model_fsdp.bin")
-        # PEFT leaves the adapter's name out of what it saves.
-        names = {name.replace(".default", ""): name for name in model.state_dict()}
-        state = {names.get(name, name): tensor for name, tensor in saved.items()}
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
     def _load_best_model(self: Any) -> None:
-        if self._of_the_other_kind(Path(self.state.best_model_checkpoint)):
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
+        if not self.read_pieces(Path(self.state.best_model_checkpoint)):
             super()._load_best_model()  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._of_the_other_kind(folder := Path(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        import torch
 
-        if self.is_fsdp_enabled:
-            names = {id(weight): name for name, weight in self.model.named_parameters()}
-            ordered = [names[id(weight)] for group in self.optimizer.param_groups for weight in group["params"]]
-            state = _tensors(folder / "optimizer.pt")
-            state["state"] = {ordered[number]: values for number, values in state["state"].items()}
-            for group in state["param_groups"]:
-                group["params"] = [ordered[number] for number in group["params"]]
-        else:
-            state = _tensors(folder / "optimizer.bin")
         own = getattr(self.optimizer, "optimizer", self.optimizer)  # PyTorch's inside accelerate's
-        set_optimizer_state_dict(self.model, own, state, options=StateDictOptions(full_state_dict=True))
-        self.lr_scheduler.load_state_dict(_tensors(folder / "scheduler.pt"))
-
-
-def _tensors(file: Path) -> dict[str, Any]:
-    import torch
-
-    return torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint is None or not self.read_pieces(Path(checkpoint), own):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        else:
+            schedule = torch.load(Path(checkpoint) / "scheduler.pt", map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(schedule)
 
 
 def load_weights(trainer: Any, folder: Path) -> None:
@@ -152,6 +130,8 @@ def shard(trainer: Any) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
+    if hasattr(trainer.model, "reshard"):  # sharded already: accelerate would look for classes whose names changed then
+        state.fsdp_plugin.set_auto_wrap_policy = lambda model: None
     if trainer.args.bf16 or trainer.args.fp16:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16
         state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -224,6 +204,24 @@ def checkpoint_layer(layer: Any, run: Any) -> None:
     layer.gradient_checkpointing = run is not None
     if run is not None:
         layer._gradient_checkpointing_func = run
+
+
+@contextlib.contextmanager
+def adapters_off_meta(apart: bool) -> Iterator[None]:
+    """apart: PEFT makes a new adapter's weights on the CPU and leaves them there: the base has none, and on the meta
+    device, where it would put them, their first values would be lost."""
+    import torch
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own, replace = BaseTunerLayer._get_base_layer_device_and_dtype, LoraModel._replace_module
+    if apart:
+        BaseTunerLayer._get_base_layer_device_and_dtype = lambda *of: (torch.device("cpu"), own(*of)[1])
+        LoraModel._replace_module = lambda _, parent, name, made, was: setattr(parent, name, made)
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype, LoraModel._replace_module = own, replace
 
 
 @contextlib.contextmanager
@@ -381,16 +379,3 @@ def unpacked(tensor: Any, parts: dict[str, Any]) -> Any:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     return dequantize_4bit(tensor, QuantState.from_dict(dict(parts), device=tensor.device))
-
-
-def packed_again(tensor: Any, parts: dict[str, Any]) -> Any:
-    """`tensor` after the round trip through the packing that `parts` tell of."""
-    from bitsandbytes import functional
-
-    if "SCB" in parts:
-        largest = tensor.float().abs().amax(1, keepdim=True)
-        return (tensor.float() * (127 / largest)).round() * (largest / 127)
-    state = functional.QuantState.from_dict(dict(parts), device=tensor.device)
-    options = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
-    packed, new = functional.quantize_4bit(tensor.to(state.dtype), **options)
-    return functional.dequantize_4bit(packed, new).reshape(tensor.shape)

@@ -144,3 +144,24 @@ def test_accelerate_has_the_state_that_sharding_sets():
 
 def test_liger_is_told_not_to_list_the_backends_that_are_not_installed():
     assert not logging.getLogger("liger_kernel.backends.registry").isEnabledFor(logging.WARNING)
+
+
+def test_a_new_adapter_on_a_base_without_storage_begins_with_the_values_that_it_has_on_any_other(narrow_llama):
+    import torch
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
+
+    from helpers.model import loading
+
+    def adapter(model, apart):
+        torch.manual_seed(1)
+        with compat.adapters_off_meta(apart):
+            wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        return {name: weight for name, weight in wrapped.named_parameters() if "lora" in name}
+
+    config = loading.load_config(narrow_llama)
+    with init_empty_weights(include_buffers=False):
+        empty = loading.auto_class(config).from_config(config, dtype=torch.bfloat16)
+    made, ought = adapter(empty, True), adapter(loading.load_model(narrow_llama, dtype="bf16", device="cpu"), False)
+    assert made.keys() == ought.keys() and all(torch.equal(made[name], ought[name]) for name in ought)
+    assert all(weight.is_meta for name, weight in empty.named_parameters() if "lora" not in name)

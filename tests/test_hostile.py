@@ -68,11 +68,11 @@ def test_a_path_that_cannot_be_is_one_message(text, runs_root, tmp_path):
     from helpers.data import sources
     from helpers.evaluate import candidates
     from helpers.model import loading
-    from helpers.train import methods, resume
+    from helpers.train import resume, training
 
     for call in (
         lambda: loading.resolve_model(text),
-        lambda: methods.adapter_to_start_from(machine.path(text), None, None),
+        lambda: training.adapter_to_start_from(machine.path(text), None, None),
         lambda: serve.find(text),
         lambda: sources.find(text),
         lambda: sources.find("x", text),

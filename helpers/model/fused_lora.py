@@ -103,19 +103,21 @@ def fuse_lora(model: Any) -> int:
     return len(layers)
 
 
-def apply(model: Any, *, fused_loss: bool = True, fused_lora: bool = True) -> list[str]:
+def apply(model: Any, *, fused_loss: bool = True, fused_lora: bool = True, prove: bool = True) -> list[str]:
     """Fuse what can be fused in `model` (a causal LM or its PEFT wrapper). Call it after the adapter is added.
 
-    Returns notes for the manifest, among them what was left out and why.
+    prove: compare the head's loss with the model's own now. Returns notes for the manifest, among them what was left
+    out and why.
     """
     peft = hasattr(model, "peft_config")
     causal = model.get_base_model() if peft else model
     compat.keep_four_bit_layout(model)
     done = []
-    if next(causal.parameters()).is_cuda:
+    weight = next(causal.parameters())
+    if weight.is_cuda or (weight.is_meta and torch.cuda.is_available()):
         done.append(compat.liger_kernels(causal))
     if fused_lora and peft and (count := fuse_lora(model)):
         done.append(f"fused LoRA arithmetic in {count} layers")
     if fused_loss:
-        done.append(chunked_loss.install(causal))
+        done.append(chunked_loss.install(causal, prove))
     return done

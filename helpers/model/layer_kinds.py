@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-from helpers.model.loading import auto_class
+from helpers.model.loading import auto_class, load_config, quantizer
+from helpers.model.weights import Weights, reading
 
 # Layers that carry a state from token to token, in transformers' words: over a document's end too, in a packed row.
 STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
@@ -68,3 +70,46 @@ def experts(model: Any) -> list[str]:
     layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
     found = [f"{n}.{p}" for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3]
     return sorted({".".join(name.split(".")[-3:]) for name in found})
+
+
+class Shape:
+    """What the causal LM that `config` describes is made of, counted on an instance without storage (about a second at
+    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; stored: bytes of the files of a base
+    that is quantised as it comes; others: parameters."""
+
+    def __init__(self, config: Any, stored: int = 0) -> None:
+        known = f"models of type {config.model_type} are not known here: take another."
+        with reading("The model", Path(config.name_or_path), known):
+            self._count(config, stored)
+
+    def _count(self, config: Any, stored: int) -> None:
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        self.stored = stored
+        text = config.get_text_config()
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        self.name = getattr(config, "_name_or_path", "") or text.model_type
+        self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
+        self.heads = text.num_attention_heads
+        head_size = head_dim(text)
+        self.query = self.heads * head_size
+        self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
+        widths = getattr(text, "intermediate_size", None) or 4 * self.hidden
+        self.intermediate = max(widths) if isinstance(widths, list) else widths
+        kinds = (torch.nn.Linear, Conv1D)
+        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+        self.linears = [(name, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in modules]
+        tied = head is None or head.weight is embedding.weight
+        self.embedding, self.head = embedding.weight.numel(), 0 if tied else head.weight.numel()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.linear_parameters = sum(i * o for _, i, o in self.linears)
+        self.other = self.parameters - self.linear_parameters - self.embedding - self.head
+
+
+def shape_of(source: Any) -> Shape:
+    """The shape of a ModelSource, a model folder or a config; a base that is quantised as it comes has its files'."""
+    config = load_config(source)
+    return Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if quantizer(config) else 0)

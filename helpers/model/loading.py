@@ -318,7 +318,7 @@ def load_model(
         options["attn_implementation"] = attention
     remedy = "it must be a causal language model that this transformers knows, with whole safetensors weights."
     with reading("The model", path, remedy):
-        _check_shapes(held, config)
+        check_shapes(held, config)
         model, found = auto_class(config).from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -330,7 +330,7 @@ def load_model(
     return model
 
 
-def _check_shapes(held: weights.Weights, config: Any) -> None:
+def check_shapes(held: weights.Weights, config: Any) -> None:
     """Raises TunebookError for a tensor of another shape than the config's: loading into 4 bits would not look."""
     import torch
 

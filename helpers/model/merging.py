@@ -64,13 +64,19 @@ class Merged:
 
 
 def merge(
-    base: Path, adapter: Path | None, out: Path, onto: str = "16bit", tokenizer_folder: Path | None = None
+    base: Path,
+    adapter: Path | None,
+    out: Path,
+    onto: str = "16bit",
+    tokenizer_folder: Path | None = None,
+    weights: Weights | None = None,
 ) -> Merged:
     """Write `out`, a model folder with the base's shards with the adapter merged in, and the tokenizer; whole or not.
 
     base: model folder; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or "nf4" for the weights
     that QLoRA training saw: those of a 16-bit base after a round trip through 4-bit NormalFloat, those of a packed one
-    as they unpack. tokenizer_folder: of the run, for an adapter without a tokenizer. Raises TunebookError for a damaged
+    as they unpack. tokenizer_folder: of the run, for an adapter without a tokenizer. weights: in place of the base's,
+    where those were trained. Raises TunebookError for a damaged
     adapter, one of another base, or "16bit" without such weights.
     """
     import torch
@@ -81,7 +87,7 @@ def merge(
             f"The base in {base} holds only {method} weights, and a merge onto 16 bits needs the 16-bit weights; name "
             "their model in model_16bit, or set merge_onto to 'auto'."
         )
-    weights = Weights(base)
+    weights = weights or Weights(base)
     own = adapter if adapter and (adapter / "tokenizer.json").is_file() else tokenizer_folder
     tokenizer = loading.load_tokenizer(own) if own else None
     merger = _Merger(weights, config, adapter, onto, tokenizer)
@@ -281,11 +287,24 @@ def check_parent(original: Path, packed: Path) -> None:
     names = sorted(theirs.states)
     for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
         mine, saw = ours.read(name).float(), theirs.read(name).float()
-        again = compat.packed_again(mine, theirs.parts(name)).float()
+        again = packed_again(mine, theirs.parts(name)).float()
         differs, cost = (float((x - again).square().mean().sqrt()) for x in (saw, mine))
         if not differs <= 0.3 * cost:
             found = f"differ by {differs:.2g} where packing costs {cost:.2g}"
             raise TunebookError(f"{no}: the weights of {name} {found} (root mean square); name its parent.")
+
+
+def packed_again(tensor: Any, parts: dict[str, Any]) -> Any:
+    """`tensor` after the round trip through the packing that `parts` tell of."""
+    from bitsandbytes import functional
+
+    if "SCB" in parts:
+        largest = tensor.float().abs().amax(1, keepdim=True)
+        return (tensor.float() * (127 / largest)).round() * (largest / 127)
+    state = functional.QuantState.from_dict(dict(parts), device=tensor.device)
+    options = {"blocksize": state.blocksize, "compress_statistics": state.nested, "quant_type": state.quant_type}
+    packed, new = functional.quantize_4bit(tensor.to(state.dtype), **options)
+    return functional.dequantize_4bit(packed, new).reshape(tensor.shape)
 
 
 def double_quant(adapter: Path | None) -> bool:

@@ -27,14 +27,13 @@ Without `cu_seq_lens_q` and `document_lengths` both do what "sdpa" does, so padd
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from helpers.display import percent
 from helpers.errors import TunebookError
 from helpers.model.layer_kinds import head_dim, model_class, unpackable
 
@@ -169,7 +168,8 @@ def choose(capability: tuple[int, int] | None = None, config: Any = None, dtype:
     """The fastest attention that keeps documents apart on this GPU.
 
     capability: CUDA compute capability such as (8, 0); None means no GPU. config: a transformers config, read for
-    head size and unusual attention. dtype: "float32" rules FlashAttention out, which is 16-bit only.
+    head size and unusual attention. dtype: "float32" rules FlashAttention out, which is 16-bit only, and so does
+    TUNEBOOK_ATTENTION=sdpa in the environment: what a GPU without it does can be played on one that has it.
     """
     text = config and config.get_text_config()
     unplain = [name for setting, name in UNPLAIN.items() if getattr(text, setting, None)]
@@ -188,6 +188,8 @@ def choose(capability: tuple[int, int] | None = None, config: Any = None, dtype:
     said = f"compute capability {capability[0]}.{capability[1]}"
     if tuple(capability) < (8, 0):
         why = f"{said} is below 8.0, which variable-length FlashAttention needs: one attention call per document"
+    elif os.environ.get("TUNEBOOK_ATTENTION") == "sdpa":
+        why = "TUNEBOOK_ATTENTION is sdpa: one attention call per document"
     elif dtype == "float32":
         why = "FlashAttention has no float32 kernel: one attention call per document"
     elif text is not None and head_dim(text) > LARGEST_FLASH_HEAD:
@@ -331,62 +333,6 @@ def repeat_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
     """Keys and values with as many heads as the queries, which CPU and sm75 kernels want."""
     groups = query.shape[1] // key.shape[1]
     return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
-
-
-def check_boundaries(model: Any, shared: bool = False) -> None:
-    """Prove on the loaded model, as it trains, that packed documents do not see each other.
-
-    Runs short documents packed, with a shared prefix where rows have one (`shared`), and each alone in the model's own
-    eager attention (a few ms), and compares the hidden states of every token: a model class that drops the boundaries
-    on the way, carries a state over them or attends in a way of its own is caught before it trains on leaked text.
-    Raises TunebookError for a difference that rounding does not explain.
-    """
-    import torch
-
-    body = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = getattr(body, getattr(body, "base_model_prefix", ""), body)
-    device, vocab = next(body.parameters()).device, body.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prefix, *tails = (torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (24, 9, 40))
-    documents = [{"input_ids": prefix + tail, "labels": prefix + tail} for tail in tails]
-    rows = [(0, row_tensors(documents))] + [(24, shared_tensors(documents, 24))] * shared
-    wide = body.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    worst, attention = 0.0, body.config._attn_implementation
-    with torch.no_grad(), _without_dropout(model):
-        body.set_attn_implementation("eager")
-        alone = [
-            body(input_ids=torch.tensor([d["input_ids"]], device=device), use_cache=False)[0][0] for d in documents
-        ]
-        body.set_attn_implementation(attention)
-        for start, row in rows:
-            row = {k: v.to(device) if torch.is_tensor(v) else v for k, v in row.items() if k != "labels"}
-            states = body(**row, use_cache=False)[0][0].split(row["document_lengths"])[1 if start else 0 :]
-            for together, own in zip(states, (found[start:].float() for found in alone), strict=True):
-                error = (together.float() - own).norm(dim=-1) / own.norm(dim=-1)
-                # Medians: rounding alone may send a token to another expert. The first tokens are next to the others'.
-                worst = max(worst, error.median().item(), error[:3].median().item())
-    if not worst < (1e-4 if wide else 0.08):  # 16-bit kernels of two shapes differ by under 0.02
-        found = f"Packed examples would see each other in {body.config.model_type}"
-        raise TunebookError(f"{found} (hidden states differ by {percent(worst)}); set packing to False for this model.")
-
-
-@contextlib.contextmanager
-def _without_dropout(model: Any) -> Iterator[None]:
-    """The model in the mode that trains, which may choose other kernels, but for its dropout."""
-    import torch
-
-    training = model.training
-    rates = [(m, n, v) for m in model.modules() for n, v in vars(m).items() if "dropout" in n and isinstance(v, float)]
-    rates += [(module, "p", module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    try:
-        for module, name, _ in rates:
-            setattr(module, name, 0.0)
-        model.train()
-        yield
-    finally:
-        model.train(training)
-        for module, name, value in rates:
-            setattr(module, name, value)
 
 
 @lru_cache(maxsize=1)

@@ -9,14 +9,11 @@ GiB are 2³⁰ bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from helpers import machine
 from helpers.errors import TunebookError
-from helpers.model.layer_kinds import head_dim
-from helpers.model.loading import auto_class, fast_bf16, load_config, quantizer
-from helpers.model.weights import Weights, reading
+from helpers.model.layer_kinds import Shape, shape_of  # noqa: F401 - asked for here
+from helpers.model.loading import fast_bf16
 from helpers.params import TrainingParams
 
 GIB = 2**30
@@ -41,6 +38,7 @@ UNSLOTH_TIME = 0.95  # of our layers' seconds at equal checkpointing; its copies
 UNSLOTH_GIB = 0.35  # its buffers (measured, H200)
 HOST_GIB = 3.0  # of host memory that a process with CUDA's libraries and the system around it take
 ONEDNN_GIB = 0.8  # kernels and scratch that oneDNN keeps for 16-bit products on a CPU (measured, 135M in bf16)
+SHARDED_TIME = 1.15  # of a job whose weights are gathered for each layer; two H100 took 1.11 times, four 1.2 (8B, LoRA)
 PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries loaded (measured)
 
 
@@ -104,49 +102,6 @@ def card_here() -> Card:
     return replace(card, name=found.name, total_gib=total, host_gib=host)
 
 
-class Shape:
-    """What the causal LM that `config` describes is made of, counted on an instance without storage (about a second at
-    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; stored: bytes of the files of a base
-    that is quantised as it comes; others: parameters."""
-
-    def __init__(self, config: Any, stored: int = 0) -> None:
-        known = f"models of type {config.model_type} are not known here: take another."
-        with reading("The model", Path(config.name_or_path), known):
-            self._count(config, stored)
-
-    def _count(self, config: Any, stored: int) -> None:
-        import torch
-        from transformers.pytorch_utils import Conv1D
-
-        self.stored = stored
-        text = config.get_text_config()
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        self.name = getattr(config, "_name_or_path", "") or text.model_type
-        self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
-        self.heads = text.num_attention_heads
-        head_size = head_dim(text)
-        self.query = self.heads * head_size
-        self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
-        widths = getattr(text, "intermediate_size", None) or 4 * self.hidden
-        self.intermediate = max(widths) if isinstance(widths, list) else widths
-        kinds = (torch.nn.Linear, Conv1D)
-        modules = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
-        self.linears = [(name, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in modules]
-        tied = head is None or head.weight is embedding.weight
-        self.embedding, self.head = embedding.weight.numel(), 0 if tied else head.weight.numel()
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.linear_parameters = sum(i * o for _, i, o in self.linears)
-        self.other = self.parameters - self.linear_parameters - self.embedding - self.head
-
-
-def shape_of(source: Any) -> Shape:
-    """The shape of a ModelSource, a model folder or a config; a base that is quantised as it comes has its files'."""
-    config = load_config(source)
-    return Shape(config, Weights(Path(getattr(source, "path", source))).stored_bytes if quantizer(config) else 0)
-
-
 @dataclass(frozen=True)
 class Setting:
     """One way to run a step. row_tokens: tokens of a micro-batch, padding too; recompute: layers with activation
@@ -168,6 +123,11 @@ class Setting:
     @property
     def quantize(self) -> str:
         return "nf4" if self.params.method == "qlora" else "none"
+
+    @property
+    def sharded(self) -> bool:
+        """FSDP2: each process holds its share of weights, gradients and optimizer state."""
+        return self.shards > 1 and self.quantize == "none"
 
     @property
     def fused(self) -> bool:
@@ -209,8 +169,8 @@ def whole_parameters(shape: Shape, s: Setting) -> int:
     return head + (shape.embedding if "embed" in names or ("lm_head" in names and not shape.head) else 0)
 
 
-def state_bytes(shape: Shape, s: Setting) -> float:
-    """Weights, gradients and optimizer state on one GPU."""
+def whole_state_bytes(shape: Shape, s: Setting) -> float:
+    """Weights, gradients and optimizer state, of all processes together where they are sharded."""
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     base += shape.linear_parameters * (NF4_BITS[s.params.double_quant] / 8 if s.quantize == "nf4" else s.number_bytes)
@@ -218,15 +178,30 @@ def state_bytes(shape: Shape, s: Setting) -> float:
         base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
-        state = trained * (masters + 4 + optimizer)
-    else:
-        # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
-        state = trained * (4 + 4 * s.accumulates + optimizer)
-        if getattr(s.params, "loss", "") in PASSES and s.params.start_from != "base":
-            state += 4 * trained  # the adapter as it began
-    if s.shards > 1 and s.quantize != "nf4":
-        return (base + state) / s.shards + 3 * 2 * shape.linear_parameters / shape.layers
+        casts = masters * (not s.sharded)  # autocast's 16-bit copies, kept for the backward pass
+        return base + trained * (masters + casts + 4 + optimizer)
+    # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
+    state = trained * (4 + 4 * s.accumulates + optimizer)
+    if getattr(s.params, "loss", "") in PASSES and s.params.start_from != "base":
+        state += 4 * trained  # the adapter as it began
     return base + state
+
+
+def gathered_bytes(shape: Shape, s: Setting) -> float:
+    """What a process of a sharded job holds besides its share: the layer at work, the next one and its copy, and the
+    head to the end of the backward pass; where they are trained, their gradients, and in fp32 on the way to the shares
+    twice. With a frozen base 59.7 GiB planned for 59.5 measured (8B, two H100)."""
+    layer, head = (shape.linear_parameters + shape.other) / shape.layers, shape.head or shape.embedding
+    trained = {"full": max(10 * layer, 8 * head), "freeze": 10 * layer}.get(s.params.method, 0)
+    return (2 * (3 * layer + head) + trained) * s.number_bytes / 2
+
+
+def state_bytes(shape: Shape, s: Setting) -> float:
+    """Weights, gradients and optimizer state on one GPU."""
+    whole = whole_state_bytes(shape, s)
+    if not s.sharded:
+        return whole
+    return gathered_bytes(shape, s) + (0 if s.params.cpu_offload else whole / s.shards)
 
 
 def layer_bytes_per_token(shape: Shape, s: Setting) -> tuple[float, float]:
@@ -284,8 +259,9 @@ def peak_gib(shape: Shape, s: Setting) -> float:
 
 
 def offloaded_gib(shape: Shape, s: Setting) -> float:
-    """Host memory that the inputs of offloaded layers wait in, GiB."""
-    return s.offload * s.recompute * s.row_tokens * shape.hidden * 2 / GIB
+    """Host memory of a process that the inputs of offloaded layers, and with cpu_offload its share, wait in, GiB."""
+    share = whole_state_bytes(shape, s) / s.shards if s.sharded and s.params.cpu_offload else 0.0
+    return (s.offload * s.recompute * s.row_tokens * shape.hidden * 2 + share) / GIB
 
 
 def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, bool]:
@@ -324,6 +300,16 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
     return (seconds**4 + launch**4) ** 0.25, launch > 0.8 * seconds
 
 
+def update_seconds(shape: Shape, s: Setting, card: Card, rows: int) -> float:
+    """Seconds of an optimizer step besides its rows: it reads and writes its state. With cpu_offload it does so in host
+    memory, and with each row weights come over twice and gradients go back."""
+    bytes_moved = trained_parameters(shape, s) * 30 / (s.shards if s.sharded else 1)
+    if not (s.sharded and s.params.cpu_offload):
+        return bytes_moved / (card.gb_s * 1e9)
+    over = rows * (2 * 4 * shape.parameters + 4 * trained_parameters(shape, s)) / s.shards
+    return bytes_moved / (CPU.gb_s * 1e9) + over / (card.host_gb_s * 1e9)
+
+
 def four_bits(parameters: int) -> str:
     """What is known of a 4-bit base's cost in quality at a model's size."""
     if parameters < 1e9:
@@ -341,8 +327,9 @@ def grades_of(layers: int) -> list[tuple[int, bool, int]]:
 
 
 def offload_fits(shape: Shape, s: Setting, card: Card, world: int = 1) -> bool:
-    """Whether host memory has room for the offloaded layer inputs of every process on the machine."""
-    return not s.offload or not card.host_gib or world * (offloaded_gib(shape, s) + HOST_GIB) <= card.host_gib
+    """Whether host memory has room for what every process on the machine offloads."""
+    offloaded = offloaded_gib(shape, s)
+    return not offloaded or not card.host_gib or world * (offloaded + HOST_GIB) <= card.host_gib
 
 
 @dataclass(frozen=True)

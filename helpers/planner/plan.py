@@ -333,12 +333,13 @@ class _Search:
         mean_row = layout.mean_row_tokens if s.padded else step_tokens / self.world / rows
         row = replace(s, row_tokens=max(1, round(mean_row)))
         seconds, launching = cost_model.row_seconds(self.shape, row, self.card, self.mean_square)
-        # The optimizer reads and writes its state.
-        seconds = rows * seconds + cost_model.trained_parameters(self.shape, s) * 30 / (self.card.gb_s * 1e9)
-        seconds *= 1.02 if self.world > 1 else 1
+        seconds = rows * seconds + cost_model.update_seconds(self.shape, s, self.card, rows)
+        seconds *= cost_model.SHARDED_TIME if s.sharded else 1.02 if self.world > 1 else 1
         longest = replace(s, row_tokens=layout.max_row_tokens, accumulates=rows > 1)
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
         slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
+        if s.sharded and self.params.method in ("full", "freeze"):
+            slack += MEMORY_SPREAD  # sharded gradients are counted and were not measured
         need = peak * 1.1 if self.card.capability is None else peak * (1 + slack) + context
         fits = cost_model.offload_fits(self.shape, longest, self.card, self.world)
         fits &= need <= self.room * self.card.total_gib
@@ -370,16 +371,20 @@ class _Search:
             what += f", which is enough, but offloaded layer inputs also take {host:.1f} GiB of host memory a process, "
             what += f"and there are {card.host_gib:.1f}"
 
-        def fits(lengths: Sequence[int] = lengths, /, **change: Any) -> bool:
+        def fits(lengths: Sequence[int] = lengths, world: int = self.world, /, **change: Any) -> bool:
             search = self.with_params(recompute="auto", row_tokens=0, **change)
-            search = replace(search, lengths=tuple(lengths), tokens=sum(lengths))
+            base = replace(search.base, shards=world)
+            search = replace(search, lengths=tuple(lengths), tokens=sum(lengths), world=world, base=base)
             return any(option.fits for option in search.options())
 
         if fits():
             return f"{what}; set recompute to auto and row_tokens to 0, which fits."
-        for name, value in (("method", "qlora"), ("optimizer", "adamw_8bit")):
+        own, others = self.params.method != "qlora", (("method", "qlora"), ("optimizer", "adamw_8bit"))
+        more = next((n for n in (2, 4, 8, 16) if n > self.world and own and fits(lengths, n)), 0)
+        share = f" (or {more} such GPUs, each with its share: torchrun --nproc-per-node {more})" * bool(more)
+        for name, value in (("cpu_offload", True), others[0]) if own and self.world > 1 else others:
             if fits(**{name: value}):
-                return f"{what}; set {name} to {value}, which fits."
+                return f"{what}; set {name} to {value}, which fits{share}."
         low, high = 0, max(lengths)
         while high - low > 16:
             middle = (low + high) // 2

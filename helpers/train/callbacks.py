@@ -308,8 +308,7 @@ class Seal(TrainerCallback):
         self.pending.set_result(None)
 
     def on_save(self, args, state, control, **kwargs):
-        if distributed.size() > 1:
-            torch.distributed.barrier()  # every process has written its part
+        distributed.wait()  # every process has written its part
         if state.is_world_process_zero:
             self.pending.result()
             self.pending = self.worker.submit(self._seal, Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -66,6 +66,10 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield "init 'pissa' is undone on a whole adapter, and this run is sharded; set init to 'default'"
     if loss in ("dpo", "kto") and distributed.sharded(p.method) and (p.start_from != "base" or p.init != "default"):
         yield f"the reference of {loss} is a copy of the adapter, and this run is sharded; set method to 'qlora'"
+    if distributed.sharded(p.method) and p.optimizer not in ("adamw", "sgd"):
+        yield f"optimizer {p.optimizer!r} takes no sharded weights, and this run is sharded; set optimizer to 'adamw'"
+    if p.cpu_offload and p.method == "qlora" and distributed.size() > 1:
+        yield "cpu_offload is of sharded weights, and method 'qlora' copies them; set method to 'lora', or take it back"
     if p.modules_to_save and p.init == "pissa":
         yield "init 'pissa' is undone on LoRA weights alone, and modules_to_save adds others; set init to 'default'"
     if p.dora and p.init != "default":

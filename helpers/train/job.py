@@ -17,7 +17,7 @@ from typing import Any
 
 from helpers import display, drive, machine, plots, runs, steps
 from helpers.errors import TunebookError
-from helpers.model import weights
+from helpers.model import merging, weights
 from helpers.model.loading import ModelSource, template_hash, tokenizer_hash
 from helpers.planner.plan import Plan
 from helpers.train import config, distributed, resume, rows
@@ -50,6 +50,7 @@ class TrainJob(steps.Job):
         self.params = self.params or self.stage.params
         self.log, self.checkpoints = self.stage.path / "log.jsonl", self.stage.path / "checkpoints"
         self.model: Any = None
+        self.base: Any = None  # a `distributed.Base`, where no process holds it whole
         self.trainer: Any = None
         self.notes: list[str] = []
         self.result: dict[str, Any] = {}
@@ -173,11 +174,21 @@ class TrainJob(steps.Job):
         self._require_trained()
         kind = "adapter" if hasattr(self.model, "peft_config") else "model"
         with resume.disk_full_is_a_message(self.checkpoints):
-            sharded = distributed.sharded(self.params.method)
-            whole = distributed.whole_state(self.model, adapter_only=kind == "adapter") if sharded else None
+            work, base = self.stage.path / "work", self.base if kind == "model" else None
+            if base:  # no process has it whole
+                distributed.write_checkpoint(work, self.model)
+                distributed.wait()
+            sharded = distributed.sharded(self.params.method) and not base
+            whole = distributed.trained_state(self.model) if sharded else None
             if not distributed.first():
                 return None
-            methods.save(self.model, self.tokenizer, self.stage.path / kind, whole)
+            if base:
+                self.tokenizer.save_pretrained(work / "tokenizer")
+                trained = distributed.Trained(base, distributed.Pieces(work / distributed.PIECES))
+                merging.merge(self.source.path, None, self.stage.path / kind, "16bit", work / "tokenizer", trained)
+                shutil.rmtree(work)
+            else:
+                methods.save(self.model, self.tokenizer, self.stage.path / kind, whole)
             for look, (name, _) in FIGURES[self.params.stage].items():
                 display.save(getattr(self, look)(), self.stage.path, name)
         plan, peak = self.planned, machine.peak_memory_gib()
@@ -320,10 +331,6 @@ class TrainJob(steps.Job):
 
         from helpers import compat
 
-        if distributed.sharded(self.params.method):
-            raise TunebookError(
-                f"{checkpoint} is the last step of a sharded run; run the same command in one process to finish it."
-            )
         state = self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.trainer.score:
             self.trainer.score.restore(state)

@@ -23,6 +23,7 @@ from helpers.errors import TunebookError
 from helpers.model import layer_kinds, loading, merging, packed_attention, weights
 from helpers.planner import cost_model
 from helpers.planner.plan import choose_backend
+from helpers.train import distributed
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
 QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
@@ -34,7 +35,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
     import transformers
 
-    from helpers.model import checkpointing, fused_lora
+    from helpers.model import checkpointing, chunked_loss, fused_lora
 
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
@@ -51,10 +52,18 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     packed_attention.register()
     attention = packed_attention.SHARED if plan.shares else plan.attention
     quantize = "nf4" if params.method == "qlora" else "none"
-    if bits := loading.quantizer(loading.load_config(job.source)):
+    model_config = loading.load_config(job.source)
+    if bits := loading.quantizer(model_config):
         _check_packed(job.source.name, bits, params)
         notes.append(f"the base's own {bits} weights, as they were published")
-    model = loading.load_model(job.source, quantize, params.double_quant, dtype=precision, attention=attention)
+    whole = _needs_whole_base(params, model_config, job.tokenizer)
+    if distributed.sharded(params.method) and not whole:
+        job.base = distributed.Base(job.source, precision, attention)
+    elif distributed.sharded(params.method):
+        notes.append(f"the base was loaded whole in each process and then sharded, for {whole}")
+    given = {"double_quant": params.double_quant, "dtype": precision, "attention": attention}
+    base = job.base
+    model = base.model if base else loading.load_model(job.source, quantize, **given)
     model.config.use_cache = False
     rows_before = model.get_input_embeddings().weight.shape[0]
     # Of a mixture of experts the router's loss is ours (`router_aux_loss`); its own fails in generation with a cache.
@@ -74,10 +83,13 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
                 raise TunebookError(f"freeze_layers is {count} and the model has {len(layers)} layers; lower it.")
             layers[-count:].requires_grad_(True)
         notes.append("the model's weights are trained in fp32 and written in bf16")
-    elif job.adapter:
-        model = loading.load_adapter(model, job.adapter, trainable=True)
     else:
-        model = _new_adapter(model, params, job.source, added)
+        with compat.adapters_off_meta(base is not None):
+            if job.adapter:
+                model = loading.load_adapter(model, job.adapter, trainable=True)
+            else:
+                model = _new_adapter(model, params, job.source, added)
+    if params.method in ("lora", "qlora") and not job.adapter:
         if (experts := model.peft_config["default"].target_parameters) and params.target_modules == "all-linear":
             notes.append(f"adapted: every linear layer and the experts ({', '.join(sorted(experts))}), no router")
             notes[-1] += "; PEFT's own loader takes dense MLPs for experts: serve this adapter merged"
@@ -91,10 +103,25 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     keep_in_fp32(model)
     if params.modules_to_save:
         notes.append(f"trained whole, in fp32: {', '.join(_speak_16_bits(model))}")
-    notes += fused_lora.apply(model, fused_lora=not params.dora)
+    notes += fused_lora.apply(model, fused_lora=not params.dora, prove=base is None)
     if plan.setting.recompute:
         notes.append(f"activation checkpointing in {checkpoint_activations(model, plan.option.setting)} layers")
+    if base:
+        notes.append(base.share_out(model, precision, params.cpu_offload))
+        notes[-1] += chunked_loss.prove(model)
     return model, notes
+
+
+def _needs_whole_base(params: Any, config: Any, tokenizer: Any) -> str:
+    """What cannot be done to a base of which a process holds its rows alone; "" for the rest."""
+    reasons = {
+        "tokens that are added": len(tokenizer) > config.get_text_config().vocab_size,
+        "modules_to_save": params.modules_to_save,
+        f"init {params.init!r}": params.init != "default",
+        "DoRA": params.dora,
+        "a model with a vision part": config.get_text_config() is not config,
+    }
+    return next((what for what, true in reasons.items() if true), "")
 
 
 def _check_packed(name: str, packed: str, params: Any) -> None:
@@ -239,35 +266,6 @@ def lora_plus(model: Any, params: Any, arguments: Any) -> Any:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     options |= {"loraplus_lr_ratio": params.lora_plus_ratio, "loraplus_weight_decay": params.weight_decay}
     return create_loraplus_optimizer(model, kind, **options)
-
-
-def adapter_to_start_from(folder: Path, source: loading.ModelSource, tokenizer: Any) -> Path:
-    """The adapter folder to train further. Raises TunebookError for one of another base, tokenizer or chat template.
-
-    A run's manifest names its base by hash; an adapter from elsewhere has its base's name alone.
-    """
-    try:
-        trained_on = weights.check_adapter(folder).get("base_model_name_or_path") or source.name
-    except TunebookError as error:
-        raise TunebookError(
-            f"start_from is {str(folder)!r}, which is not an adapter folder to train further: {error} Name "
-            "that of a finished run, such as runs/default/02_qlora_sft/adapter."
-        ) from None
-    known = weights.made_by(folder).get("model", {}).get("hash")
-    same = known == weights.fingerprint(source.path) if known else Path(trained_on).name == Path(source.name).name
-    what = "" if same else f"on {trained_on}{' with other weights, config or tokenizer' * bool(known)}"
-    if same and (folder / "tokenizer_config.json").is_file():
-        own = loading.load_tokenizer(folder)
-        if loading.template_hash(own) != loading.template_hash(tokenizer):
-            what = "with another chat template than this data was rendered with"
-        elif loading.tokenizer_hash(own) != loading.tokenizer_hash(tokenizer):
-            what = "with other added tokens than this data has"
-    if what:
-        raise TunebookError(
-            f"The adapter in {folder} was trained {what}, and this base is {source.name}; run notebook 01 again with "
-            "its base and tokens, or start from another adapter."
-        )
-    return folder.resolve()
 
 
 def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None = None) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO is among TRL's experiments; the pin keeps it still
@@ -23,13 +24,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from helpers import compat
-from helpers.model import packed_attention
 from helpers.model.chunked_loss import per_document
 from helpers.model.packed_attention import IGNORE
 from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
 from helpers.train.examples import lengths_of
-from helpers.train.rows import PackedRows, PairCollator, RowCollator
+from helpers.train.rows import PackedRows, PairCollator, RowCollator, check_boundaries
 
 # What a batch carries for people and for the loss, not for the model.
 EXTRA = ("row_ids", "tokens", "pair_count", "good", "keys", "kl", "completion_mask", "nll_tokens")
@@ -102,13 +102,32 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of a sharded model with an adapter only the adapter is gathered and written, as of any other."""
-        if not (self.is_fsdp_enabled and hasattr(self.model, "peft_config")):
+        """Of a sharded model with an adapter only the adapter is gathered and written, as of any other; full tuning's
+        weights are in the checkpoint's pieces."""
+        if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
-            return
-        state = distributed.whole_state(self.model, adapter_only=True)
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
+        elif hasattr(self.model, "peft_config"):
+            state = distributed.trained_state(self.model)
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
+
+    def write_pieces(self, folder: Path) -> None:
+        own = getattr(self.optimizer, "optimizer", self.optimizer)
+        distributed.write_checkpoint(folder, self.model, own)
+
+    def read_pieces(self, folder: Path, optimizer: Any = None) -> bool:
+        """The weights of a checkpoint of a sharded run, or for one, or the optimizer's state; False for any other."""
+        if (folder / distributed.PIECES).is_dir():
+            pieces = distributed.Pieces(folder / distributed.PIECES)
+        elif self.is_fsdp_enabled:
+            pieces = distributed.OneProcess(folder, self.model, optimizer)
+        else:
+            return False
+        if optimizer is None:
+            distributed.read_weights(pieces, self.model)
+        else:
+            distributed.read_optimizer(pieces, self.model, optimizer)
+        return True
 
     def _everywhere(self, *counts: float) -> list[float]:
         """Sums of plain numbers over all processes."""
@@ -327,6 +346,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
         if loss in ("dpo", "kto") and (job.adapter or params.init != "default"):
             trainer.initial = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     _use_packed_rows(job, model, trainer, loss)
+    distributed.named(model)  # sharded again before an optimizer is made
     trainer.optimizer = methods.lora_plus(model, params, trainer.args)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
@@ -356,4 +376,4 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, loss: str) -> None:
         model.for_training()
     elif plan.packed:
         with trainer.accelerator.autocast():
-            packed_attention.check_boundaries(model, plan.shares)
+            check_boundaries(model, plan.shares)

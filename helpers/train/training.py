@@ -25,13 +25,13 @@ from helpers import display, drive, machine, runs, steps
 from helpers.data.vocabulary import of_run, without_rows
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
-from helpers.model import weights
+from helpers.model import loading, weights
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams, resolve
 from helpers.planner import cost_model, row_plan
 from helpers.planner import plan as planner
 from helpers.planner.plan import Plan
-from helpers.train import config, distributed, examples, methods, resume
+from helpers.train import config, distributed, examples, resume
 from helpers.train.job import TrainJob
 
 MOST_ROWS = 8_000  # of an estimate, which takes a tenth of a second then
@@ -125,7 +125,36 @@ def _adapter(params: TrainingParams, sft: runs.Manifest | None, base: ModelSourc
     if not sft and params.start_from in config.NO_ADAPTER:
         return None
     folder = sft.path / "adapter" if sft else machine.path(params.start_from)
-    return methods.adapter_to_start_from(folder, base, tokenizer)
+    return adapter_to_start_from(folder, base, tokenizer)
+
+
+def adapter_to_start_from(folder: Path, source: loading.ModelSource, tokenizer: Any) -> Path:
+    """The adapter folder to train further. Raises TunebookError for one of another base, tokenizer or chat template.
+
+    A run's manifest names its base by hash; an adapter from elsewhere has its base's name alone.
+    """
+    try:
+        trained_on = weights.check_adapter(folder).get("base_model_name_or_path") or source.name
+    except TunebookError as error:
+        raise TunebookError(
+            f"start_from is {str(folder)!r}, which is not an adapter folder to train further: {error} Name "
+            "that of a finished run, such as runs/default/02_qlora_sft/adapter."
+        ) from None
+    known = weights.made_by(folder).get("model", {}).get("hash")
+    same = known == weights.fingerprint(source.path) if known else Path(trained_on).name == Path(source.name).name
+    what = "" if same else f"on {trained_on}{' with other weights, config or tokenizer' * bool(known)}"
+    if same and (folder / "tokenizer_config.json").is_file():
+        own = loading.load_tokenizer(folder)
+        if loading.template_hash(own) != loading.template_hash(tokenizer):
+            what = "with another chat template than this data was rendered with"
+        elif loading.tokenizer_hash(own) != loading.tokenizer_hash(tokenizer):
+            what = "with other added tokens than this data has"
+    if what:
+        raise TunebookError(
+            f"The adapter in {folder} was trained {what}, and this base is {source.name}; run notebook 01 again with "
+            "its base and tokens, or start from another adapter."
+        )
+    return folder.resolve()
 
 
 def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: Any) -> tuple[Any, list[str]]:

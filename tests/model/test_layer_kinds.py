@@ -8,7 +8,7 @@ import torch
 from ci.model_families import FAMILIES, config_of
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
-from helpers.train.rows import RowCollator
+from helpers.train.rows import RowCollator, check_boundaries
 
 PADDED = {
     "linear_attention": ("Qwen3-Next", "Qwen3.5 text", "Granite 4 hybrid", "Nemotron-H", "Bamba", "Jamba", "Mamba 2"),
@@ -74,7 +74,7 @@ def test_the_reason_names_the_layers(kind, families):
 
 @pytest.mark.parametrize("family", [*WINDOWED, "Granite 4", "OPT", "GPT-2"])
 def test_the_guard_lets_exact_rows_pass(family):
-    packed_attention.check_boundaries(model_of(family, packed_attention.SHARED).train(), shared=True)
+    check_boundaries(model_of(family, packed_attention.SHARED).train(), shared=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -82,14 +82,14 @@ def test_the_guard_lets_exact_rows_pass(family):
 def test_the_guard_catches_a_state_however_weak(family, scale):
     model = model_of(family, packed_attention.SHARED, scale)
     with pytest.raises(TunebookError, match="see each other"):
-        packed_attention.check_boundaries(model)
+        check_boundaries(model)
 
 
 @pytest.mark.parametrize("family", ["Bloom", "gpt-oss", "Llama 4 text", "StableLM"])
 def test_the_guard_catches_an_attention_of_another_kind(family):
     model = model_of(family, {"Bloom": "eager", "StableLM": "sdpa"}.get(family, packed_attention.SHARED))
     with pytest.raises(TunebookError, match="see each other"):
-        packed_attention.check_boundaries(model, shared=family != "Bloom")
+        check_boundaries(model, shared=family != "Bloom")
 
 
 def test_the_guard_catches_a_lost_prefix_and_leaves_the_model_as_it_was():
@@ -97,9 +97,9 @@ def test_the_guard_catches_a_lost_prefix_and_leaves_the_model_as_it_was():
     before = copy.deepcopy(model.state_dict())
     own = model.transformer.forward
     model.transformer.forward = lambda **kw: own(**{k: v for k, v in kw.items() if k != "prefix_length"})
-    packed_attention.check_boundaries(model.eval())
+    check_boundaries(model.eval())
     with pytest.raises(TunebookError, match="see each other"):
-        packed_attention.check_boundaries(model, shared=True)
+        check_boundaries(model, shared=True)
     assert not model.training and model.transformer.h[0].attn.attn_dropout.p == 0.1
     assert model.config._attn_implementation == packed_attention.SHARED
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

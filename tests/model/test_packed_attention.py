@@ -142,7 +142,7 @@ def test_padded_generation_is_unchanged_by_the_packed_attention(pair):
 
 
 def test_a_model_that_drops_the_boundaries_is_caught(pair):
-    from helpers.model.packed_attention import check_boundaries
+    from helpers.train.rows import check_boundaries
 
     check_boundaries(pair[0])
     body = pair[0].get_base_model().model
@@ -251,3 +251,12 @@ def test_dropout_in_the_fused_path_is_pefts_with_the_same_mask(documents, offloa
     assert gradients(models[0], batch)[0] != pytest.approx(found[0][0], rel=1e-4)
     models[0].eval()
     assert models[0](**batch[0]).loss.item() == pytest.approx(models[1].eval()(**batch[0]).loss.item(), rel=1e-5)
+
+
+def test_a_gpu_plays_one_without_flash_attention(monkeypatch):
+    from helpers.model import packed_attention
+
+    assert packed_attention.choose((9, 0)).name == packed_attention.FLASH
+    monkeypatch.setenv("TUNEBOOK_ATTENTION", "sdpa")
+    found = packed_attention.choose((9, 0))
+    assert found.name == packed_attention.SDPA and found.packed and "TUNEBOOK_ATTENTION is sdpa" in found.reason

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.model import packed_attention
-from helpers.train.rows import PairCollator, RowCollator
+from helpers.train.rows import PairCollator, RowCollator, check_boundaries
 
 SIZES = {
     "vocab_size": 300,
@@ -138,7 +138,7 @@ def test_a_row_that_is_neither_packed_nor_padded_keeps_its_window(plain, ours):
         assert torch.allclose(
             alone(ours, DOCUMENTS[1]["input_ids"]), alone(plain, DOCUMENTS[1]["input_ids"]), atol=1e-5
         )
-    packed_attention.check_boundaries(ours)
+    check_boundaries(ours)
 
 
 def test_decoding_behind_a_cached_prefix_keeps_the_window(plain):

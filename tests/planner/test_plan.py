@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from helpers import machine
 from helpers import params as parameters
@@ -137,6 +137,90 @@ def test_more_memory_is_never_slower_and_recomputation_only_where_it_must_be():
 def test_two_processes_share_the_same_batch():
     one, two = (plan({"batch_size": 64, "plan_for": "H200"}, LENGTHS, llama("8b"), world_size=n) for n in (1, 2))
     assert two.batch_size == one.batch_size and 1.7 < two.tokens_per_s / one.tokens_per_s <= 2.0
+
+
+SHAPES = {
+    "70b": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "32b": Qwen2Config(
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def test_a_sharded_peak_follows_from_the_one_that_was_measured_on_one_gpu(shapes):
+    lines = (machine.PROJECT / "ci" / "results" / "h100_2026-11-25.jsonl").read_text().splitlines()
+    seen = {line["arm"]: line["peak_gib"] for line in map(json.loads, lines) if "peak_gib" in line}
+    one = cost_model.Setting(0, parameters.SftParams(method="lora", rank=16, train_on="all"), accumulates=True)
+    settings = [replace(one, row_tokens=tokens) for tokens in range(11_000, 12_300, 20)]  # the longest row it had
+    one = min(settings, key=lambda s: abs(cost_model.peak_gib(shapes["8b"], s) - seen["one_gpu_lora"]))
+    two = cost_model.peak_gib(shapes["8b"], replace(one, shards=2))
+    assert two == pytest.approx(seen["two_gpus_sharded"], rel=0.01)
+
+
+def test_full_tuning_of_an_8b_is_refused_on_one_gpu_of_80_gib_and_shared_by_two_and_four(shapes):
+    alone = {"method": "full", "batch_size": 333, "plan_for": "H100"}
+    with pytest.raises(
+        TunebookError, match=r"set method to qlora, which fits \(or 2 such GPUs, .*--nproc-per-node 2\)"
+    ):
+        plan(alone, LENGTHS, llama("8b"))
+    two, four = (plan(alone, LENGTHS, llama("8b"), world_size=n) for n in (2, 4))
+    state = 16 * shapes["8b"].parameters / cost_model.GIB  # fp32 weights and gradients, and Adam's two
+    for made, n in ((two, 2), (four, 4)):
+        held = cost_model.state_bytes(shapes["8b"], made.setting) / cost_model.GIB
+        assert 5 < held - state / n < 9, "and beside its share what is gathered: layers, head, their gradients"
+        assert made.option.need_gib <= made.card.total_gib and made.batch_size == 333
+    assert two.setting.recompute > four.setting.recompute == 0
+
+
+def test_one_gpu_keeps_the_16_bit_copies_of_trained_weights_too(shapes):
+    s = cost_model.Setting(0, parameters.SftParams(method="full"))
+    assert cost_model.state_bytes(shapes["8b"], s) == 18 * shapes["8b"].parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "world", "fits"),
+    [
+        ("70b", "qlora", 1, True),
+        ("70b", "lora", 1, False),
+        ("70b", "lora", 4, True),
+        ("70b", "full", 4, False),
+        ("32b", "lora", 4, True),
+        ("32b", "full", 4, False),
+    ],
+)
+def test_shapes_that_no_single_gpu_holds_are_planned_from_their_configs(size, method, world, fits):
+    values = {"method": method, "batch_size": 64, "plan_for": "H100"}
+    if fits:
+        assert plan(values, LENGTHS, SHAPES[size], world_size=world).option.fits
+        return
+    remedy = "cpu_offload to True" if method == "full" else r"set method to qlora.*torchrun --nproc-per-node 2"
+    with pytest.raises(TunebookError, match=remedy):
+        plan(values, LENGTHS, SHAPES[size], world_size=world)
+
+
+def test_what_is_offloaded_counts_against_host_memory_and_costs_time():
+    h100, values = cost_model.card_named("H100"), {"method": "full", "batch_size": 64}
+    kept, away = (
+        plan({**values, "cpu_offload": on}, LENGTHS, llama("8b"), card=h100, world_size=4) for on in (False, True)
+    )
+    assert away.peak_gib < kept.peak_gib - 25 and away.tokens_per_s < kept.tokens_per_s
+    assert away.option.offloaded_gib == pytest.approx(4 * 8.03e9 * 4 / 4 / 2**30, rel=0.01)
+    with pytest.raises(TunebookError, match="host memory"):
+        plan({**values, "cpu_offload": True}, LENGTHS, llama("8b"), card=replace(h100, host_gib=100), world_size=4)
 
 
 @pytest.mark.parametrize(

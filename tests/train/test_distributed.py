@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 import train_data
 
 from helpers import machine, runs
@@ -48,26 +51,30 @@ def trained(runs_root, narrow_llama, tokenizer, run, processes, **changes):
     return go(run, processes, **changes)
 
 
-def torchrun(stage, values, processes):
-    """Exit status and output of a training stage in several processes, as its user would start it."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def torchrun(stage, values, processes, nodes=1):
+    """Exit status and output of a training stage in several processes, as its user would start it: one torchrun, or
+    one on each node, which meet at a rendezvous."""
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes // nodes}"]
+    if nodes == 1:
+        start += ["--standalone"]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            start += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"]
+        start += ["--rdzv-id=one", "--local-addr=127.0.0.1"]
     given = [x for name, value in values.as_dict().items() for x in ("-p", name, str(value))]
-    done = subprocess.run(
-        [*start, "-m", "helpers.train", "--stage", stage, *given],
-        cwd=machine.PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    return done.returncode, done.stdout
+    command = [*start, "-m", "helpers.train", "--stage", stage, *given]
+    how = {"cwd": machine.PROJECT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, **how) for _ in range(nodes)]
+    said = [one.communicate(timeout=400)[0] for one in started]
+    return max(abs(one.returncode) for one in started), "".join(said)
 
 
-def go(run, processes, **changes):
+def go(run, processes, nodes=1, **changes):
     """Train the run's SFT stage here, or in that many processes; returns its folder."""
     values = parameters.resolve("sft", {**SMALL, "run": run, **changes})
     if processes > 1:
-        status, said = torchrun("sft", values, processes)
+        status, said = torchrun("sft", values, processes, nodes)
         assert status == 0, said[-3000:]
         return runs.folder(run, "sft")
     from helpers.train.__main__ import train
@@ -102,7 +109,8 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
     one = losses(folder_of_one)
     folder = trained(runs_root, untied_llama, tokenizer, "sharded", 2, method="lora")
     assert losses(folder) == pytest.approx(one, rel=1e-3)
-    assert (folder / "checkpoints" / "checkpoint-4" / "optimizer.bin").is_file()  # sharded indeed
+    pieces = folder / "checkpoints" / "checkpoint-4" / "pieces"
+    assert sorted(file.name for file in pieces.iterdir()) == ["00000.safetensors", "00001.safetensors"]
     from safetensors import safe_open
 
     for file in (
@@ -122,9 +130,41 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
-def test_a_sharded_run_writes_sample_answers_and_does_not_wait_for_ever(runs_root, untied_llama, tokenizer, two_cores):
+def test_full_tuning_is_loaded_trained_kept_and_gathered_in_shares_and_goes_on_in_one_process(
+    runs_root, untied_llama, tokenizer, two_cores
+):
+    from safetensors.torch import load_file
+
+    full = {"method": "full", "learning_rate": 1e-4, "cpu_offload": True}  # which changes no result
+    folder_of_one = trained(runs_root, untied_llama, tokenizer, "one", 1, **full)
+    one = losses(folder_of_one)
+    folder = trained(runs_root, untied_llama, tokenizer, "shared", 2, **full)
+    assert losses(folder) == pytest.approx(one, rel=1e-4)
+    note = next(n for n in runs.load("shared", "sft").data["notes"] if n.startswith("sharded over 2 processes"))
+    read, whole = (float(part) for part in re.findall(r"([\d.]+) MB", note))
+    assert read == pytest.approx(whole / 2, rel=0.02), note
+    pieces = sorted((folder / "checkpoints" / "checkpoint-4" / "pieces").iterdir())
+    sizes = [file.stat().st_size for file in pieces]
+    assert len(pieces) == 2 and sizes[0] == pytest.approx(sizes[1], rel=0.05) and not (folder / "work").exists()
+    assert not list((folder / "checkpoints" / "checkpoint-4").glob("*.bin")), "nothing whole, nothing pickled but small"
+    same, other = (load_file(place / "model" / "model.safetensors") for place in (folder_of_one, folder))
+    assert same.keys() == other.keys()
+    for name, tensor in same.items():
+        assert torch.allclose(tensor.float(), other[name].float(), atol=1e-4, rtol=1e-2), name
+    assert (folder / "model" / "config.json").is_file() and (folder / "model" / "tokenizer.json").is_file()
+    for run, place, processes in (("shared", folder, 1), ("one", folder_of_one, 2)):
+        (place / "manifest.json").unlink()  # as if killed after step 2
+        shutil.rmtree(place / "checkpoints" / "checkpoint-4")
+        go(run, processes, **full)
+        resumed = losses(place)
+        assert {n: resumed[n] for n in (3, 4)} == pytest.approx({n: one[n] for n in (3, 4)}, rel=1e-4), processes
+
+
+def test_a_sharded_run_on_two_nodes_writes_sample_answers_and_does_not_wait_for_ever(
+    runs_root, untied_llama, tokenizer, two_cores
+):
     given = {"method": "lora", "lora_plus_ratio": 8.0, "max_steps": 2}
-    folder = trained(runs_root, untied_llama, tokenizer, "samples", 2, sample_every=1, **given)
+    folder = trained(runs_root, untied_llama, tokenizer, "samples", 2, nodes=2, sample_every=1, **given)
     written = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written] == [1] * 4 + [2] * 4
     alone = losses(trained(runs_root, untied_llama, tokenizer, "alone", 1, **given))

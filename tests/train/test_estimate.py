@@ -1,6 +1,7 @@
 """What 02 and 03 would come to, as the sliders move: the planner's figures, for every GPU, without opening a job."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import train_data
@@ -93,7 +94,7 @@ def test_what_cannot_run_says_why_for_its_gpu_alone(data):
 
 
 def test_what_does_not_fit_is_refused_with_the_planners_own_words(data, monkeypatch):
-    small = cost_model.replace(cost_model.CARDS["T4"], total_gib=0.5)
+    small = replace(cost_model.CARDS["T4"], total_gib=0.5)
     monkeypatch.setitem(cost_model.CARDS, "T4", small)
     params = train_data.settings("sft", plan_for="T4", method="full")
     here = training.Estimate()(params)[2][0]

@@ -186,6 +186,8 @@ def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:
         if processes > 1
         else [sys.executable]
     )
+    if limits := os.environ.get("BENCH_LIMITS"):  # of ci/limited.py
+        command += [str(ROOT / "ci" / "limited.py"), *limits.split()]
     command += ["-m", "helpers.train", "--stage", stage, *(x for k, v in values.items() for x in ("-p", k, str(v)))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the child writes
@@ -341,6 +343,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--batch-size", type=int, default=0)
     parser.add_argument("--arm", default="")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the stage")
     parser.add_argument("--only", default="")
     parser.add_argument("--gib", default="15,24,40,80")
     parser.add_argument("--longest-whole", type=int, default=160_000)
@@ -359,6 +362,7 @@ def main() -> None:
     else:
         extra = {"batch_size": given.batch_size} if given.batch_size else {}
         extra |= {"loss": given.what} if given.what in LOSSES else {}
+        extra |= {"backend": given.backend, "method": given.method} | dict(pair.split("=", 1) for pair in given.set)
         name = given.arm or ("ours_" + given.what if given.backend == "auto" else f"ours_{given.backend}_{given.what}")
         job(
             name,
@@ -366,8 +370,6 @@ def main() -> None:
             given,
             given.processes,
             given.killed_on,
-            backend=given.backend,
-            method=given.method,
             **extra,
         )
 

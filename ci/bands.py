@@ -1,0 +1,102 @@
+"""Ten-step loss trajectories that a machine has to repeat: the GPU job of CI holds today's training to recorded bands.
+
+    python ci/bands.py record --on h100 [--run default]     the trajectories of this machine into ci/results/bands.json
+    python ci/bands.py check --on h100 [--run default]      status 1 where one leaves its band
+
+Takes the rows of a finished data stage (notebook 01 on the default data). Each arm is ten steps of four rows from the
+base. A band is relative to the recorded loss of its step and widens with the steps, as rounding does; an arm that this
+machine cannot run (no GPU, no Unsloth) is said to be left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from helpers import machine, params, runs
+from helpers.errors import TunebookError
+
+FILE = PROJECT / "ci" / "results" / "bands.json"
+STEPS = 10
+FIRST, LAST = 0.005, 0.05  # half-width of the first and of the last step's band, as a share of its loss
+ARMS = {
+    f"{backend} {stage} {name}": (stage, {"backend": backend, **changed})
+    for backend in ("hf", "unsloth")
+    for stage in ("sft", "orpo")
+    for name, changed in (("NF4", {"method": "qlora"}), ("16-bit", {"method": "lora"}))
+}
+
+
+def losses(run: str, arm: str, steps: int = STEPS) -> list[float]:
+    """The loss of each step of an arm, trained in a folder that is thrown away. Raises TunebookError where the arm
+    cannot run here."""
+    from helpers.train import methods, training
+
+    stage, changed = ARMS[arm]
+    data = runs.load(run, "data", verify=False)
+    values = {"run": run, "max_steps": steps, "batch_size": 4, "learning_rate": 1e-4, "eval_rows": 1}
+    values |= {"best_checkpoint": False, "eval_steps": steps, "save_steps": steps, "export_check": False, "again": True}
+    values |= {"start_from": "base", "learning_rate": 1e-5} if stage == "orpo" else {"score_rows": 0}
+    resolved = params.resolve(stage, {**values, **changed})
+    methods.import_first(resolved)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TUNEBOOK_RUNS": folder}):
+        runs.folder(run, "data").parent.mkdir()
+        runs.folder(run, "data").symlink_to(data.path.resolve())
+        job = training.open(resolved)
+        job.train()
+        return [round(line["loss"], 5) for line in job.lines() if "loss" in line]
+
+
+def outside(found: list[float], recorded: list[float]) -> list[str]:
+    """Which steps leave the band, and by how much; a number that is not one leaves every band."""
+    said = []
+    for step, (loss, ought) in enumerate(zip(found, recorded, strict=True), 1):
+        width = FIRST + (LAST - FIRST) * (step - 1) / max(len(recorded) - 1, 1)
+        if not abs(loss - ought) <= width * abs(ought):
+            said.append(f"step {step}: {loss} where {ought} ± {width:.1%} was recorded")
+    return said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("record", "check"))
+    parser.add_argument("--on", required=True, help="the machine's name in the file: cpu, h100, t4 …")
+    parser.add_argument("--run", default="default", help="run whose data stage is taken")
+    parser.add_argument("--arms", default="", help="some of them, separated by commas; none: all")
+    parser.add_argument("--file", type=Path, default=FILE)
+    given = parser.parse_args()
+    kept = json.loads(given.file.read_text()) if given.file.is_file() else {}
+    bands, bad = kept.setdefault(given.on, {"arms": {}}), 0
+    for arm in given.arms.split(",") if given.arms else ARMS:
+        try:
+            found = losses(given.run, arm)
+        except TunebookError as error:
+            print(f"left out: {arm}: {error}", flush=True)
+            continue
+        if given.what == "record":
+            bands["arms"][arm] = found
+            bands |= machine.versions()
+            given.file.write_text(json.dumps(kept, indent=1) + "\n")
+            print(f"recorded: {arm}: {found}", flush=True)
+            continue
+        if arm not in bands["arms"]:
+            print(f"no band: {arm}: {found}", flush=True)
+            continue
+        wrong = outside(found, bands["arms"][arm])
+        bad += bool(wrong)
+        print(f"{'OUTSIDE' if wrong else 'inside'}: {arm}: {'; '.join(wrong) or found}", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

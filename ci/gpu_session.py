@@ -1,0 +1,263 @@
+"""Everything that is to be measured on GPUs, in one command that can be cut off and called again:
+
+    python ci/gpu_session.py OUT --tokenizer DIR --data DIR [--gpus 4] [--minutes 9] [--have FILE] [--only ARM,…]
+    python ci/gpu_session.py OUT --list                  the arms, their GPUs and goals
+    python ci/gpu_session.py OUT --tokenizer DIR --data DIR --tiny       a dry run of the arms on a CPU
+
+Each arm is a child with a time limit of its own; what it measured is a JSON line in OUT/results.jsonl with the arm's
+goal beside it, its output OUT/ARM.log. An arm that --have (an earlier results.jsonl) or OUT has a line of is not run
+again; one that no longer fits into --minutes is left to the next call. Bases are random weights of the published shapes
+(weights do not change speed or memory), written to --models once, a tensor at a time. DATA: LLaMA-Factory's
+alpaca_en_demo.json and dpo_en_demo.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPES = {  # name → (class in transformers, sizes of its config)
+    "135m": ("Llama", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}),
+    "1.7b": ("Llama", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "vocab_size": 49152}),
+    "8b": ("Llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "32b": ("Qwen2", {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "vocab_size": 152064}),
+    "70b": ("Llama", LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}),
+    "30b-a3b": ("Qwen3Moe", {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}),
+}
+SHAPES["135m"][1].update(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+SHAPES["1.7b"][1].update(num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=True)
+SHAPES["32b"][1].update(num_attention_heads=40, num_key_value_heads=8)
+SHAPES["70b"][1].update(num_attention_heads=64)
+SHAPES["30b-a3b"][1].update(num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936)
+SHAPES["30b-a3b"][1].update(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True)
+SMALLER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 49152}
+SMALLER |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """name; gpus that it needs; seconds it may take; the shape it trains; the command after python; what is hoped."""
+
+    name: str
+    gpus: int
+    seconds: int
+    shape: str
+    command: tuple[str, ...]
+    goal: str = ""
+
+
+def job(name: str, shape: str, gpus: int, *options: str, stage: str = "sft", goal: str = "", **given: object) -> Arm:
+    """A training job of ours by ci/bench_gpu.py; given: parameters of the stage."""
+    settings = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    command = ("ci/bench_gpu.py", stage, "--arm", name, "--steps", "10", "--processes", str(gpus), *options, *settings)
+    return Arm(name, gpus, 540, shape, command, goal)
+
+
+def rival(name: str, shape: str, arm: str, steps: int = 12) -> Arm:
+    return Arm(name, 1, 540, shape, ("ci/bench_rivals.py", arm, "--steps", str(steps)))
+
+
+NOTEBOOKS = ("ci/pipeline.py", "--run", "session", "--fresh", "-p", "sft.epochs", "3", "-p", "sft.max_minutes", "0")
+T4 = {"precision": "fp16", "batch_size": 16}
+ARMS = [
+    Arm("environment", 0, 60, "", ("ci/gpu_session.py", "environment")),
+    *(
+        job(f"small_{method}", "135m", 1, batch_size=batch, method=method, goal="20,000 tokens/s")
+        for method, batch in (("lora", 8), ("qlora", 8))
+    ),
+    job("small_large_batch", "135m", 1, batch_size=128, method="lora"),
+    rival("small_unsloth", "135m", "unsloth_sft_packed"),
+    job("1.7b_lora", "1.7b", 1, batch_size=8, method="lora", goal="twice the figure before"),
+    Arm("notebooks_first", 1, 580, "", NOTEBOOKS),
+    Arm("notebooks_again", 1, 300, "", NOTEBOOKS, "session_s of 120 at most, caches warm"),
+    Arm("bands", 1, 580, "", ("ci/bands.py", "record", "--on", "gpu", "--run", "session")),
+    job("8b_qlora_x1", "8b", 1, "--steps", "16", method="qlora"),
+    job("8b_qlora_x2", "8b", 2, "--steps", "16", method="qlora", goal="1.95 times x1"),
+    job("8b_qlora_x4", "8b", 4, "--steps", "16", method="qlora", goal="3.8 times x1"),
+    job("8b_lora_x1", "8b", 1, method="lora"),
+    job("8b_lora_x4", "8b", 4, method="lora", goal="planned peak within 7 %"),
+    job("8b_full_x4", "8b", 4, method="full", goal="ten steps, planned peak within 7 %"),
+    job("8b_full_x2", "8b", 2, method="full", batch_size=64, goal="the same on two"),
+    job("8b_full_offload_x2", "8b", 2, method="full", batch_size=64, cpu_offload=True),
+    job("8b_full_killed_x2_on_x4", "8b", 4, "--killed-on", "2", method="full", batch_size=64, goal="went on"),
+    job("32b_lora_x4", "32b", 4, method="lora", batch_size=64, goal="ten steps, planned peak within 7 %"),
+    job("70b_lora_x4", "70b", 4, method="lora", batch_size=64, goal="ten steps, planned peak within 7 %"),
+    job("70b_qlora_x1", "70b", 1, method="qlora", batch_size=64),
+    *(job(f"8b_{loss}", "8b", 1, stage=loss, goal="80 % of orpo") for loss in ("orpo", "dpo", "kto", "simpo")),
+    job("8b_orpo_long", "8b", 1, "--steps", "60", stage="orpo", goal="mean within 3 % of the median step"),
+    job("30b-a3b_qlora", "30b-a3b", 1, method="qlora", batch_size=32),
+    rival("30b-a3b_unsloth", "30b-a3b", "unsloth_sft_packed", 10),
+    job("t4_like", "135m", 1, **T4, method="lora", goal="finite losses"),
+    job("t4_like_8b", "8b", 1, **T4, method="qlora", goal="finite losses within 15 GiB and 12.7 GB"),
+    Arm("hf-mistral-7b-alpaca", 1, 540, "", ("ci/bench_recipes.py", "OUT/recipes", "--only", "hf-mistral-7b-alpaca")),
+    Arm(
+        "llama-factory-full-4gpu",
+        4,
+        580,
+        "",
+        ("ci/bench_recipes.py", "OUT/recipes4", "--only", "llama-factory-full-4gpu", "--gpus", "4"),
+    ),
+]
+PLAYED = {  # what an arm's machine is held to: the environment of its child
+    "t4_like": {"TUNEBOOK_ATTENTION": "sdpa", "BENCH_LIMITS": "--gpu-gib 15 --host-gb 12.7 --cores 2"},
+    "t4_like_8b": {"TUNEBOOK_ATTENTION": "sdpa", "BENCH_LIMITS": "--gpu-gib 15 --host-gb 12.7 --cores 2"},
+}
+
+
+def make(shape: str, folder: Path, tokenizer: str, tiny: bool) -> None:
+    """Random weights of a shape into folder/16, in bf16, a tensor at a time."""
+    import torch
+    import transformers
+
+    from helpers.cache import write_json
+    from helpers.model.weights import INDEX, write_safetensors
+
+    if (folder / "16" / "done").is_file():
+        return
+    kind, sizes = SHAPES[shape]
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    sizes = sizes | (SMALLER if tiny else {})
+    if tiny and "num_experts" in sizes:
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    sizes |= {"vocab_size": max(sizes["vocab_size"], len(loaded)), "max_position_embeddings": 8192}
+    config = getattr(transformers, f"{kind}Config")(**{"tie_word_embeddings": False, **sizes}, dtype="bfloat16")
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    out, device = folder / "16", "cuda" if torch.cuda.is_available() else "cpu"
+    out.mkdir(parents=True, exist_ok=True)
+    entries = [(name, tuple(weight.shape), "BF16") for name, weight in model.named_parameters()]
+    torch.manual_seed(0)
+
+    def values(entry):
+        name, size, _ = entry
+        if len(size) == 1:
+            return torch.ones(size) if "norm" in name else torch.zeros(size)
+        return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
+
+    parts, room = [[]], 5 * 2**30
+    for entry in entries:
+        size = 2 * torch.Size(entry[1]).numel()
+        if size > room and parts[-1]:
+            parts.append([])
+            room = 5 * 2**30
+        parts[-1].append(entry)
+        room -= size
+    names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
+    total = sum(write_safetensors(out / n, p, map(values, p)) for n, p in zip(names, parts, strict=True))
+    placed = {entry[0]: name for name, part in zip(names, parts, strict=True) for entry in part}
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out)
+    loaded.save_pretrained(out)
+    (out / "done").touch()
+
+
+def environment() -> dict:
+    import torch
+
+    from helpers import machine
+
+    cuda = torch.cuda.is_available()
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    return {"arm": "environment", "gpus": names, "cores": os.cpu_count(), **machine.versions()}
+
+
+def run(arm: Arm, given: argparse.Namespace, out: Path) -> dict:
+    """The arm's line: what its child printed as its result, or how it failed."""
+    if arm.shape:
+        make(arm.shape, given.models / arm.shape, given.tokenizer, given.tiny)
+    words = [word.replace("OUT/", f"{out}/") for word in arm.command]
+    if words[0] in ("ci/bench_gpu.py", "ci/bench_rivals.py"):
+        base = given.models / arm.shape
+        words += ["--model", str(base if words[0] == "ci/bench_gpu.py" else base / "16"), "--data", given.data]
+    elif words[0] == "ci/bench_recipes.py":
+        words += ["--tokenizer", given.tokenizer]
+    words += ["--tiny"] * (given.tiny and words[0] in ("ci/bench_gpu.py", "ci/bench_recipes.py"))
+    if given.tiny and "--processes" in words:
+        place = words.index("--processes") + 1
+        words[place] = str(min(2, int(words[place])))
+    environment = {**os.environ, "TUNEBOOK_RUNS": str(given.models / "runs"), "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"} if given.tiny else PLAYED.get(arm.name, {})
+    if arm.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(arm.gpus)))
+    began = time.time()
+    with open(out / f"{arm.name}.log", "w") as log:
+        child = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            status = child.wait(arm.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            status = "timeout"
+    said = (out / f"{arm.name}.log").read_text(errors="replace")
+    found = [
+        json.loads(line.removeprefix("RESULT ")) for line in said.splitlines() if line[:8] in ("RESULT {", '{"recipe')
+    ]
+    line = {
+        "arm": arm.name,
+        **(found[-1] if found else {}),
+        "status": status,
+        "session_s": round(time.time() - began, 1),
+    }
+    line |= {"goal": arm.goal} if arm.goal else {}
+    return line if found or status == 0 else line | {"said": " ".join(said.split())[-900:]}
+
+
+def main() -> int:
+    if sys.argv[1:] == ["environment"]:
+        print("RESULT " + json.dumps(environment()))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokenizer", default="", help="folder of any tokenizer of less than 128,256 tokens")
+    parser.add_argument("--data", default="")
+    parser.add_argument("--models", type=Path, default=Path("/tmp/gpu-session"), help="where bases and runs lie")
+    parser.add_argument("--gpus", type=int, default=1, help="arms that need more are left out")
+    parser.add_argument("--least-gpus", type=int, default=0, help="and those that need fewer")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no arm begins that may end after this")
+    parser.add_argument("--have", type=Path, action="append", default=[], help="earlier results: their arms are done")
+    parser.add_argument("--only", default="", help="arms, separated by commas")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    if given.list:
+        for arm in ARMS:
+            print(f"{arm.name:26} {arm.gpus} GPU  {arm.seconds:4} s  {arm.shape or '-':8} {arm.goal}")
+        return 0
+    out, began = given.out.resolve(), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    files = [file for file in (out / "results.jsonl", *given.have) if file.is_file()]
+    done = {json.loads(line)["arm"] for file in files for line in file.read_text().splitlines()}
+    wanted = given.only.split(",") if given.only else [arm.name for arm in ARMS]
+    for arm in ARMS:
+        if arm.name not in wanted or arm.name in done or not given.least_gpus <= arm.gpus <= given.gpus:
+            continue
+        if time.time() - began + arm.seconds > 60 * given.minutes and not given.only:
+            print(f"left to the next call: {arm.name}", flush=True)
+            continue
+        try:
+            line = run(arm, given, out)
+        except Exception as error:
+            line = {"arm": arm.name, "status": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(line), flush=True)
+        with open(out / "results.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

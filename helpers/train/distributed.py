@@ -174,24 +174,14 @@ class Base:
             fully_shard(given, **how)
             fully_shard(head, **how, reshard_after_forward=False)  # its backward pass comes right after
         fully_shard(model, **how)
-        filled: dict[int, Any] = {}
-        state, lost = {}, []
+        made: dict[int, Any] = {}
+        state = {}
         for name, weight in model.named_parameters(remove_duplicate=False):
-            if weight.to_local().is_meta and id(weight) not in filled:
-                key = name.removeprefix(merging.PREFIX).replace(".base_layer.", ".")
-                if key not in self.names:
-                    lost.append(f"{key} {list(weight.shape)}")
-                    continue
-                filled[id(weight)] = torch.nn.Parameter(
-                    _like(weight, self._rows(key, *_place(weight)), offload), requires_grad=weight.requires_grad
-                )
-            if id(weight) in filled:
-                state[name] = filled[id(weight)]
-        if lost:
-            raise TunebookError(
-                f"The model in {self.held.base} lacks {', '.join(lost[:3])}; these would be random numbers. "
-                "Download it again."
-            )
+            if weight.to_local().is_meta:
+                if id(weight) not in made:
+                    rows = self._rows(name.removeprefix(merging.PREFIX).replace(".base_layer.", "."), *_place(weight))
+                    made[id(weight)] = torch.nn.Parameter(_like(weight, rows, offload), weight.requires_grad)
+                state[name] = made[id(weight)]
         model.load_state_dict(state, strict=False, assign=True)
         read, whole = display.size(self.bytes_read), display.size(self.held.stored_bytes)
         return f"sharded over {size()} processes: the first read {read} of the base's {whole}"
@@ -204,7 +194,9 @@ class Base:
             group = {name: self.held.read(name) for name in self.conversion.groups[key]}
             self.bytes_read += sum(t.numel() * t.element_size() for t in group.values())
             return self.conversion.forward(key, group)[key][start:stop].clone()
-        name = self.names[key]
+        if (name := self.names.get(key)) is None:
+            lost = f"The model in {self.held.base} lacks {key}, which would be random numbers."
+            raise TunebookError(f"{lost} Download it again.")
         with reading("The model", self.held.base, AGAIN), safe_open(self.held.entries[name].file, "pt") as file:
             rows = file.get_slice(name)[start:stop]
         self.bytes_read += rows.numel() * rows.element_size()

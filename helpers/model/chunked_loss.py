@@ -141,10 +141,8 @@ def prove(model: Any) -> str:
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     if causal._loss_head == "own" or _agrees(causal, model):
         return ""
-    if causal._loss_head == "plain":
-        head = causal.get_output_embeddings()
-        head.forward = head._own_forward
-    causal._loss_head = "own"
+    head, causal._loss_head = causal.get_output_embeddings(), "own"
+    head.forward = getattr(head, "_own_forward", head.forward)
     return "; its head makes logits in a way of its own, so that they are whole"
 
 

@@ -178,8 +178,8 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
         base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):
         masters = 2 if s.number_bytes == 2 else 0  # fp32 over 16-bit weights
-        casts = masters * (not s.sharded)  # autocast's 16-bit copies, kept for the backward pass
-        return base + trained * (masters + casts + 4 + optimizer)
+        # One GPU also keeps autocast's 16-bit copies for the backward pass.
+        return base + trained * (masters * (1 + (not s.sharded)) + 4 + optimizer)
     # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
     state = trained * (4 + 4 * s.accumulates + optimizer)
     if getattr(s.params, "loss", "") in PASSES and s.params.start_from != "base":

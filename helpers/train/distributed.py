@@ -35,14 +35,9 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def rank() -> int:
-    """This process's number, from 0, on all machines together."""
-    return int(os.environ.get("RANK", 0))
-
-
 def first() -> bool:
     """True in the process that writes."""
-    return rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def setup() -> None:
@@ -301,7 +296,7 @@ def write(folder: Path, tensors: Mapping[str, Any], extra: Mapping[str, Any]) ->
             mine[name], places[name] = local.detach().cpu().contiguous(), (*_place(tensor), list(tensor.shape))
     folder.mkdir(parents=True, exist_ok=True)
     told = json.dumps({"places": places, "extra": extra})
-    save_file(mine, folder / f"{rank():05d}.safetensors", metadata={"pieces": told})
+    save_file(mine, folder / f"{int(os.environ.get('RANK', 0)):05d}.safetensors", metadata={"pieces": told})
 
 
 def named(model: Any) -> dict[str, Any]:

@@ -112,8 +112,7 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
                 self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state)
 
     def write_pieces(self, folder: Path) -> None:
-        own = getattr(self.optimizer, "optimizer", self.optimizer)
-        distributed.write_checkpoint(folder, self.model, own)
+        distributed.write_checkpoint(folder, self.model, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def read_pieces(self, folder: Path, optimizer: Any = None) -> bool:
         """The weights of a checkpoint of a sharded run, or for one, or the optimizer's state; False for any other."""

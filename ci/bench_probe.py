@@ -187,11 +187,12 @@ def planner_unsloth(given: argparse.Namespace) -> None:
     methods.import_first(values)
     import torch
 
+    from helpers.model.layer_kinds import Shape
     from helpers.planner import cost_model
     from helpers.train.rows import padded_tensors
 
     card = cost_model.card_here()
-    shape = cost_model.Shape(llama(LLAMA))
+    shape = Shape(llama(LLAMA))
     model, _ = methods.load_unsloth(SimpleNamespace(path=Path(given.model) / "nf4"), values)
     model.train()
     step = stepper(model)
@@ -256,6 +257,7 @@ def planner() -> None:
 
     from helpers import params
     from helpers.model import checkpointing
+    from helpers.model.layer_kinds import Shape
     from helpers.planner import cost_model
 
     card, draw, loaded = cost_model.card_here(), random.Random(7), None
@@ -287,7 +289,7 @@ def planner() -> None:
         measure(
             step,
             rows,
-            cost_model.Shape(config),
+            Shape(config),
             setting,
             card,
             sum(n * n for n in lengths) / sum(lengths),

@@ -6,21 +6,27 @@
 
 For each family (`model_families`): SFT and ORPO on rows of notebook 01's form, the held-out loss compared with that of
 transformers' eager attention in fp32, one document at a time; two training steps; the adapter merged, and the merged
-model's log-probabilities compared with those of the adapter on its base; greedy answers; and the GGUF file of the
-merged model through the gates of notebook 04. "refused": one message before any weight was loaded.
+model's log-probabilities compared with those of the adapter on its base; greedy answers; and the 16-bit GGUF file
+of a merged model through the gates of notebook 04. "refused": one message before any weight was loaded.
+
+Most converters read a byte-level vocabulary, of which they know those of real models only: GGUF then takes a model of
+the same family with the default model's tokenizer, and an adapter of noise on all that an adapter takes, merged.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,11 @@ PAGE = PROJECT / "docs/models.md"
 LIMIT_S = 900  # a family's child is killed after this
 EXACT = 2e-5  # relative difference of two fp32 losses
 PARTS = ("SFT", "ORPO", "merge", "generation", "GGUF")
+# Their converters read no other vocabulary.
+SENTENCEPIECE = ("Gemma 2", "Gemma 3", "Gemma 3n text", "Gemma 4 text", "Ernie 4.5", "Ernie 4.5 MoE")
+OWN_WORDS = (
+    "not measured: transformers gives its folder Qwen2's splitting of words, which no vocabulary here is made for"
+)
 HEAD = ("family", "model_type", "rows", "SFT", "ORPO", "experts", "merge", "generation", "GGUF")
 
 
@@ -46,11 +57,11 @@ def run(family: str, work: Path, parts: Sequence[str]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     os.environ["TUNEBOOK_RUNS"] = str(work / "runs")
-    tokenizer = _tokenizer(work)
-    folder = make(family, work / "model", tokenizer)
+    tokenizer, rows = small()
+    folder = _with_class(family, make(family, work / "model", tokenizer))
     found: dict[str, Any] = {"family": family, "model_type": FAMILIES[family][0]}
     found["parameters"] = sum(p.numel() for p in _plain(folder).parameters())
-    made: dict[str, Any] = {"family": family, "folder": folder, "tokenizer": tokenizer, "work": work}
+    made: dict[str, Any] = {"family": family, "folder": folder, "tokenizer": tokenizer, "work": work, "rows": rows}
     torch.manual_seed(0)
     packed_attention.register()
     steps: dict[str, Callable[[dict[str, Any]], Any]] = {"SFT": _sft, "ORPO": _orpo, "merge": _merge}
@@ -62,7 +73,10 @@ def run(family: str, work: Path, parts: Sequence[str]) -> dict[str, Any]:
             found[name] = ""
             continue
         found |= _tried(name, lambda step=step: step(made))  # type: ignore[misc]
-    return found
+    return {
+        key: re.sub(r"/\S*/matrix\.\w+/", "", value) if isinstance(value, str) else value
+        for key, value in found.items()
+    }
 
 
 def _tried(name: str, step: Callable[[], dict[str, Any] | str]) -> dict[str, Any]:
@@ -87,16 +101,34 @@ class _Refused(Exception):
     """One message before any weight was loaded."""
 
 
-def _tokenizer(work: Path, small: bool = True) -> Any:
-    """A byte-fallback SentencePiece of 600 pieces, or the default model's with 49,152."""
-    from helpers.model import loading
+@cache
+def small() -> tuple[Any, list[list[dict]]]:
+    """(a byte-fallback SentencePiece of 600 pieces, rows of notebook 01's four files)."""
+    from tests import train_data
     from tests.gguf.gguf_models import sentencepiece_tokenizer
-    from tests.train_data import SCHEMA, questions
 
-    if not small:
-        return loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))
-    texts = [SCHEMA, *(text for asked in questions(200) for text in asked)]
-    return sentencepiece_tokenizer(work / "tokenizer", texts)
+    texts = [train_data.SCHEMA, *(text for asked in train_data.questions(200) for text in asked)]
+    tokenizer = sentencepiece_tokenizer(Path(tempfile.mkdtemp(prefix="matrix.")) / "tokenizer", texts)
+    rows = [train_data.sft_rows(tokenizer, 12), train_data.sft_rows(tokenizer, 4, 1)]
+    return tokenizer, [*rows, train_data.pair_rows(tokenizer, 6), train_data.pair_rows(tokenizer, 3, 1)]
+
+
+@cache
+def large() -> tuple[Any, list[list[int]]]:
+    """(the default model's tokenizer of 49,152, two rows to compare on)."""
+    from helpers.model import loading
+    from tests import train_data
+
+    tokenizer = loading.load_tokenizer(loading.resolve_model(loading.DEFAULT_MODEL))
+    return tokenizer, [row["input_ids"] for row in train_data.sft_rows(tokenizer, 2, 1)]
+
+
+def _with_class(family: str, folder: Path) -> Path:
+    """Of Phi the class tells the converter which kind of vocabulary it has."""
+    if family.startswith("Phi"):
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    return folder
 
 
 def _plain(folder: Path, adapter: Path | None = None) -> Any:
@@ -127,10 +159,7 @@ def _job(made: dict[str, Any], stage: str, **given: Any) -> Any:
 
     try:
         if "data" not in made:
-            tokenizer = made["tokenizer"]
-            rows = [train_data.sft_rows(tokenizer, 12), train_data.sft_rows(tokenizer, 4, 1)]
-            rows += [train_data.pair_rows(tokenizer, 6), train_data.pair_rows(tokenizer, 3, 1)]
-            made["data"] = train_data.data_stage("r", made["folder"], tokenizer, *rows)
+            made["data"] = train_data.data_stage("r", made["folder"], made["tokenizer"], *made["rows"])
         how = {"batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "eval_rows": 6, "init": "default"} | given
         return training.open(train_data.settings(stage, **how))
     except TunebookError as error:
@@ -144,6 +173,8 @@ def _compared(ours: float, plain: float) -> str:
 
 def _sft(made: dict[str, Any]) -> dict[str, Any]:
     import torch
+
+    from helpers.train import methods
 
     job = _job(made, "sft")
     job.build()
@@ -159,13 +190,13 @@ def _sft(made: dict[str, Any]) -> dict[str, Any]:
     found["experts"] = "trained" if any("expert" in n for n in names) else ""
     if any(part in n for n in names for part in (".gate.", ".router.")):
         found["experts"] += ", router too"
-    job.train()
+    job._train()
     losses = [line["loss"] for line in job.lines() if "loss" in line]
     if not losses or not all(0 < loss < 50 for loss in losses):
         found["SFT"] = f"losses {losses}"
     made["held_out"] = [list(row["input_ids"]) for row in job.held_out]
-    job.finish()
     made["adapter"] = job.stage.path / "adapter"
+    methods.save(job.model, made["tokenizer"], made["adapter"])
     return found
 
 
@@ -184,7 +215,7 @@ def _orpo(made: dict[str, Any]) -> str:
         odds = (good - bad) - (torch.log1p(-torch.exp(good)) - torch.log1p(-torch.exp(bad)))
         terms.append(F.logsigmoid(odds).item())
     found = _compared(ours, nll / tokens - beta * sum(terms) / len(terms))
-    job.train()
+    job._train()
     return found
 
 
@@ -192,12 +223,14 @@ def _merge(made: dict[str, Any]) -> str:
     import torch
 
     from helpers.gguf.trained import divergence, logprobs
-    from helpers.model import merging
+    from helpers.model import loading, merging
 
     made["merged"] = merging.merge(made["folder"], made["adapter"], made["work"] / "merged").path
-    trained, merged = _plain(made["folder"], made["adapter"]), _plain(made["merged"])
-    kl = torch.cat([divergence(logprobs(trained, row), logprobs(merged, row)) for row in made["held_out"]])
-    moved = torch.cat([divergence(logprobs(_plain(made["folder"]), r), logprobs(merged, r)) for r in made["held_out"]])
+    base, merged = _plain(made["folder"]), _plain(made["merged"])
+    after = [logprobs(merged, row) for row in made["held_out"]]
+    moved = torch.cat([divergence(logprobs(base, row), a) for row, a in zip(made["held_out"], after, strict=True)])
+    trained = loading.load_adapter(base, made["adapter"]).eval()
+    kl = torch.cat([divergence(logprobs(trained, row), a) for row, a in zip(made["held_out"], after, strict=True)])
     if not moved.mean() > 10 * kl.mean().clamp(min=1e-6):
         return f"KL {kl.mean():.1e} where training moved it by {moved.mean():.1e}"
     return f"KL {max(kl.mean().item(), 0):.0e}"
@@ -227,27 +260,58 @@ def _generation(made: dict[str, Any]) -> str:
 
 
 def _gguf(made: dict[str, Any]) -> str:
-    """What preflight says, and where it says nothing the gates of the model's 16-bit file."""
+    """The gates of a merged model's 16-bit file; where there is none, what preflight said of the base."""
     from contextlib import closing
 
-    from ci.model_families import make
-    from helpers.gguf import convert, fidelity, preflight
-    from tests import train_data
+    from helpers.errors import TunebookError
+    from helpers.gguf import convert, fidelity, header, preflight
 
-    family, work = made["family"], made["work"]
-    tokenizer = _tokenizer(work, family.startswith(("Gemma", "Llama 2")))
-    folder = make(family, work / "gguf", tokenizer)
-    if family.startswith("Phi"):
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
-    if found := preflight.check(folder).problems:
-        raise _Refused(" ".join(found)[:400])
-    file = convert.convert(folder, work / "model.gguf", "f16", name="matrix")
-    rows = [row["input_ids"][-48:] for row in train_data.sft_rows(tokenizer, 2)]
-    with closing(fidelity.Reference(folder, rows, rows[:1], 4, work)) as reference:
+    if made["family"] in ("Qwen2", "Qwen2.5"):
+        return OWN_WORDS
+    if made["family"] in SENTENCEPIECE:
+        base, merged, rows = made["folder"], made["merged"], made["held_out"][:2]
+    else:
+        base, merged, rows = _merged_noise(made)
+    try:
+        file = convert.convert(merged, made["work"] / "model.gguf", "f16", name="matrix")
+    except TunebookError:
+        if found := preflight.check(base).problems:
+            raise _Refused(" ".join(found)[:400]) from None
+        raise
+    config = json.loads((merged / "config.json").read_text())
+    # llama.cpp reads the window of Phi-3 and does not use it.
+    windowed = any("sliding_window" in key for key in header.check(file).metadata) and config["model_type"] != "phi3"
+    whole = windowed or not config.get("sliding_window")
+    rows = [row[-48 if whole else -config["sliding_window"] :] for row in rows]
+    with closing(fidelity.Reference(merged, rows, rows[:1], 4, made["work"])) as reference:
         result = fidelity.measure(reference, file, "f16")
     failed = "; ".join(f"{gate}: {why}" for gate, why in result.failed.items())
-    return f"failed {failed[:300]}" if failed else f"gates passed, KL {result.mean_kl:.0e}"
+    within = "" if whole else f" within the window ({config['model_type']} has none in llama.cpp)"
+    return f"failed {failed[:300]}" if failed else f"gates passed, KL {max(result.mean_kl, 0):.0e}{within}"
+
+
+def _merged_noise(made: dict[str, Any]) -> tuple[Path, Path, list[list[int]]]:
+    """(a base with the large vocabulary, it with an adapter of noise merged in, rows)."""
+    import torch
+
+    from ci.model_families import make
+    from helpers.model import loading, merging
+    from helpers.train import methods
+    from tests import train_data
+
+    (tokenizer, rows), work = large(), made["work"]
+    if made["family"].startswith("GLM"):  # its converter looks these up
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|observation|>"], special_tokens=True)
+    base = _with_class(made["family"], make(made["family"], work / "large", tokenizer))
+    source = loading.ModelSource(made["family"], base, "", "folder")
+    settings = train_data.settings("sft")
+    adapted = methods._new_adapter(loading.load_model(base, dtype="fp32"), settings, source, [])
+    with torch.no_grad():
+        for weight in (p for p in adapted.parameters() if p.requires_grad):
+            weight.add_(0.05 * torch.randn_like(weight))
+    adapted.save_pretrained(work / "noise")
+    return base, merging.merge(base, work / "noise", work / "large-merged").path, rows
 
 
 # ---------------------------------------------------------------- all of them
@@ -291,8 +355,10 @@ def write(found: dict[str, dict[str, Any]]) -> None:
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    """docs/models.md."""
+    """docs/models.md: the families, and the reason of every cell that is not as it ought to be."""
     from importlib.metadata import version
+
+    from ci.model_families import REASONS
 
     intro = (PROJECT / "ci/model_matrix.md").read_text(encoding="utf-8")
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "trl", "gguf", "xllamacpp"))
@@ -300,7 +366,11 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     for line in found.values():
         cells = [str(line.get(column, "")).replace("|", "/").replace("\n", " ") for column in HEAD]
         rows.append("| " + " | ".join(cells) + " |")
-    return intro.replace("{packages}", packages).replace("{table}", "\n".join(rows))
+    reasons = [f"- **{family}**: {REASONS[family]}" for family in found if family in REASONS]
+    filled = {"{packages}": packages, "{table}": "\n".join(rows), "{reasons}": "\n".join(reasons)}
+    for place, text in filled.items():
+        intro = intro.replace(place, text)
+    return intro
 
 
 def main() -> None:
@@ -309,7 +379,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="families by name")
-    parser.add_argument("--again", action="store_true", help="also those that have a result")
+    parser.add_argument("--again", action="store_true", help="also what has a result")
     parser.add_argument("--page", action="store_true", help="write the page alone")
     parser.add_argument("--check", action="store_true", help="exit 1 where a result is worse than the committed one")
     parser.add_argument("--parts", nargs="*", default=PARTS, help="columns; others keep what they had")
@@ -321,11 +391,15 @@ def main() -> None:
         from helpers.evaluate import generate  # noqa: F401  what every child would import
         from helpers.train import trainers  # noqa: F401
 
+        small(), large()
+
     found = read()
     before = dict(found)
     for family in () if asked.page else asked.only or FAMILIES:
-        if asked.again or family not in found:
-            result = measure(family, asked.parts)
+        missing = [part for part in asked.parts if asked.again or part not in found.get(family, {})]
+        if missing:
+            alone = missing == ["GGUF"] and family not in SENTENCEPIECE  # the other parts build on each other
+            result = measure(family, missing if alone else asked.parts)
             found = read()  # another run may have written meanwhile
             found[family] = found.get(family, {}) | result
             write(found)
@@ -336,10 +410,15 @@ def main() -> None:
         sys.exit(f"Worse than the committed result: {', '.join(worse)}")
 
 
+def bad(line: dict[str, Any]) -> list[str]:
+    """The columns of a result that are not what they ought to be; a refusal before training is what it ought to be."""
+    words = ("crash", "late", "off by", "failed", "losses", "where training moved", "not measured", "answers equal")
+    known = {part: str(line.get(part, "")) for part in PARTS}
+    return [part for part, cell in known.items() if not cell or any(word in cell for word in words)]
+
+
 def _good(line: dict[str, Any]) -> int:
-    """How many columns of a result are what they ought to be."""
-    bad = ("crash", "late", "off by", "failed", "losses", "refused")
-    return sum(bool(line.get(c)) and not any(b in str(line[c]) for b in bad) for c in HEAD[3:])
+    return sum(not str(line.get(part, "")).startswith("refused") for part in PARTS) - len(bad(line))
 
 
 if __name__ == "__main__":

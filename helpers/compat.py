@@ -176,8 +176,7 @@ def lora_linears(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora.bnb import Linear4bit
 
     for name, layer in model.named_modules():
-        plain = type(layer) in (Linear, Linear4bit)
-        plain = plain and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", False))
+        plain = type(layer) in (Linear, Linear4bit) and not (layer.lora_variant or getattr(layer, "fan_in_fan_out", 0))
         if plain and "Embedding" not in type(layer.get_base_layer()).__name__:
             yield name.removeprefix("base_model.model."), layer
 
@@ -325,10 +324,8 @@ class Conversion:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known, prefix = model.state_dict(), model.base_model_prefix
-        self.model = model
+        renamings, converters = ([e for e in mapping if isinstance(e, k)] for k in (WeightRenaming, WeightConverter))
+        self.model, known, prefix = model, model.state_dict(), model.base_model_prefix
         self.target: dict[str, str] = {}
         self.groups: dict[str, list[str]] = {}
         self._by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
@@ -345,6 +342,13 @@ class Conversion:
                 self.groups.setdefault(key, []).append(name)
                 self._pattern[name] = pattern
                 self._between[rename_source_key(name, renamings, [], prefix, known)[0]] = name
+
+    def missing(self) -> list[str]:
+        """The parameters that no tensor of the files becomes, nor one that they are tied to."""
+        made = {name for key in self.groups for name in self.targets(key)} | set(self.target.values())
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        there = {id(weight) for name, weight in named if name in made}
+        return [name for name, weight in named if id(weight) not in there]
 
     def targets(self, key: str) -> set[str]:
         """The parameters that a group becomes: `key`, and those that share its tensors."""

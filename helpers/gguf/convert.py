@@ -32,6 +32,18 @@ from helpers.model.loading import load_model
 from helpers.model.weights import check_adapter
 
 TYPES_16 = ("f16", "bf16")
+# Routers of experts whose function transformers has in its code and not in the config.
+SIGMOID = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "exaone_moe",
+    "kimi_linear",
+    "minimax_m2",
+    "nemotron_h",
+    "solar_open",
+)
+WORDS = {"linear_attention": "mamba", "full_attention": "attention"}  # the converter's for transformers 5's
 
 
 class Type(NamedTuple):
@@ -77,6 +89,8 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_v
             with weights.reading("The model's settings", model / file.name, "download or merge the model again."):
                 value = json.loads(file.read_text())
             value.pop("auto_map", None)  # names code to run
+            for part in (value, value.get("text_config") or {}):
+                _speak_to_converter(part)
             file.write_text(json.dumps(value, ensure_ascii=False))
         for file in (weights_there := list(model.glob("*.safetensors*"))):
             (folder / file.name).symlink_to(file.resolve())
@@ -92,6 +106,29 @@ def convert(model: Path, out: Path, outtype: str = "f16", name: str = "", only_v
         header.check(made)
         os.replace(made, out)
     return out
+
+
+def _speak_to_converter(config: dict[str, Any]) -> None:
+    """Put back what transformers 5 leaves out of a config that it saves, or has other words for. Raises TunebookError
+    for an order of layers that llama.cpp has no place for."""
+    kind, layers = str(config.get("model_type")), config.get("layer_types") or []
+    if kind in SIGMOID:  # the converter takes a softmax where nothing is said
+        config.setdefault("scoring_func", "sigmoid")
+    if config.get("layers_block_type"):
+        config.setdefault("num_hidden_layers", len(config["layers_block_type"]))
+    part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+    if kind in ("gpt_neox", "cohere2"):
+        config.setdefault("rotary_pct", part)
+    if kind == "bamba":
+        config.setdefault("attn_rotary_emb", int(part * config["hidden_size"] // config["num_attention_heads"]))
+    for name in ("layer_types", "layers_block_type"):
+        if kind in ("granitemoehybrid", "nemotron_h") and config.get(name):
+            config[name] = [WORDS.get(layer, layer) for layer in config[name]]
+    if kind.startswith(("qwen3_next", "qwen3_5")) and "linear_attention" in layers:
+        every = config.setdefault("full_attention_interval", [*layers, "full_attention"].index("full_attention") + 1)
+        if layers != ["linear_attention" if (i + 1) % every else "full_attention" for i in range(len(layers))]:
+            said = f"llama.cpp takes {kind} with full attention in every n-th layer alone, and this model's layers are "
+            raise TunebookError(f"{said}{', '.join(layers)[:200]}; choose another, or set outputs='adapter,merged'.")
 
 
 def _refusal(model: Path, log: str, status: int) -> TunebookError:
@@ -173,14 +210,14 @@ def parse_types(text: str) -> list[str]:
     return names
 
 
-def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None) -> Quantised:
+def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, again: bool = False) -> Quantised:
     """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what
-    `importance` wrote. Raises TunebookError with llama.cpp's own message.
+    `importance` wrote; again: `source` is quantised already. Raises TunebookError with llama.cpp's own message.
     """
     header.check(source)
     partial = out.with_name(f".{out.name}.partial")
     request: dict[str, Any] = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(partial)}
-    request |= {"type": LlamaFileType[f"MOSTLY_{kind.upper()}"].value, "imatrix": str(imatrix or "")}
+    request |= {"type": LlamaFileType[f"MOSTLY_{kind.upper()}"].value, "imatrix": str(imatrix or ""), "again": again}
     try:
         worker.run("helpers.gguf.libraries:quantize", request, wall_s=None, name="llama.cpp")
         header.check(partial)

@@ -152,16 +152,11 @@ class ExportJob(steps.Job):
         for kind in machine.progress(small, "Quantising"):
             self._make(self.file(kind), partial(convert.quantize, self.file("f16"), kind=kind, imatrix=matrix))
         self.files = [convert.describe(self.file(k), k) for k in self.kinds]
-        rows = [
-            (
-                f.type,
-                display.size(f.bytes),
-                f"{f.bits_per_weight:.2f}",
-                ", ".join(f"{count} {kind}" for kind, count in f.types.items()),
-                display.duration(self.seconds.get(f.type, 0)),
-            )
-            for f in self.files
-        ]
+        rows = []
+        for f in self.files:
+            types = ", ".join(f"{count} {kind}" for kind, count in f.types.items())
+            took = display.duration(self.seconds.get(f.type, 0))
+            rows.append((f.type, display.size(f.bytes), f"{f.bits_per_weight:.2f}", types, took))
         return display.shown(rows, ("file", "size", "bits per weight", "tensors", "time"))
 
     @steps.step
@@ -180,9 +175,9 @@ class ExportJob(steps.Job):
         shown = [talk for talk, _ in talks if not talk[1]][:2]  # llama.cpp's server writes a tool list anew
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=shown)
         with closing(made) as reference:
+            reference.model = None  # what the files are measured against is on disk
             small = [k for k in files if k not in convert.TYPES_16]
             weights = {kind: reference.weights_kl(files[kind], self.file("f16")) for kind in small}
-            reference.model = None  # what the files are measured against is on disk
             watched = machine.progress(list(files.items()), "Comparing with the trained model")
             self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
         for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):

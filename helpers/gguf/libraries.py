@@ -202,6 +202,7 @@ def quantize(request: dict[str, Any], _: object = None) -> None:
     library = load(request["library"], signatures)
     block = library.llama_model_quantize_default_params()
     struct.pack_into("<2i", block.bytes, 0, threads(), request["type"])  # first in every release
+    block.bytes[16] = request["again"]  # the first flag after four numbers: whether quantised files are taken
     if request["imatrix"]:
         rows = _read_importance(request["imatrix"])
         pointers = [Importance(n.encode(), v.ctypes.data_as(c.POINTER(c.c_float)), v.size) for n, v in rows.items()]

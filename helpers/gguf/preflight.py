@@ -186,7 +186,7 @@ def _sizes(counted: tuple[int, int], text: Any, params: Any, where: Path, report
         "merge into 16 bits": (n16, PROCESS_GIB + 10 * largest_gib),
         "16-bit GGUF": (n16, PROCESS_GIB + 6 * largest_gib),
         **{kind: (weights * convert.TYPES[kind].bits / 8 / GIB, 0.1 + 8 * largest_gib) for kind in small},
-        "fidelity": (kept, PROCESS_GIB + max(model, n16 + context)),
+        "fidelity": (kept + n16 * bool(small), PROCESS_GIB + max(model, n16 + context)),
     }
     step, most = max(((s, m) for s, (_, m) in report.needs.items()), key=lambda entry: entry[1])
     found = f"{report.disk_gib:.2f} GiB of {disk:.1f} GiB free."

@@ -111,12 +111,17 @@ def scaled(model: Any, logits: Any) -> Any:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def body_of(model: Any) -> Any:
+    """The model without its head; the text class of Llama 4 names a part that it has not."""
+    return getattr(model, model.base_model_prefix, None) or model.model
+
+
 def _agrees(model: Any, run: Any = None) -> bool:
     """Whether the model's own logits are the head of the last hidden states, scaled and capped by `SCALES`: families
     differ in more ways. run: the wrapper that has to be called, where weights are whole only within it."""
     run, seen = run or model, dict[str, Any]()
     ids, training = torch.arange(8, device=model.get_input_embeddings().weight.device)[None], model.training
-    body, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    body, head = body_of(model), model.get_output_embeddings()
     hooks = [
         body.register_forward_hook(lambda _, given, found: seen.update(states=found[0])),
         head.register_forward_hook(lambda _, given, found: seen.update(given=given[0], found=found)),
@@ -222,7 +227,7 @@ def _with_labels(
 
     for name in ("return_dict", "output_hidden_states", "output_attentions", "logits_to_keep"):
         given.pop(name, None)
-    body = model._own_forward if model._loss_head == "own" else getattr(model, model.base_model_prefix)
+    body = model._own_forward if model._loss_head == "own" else body_of(model)
     found = body(**{**given, "use_cache": False}, **({"output_router_logits": True} if router else {}))
     states = found.logits if model._loss_head == "own" else found[0]
     target = shifted(labels)

@@ -1,8 +1,9 @@
-"""What the layers of a model are, told from its config before any weight is loaded."""
+"""What the layers of a model are, told from its config before any weight is loaded: kinds, sizes, experts, states."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from helpers.model.weights import Weights, reading
 # Layers that carry a state from token to token, in transformers' words: over a document's end too, in a packed row.
 STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent")
 KINDS = ("full_attention", "sliding_attention", "attention", "moe", "mlp", "dense", "sparse")  # those that do not
+
+# How many experts a token goes to, by the names that configs have for it.
+ROUTED = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
+SCANNED = 512  # tokens that a layer with a state is looked at with: more than its chunks have
 
 ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")
 
@@ -46,6 +51,7 @@ def head_dim(config: Any) -> int:
 def linear_layers(model: Any) -> list[str]:
     """What "all-linear" adapts, as the shortest names that say it: every linear layer of the language model but the
     output head, routers, and what a Mamba layer's fused kernel reads past an adapter (all but its `in_proj`)."""
+    import torch
     from transformers.pytorch_utils import Conv1D
 
     head, modules = model.get_output_embeddings(), dict(model.get_decoder().named_modules())
@@ -54,28 +60,36 @@ def linear_layers(model: Any) -> list[str]:
         parts, parent = name.split("."), modules.get(name.rpartition(".")[0])
         tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
         fused = hasattr(parent, "A_log") and hasattr(parent, "D") and parts[-1] != "in_proj"
-        linear = "Linear" in type(module).__name__ or isinstance(module, Conv1D)
-        if linear and not (fused or module is head or ROUTER.search(f".{name}")):
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and not (fused or module is head or ROUTER.search(f".{name}")):
             kept.append(tails)
         else:
             others.update(tails)
     return sorted({next(tail for tail in tails if tail not in others) for tails in kept})
 
 
-def experts(model: Any) -> list[str]:
-    """Names of the parameters that hold the experts of a mixture, one matrix for each: PEFT targets them by name."""
+def expert_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the decoder, parameter) of the matrices of a mixture's experts, one stack of them for each."""
     import torch
 
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
-    found = [f"{n}.{p}" for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3]
-    return sorted({".".join(name.split(".")[-3:]) for name in found})
+    yield from ((f"{n}.{p}", w) for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3)
+
+
+def experts(model: Any) -> list[str]:
+    """Names of the parameters that hold the experts of a mixture: PEFT targets them by name."""
+    return sorted({".".join(name.split(".")[-3:]) for name, _ in expert_weights(model)})
+
+
+# ---------------------------------------------------------------- counted
 
 
 class Shape:
-    """What the causal LM that `config` describes is made of, counted on an instance without storage (about a second at
-    8B). linears: (name, inputs, outputs) of every linear layer inside the layers; stored: bytes of the files of a base
-    that is quantised as it comes; others: parameters."""
+    """What the causal LM that `config` describes is made of. linears: (name, inputs, outputs) of every linear layer
+    inside the layers, adapted: those of "all-linear"; experts: (count, rows, columns) of every stack of expert
+    matrices, of which a token meets the share `routed`; stored: bytes of the files of a base that is quantised as it
+    comes; recurrent: layers with a state (Mamba, linear attention, convolution), kept_bytes: what one of them keeps a
+    token for its backward pass, scan_bytes: its largest array a token meanwhile; others: parameters."""
 
     def __init__(self, config: Any, stored: int = 0) -> None:
         known = f"models of type {config.model_type} are not known here: take another."
@@ -89,24 +103,94 @@ class Shape:
         self.stored = stored
         text = config.get_text_config()
         with torch.device("meta"):
-            model = auto_class(config).from_config(config)
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self.name = getattr(config, "_name_or_path", "") or text.model_type
         self.hidden, self.layers, self.vocab = text.hidden_size, text.num_hidden_layers, text.vocab_size
         self.heads = text.num_attention_heads
-        head_size = head_dim(text)
-        self.query = self.heads * head_size
-        self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_size
-        widths = getattr(text, "intermediate_size", None) or 4 * self.hidden
-        self.intermediate = max(widths) if isinstance(widths, list) else widths
+        self.query = self.heads * head_dim(text)
+        self.key = (getattr(text, "num_key_value_heads", None) or self.heads) * head_dim(text)
         kinds = (torch.nn.Linear, Conv1D)
         modules = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
         self.linears = [(name, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in modules]
+        inside, short = {id(m) for m in model.get_decoder().modules()}, tuple(f".{n}" for n in linear_layers(model))
+        names = {name for name, module in modules if id(module) in inside and f".{name}".endswith(short)}
+        self.adapted = [linear for linear in self.linears if linear[0] in names]
         tied = head is None or head.weight is embedding.weight
         self.embedding, self.head = embedding.weight.numel(), 0 if tied else head.weight.numel()
         self.parameters = sum(p.numel() for p in model.parameters())
         self.linear_parameters = sum(i * o for _, i, o in self.linears)
         self.other = self.parameters - self.linear_parameters - self.embedding - self.head
+        stacks = dict(expert_weights(model))
+        self.experts = [tuple(w.shape) for w in stacks.values()]
+        self.expert_parameters = sum(w.numel() for w in stacks.values())
+        each = max((w.shape[0] for w in stacks.values()), default=1)
+        chosen = next((n for n in (getattr(text, name, None) for name in ROUTED) if n), each)
+        self.routed = min((max(chosen) if isinstance(chosen, (list, tuple)) else chosen) / each, 1.0)
+        self.active = self.parameters - round(self.expert_parameters * (1 - self.routed))
+        widths = getattr(text, "intermediate_size", None) or 4 * self.hidden
+        routed = [round(w.numel() * self.routed) // self.hidden for n, w in stacks.items() if "down" in n]
+        # An MLP keeps three arrays of its width; one of routed experts its input and output for each of them besides.
+        self.intermediate = max([*(widths if isinstance(widths, list) else [widths]), *routed])
+        if stacks:
+            self.intermediate += round(self.routed * each * self.hidden * 2 / 3)
+        mixers = [m for m in model.get_decoder().modules() if any(type(c) is torch.nn.Conv1d for c in m.children())]
+        self.recurrent = len(mixers)
+        self.kept_bytes, self.scan_bytes = _scanned(mixers[0], self.hidden) if mixers else (0.0, 0.0)
+
+    @property
+    def stack(self) -> float:
+        """Parameters in the experts of one layer, on average."""
+        return self.expert_parameters / self.layers
+
+    def said(self, four_bits: bool) -> list[str]:
+        """What a plan says of experts and states."""
+        found = []
+        if self.experts:
+            each = max(count for count, *_ in self.experts)
+            sizes = f"{self.parameters / 1e9:.3g} billion parameters, of which a token meets {self.active / 1e9:.3g}"
+            said = f"Mixture of experts: {sizes} billion ({round(self.routed * each)} of {each} experts)."
+            stay = f" Experts stay in 16 bits ({2 * self.expert_parameters / 2**30:.1f} GiB)"
+            found.append(said + f"{stay}: bitsandbytes' loader quantises linear layers alone." * four_bits)
+        if self.recurrent:
+            said = (
+                f"{self.recurrent} of {self.layers} layers carry a state, and one keeps {self.kept_bytes / 1024:,.0f}"
+            )
+            said += (
+                f" KiB a token and passes through {self.scan_bytes / 1024:,.0f}, as PyTorch computes it; the kernels"
+            )
+            found.append(f"{said} of mamba-ssm and flash-linear-attention need less.")
+        return found
+
+
+def _scanned(mixer: Any, hidden: int) -> tuple[float, float]:
+    """(bytes that a layer with a state keeps for its backward pass, bytes of its largest array), a token, in 16 bits:
+    run without storage, in the code that computes it where there are no kernels."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    own = {p.untyped_storage()._cdata for p in mixer.parameters()}
+    kept: dict[int, Any] = {}
+    largest = 0
+
+    def keep(tensor: Any) -> Any:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            nonlocal largest
+            made = operation(*given, **(named or {}))
+            stored = [t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+            largest = max([largest, *(s.nbytes() for s in stored if s._cdata not in own)])
+            return made
+
+    given = torch.zeros(1, SCANNED, hidden, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Largest(), torch.device("meta"):
+        mixer(given)
+    sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own]
+    return sum(sizes) / SCANNED, largest / SCANNED
 
 
 def shape_of(source: Any) -> Shape:

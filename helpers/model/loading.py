@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in the form of another library
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # an endless model would be built for ever
+RANDOM = "these would be random numbers. Download it again, or choose a causal model with its output layer."
+NO_HEAD = re.compile(r"For(Sequence|Token|Image)Classification$|ForQuestionAnswering$|ForMultipleChoice$|Reward\w*$")
 # Tokens that models keep for padding, tried in this order where the tokenizer itself names none.
 PADDING = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|vision_pad|>")
 
@@ -67,8 +70,7 @@ def resolve_model(name: str, revision: str = "") -> ModelSource:
             f"There is no model {name!r}: it is neither a local folder nor a hub id such as {DEFAULT_MODEL}."
         )
     has_copy = name == DEFAULT_MODEL and not revision
-    local = _snapshot(name, revision, local_only=True)
-    if local:
+    if local := _snapshot(name, revision, local_only=True):
         return ModelSource(name, local, local.name, "hub")
     if has_copy and offline.folder().is_dir():
         return ModelSource(name, offline.convert(), offline.REVISION, "wheel")
@@ -164,7 +166,6 @@ def load_config(source: Any) -> Any:
     path = Path(getattr(source, "path", source))
     with reading("The model", path, "its config.json names no architecture that this transformers knows."):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        config.get_text_config()
         parts = [config.to_dict(), *(v for v in config.to_dict().values() if isinstance(v, dict))]
         counts = [(name, part.get(name)) for part in parts for name in LAYERS]
         if bad := next(((name, n) for name, n in counts if isinstance(n, int) and not 0 < n <= 2000), None):
@@ -193,13 +194,20 @@ def quantizer(config: Any) -> str:
 
 
 def auto_class(config: Any) -> Any:
-    """The transformers class that loads `config`'s model with its output layer: text, or text with a vision part."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The transformers class that loads `config`'s model with its head; TunebookError for no causal language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
-    for found in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    made, text = next(iter(getattr(config, "architectures", None) or ()), ""), config.get_text_config()
+    both = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    both |= getattr(text, "use_bidirectional_attention", 0) is True or getattr(text, "attn_type", "") == "bi"
+    why = "has an encoder beside its decoder" * bool(getattr(config, "is_encoder_decoder", False))
+    why = why or "reads a text in both directions" * both
+    why = why or f"is a {made}, whose head predicts no next token" * bool(NO_HEAD.search(made))
+    for found in () if why else (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in found._model_mapping:
             return found
-    raise TunebookError(f"{config.model_type} is not a causal language model; choose one, such as {DEFAULT_MODEL}.")
+    said = f"The model of type {config.model_type} {why or 'is no causal language model'}"
+    raise TunebookError(f"{said}; choose a causal one, such as {DEFAULT_MODEL}.")
 
 
 # ---------------------------------------------------------------- the tokenizer
@@ -326,12 +334,13 @@ def load_model(
     wrong = [f"lacks {n} {list(ought[n].shape) if n in ought else ''}".strip() for n in sorted(found["missing_keys"])]
     wrong += [f"has {n} as {list(was)} and not {list(wanted)}" for n, was, wanted in sorted(found["mismatched_keys"])]
     if wrong:
-        raise TunebookError(f"The model in {path} {_names(wrong)}; these would be random numbers. Download it again.")
+        raise TunebookError(f"The model in {path} {_names(wrong)}; {RANDOM}")
     return model
 
 
 def check_shapes(held: weights.Weights, config: Any) -> None:
-    """Raises TunebookError for a tensor of another shape than the config's: loading into 4 bits would not look."""
+    """Raises TunebookError for a tensor of another shape than the config's (loading into 4 bits would not look), and
+    for one that the model needs and the files do not have; from the files' headers alone."""
     import torch
 
     with torch.device("meta"):
@@ -345,6 +354,10 @@ def check_shapes(held: weights.Weights, config: Any) -> None:
                 f"The model in {held.base} has {name} in {file} as {list(was)} where its config.json says "
                 f"{list(ought)}; it is damaged or belongs to another model: download it again."
             )
+    if lost := conversion.missing():
+        raise TunebookError(
+            f"The model in {held.base} lacks {_names([f'{n} {[*known[n].shape]}' for n in lost])}; {RANDOM}"
+        )
 
 
 def _fitting(path: Path, name: str) -> Any:

@@ -23,6 +23,7 @@ FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segm
 # Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1, "sgd": 0}
 OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
+EVERY = ("", "all-linear")  # target_modules that mean every linear layer, and the experts
 PASSES = {"dpo": 1, "kto": 3}  # forward passes for the reference, and KTO's of mismatched answers by both
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
@@ -156,10 +157,15 @@ def trained_parameters(shape: Shape, s: Setting) -> int:
     if p.method == "freeze":
         return round((shape.linear_parameters + shape.other) * getattr(p, "freeze_layers", 0) / shape.layers)
     names = [name.strip() for name in p.target_modules.split(",")]
-    every = p.target_modules in ("", "all-linear")
-    return whole_parameters(shape, s) + sum(
-        p.rank * (i + o) for name, i, o in shape.linears if every or name.rsplit(".", 1)[-1] in names
-    )
+    every = p.target_modules in EVERY
+    chosen = shape.adapted if every else [one for one in shape.linears if one[0].rsplit(".", 1)[-1] in names]
+    of_experts = sum(count * (rows + columns) for count, rows, columns in shape.experts) * every
+    return whole_parameters(shape, s) + p.rank * (of_experts + sum(i + o for _, i, o in chosen))
+
+
+def adapts_experts(shape: Shape, s: Setting) -> bool:
+    """Whether experts have adapters: PEFT then sums each stack with its change and keeps it for the backward pass."""
+    return bool(shape.experts) and s.params.method in ("lora", "qlora") and s.params.target_modules in EVERY
 
 
 def whole_parameters(shape: Shape, s: Setting) -> int:
@@ -218,7 +224,8 @@ def layer_bytes_per_token(shape: Shape, s: Setting) -> tuple[float, float]:
     elif s.params.dropout:  # its masks, a byte a number
         outside += 3 * shape.hidden + shape.query
         inside += 2 * shape.hidden + shape.intermediate
-    return outside, inside
+    states = shape.recurrent / shape.layers * shape.kept_bytes * 2 / s.number_bytes  # mostly fp32 in either precision
+    return outside + states, inside
 
 
 def head_bytes(shape: Shape, s: Setting) -> float:
@@ -239,6 +246,10 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
     else:
         layer = tokens * (outside + inside)
         passing = tokens * 2 * (2 * shape.hidden + shape.intermediate)
+    if adapts_experts(shape, s):  # the sums, and the gradient of one
+        layer += 2 * shape.stack
+        passing += 2 * shape.stack
+    passing += 2 * tokens * shape.scan_bytes * 2 / s.number_bytes
     kept = 0.0 if s.offload else tokens * 2 * shape.hidden
     if s.offload and s.backend == "hf":  # one layer's input on its way out, one on its way back
         passing += 2 * tokens * 2 * shape.hidden
@@ -273,7 +284,9 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
     full = s.params.method == "full"
     passes = PASSES.get(getattr(s.params, "loss", ""), 0)
     again = s.recompute / shape.layers
+    summed = adapts_experts(shape, s)  # then the gradient of the sums is computed too
     matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again + passes)
+    matrix += 2 * shape.expert_parameters * shape.routed * ((3 if full or summed else 2) + again + passes)
     head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.params.stage != "sft") + passes)
     attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again + passes)
     rate = card.tflops * 1e12
@@ -283,6 +296,8 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
     if s.quantize == "nf4":
         unpack = UNPACK_BYTES if card.capability else UNPACK_CPU_BYTES
         traffic += shape.linear_parameters * unpack * (2 + again + passes)
+    traffic += summed * shape.expert_parameters * s.number_bytes * (8 + 2 * again + 2 * passes)
+    traffic += tokens * shape.recurrent * shape.scan_bytes * (6 + 2 * again + 2 * passes)
     moving = traffic / (card.gb_s * 1e9 * 0.9)
     seconds = compute + moving
     if s.offload and s.backend == "hf":

@@ -17,10 +17,11 @@ from typing import Any
 from helpers import display
 from helpers.errors import TunebookError
 from helpers.model import packed_attention
+from helpers.model.layer_kinds import Shape, shape_of
 from helpers.model.loading import load_config, quantizer
 from helpers.params import TrainingParams
 from helpers.planner import cost_model, learning_rate, row_plan
-from helpers.planner.cost_model import Card, DoesNotFit, Option, Setting, Shape, base_setting, shape_of
+from helpers.planner.cost_model import Card, DoesNotFit, Option, Setting, base_setting
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
@@ -213,7 +214,8 @@ def plan(
     options = list(search.options())
     if (best := search.best(options)) is None:
         raise DoesNotFit(search.refusal(options) if advise else "", min(o.need_gib for o in options))
-    reasons = [*([chosen] if chosen else []), why, f"Attention {kernel.name}: {kernel.reason}."]
+    reasons = [*filter(None, [chosen]), why, *shape.said(best.setting.quantize == "nf4")]
+    reasons.append(f"Attention {kernel.name}: {kernel.reason}.")
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
@@ -225,14 +227,13 @@ def plan(
     reasons.append(told)
     if params.method in ("qlora", "lora"):
         reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
-    steps = params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)
     return Plan(
         card=card,
         shape=shape,
         option=best,
         batches=batches,
         world_size=world_size,
-        steps=steps,
+        steps=(steps := params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)),
         tokens=round(sum(lengths) * steps / search.steps.per_epoch),
         attention=kernel.name,
         packed=in_one,

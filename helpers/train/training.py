@@ -26,6 +26,7 @@ from helpers.data.vocabulary import of_run, without_rows
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
 from helpers.model import loading, weights
+from helpers.model.layer_kinds import shape_of
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams, resolve
 from helpers.planner import cost_model, row_plan
@@ -96,6 +97,7 @@ def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any
     from_hub, from_folder = (known.get("origin") == origin and not params.model for origin in ("hub", "folder"))
     name = params.model or known["path" if from_folder else "name"]
     source = resolve_model(name, known.get("revision", "") if from_hub else "")
+    loading.check_shapes(weights.Weights(source.path), load_config(source))
     os.environ["HF_HUB_OFFLINE"] = "1"  # from now on PEFT must not ask a hub whenever it saves an adapter
     warnings.filterwarnings("ignore", "Could not find a config file")  # what PEFT says then
     own, tokenizer = load_tokenizer(source), load_tokenizer(of_run(data.path, source.path))
@@ -234,7 +236,7 @@ class Estimate:
         params = dataclasses.replace(params, method=adapter.method)
         data = runs.load(params.run, "data", verify=False)
         base = _base_here(params, data)
-        base_config, shape = self._once(("base", base), lambda: (load_config(base), cost_model.shape_of(base)))
+        base_config, shape = self._once(("base", base), lambda: (load_config(base), shape_of(base)))
         key = ("rows", data.sha256, getattr(params, "loss", "") == "kto")
         lengths, padded = examples.lengths_at(self._once(key, lambda: examples.token_counts(data, params)), params)
         if not lengths:

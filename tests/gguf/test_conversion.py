@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ci.model_families import make
+from ci.model_families import config_of, make
 from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, preflight
 
@@ -71,3 +71,31 @@ def test_a_crash_of_llama_cpp_is_told_in_its_own_words():
     said = str(libraries.failure("quantising x to q4_0", CRASH))
     assert "GGML_ASSERT(n_expert > 0) failed" in said
     assert not any(word in said for word in ("ptrace", "No stack", "LWP", "libthread", "not being run", "#0"))
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("DeepSeek-V3", {"scoring_func": "sigmoid"}),
+        ("Granite 4 hybrid", {"layer_types": ["mamba", "attention"]}),
+        ("Nemotron-H", {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3}),
+        ("Qwen3-Next", {"full_attention_interval": 4}),
+        ("GPT-NeoX", {"rotary_pct": 0.25}),
+        ("Bamba", {"attn_rotary_emb": 8}),
+    ],
+)
+def test_the_converter_is_told_what_transformers_5_leaves_out_of_a_config(family, told):
+    config = config_of(family).to_dict()
+    convert._speak_to_converter(config)
+    assert {name: config[name] for name in told} == told
+    own = {**config, **dict.fromkeys(("scoring_func", "full_attention_interval", "rotary_pct"), 4)}
+    own["layer_types"] = ["linear_attention"] * 3 + ["full_attention"]
+    convert._speak_to_converter(own)
+    assert (own["scoring_func"], own["full_attention_interval"], own["rotary_pct"]) == (4, 4, 4), "its own words stay"
+
+
+def test_layers_in_an_order_that_llama_cpp_has_no_place_for_are_refused():
+    config = config_of("Qwen3-Next").to_dict()
+    config["layer_types"] = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+    with pytest.raises(TunebookError, match="full attention in every n-th layer alone, and this model's layers are"):
+        convert._speak_to_converter(config)

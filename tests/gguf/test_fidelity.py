@@ -139,6 +139,46 @@ def test_each_broken_gate_is_named(reference, f16, tmp_path):
             fidelity.require([result])
 
 
+def altered(path, out, layer=None, **fields):
+    """A copy of a GGUF file with other numbers in its header, and noise in the weights of a tensor."""
+    from gguf import GGUFReader
+
+    out.write_bytes(path.read_bytes())
+    reader = GGUFReader(out, "r+")
+    for name, value in fields.items():
+        field = reader.get_field(name.replace("__", "."))
+        field.parts[field.data[0]][0] = value
+    for tensor in (t for t in reader.tensors if t.name == layer):
+        draw = np.random.default_rng(0)
+        if tensor.data.dtype == np.float16:
+            spread = np.abs(tensor.data).mean()
+            tensor.data[:] += draw.normal(0, spread, tensor.data.shape).astype(np.float16)
+        else:
+            tensor.data[: len(tensor.data) // 2] = tensor.data[len(tensor.data) // 2 :][: len(tensor.data) // 2]
+    reader.data.flush()
+    return out
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
+def test_a_broken_model_is_named_by_its_gate_however_small_the_file(kind, tokenizer, tmp_path):
+    """Weights of one layer and the rotary embedding's base: in 4 bits, too, where the bound of the type alone lets a
+    KL of 0.25 pass."""
+    folder, f16 = gguf_models.make("llama", tmp_path / "model", tokenizer), tmp_path / "f16.gguf"
+    convert.convert(folder, f16)
+    whole = f16 if kind == "f16" else convert.quantize(f16, tmp_path / "q4.gguf", kind).path
+    layer = altered(whole, tmp_path / "layer.gguf", "blk.0.ffn_down.weight")
+    rope = altered(whole, tmp_path / "rope.gguf", llama__rope__freq_base=50.0)
+    with closing(fidelity.Reference(folder, [tokenizer(TEXT)["input_ids"]], work=tmp_path)) as reference:
+        for path in (whole, layer, rope):
+            cost = None if kind == "f16" else reference.weights_kl(path, f16)
+            result = fidelity.measure(reference, path, kind, cost)
+            assert ("blk.0.ffn_down.weight" in result.failed.get("weights", "")) == (path == layer and kind != "f16")
+            far = result.mean_kl > fidelity.budget(result)[0]  # noise has no first choice that rounding would keep
+            assert far == (path != whole) or (path == layer and kind != "f16"), (path.name, result.mean_kl, cost)
+            assert not far or "logits" in result.failed
+        assert fidelity.budget(result)[0] <= convert.TYPES[kind].kl
+
+
 def test_a_truncated_or_foreign_file_is_refused_with_a_sentence(f16, tmp_path):
     data = f16.read_bytes()
     for name, content, words in (

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 from helpers import machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
+from helpers.model import layer_kinds
 from helpers.planner import cost_model
 from helpers.planner import plan as planner
 
@@ -48,7 +49,7 @@ def plan(values, lengths, config, **more):
 
 @pytest.fixture(scope="module")
 def shapes():
-    return {size: cost_model.Shape(llama(size)) for size in SIZES}
+    return {size: layer_kinds.Shape(llama(size)) for size in SIZES}
 
 
 def test_the_shape_counts_every_parameter(shapes):

@@ -172,6 +172,66 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_before_training(tokeni
         preflight.check(folder, where=tmp_path).require()
 
 
+def foreign(kind, folder, tokenizer):
+    """A base in `folder` that is no causal language model."""
+    import transformers as t
+
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"vocab_size": len(tokenizer)}
+    pair = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    pair |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": len(tokenizer)}
+    image = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+    seq = {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "vocab_size": len(tokenizer)}
+    llama, untied = t.LlamaConfig(**size), {"tie_word_embeddings": False, "num_labels": 1, "pad_token_id": 0}
+    made = {
+        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**seq)),
+        "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**pair)),
+        "bert": lambda: t.BertForMaskedLM(t.BertConfig(**size)),
+        "xlnet": lambda: t.XLNetLMHeadModel(
+            t.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, vocab_size=len(tokenizer))
+        ),
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**image)),
+        "reward": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**size, **untied)),
+        "tied reward": lambda: t.Qwen2ForSequenceClassification(
+            t.Qwen2Config(**size, num_key_value_heads=1, **untied | {"tie_word_embeddings": True})
+        ),
+        "no head": lambda: t.LlamaModel(llama),
+    }
+    made.get(kind, lambda: t.LlamaForCausalLM(llama))().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"unknown": {"model_type": "frobnicate"}, "none": {"model_type": None}, "nothing": dict.fromkeys(config)}
+    config = {k: v for k, v in (config | changes.get(kind, {})).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("t5", "type t5 has an encoder beside its decoder"),
+        ("bart", "type bart has an encoder beside its decoder"),
+        ("bert", "type bert reads a text in both directions"),
+        ("xlnet", "type xlnet reads a text in both directions"),
+        ("vit", "type vit is a ViTForImageClassification, whose head predicts no next token"),
+        ("reward", "is a LlamaForSequenceClassification, whose head predicts no next token"),
+        ("tied reward", "is a Qwen2ForSequenceClassification, whose head predicts no next token"),
+        ("no head", r"lacks lm_head.weight \[49152, 32\]; these would be random numbers"),
+        ("unknown", "model type `frobnicate`"),
+        ("none", "Should have a `model_type` key in its config.json"),
+        ("nothing", "Should have a `model_type` key in its config.json"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_before_its_weights_are_loaded(
+    kind, words, runs_root, tokenizer, tmp_path
+):
+    folder = foreign(kind, tmp_path / "model", tokenizer)
+    rows, pairs = train_data.sft_rows(tokenizer, 2), train_data.pair_rows(tokenizer, 2)
+    train_data.data_stage("r", folder, tokenizer, rows, rows, pairs, pairs)
+    with pytest.raises(TunebookError, match=words):
+        training.open(settings())
+
+
 # ---------------------------------------------------------------- experts and vision parts
 
 

@@ -123,6 +123,8 @@ class Board:
         gone = display.duration(time.monotonic() - self.began)
         done, rest = display.percent(share, 0), display.duration(left)
         text = f"{done:>5}; about {rest} left of the whole run; {doing}, {gone} gone"
+        if len(text) > room:
+            text = f"{done:>5}; {doing}; {rest} left"
         return f"{runs.FOLDERS[self.stage]} {bar} {text[:room]}"
 
 

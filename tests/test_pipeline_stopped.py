@@ -246,6 +246,13 @@ def test_a_terminal_gets_a_line_a_stage_and_the_time_left(runs_root, monkeypatch
     (runs.folder("r", "sft") / "log.jsonl").write_text('{"step": 29}\n' + json.dumps(line) + '\n{"step": 3')
     share, left, doing = board.now()
     assert doing == "step 30 of 40, loss 0.500" and 100 < left < 300
+    monkeypatch.setenv("COLUMNS", "80")
+    board.live = True
+    line = board._line(0.83, 1800, "step 107 of 130, loss 0.093")
+    board.live = False
+    assert len(line) < 80 and line.endswith("83 %; step 107 of 130, loss 0.093; 30 min left"), (
+        "nothing is cut at 80 columns"
+    )
     board.write("Resuming\x1b[2J from checkpoint-20.\n\none\ntwo\nthree\n")
     board.end("finished")
     said = capsys.readouterr().out

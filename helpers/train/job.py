@@ -25,6 +25,7 @@ from helpers.train import config, distributed, resume, rows
 # Looks that are figures: the name of the file that is kept, and what draws it. A stage's last one is drawn live.
 LOSS: dict[str, tuple[str, Callable[..., Any]]] = {"figure": ("loss", plots.training_curves)}
 FIGURES = {"sft": LOSS, "orpo": {**LOSS, "margins": ("margins", plots.preference_curves)}}
+WORDS = {"train_s": "seconds of training", "tokens_per_s": "tokens a second", "trainable": "trained parameters"}
 
 
 @dataclass(eq=False, repr=False)
@@ -134,7 +135,8 @@ class TrainJob(steps.Job):
     def summary(self) -> display.Html:
         """What came out, as a table."""
         self._require_trained()
-        table = [(name.replace("_", " "), display.plain(v)) for name, v in self.result.items() if name != "score_after"]
+        named = {n: WORDS.get(n, n.replace("_", " ")) for n in self.result if n != "score_after"}
+        table = [(words, display.plain(self.result[n])) for n, words in named.items()]
         for one in self.result.get("score_after", ()):
             said = f"{display.percent(one['score'])} ({display.interval(one['low'], one['high'])}), n = {one['n']}"
             table.append((f"score after {one['minutes']:.1f} minutes, step {one['step']}", said))

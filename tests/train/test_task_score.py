@@ -52,7 +52,8 @@ def test_the_last_checkpoint_is_kept_unless_an_earlier_one_is_clearly_better(sco
     assert all(one["low"] <= one["score"] <= one["high"] and one["n"] == 8 for one in found)
     losses = {line["step"]: line["eval_loss"] for line in job.lines() if "eval_loss" in line}
     assert job.result["eval_loss"] == losses[kept] and job.result["last_eval_loss"] == losses[3]
-    assert str(job.summary()).count("score after") == 3
+    told = str(job.summary())
+    assert told.count("score after") == 3 and "seconds of training" in told and "trained parameters" in told
 
 
 def test_the_model_itself_is_asked_and_the_manifest_says_what_it_scored(scored, monkeypatch):

@@ -343,7 +343,7 @@ def test_the_mapping_follows_the_columns_and_a_wrong_one_is_told(project):
 
 @pytest.mark.skipif(SEVEN or not (COLABS / "ipywidgets").is_dir(), reason="Colab's ipywidgets 7.7 is not here")
 def test_all_of_this_holds_with_the_ipywidgets_that_colab_has():
-    words = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    words = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider", __file__]
     told = {**os.environ, "PYTHONPATH": str(COLABS), "TUNEBOOK_IPYWIDGETS_7": str(COLABS)}
     done = subprocess.run(words, cwd=PROJECT, env=told, capture_output=True, text=True)
     assert done.returncode == 0 and " 1 skipped" in done.stdout, done.stdout[-3000:]

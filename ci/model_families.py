@@ -235,10 +235,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Of every family with a cell that is not as it ought to be: why.
 REASONS: dict[str, str] = {
-    "DeepSeek-V2-Lite": "llama.cpp knows the form without q_lora_rank by its 27 layers, and the tiny model has two.",
-    "EXAONE 4": "llama.cpp knows its sliding layers at 64 layers (the 32B) alone, and the tiny model has four.",
+    "Llama 4 text": "llama.cpp fixes chunks of 8,192 tokens, and the tiny model's have 32.",
     "Qwen2": "its GGUF needs Qwen2's own tokenizer, which transformers gives every folder of this type.",
     "Qwen2.5": "as Qwen2.",
+    "Gemma 3n text": "llama.cpp takes per-layer embeddings of 256 numbers, and the tiny model's have 16.",
+    "Bamba": "the gate refuses its GGUF; why its logits differ is not found. Granite 4's hybrids pass.",
+    "DeepSeek-V2-Lite": "llama.cpp knows the form without q_lora_rank by its 27 layers, and the tiny model has two.",
+    "Ernie 4.5": "its converter takes a vocabulary that puts a space before a text, and the tiny one puts none.",
+    "Ernie 4.5 MoE": "as Ernie 4.5; the gate also refuses its logits, and why they differ is not found.",
+    "EXAONE 4": "llama.cpp knows its sliding layers at 64 layers (the 32B) alone, and the tiny model has four.",
 }
 
 

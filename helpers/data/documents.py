@@ -28,6 +28,7 @@ CHARS_A_TOKEN = 8  # more than most texts have
 LINE_CHARS = 400  # a .txt whose lines, none of them empty, have so many at the median holds a text a line
 # Where a paragraph, a sentence, a line ends.
 BREAKS = [re.compile(end) for end in (r"\n\s*\n", r"[.!?…]['\")\]’”»]*\s+|[。！？][”』」）]*\s*", r"\n")]
+OPEN = "<!\ue000--"  # a comment that never ends
 CODE = r"(?<!`)(?P<ticks>`+)(?!`)[^\0]{1,2000}?(?<!`)(?P=ticks)(?!`)"
 LINK = re.compile(rf"(?P<code>{CODE})|\[([^\]\n]{{0,500}})\]\([^()\n]{{0,1000}}\)")
 PROSE = re.compile(
@@ -262,7 +263,10 @@ def _prose(text: str) -> str:
         typed = (before.isalnum() or before == "_") and tag not in closed  # List<Object>
         return found[0] if found["code"] or (tag and (tag not in defs.tags or typed)) else ""
 
-    return LINK.sub(lambda found: found[0] if found["code"] else found[3], PROSE.sub(shown, text))
+    ends = text.rfind("-->") + 3  # what opens behind it never closes, and is not looked for to the end each time
+    text = text[:ends] + text[ends:].replace("<!--", OPEN) if ends > 2 else text.replace("<!--", OPEN)
+    text = LINK.sub(lambda found: found[0] if found["code"] else found[3], PROSE.sub(shown, text))
+    return text.replace(OPEN, "<!--")
 
 
 UNSEEN = ("del", "moveFrom", "Fallback", "txbxContent", "instrText", "delText", "pPr", "rPr", "tblPr", "sdtPr")

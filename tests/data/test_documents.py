@@ -255,6 +255,12 @@ def test_code_in_markdown_is_kept_in_and_out_of_fences(text):
     assert text in documents._markdown(f"Before <b>bold</b>.\n\n{text}\n\nAfter [x](y) <br> ![p](q).".encode())
 
 
+def test_comments_that_never_end_are_text_and_cost_no_more_than_others(tmp_path):
+    (tmp_path / "a.md").write_text("x <!-- c --> y <!-- z `<!-- code` [l](u)" + " <!-- w" * 300_000)
+    text = documents.read(tmp_path / "a.md")  # within a child's minute; looked for to the end each time it takes hours
+    assert text.startswith("x  y <!-- z `<!-- code` l <!-- w <!-- w") and text.count("<!--") == 300_002
+
+
 def test_markdown_loses_its_html_comments_pictures_and_link_targets_only():
     text = documents._markdown(b"A <b>c</b><br/>[![badge](u)](v) [w `a<i>`](x) <!-- no\nno --> <a href='q'>link</a>")
     assert "".join(text.split()) == "Acw`a<i>`link"

@@ -22,6 +22,7 @@ from helpers import display, plots
 from helpers.data.rendering import openai_form
 from helpers.errors import TunebookError
 from helpers.gguf import convert, header, probes
+from helpers.gguf.convert import quantize
 from helpers.gguf.runner import GgufModel
 from helpers.gguf.trained import Merge, answers, logprobs, placement
 from helpers.model.loading import load_model, load_tokenizer
@@ -125,7 +126,7 @@ class Reference:
         """
         import numpy as np
 
-        unpacked = convert.quantize(file, Path(self.folder.name) / "unpacked.gguf", "f16", again=True).path
+        unpacked = quantize(file, Path(self.folder.name) / "unpacked.gguf", "f16", again=True).path
         self.foreign[file] = _foreign_tensor(file, unpacked, source)
         with closing(GgufModel(unpacked)) as model:
             kl = np.array(model.ask("compare", self.rows, str(self.file)))[:, 0]

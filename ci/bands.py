@@ -23,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from helpers import machine, params, runs
+from helpers import display, machine, params, runs
 from helpers.errors import TunebookError
 
 FILE = PROJECT / "ci" / "results" / "bands.json"
@@ -63,7 +63,7 @@ def outside(found: list[float], recorded: list[float]) -> list[str]:
     for step, (loss, ought) in enumerate(zip(found, recorded, strict=True), 1):
         width = FIRST + (LAST - FIRST) * (step - 1) / max(len(recorded) - 1, 1)
         if not abs(loss - ought) <= width * abs(ought):
-            said.append(f"step {step}: {loss} where {ought} ± {width:.1%} was recorded")
+            said.append(f"step {step}: {loss} where {ought} ± {display.percent(width)} was recorded")
     return said
 
 

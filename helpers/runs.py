@@ -172,6 +172,14 @@ class Stage:
     _started: float = field(default_factory=time.monotonic)
     _code: str = ""
     _plan: dict[str, Any] = field(default_factory=dict)
+    _opened: int = field(default_factory=time.time_ns)
+
+    def finished_meanwhile(self) -> bool:
+        """Whether another process has finished this very work since the stage was opened; then `done` holds it."""
+        file = self.path / "manifest.json"
+        if not self.begun and file.is_file() and file.stat().st_mtime_ns > self._opened:
+            self.done, self.note = _done(self.name, self.params, self._plan)
+        return self.done is not None
 
     @property
     def seconds(self) -> float:
@@ -322,9 +330,8 @@ def _unfinished(path: Path, plan: dict[str, Any]) -> bool:
 
 def set_aside(path: Path) -> None:
     """Keep what stands in `path` under a free neighbouring name. An empty folder is just used."""
-    if not path.exists() or not any(path.iterdir()):
-        return
-    display.say(f"{path.name} stood here already; it is kept as {move_aside(path)}")
+    if path.exists() and any(path.iterdir()):
+        display.say(f"{path.name} stood here already; it is kept as {move_aside(path)}")
 
 
 # ---------------------------------------------------------------- locks
@@ -335,8 +342,7 @@ _held: dict[Path, TextIO] = {}
 def lock(run: str, stage: str) -> None:
     """Keep other processes off a stage until `unlock` or the end of this process: two would mix their checkpoints.
     Raises TunebookError when another process works on it."""
-    path = run_folder(run) / ".locks" / stage
-    if path in _held:
+    if (path := run_folder(run) / ".locks" / stage) in _held:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,9 +376,8 @@ def _taken_by(file: TextIO, kind: int) -> str:
         taken = True
     except OSError as error:  # some network and mounted drives have no locks
         if kind == fcntl.LOCK_EX:
-            display.say(
-                f"{file.name} cannot be locked ({error.strerror}); the process that it names is looked for instead."
-            )
+            why = f"{file.name} cannot be locked ({error.strerror})"
+            display.say(f"{why}; the process that it names is looked for instead.")
         other = host == socket.gethostname() and owner.isdigit() and int(owner) != os.getpid()
         taken = other and psutil.pid_exists(int(owner))
     return f"process {owner}" if taken else ""
@@ -382,8 +387,8 @@ def unlock(run: str, stage: str) -> None:
     """Let go of a lock that this process holds; nothing happens when it holds none."""
     file = _held.pop(run_folder(run) / ".locks" / stage, None)
     if file is not None:
-        file.truncate(0)  # where nothing can be locked, the name alone says that somebody works
-        file.close()
+        with file:
+            file.truncate(0)  # where nothing can be locked, the name alone says that somebody works
 
 
 def _forget() -> None:

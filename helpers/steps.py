@@ -90,6 +90,9 @@ def _once(work: Callable[..., Result], begins: bool) -> Callable[..., Result]:
                 job.watch(other)
                 if stage.done:
                     return once(job, *arguments, **named)
+            if begins and stage.finished_meanwhile():
+                display.say(stage.note)
+                return once(job, *arguments, **named)
             if begins and stage.begin():
                 for earlier, value in job._results.items():
                     display.save(value, shown, earlier.split("(")[0])

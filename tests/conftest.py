@@ -25,7 +25,7 @@ if workers := os.environ.get(
 
 # The files that take longest, longest first: started first, they leave no worker alone at the end.
 SLOWEST = ("test_twice", "test_pipeline", "test_preference", "test_resume", "test_pipeline_stopped", "test_sft")
-SLOWEST += ("test_recipes", "test_fidelity", "test_export")
+SLOWEST += ("test_recipes", "test_distributed", "test_fidelity", "test_export", "test_bases")
 
 
 def pytest_collection_modifyitems(items):

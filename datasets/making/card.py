@@ -81,7 +81,7 @@ training example has 129 on average).
 
 ## What the questions ask
 
-Every query runs, and **{filled:.0%} of the gold answers are not empty**, in training as in the test.
+Every query runs, and **{filled:.0f} % of the gold answers are not empty**, in training as in the test.
 
 | kind | training | test | preference |
 |---|---|---|---|
@@ -160,7 +160,7 @@ def render(train: list[dict], test: list[dict], pairs: list[dict], checker: slot
         tables=len(rows),
         system=database.SYSTEM,
         table_rows=", ".join(f"`{name}` {len(content)}" for name, content in rows.items()),
-        filled=sum(slots.filled(checker.answer(sql)) for sql in gold) / len(gold),
+        filled=100 * sum(slots.filled(checker.answer(sql)) for sql in gold) / len(gold),
         kinds=table((kind, *(count[kind] for count in kinds)) for kind in sorted(kinds[0])),
         features=table(
             (name, *(sum(has(row["sql"]) for row in part) for part in (train, test))) for name, has in FEATURES.items()

@@ -177,7 +177,8 @@ def _foreign_tensor(file: Path, unpacked: Path, source: Path) -> str:
     for kind, found in errors.items():
         usual, (name, worst) = float(np.median(list(found.values()))), max(found.items(), key=lambda one: one[1])
         if worst > 4 * usual:
-            return f"{name} differs from the 16-bit file's by {worst:.1%}, where {kind} costs others {usual:.1%}"
+            far, near = display.percent(worst), display.percent(usual)
+            return f"{name} differs from the 16-bit file's by {far}, where {kind} costs others {near}"
     return ""
 
 

@@ -219,6 +219,15 @@ def test_a_run_in_another_process_is_followed_and_then_shown_from_disk(data, run
     assert not list(runs_root.glob("r/*.old-*"))
 
 
+def test_what_another_process_finished_since_it_was_opened_is_shown_and_not_set_aside(data, runs_root, capsys):
+    other, mine = job(max_steps=2), job(max_steps=2)
+    other.train()
+    made = other.finish()
+    capsys.readouterr()
+    assert "2 steps in" in mine.train().text and "done at" in capsys.readouterr().out
+    assert mine.finish().sha256 == made.sha256 and not list(runs_root.glob("r/*.old-*"))
+
+
 def test_03_without_preference_pairs_is_a_line_and_its_cells_show_nothing(runs_root, capsys):
     begun("data", parameters.resolve("data", {"run": "r"})).finish({})
     skipped = training.open(train_data.settings("orpo"))

@@ -199,7 +199,7 @@ def test_queries_are_judged_by_running_them_and_other_answers_by_their_words(atl
 
 
 def test_a_run_in_another_process_is_followed_and_then_shown_from_disk(data, runs_root, handle, capsys):
-    values = train_data.settings("sft", max_steps=8, learning_rate=1e-3).changed()
+    values = train_data.settings("sft", max_steps=40, epochs=40, learning_rate=1e-3).changed()
     (runs_root / "sft.yaml").write_text(json.dumps(values))
     command = [sys.executable, "-m", "helpers.train", str(runs_root / "sft.yaml")]
     worker = subprocess.Popen(
@@ -209,13 +209,13 @@ def test_a_run_in_another_process_is_followed_and_then_shown_from_disk(data, run
     while not log.is_file() or not callbacks.read(log):
         assert worker.poll() is None
         time.sleep(0.05)
-    mine = job(max_steps=8, learning_rate=1e-3, save_steps=0, eval_steps=0)
+    mine = job(max_steps=40, epochs=40, learning_rate=1e-3, save_steps=0, eval_steps=0)
     shown = mine.train()
     worker.wait()
     said = capsys.readouterr().out
     assert f"process {worker.pid} trains this run" in said and "done at" in said
     assert any(f"process {worker.pid} is training" in frame.text for frame in handle.frames)
-    assert "8 steps in" in shown.text and mine.finish().path == log.parent
+    assert "40 steps in" in shown.text and mine.finish().path == log.parent
     assert not list(runs_root.glob("r/*.old-*"))
 
 

@@ -1,7 +1,7 @@
 """Tiny random models of the families that people tune: made from a config alone, offline, a second each.
 
 A family is a transformers `model_type` with the settings that make it what it is (experts, a window shorter than a row,
-states beside attention), two to four layers, and a hidden size of 64.
+states beside attention), two to six layers, and a hidden size of 64.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ import pytest
 from ci import bands, gpu_session
 from helpers import machine
 from helpers import params as parameters
-from helpers.model import loading
-from helpers.planner import cost_model
+from helpers.model import layer_kinds, loading
 
 
 @pytest.mark.parametrize("shape", ["135m", "32b", "30b-a3b"])
@@ -19,7 +18,7 @@ def test_a_base_of_random_weights_loads_with_every_tensor(smollm2, tmp_path, sha
     model = loading.load_model(tmp_path / "16", dtype="fp32", device="cpu")
     weight = model.get_input_embeddings().weight
     assert 0.01 < float(weight.std()) < 0.03 and loading.load_tokenizer(tmp_path / "16").chat_template
-    assert cost_model.shape_of(tmp_path / "16").parameters == sum(p.numel() for p in model.parameters())
+    assert layer_kinds.shape_of(tmp_path / "16").parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_the_shapes_have_the_published_sizes():
@@ -28,7 +27,7 @@ def test_the_shapes_have_the_published_sizes():
     billions = {}
     for name, (kind, sizes) in gpu_session.SHAPES.items():
         config = getattr(transformers, f"{kind}Config")(**{"tie_word_embeddings": False, **sizes})
-        billions[name] = round(cost_model.Shape(config).parameters / 1e9, 2)
+        billions[name] = round(layer_kinds.Shape(config).parameters / 1e9, 2)
     assert billions == {"135m": 0.13, "1.7b": 1.71, "8b": 8.03, "32b": 32.76, "70b": 70.55, "30b-a3b": 30.53}
 
 
@@ -59,7 +58,7 @@ def test_a_program_that_takes_more_host_memory_than_it_may_ends_as_if_killed(tmp
 def test_a_loss_outside_its_band_is_named_and_a_nan_is_outside_any():
     recorded = [2.0] * 10
     assert not bands.outside([2.009] * 9 + [2.05], recorded)
-    assert bands.outside([2.02] + [2.0] * 9, recorded) == ["step 1: 2.02 where 2.0 ± 0.5% was recorded"]
+    assert bands.outside([2.02] + [2.0] * 9, recorded) == ["step 1: 2.02 where 2.0 ± 0.5 % was recorded"]
     assert bands.outside([2.0] * 9 + [float("nan")], recorded)[0].startswith("step 10: nan")
 
 

@@ -263,8 +263,8 @@ def _prose(text: str) -> str:
         typed = (before.isalnum() or before == "_") and tag not in closed  # List<Object>
         return found[0] if found["code"] or (tag and (tag not in defs.tags or typed)) else ""
 
-    ends = text.rfind("-->") + 3  # what opens behind it never closes, and is not looked for to the end each time
-    text = text[:ends] + text[ends:].replace("<!--", OPEN) if ends > 2 else text.replace("<!--", OPEN)
+    before, end, after = text.rpartition("-->")
+    text = before + end + after.replace("<!--", OPEN)  # what never closes is not looked for to the end each time
     text = LINK.sub(lambda found: found[0] if found["code"] else found[3], PROSE.sub(shown, text))
     return text.replace(OPEN, "<!--")
 

@@ -34,6 +34,7 @@ from helpers.runs import Manifest
 from helpers.tasks.questions import Answer, Asked, Decoding
 
 AS_LONG = "sft as long"  # SFT trained further for the time that preference training took
+AS_LONG_FOLDER = "sft_as_long"  # beside adapter/, in the stage of preference training
 ROLES = ("base", "sft", "orpo", "merged", "gguf")
 #: What a candidate raises that cannot be loaded or run. Anything else is a bug of ours and ends the evaluation.
 TROUBLE = (TunebookError, OSError, MemoryError)
@@ -111,7 +112,7 @@ def find(stages: Mapping[str, Manifest], wanted: str = "base,sft,orpo,merged,ggu
         base = _base(stages)
         made["base"] = [base]
         made |= {stage: [_trained(stage, stages[stage], base)] for stage in ("sft", "orpo") if stage in stages}
-        if "orpo" in stages and (adapter := stages["orpo"].path / "sft_as_long").is_dir():
+        if "orpo" in stages and (adapter := stages["orpo"].path / AS_LONG_FOLDER).is_dir():
             (orpo,), source = made["orpo"], f"{adapter.parent.name}/{adapter.name}"
             longer = replace(orpo, name=AS_LONG, role="other", source=source, adapter=adapter, made_from="sft")
             made["orpo"].insert(0, longer)

@@ -153,13 +153,12 @@ class Shape:
             stay = f" Experts stay in 16 bits ({2 * self.expert_parameters / 2**30:.1f} GiB)"
             found.append(said + f"{stay}: bitsandbytes' loader quantises linear layers alone." * four_bits)
         if self.recurrent:
+            kept, passing = (f"{size / 1024:,.0f}" for size in (self.kept_bytes, self.scan_bytes))
             said = (
-                f"{self.recurrent} of {self.layers} layers carry a state, and one keeps {self.kept_bytes / 1024:,.0f}"
+                f"{self.recurrent} of {self.layers} layers carry a state, and one keeps {kept} KiB a token and passes"
             )
-            said += (
-                f" KiB a token and passes through {self.scan_bytes / 1024:,.0f}, as PyTorch computes it; the kernels"
-            )
-            found.append(f"{said} of mamba-ssm and flash-linear-attention need less.")
+            said += f" through {passing}, as PyTorch computes it; the kernels of mamba-ssm and flash-linear-attention"
+            found.append(f"{said} need less.")
         return found
 
 

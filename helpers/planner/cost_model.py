@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from helpers import machine
 from helpers.errors import TunebookError
-from helpers.model.layer_kinds import Shape, shape_of  # noqa: F401 - asked for here
+from helpers.model.layer_kinds import Shape
 from helpers.model.loading import fast_bf16
 from helpers.params import TrainingParams
 

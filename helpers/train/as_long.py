@@ -11,18 +11,18 @@ from typing import Any
 from transformers import TrainerCallback
 
 from helpers import display, plots, runs, worker
+from helpers.evaluate.candidates import AS_LONG_FOLDER
 from helpers.train import callbacks
 
-FOLDER = "sft_as_long"  # beside adapter/, in the stage of preference training
-OURS = {"mirror", "loggers", "score_rows", "sample_every", "early_stopping", "max_steps", "eval_steps", "save_steps"}
+OURS = {"mirror", "loggers", "sample_every", "early_stopping", "max_steps", "eval_steps", "save_steps"}
 
 
 def train(stage: runs.Stage, seconds: float) -> Path:
     """The adapter, trained for so many seconds in a process of its own; a killed one goes on from its checkpoint."""
-    sft, made = stage.parents["sft"], stage.path / FOLDER
+    sft, made = stage.parents["sft"], stage.path / AS_LONG_FOLDER
     if made.is_dir():
         return made
-    scratch = stage.path / "work" / FOLDER
+    scratch = stage.path / "work" / AS_LONG_FOLDER
     data = scratch / stage.params.run / runs.FOLDERS["data"]
     data.parent.mkdir(parents=True, exist_ok=True)
     if not data.exists():

@@ -4,11 +4,11 @@
     python ci/gpu_session.py OUT --list                  the arms, their GPUs and goals
     python ci/gpu_session.py OUT --tokenizer DIR --data DIR --tiny       a dry run of the arms on a CPU
 
-Each arm is a child with a time limit of its own; what it measured is a JSON line in OUT/results.jsonl with the arm's
-goal beside it, its output OUT/ARM.log. An arm that --have (an earlier results.jsonl) or OUT has a line of is not run
-again; one that no longer fits into --minutes is left to the next call. Bases are random weights of the published shapes
-(weights do not change speed or memory), written to --models once, a tensor at a time. DATA: LLaMA-Factory's
-alpaca_en_demo.json and dpo_en_demo.json.
+Each arm is a child with a time limit of its own, and as many run at once as there are GPUs for; what it measured is a
+JSON line in OUT/results.jsonl with the arm's goal beside it, its output OUT/ARM.log. An arm that --have (an earlier
+results.jsonl) or OUT has a line of is not run again; one that no longer fits into --minutes is left to the next call.
+Bases are random weights of the published shapes (weights do not change speed or memory), written to --models once, a
+tensor at a time. DATA: LLaMA-Factory's alpaca_en_demo.json and dpo_en_demo.json.
 """
 
 from __future__ import annotations
@@ -117,13 +117,18 @@ PLAYED = {  # what an arm's machine is held to: the environment of its child
 
 
 def make(shape: str, folder: Path, tokenizer: str, tiny: bool) -> None:
-    """Random weights of a shape into folder/16, in bf16, a tensor at a time."""
+    """Random weights of a shape into folder/16, in bf16, a tensor at a time; one process makes them for all."""
+    import fcntl
+
     import torch
     import transformers
 
     from helpers.cache import write_json
     from helpers.model.weights import INDEX, write_safetensors
 
+    folder.mkdir(parents=True, exist_ok=True)
+    held = open(folder / "lock", "w")  # noqa: SIM115  held until this process ends or goes on as another
+    fcntl.flock(held, fcntl.LOCK_EX)
     if (folder / "16" / "done").is_file():
         return
     kind, sizes = SHAPES[shape]
@@ -174,10 +179,8 @@ def environment() -> dict:
     return {"arm": "environment", "gpus": names, "cores": os.cpu_count(), **machine.versions()}
 
 
-def run(arm: Arm, given: argparse.Namespace, out: Path) -> dict:
-    """The arm's line: what its child printed as its result, or how it failed."""
-    if arm.shape:
-        make(arm.shape, given.models / arm.shape, given.tokenizer, given.tiny)
+def start(arm: Arm, given: argparse.Namespace, out: Path, cards: list[int]) -> subprocess.Popen:
+    """The arm's child on those GPUs, its base made first; its output goes to OUT/ARM.log."""
     words = [word.replace("OUT/", f"{out}/") for word in arm.command]
     if words[0] in ("ci/bench_gpu.py", "ci/bench_rivals.py"):
         base = given.models / arm.shape
@@ -191,30 +194,58 @@ def run(arm: Arm, given: argparse.Namespace, out: Path) -> dict:
     environment = {**os.environ, "TUNEBOOK_RUNS": str(given.models / "runs"), "PYTHONUNBUFFERED": "1"}
     environment |= {"OMP_NUM_THREADS": "1"} if given.tiny else PLAYED.get(arm.name, {})
     if arm.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(arm.gpus)))
-    began = time.time()
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
+    if arm.shape:  # in the same child, so that the arms beside it go on
+        base = ["--make", arm.shape, "--models", str(given.models), "--tokenizer", given.tokenizer]
+        words = ["ci/gpu_session.py", str(out), *base, *["--tiny"] * given.tiny, "--then", *words]
     with open(out / f"{arm.name}.log", "w") as log:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        try:
-            status = child.wait(arm.seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            status = "timeout"
+
+
+def line_of(arm: Arm, out: Path, status: int | str, seconds: float, beside: int) -> dict:
+    """The arm's line: what its child printed as its result, or how it failed. beside: arms that ran meanwhile."""
     said = (out / f"{arm.name}.log").read_text(errors="replace")
     found = [
         json.loads(line.removeprefix("RESULT ")) for line in said.splitlines() if line[:8] in ("RESULT {", '{"recipe')
     ]
-    line = {
-        "arm": arm.name,
-        **(found[-1] if found else {}),
-        "status": status,
-        "session_s": round(time.time() - began, 1),
-    }
-    line |= {"goal": arm.goal} if arm.goal else {}
+    line = {"arm": arm.name, **(found[-1] if found else {}), "status": status, "session_s": round(seconds, 1)}
+    line |= ({"goal": arm.goal} if arm.goal else {}) | ({"beside": beside} if beside else {})
     return line if found or status == 0 else line | {"said": " ".join(said.split())[-900:]}
+
+
+def run_all(arms: list[Arm], given: argparse.Namespace, out: Path) -> None:
+    """The arms in their order, as many at once as there are GPUs for; one that needs more waits for them."""
+    began, waiting, running = time.time(), list(arms), {}
+    free = list(range(max(given.gpus, 1)))
+    while waiting or running:
+        for arm in list(waiting):
+            if max(arm.gpus, 1) > len(free):
+                continue
+            waiting.remove(arm)
+            if time.time() - began + arm.seconds > 60 * given.minutes and not given.only:
+                print(f"left to the next call: {arm.name}", flush=True)
+                continue
+            cards, free = free[: max(arm.gpus, 1)], free[max(arm.gpus, 1) :]
+            for other in running.values():
+                other[-1].add(arm.name)
+            running[arm] = (start(arm, given, out, cards), time.time(), cards, {other.name for other in running})
+        for arm, (child, since, cards, beside) in list(running.items()):
+            status: int | str | None = child.poll()
+            if status is None and time.time() - since > arm.seconds:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                status = "timeout"
+            if status is None:
+                continue
+            del running[arm]
+            free = sorted([*free, *cards])
+            line = line_of(arm, out, status, time.time() - since, len(beside))
+            print(json.dumps(line), flush=True)
+            with open(out / "results.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        time.sleep(0.2)
 
 
 def main() -> int:
@@ -233,29 +264,27 @@ def main() -> int:
     parser.add_argument("--only", default="", help="arms, separated by commas")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--make", default="", help="a shape's weights alone, then the command after --then")
+    parser.add_argument("--then", nargs=argparse.REMAINDER, default=[])
     given = parser.parse_args()
+    if given.make:
+        make(given.make, given.models / given.make, given.tokenizer, given.tiny)
+        if given.then:
+            os.execv(sys.executable, [sys.executable, *given.then])
+        return 0
     if given.list:
         for arm in ARMS:
             print(f"{arm.name:26} {arm.gpus} GPU  {arm.seconds:4} s  {arm.shape or '-':8} {arm.goal}")
         return 0
-    out, began = given.out.resolve(), time.time()
+    out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     files = [file for file in (out / "results.jsonl", *given.have) if file.is_file()]
     done = {json.loads(line)["arm"] for file in files for line in file.read_text().splitlines()}
     wanted = given.only.split(",") if given.only else [arm.name for arm in ARMS]
-    for arm in ARMS:
-        if arm.name not in wanted or arm.name in done or not given.least_gpus <= arm.gpus <= given.gpus:
-            continue
-        if time.time() - began + arm.seconds > 60 * given.minutes and not given.only:
-            print(f"left to the next call: {arm.name}", flush=True)
-            continue
-        try:
-            line = run(arm, given, out)
-        except Exception as error:
-            line = {"arm": arm.name, "status": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(line), flush=True)
-        with open(out / "results.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+    arms = [arm for arm in ARMS if arm.name in wanted and arm.name not in done]
+    if given.only:
+        arms.sort(key=lambda arm: wanted.index(arm.name))
+    run_all([arm for arm in arms if given.least_gpus <= arm.gpus <= given.gpus], given, out)
     return 0
 
 

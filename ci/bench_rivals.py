@@ -70,14 +70,16 @@ def pairs(data: str) -> list[dict]:
 
 
 def load(arm: str, path: str, length: int, alpha: int):
-    """The model in NF4 with a rank-16 adapter on the seven linear layers, the way each library's guide loads it."""
+    """The model in NF4 (a mixture of experts in bf16) with a rank-16 adapter on the seven linear layers, the way each
+    library's guide loads it. UNSLOTH_LOADER: Unsloth's class, FastModel for architectures that the other fails at."""
     import torch
 
     if arm.startswith("unsloth"):
-        from unsloth import FastLanguageModel
+        import unsloth
 
-        model, tokenizer = FastLanguageModel.from_pretrained(path, max_seq_length=length, load_in_4bit=True, dtype=None)
-        model = FastLanguageModel.get_peft_model(
+        kind = getattr(unsloth, os.environ.get("UNSLOTH_LOADER", "FastLanguageModel"))
+        model, tokenizer = kind.from_pretrained(path, max_seq_length=length, load_in_4bit=not experts(path), dtype=None)
+        model = kind.get_peft_model(
             model,
             r=16,
             lora_alpha=alpha,
@@ -99,6 +101,12 @@ def load(arm: str, path: str, length: int, alpha: int):
         AutoTokenizer.from_pretrained(path),
         LoraConfig(r=16, lora_alpha=alpha, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS),
     )
+
+
+def experts(path: str) -> bool:
+    """Whether the model is a mixture: bitsandbytes packs no stacks of experts, Unsloth's guide trains them on bf16."""
+    config = json.loads((Path(path) / "config.json").read_text())
+    return any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 class Clock:
@@ -128,6 +136,8 @@ def sft(arm: str, path: str, data: str, steps: int) -> None:
     packed, unsloth = arm.endswith("packed"), arm.startswith("unsloth")
     model, tokenizer, adapter = load(arm, path, 2048, 16)
     batch, accumulation = (8, 2) if packed else (2, 4)
+    if experts(path):
+        batch, accumulation = batch // 2, 2 * accumulation
     args = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,

@@ -176,7 +176,23 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
         wall_s=round(time.time() - began, 1),
         step_s=[round(b["seconds"] - a["seconds"], 2) for a, b in itertools.pairwise(lines)],
         left_out=manifest.data["data_counts"]["train"].get("left out"),
+        **(merges(run) if given.merges else {}),
     )
+
+
+def merges(run: str) -> dict:
+    """What merging the run's adapter costs, as notebook 04 measures it: each merge against the trained model."""
+    import dataclasses
+
+    from helpers import params
+    from helpers.gguf import export
+
+    began = time.time()
+    kept = {"run": run, "outputs": "merged", "fidelity_tokens": 2000, "task_questions": 0, "again": True}
+    exported = export.open(params.resolve("gguf", kept))
+    exported.merge()
+    found = [dataclasses.asdict(m) for m in exported.merges]
+    return {"merges": found, "merges_s": round(time.time() - began, 1)}
 
 
 def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:
@@ -344,6 +360,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=0)
     parser.add_argument("--arm", default="")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the stage")
+    parser.add_argument("--merges", action="store_true", help="then measure what merging the adapter costs")
     parser.add_argument("--only", default="")
     parser.add_argument("--gib", default="15,24,40,80")
     parser.add_argument("--longest-whole", type=int, default=160_000)

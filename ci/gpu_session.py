@@ -69,7 +69,8 @@ def rival(name: str, shape: str, arm: str, steps: int = 12) -> Arm:
     return Arm(name, 1, 540, shape, ("ci/bench_rivals.py", arm, "--steps", str(steps)))
 
 
-NOTEBOOKS = ("ci/pipeline.py", "--run", "session", "--fresh", "-p", "sft.epochs", "3", "-p", "sft.max_minutes", "0")
+# The default job, not the larger model that a machine with such a GPU would take.
+NOTEBOOKS = ("ci/pipeline.py", "--recipe", "cpu", "--run", "session", "--fresh", "-p", "sft.max_minutes", "0")
 EXPERTS = {"batch_size": 218, "optimizer": "adamw_8bit"}
 T4 = {"precision": "fp16", "batch_size": 16}
 ARMS = [

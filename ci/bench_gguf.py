@@ -109,7 +109,7 @@ def merges(layers: int, tokens: int = 2000) -> None:
         adapter_for(base, work / "adapter")
         tokenizer = loading.load_tokenizer(base)
         how = trained.placement(sum(f.stat().st_size for f in base.glob("*.safetensors")) / 2**30)
-        models = {"trained": partial(trained.load, base, work / "adapter", tokenizer, True, **how)}
+        models = {"trained": partial(trained.load, base, work / "adapter", tokenizer, "nf4", **how)}
         for onto in ("nf4", "16bit"):
             merging.merge(base, work / "adapter", work / onto, onto)
             models[onto] = partial(loading.load_model, work / onto, **how)

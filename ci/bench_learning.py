@@ -180,7 +180,7 @@ def ours(spec: Row) -> tuple[Path, str, Row]:
     done = runs.load(run, "sft", verify=False)
     made |= {name: done.metrics.get(name) for name in ("steps", "train_s", "trained_tokens", "eval_loss")}
     made |= {"learning_rate": done.data["learning_rate_used"], "method": done.data["method"]}
-    return done.path / "adapter", "nf4" if trained.on_nf4(done) else "16bit", made
+    return done.path / "adapter", trained.saw(done), made
 
 
 def rival(spec: Row) -> tuple[Path, str, Row]:

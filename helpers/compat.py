@@ -198,6 +198,15 @@ def keep_four_bit_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def fp8_product(a: Any, b: Any, scale_a: Any, scale_b: Any, out: Any = None) -> Any:
+    """a bᵀ in bfloat16, of FP8 codes (rows, n) and (columns, n) with an fp32 scale a row of each. PyTorch's private
+    call, which writes into `out`; its public one does not."""
+    import torch
+
+    scales = {"scale_a": scale_a[:, None], "scale_b": scale_b[None], "out_dtype": torch.bfloat16}
+    return torch._scaled_mm(a, b.t(), use_fast_accum=True, out=out, **scales)
+
+
 def checkpoint_layer(layer: Any, run: Any) -> None:
     """Let a decoder layer of transformers run through `run(forward, *inputs)` in training; None: plainly."""
     layer.gradient_checkpointing = run is not None

@@ -196,6 +196,7 @@ class TrainingParams(Params):
     cpu_offload: bool = more(False, "Of a sharded job (several GPUs) weights and optimizer state stay in host memory")
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")
     export_check: bool = more(True, "Refuse, before training, a model that could not be exported to GGUF afterwards")
+    quantize: str = more("auto", "fp8: LoRA on a base of 8-bit floats (GPU of 8.9 or more)", choices="auto none fp8")
     double_quant: bool = more(True, "qlora: quantise the scales of the 4-bit weights too (0.4 bits a weight less)")
     optimizer: str = more("adamw", "Optimizer; 8-bit and paged ones have a small state", choices=OPTIMIZERS)
     weight_decay: float = more(0.0, "Weight decay", high=1)
@@ -249,7 +250,9 @@ class GgufParams(Params):
         "q8_0,q4_k_m",
         "GGUF types, by commas: f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m, q3_k_s, q2_k",
     )
-    merge_onto: str = param("auto", "Merge into 16-bit weights, or these after NF4", choices="auto 16bit nf4")
+    merge_onto: str = param(
+        "auto", "Merge into 16-bit weights, or these after NF4 or FP8", choices="auto 16bit nf4 fp8"
+    )
     imatrix: bool = param(False, "Weigh errors by an importance matrix from the training data (better below 5 bits)")
     fidelity_tokens: int = param(1000, "Held-out text that each file is compared on", "tokens", low=16, high=10**6)
     task_questions: int = param(24, "Test questions that each file answers; 0: none", high=10**6)

@@ -51,8 +51,8 @@ class Candidate:
 
     kind: "hf", "gguf" or "endpoint". path: model folder or GGUF file (the base's folder for an adapter); address: an
     endpoint's, url#model. made_from: the candidate that it was exported from. onto: the base as training saw it,
-    "16bit" or "nf4". tokenizer: folder of the run's, where it is not the model's own. trouble: why it cannot be judged,
-    known already while looking for it.
+    "16bit", "nf4" or "fp8". tokenizer: folder of the run's, where it is not the model's own. trouble: why it cannot be
+    judged, known already while looking for it.
     """
 
     name: str
@@ -154,7 +154,7 @@ def _trained(stage: str, manifest: Manifest, base: Candidate) -> Candidate:
     folder = manifest.path
     if (folder / "model" / "config.json").is_file():
         return Candidate(stage, stage, "hf", f"{folder.name}/model", folder / "model")
-    adapter, onto = folder / "adapter", "nf4" if trained.on_nf4(manifest) else "16bit"
+    adapter, onto = folder / "adapter", trained.saw(manifest)
     trouble = base.trouble or ("" if adapter.is_dir() else f"{adapter} is missing; run the {stage} stage again")
     return Candidate(stage, stage, "hf", f"{folder.name}/adapter", base.path, adapter, onto=onto, trouble=trouble)
 
@@ -228,7 +228,7 @@ class Session:
             return GgufModel(path, self.end_of_turn, self.chat)
         if adapter is not None:
             tokenizer = loading.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else path)
-            return HfModel(trained.load(path, adapter, tokenizer, self.candidate.onto == "nf4"), tokenizer)
+            return HfModel(trained.load(path, adapter, tokenizer, self.candidate.onto), tokenizer)
         model, tokenizer = loading.load_model(path), loading.load_tokenizer(path)
         vocabulary.fit(model, tokenizer)  # its padding may be a new token
         if self.candidate.tokenizer:

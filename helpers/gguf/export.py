@@ -41,14 +41,14 @@ TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter 
 @dataclass(frozen=True)
 class Source:
     """The base, the adapter trained on it (None for a base or a wholly trained model), what it may be merged onto,
-    whether training saw the base in 4-bit NormalFloat, and the folder that it saw where that is another one's packed
+    how training saw the base ("16bit", "nf4", "fp8"), and the folder that it saw where that is another one's packed
     weights."""
 
     base: loading.ModelSource
     adapter: Path | None
     trained_by: str
     onto: tuple[str, ...] = ("16bit",)
-    nf4: bool = False
+    bits: str = "16bit"
     saw: Path | None = None
 
 
@@ -103,6 +103,7 @@ class ExportJob(steps.Job):
     def check(self) -> display.Html:
         """What will be exported, and preflight with this run's quantisations; raises when that cannot succeed."""
         source, onto = self.source, {"16bit": "the 16-bit base", "nf4": "the base as 4-bit NormalFloat gave it back"}
+        onto["fp8"] = "the base as FP8 gave it back"
         if packed := loading.quantizer(loading.load_config(source.base)):
             onto["nf4"] = f"the {packed} weights, unpacked, that training saw; model_16bit can name the original ones"
         rows = [
@@ -319,7 +320,7 @@ class ExportJob(steps.Job):
             said = trained.answers(model, tokenizer, ids, Decoding().max_new_tokens)
             return self._score(asked, [text for text, _ in said])
 
-        models = {"trained": partial(trained.load, source.saw, source.adapter, tokenizer, source.nf4, **how)}
+        models = {"trained": partial(trained.load, source.saw, source.adapter, tokenizer, source.bits, **how)}
         for onto in source.onto:
             self._merged(onto)
             models[onto] = partial(loading.load_model, self.work / f"merged-{onto}", **how)
@@ -379,8 +380,8 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
         original = loading.resolve_model(params.model_16bit)
         merging.check_parent(original.path, base.path)
         base = original
-    nf4 = manifest is not None and trained.on_nf4(manifest) and not packed
-    choices = ["nf4"] * bool(nf4 or (packed and not params.model_16bit))
+    bits = trained.saw(manifest) if manifest and not packed else "16bit"
+    choices = [bits] if bits != "16bit" else ["nf4"] * bool(packed and not params.model_16bit)
     choices += ["16bit"] * bool(not packed or params.model_16bit)  # where it is named it is what was asked for
     onto = tuple(choices) if params.merge_onto == "auto" else (params.merge_onto,)
     if packed and onto == ("16bit",) and not params.model_16bit:
@@ -391,4 +392,4 @@ def _source(stage: runs.Stage, params: GgufParams) -> Source:
     if manifest is None:
         return Source(base, None, "base", onto[-1:], saw=saw)
     check_adapter(manifest.path / "adapter")
-    return Source(base, manifest.path / "adapter", trained_by, onto, nf4, saw)
+    return Source(base, manifest.path / "adapter", trained_by, onto, bits, saw)

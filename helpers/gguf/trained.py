@@ -1,7 +1,7 @@
 """The model that was trained, adapter on the base as training saw it, and what merging it costs.
 
-A QLoRA adapter learns beside the errors of its 4-bit base. Merged onto the 16-bit weights it meets others, so the merge
-onto what 4 bits unpack to is measured too, and the nearer one kept.
+An adapter learns beside the errors of its base in 4 bits or FP8. Merged onto the 16-bit weights it meets others, so the
+merge onto what those unpack to is measured too, and the nearer one kept.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MERGE_KL, MERGE_TOP1 = 0.02, 0.9
 
 @dataclass
 class Merge:
-    """A merge beside the model that was trained. onto: "16bit" or "nf4", "trained" for that model itself; KL in nats a
-    token; task_score: where the run has test questions and a database."""
+    """A merge beside the model that was trained. onto: "16bit", "nf4" or "fp8", "trained" for that model itself; KL in
+    nats a token; task_score: where the run has test questions and a database."""
 
     onto: str
     tokens: int = 0
@@ -51,15 +51,18 @@ class Merge:
 
 
 NAMES = {"trained": "trained", "16bit": "merged onto 16 bits", "nf4": "merged onto 4 bits, unpacked"}
+NAMES |= {"fp8": "merged onto FP8, unpacked"}
 
 
-def on_nf4(manifest: Manifest) -> bool:
-    """Whether a training stage saw its base in 4-bit NormalFloat."""
-    return manifest.data.get("method") == "qlora" or manifest.data.get("merge_onto") == "nf4"
+def saw(manifest: Manifest) -> str:
+    """How a training stage saw its base: in 4-bit NormalFloat ("nf4"), "fp8" or "16bit"."""
+    if manifest.data.get("method") == "qlora" or manifest.data.get("merge_onto") == "nf4":
+        return "nf4"
+    return "fp8" if manifest.data.get("quantize") == "fp8" else "16bit"
 
 
-def load(base: Any, adapter: Path, tokenizer: Any, nf4: bool, dtype: str = "auto", device: str = "") -> Any:
-    """The adapter on its base as training saw it, in 4-bit NormalFloat where it was.
+def load(base: Any, adapter: Path, tokenizer: Any, saw: str, dtype: str = "auto", device: str = "") -> Any:
+    """The adapter on its base as training saw it: "nf4", "fp8" (with its rounded activations) or "16bit".
 
     Not merged, but in fp32 on a CPU: there one matrix gives the same sums, and is what 4 bits unpack to in every pass.
     """
@@ -73,10 +76,15 @@ def load(base: Any, adapter: Path, tokenizer: Any, nf4: bool, dtype: str = "auto
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # as in merging: many small tensors
     try:
-        double = merging.double_quant(adapter)
-        model = loading.load_model(base, "nf4" if nf4 else "none", double, dtype=dtype, device=device)
-        alone = model.device.type == "cpu"
-        if nf4 and alone:
+        if saw == "fp8":
+            from helpers.model import fp8
+
+            model, _ = fp8.load(base, device, dtype=dtype)
+        else:
+            quantize, double = "nf4" if saw == "nf4" else "none", merging.double_quant(adapter)
+            model = loading.load_model(base, quantize, double, dtype=dtype, device=device)
+        alone = model.device.type == "cpu" and saw != "fp8"
+        if saw == "nf4" and alone:
             logging.set_verbosity_error()
             model = model.dequantize(model.dtype)
     finally:

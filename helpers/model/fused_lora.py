@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from helpers import compat
-from helpers.model import chunked_loss
+from helpers.model import chunked_loss, fp8
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -20,16 +20,22 @@ class _LoraLinear(torch.autograd.Function):
 
     The low-rank products accumulate into the matrix product's own output (`addmm_`). On an H200 with 16k tokens the
     elementwise kernels this removes were 12 % of a step. A and B may stay fp32: they are cast here, and their
-    gradients come back in their own type. W is dense or a bitsandbytes 4-bit weight, unpacked once each way.
+    gradients come back in their own type. W is dense, a bitsandbytes 4-bit weight, unpacked once
+    each way, or FP8 codes, of which `state` is the scales.
     """
 
     @staticmethod
     def forward(ctx, x, weight, state, bias, a, b, scale, compute, dropout):
         flat = x.reshape(-1, x.shape[-1]).to(compute)
-        dense = _dense(weight, state, compute)
+        in_fp8 = torch.is_tensor(state)
+        dense = weight if in_fp8 else _dense(weight, state, compute)
         whole = flat.new_empty((*x.shape[:-1], dense.shape[0]))  # not a view: some models add to it in place
         y = whole.view(-1, dense.shape[0])
-        if bias is None:
+        if in_fp8:
+            fp8.forward(flat, weight, state, y)
+            if bias is not None:
+                y.add_(bias)
+        elif bias is None:
             torch.mm(flat, dense.t(), out=y)
         else:
             torch.addmm(bias.to(compute), flat, dense.t(), out=y)
@@ -52,7 +58,10 @@ class _LoraLinear(torch.autograd.Function):
         grad_b = (grad.t() @ hidden).to(ctx.types[1]).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _dense(weight, ctx.state, flat.dtype)
+            if torch.is_tensor(ctx.state):
+                grad_x = fp8.backward(grad, weight, ctx.state)
+            else:
+                grad_x = grad @ _dense(weight, ctx.state, flat.dtype)
             if kept is None:
                 grad_x.addmm_(narrow, low_a)
             else:
@@ -81,7 +90,7 @@ def _lora_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not name:
         return self._own_forward(x, *args, **kwargs)
     base, device = self.get_base_layer(), x.device.type
-    state = getattr(base.weight, "quant_state", None)
+    state = getattr(base, "fp8_scale", getattr(base.weight, "quant_state", None))
     autocast = torch.is_autocast_enabled(device)
     if autocast:
         compute = torch.get_autocast_dtype(device)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def merge(
 ) -> Merged:
     """Write `out`, a model folder with the base's shards with the adapter merged in, and the tokenizer; whole or not.
 
-    base: model folder; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or "nf4" for the weights
-    that QLoRA training saw: those of a 16-bit base after a round trip through 4-bit NormalFloat, those of a packed one
-    as they unpack. tokenizer_folder: of the run, for an adapter without a tokenizer. weights: in place of the base's,
-    where those were trained. Raises TunebookError for a damaged
-    adapter, one of another base, or "16bit" without such weights.
+    base: model folder; adapter: PEFT folder, None for a plain copy in 16 bits. onto: "16bit", or "nf4" or "fp8" for the
+    weights that training saw: those of a 16-bit base after a round trip through that type, those of a packed one as
+    they unpack. tokenizer_folder: of the run, for an adapter without a tokenizer. weights: in place of the base's,
+    where those were trained. Raises TunebookError for a damaged adapter, one of another base, or "16bit" without such
+    weights.
     """
     import torch
 
@@ -171,7 +172,7 @@ class _Merger:
         self.wide = config.dtype == torch.float32  # then every tensor is rounded, else vectors may have kept 32 bits
         self.waiting: dict[str, Any] = {}
         self.rounded: set[str] = set()
-        self.double_quant = double_quant(adapter)
+        self.round_trip: Any = partial(nf4_round_trip, dtype=self.dtype, double=double_quant(adapter))
         self.converted: dict[str, Any] = {}
         self.conversion: Any = None
         self.input = self.output = ""
@@ -191,6 +192,11 @@ class _Merger:
         if onto == "nf4" and not weights.states:  # the linear layers that transformers puts into 4 bits
             linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
             self.rounded = linear - {self.output}
+        elif onto == "fp8":
+            from helpers.model import fp8
+
+            self.round_trip = fp8.round_trip
+            self.rounded = {f"{n}.weight" for n, m in fp8.layers(model) if fp8.fits(*m.weight.shape)}
         if adapter is not None:
             self.waiting = compat.adapted(_skeleton(weights.base, model, adapter))
 
@@ -255,7 +261,7 @@ class _Merger:
             self.converted |= self.conversion.back(key, merged)
             return self.converted.pop(name)
         if key in self.rounded:
-            tensor = nf4_round_trip(tensor, self.dtype, self.double_quant)
+            tensor = self.round_trip(tensor.to(self.dtype))
         return self._changed(key, tensor)
 
     def _changed(self, key: str, tensor: Any) -> Any:

@@ -18,6 +18,7 @@ from helpers.params import TrainingParams
 
 GIB = 2**30
 NF4_BITS = {True: 4.1275, False: 4.5}  # a parameter with double quantisation (measured) and without
+FP8_SINCE = (8, 9)  # compute capability of GPUs with FP8 products
 CONTEXT_GIB = 0.75  # CUDA context and library workspaces outside the allocator; 0.5 to 0.8 seen
 FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segments
 # Bytes per trained element of the optimizer's state; that of sgd is empty and that of paged optimizers in host memory.
@@ -28,11 +29,12 @@ PASSES = {"dpo": 1, "kto": 3}  # forward passes for the reference, and KTO's of 
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
+FP8_RATE = 1.6  # of the rate of 16-bit products
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
 UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
 UNPACK_CPU_BYTES = 110.0  # the same on a CPU: 6 ns a weight and pass (135M, two cores: 212 tokens/s for 451)
 # Processor time to launch one layer forward and back: the median of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
-LAUNCH_S = {"none": 6e-3, "nf4": 9e-3}
+LAUNCH_S = {"none": 6e-3, "nf4": 9e-3, "fp8": 8e-3}
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a checkpointed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal checkpointing; its copies to host memory hide behind them (H200)
@@ -123,7 +125,8 @@ class Setting:
 
     @property
     def quantize(self) -> str:
-        return "nf4" if self.params.method == "qlora" else "none"
+        eight = self.params.quantize == "fp8" and self.params.method == "lora"
+        return "nf4" if self.params.method == "qlora" else "fp8" if eight else "none"
 
     @property
     def sharded(self) -> bool:
@@ -179,7 +182,11 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state, of all processes together where they are sharded."""
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
-    base += shape.linear_parameters * (NF4_BITS[s.params.double_quant] / 8 if s.quantize == "nf4" else s.number_bytes)
+    if s.quantize == "fp8":
+        base += sum((i * o + 4 * o) if not (i % 16 or o % 16) else i * o * s.number_bytes for _, i, o in shape.linears)
+    else:
+        four = NF4_BITS[s.params.double_quant] / 8
+        base += shape.linear_parameters * (four if s.quantize == "nf4" else s.number_bytes)
     if shape.stored and s.quantize == "nf4":
         base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):
@@ -259,7 +266,7 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
         body = max(body, s.recompute * kept + layer + passing)
     at_head = whole * layer + s.recompute * kept + head_bytes(shape, s)
     largest = max(i * o for _, i, o in shape.linears)
-    unpacked = 2 * largest if s.quantize == "nf4" else 0
+    unpacked = {"nf4": 2 * largest, "fp8": largest + tokens * shape.intermediate}.get(s.quantize, 0)
     return max(body + unpacked, at_head)
 
 
@@ -290,12 +297,16 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
     head = 2 * shape.hidden * shape.vocab * s.trained_share * (2 + full + (s.params.stage != "sft") + passes)
     attention = 2 * mean_square * shape.query * shape.layers * (1 + 2.5 + again + passes)
     rate = card.tflops * 1e12
+    matrix /= FP8_RATE if s.quantize == "fp8" else 1
     compute = tokens * ((matrix + head) / MATRIX_SHARE + attention / ATTENTION_SHARE) / rate
     outside, inside = layer_bytes_per_token(shape, s)
     traffic = tokens * shape.layers * (outside + inside) * (3.2 + 1.2 * again + passes) * (1 if s.fused else 1.6)
     if s.quantize == "nf4":
         unpack = UNPACK_BYTES if card.capability else UNPACK_CPU_BYTES
         traffic += shape.linear_parameters * unpack * (2 + again + passes)
+    if s.quantize == "fp8":  # numbers become codes, and weights are turned once
+        numbers = sum(i * (1 + again + passes) + o for _, i, o in shape.linears)
+        traffic += 3 * tokens * numbers + 2 * shape.linear_parameters
     traffic += summed * shape.expert_parameters * s.number_bytes * (8 + 2 * again + 2 * passes)
     traffic += tokens * shape.recurrent * shape.scan_bytes * (6 + 2 * again + 2 * passes)
     moving = traffic / (card.gb_s * 1e9 * 0.9)

@@ -122,7 +122,7 @@ class Plan(display.Shown):
     def _row(self, option: Option) -> tuple[str, ...]:
         speed = option.tokens_per_s / self.time_scale
         state = "chosen" if option is self.option else "fits" if option.fits else "does not fit"
-        base = "4-bit" if option.setting.quantize == "nf4" else "16-bit"
+        base = {"nf4": "4-bit", "fp8": "8-bit"}.get(option.setting.quantize, "16-bit")
         rows = (f"{option.setting.row_tokens:,}", f"{option.accumulation}", option.recompute_text)
         costs = (f"{option.peak_gib * self.memory_scale:.1f}", f"{speed:,.0f}", display.duration(self.tokens / speed))
         return (state, option.setting.backend, base, *rows, *costs)
@@ -355,7 +355,7 @@ class _Search:
             chosen[option.setting.recompute, option.setting.offload, option.setting.tile_mlp] = option
         s = best.setting
         if other := {"qlora": "lora", "lora": "qlora"}.get(self.params.method):
-            setting = replace(s, params=replace(self.params, method=other))
+            setting = replace(s, params=replace(self.params, method=other, quantize="auto"))
             chosen["base"] = self.weigh(setting, self.layout(s.row_tokens))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 

@@ -65,7 +65,7 @@ class Facts:
         """The parameters of a finished stage, a proposed one as it was used."""
         of = self.stages[stage]
         used = {name: value or of.data.get(f"{name}_used", value) for name, value in of.params.items() if name != "run"}
-        return used | {"method": of.data.get("method", used["method"])} if "method" in used else used
+        return used | {name: of.data.get(name, used[name]) for name in ("method", "quantize") if name in used}
 
     def settings(self, stage: str) -> list[Setting]:
         """The parameters of a finished stage, described."""

@@ -77,4 +77,5 @@ def _step(facts: Facts, stage: str) -> str:
     settings = facts.used(stage)
     if stage == "orpo":
         return f"{str(settings.get('loss', '')).upper()} preference tuning"
-    return f"{METHODS.get(settings['method'], '')} supervised fine-tuning".strip()
+    eight = " on an FP8 base" * (settings.get("quantize") == "fp8")
+    return f"{METHODS.get(settings['method'], '')}{eight} supervised fine-tuning".strip()

@@ -11,6 +11,7 @@ from typing import Any
 from helpers.errors import TunebookError
 from helpers.model.loading import fast_bf16
 from helpers.params import OrpoParams, TrainingParams
+from helpers.planner import cost_model
 from helpers.planner.plan import Plan
 from helpers.runs import Stage
 from helpers.train import distributed
@@ -30,6 +31,7 @@ LOGGERS = {"trackio": "TRACKIO_PROJECT", "wandb": "WANDB_PROJECT", "mlflow": "ML
 LOGGERS |= {"swanlab": "SWANLAB_PROJECT"}
 ADAPTERS_OWN = ("dora", "rslora", "dropout", "init", "lora_plus_ratio", "modules_to_save")
 NO_ADAPTER = ("", "base", "sft")  # values of start_from that name no folder
+EMULATED = "TUNEBOOK_FP8_EMULATED"  # environment: an FP8 base on a CPU too, the same numbers and slow
 DECAY = 0.2  # share of the steps in which WSD brings the rate down (arXiv:2404.06395 uses 10 to 20 %)
 Capability = tuple[int, int] | None
 
@@ -58,6 +60,8 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
     if own_weights and (of_adapter or p.start_from not in NO_ADAPTER):
         taken = f"take {', '.join(of_adapter or ['start_from'])} back, or set method to 'lora'"
         yield f"method {p.method!r} trains the model's own weights and has no adapter; {taken}"
+    if p.quantize == "fp8":
+        yield from _no_fp8(p, capability)
     if p.init == "loftq" and p.method == "lora":
         yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
     if p.init == "pissa" and p.method == "qlora":
@@ -105,6 +109,31 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield f"warmup_steps {p.warmup_steps} spends all of max_steps {p.max_steps} warming up; set it below that"
     if p.warmup_ratio >= 1.0 and not p.warmup_steps:
         yield f"warmup_ratio {p.warmup_ratio:g} spends the whole run warming up; set it below 1"
+
+
+def has_fp8(capability: Capability) -> bool:
+    """Whether there are FP8 products on a GPU of that compute capability; None: no GPU, where they can be emulated."""
+    return capability >= cost_model.FP8_SINCE if capability else bool(os.environ.get(EMULATED))
+
+
+def _no_fp8(p: Any, capability: Capability) -> Iterator[str]:
+    """Why this job can have no base of 8-bit floats."""
+    remedy = "set quantize to 'auto'"
+    if p.method not in ("auto", "lora"):
+        yield f"quantize 'fp8' is a base for LoRA, and method is {p.method!r}; set method to 'lora', or {remedy}"
+    if not has_fp8(capability):
+        least, found = (".".join(map(str, version)) for version in (cost_model.FP8_SINCE, capability or ()))
+        here = f"this GPU has {found}" if capability else "there is no GPU here"
+        yield f"quantize 'fp8' needs compute capability {least} and {here}; {remedy}"
+    if p.precision in ("fp16", "fp32") and capability is not None:
+        yield f"FP8 products come out in bf16, and precision is {p.precision!r}; set precision to 'auto', or {remedy}"
+    if p.dora or p.init != "default":
+        found = "dora" if p.dora else f"init {p.init!r}"
+        yield f"{found} reads and changes the base's 16-bit weights, and quantize is 'fp8'; {remedy}"
+    if p.backend == "unsloth":
+        yield f"quantize 'fp8' is offered through backend hf alone, and backend is 'unsloth'; {remedy}"
+    if distributed.size() > 1:
+        yield f"quantize 'fp8' is for one GPU, and this is a run on several; {remedy}"
 
 
 # ---------------------------------------------------------------- precision

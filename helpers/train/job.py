@@ -211,6 +211,7 @@ class TrainJob(steps.Job):
             notes=self.notes,
             trained=kind,
             method=self.params.method,
+            quantize=self.params.quantize,
             merge_onto=self._merge_onto(),
         )
         if self.mirror and not self.params.mirror and drive.holds(self.stage.path):

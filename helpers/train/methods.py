@@ -35,7 +35,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
     import transformers
 
-    from helpers.model import checkpointing, chunked_loss, fused_lora
+    from helpers.model import checkpointing, chunked_loss, fp8, fused_lora
 
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
@@ -61,9 +61,12 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         job.base = distributed.Base(job.source, precision, attention)
     elif distributed.sharded(params.method):
         notes.append(f"the base was loaded whole in each process and then sharded, for {whole}")
-    given = {"double_quant": params.double_quant, "dtype": precision, "attention": attention}
-    base = job.base
-    model = base.model if base else loading.load_model(job.source, quantize, **given)
+    given, base = {"dtype": precision, "attention": attention}, job.base
+    if plan.setting.quantize == "fp8":
+        model, said = fp8.load(job.source, **given)
+        notes.append(said)
+    else:
+        model = base.model if base else loading.load_model(job.source, quantize, params.double_quant, **given)
     model.config.use_cache = False
     rows_before = model.get_input_embeddings().weight.shape[0]
     # Of a mixture of experts the router's loss is ours (`router_aux_loss`); its own fails in generation with a cache.

@@ -59,10 +59,10 @@ def open(params: TrainingParams) -> TrainJob:
     if gpu and not params.plan_for and distributed.first() and (held := machine.gpu_held()):
         display.say(f"Memory of the GPU is also held by {held}; stop it, and there is more room.")
     plan = _plan(params, train, source, adapter, stage)
-    method = distributed.shared(lambda: plan.method)  # of several GPUs the first decides
-    if method != plan.method:
-        plan = _plan(dataclasses.replace(params, method=method), train, source, adapter, stage)
-    params = dataclasses.replace(params, method=method)
+    method, quantize = distributed.shared(lambda: _decided(plan))  # of several GPUs the first decides
+    params = dataclasses.replace(params, method=method, quantize=quantize)
+    if (method, quantize) != _decided(plan):
+        plan = _plan(params, train, source, adapter, stage)
     config.check(params, gpu.capability if gpu else None)
     plan = dataclasses.replace(plan, reasons=(*why, *plan.reasons))
     return TrainJob(stage, source, tokenizer, train, held_out, counts, plan, adapter, params)
@@ -164,21 +164,28 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
     adapter that it begins with, whose base weights have to stay the same."""
     found, of = {}, resume.identity(params, stage.parents["data"], tokenizer)
     if adapter:
-        found[f"{adapter} was"] = weights.made_by(adapter).get("method")
+        made = weights.made_by(adapter)
+        found[f"{adapter} was"] = made.get("method"), made.get("quantize")
     if params.method == "auto" and params.resumes:
         mirror = params.mirror or drive.mirror()
         mirrored = resume.Mirror(mirror, stage, of).folder.parent.glob("*") if mirror else ()
         for checkpoint in (c for folder in (stage.path / "checkpoints", *mirrored) for c in resume.numbered(folder)):
-            if (sealed := resume.sealed(checkpoint)) and {**sealed["of"], "method": "auto"} == of:
-                found = {"the checkpoints of this run were": sealed["of"]["method"]}
+            sealed = (resume.sealed(checkpoint) or {"of": {}})["of"]
+            if {**sealed, "method": "auto", "quantize": params.quantize} == of:
+                found = {"the checkpoints of this run were": (sealed["method"], sealed["quantize"])}
                 break
-    for what, method in found.items():
-        if method in ("lora", "qlora") and params.method == "auto":
-            return dataclasses.replace(params, method=method), [f"Method auto: {method}, as {what} trained."]
-        if method in ("lora", "qlora") and method != params.method:
-            return params, [
-                f"Warning: method is {params.method}, and {what} trained by {method}, on other base weights."
-            ]
+    for what, (method, quantize) in found.items():
+        eight, asked = quantize == "fp8", "lora on FP8" if params.quantize == "fp8" else params.method
+        begun = method + " on FP8" * eight if method in ("lora", "qlora") else ""
+        if begun and params.method == "auto" and (params.quantize == "auto" or eight == (params.quantize == "fp8")):
+            gpu = machine.gpu()
+            here = not eight or config.has_fp8(gpu.capability if gpu else None)
+            said = f"as {what} trained" if here else f"{what} trained by {begun}, which is not to be had here"
+            quantize = ("fp8" if here else "none") if eight else params.quantize
+            made = dataclasses.replace(params, method=method, quantize=quantize)
+            return made, [f"Method auto: {begun if here else method}, {said}."]
+        if begun not in ("", asked):
+            return params, [f"Warning: method is {asked}, and {what} trained by {begun}, on other base weights."]
     return params, []
 
 
@@ -193,9 +200,21 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     return _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
 
 
+def _decided(plan: Plan) -> tuple[str, str]:
+    """(method, quantize) that `auto` came to."""
+    return plan.method, plan.setting.params.quantize
+
+
 def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: Any) -> Plan:
     """The plan of a job on that data. given: as `planner.plan` takes it."""
     given["sequence"] = int(data.metrics.get("lengths", {}).get("max_length") or 0)
+    if params.quantize == "fp8":
+        if packed := loading.quantizer(load_config(source)):
+            raise TunebookError(
+                f"quantize is 'fp8', which is made of 16-bit weights, and this base holds {packed} ones; set quantize "
+                "to 'auto', or name the 16-bit model that they were made from."
+            )
+        params = dataclasses.replace(params, method="lora")
     plan = planner.plan(params, source=source, **given)
     if plan.shares and plan.accumulation > 1 and not (params.row_tokens or plan.batches.accumulation):
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which
@@ -205,7 +224,8 @@ def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: 
         heaviest = max(sum(lengths[i] for i in step) for step in steps.heaviest)
         whole = math.ceil(heaviest / world) + max(lengths) * (world > 1)
         with contextlib.suppress(TunebookError):  # such a row does not fit: keep the one that does
-            longer = dataclasses.replace(params, row_tokens=whole, method=plan.method)
+            method, quantize = _decided(plan)
+            longer = dataclasses.replace(params, row_tokens=whole, method=method, quantize=quantize)
             made = planner.plan(longer, source=source, **given)
             said = [reason for reason in plan.reasons if reason.startswith("Method auto")]
             return dataclasses.replace(made, reasons=(*said, *made.reasons))

@@ -67,10 +67,10 @@ def job(**given):
 def test_the_model_that_was_trained_is_loaded_as_training_saw_it(run, coarse, tokenizer):
     manifest, wanted = run
     for dtype, near in (("fp32", 1e-6), ("bf16", 0.05)):
-        model = trained.load(coarse, manifest.path / "adapter", tokenizer, True, dtype=dtype)
+        model = trained.load(coarse, manifest.path / "adapter", tokenizer, "nf4", dtype=dtype)
         assert float(trained.divergence(wanted, trained.logprobs(model, IDS)).mean()) < near
         assert sum("lora" in name for name, _ in model.named_modules()) == 0 or dtype == "bf16"
-    plain = trained.load(coarse, manifest.path / "adapter", tokenizer, False, dtype="fp32")
+    plain = trained.load(coarse, manifest.path / "adapter", tokenizer, "16bit", dtype="fp32")
     assert float(trained.divergence(wanted, trained.logprobs(plain, IDS)).mean()) > 0.05
 
 

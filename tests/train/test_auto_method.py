@@ -1,13 +1,15 @@
 """`method auto` through small jobs: what it came to is in plan, manifest and checkpoints, and later work keeps it."""
 
 import pytest
+import torch
 import train_data
 
 from helpers import runs
 from helpers.errors import TunebookError
+from helpers.gguf import trained
 from helpers.planner import cost_model
 from helpers.report import facts
-from helpers.train import distributed, training
+from helpers.train import config, distributed, training
 
 SHORT = {"method": "auto", "max_steps": 1, "eval_steps": 1, "batch_size": 4, "eval_rows": 2}
 
@@ -80,3 +82,33 @@ def test_init_names_the_base_and_a_contradiction_is_refused(data, memory):
     assert job(init="loftq").params.method == "qlora" and job(init="pissa").params.method == "lora"
     with pytest.raises(TunebookError, match="loftq"):
         job(init="loftq", method="lora")
+
+
+def test_a_base_in_fp8_is_trained_and_resumed_and_later_work_keeps_it(data, memory, monkeypatch, narrow_llama):
+    memory(100.0)
+    with pytest.raises(
+        TunebookError, match=r"compute capability 8\.9 and there is no GPU here; set quantize to 'auto'"
+    ):
+        job(method="lora", quantize="fp8")
+    monkeypatch.setenv(config.EMULATED, "1")
+    killed = job(quantize="fp8", max_steps=2)
+    sixteen = job(method="lora", max_steps=2, seed=18).planned
+    assert killed.params.method == "lora" and killed.planned.setting.quantize == "fp8"
+    assert killed.planned.option.need_gib < sixteen.option.need_gib
+    killed.train()
+    assert any(note == "base in FP8, row-wise scales: 14 linear layers" for note in killed.notes)
+    runs.unlock("r", "sft")
+    again = job(quantize="fp8", max_steps=2)
+    again.train()
+    assert again.result["steps"] == 2
+    said = trained.logprobs(again.model.eval(), [11, 250, 31, 77, 900])
+    manifest = again.finish()
+    assert manifest.data["quantize"] == manifest.data["plan"]["quantize"] == trained.saw(manifest) == "fp8"
+    found = trained.load(narrow_llama, manifest.path / "adapter", again.tokenizer, "fp8", dtype="fp32")
+    assert torch.allclose(trained.logprobs(found, [11, 250, 31, 77, 900]), said, atol=1e-4)
+    orpo = job("orpo")
+    assert orpo.params.quantize == "fp8" and orpo.planned.reasons[0].startswith("Method auto: lora on FP8, as ")
+    assert job("orpo", method="lora").planned.reasons[0].startswith("Warning: method is lora, and ")
+    monkeypatch.delenv(config.EMULATED)
+    orpo = job("orpo")
+    assert (orpo.params.method, orpo.params.quantize) == ("lora", "none") and "not to be had here" in str(orpo.planned)

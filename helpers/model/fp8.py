@@ -1,0 +1,203 @@
+"""A frozen base in 8-bit floats (e4m3), a scale for each row of a weight, for the FP8 tensor cores of a GPU.
+
+y = x Wᵀ takes x and W as rows of codes with a scale each. Going back, g W needs W turned, with a scale for each of its
+columns; W's scales lie along the sum there, so they go into g before it is quantised, and the turned codes need none:
+both passes see the same weights, and one copy of them is kept. Turning it once a pass moves two bytes a weight.
+Activations and gradients are quantised as they come, with a scale for each token. Recipe: row-wise scaling as in
+torchao's float8 training; formats: arXiv:2209.05433. On a CPU the same quantised numbers are multiplied in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers import compat, machine
+from helpers.model import loading, weights
+from helpers.model.layer_kinds import ROUTER
+
+E4M3, LARGEST, LEAST = torch.float8_e4m3fn, 448.0, 1e-30
+MULTIPLE = 16  # of both sizes of a matrix that FP8 products take
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU, or none with Triton: plain PyTorch does the same
+    triton = None
+
+
+class Fp8Linear(torch.nn.Linear):
+    """A frozen linear layer: codes (out, in), held as bytes so that no cast of the model's floats touches them, and
+    `fp8_scale` (out), fp32."""
+
+    fp8_scale: Any
+
+    @classmethod
+    def of(cls, linear: Any, device: Any) -> Fp8Linear:
+        made = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        codes, scale = quantize(linear.weight.data.to(device))
+        made.weight = torch.nn.Parameter(codes.view(torch.uint8), requires_grad=False)
+        made.register_buffer("fp8_scale", scale)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    def forward(self, x: Any) -> Any:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            y = _Product.apply(x.to(dtype), self.weight, self.fp8_scale)
+            return y if self.bias is None else y + self.bias.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        return forward(x.reshape(-1, x.shape[-1]), weight, scale).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return backward(grad.reshape(-1, grad.shape[-1]), weight, scale).view(*grad.shape[:-1], -1), None, None
+
+
+def forward(x: Any, weight: Any, scale: Any, out: Any = None) -> Any:
+    """x (tokens, in) times the layer's weight: (tokens, out), into `out` where it is given."""
+    return _multiply(x, weight.view(E4M3), scale, out)
+
+
+def backward(grad: Any, weight: Any, scale: Any) -> Any:
+    """grad (tokens, out) times the layer's weight: (tokens, in)."""
+    codes = weight.view(E4M3)
+    return _multiply(grad, turned(codes), None, None, scale)
+
+
+def _multiply(x: Any, codes: Any, scale: Any, out: Any, factor: Any = None) -> Any:
+    """(x · factor) codesᵀ · scale in x's type."""
+    rows, of_rows = _rows(x, factor)
+    if not x.is_cuda:
+        y = (rows.float() * of_rows[:, None]) @ (codes.float() if scale is None else dense(codes, scale)).t()
+        return y.to(x.dtype) if out is None else out.copy_(y)
+    of_columns = x.new_ones(len(codes), dtype=torch.float32) if scale is None else scale
+    y = compat.fp8_product(rows, codes, of_rows, of_columns, out if x.dtype == torch.bfloat16 else None)
+    if out is None or out.dtype == y.dtype:
+        return y.to(x.dtype)
+    return out.copy_(y)
+
+
+def dense(codes: Any, scale: Any) -> Any:
+    """The fp32 matrix that codes and scales stand for."""
+    return codes.view(E4M3).float() * scale[:, None]
+
+
+def round_trip(weight: Any) -> Any:
+    """A weight as training saw it, in fp32."""
+    return dense(*quantize(weight))
+
+
+def quantize(x: Any, factor: Any = None) -> tuple[Any, Any]:
+    """(e4m3 codes of `x` · factor, the fp32 scale of each row), the same on every device. x: (rows, columns); factor:
+    (columns)."""
+    wide = x.float() if factor is None else x.float() * factor
+    scale = wide.abs().amax(1).clamp_min(LEAST) / LARGEST
+    return (wide / scale[:, None]).to(E4M3), scale
+
+
+def _rows(x: Any, factor: Any) -> tuple[Any, Any]:
+    """`quantize` in one kernel, where there is Triton; its division is rounded otherwise in the last place."""
+    return _quantize_rows(x.contiguous(), factor) if triton is not None and x.is_cuda else quantize(x, factor)
+
+
+def turned(codes: Any) -> Any:
+    """codes (rows, columns) as (columns, rows), in that order in memory."""
+    if triton is not None and codes.is_cuda:
+        return _turned(codes)
+    return codes.view(torch.uint8).t().contiguous().view(E4M3)
+
+
+def load(source: Any, device: str = "", **how: Any) -> tuple[Any, str]:
+    """(the model of `loading.load_model` with its base in FP8, what `convert` says of it). On a GPU without room for
+    its 16 bits it is read into host memory, and a layer at a time goes over."""
+    here = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+    files = weights.shards(Path(getattr(source, "path", source)))
+    large = sum(file.stat().st_size for file in files) / 2**30 > 0.9 * (machine.free_gpu_gib() or 0)
+    model = loading.load_model(source, device="cpu" if large else device, **how)
+    return model, convert(model, here)
+
+
+def layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the model, module) of the linear layers of a causal LM's decoder, without head and routers."""
+    head, inside = model.get_output_embeddings(), {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        plain = type(module) is torch.nn.Linear and id(module) in inside and module is not head
+        if plain and not ROUTER.search(f".{name}"):
+            yield name, module
+
+
+def convert(model: Any, device: Any) -> str:
+    """Put a causal LM's `layers` into 8 bits, one after another on their way to `device`, and the rest of the model
+    there. Returns how many, and what stays as it is: embeddings, head, norms, routers, experts, and layers that FP8
+    products do not take."""
+    done, kept = 0, []
+    for name, module in list(layers(model)):
+        if fits(*module.weight.shape):
+            model.set_submodule(name, Fp8Linear.of(module, device))
+            done += 1
+        else:
+            kept.append(name)
+    if model.device.type != device.type:
+        model.to(device)
+    sizes = f" and {len(kept)} in 16 bits, whose sizes are no multiples of {MULTIPLE} ({kept[0]})" if kept else ""
+    return f"base in FP8, row-wise scales: {done} linear layers{sizes}"
+
+
+def fits(*sizes: int) -> bool:
+    """Whether FP8 products take a matrix of these sizes."""
+    return not any(size % MULTIPLE for size in sizes)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+if triton is not None:
+
+    @triton.jit
+    def _quantize_kernel(x, factor, codes, scales, columns, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        inside = at < columns
+        values = tl.load(x + row * columns + at, mask=inside, other=0.0).to(tl.float32)
+        if FACTOR:
+            values *= tl.load(factor + at, mask=inside, other=0.0)
+        scale = tl.maximum(tl.max(tl.abs(values), 0), 1e-30) / 448.0
+        tl.store(codes + row * columns + at, (values / scale).to(tl.float8e4nv), mask=inside)
+        tl.store(scales + row, scale)
+
+    @triton.jit
+    def _turn_kernel(codes, out, rows, columns, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        tile = tl.load(codes + row[:, None] * columns + column[None, :], mask=inside, other=0)
+        tl.store(out + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def _quantize_rows(x: Any, factor: Any) -> tuple[Any, Any]:
+    rows, columns = x.shape
+    codes, scale = torch.empty_like(x, dtype=E4M3), x.new_empty(rows, dtype=torch.float32)
+    block = triton.next_power_of_2(columns)
+    warps = min(max(block // 1024, 1), 16)
+    with torch.cuda.device(x.device):
+        _quantize_kernel[(rows,)](x, factor, codes, scale, columns, factor is not None, block, num_warps=warps)
+    return codes, scale
+
+
+def _turned(codes: Any) -> Any:
+    rows, columns = codes.shape
+    out, block = codes.new_empty(columns, rows), 128
+    with torch.cuda.device(codes.device):
+        grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
+        _turn_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), rows, columns, block, num_warps=8)
+    return out

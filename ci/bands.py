@@ -35,7 +35,9 @@ ARMS = {
     for stage in ("sft", "orpo")
     for name, changed in (("NF4", {"method": "qlora"}), ("16-bit", {"method": "lora"}))
 }
-ARMS |= {f"hf {stage} FP8": (stage, {"backend": "hf", "method": "lora", "quantize": "fp8"}) for stage in ("sft", "orpo")}
+ARMS |= {
+    f"hf {stage} FP8": (stage, {"backend": "hf", "method": "lora", "quantize": "fp8"}) for stage in ("sft", "orpo")
+}
 
 
 def losses(run: str, arm: str, steps: int = STEPS) -> list[float]:

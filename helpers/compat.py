@@ -60,7 +60,8 @@ class CheckpointsOfEitherKind:
     """Mixin for a transformers Trainer: one process loads what a sharded run (FSDP2) saved, and the other way round.
 
     A sharded run keeps what is trained, and the optimizer's state, in pieces (`write_pieces` and `read_pieces` of the
-    trainer). Overrides private methods of Trainer; nothing but tensors is unpickled.
+    trainer). Overrides private methods of Trainer; nothing but tensors is unpickled. `trained`: the weights that have
+    gradients; to look for them in every module of a small model takes as long as its GPU needs for a step.
     """
 
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
@@ -90,6 +91,11 @@ class CheckpointsOfEitherKind:
         else:
             schedule = torch.load(Path(checkpoint) / "scheduler.pt", map_location="cpu", weights_only=True)
             self.lr_scheduler.load_state_dict(schedule)
+
+    def _clip_grad_norm(self: Any, model: Any) -> Any:
+        if self.is_fsdp_enabled:
+            return super()._clip_grad_norm(model)  # type: ignore[misc]
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
 
 def load_weights(trainer: Any, folder: Path) -> None:

@@ -7,8 +7,10 @@ PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,18 @@ CHUNK = 1024  # tokens of logits held at once without liger: 200 MB in fp32 at a
 # Final-logit arithmetic of some families: (setting, power of it that logits are multiplied with; 0: a cap).
 SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1, "final_logit_softcapping": 0}
 
+_waits = [True]  # whether what waits for the GPU may be used
+
+
+@contextlib.contextmanager
+def on_device() -> Iterator[None]:
+    """Inside, a head waits for nothing that the GPU computes, as a CUDA graph has to: liger-kernel's counts targets."""
+    _waits.append(False)
+    try:
+        yield
+    finally:
+        _waits.pop()
+
 
 class _ChunkedHead(torch.autograd.Function):
     """logps[i] = log softmax(hidden[i] · weightᵀ)[target[i]], 0 where ignored; logits are recomputed going back."""
@@ -31,7 +45,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, target: Any) -> Any:
         logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
+        for rows in _chunks(hidden):
             logits = (hidden[rows] @ weight.t()).float()
             logps[rows] = -torch.nn.functional.cross_entropy(
                 logits, target[rows], reduction="none", ignore_index=IGNORE
@@ -45,7 +59,7 @@ class _ChunkedHead(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden: Any = torch.zeros_like(hidden) if need_hidden else None
         grad_weight: Any = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for rows in torch.arange(hidden.shape[0], device=hidden.device).split(CHUNK):
+        for rows in _chunks(hidden):
             probabilities = (hidden[rows] @ weight.t()).float().softmax(-1)
             scale = grad[rows] * (target[rows] != IGNORE)
             back = probabilities.mul_(-scale[:, None])
@@ -58,12 +72,16 @@ class _ChunkedHead(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None
 
 
+def _chunks(hidden: Any) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, len(hidden), CHUNK)]
+
+
 def token_logps(hidden: Any, weight: Any, target: Any) -> Any:
     """Log-probability of each target token, differentiable: float32 (tokens,), 0 where the target is -100.
 
     hidden (tokens, size), weight (vocab, size), target (tokens,).
     """
-    loss = compat.liger_cross_entropy() if hidden.is_cuda else None
+    loss = compat.liger_cross_entropy() if hidden.is_cuda and _waits[-1] else None
     if loss is None:
         return _ChunkedHead.apply(hidden, weight, target)
     pairs = zip(hidden.split(SLICE), target.split(SLICE), strict=True)

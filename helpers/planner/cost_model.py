@@ -35,6 +35,8 @@ UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 4
 UNPACK_CPU_BYTES = 110.0  # the same on a CPU: 6 ns a weight and pass (135M, two cores: 212 tokens/s for 451)
 # Processor time to launch one layer forward and back: the median of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
 LAUNCH_S = {"none": 6e-3, "nf4": 9e-3, "fp8": 8e-3}
+GRAPH_S = {"none": 4e-4, "nf4": 6e-4, "fp8": 6e-4}  # the same of a CUDA graph: short kernels, one after another
+CAPTURE_S, GRAPH_PADDING = 4.0, 0.2  # to make the graphs of a job; of a row
 LAUNCH_SPREAD = 0.5  # half-width of an estimate that hangs on it
 LAUNCH_AGAIN = 0.8  # of that again for a checkpointed layer (measured, H200)
 UNSLOTH_TIME = 0.95  # of our layers' seconds at equal checkpointing; its copies to host memory hide behind them (H200)
@@ -121,6 +123,7 @@ class Setting:
     shards: int = 1
     accumulates: bool = False  # gradients of earlier rows are there while a row's activations are
     number_bytes: int = 2  # of a weight that is not quantised and of an activation: 4 in fp32
+    graphs: bool = False  # rows are CUDA graphs, a few tokens longer
     process_gib: float = 0.0  # what the process itself holds in the same memory: on a CPU Python and its libraries
 
     @property
@@ -317,7 +320,7 @@ def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tup
         seconds += tokens * 2 * 3 * shape.hidden * shape.intermediate * shape.layers * 1.4 / rate / MATRIX_SHARE
     if card.capability is None:
         return seconds, False
-    launch = shape.layers * LAUNCH_S[s.quantize] * (1 + passes / 3)
+    launch = shape.layers * (GRAPH_S if s.graphs else LAUNCH_S)[s.quantize] * (1 + passes / 3)
     if s.backend == "unsloth":
         seconds *= UNSLOTH_TIME  # and its recomputed layers are launched in what ours take once
     else:
@@ -334,17 +337,6 @@ def update_seconds(shape: Shape, s: Setting, card: Card, rows: int) -> float:
         return bytes_moved / (card.gb_s * 1e9)
     over = rows * (2 * 4 * shape.parameters + 4 * trained_parameters(shape, s)) / s.shards
     return bytes_moved / (CPU.gb_s * 1e9) + over / (card.host_gb_s * 1e9)
-
-
-def four_bits(parameters: int) -> str:
-    """What is known of a 4-bit base's cost in quality at a model's size."""
-    if parameters < 1e9:
-        return (
-            "Measured at 135M on a CPU, 40 steps of text-to-SQL: held-out loss 0.326 on 4 bits and 0.250 on 16, which "
-            "took half the time."
-        )
-    found = "no loss was found from 7 billion parameters (QLoRA, arXiv:2305.14314, table 4)"
-    return f"What 4 bits cost in quality: {found if parameters > 6e9 else 'not measured at this size'}."
 
 
 def grades_of(layers: int) -> list[tuple[int, bool, int]]:
@@ -378,6 +370,26 @@ class Option:
             return "none"
         where = f", inputs in host memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
         return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
+
+
+def graphed(asked: str, shape: Shape, card: Card, plain: Option, graphs: Option, tokens: float) -> tuple[Option, str]:
+    """The option with its rows as CUDA graphs where that saves time in a run of so many tokens, and what to say."""
+    s, saved = plain.setting, tokens / plain.tokens_per_s - tokens / graphs.tokens_per_s
+    obstacles = {
+        "there is no GPU": card.capability is None,
+        "rows are padded": s.padded or s.backend != "hf",
+        "attention goes document by document": not s.flash,
+        "several processes train together": s.shards > 1,
+        "checkpointed layers keep random states on the host": s.recompute,
+        "a token's experts are chosen on the host": shape.experts,
+        f"they need {graphs.need_gib:.1f} GiB": not graphs.fits,
+        f"they save {max(saved, 0):.0f} s of the run": asked == "auto" and saved < CAPTURE_S,
+    }
+    if asked == "off" or (asked == "auto" and card.capability is None):
+        return plain, ""
+    if why := next((why for why, true in obstacles.items() if true), ""):
+        return plain, f"CUDA graphs: none, {why}."
+    return graphs, f"CUDA graphs: they save {max(saved, 0):,.0f} s of launching kernels one by one."
 
 
 class DoesNotFit(TunebookError):

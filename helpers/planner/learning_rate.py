@@ -1,4 +1,4 @@
-"""The peak learning rate that is published for a method, a rank and a model size; what an adapter can hold.
+"""The peak learning rate published for a method, rank and size of model; what an adapter can hold and 4 bits lose.
 
 LoRA: 2e-4 up to 13 billion parameters, 1e-4 at 33 and 65 (QLoRA, arXiv:2305.14314, table 9), falling with the size of
 the model, and ten times that of full tuning ("LoRA Without Regret", Thinking Machines, 2025): here 2e-4 · (8e9 /
@@ -54,3 +54,14 @@ def capacity(trained: int, tokens: int) -> str:
     return (
         f"Adapter capacity: {trained:,} parameters × 2 bits against {tokens:,} tokens at most, 1 bit each: {verdict}."
     )
+
+
+def four_bits(parameters: int) -> str:
+    """What is known of a 4-bit base's cost in quality at a model's size."""
+    if parameters < 1e9:
+        return (
+            "Measured at 135M on a CPU, 40 steps of text-to-SQL: held-out loss 0.326 on 4 bits and 0.250 on 16, which "
+            "took half the time."
+        )
+    found = "no loss was found from 7 billion parameters (QLoRA, arXiv:2305.14314, table 4)"
+    return f"What 4 bits cost in quality: {found if parameters > 6e9 else 'not measured at this size'}."

@@ -112,7 +112,7 @@ class Plan(display.Shown):
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         of_plan = ("method", "backend", "attention", "accumulation", "world_size", "batch_size", "steps", "errors")
-        of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize")
+        of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize", "graphs")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
         found["learning_rate"] = self.learning_rate
@@ -214,8 +214,12 @@ def plan(
     options = list(search.options())
     if (best := search.best(options)) is None:
         raise DoesNotFit(search.refusal(options) if advise else "", min(o.need_gib for o in options))
-    reasons = [*filter(None, [chosen]), why, *shape.said(best.setting.quantize == "nf4")]
-    reasons.append(f"Attention {kernel.name}: {kernel.reason}.")
+    steps = params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)
+    tokens = round(sum(lengths) * steps / search.steps.per_epoch)
+    graphs = search.weigh(replace(best.setting, graphs=True), search.layout(best.setting.row_tokens))
+    best, said = cost_model.graphed(params.cuda_graphs, shape, card, best, graphs, tokens)
+    attention = f"Attention {kernel.name}: {kernel.reason}."
+    reasons = [*filter(None, [chosen, why, *shape.said(best.setting.quantize == "nf4"), attention, said])]
     if best.setting.recompute:
         lightest = min(options, key=lambda o: (o.setting.recompute, o.setting.row_tokens))
         need = f"without it the job would need {lightest.need_gib:.1f} GiB of {card.total_gib:.1f}"
@@ -227,21 +231,8 @@ def plan(
     reasons.append(told)
     if params.method in ("qlora", "lora"):
         reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
-    return Plan(
-        card=card,
-        shape=shape,
-        option=best,
-        batches=batches,
-        world_size=world_size,
-        steps=(steps := params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)),
-        tokens=round(sum(lengths) * steps / search.steps.per_epoch),
-        attention=kernel.name,
-        packed=in_one,
-        backend=backend,
-        reasons=tuple(reasons),
-        alternatives=search.alternatives(options, best),
-        learning_rate=rate,
-    )
+    rest = tuple(reasons), search.alternatives(options, best), rate
+    return Plan(card, shape, best, batches, world_size, steps, tokens, kernel.name, in_one, backend, *rest)
 
 
 @dataclass(frozen=True)
@@ -278,7 +269,7 @@ class _Search:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
             small = four.weigh(replace(big.setting, params=four.params), four.layout(big.setting.row_tokens))
             why += f" (QLoRA: {small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long)"
-        return one, f"Method auto: {why}. {cost_model.four_bits(self.shape.parameters)}"
+        return one, f"Method auto: {why}. {learning_rate.four_bits(self.shape.parameters)}"
 
     def best(self, options: Iterable[Option]) -> Option | None:
         """Of the fastest options that fit the one with the lowest peak."""
@@ -336,7 +327,8 @@ class _Search:
         seconds, launching = cost_model.row_seconds(self.shape, row, self.card, self.mean_square)
         seconds = rows * seconds + cost_model.update_seconds(self.shape, s, self.card, rows)
         seconds *= cost_model.SHARDED_TIME if s.sharded else 1.02 if self.world > 1 else 1
-        longest = replace(s, row_tokens=layout.max_row_tokens, accumulates=rows > 1)
+        padded = round(layout.max_row_tokens * (1 + cost_model.GRAPH_PADDING * s.graphs))
+        longest = replace(s, row_tokens=padded, accumulates=rows > 1)
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
         slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
         if s.sharded and self.params.method in ("full", "freeze"):

@@ -158,6 +158,7 @@ def probe(job: Any) -> Plan:
         try:
             return plan.correct(**_measure(job.trainer, job.model, plan))
         except torch.cuda.OutOfMemoryError:
+            job.trainer.graphs = None  # of the pass that did not fit
             torch.cuda.empty_cache()
             plan = _lighter(job, plan)
 
@@ -214,6 +215,7 @@ def _lighter(job: Any, plan: Plan) -> Plan:
     """The plan with the next grade of activation checkpointing, set on the model; TunebookError when there is none."""
     s, shape = plan.option.setting, plan.shape
     grades = [grade for grade in grades_of(shape.layers) if grade > (s.recompute, s.offload, s.tile_mlp)]
+    s = replace(s, graphs=False)
     settings = (replace(s, recompute=layers, offload=offload, tile_mlp=tile) for layers, offload, tile in grades)
     fitting = (one for one in settings if offload_fits(shape, one, plan.card, plan.world_size))
     setting = next(fitting, None) if plan.backend == "hf" else None

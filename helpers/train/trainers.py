@@ -29,6 +29,7 @@ from helpers.model.packed_attention import IGNORE
 from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
 from helpers.train.examples import lengths_of
+from helpers.train.graphs import Graphs, forms
 from helpers.train.rows import PackedRows, PairCollator, RowCollator, check_boundaries
 
 # What a batch carries for people and for the loss, not for the model.
@@ -46,6 +47,8 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     trained_tokens: int
     router_weight: float
     score: Any = None  # a `task_score.TaskScore`
+    graphs: Graphs | None = None
+    trained: list[torch.nn.Parameter]
     step_seen: float  # tokens of the step, on all processes
 
     def _loader(self, rows: Any) -> Any:
@@ -59,6 +62,9 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._loader(self.held_out_rows)
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody reads their sum, and Trainer counts the model's parameters for every row
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_seen = max(self._everywhere(sum(batch["tokens"] for batch in batches))[0], 1.0)
@@ -68,7 +74,12 @@ class PackedRowsTrainer(compat.CheckpointsOfEitherKind, Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; keeps whose rows it was, for the message that stops a run."""
         ids = inputs.pop("row_ids", [])
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.graphs and model.training:  # what Trainer does besides, over every module of a model, takes as long
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            loss = loss.detach()
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if len(self.step_rows) >= self.current_gradient_accumulation_steps:
             self.step_rows = []
         self.step_rows.append((ids, loss))
@@ -143,6 +154,9 @@ class RowSFTTrainer(PackedRowsTrainer, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = {k: v for k, v in inputs.items() if k not in EXTRA} | {"use_cache": False}
+        if self.graphs and (logps := self.graphs(model, inputs)) is not None:
+            loss = -logps.sum() / num_items_in_batch
+            return (loss, {}) if return_outputs else loss
         if not self.router_weight:
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         found = model(**inputs, token_logps=True, router=True)
@@ -192,8 +206,10 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
         shapes (), (documents,), (documents,), ()."""
         good, mask, labels = inputs["good"], inputs["completion_mask"], inputs["labels"]
         known = {k: v for k, v in inputs.items() if k not in EXTRA}
-        found = model(**known, token_logps=True, use_cache=False, **({"router": True} if router else {}))
-        logps, balance = found.logps, found.router if router else 0.0
+        logps, balance = self.graphs(model, known) if self.graphs else None, 0.0
+        if logps is None:
+            found = model(**known, token_logps=True, use_cache=False, **({"router": True} if router else {}))
+            logps, balance = found.logps, found.router if router else 0.0
         if not inputs["pair_count"]:
             return logps.sum() * 0.0, logps.new_zeros(0), logps.new_zeros(0), balance * 0.0
         answered = F.pad(mask[:, 1:], (0, 1)) * (F.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE)
@@ -345,7 +361,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
         if loss in ("dpo", "kto") and (job.adapter or params.init != "default"):
             trainer.initial = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     _use_packed_rows(job, model, trainer, loss)
-    distributed.named(model)  # sharded again before an optimizer is made
+    trainer.trained = list(distributed.named(model).values())  # sharded again before an optimizer is made
     trainer.optimizer = methods.lora_plus(model, params, trainer.args)
     trainer.remove_callback(PrinterCallback)  # a line a step: `callbacks.Log` speaks for it
     return trainer
@@ -369,6 +385,9 @@ def _use_packed_rows(job: Any, model: Any, trainer: Any, loss: str) -> None:
     trainer.row_collator = RowCollator(pad, layout, plan.shares)
     if loss != "sft":
         trainer.row_collator = PairCollator(pad, layout, plan.shares, nll=loss == "orpo")
+    if plan.setting.graphs and not params.router_aux_loss:
+        many = max(map(len, trainer.rows.rows)) * (1 if loss in ("sft", "kto") else 2)
+        trainer.graphs = Graphs(model, forms(trainer.rows.costs(), trainer.rows.lengths, many))
     trainer.step_rows, trainer.trained_tokens = [], 0
     trainer.model_accepts_loss_kwargs = True  # divided by num_items_in_batch, not once more by the accumulation
     if plan.backend == "unsloth":  # its trainers leave the model set for inference, without activation checkpointing

@@ -184,22 +184,23 @@ def keep_executed(output: Path, folder: Path) -> None:
 
 
 def summary(run: str) -> str:
-    """The closing table: execution accuracy with its interval, valid SQL and file size of every candidate."""
+    """The closing table: every candidate's score with its interval, valid SQL where that was asked for, file size."""
     metrics = runs.load(run, "eval", verify=False).metrics
     scores = metrics["candidates"]
     order = {"base": 0, "sft": 1, "sft as long": 2, "orpo": 3, "merged": 4}
+    sql = any(score["valid"] is not None for score in scores.values())
     rows = [
         [
             name,
             display.percent(score["accuracy"]),
             display.interval(score["low"], score["high"]),
-            display.percent(score["valid"]),
+            *[display.percent(score["valid"])] * sql,
             score["n"],
             display.size(score["size_bytes"]) if score.get("size_bytes") else "",
         ]
         for name, score in sorted(scores.items(), key=lambda item: (order.get(item[0], 9), item[0]))
     ]
-    header = ["", "accuracy", "95 % interval", "valid SQL", "n", "file size"]
+    header = ["", metrics["label"], "95 % interval", *["valid SQL"] * sql, "n", "file size"]
     page = runs.run_folder(run) / "report.html"
     told = "\n".join(f"- {sentence}" for sentence in statistics.sentences(metrics))
     return f"{display.text_table(rows, header)}\n\n{told}\n\nReport: {page}\n{page.resolve().as_uri()}"

@@ -243,7 +243,7 @@ def metrics(scores: dict[str, Any]) -> dict[str, Any]:
         table[c["name"]] = {**accuracy, "accuracy": accuracy["value"], "valid": valid, "size_bytes": c["size_bytes"]}
     skipped = {c["name"]: c["reason"] for c in scores["candidates"] if c["status"] == "skipped"}
     kept = {key: scores[key] for key in ("comparisons", "headline", "ship", "lost")}
-    return {"candidates": table, "skipped": skipped, **kept}
+    return {"candidates": table, "skipped": skipped, "label": scores["task"]["label"], **kept}
 
 
 # ---------------------------------------------------------------- the two files

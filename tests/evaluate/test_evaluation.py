@@ -186,6 +186,7 @@ def test_a_question_that_one_candidate_cannot_read_is_left_out_for_all(planted, 
 
 def test_candidates_that_cannot_load_are_left_out_with_the_reason_first_and_the_others_go_on(judged):
     _, _, scores, metrics = judged
+    assert metrics["label"] == scores["task"]["label"]
     assert {"gone", "bent"} == set(metrics["skipped"]) and all(metrics["skipped"].values())
     assert "gone was left out: the file /nowhere/x.gguf does not exist" in scores["warnings"]
     assert record(scores, "gone")["status"] == "skipped" and record(scores, "base")["status"] == "scored"

@@ -195,6 +195,7 @@ class TrainingParams(Params):
     recompute: str = more("auto", "Layers with activation checkpointing; offload: CPU offload too", choices=RECOMPUTE)
     cuda_graphs: str = more("off", "Rows as CUDA graphs; auto: where launches take long", choices="auto on off")
     cpu_offload: bool = more(False, "Of a sharded job (several GPUs) weights and optimizer state stay in host memory")
+    shard_weights: bool = more(False, "qlora: share the 4-bit base out over the GPUs even where each has room for it")
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")
     export_check: bool = more(True, "Refuse, before training, a model that could not be exported to GGUF afterwards")
     quantize: str = more("auto", "fp8: LoRA on a base of 8-bit floats (GPU of 8.9 or more)", choices="auto none fp8")

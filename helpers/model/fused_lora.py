@@ -13,6 +13,7 @@ import torch
 
 from helpers import compat
 from helpers.model import chunked_loss, fp8
+from helpers.model.four_bit import PackedLinear
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -76,9 +77,11 @@ def _dropped(x: Any, kept: Any, dropout: float) -> Any:
 
 
 def _dense(weight: Any, state: Any, dtype: Any) -> Any:
-    """The (out, in) matrix of a dense or 4-bit weight in `dtype`."""
+    """The (out, in) matrix of a dense or 4-bit weight in `dtype`; state: None, bitsandbytes', or the sharded layer."""
     if state is None:
         return weight.to(dtype)
+    if isinstance(state, PackedLinear):
+        return state.unpacked().to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
@@ -90,7 +93,8 @@ def _lora_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not name:
         return self._own_forward(x, *args, **kwargs)
     base, device = self.get_base_layer(), x.device.type
-    state = getattr(base, "fp8_scale", getattr(base.weight, "quant_state", None))
+    own = base if isinstance(base, PackedLinear) else getattr(base.weight, "quant_state", None)
+    state = getattr(base, "fp8_scale", own)
     autocast = torch.is_autocast_enabled(device)
     if autocast:
         compute = torch.get_autocast_dtype(device)

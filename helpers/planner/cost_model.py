@@ -8,6 +8,7 @@ GiB are 2³⁰ bytes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from helpers import machine
@@ -134,7 +135,7 @@ class Setting:
     @property
     def sharded(self) -> bool:
         """FSDP2: each process holds its share of weights, gradients and optimizer state."""
-        return self.shards > 1 and self.quantize == "none"
+        return self.shards > 1 and (self.quantize == "none" or self.params.shard_weights or self.params.cpu_offload)
 
     @property
     def fused(self) -> bool:
@@ -204,11 +205,11 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
 
 
 def gathered_bytes(shape: Shape, s: Setting) -> float:
-    """What a process of a sharded job holds besides its share: the layer at work, the next one and its copy, and the
-    head to the end of the backward pass; where they are trained, their gradients, and in fp32 on the way to the shares
-    twice. With a frozen base 59.7 GiB planned for 59.5 measured (8B, two H100)."""
+    """What a process of a sharded job holds besides its share: three layers (at work, next, its copy), the head to the
+    end of the backward pass, gradients of trained ones. 59.7 GiB planned, 59.5 measured (8B LoRA, two H100)."""
     layer, head = (shape.linear_parameters + shape.other) / shape.layers, shape.head or shape.embedding
     trained = {"full": max(10 * layer, 8 * head), "freeze": 10 * layer}.get(s.params.method, 0)
+    layer *= NF4_BITS[s.params.double_quant] / 8 / s.number_bytes if s.quantize == "nf4" else 1
     return (2 * (3 * layer + head) + trained) * s.number_bytes / 2
 
 
@@ -345,9 +346,9 @@ def grades_of(layers: int) -> list[tuple[int, bool, int]]:
 
 
 def offload_fits(shape: Shape, s: Setting, card: Card, world: int = 1) -> bool:
-    """Whether host memory has room for what every process on the machine offloads."""
-    offloaded = offloaded_gib(shape, s)
-    return not offloaded or not card.host_gib or world * (offloaded + HOST_GIB) <= card.host_gib
+    """Whether host memory has room for what every process on the machine offloads; of several machines, on this one."""
+    offloaded, here = offloaded_gib(shape, s), min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    return not offloaded or not card.host_gib or here * (offloaded + HOST_GIB) <= card.host_gib
 
 
 @dataclass(frozen=True)

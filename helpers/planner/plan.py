@@ -208,12 +208,15 @@ def plan(
     shape = shape or shape_of(source)
     in_rows = lengths if in_one else padded_lengths or lengths
     batches = row_plan.batches_of(params, world_size, sequence or max(in_rows), params.group_by_length and not in_one)
-    search = _Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
+    search = Search(params, shape, card, world_size, tuple(in_rows), sum(lengths), base, batches)
     search, chosen = search.by_room() if params.method == "auto" else (search, chosen)
-    params = search.params
     options = list(search.options())
-    if (best := search.best(options)) is None:
-        raise DoesNotFit(search.refusal(options) if advise else "", min(o.need_gib for o in options))
+    if (best := search.best(options)) is None and (shared := search.shared()):
+        why, search = f"{why} The 4-bit base is sharded: no GPU has room for all of the job's.", shared
+        best = search.best(options := list(search.options()))
+    params = search.params
+    if best is None:
+        raise DoesNotFit(refusal(search, options) if advise else "", min(o.need_gib for o in options))
     steps = params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)
     tokens = round(sum(lengths) * steps / search.steps.per_epoch)
     graphs = search.weigh(replace(best.setting, graphs=True), search.layout(best.setting.row_tokens))
@@ -236,7 +239,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """The options for one job. lengths: tokens of each example in its row, padding too; tokens: of all, without."""
 
     params: TrainingParams
@@ -249,11 +252,16 @@ class _Search:
     batches: row_plan.Batches
     room: float = 1.0  # of the memory that an option may need
 
-    def with_params(self, **change: Any) -> _Search:
+    def with_params(self, **change: Any) -> Search:
         params = replace(self.params, **change)
         return replace(self, params=params, base=replace(self.base, params=params))
 
-    def by_room(self) -> tuple[_Search, str]:
+    def shared(self) -> Search | None:
+        """With a 4-bit base sharded over the GPUs, which would be whole in each; None where there is none such."""
+        whole = self.params.method == "qlora" and not self.base.sharded
+        return self.with_params(shard_weights=True) if whole and self.world > 1 and self.base.backend == "hf" else None
+
+    def by_room(self) -> tuple[Search, str]:
         """(method auto as LoRA on 16 bits where that fits with room, else on 4; why, and what the other would cost)."""
         if (p := self.params).init != "default":
             method = "lora" if p.init == "pissa" else "qlora"
@@ -351,42 +359,42 @@ class _Search:
             chosen["base"] = self.weigh(setting, self.layout(s.row_tokens))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
-    def refusal(self, options: list[Option]) -> str:
-        """What does not fit and the smallest change that would: 4 bits, 8-bit optimizer, shorter rows, larger GPU."""
-        lengths, card = self.lengths, self.card
-        smallest = min(options, key=lambda o: o.need_gib)
-        what = (
-            f"{self.shape.name} ({self.shape.parameters / 1e9:.2f} billion, method {self.params.method}, longest row "
-            f"{max(lengths)} tokens) needs {smallest.need_gib:.1f} GiB and {card.name} has {card.total_gib:.1f}"
-        )
-        if smallest.need_gib <= card.total_gib:
-            host = smallest.offloaded_gib + cost_model.HOST_GIB
-            what += f", which is enough, but offloaded layer inputs also take {host:.1f} GiB of host memory a process, "
-            what += f"and there are {card.host_gib:.1f}"
 
-        def fits(lengths: Sequence[int] = lengths, world: int = self.world, /, **change: Any) -> bool:
-            search = self.with_params(recompute="auto", row_tokens=0, **change)
-            base = replace(search.base, shards=world)
-            search = replace(search, lengths=tuple(lengths), tokens=sum(lengths), world=world, base=base)
-            return any(option.fits for option in search.options())
+def refusal(search: Search, options: list[Option]) -> str:
+    """What does not fit and the smallest change that would: offload, 4 bits, 8-bit optimizer, shorter rows, other GPUs."""
+    lengths, card, params, shape = search.lengths, search.card, search.params, search.shape
+    smallest, size = min(options, key=lambda o: o.need_gib), f"{shape.parameters / 1e9:.2f} billion"
+    what = f"{shape.name} ({size}, method {params.method}, longest row {max(lengths)} tokens) needs "
+    what += f"{smallest.need_gib:.1f} GiB and {card.name} has {card.total_gib:.1f}"
+    if smallest.need_gib <= card.total_gib:
+        host = smallest.offloaded_gib + cost_model.HOST_GIB
+        what += f", which is enough, but offloaded layer inputs also take {host:.1f} GiB of host memory a process, "
+        what += f"and there are {card.host_gib:.1f}"
 
-        if fits():
-            return f"{what}; set recompute to auto and row_tokens to 0, which fits."
-        own, others = self.params.method != "qlora", (("method", "qlora"), ("optimizer", "adamw_8bit"))
-        more = next((n for n in (2, 4, 8, 16) if n > self.world and own and fits(lengths, n)), 0)
-        share = f" (or {more} such GPUs, each with its share: torchrun --nproc-per-node {more})" * bool(more)
-        for name, value in (("cpu_offload", True), others[0]) if own and self.world > 1 else others:
-            if fits(**{name: value}):
-                return f"{what}; set {name} to {value}, which fits{share}."
-        low, high = 0, max(lengths)
-        while high - low > 16:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits([min(n, middle) for n in lengths]) else (low, middle)
-        if low >= 64:
-            most, pairs = low // 16 * 16, self.params.stage == "orpo"
-            where = "max_length to half of that, for a pair is two answers" if pairs else "max_length in notebook 01"
-            return f"{what}; rows of at most {most} tokens fit: lower {where}."
-        larger = [card for card in cost_model.CARDS.values() if card.total_gib >= smallest.need_gib]
-        names = [c.name for c in larger if cost_model.offload_fits(self.shape, smallest.setting, c, self.world)]
-        remedy = f"GPU with more memory ({', '.join(names)})" if names else "smaller model or several GPUs"
-        return f"{what}; use a {remedy}."
+    def fits(lengths: Sequence[int] = lengths, world: int = search.world, /, **change: Any) -> bool:
+        other = search.with_params(recompute="auto", row_tokens=0, **change)
+        base = replace(other.base, shards=world)
+        other = replace(other, lengths=tuple(lengths), tokens=sum(lengths), world=world, base=base)
+        return any(option.fits for way in (other, other.shared()) if way for option in way.options())
+
+    if fits():
+        return f"{what}; set recompute to auto and row_tokens to 0, which fits."
+    changes: list[tuple[str, Any]] = [("cpu_offload", True)] * (apart := search.base.sharded)
+    changes += [("method", "qlora")] * (params.method != "qlora") + [("optimizer", "adamw_8bit")] * (not apart)
+    more = next((n for n in (2, 4, 8, 16) if n > search.world and fits(lengths, n)), 0)
+    share = f"{more} such GPUs, each with its share: torchrun --nproc-per-node {more}" * bool(more)
+    for name, value in changes:
+        if fits(**{name: value}):
+            return f"{what}; set {name} to {value}, which fits{f' (or {share})' * bool(more)}."
+    low, high = 0, max(lengths)
+    while high - low > 16:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits([min(n, middle) for n in lengths]) else (low, middle)
+    if low >= 64:
+        most, pairs = low // 16 * 16, params.stage == "orpo"
+        where = "max_length to half of that, for a pair is two answers" if pairs else "max_length in notebook 01"
+        return f"{what}; rows of at most {most} tokens fit: lower {where}{f' (or take {share})' * bool(more)}."
+    larger = [card for card in cost_model.CARDS.values() if card.total_gib >= smallest.need_gib]
+    names = [c.name for c in larger if cost_model.offload_fits(shape, smallest.setting, c, search.world)]
+    remedy = f"GPU with more memory ({', '.join(names)})" if names else "smaller model or several GPUs"
+    return f"{what}; use a {remedy}{f', or {share}' * bool(more)}."

@@ -160,7 +160,7 @@ def answers(job: Any, prompts: list[list[int]], decoding: Decoding) -> list[Answ
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = HfModel(job.model, job.tokenizer)
         # Unsloth has an attention of its own, and a sharded model its weights together only in its own generate.
-        model.fast &= job.planned.backend == "hf" and not distributed.sharded(job.params.method)
+        model.fast &= job.planned.backend == "hf" and not distributed.sharded(job.params)
         found = model.generate(prompts, decoding) if prompts else []
     job.model.train(training)
     return found

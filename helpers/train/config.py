@@ -66,14 +66,13 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
         yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
     if p.init == "pissa" and p.method == "qlora":
         yield "init 'pissa' changes the base's weights, which 4 bits cannot take back; set method to 'lora'"
-    if p.init == "pissa" and distributed.sharded(p.method):
+    if p.init == "pissa" and distributed.sharded(p):
         yield "init 'pissa' is undone on a whole adapter, and this run is sharded; set init to 'default'"
-    if loss in ("dpo", "kto") and distributed.sharded(p.method) and (p.start_from != "base" or p.init != "default"):
-        yield f"the reference of {loss} is a copy of the adapter, and this run is sharded; set method to 'qlora'"
-    if distributed.sharded(p.method) and p.optimizer not in ("adamw", "sgd"):
+    if loss in ("dpo", "kto") and distributed.sharded(p) and (p.start_from != "base" or p.init != "default"):
+        remedy = "start_from to 'base'" + ", or method to 'qlora'" * (p.method != "qlora")
+        yield f"the reference of {loss} is a copy of the adapter, and this run is sharded; set {remedy}"
+    if distributed.sharded(p) and p.optimizer not in ("adamw", "sgd"):
         yield f"optimizer {p.optimizer!r} takes no sharded weights, and this run is sharded; set optimizer to 'adamw'"
-    if p.cpu_offload and p.method == "qlora" and distributed.size() > 1:
-        yield "cpu_offload is of sharded weights, and method 'qlora' copies them; set method to 'lora', or take it back"
     if p.modules_to_save and p.init == "pissa":
         yield "init 'pissa' is undone on LoRA weights alone, and modules_to_save adds others; set init to 'default'"
     if p.dora and p.init != "default":
@@ -196,7 +195,7 @@ def arguments(stage: Stage, precision: str, plan: Plan, held_out: int) -> dict[s
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(stage.path / "tensorboard")
     optimizer = OPTIMIZERS[params.optimizer]
     return {
-        **distributed.options(plan.method),
+        **distributed.options(plan.setting.params),
         **timetable(params, plan.steps),
         "output_dir": str(stage.path / "checkpoints"),
         "run_name": f"{params.run}-{params.stage}",

@@ -152,7 +152,7 @@ def probe(job: Any) -> Plan:
     together only inside the training loop.
     """
     plan = job.planned
-    if distributed.sharded(job.params.method):
+    if distributed.sharded(job.params):
         return plan
     while True:
         try:

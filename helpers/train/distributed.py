@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 -m helpers.train params.yaml
 
-QLoRA runs data parallel (DDP): 4-bit weights are not sharded. LoRA on a 16-bit base and full tuning run sharded
-(FSDP2). An optimizer step sees the same rows however many processes share it (`rows.PackedRows`).
+QLoRA runs data parallel (DDP) where each GPU has room for the 4-bit base. Where none has, and with LoRA on a 16-bit base
+and full tuning, the job is sharded (FSDP2). An optimizer step sees the same rows however many processes share it
+(`rows.PackedRows`).
 
 Of a sharded job each process reads, holds and writes its rows of every tensor, and none has a whole model. The base is
 built without storage and shared out; then each process reads the rows that are its own out of the safetensors files.
@@ -96,19 +97,19 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def sharded(method: str) -> bool:
-    """True when this job is sharded (FSDP2) rather than data parallel."""
-    return size() > 1 and method not in ("qlora", "auto")
+def sharded(params: Any) -> bool:
+    """True when a job of these parameters is sharded (FSDP2) rather than data parallel."""
+    return size() > 1 and (params.method not in ("qlora", "auto") or params.shard_weights or params.cpu_offload)
 
 
-def options(method: str) -> dict[str, Any]:
-    """Trainer arguments for this world: none for one process and for DDP, FSDP2 for a 16-bit base."""
-    if not sharded(method):
+def options(params: Any) -> dict[str, Any]:
+    """Trainer arguments for this world: none for one process and for DDP, else FSDP2."""
+    if not sharded(params):
         return {}
     fsdp2 = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
     fsdp2 |= {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
     # Gradients of the model's own weights go to their shares after each row: whole, they would be 4 bytes a weight.
-    each = {"gradient_accumulation_kwargs": {"sync_each_batch": method not in ("lora", "qlora")}}
+    each = {"gradient_accumulation_kwargs": {"sync_each_batch": params.method not in ("lora", "qlora")}}
     return {"fsdp": True, "fsdp_config": fsdp2, "accelerator_config": each}
 
 
@@ -124,9 +125,12 @@ def trained_state(model: Any) -> dict[str, Any]:
 
 
 class Base:
-    """A base model that no process holds whole. bytes_read: by this process."""
+    """A base model that no process holds whole. bytes_read: by this process. quantize and double_quant: as of
+    `loading.load_model`. Raises TunebookError for layers whose 4-bit rows cannot be told apart."""
 
-    def __init__(self, source: loading.ModelSource, dtype: str, attention: str) -> None:
+    def __init__(
+        self, source: loading.ModelSource, dtype: str, attention: str, quantize: str = "none", double_quant: bool = True
+    ) -> None:
         from accelerate import init_empty_weights
 
         config = loading.load_config(source)
@@ -144,6 +148,11 @@ class Base:
         self.own = {name: first[known] for name, known in every}  # of shared parameters the one that stands for both
         for name, key in self.conversion.target.items():
             self.names.setdefault(self.own.get(key, key), name)
+        if quantize == "nf4":
+            from helpers.model import four_bit
+
+            alone = {key: name for key, name in self.names.items() if key not in self.conversion.groups}
+            four_bit.swap(self.model, self.held, alone, loading.dtype(dtype), double_quant)
 
     def share_out(self, model: Any, precision: str, offload: bool) -> str:
         """Shard `model`, which is this base with whatever was put onto it, and read this process's rows. offload: they
@@ -152,7 +161,7 @@ class Base:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        from helpers.model import checkpointing  # which needs torch
+        from helpers.model import checkpointing, four_bit  # which need torch
 
         cuda = torch.cuda.is_available()
         bits = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -171,8 +180,17 @@ class Base:
         fully_shard(model, **how)
         made: dict[int, Any] = {}
         state = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, four_bit.PackedLinear):
+                key = f"{name}.weight".removeprefix(merging.PREFIX).replace(".base_layer.", ".")
+                place = _place(layer.weight)
+                name_in_files = self.names.get(key)
+                source = name_in_files if name_in_files in self.held.states else self._rows(key, *place)
+                for part, rows in layer.read(self.held, source, *place).items():
+                    state[f"{name}.{part}"] = torch.nn.Parameter(_like(getattr(layer, part), rows, offload), False)
+                    self.bytes_read += rows.numel() * rows.element_size() * isinstance(source, str)
         for name, weight in model.named_parameters(remove_duplicate=False):
-            if weight.to_local().is_meta:
+            if weight.to_local().is_meta and name not in state:
                 if id(weight) not in made:
                     rows = self._rows(name.removeprefix(merging.PREFIX).replace(".base_layer.", "."), *_place(weight))
                     made[id(weight)] = torch.nn.Parameter(_like(weight, rows, offload), weight.requires_grad)

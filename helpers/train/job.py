@@ -180,7 +180,7 @@ class TrainJob(steps.Job):
             if base:  # no process has it whole
                 distributed.write_checkpoint(work, self.model)
                 distributed.wait()
-            sharded = distributed.sharded(self.params.method) and not base
+            sharded = distributed.sharded(self.params) and not base
             whole = distributed.trained_state(self.model) if sharded else None
             if not distributed.first():
                 return None

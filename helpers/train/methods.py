@@ -57,9 +57,14 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         _check_packed(job.source.name, bits, params)
         notes.append(f"the base's own {bits} weights, as they were published")
     whole = _needs_whole_base(params, model_config, job.tokenizer)
-    if distributed.sharded(params.method) and not whole:
-        job.base = distributed.Base(job.source, precision, attention)
-    elif distributed.sharded(params.method):
+    if distributed.sharded(params) and not whole:
+        job.base = distributed.Base(job.source, precision, attention, quantize, params.double_quant)
+    elif distributed.sharded(params):
+        if quantize == "nf4":
+            raise TunebookError(
+                f"The 4-bit base is shared out over {distributed.size()} GPUs, and {whole} needs all of it in each; "
+                "take that back, or set shard_weights and cpu_offload to False on GPUs with room for the whole base."
+            )
         notes.append(f"the base was loaded whole in each process and then sharded, for {whole}")
     given, base = {"dtype": precision, "attention": attention}, job.base
     if plan.setting.quantize == "fp8":

@@ -25,7 +25,7 @@ from helpers.model.loading import template_hash, tokenizer_hash
 
 SEAL = "complete.json"
 # What may differ between the run that wrote a checkpoint and the one that resumes from it.
-FREE = ("mirror", "loggers", "keep_checkpoints", "plan_for", "cpu_offload")
+FREE = ("mirror", "loggers", "keep_checkpoints", "plan_for", "cpu_offload", "shard_weights")
 MIRRORED = 3  # newest checkpoints kept on a mirror
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_WORDS = re.compile(

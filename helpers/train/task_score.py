@@ -33,7 +33,7 @@ NEAR_END = 0.85  # of the time: what comes after is the end's
 def make(job: Any) -> TaskScore | None:
     """The scorer of a built `job.TrainJob`; None where its task has no score, or its model cannot be asked cheaply."""
     p, folder = job.params, job.stage.parents["data"].path
-    if not p.score_rows or job.held_out is None or distributed.sharded(p.method) or job.planned.backend != "hf":
+    if not p.score_rows or job.held_out is None or distributed.sharded(p) or job.planned.backend != "hf":
         return None
     items, prompts, longest = _questions(folder / "eval.parquet", p.score_rows, p.seed)
     database = folder / "database.sqlite" if (folder / "database.sqlite").is_file() else None

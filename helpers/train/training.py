@@ -59,9 +59,9 @@ def open(params: TrainingParams) -> TrainJob:
     if gpu and not params.plan_for and distributed.first() and (held := machine.gpu_held()):
         display.say(f"Memory of the GPU is also held by {held}; stop it, and there is more room.")
     plan = _plan(params, train, source, adapter, stage)
-    method, quantize = distributed.shared(lambda: _decided(plan))  # of several GPUs the first decides
-    params = dataclasses.replace(params, method=method, quantize=quantize)
-    if (method, quantize) != _decided(plan):
+    decided = distributed.shared(lambda: _decided(plan))  # of several GPUs the first decides
+    params = dataclasses.replace(params, **decided)
+    if decided != _decided(plan):
         plan = _plan(params, train, source, adapter, stage)
     config.check(params, gpu.capability if gpu else None)
     plan = dataclasses.replace(plan, reasons=(*why, *plan.reasons))
@@ -200,9 +200,10 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
     return _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
 
 
-def _decided(plan: Plan) -> tuple[str, str]:
-    """(method, quantize) that `auto` came to."""
-    return plan.method, plan.setting.params.quantize
+def _decided(plan: Plan) -> dict[str, Any]:
+    """The parameters that the planner chose where they were `auto`, or where nothing else fitted."""
+    made = plan.setting.params
+    return {"method": made.method, "quantize": made.quantize, "shard_weights": made.shard_weights}
 
 
 def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: Any) -> Plan:
@@ -224,8 +225,7 @@ def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: 
         heaviest = max(sum(lengths[i] for i in step) for step in steps.heaviest)
         whole = math.ceil(heaviest / world) + max(lengths) * (world > 1)
         with contextlib.suppress(TunebookError):  # such a row does not fit: keep the one that does
-            method, quantize = _decided(plan)
-            longer = dataclasses.replace(params, row_tokens=whole, method=method, quantize=quantize)
+            longer = dataclasses.replace(params, row_tokens=whole, **_decided(plan))
             made = planner.plan(longer, source=source, **given)
             said = [reason for reason in plan.reasons if reason.startswith("Method auto")]
             return dataclasses.replace(made, reasons=(*said, *made.reasons))

@@ -196,6 +196,7 @@ def test_one_gpu_keeps_the_16_bit_copies_of_trained_weights_too(shapes):
     ("size", "method", "world", "fits"),
     [
         ("70b", "qlora", 1, True),
+        ("70b", "qlora", 2, True),
         ("70b", "lora", 1, False),
         ("70b", "lora", 4, True),
         ("70b", "full", 4, False),
@@ -213,15 +214,36 @@ def test_shapes_that_no_single_gpu_holds_are_planned_from_their_configs(size, me
         plan(values, LENGTHS, SHAPES[size], world_size=world)
 
 
-def test_what_is_offloaded_counts_against_host_memory_and_costs_time():
+def test_a_four_bit_base_is_whole_in_each_gpu_that_has_room_and_sharded_over_those_that_have_not():
+    values = {"method": "qlora", "batch_size": 64, "plan_for": "H100"}
+    whole = plan(values, LENGTHS, SHAPES["70b"], world_size=4)
+    assert not whole.setting.sharded
+    asked = plan({**values, "shard_weights": True}, LENGTHS, SHAPES["70b"], world_size=4)
+    assert asked.setting.sharded and asked.setting.recompute < whole.setting.recompute
+    a100 = cost_model.CARDS["A100-40"]
+    small = plan(values, LENGTHS, SHAPES["70b"], world_size=4, card=a100)
+    assert small.setting.sharded and small.setting.params.shard_weights and "sharded" in " ".join(small.reasons)
+    assert cost_model.state_bytes(small.shape, small.setting) < 0.45 * cost_model.whole_state_bytes(
+        small.shape, small.setting
+    )
+    with pytest.raises(TunebookError, match="nproc-per-node 2"):
+        plan(values, LENGTHS, SHAPES["70b"], card=a100)
+    with pytest.raises(TunebookError, match="set cpu_offload to True"):
+        plan(values, LENGTHS, SHAPES["70b"], world_size=4, card=replace(cost_model.CARDS["T4"], host_gib=200))
+
+
+def test_what_is_offloaded_counts_against_host_memory_of_the_machine_and_costs_time(monkeypatch):
     h100, values = cost_model.card_named("H100"), {"method": "full", "batch_size": 64}
     kept, away = (
         plan({**values, "cpu_offload": on}, LENGTHS, llama("8b"), card=h100, world_size=4) for on in (False, True)
     )
     assert away.peak_gib < kept.peak_gib - 25 and away.tokens_per_s < kept.tokens_per_s
     assert away.option.offloaded_gib == pytest.approx(4 * 8.03e9 * 4 / 4 / 2**30, rel=0.01)
+    small = {"card": replace(h100, host_gib=100), "world_size": 4}
     with pytest.raises(TunebookError, match="host memory"):
-        plan({**values, "cpu_offload": True}, LENGTHS, llama("8b"), card=replace(h100, host_gib=100), world_size=4)
+        plan({**values, "cpu_offload": True}, LENGTHS, llama("8b"), **small)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun says on each of two machines
+    assert plan({**values, "cpu_offload": True}, LENGTHS, llama("8b"), **small).option.fits
 
 
 @pytest.mark.parametrize(

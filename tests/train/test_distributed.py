@@ -14,6 +14,7 @@ import train_data
 
 from helpers import machine, runs
 from helpers import params as parameters
+from helpers.model import weights
 from helpers.train import distributed, training
 
 SMALL = {
@@ -130,6 +131,28 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
+def test_a_sharded_four_bit_base_learns_like_one_process_and_its_checkpoints_move_both_ways(
+    runs_root, untied_llama, tokenizer, two_cores
+):
+    given = {"method": "qlora"}
+    folder_of_one = trained(runs_root, untied_llama, tokenizer, "one", 1, **given)
+    one = losses(folder_of_one)
+    folder = trained(runs_root, untied_llama, tokenizer, "shared", 2, **given, shard_weights=True)
+    assert losses(folder) == pytest.approx(one, rel=1e-4)
+    note = next(n for n in runs.load("shared", "sft").data["notes"] if n.startswith("sharded over 2 processes"))
+    read, whole = (float(part) for part in re.findall(r"([\d.]+) MB", note))
+    assert read == pytest.approx(whole / 2, rel=0.02), note
+    adapters = (folder / "adapter", folder / "checkpoints" / "checkpoint-4", folder_of_one / "adapter")
+    names, *others = (set(weights.header(place / "adapter_model.safetensors")) for place in adapters)
+    assert len(names) == 2 * 7 * 2 and others == [names, names]
+    for run, place, processes in (("shared", folder, 1), ("one", folder_of_one, 2)):
+        (place / "manifest.json").unlink()  # as if killed after step 2
+        shutil.rmtree(place / "checkpoints" / "checkpoint-4")
+        go(run, processes, **given, shard_weights=processes > 1)
+        resumed = losses(place)
+        assert {n: resumed[n] for n in (3, 4)} == pytest.approx({n: one[n] for n in (3, 4)}, rel=1e-4), processes
+
+
 def test_full_tuning_is_loaded_trained_kept_and_gathered_in_shares_and_goes_on_in_one_process(
     runs_root, untied_llama, tokenizer, two_cores
 ):
@@ -209,14 +232,20 @@ def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     distributed.setup()
     assert distributed.size() == 1 and distributed.first()
-    assert distributed.options("full") == {} and not distributed.sharded("full")
+    full = parameters.resolve("sft", {"method": "full"})
+    assert distributed.options(full) == {} and not distributed.sharded(full)
     assert distributed.shared(lambda: 7) == 7
 
 
-def test_a_sixteen_bit_base_is_sharded_and_a_four_bit_one_is_not(monkeypatch):
+def test_a_sixteen_bit_base_is_sharded_and_a_four_bit_one_where_that_is_asked_for(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    assert distributed.options("lora")["fsdp_config"]["version"] == 2 and distributed.options("full")["fsdp"]
-    assert distributed.options("qlora") == {}
+
+    def options(**values):
+        return distributed.options(parameters.resolve("sft", values))
+
+    assert options(method="lora")["fsdp_config"]["version"] == 2 and options(method="full")["fsdp"]
+    assert options(method="qlora") == {}
+    assert options(method="qlora", shard_weights=True)["fsdp"] and options(method="qlora", cpu_offload=True)["fsdp"]
 
 
 def test_a_single_process_keeps_to_one_of_several_gpus(tmp_path, capsys):

@@ -265,9 +265,7 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
     if s.offload and s.backend == "hf":  # one layer's input on its way out, one on its way back
         passing += 2 * tokens * 2 * shape.hidden
     whole = shape.layers - s.recompute
-    body = whole * layer + s.recompute * kept + passing
-    if s.recompute:
-        body = max(body, s.recompute * kept + layer + passing)
+    body = max(whole, 1) * layer + s.recompute * kept + passing
     at_head = whole * layer + s.recompute * kept + head_bytes(shape, s)
     largest = max(i * o for _, i, o in shape.linears)
     unpacked = {"nf4": 2 * largest, "fp8": largest + tokens * shape.intermediate}.get(s.quantize, 0)

@@ -210,7 +210,9 @@ def quality(given: argparse.Namespace) -> None:
 
     began, folder = time.time(), Path(os.environ.setdefault("TUNEBOOK_RUNS", "/tmp/bench-fp8"))
     data = prepare.open(params.resolve("data", {"run": "fp8", "model": given.model}))
-    data.run()
+    for step in ("read", "generate", "clean", "mix", "split", "template", "vocabulary", "encode", "lengths", "pairs"):
+        getattr(data, step)()
+    data.finish()
     source = runs.folder("fp8", "data")
     say(arm="fp8 quality data", seconds=round(time.time() - began, 1))
     work, running, found = [], [], []

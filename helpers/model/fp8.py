@@ -9,15 +9,15 @@ torchao's float8 training; formats: arXiv:2209.05433. On a CPU the same quantise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from helpers import compat, machine
+from helpers.errors import TunebookError
 from helpers.model import loading, weights
-from helpers.model.layer_kinds import ROUTER
+from helpers.model.layer_kinds import linear_layers
 
 E4M3, LARGEST, LEAST = torch.float8_e4m3fn, 448.0, 1e-30
 MULTIPLE = 16  # of both sizes of a matrix that FP8 products take
@@ -56,7 +56,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale):
         ctx.save_for_backward(weight, scale)
-        return forward(x.reshape(-1, x.shape[-1]), weight, scale).view(*x.shape[:-1], weight.shape[0])
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view: some models add to it in place
+        forward(x.reshape(-1, x.shape[-1]), weight, scale, y.view(-1, weight.shape[0]))
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -125,38 +127,39 @@ def load(source: Any, device: str = "", **how: Any) -> tuple[Any, str]:
     files = weights.shards(Path(getattr(source, "path", source)))
     large = sum(file.stat().st_size for file in files) / 2**30 > 0.9 * (machine.free_gpu_gib() or 0)
     model = loading.load_model(source, device="cpu" if large else device, **how)
-    return model, convert(model, here)
+    said = convert(model, here)
+    if here.type == "cuda":
+        torch.cuda.empty_cache()
+    return model, said
 
 
-def layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name in the model, module) of the linear layers of a causal LM's decoder, without head and routers."""
-    head, inside = model.get_output_embeddings(), {id(module) for module in model.get_decoder().modules()}
-    for name, module in model.named_modules():
-        plain = type(module) is torch.nn.Linear and id(module) in inside and module is not head
-        if plain and not ROUTER.search(f".{name}"):
-            yield name, module
+def layers(model: Any) -> tuple[dict[str, Any], list[str]]:
+    """(name → module of the layers that FP8 takes, names of those that stay) of what "all-linear" adapts in a causal
+    LM: embeddings, head, norms, routers and experts are no part of it. FP8 products take sizes of n · MULTIPLE."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    ends = tuple(f".{name}" for name in linear_layers(model))
+    found = {n: m for n, m in model.named_modules() if id(m) in inside and f".{n}".endswith(ends)}
+    plain = {n: m for n, m in found.items() if type(m) is torch.nn.Linear}
+    taken = {n: m for n, m in plain.items() if not any(size % MULTIPLE for size in m.weight.shape)}
+    return taken, [name for name in found if name not in taken]
 
 
 def convert(model: Any, device: Any) -> str:
-    """Put a causal LM's `layers` into 8 bits, one after another on their way to `device`, and the rest of the model
-    there. Returns how many, and what stays as it is: embeddings, head, norms, routers, experts, and layers that FP8
-    products do not take."""
-    done, kept = 0, []
-    for name, module in list(layers(model)):
-        if fits(*module.weight.shape):
-            model.set_submodule(name, Fp8Linear.of(module, device))
-            done += 1
-        else:
-            kept.append(name)
+    """Put a causal LM's `layers` into FP8, one after another on their way to `device`, and the rest of it there.
+    Returns how many, and how many stay. Raises TunebookError where none can be."""
+    taken, kept = layers(model)
+    if not taken:
+        raise TunebookError(
+            f"FP8 takes none of the {len(kept)} linear layers of this model ({', '.join(kept[:2])}): they are of "
+            f"another kind, or their sizes are no multiples of {MULTIPLE}; set quantize to 'none'."
+        )
+    count = len(taken)
+    for name in list(taken):  # each layer's 16 bits go as its codes come
+        model.set_submodule(name, Fp8Linear.of(taken.pop(name), device))
     if model.device.type != device.type:
         model.to(device)
-    sizes = f" and {len(kept)} in 16 bits, whose sizes are no multiples of {MULTIPLE} ({kept[0]})" if kept else ""
-    return f"base in FP8, row-wise scales: {done} linear layers{sizes}"
-
-
-def fits(*sizes: int) -> bool:
-    """Whether FP8 products take a matrix of these sizes."""
-    return not any(size % MULTIPLE for size in sizes)
+    stay = f" and {len(kept)} in 16 bits, which FP8 products do not take ({kept[0]})" if kept else ""
+    return f"base in FP8, row-wise scales: {count} linear layers{stay}"
 
 
 # ---------------------------------------------------------------- kernels

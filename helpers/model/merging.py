@@ -196,7 +196,7 @@ class _Merger:
             from helpers.model import fp8
 
             self.round_trip = fp8.round_trip
-            self.rounded = {f"{n}.weight" for n, m in fp8.layers(model) if fp8.fits(*m.weight.shape)}
+            self.rounded = {f"{name}.weight" for name in fp8.layers(model)[0]}
         if adapter is not None:
             self.waiting = compat.adapted(_skeleton(weights.base, model, adapter))
 

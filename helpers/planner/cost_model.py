@@ -187,7 +187,9 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
     if s.quantize == "fp8":
-        base += sum((i * o + 4 * o) if not (i % 16 or o % 16) else i * o * s.number_bytes for _, i, o in shape.linears)
+        eight = [(i, o) for _, i, o in shape.adapted if not (i % 16 or o % 16)]
+        less = sum(i * o * (s.number_bytes - 1) - 4 * o for i, o in eight)
+        base += shape.linear_parameters * s.number_bytes - less
     else:
         four = NF4_BITS[s.params.double_quant] / 8
         base += shape.linear_parameters * (four if s.quantize == "nf4" else s.number_bytes)

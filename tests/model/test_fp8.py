@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import compat
+from helpers.errors import TunebookError
 from helpers.model import fp8, fused_lora, loading, merging
 from tests.conftest import random_llama
 
@@ -112,6 +113,16 @@ def test_layers_that_products_do_not_take_stay_in_16_bits_and_are_counted(tokeni
     assert type(model.lm_head) is type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
     _, found = gradients(model.requires_grad_(False).model.embed_tokens.requires_grad_(True) and model)
     assert len(found) == 1 and all(g.isfinite().all() for g in found.values())
+
+
+def test_a_model_without_layers_for_fp8_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(
+        TunebookError, match=r"takes none of the 4 linear layers of this model .* set quantize to 'none'"
+    ):
+        fp8.convert(model, torch.device("cpu"))
 
 
 def test_a_merge_onto_fp8_is_the_base_that_training_saw(tiny_llama, tmp_path):

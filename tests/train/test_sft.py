@@ -377,6 +377,18 @@ REFUSED = [
     ({"method": "full", "precision": "auto"}, (7, 5)),
     ({"early_stopping": 2, "best_checkpoint": False}, None),
     ({"warmup_ratio": 1.0}, None),
+    ({"quantize": "fp8"}, None),
+    ({"quantize": "fp8"}, (8, 6)),
+    *(
+        ({"quantize": "fp8", **other}, (9, 0))
+        for other in (
+            {"method": "qlora"},
+            {"method": "full"},
+            {"precision": "fp16"},
+            {"dora": True},
+            {"backend": "unsloth"},
+        )
+    ),
 ]
 
 

@@ -169,6 +169,31 @@ def train(arm: str, given: argparse.Namespace) -> dict:
     return found
 
 
+def decode(given: argparse.Namespace) -> dict:
+    """Greedy answers of a random adapter's model, a step as one graph and kernel by kernel: seconds, and how many are
+    the same."""
+    import bench_rivals
+    import torch
+
+    from helpers.evaluate.generate import HfModel
+    from helpers.model import loading
+    from helpers.tasks.questions import Decoding
+
+    folder, found = Path(given.model) / "16", {"arm": "decode", "model": Path(given.model).name}
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    model = HfModel(loading.load_model(folder, dtype=dtype), loading.load_tokenizer(folder))
+    prompts = [model.encode(chat[:1])[-200:] for chat in bench_rivals.chats(given.data)[: 4 if given.tiny else 96]]
+    answers = {}
+    for name, fixed in (("warm", False), ("kernels", False), ("graph", True), ("graph_again", True)):
+        model.fixed = fixed
+        began = time.perf_counter()
+        answers[name] = model.generate(prompts, Decoding(64))
+        found[f"{name}_s"] = round(time.perf_counter() - began, 3)
+        found[f"{name}_fixed"] = model.fixed
+    pairs = zip(answers["kernels"], answers["graph"], strict=True)
+    return found | {"same": sum(a == b for a, b in pairs), "of": len(prompts)}
+
+
 def notebooks(given: argparse.Namespace) -> None:
     """The default job in three epochs, with a sampler in every process."""
     import tempfile
@@ -179,10 +204,16 @@ def notebooks(given: argparse.Namespace) -> None:
         (Path(folder) / "sitecustomize.py").write_text(SAMPLER)
         command = ["ci/pipeline.py", "--recipe", "cpu", "--run", "session", "-p", "sft.max_minutes", "0", "--fresh"]
         environment = {**os.environ, "SAMPLES": folder, "PYTHONPATH": folder}
-        began = time.time()
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        print("RESULT " + json.dumps({"arm": "notebooks", "seconds": round(time.time() - began, 1)}), flush=True)
-        print(done.stdout[-3000:], done.stderr[-1500:], flush=True)
+        for graphs in ("auto", "off"):
+            began, words = time.time(), [w for s in ("sft", "orpo") for w in ("-p", f"{s}.cuda_graphs", graphs)]
+            done = subprocess.run(
+                [sys.executable, *command, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            found = {"arm": "notebooks", "graphs": graphs, "seconds": round(time.time() - began, 1)}
+            print("RESULT " + json.dumps(found | {"status": done.returncode}), flush=True)
+            print(done.stdout[-2500:], done.stderr[-1500:], flush=True)
+            if not done.returncode:
+                break
         for file in sorted(runs.run_folder("session").glob("*/executed.ipynb")):
             cells = json.loads(file.read_text())["cells"]
             spent = [
@@ -206,7 +237,7 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "arm", "notebooks"))
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--data", default="")
-    parser.add_argument("--only", default=",".join(ARMS))
+    parser.add_argument("--only", default=",".join(["decode", *ARMS]))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--limit", type=float, default=150, help="seconds of an arm")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
@@ -217,7 +248,8 @@ def main() -> None:
         return
     if given.what == "arm":
         try:
-            print("RESULT " + json.dumps(train(given.only, given)), flush=True)
+            made = decode(given) if given.only == "decode" else train(given.only, given)
+            print("RESULT " + json.dumps(made), flush=True)
         except BaseException:
             traceback.print_exc()
             sys.exit(1)

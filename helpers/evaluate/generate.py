@@ -50,6 +50,7 @@ class HfModel:
         marks = str(thinking_marks(tokenizer))
         self._kept = {text for text in special_tokens(tokenizer) if text in marks}  # control tokens that mark thinking
         self.fast = prefix_cache.supports(model)
+        self.fixed = model.device.type == "cuda"  # as in `prefix_cache.Steps`
         self._packed: dict[Any, Callable] | None = None
         self._proven = False
 
@@ -225,6 +226,7 @@ class HfModel:
         # A row's draws depend on its prompt and the seed, whatever batch it is in; numbers hash alike in every process.
         draws = [torch.Generator(device).manual_seed(hash((decoding.seed, *prompt))) for prompt in prompts.values()]
         rows: list[tuple[int, list[int], Any]] = [(i, [], one) for i, one in zip(prompts, draws, strict=True)]
+        following, over = prefix_cache.Steps(self.model, state, self.fixed), set[int]()
         for step in range(limit):
             if decoding.temperature > 0:
                 chances = torch.softmax(logits.float() / decoding.temperature, -1)
@@ -234,20 +236,24 @@ class HfModel:
                 tokens = logits.argmax(-1)
             stay = []
             for place, ((i, written, _), token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                if i in over:
+                    continue
                 stopped = token in self.stops
                 if not stopped:
                     written.append(token)
                 if stopped or step + 1 == limit:
+                    over.add(i)
                     finish(i, written, stopped)
                 else:
                     stay.append(place)
             if not stay:
-                return
-            if len(stay) < len(rows):
+                break
+            # A graph is for so many rows: those that have ended go when they are most of them.
+            if len(stay) < (len(rows) / 4 if following.fixed else len(rows)):
                 order = state.keep(stay)
                 tokens, rows = tokens[order], [rows[place] for place in order]
-            logits = self.model(tokens[:, None], position_ids=state.newest(), use_cache=False).logits[:, -1]
-            state.used += 1
+            logits = following(tokens)
+        self.fixed = following.fixed
 
     def _generate_plain(self, prompts: Sequence[Ids], decoding: Decoding, finish: Callable) -> None:
         import torch

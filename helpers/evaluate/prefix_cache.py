@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from helpers.display import say
 from helpers.model.packed_attention import causal_sdpa, choose, repeat_heads, visible
 
 NAME = "tunebook_shared_prefix"
+HORIZON = 128  # tokens that one graph of a decoding step is for: so many columns at most are looked at in vain
 # Keys and values of another shape or of another layer; such models decode through transformers instead.
 UNSUPPORTED = ("kv_lora_rank", "linear_attn_config", "is_encoder_decoder", "num_kv_shared_layers", "global_head_dim")
 
@@ -34,7 +36,8 @@ class State:
     """Keys and values of one batch. prefix: layer → (keys, values) of shape (1, kv_heads, prefix, dim); suffix: layer →
     (keys, values) of shape (rows, kv_heads, capacity, dim), of which the first `used` columns are filled.
     allowed: bool (rows, width + capacity), the columns that are not padding, prefix first, None while the prefix is
-    read; places: their positions; width: of the prefix."""
+    read; places: their positions; width: of the prefix. at: in a CUDA graph, whose arrays keep their sizes, the column
+    that is filled next, int64 (1,) on the GPU, and reach the columns that are looked at."""
 
     prefix: dict[int, tuple] = field(default_factory=dict)
     suffix: dict[int, tuple] = field(default_factory=dict)
@@ -42,18 +45,22 @@ class State:
     used: int = 0
     allowed: Any = None
     places: Any = None
+    at: Any = None
+    reach: int = 0
 
     def begin(self, mask: Any, answer: int) -> None:
         """A new batch. mask: (rows, width), 0 where a prompt is padded on the right; answer: tokens that may follow."""
         from torch.nn.functional import pad
 
-        self.used, self.suffix = 0, {}
+        self.used, self.suffix, self.at = 0, {}, None
         self.width = max((keys.shape[2] for keys, _ in self.prefix.values()), default=0)
         self.allowed = pad(mask.bool(), (self.width, answer), value=True)
         self.places = self.allowed.cumsum(1) - 1
 
     def newest(self, tokens: int = 1) -> Any:
         """Positions (rows, tokens) of the `tokens` newest columns."""
+        if self.at is not None:
+            return self.places.index_select(1, self.at + self.width)
         return self.places[:, self.width + self.used :][:, :tokens]
 
     def keep(self, stay: list[int]) -> list[int]:
@@ -68,6 +75,54 @@ class State:
         self.allowed, self.places = self.allowed[:count], self.places[:count]
         self.suffix = {layer: (keys[:count], values[:count]) for layer, (keys, values) in self.suffix.items()}
         return order
+
+
+class Steps:
+    """A token more for every row of a batch at each call: tokens (rows,) → logits (rows, vocab), to be used before the
+    next. fixed: with arrays of fixed sizes, of which a GPU makes a CUDA graph, since it computes the step of a small
+    model in less time than its kernels are launched in; off again where a step cannot be captured."""
+
+    def __init__(self, model: Any, state: State, fixed: bool) -> None:
+        self.model, self.state, self.fixed, self.graph = model, state, fixed, None
+        self.tokens: Any = None
+
+    def __call__(self, tokens: Any) -> Any:
+        state = self.state
+        if self.fixed and (state.at is None or state.used == state.reach or len(tokens) != len(self.tokens)):
+            logits = self._begin(tokens)
+        elif self.graph:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            logits = self.logits
+        else:
+            logits = self._run(tokens)
+        state.used += 1
+        return logits
+
+    def _begin(self, tokens: Any) -> Any:
+        """This step, kernel by kernel, and the graph of those that follow."""
+        import torch
+
+        state, self.tokens, self.graph = self.state, tokens.clone(), None
+        state.at = torch.tensor([state.used], device=tokens.device)
+        state.reach = min(state.used + HORIZON, state.allowed.shape[1] - state.width)
+        logits = self._run(self.tokens)
+        if tokens.is_cuda and state.reach > state.used + 1:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.logits = self._run(self.tokens)
+                self.graph = graph
+            except RuntimeError as error:
+                say(f"Decoding without CUDA graphs: {str(error.__context__ or error).strip().splitlines()[0][:200]}")
+                self.fixed, state.at = False, None
+        return logits
+
+    def _run(self, tokens: Any) -> Any:
+        logits = self.model(tokens[:, None], position_ids=self.state.newest(), use_cache=False).logits[:, -1]
+        if self.state.at is not None:
+            self.state.at += 1
+        return logits
 
 
 @contextlib.contextmanager
@@ -93,7 +148,8 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
     import torch
 
     rows, heads, tokens, dim = query.shape
-    kv_heads, layer, end = key.shape[1], module.layer_idx, state.used + tokens
+    kv_heads, layer = key.shape[1], module.layer_idx
+    end = state.used + tokens if state.at is None else state.reach
     if state.allowed is None:
         state.prefix[layer] = (key, value)
     else:
@@ -101,7 +157,10 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
             shape = (rows, kv_heads, state.allowed.shape[1] - state.width, dim)
             state.suffix[layer] = (key.new_zeros(shape), value.new_zeros(shape))
         for kept, new in zip(state.suffix[layer], (key, value), strict=True):
-            kept[:, :, state.used : end] = new
+            if state.at is None:
+                kept[:, :, state.used : end] = new
+            else:
+                kept.index_copy_(2, state.at, new)
     if state.allowed is None or (state.used == 0 and layer not in state.prefix):
         # Right padding under a causal mask: no real token ever sees a pad.
         out = causal_sdpa(query, *repeat_heads(query, key, value), sliding_window, scale=scaling)

@@ -15,7 +15,7 @@ import pytest
 from helpers import llm_client
 from helpers.cache import Answers
 from helpers.errors import TunebookError
-from helpers.evaluate import candidates, forgetting, generate, harness, preferences
+from helpers.evaluate import candidates, forgetting, generate, harness, preferences, prefix_cache
 from helpers.model import loading
 from helpers.tasks.questions import Decoding
 
@@ -117,6 +117,22 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
     assert fast == plain and len({a.text for a in fast}) > 5
 
 
+def test_steps_of_fixed_sizes_as_a_cuda_graph_needs_them_give_the_same_answers(tiny, monkeypatch):
+    prompts = [tiny.encode(c) for c in conversations(21, 3)]
+    known, drawn = tiny.generate(prompts, Decoding(24)), tiny.generate(prompts, Decoding(12, 1.0, 3))
+    stops = {tiny.tokenizer(a.text, add_special_tokens=False)["input_ids"][2 + i % 5] for i, a in enumerate(known[:16])}
+    monkeypatch.setattr(tiny, "stops", tiny.stops | stops)  # most rows end early, and the rest go on in fewer
+    early = tiny.generate(prompts, Decoding(24))
+    assert len({a.tokens for a in early}) > 4
+    monkeypatch.setattr(tiny, "fixed", True)
+    monkeypatch.setattr(prefix_cache, "HORIZON", 5)
+    assert tiny.generate(prompts, Decoding(24)) == early
+    monkeypatch.undo()
+    monkeypatch.setattr(tiny, "fixed", True)
+    assert tiny.generate(prompts, Decoding(24)) == known and tiny.generate(prompts, Decoding(12, 1.0, 3)) == drawn
+    assert tiny.fixed and tiny.fast
+
+
 def test_rearranged_weights_change_the_layout_and_nothing_else(tiny):
     import torch
 
@@ -182,8 +198,6 @@ def test_a_prompt_longer_than_the_model_reads_is_refused_with_the_remedy(tiny):
 
 def test_attention_that_is_not_plain_decodes_through_transformers():
     from transformers import AutoModelForCausalLM, Gemma2Config
-
-    from helpers.evaluate import prefix_cache
 
     config = Gemma2Config(
         vocab_size=64,

@@ -174,7 +174,9 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
         nan=any(line["loss"] != line["loss"] for line in lines),
         planner_errors=plan["errors"],
         wall_s=round(time.time() - began, 1),
-        step_s=[round(b["seconds"] - a["seconds"], 2) for a, b in itertools.pairwise(lines)],
+        step_s=(step_s := [round(b["seconds"] - a["seconds"], 2) for a, b in itertools.pairwise(lines)]),
+        **parts(lines, step_s, int(values["save_steps"])),
+        sharded=next((note for note in manifest.data["notes"] if note.startswith("sharded over")), ""),
         left_out=manifest.data["data_counts"]["train"].get("left out"),
         **(merges(run) if given.merges else {}),
     )
@@ -193,6 +195,25 @@ def merges(run: str) -> dict:
     exported.merge()
     found = [dataclasses.asdict(m) for m in exported.merges]
     return {"merges": found, "merges_s": round(time.time() - began, 1)}
+
+
+def parts(lines: list[dict], step_s: list[float], save: int) -> dict:
+    """Where the mean over a job differs from its median step: tokens/s without the steps that wait for a checkpoint of
+    the step before, and what such a step takes more than its tokens would."""
+    steps = [
+        (b["step"], b["trained_tokens"] - a["trained_tokens"], s)
+        for (a, b), s in zip(itertools.pairwise(lines), step_s)
+    ][WARM - 1 :]
+    after = [step for step in steps if (step[0] - 1) % save == 0]
+    plain = [step for step in steps if (step[0] - 1) % save]
+    if not plain:
+        return {}
+    rate = sum(tokens for _, tokens, _ in plain) / max(sum(seconds for *_, seconds in plain), 1e-9)
+    return {
+        "tokens_per_s_no_checkpoint": round(rate),
+        "checkpoint_s": [round(seconds - tokens / rate, 2) for _, tokens, seconds in after],
+        "step_tokens_per_s": [round(tokens / max(seconds, 1e-9)) for _, tokens, seconds in steps],
+    }
 
 
 def start_job(stage: str, values: dict, processes: int) -> subprocess.Popen:

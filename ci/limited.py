@@ -53,8 +53,9 @@ def main() -> None:
     if given.gpu_gib:
         import torch
 
-        total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1.0, given.gpu_gib / total))
+        own = int(os.environ.get("LOCAL_RANK", 0))  # under torchrun
+        total = torch.cuda.get_device_properties(own).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given.gpu_gib / total), own)
     if given.module:
         sys.argv = [given.module, *program]
         runpy.run_module(given.module, run_name="__main__", alter_sys=True)

@@ -251,7 +251,7 @@ def _with_labels(
     target = shifted(labels)
     flat, goal = states.reshape(-1, states.shape[-1]), target.reshape(-1)
     if loss_positions is not None:
-        flat, goal = flat[loss_positions], goal[loss_positions]
+        flat, goal = (t.index_select(0, loss_positions) for t in (flat, goal))
     if token_logps:
         logps = _logps(model, flat, goal, False)
         if loss_positions is not None:

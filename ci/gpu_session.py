@@ -86,7 +86,7 @@ ARMS = [
     job("1.7b_lora", "1.7b", 1, batch_size=8, method="lora", goal="twice the figure before"),
     Arm("notebooks_first", 1, 580, "", NOTEBOOKS),
     Arm("notebooks_again", 1, 300, "", NOTEBOOKS, "session_s of 120 at most, caches warm"),
-    Arm("bands", 1, 580, "", ("ci/bands.py", "record", "--on", "gpu", "--run", "session")),
+    Arm("bands", 1, 580, "", ("ci/bands.py", "record", "--file", "OUT/bands.json")),
     *(job(f"8b_merge_{seed}", "8b", 1, "--merges", method="qlora", batch_size=64, seed=seed) for seed in (17, 18, 19)),
     job("8b_qlora_x1", "8b", 1, "--steps", "16", method="qlora"),
     job("8b_qlora_x2", "8b", 2, "--steps", "16", method="qlora", goal="1.95 times x1"),

@@ -62,7 +62,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
                 with contextlib.suppress(OSError), open(report, "w", encoding="utf-8") as file:
                     json.dump({"message": said, "timestamp": int(time.time())}, file)
-            if not report or os.environ.get("RANK") == "0":
+            if not report or (os.environ.get("RANK") == "0" and "TUNEBOOK_LAUNCHED" not in os.environ):
                 print(f"\n{said}", file=sys.stderr)
             return 130 if isinstance(error, Stopped) else 1
         except KeyboardInterrupt:

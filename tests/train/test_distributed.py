@@ -227,6 +227,24 @@ def test_a_refused_parameter_is_the_last_thing_that_torchrun_says(runs_root, two
     assert status and seen_last(said).startswith("Stopped: Parameter rank is '0'"), said[-600:]
 
 
+def test_gpus_by_number_end_in_one_line_alone_and_train_what_torchrun_trains(
+    runs_root, narrow_llama, tokenizer, two_cores
+):
+    def run(*given):
+        command = [sys.executable, "-m", "helpers.train", "--gpus", "2", *given]
+        return subprocess.run(command, cwd=machine.PROJECT, capture_output=True, text=True, timeout=400)
+
+    done = run("-p", "run", "nothing-here")
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith("Stopped: Stage 'data' of the run 'nothing-here' has not")
+    assert (done.stdout + done.stderr).count("Stopped: ") == 1
+    train_data.data_stage("r", narrow_llama, tokenizer, train=train_data.sft_rows(tokenizer, 8))
+    given = {**SMALL, "run": "r", "max_steps": 1, "save_steps": 1, "eval_rows": 0}
+    done = run(*(x for name, value in given.items() for x in ("-p", name, str(value))))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert runs.load("r", "sft").data["plan"]["world_size"] == 2
+
+
 def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

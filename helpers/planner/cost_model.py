@@ -268,10 +268,9 @@ def activation_bytes(shape: Shape, s: Setting) -> float:
         passing += 2 * tokens * 2 * shape.hidden
     whole = shape.layers - s.recompute
     body = max(whole, 1) * layer + s.recompute * kept + passing
-    at_head = whole * layer + s.recompute * kept + head_bytes(shape, s)
     largest = max(i * o for _, i, o in shape.linears)
     unpacked = {"nf4": 2 * largest, "fp8": largest + tokens * shape.intermediate}.get(s.quantize, 0)
-    return max(body + unpacked, at_head)
+    return max(body + unpacked, whole * layer + s.recompute * kept + head_bytes(shape, s))  # or at the head
 
 
 def peak_gib(shape: Shape, s: Setting) -> float:

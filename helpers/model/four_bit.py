@@ -56,8 +56,8 @@ class PackedLinear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from bitsandbytes import matmul_4bit
 
-        packed, bias = self.weight.data.view(torch.uint8).view(-1, 1), self.bias
-        bias = bias if bias is None else bias.to(self.compute_dtype)
+        packed = self.weight.data.view(torch.uint8).view(-1, 1)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         return matmul_4bit(x.to(self.compute_dtype), packed, self.quant_state, bias=bias).to(x.dtype)
 
     def read(self, held: Weights, source: Any, start: int, stop: int) -> dict[str, torch.Tensor]:
@@ -117,9 +117,8 @@ def pack(rows: torch.Tensor, nested: bool, every: Any) -> tuple[torch.Tensor, to
         state.offset = whole.mean()
         whole, state.state2 = quantize_blockwise(whole - state.offset, blocksize=NESTED)
         scales = whole[first : first + len(scales)]
-    state.absmax = None
-    width = blocks * scales.itemsize
-    return packed.view(count, BLOCK // 2 * blocks), scales.contiguous().view(torch.uint8).view(count, width), state
+    state.absmax, shape = None, (count, blocks * scales.itemsize)
+    return packed.view(count, BLOCK // 2 * blocks), scales.contiguous().view(torch.uint8).view(shape), state
 
 
 def swap(model: Any, held: Weights, names: dict[str, str], dtype: torch.dtype, double_quant: bool) -> None:

@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine to train on (default 1)")
     given = parser.parse_args(arguments)
     if given.gpus > 1:
-        options = [word for name, value in given.p for word in ("-p", name, value)]
-        return launch(given.gpus, ["--stage", given.stage, *options, *filter(None, [given.file])])
+        options = [word for pair in given.p for word in ("-p", *pair)] + [given.file] * bool(given.file)
+        return launch(given.gpus, ["--stage", given.stage, *options])
     values = parameter.read_file(given.file) if given.file else {}
     train(params.resolve(given.stage, {**values, **dict(given.p)}))
     return 0
@@ -49,10 +49,9 @@ def launch(processes: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "helpers.train", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        known = failure.message if os.path.isfile(failure.error_file) else ""
-        said = f"process {rank} ended with status {failure.exitcode}; what it said stands above."
-        raise TunebookError(known.removeprefix("Stopped: ") or said) from None
+        failure = error.get_first_failure()[1]
+        said = failure.message if os.path.isfile(failure.error_file) else "a process failed; what it said is above."
+        raise TunebookError(said.removeprefix("Stopped: ")) from None
     return 0
 
 

@@ -58,7 +58,6 @@ ARMS = {  # name → (stage, parameters)
     "qlora_on": ("sft", {"method": "qlora", "cuda_graphs": "on"}),
     "auto": ("sft", {"cuda_graphs": "auto"}),
     "accumulated_on": ("sft", {"method": "lora", "cuda_graphs": "on", "accumulation": 2}),
-    "dropout_on": ("sft", {"method": "lora", "cuda_graphs": "on", "dropout": 0.05}),
     "completion_on": ("sft", {"method": "lora", "cuda_graphs": "on", "train_on": "completion"}),
     "full_off": ("sft", {"method": "full", "cuda_graphs": "off", "learning_rate": 2e-5}),
     "full_on": ("sft", {"method": "full", "cuda_graphs": "on", "learning_rate": 2e-5}),

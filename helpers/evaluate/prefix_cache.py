@@ -20,6 +20,7 @@ from helpers.model.packed_attention import causal_sdpa, choose, repeat_heads, vi
 
 NAME = "tunebook_shared_prefix"
 HORIZON = 128  # tokens that one graph of a decoding step is for: so many columns at most are looked at in vain
+SAME = 0.02  # relative distance of a step's logits from its graph's
 # Keys and values of another shape or of another layer; such models decode through transformers instead.
 UNSUPPORTED = ("kv_lora_rank", "linear_attn_config", "is_encoder_decoder", "num_kv_shared_layers", "global_head_dim")
 
@@ -112,6 +113,10 @@ class Steps:
             try:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self.logits = self._run(self.tokens)
+                state.at.fill_(state.used)
+                graph.replay()  # the step once more
+                if not (self.logits - logits).norm() <= SAME * logits.norm():
+                    raise RuntimeError("a graph gives other logits than its kernels")
                 self.graph = graph
             except RuntimeError as error:
                 say(f"Decoding without CUDA graphs: {str(error.__context__ or error).strip().splitlines()[0][:200]}")

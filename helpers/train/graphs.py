@@ -25,6 +25,7 @@ from helpers.model import chunked_loss
 from helpers.model.packed_attention import IGNORE
 
 GRAIN = 128  # tokens that a padded row is a multiple of
+SAME = 0.03  # relative distance of results; kernels that add in any order lie below it
 SHARES = (0.6, 0.9, 1.0)  # of the rows, that fit each of the lengths
 
 
@@ -77,7 +78,8 @@ class _Row:
     """A form's tensors and, with CUDA, its two graphs; a CPU computes the padded row as it is."""
 
     def __init__(self, owner: Graphs, form: Form, model: Any, row: dict[str, Any]) -> None:
-        self.owner, self.form, self.go = owner, form, None
+        self.owner, self.form = owner, form
+        self.go: Any = None
         self.given = {name: v.clone() if torch.is_tensor(v) else v for name, v in padded(row, form).items()}
         self.given["cu_seq_lens_k"] = self.given["cu_seq_lens_q"]
         if row["input_ids"].is_cuda:
@@ -89,7 +91,8 @@ class _Row:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries made ready
-            owner.backward(owner.forward(model, self.given), self.grad)
+            known = owner.forward(model, self.given)
+            grads = owner.backward(known, self.grad.fill_(1.0))
         torch.cuda.current_stream().wait_stream(stream)
         go, self.back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how = {"pool": owner.pool, "capture_error_mode": "thread_local"}  # other threads may wait for the GPU
@@ -98,6 +101,20 @@ class _Row:
         with torch.cuda.graph(self.back, **how):
             owner.add(owner.backward(logps, self.grad))
         self.go, self.logps = go, logps.detach()
+        self._prove(known.detach(), grads)
+
+    def _prove(self, known: torch.Tensor, grads: list[torch.Tensor | None]) -> None:
+        """Raise RuntimeError where a graph does not give what its kernels gave."""
+        before = self.owner.whole.clone()
+        self.go.replay()
+        self.owner.whole.zero_()
+        self.back.replay()
+        pairs = [(one, total) for one, total in zip(grads, self.owner.sums, strict=True) if one is not None]
+        error = sum(((a.float() - b) ** 2).sum() for a, b in pairs) / sum((a.float() ** 2).sum() for a, _ in pairs)
+        apart = torch.stack([(self.logps - known).norm() / known.norm(), error.sqrt()]).tolist()
+        self.owner.whole.copy_(before)
+        if not max(apart) < SAME:
+            raise RuntimeError(f"its results are {apart[0]:.2g} and its gradients {apart[1]:.2g} from the kernels' own")
 
     def __call__(self, model: Any, row: dict[str, Any]) -> torch.Tensor:
         for name, value in padded(row, self.form).items():
@@ -161,7 +178,7 @@ class Graphs:
         """The graphs for a row, made where they are not there yet."""
         tokens, positions = row["input_ids"].shape[1], len(row["loss_positions"])
         form = next((form for form in self.forms if form.tokens >= tokens), None)
-        if form is None or "cu_seq_lens_q" not in row:
+        if form is None or "cu_seq_lens_q" not in row or not positions:
             return None
         known = self.rows.get(form.tokens)
         if known is None or known.form.positions < positions:  # room for other rows, the second time for all of them

@@ -202,7 +202,7 @@ def notebooks(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(SAMPLER)
         command = ["ci/pipeline.py", "--recipe", "cpu", "--run", "session", "-p", "sft.max_minutes", "0", "--fresh"]
-        environment = {**os.environ, "SAMPLES": folder, "PYTHONPATH": folder}
+        environment = {**os.environ, "SAMPLES": folder, "PYTHONPATH": folder, "TUNEBOOK_GRAPHS": "on"}
         for graphs in ("auto", "off"):
             began, words = time.time(), [w for s in ("sft", "orpo") for w in ("-p", f"{s}.cuda_graphs", graphs)]
             done = subprocess.run(

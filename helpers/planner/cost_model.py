@@ -377,8 +377,7 @@ def graphed(asked: str, shape: Shape, card: Card, plain: Option, graphs: Option,
     s, saved = plain.setting, tokens / plain.tokens_per_s - tokens / graphs.tokens_per_s
     obstacles = {
         "there is no GPU": card.capability is None,
-        "rows are padded": s.padded or s.backend != "hf",
-        "attention goes document by document": not s.flash,
+        "rows are padded, or attention goes document by document": s.padded or s.backend != "hf" or not s.flash,
         "several processes train together": s.shards > 1,
         "checkpointing and dropout keep random states on the host": s.recompute or s.params.dropout,
         "a token's experts are chosen on the host": shape.experts,

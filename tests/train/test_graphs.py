@@ -112,7 +112,7 @@ def test_losses_and_gradients_are_those_of_the_rows_as_they_are(data, stage, sha
     [
         ({"cuda_graphs": "auto"}, "they save"),
         ({"cuda_graphs": "off"}, ""),
-        ({"cuda_graphs": "on", "recompute": "all"}, "checkpointed"),
+        ({"cuda_graphs": "on", "recompute": "all"}, "checkpointing"),
         ({"cuda_graphs": "on", "packing": False}, "padded"),
         ({"cuda_graphs": "on", "max_steps": 2}, "they save"),
         ({"cuda_graphs": "auto", "max_steps": 2}, "of the run"),

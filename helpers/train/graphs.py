@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import pad
@@ -78,15 +78,11 @@ class _Row:
     """A form's tensors and, with CUDA, its two graphs; a CPU computes the padded row as it is."""
 
     def __init__(self, owner: Graphs, form: Form, model: Any, row: dict[str, Any]) -> None:
-        self.owner, self.form = owner, form
-        self.go: Any = None
+        self.owner, self.form, self.go = owner, form, cast(Any, None)
         self.given = {name: v.clone() if torch.is_tensor(v) else v for name, v in padded(row, form).items()}
         self.given["cu_seq_lens_k"] = self.given["cu_seq_lens_q"]
-        if row["input_ids"].is_cuda:
-            self._capture(model)
-
-    def _capture(self, model: Any) -> None:
-        owner = self.owner
+        if not row["input_ids"].is_cuda:
+            return
         self.grad = torch.zeros_like(self.given["labels"], dtype=torch.float32)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -99,7 +95,9 @@ class _Row:
         with torch.cuda.graph(go, **how):
             logps = owner.forward(model, self.given)
         with torch.cuda.graph(self.back, **how):
-            owner.add(owner.backward(logps, self.grad))
+            found = zip(owner.sums, owner.backward(logps, self.grad), strict=True)
+            pairs = [(total, one.to(total.dtype)) for total, one in found if one is not None]
+            torch._foreach_add_([total for total, _ in pairs], [one for _, one in pairs])
         self.go, self.logps = go, logps.detach()
         self._prove(known.detach(), grads)
 
@@ -144,11 +142,8 @@ class _Replay(torch.autograd.Function):
 
 
 class Graphs:
-    """Called with a model and a packed row it gives log-probabilities (1, tokens), as `chunked_loss` would, or None.
-
-    One process, and no two rows at work at once: a row goes forward and back before the next. missed: rows that no form
-    held.
-    """
+    """Gives the log-probabilities (1, tokens) of a packed row, or None; a row goes back before the next goes forward.
+    missed: rows that no form held."""
 
     def __init__(self, model: Any, shapes: Sequence[Form]) -> None:
         self.forms, self.off, self.rows, self.missed = list(shapes), "", dict[int, _Row](), 0
@@ -165,14 +160,14 @@ class Graphs:
         try:
             known = self._of(model, row)
         except RuntimeError as error:
-            self.off = _first(error)
+            while isinstance(error.__context__, RuntimeError):  # what ended a capture, not that it ended
+                error = error.__context__
+            self.off = str(error).strip().split("\n")[0][:200]
             say(f"CUDA graphs: none, kernels are launched one by one; a pass of this model fits no graph: {self.off}")
             self.rows.clear()
             return None
-        if known is None:
-            self.missed += 1
-            return None
-        return known(model, row)[:, : row["input_ids"].shape[1]]
+        self.missed += known is None
+        return known(model, row)[:, : row["input_ids"].shape[1]] if known else None
 
     def _of(self, model: Any, row: dict[str, Any]) -> _Row | None:
         """The graphs for a row, made where they are not there yet."""
@@ -201,12 +196,7 @@ class Graphs:
     def backward(self, logps: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor | None]:
         return list(torch.autograd.grad(logps, self.trained, grad, allow_unused=True))
 
-    def add(self, found: list[torch.Tensor | None]) -> None:
-        pairs = [(total, one.to(total.dtype)) for total, one in zip(self.sums, found, strict=True) if one is not None]
-        torch._foreach_add_([total for total, _ in pairs], [one for _, one in pairs])
-
     def _forget(self, set_to_none: bool = True) -> None:
-        """A model's zero_grad, which would look into every module."""
         for weight in self.trained:
             weight.grad = None
 
@@ -220,10 +210,3 @@ class Graphs:
             if own is not None:  # of a row without graphs
                 total.add_(own)
             weight.grad = total
-
-
-def _first(error: BaseException) -> str:
-    """What ended a capture; errors of its end follow it."""
-    while isinstance(error.__context__, RuntimeError):
-        error = error.__context__
-    return str(error).strip().split("\n")[0][:200]

@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 from gguf import LlamaFileType
 
-from helpers import worker
-from helpers.display import say
+from helpers import compat, worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
-from helpers.model import merging, weights
+from helpers.model import layer_kinds, merging, weights
 from helpers.model.loading import load_model
 from helpers.model.weights import check_adapter
 
@@ -241,7 +240,8 @@ def describe(path: Path, kind: str) -> Quantised:
 
 
 def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path) -> Path:
-    """Write the importance matrix `out` in llama.cpp's GGUF form (NAME.in_sum2 and NAME.counts for each tensor).
+    """Write the importance matrix `out` in llama.cpp's GGUF form: NAME.in_sum2 and NAME.counts for each tensor, of
+    stacked experts one after another for those tokens that the router sent there.
 
     merged: the model folder that `f16` was converted from; rows: token ids of training conversations. Gathered in
     torch; llama.cpp's own `imatrix` tool gathers the same sums in its runtime.
@@ -249,30 +249,73 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
     import numpy as np
     import torch
 
-    model = load_model(merged).eval()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    names = header.tensor_names(header.check(f16), layers)
+    model, summary = load_model(merged).eval(), header.check(f16)
+    files = {key: name for name, key in compat.Conversion(model, weights.Weights(merged).entries).target.items()}
+    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    layers = {files.get(f"{n}.weight", n).removesuffix(".weight"): m for n, m in linear}
+    names = header.tensor_names(summary, layers)
     if not names:
         raise TunebookError(f"None of the layers of {merged} has a llama.cpp tensor name; set imatrix=False.")
-    # Routed experts are one parameter of their layer, whose inputs no linear layer sees.
-    if experts := sum(t.name.endswith("_exps.weight") for t in header.check(f16).tensors):
-        say(f"imatrix weighs {len(names)} matrices; the {experts} of routed experts are quantised without weights.")
-    arrays: dict[str, Any] = {}
+    sums: dict[str, Any] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            arrays[f"{name}.in_sum2"] = arrays.get(f"{name}.in_sum2", 0) + (x * x).sum(0).double().cpu().numpy()
-            arrays[f"{name}.counts"] = arrays.get(f"{name}.counts", 0) + len(x)
-
-        return hook
+    def add(name: str, x: Any, expert: int = 0, of: int = 1) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        total, counts = sums.setdefault(name, (np.zeros((of, x.shape[-1])), np.zeros(of)))
+        total[expert] += (x * x).sum(0).double().cpu().numpy()
+        counts[expert] += len(x)
 
     for layer, name in names.items():
-        layers[layer].register_forward_pre_hook(watch(name))
-    with torch.inference_mode():
+        layers[layer].register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+    stacks = {w.untyped_storage().data_ptr(): (n, w) for n, w in layer_kinds.expert_weights(model)}
+    model.set_experts_implementation("eager")  # one product for each expert
+    shapes = {t.name: tuple(t.shape) for t in summary.tensors if t.name.endswith("_exps.weight")}
+
+    def watch(x: Any, weight: Any) -> None:
+        name, stack = stacks.get(weight.untyped_storage().data_ptr(), ("", None))
+        if stack is None:
+            return
+        block, kinds = (
+            re.findall(r"\.(\d+)\.", f".{name}")[-1],
+            ("down",) if "down" in name else ("gate", "up", "gate_up"),
+        )
+        first = (weight.storage_offset() - stack.storage_offset()) // stack.stride(0)
+        for tensor in (f"blk.{block}.ffn_{kind}_exps.weight" for kind in kinds):
+            if shapes.get(tensor, ())[:1] == x.shape[-1:] and shapes[tensor][2] == len(stack):
+                for number, rows in enumerate(x if weight.dim() == 3 else [x], first):  # all experts in one product
+                    add(tensor, rows[rows.any(-1)] if weight.dim() == 3 else rows, number, len(stack))
+
+    with torch.no_grad(), _products(watch):
         for row in rows:
             model(torch.tensor([list(row)], device=model.device))
     metadata = {"imatrix.datasets": ["training data"], "imatrix.chunk_count": len(rows), "imatrix.chunk_size": 512}
-    tensors = {n: np.asarray(v, dtype=np.float32).reshape(1, -1) for n, v in arrays.items()}
+    found = {f"{n}.{part}": v for n, both in sums.items() for part, v in zip(("in_sum2", "counts"), both, strict=True)}
+    tensors = {n: v.astype(np.float32).reshape(len(v), -1) for n, v in found.items()}
     header.write(out, "imatrix", "imatrix", metadata, tensors)
     return out
+
+
+def weighed(f16: Path, matrix: Path) -> str:
+    """What an importance matrix covers of the matrices of `f16`, and what it does not."""
+    inner = (t for t in header.check(f16).tensors if t.name.startswith("blk.") and len(t.shape) > 1)
+    every = [t.name for t in inner if t.tensor_type.name != "F32"]  # those are not quantised
+    known = {t.name.removesuffix(".counts") for t in header.check(matrix).tensors}
+    lost = [name for name in every if name not in known]
+    without = f", not {', '.join(lost[:3])}" + f" and {len(lost) - 3} more" * (len(lost) > 3) if lost else ""
+    return f"imatrix weighs {len(every) - len(lost)} of {len(every)} matrices{without}"
+
+
+def _products(seen: Any) -> Any:
+    """A context in which torch's matrix products tell `seen(x, weight)`: x (…, columns) as the kernels get it."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+    place = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1}
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            if (at := place.get(operation.overloadpacket)) is not None:
+                seen(*given[at : at + 2])
+            return operation(*given, **(named or {}))
+
+    return Products()

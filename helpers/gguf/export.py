@@ -158,7 +158,8 @@ class ExportJob(steps.Job):
             types = ", ".join(f"{count} {kind}" for kind, count in f.types.items())
             took = display.duration(self.seconds.get(f.type, 0))
             rows.append((f.type, display.size(f.bytes), f"{f.bits_per_weight:.2f}", types, took))
-        return display.shown(rows, ("file", "size", "bits per weight", "tensors", "time"))
+        self.weighed = convert.weighed(self.file("f16"), matrix) if matrix else ""
+        return display.shown(rows, ("file", "size", "bits per weight", "tensors", "time")) + display.said(self.weighed)
 
     @steps.step
     def prove(self) -> display.Html:
@@ -232,6 +233,7 @@ class ExportJob(steps.Job):
             "text": self.text,
             "seconds": self.seconds,
             "recommended": fidelity.recommend(self.results),
+            "imatrix": self.weighed,
             "merges": [asdict(m) for m in self.merges],
         }
         manifest = self.stage.finish(metrics)

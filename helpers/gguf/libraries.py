@@ -214,10 +214,15 @@ def quantize(request: dict[str, Any], _: object = None) -> None:
 
 
 def _read_importance(path: str) -> dict[str, Any]:
-    """Tensor name -> float32 mean squares, out of an importance matrix in GGUF form."""
+    """Tensor name -> float32 mean squares, out of an importance matrix in GGUF form; of stacked experts one after
+    another, ones for an expert that no token met."""
     import numpy as np
     from gguf import GGUFReader
 
-    tensors = {t.name: t.data.ravel() for t in GGUFReader(path).tensors}
-    names = [n.removesuffix(".counts") for n in tensors if n.endswith(".counts")]
-    return {n: np.ascontiguousarray(tensors[f"{n}.in_sum2"] / max(tensors[f"{n}.counts"][0], 1)) for n in names}
+    tensors = {t.name: t.data for t in GGUFReader(path).tensors}
+    found = {}
+    for name in (n.removesuffix(".counts") for n in tensors if n.endswith(".counts")):
+        counts = tensors[f"{name}.counts"].reshape(-1, 1)
+        means = tensors[f"{name}.in_sum2"].reshape(len(counts), -1) / np.maximum(counts, 1)
+        found[name] = np.ascontiguousarray(np.where(counts > 0, means, 1.0), np.float32).ravel()
+    return found

@@ -276,6 +276,40 @@ def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, t
     assert len(differing) >= 14 and plain.bytes == pytest.approx(weighed.bytes, rel=0.01)
 
 
+def test_experts_are_weighed_by_what_the_router_sends_them(tokenizer, tmp_path):
+    """Where an expert's inputs differ in size, weighing them makes the quantised model better than weighing the rest."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size |= {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "initializer_range": 0.15}
+    config = transformers.Qwen3MoeConfig(**size, num_key_value_heads=2, vocab_size=len(tokenizer))
+    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.copy_(2 * (1.5 * torch.randn(64)).exp())
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    row = tokenizer(TEXT * 2)["input_ids"]
+    source = convert.convert(tmp_path / "moe", tmp_path / "f16.gguf")
+    matrix = convert.importance(tmp_path / "moe", source, [row], tmp_path / "imatrix.gguf")
+    assert convert.weighed(source, matrix) == "imatrix weighs 14 of 14 matrices"
+    found = libraries._read_importance(str(matrix))
+    held = {name: np.array(t.data) for name, t in header.open_tensors(matrix).items()}
+    seen = held["blk.0.ffn_down_exps.weight.counts"]
+    assert seen.size == 4 and seen.sum() == 2 * len(row) and found["blk.0.ffn_down_exps.weight"].shape == (4 * 64,)
+    rest = {n: a for n, a in held.items() if "_exps" not in n}
+    header.write(tmp_path / "rest.gguf", "imatrix", "imatrix", {"imatrix.chunk_size": 512}, rest)
+    assert "not blk.0.ffn_down_exps.weight" in convert.weighed(source, tmp_path / "rest.gguf")
+    with closing(fidelity.Reference(tmp_path / "moe", [row], work=tmp_path)) as reference:
+        kl = []
+        for which in (matrix, tmp_path / "rest.gguf"):
+            file = convert.quantize(source, tmp_path / "q.gguf", "q4_0", which).path
+            kl.append(fidelity.measure(reference, file, "q4_0").mean_kl)
+    assert kl[0] < 0.9 * kl[1], kl  # 0.272 and 0.327 nats
+
+
 def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     report = preflight.check(tiny_llama).require()

@@ -38,7 +38,8 @@ LIMIT_S = 900  # a family's child is killed after this
 EXACT = 2e-5  # relative difference of two fp32 losses
 PARTS = ("SFT", "ORPO", "merge", "generation", "GGUF")
 # Their converters read no other vocabulary.
-SENTENCEPIECE = ("Gemma 2", "Gemma 3", "Gemma 3n text", "Gemma 4 text", "Ernie 4.5", "Ernie 4.5 MoE")
+SENTENCEPIECE = ("Gemma 2", "Gemma 3", "Gemma 3n text", "Gemma 4 text")
+SPACED = ("Ernie 4.5", "Ernie 4.5 MoE", "Jamba")  # and no other than one that puts a space before a text
 OWN_WORDS = (
     "not measured: transformers gives its folder Qwen2's splitting of words, which no vocabulary here is made for"
 )
@@ -102,13 +103,14 @@ class _Refused(Exception):
 
 
 @cache
-def small() -> tuple[Any, list[list[dict]]]:
-    """(a byte-fallback SentencePiece of 600 pieces, rows of notebook 01's four files)."""
+def small(spaced: bool = False) -> tuple[Any, list[list[dict]]]:
+    """(a byte-fallback SentencePiece of 600 pieces, rows of notebook 01's four files). spaced: it puts a space before a
+    text."""
     from tests import train_data
     from tests.gguf.gguf_models import sentencepiece_tokenizer
 
     texts = [train_data.SCHEMA, *(text for asked in train_data.questions(200) for text in asked)]
-    tokenizer = sentencepiece_tokenizer(Path(tempfile.mkdtemp(prefix="matrix.")) / "tokenizer", texts)
+    tokenizer = sentencepiece_tokenizer(Path(tempfile.mkdtemp(prefix="matrix.")) / "tokenizer", texts, prefix=spaced)
     rows = [train_data.sft_rows(tokenizer, 12), train_data.sft_rows(tokenizer, 4, 1)]
     return tokenizer, [*rows, train_data.pair_rows(tokenizer, 6), train_data.pair_rows(tokenizer, 3, 1)]
 
@@ -260,33 +262,24 @@ def _generation(made: dict[str, Any]) -> str:
 
 
 def _gguf(made: dict[str, Any]) -> str:
-    """The gates of a merged model's 16-bit file; where there is none, what preflight said of the base."""
+    """What preflight says against the base; else the gates of a merged model's 16-bit file."""
     from contextlib import closing
 
-    from helpers.errors import TunebookError
-    from helpers.gguf import convert, fidelity, header, preflight
+    from ci.model_families import FAMILIES
+    from helpers.gguf import convert, fidelity, preflight
 
     if made["family"] in ("Qwen2", "Qwen2.5"):
         return OWN_WORDS
-    if made["family"] in SENTENCEPIECE:
-        base, merged, rows = made["folder"], made["merged"], made["held_out"][:2]
-    else:
-        base, merged, rows = _merged_noise(made)
-    try:
-        file = convert.convert(merged, made["work"] / "model.gguf", "f16", name="matrix")
-    except TunebookError:
-        if found := preflight.check(base).problems:
-            raise _Refused(" ".join(found)[:400]) from None
-        raise
-    config = json.loads((merged / "config.json").read_text())
-    # llama.cpp reads the window of Phi-3 and does not use it.
-    windowed = any("sliding_window" in key for key in header.check(file).metadata) and config["model_type"] != "phi3"
-    whole = windowed or not config.get("sliding_window")
-    rows = [row[-48 if whole else -config["sliding_window"] :] for row in rows]
+    base, merged, rows = _merged_noise(made)
+    if found := preflight.check(base).problems:
+        raise _Refused(" ".join(found)[:400])
+    file = convert.convert(merged, made["work"] / "model.gguf", "f16", name="matrix")
+    window = convert.lost_window(merged, file)
+    rows = [row[-(window or 48) :] for row in rows]
     with closing(fidelity.Reference(merged, rows, rows[:1], 4, made["work"])) as reference:
         result = fidelity.measure(reference, file, "f16")
     failed = "; ".join(f"{gate}: {why}" for gate, why in result.failed.items())
-    within = "" if whole else f" within the window ({config['model_type']} has none in llama.cpp)"
+    within = f" within the window ({FAMILIES[made['family']][0]} has none in llama.cpp)" if window else ""
     return f"failed {failed[:300]}" if failed else f"gates passed, KL {max(result.mean_kl, 0):.0e}{within}"
 
 
@@ -294,16 +287,21 @@ def _merged_noise(made: dict[str, Any]) -> tuple[Path, Path, list[list[int]]]:
     """(a base with the large vocabulary, it with an adapter of noise merged in, rows)."""
     import torch
 
-    from ci.model_families import make
+    from ci.model_families import PUBLISHED, make
     from helpers.model import loading, merging
     from helpers.train import methods
     from tests import train_data
 
     (tokenizer, rows), work = large(), made["work"]
+    if made["family"] in (*SENTENCEPIECE, *SPACED):
+        tokenizer = small(made["family"] in SPACED)[0]
+        rows = [row["input_ids"] for row in train_data.sft_rows(tokenizer, 2, 1)]
     if made["family"].startswith("GLM"):  # its converter looks these up
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|observation|>"], special_tokens=True)
-    base = _with_class(made["family"], make(made["family"], work / "large", tokenizer))
+    base = _with_class(
+        made["family"], make(made["family"], work / "large", tokenizer, **PUBLISHED.get(made["family"], {}))
+    )
     source = loading.ModelSource(made["family"], base, "", "folder")
     settings = train_data.settings("sft")
     adapted = methods._new_adapter(loading.load_model(base, dtype="fp32"), settings, source, [])
@@ -367,7 +365,9 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         cells = [str(line.get(column, "")).replace("|", "/").replace("\n", " ") for column in HEAD]
         rows.append("| " + " | ".join(cells) + " |")
     reasons = [f"- **{family}**: {REASONS[family]}" for family in found if family in REASONS]
-    filled = {"{packages}": packages, "{table}": "\n".join(rows), "{reasons}": "\n".join(reasons)}
+    head = "Cells that are not as they ought to be:\n\n" * bool(reasons)
+    told = head + "".join(f"{reason}\n" for reason in reasons) + "\n" * bool(reasons)
+    filled = {"{packages}": packages, "{table}": "\n".join(rows), "{reasons}": told}
     for place, text in filled.items():
         intro = intro.replace(place, text)
     return intro
@@ -398,8 +398,8 @@ def main() -> None:
     for family in () if asked.page else asked.only or FAMILIES:
         missing = [part for part in asked.parts if asked.again or part not in found.get(family, {})]
         if missing:
-            alone = missing == ["GGUF"] and family not in SENTENCEPIECE  # the other parts build on each other
-            result = measure(family, missing if alone else asked.parts)
+            # the other parts build on each other
+            result = measure(family, missing if missing == ["GGUF"] else asked.parts)
             found = read()  # another run may have written meanwhile
             found[family] = found.get(family, {}) | result
             write(found)

@@ -27,7 +27,7 @@ from helpers import compat, worker
 from helpers.errors import TunebookError
 from helpers.gguf import header, libraries
 from helpers.model import layer_kinds, merging, weights
-from helpers.model.loading import load_model
+from helpers.model.loading import load_config, load_model
 from helpers.model.weights import check_adapter
 
 TYPES_16 = ("f16", "bf16")
@@ -42,6 +42,8 @@ SIGMOID = (
     "nemotron_h",
     "solar_open",
 )
+# Families in which llama.cpp gives every n-th layer full attention and the others a window, whatever the config says.
+PERIODS = {"gemma2": 2, "gpt_oss": 2, "cohere2": 4, "exaone4": 4, "gemma3n_text": 5, "gemma3_text": 6}
 WORDS = {"linear_attention": "mamba", "full_attention": "attention"}  # the converter's for transformers 5's
 
 
@@ -115,6 +117,18 @@ def _speak_to_converter(config: dict[str, Any]) -> None:
         config.setdefault("scoring_func", "sigmoid")
     if config.get("layers_block_type"):
         config.setdefault("num_hidden_layers", len(config["layers_block_type"]))
+    if not config.get("num_local_experts", 1):  # a dense model, whatever would be chosen of none
+        config.pop("num_experts_per_tok", None)
+    if kind.startswith("gemma4") and "head_dim" in config:
+        full: dict[str, Any] = next(iter((config.get("per_layer_config") or {}).values()), {})
+        config.setdefault("global_head_dim", full.get("head_dim", config["head_dim"]))
+        config.setdefault("num_global_key_value_heads", full.get("num_key_value_heads"))
+    if kind == "mpt":
+        config["architectures"] = ["MPTForCausalLM"]
+    if config.get("topk_method") == "greedy":  # among all experts, and not in groups
+        config |= {"n_group": 1, "topk_group": 1}
+    if kind == "gpt2":
+        config.setdefault("n_ctx", config.get("n_positions"))
     part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
     if kind in ("gpt_neox", "cohere2"):
         config.setdefault("rotary_pct", part)
@@ -124,10 +138,54 @@ def _speak_to_converter(config: dict[str, Any]) -> None:
         if kind in ("granitemoehybrid", "nemotron_h") and config.get(name):
             config[name] = [WORDS.get(layer, layer) for layer in config[name]]
     if kind.startswith(("qwen3_next", "qwen3_5")) and "linear_attention" in layers:
-        every = config.setdefault("full_attention_interval", [*layers, "full_attention"].index("full_attention") + 1)
-        if layers != ["linear_attention" if (i + 1) % every else "full_attention" for i in range(len(layers))]:
-            said = f"llama.cpp takes {kind} with full attention in every n-th layer alone, and this model's layers are "
-            raise TunebookError(f"{said}{', '.join(layers)[:200]}; choose another, or set outputs='adapter,merged'.")
+        config.setdefault("full_attention_interval", [*layers, "full_attention"].index("full_attention") + 1)
+    if why := _unlike(kind, config, layers):
+        raise TunebookError(f"llama.cpp takes {kind} with {why}; choose another base, or set outputs='adapter,merged'.")
+
+
+def _unlike(kind: str, config: dict[str, Any], layers: list[str]) -> str:
+    """What llama.cpp's code for a family has fixed, or has no setting for, where this model has it otherwise."""
+
+    def every(n: int, found: list[bool]) -> bool:
+        return found == [bool((i + 1) % n) for i in range(len(found))]
+
+    linear = [layer == "linear_attention" for layer in layers]
+    if any(linear) and "full_attention_interval" in config and not every(config["full_attention_interval"], linear):
+        return f"full attention in every n-th layer alone, and this model's layers are {', '.join(layers)[:200]}"
+    windows, period = [layer == "sliding_attention" for layer in layers], PERIODS.get(kind, 0)
+    if kind == "exaone4" and any(windows) and len(layers) != 64:
+        return f"a sliding window at 64 layers alone, and this model has {len(layers)}"
+    other = not every(period, windows) if period else False
+    other |= config.get("sliding_window_pattern", period) not in (None, period) and bool(period)
+    if other and (any(windows) or kind != "exaone4"):
+        return f"full attention in every {period}th layer alone, and this model's layers are otherwise"
+    if kind.startswith("llama4") and config.get("attention_chunk_size", 8192) not in (None, 8192):
+        return f"chunks of 8,192 tokens, and this model's are of {config['attention_chunk_size']:,}"
+    rotated = [bool(layer) for layer in config.get("no_rope_layers") or []]
+    if kind in ("smollm3", "llama4_text") and not every(4, rotated):
+        return "a rotary embedding in all but every 4th layer, and this model's layers are otherwise"
+    groups = config.get("mamba_n_groups") or config.get("n_groups") or 1
+    if kind in ("bamba", "granitemoehybrid", "mamba2") and groups > 1:
+        return f"a norm for each group of a Mamba layer, and this model has one over its {groups} groups"
+    rope = config.get("position_embedding_type") == "rope"
+    if (
+        kind == "granitemoehybrid"
+        and layers
+        and rope == any(layer in ("mamba", "linear_attention") for layer in layers)
+    ):
+        return "a rotary embedding where it has no Mamba layers, and there alone"
+    return ""
+
+
+def lost_window(model: Path, file: Path) -> int:
+    """The sliding window, in tokens, of a model that llama.cpp runs without one; 0 where it has none or keeps it."""
+    text, found = load_config(model).get_text_config(), header.check(file).metadata
+    window, kinds = getattr(text, "sliding_window", None) or 0, getattr(text, "layer_types", None)
+    kept = (
+        f"{found['general.architecture']}.attention.sliding_window" in found and text.model_type != "phi3"
+    )  # read only
+    reached = window < text.max_position_embeddings and (not kinds or "sliding_attention" in kinds)
+    return window if reached and not kept else 0
 
 
 def _refusal(model: Path, log: str, status: int) -> TunebookError:

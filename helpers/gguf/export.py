@@ -173,6 +173,9 @@ class ExportJob(steps.Job):
         talks = [(self.chat.shown({"messages": q, "tools": t}), self.chat.prompt(q, t)) for q, t in asked if self.chat]
         prompts = [ids for _, ids in talks[: self.params.fidelity_answers]]
         prompts = prompts or [row[: len(row) // 2] for row in rows[: self.params.fidelity_answers] if len(row) > 1]
+        if window := convert.lost_window(self.merged, self.file("f16")):
+            self.text += f", within the window of {window} tokens that llama.cpp does not have"
+            rows, prompts = ([ids[:window] for ids in one] for one in (rows, prompts))
         files = {kind: self.file(kind) for kind in ["f16", *self.kinds]}
         shown = [talk for talk, _ in talks if not talk[1]][:2]  # llama.cpp's server writes a tool list anew
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=shown)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 BATCH = 512  # tokens a decode call takes
 CHUNK = 128  # of them when the logits of all are wanted
 Entry = tuple[int, int, int, bool]  # token, position, sequence, logits wanted
+LAYOUT = (-1, 0, 0, 1, 0, 0)  # load_mode; vocab_only, check_tensors, use_extra_bufts, no_host, no_alloc
+OTHER_LAYOUT = "The installed xllamacpp has another layout of its parameters than the pinned one."
 POINTER, INTS = c.c_void_p, c.POINTER(c.c_int32)
 
 
@@ -72,7 +74,8 @@ def library() -> Any:
 
 class LlamaCpp(ExitStack):
     """A GGUF file loaded by llama.cpp; `close` frees it. parallel: answers generated at once; only_vocabulary: without
-    the weights. Raises TunebookError for a file that is missing, damaged or not understood."""
+    the weights, which the file need not hold; of those that it announces, names and shapes are checked and the graph
+    is built. Raises TunebookError for a file that is missing, damaged or not understood."""
 
     def __init__(self, path: str | Path, parallel: int = 8, only_vocabulary: bool = False):
         super().__init__()
@@ -80,14 +83,21 @@ class LlamaCpp(ExitStack):
         header.check(self.path)
         self.lib = library()
         params = self.lib.llama_model_default_params()
+        planned = only_vocabulary and bool(header.check(self.path).tensors)
         if only_vocabulary:
             # the flags come last, after pointers that are null by default: the first non-zero word there is theirs,
-            # vocab_only its first byte
+            # vocab_only its first byte, no_alloc its fifth; how the file is read stands before the pointers
             words = struct.unpack_from("<16Q", bytes(params.bytes))
-            params.bytes[8 * next(i for i, word in enumerate(words) if i >= 6 and word)] = 1
+            flags = 8 * next(i for i, word in enumerate(words) if i >= 6 and word)
+            if (struct.unpack_from("<i", bytes(params.bytes), 24)[0], *params.bytes[flags : flags + 5]) != LAYOUT:
+                raise TunebookError(OTHER_LAYOUT)
+            struct.pack_into("<i", params.bytes, 24, 0)  # not mapped into memory
+            params.bytes[flags + 4 * planned] = 1
         libraries.heard.clear()
         self._model = self.lib.llama_model_load_from_file(str(path).encode(), params)
-        self._require(self._model, "it cannot load the file; export it again, or use a newer llama.cpp")
+        no = "it cannot load the file; export it again, or use a newer llama.cpp"
+        unfit = "it has no place for a model of this form; choose another base, or set outputs='adapter,merged'"
+        self._require(self._model, unfit if planned else no)
         self.callback(self.lib.llama_model_free, self._model)
         self.vocab = self.lib.llama_model_get_vocab(self._model)
         self.n_vocab = self.lib.llama_vocab_n_tokens(self.vocab)
@@ -96,6 +106,10 @@ class LlamaCpp(ExitStack):
         self._batch = self.lib.llama_batch_init(BATCH, 0, 1)
         self.callback(self.lib.llama_batch_free, self._batch)
         self.callback(self._free_context)
+        if planned:
+            self.context = 256
+            self._ctx = self.lib.llama_init_from_model(self._model, self._context_params())
+            self._require(self._ctx, unfit)
 
     def __call__(self, request: list[Any], event: worker.Event) -> Any:
         """As a handler of helpers.worker: a request is the name of a method and its arguments."""
@@ -160,7 +174,7 @@ class LlamaCpp(ExitStack):
         # embeddings, offload_kqv, no_perf, op_offload, swa_full, kv_unified and their defaults, on a multiple of 8
         at = next((i for i in range(64, 256, 8) if bytes(block.bytes[i : i + 6]) == b"\0\1\1\1\1\0"), None)
         if head != (512, 2048, 512, 1) or at is None:
-            raise TunebookError("The installed xllamacpp has another layout of its parameters than the pinned one.")
+            raise TunebookError(OTHER_LAYOUT)
         struct.pack_into("<4I", block.bytes, 0, self.context, BATCH, BATCH, self.parallel + 1)  # one for the prefix
         block.bytes[at + 5] = 1
         return block

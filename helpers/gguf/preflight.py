@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +20,13 @@ from helpers import params as parameters
 from helpers.data import vocabulary
 from helpers.errors import TunebookError
 from helpers.gguf import convert, libraries, probes
-from helpers.gguf.llama_cpp import LlamaCpp
+from helpers.gguf.runner import GgufModel
 from helpers.model import loading, merging, weights
 from helpers.model.stop_tokens import end_of_turn
 
 GIB = 2**30
 PROCESS_GIB = 0.7  # a Python with torch and transformers and nothing loaded
+WINDOW = "sliding window"
 Check = tuple[str, bool, str]
 
 
@@ -40,6 +42,11 @@ class Report:
     @property
     def problems(self) -> list[str]:
         return [f"{what}: {found}" for what, good, found in self.checks if not good]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a GGUF file cannot keep of a model that exports well all the same."""
+        return tuple(f"Warning: {what} of {found}." for what, _, found in self.checks if what == WINDOW)
 
     @property
     def disk_gib(self) -> float:
@@ -115,8 +122,14 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
             for shard in [] if held.states else held.base.glob("*.safetensors*"):
                 (joined / shard.name).symlink_to(shard.resolve())
             file = convert.convert(joined, joined.with_suffix(".gguf"), only_vocabulary=True)
-            with LlamaCpp(file, only_vocabulary=True) as read_back:
-                checks = list(_compared(read_back, tokenizer))
+            with closing(GgufModel(file, only_vocabulary=True)) as read_back:
+                checks = [*_compared(read_back, tokenizer)]
+            if window := convert.lost_window(joined, file):
+                lost = (
+                    f"{window:,} tokens, and llama.cpp runs this architecture without one: in a longer context its file"
+                )
+                set_it = f"set context_length to {window} in notebook 04"
+                checks.append((WINDOW, True, f"{lost} is another model than was trained; {set_it}"))
         except TunebookError as error:
             return [("conversion", False, str(error).replace(str(joined), str(folder)))]
     if all(good for _, good, _ in checks):  # what is wrong may be mended, and is looked at again
@@ -124,7 +137,7 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
     return checks
 
 
-def _compared(llama_cpp: LlamaCpp, tokenizer: Any) -> Iterator[Check]:
+def _compared(llama_cpp: GgufModel, tokenizer: Any) -> Iterator[Check]:
     """Token ids, added tokens, template and end of turn in llama.cpp against the trained tokenizer's."""
 
     def differing(texts: list[str]) -> list[tuple[str, list[int], list[int]]]:

@@ -192,12 +192,14 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
 def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path | None, stage: runs.Stage) -> Plan:
     """The planner's plan for these rows. Raises TunebookError for a job that cannot fit, or a model that would train
     and then not export to GGUF (`export_check`)."""
+    warnings: tuple[str, ...] = ()
     if params.export_check:
         tokenizer = of_run(stage.parents["data"].path, source.path)
-        preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require()
+        warnings = preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require().warnings
     data, world = stage.parents["data"], distributed.size()
     lengths, padded = examples.lengths_of(train), examples.lengths_of(train, padded=True)
-    return _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
+    plan = _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
+    return dataclasses.replace(plan, reasons=(*plan.reasons, *warnings))
 
 
 def _decided(plan: Plan) -> dict[str, Any]:

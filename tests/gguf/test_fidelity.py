@@ -328,6 +328,36 @@ def test_preflight_says_yes_with_numbers_and_no_with_reasons(tiny_llama, tmp_pat
     assert any("chat template" in p or "end of turn" in p for p in preflight.check(broken).problems)
 
 
+LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "gemma2", "layer_types": LAYERS[:2]}, "every 2th layer"),
+        ({"model_type": "cohere2", "layer_types": LAYERS}, "every 4th layer"),
+        ({"model_type": "exaone4", "layer_types": LAYERS[1:] + LAYERS[:1]}, "at 64 layers"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 32}, "chunks of 8,192"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 1]}, "all but every 4th"),
+        ({"model_type": "mamba2", "n_groups": 8}, "over its 8 groups"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2}, "no Mamba layers"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_from_the_config_alone(config, why):
+    with pytest.raises(TunebookError, match=why):
+        convert._speak_to_converter(dict(config))
+
+
+def test_a_form_that_llama_cpp_cannot_load_is_refused_and_a_lost_window_is_told(tokenizer, tmp_path):
+    from ci import model_families
+
+    lite = model_families.make("DeepSeek-V2-Lite", tmp_path / "lite", tokenizer)
+    assert "no place for a model of this form" in " ".join(preflight.check(lite).problems)
+    windowed = preflight.check(model_families.make("Mistral", tmp_path / "mistral", tokenizer))
+    assert not windowed.problems and "24 tokens, and llama.cpp runs" in windowed.warnings[0]
+    assert not preflight.check(model_families.make("Llama 3", tmp_path / "llama", tokenizer)).warnings
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "mistral", "gemma2", "phi3"])
 def test_other_architectures_survive_the_whole_chain(architecture, tokenizer, tmp_path):
     chosen = tokenizer

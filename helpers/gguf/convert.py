@@ -167,25 +167,20 @@ def _unlike(kind: str, config: dict[str, Any], layers: list[str]) -> str:
     groups = config.get("mamba_n_groups") or config.get("n_groups") or 1
     if kind in ("bamba", "granitemoehybrid", "mamba2") and groups > 1:
         return f"a norm for each group of a Mamba layer, and this model has one over its {groups} groups"
-    rope = config.get("position_embedding_type") == "rope"
-    if (
-        kind == "granitemoehybrid"
-        and layers
-        and rope == any(layer in ("mamba", "linear_attention") for layer in layers)
-    ):
+    rope, states = config.get("position_embedding_type") == "rope", {"mamba", "linear_attention"} & {*layers}
+    if kind == "granitemoehybrid" and layers and rope == bool(states):
         return "a rotary embedding where it has no Mamba layers, and there alone"
     return ""
 
 
 def lost_window(model: Path, file: Path) -> int:
     """The sliding window, in tokens, of a model that llama.cpp runs without one; 0 where it has none or keeps it."""
-    text, found = load_config(model).get_text_config(), header.check(file).metadata
+    text, summary = load_config(model).get_text_config(), header.check(file)
     window, kinds = getattr(text, "sliding_window", None) or 0, getattr(text, "layer_types", None)
-    kept = (
-        f"{found['general.architecture']}.attention.sliding_window" in found and text.model_type != "phi3"
-    )  # read only
-    reached = window < text.max_position_embeddings and (not kinds or "sliding_attention" in kinds)
-    return window if reached and not kept else 0
+    kept = f"{summary.metadata['general.architecture']}.attention.sliding_window" in summary.metadata
+    kept &= text.model_type != "phi3"  # which reads it and does without
+    reached = window < getattr(text, "max_position_embeddings", 2**30) and (not kinds or "sliding_attention" in kinds)
+    return window if summary.tensors and reached and not kept else 0
 
 
 def _refusal(model: Path, log: str, status: int) -> TunebookError:
@@ -332,10 +327,8 @@ def importance(merged: Path, f16: Path, rows: Sequence[Sequence[int]], out: Path
         name, stack = stacks.get(weight.untyped_storage().data_ptr(), ("", None))
         if stack is None:
             return
-        block, kinds = (
-            re.findall(r"\.(\d+)\.", f".{name}")[-1],
-            ("down",) if "down" in name else ("gate", "up", "gate_up"),
-        )
+        kinds = ("down",) if "down" in name else ("gate", "up", "gate_up")
+        block = re.findall(r"\.(\d+)\.", f".{name}")[-1]
         first = (weight.storage_offset() - stack.storage_offset()) // stack.stride(0)
         for tensor in (f"blk.{block}.ffn_{kind}_exps.weight" for kind in kinds):
             if shapes.get(tensor, ())[:1] == x.shape[-1:] and shapes[tensor][2] == len(stack):

@@ -277,7 +277,7 @@ def test_an_importance_matrix_changes_the_bytes_and_the_error(tiny_llama, f16, t
 
 
 def test_experts_are_weighed_by_what_the_router_sends_them(tokenizer, tmp_path):
-    """Where an expert's inputs differ in size, weighing them makes the quantised model better than weighing the rest."""
+    """Where an expert's inputs differ in size, weighing them makes a quantised model better than weighing the rest."""
     import torch
     import transformers
 

@@ -414,7 +414,8 @@ def bad(line: dict[str, Any]) -> list[str]:
     """The columns of a result that are not what they ought to be; a refusal before training is what it ought to be."""
     words = ("crash", "late", "off by", "failed", "losses", "where training moved", "not measured", "answers equal")
     known = {part: str(line.get(part, "")) for part in PARTS}
-    return [part for part, cell in known.items() if not cell or any(word in cell for word in words)]
+    told = {part: "" if cell.startswith("refused") else cell for part, cell in known.items()}
+    return [part for part, cell in told.items() if not known[part] or any(word in cell for word in words)]
 
 
 def _good(line: dict[str, Any]) -> int:

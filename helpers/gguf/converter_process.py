@@ -40,7 +40,8 @@ def reorder(weights: Any, n_head: int, n_head_kv: int | None, rotated: int) -> A
 
 def main() -> None:
     folder, model = sys.argv[1:3]
-    config = json.loads((Path(model) / "config.json").read_text())
+    settings = Path(model) / "config.json"
+    config = json.loads(settings.read_text()) if settings.is_file() else {}
     sys.path[0] = folder
     enum.EnumMeta.__getattr__ = lend  # type: ignore[attr-defined]
     import conversion
@@ -67,7 +68,9 @@ def main() -> None:
         write_vocab = found.write_vocab
         if found.model_arch in lent.values():
             sys.exit(f"Architecture {name} is not supported by the converter's gguf")
-        if name == "BambaForCausalLM":  # only a part of its heads is rotated, and the converter reorders all of it
+        if (
+            name == "BambaForCausalLM" and "attn_rotary_emb" in config
+        ):  # only a part of its heads is rotated, and the converter reorders all of it
             llama = sys.modules["conversion.llama"].LlamaModel
             llama.permute = staticmethod(partial(reorder, rotated=config["attn_rotary_emb"]))
         if hasattr(found, "opt_num_mtp_layers"):  # Qwen3-Next and 3.5: not every copy has the prediction heads

@@ -202,7 +202,7 @@ def parts(lines: list[dict], step_s: list[float], save: int) -> dict:
     the step before, and what such a step takes more than its tokens would."""
     steps = [
         (b["step"], b["trained_tokens"] - a["trained_tokens"], s)
-        for (a, b), s in zip(itertools.pairwise(lines), step_s)
+        for (a, b), s in zip(itertools.pairwise(lines), step_s, strict=True)
     ][WARM - 1 :]
     after = [step for step in steps if (step[0] - 1) % save == 0]
     plain = [step for step in steps if (step[0] - 1) % save]

@@ -1,7 +1,7 @@
 """Training speed on this machine, one JSON line a setting:
 
     python ci/bench_train.py [--run default] [--steps 6]
-    python ci/bench_train.py --start 100000,1000000 [--model FOLDER]    how long until the first step, with how many rows
+    python ci/bench_train.py --start 100000,1000000 [--model FOLDER]    seconds until the first step, by rows
 
 Takes the rows of a finished data stage. tokens_per_s counts every token of the rows that were trained on, however often
 it was computed: a prefix that eight rows share counts eight times, padding never.

@@ -123,7 +123,7 @@ def pack(rows: torch.Tensor, nested: bool, every: Any) -> tuple[torch.Tensor, to
 
 def swap(model: Any, held: Weights, names: dict[str, str], dtype: torch.dtype, double_quant: bool) -> None:
     """Put a PackedLinear in the place of each layer of `model` (without storage) that is packed in the files, or that
-    bitsandbytes would pack. names: parameter → tensor in `held`. Raises TunebookError where a row has no whole blocks."""
+    bitsandbytes would pack. names: parameter → tensor in `held`. TunebookError for a row without whole blocks."""
     packed = [key.removesuffix(".weight") for key, name in names.items() if name in held.states]
     for layer in packed or layers(model):
         module, name = model.get_submodule(layer), names.get(f"{layer}.weight", "")

@@ -361,7 +361,7 @@ class Search:
 
 
 def refusal(search: Search, options: list[Option]) -> str:
-    """What does not fit and the smallest change that would: offload, 4 bits, 8-bit optimizer, shorter rows, other GPUs."""
+    """What does not fit and what would: offload, 4 bits, 8-bit optimizer, shorter rows, more GPUs."""
     lengths, card, params, shape = search.lengths, search.card, search.params, search.shape
     smallest, size = min(options, key=lambda o: o.need_gib), f"{shape.parameters / 1e9:.2f} billion"
     what = f"{shape.name} ({size}, method {params.method}, longest row {max(lengths)} tokens) needs "

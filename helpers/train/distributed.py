@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -m helpers.train params.yaml
 
-QLoRA runs data parallel (DDP) where each GPU has room for the 4-bit base. Where none has, and with LoRA on a 16-bit base
+QLoRA runs data parallel (DDP) where each GPU has room for the 4-bit base. Where none has, and with LoRA on 16 bits
 and full tuning, the job is sharded (FSDP2). An optimizer step sees the same rows however many processes share it
 (`rows.PackedRows`).
 

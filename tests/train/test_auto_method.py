@@ -74,7 +74,8 @@ def test_a_killed_run_resumes_on_the_base_weights_that_it_had(data, memory, tmp_
 
 def test_of_several_gpus_auto_with_a_reference_copy_is_not_sharded(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert distributed.sharded("lora") and not distributed.sharded("qlora") and not distributed.sharded("auto")
+    found = {m: distributed.sharded(train_data.settings("sft", method=m)) for m in ("lora", "qlora", "auto")}
+    assert found == {"lora": True, "qlora": False, "auto": False}
 
 
 def test_init_names_the_base_and_a_contradiction_is_refused(data, memory):

@@ -13,6 +13,7 @@ from helpers.data import prepare
 from helpers.errors import TunebookError
 from helpers.evaluate import evaluation
 from helpers.gguf import export, header
+from helpers.model import weights
 from helpers.model.loading import load_model, load_tokenizer, template_hash
 from helpers.train import training
 
@@ -176,6 +177,24 @@ def test_plain_text_needs_no_template_in_any_stage(runs_root, bare, tmp_path, ca
     cards = {one.kind: one.card for one in publish.plan("b", "user/b")}
     assert all("completes plain text" in card and '"role"' not in card for card in cards.values())
     assert not any("chat template" in card.lower() for card in cards.values())
+
+
+def test_a_row_for_padding_alone_does_not_put_the_whole_embedding_into_the_adapter(runs_root, bare, tmp_path):
+    base = shutil.copytree(bare, tmp_path / "one-special-token")
+    known = json.loads((base / "tokenizer_config.json").read_text())
+    one = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    (base / "tokenizer_config.json").write_text(json.dumps(known | one))
+    prepared(base, sums(tmp_path / "sums.jsonl"), chat_template="alpaca", template_tokens="eos")
+    trained()
+    adapter = runs.folder("b", "sft") / "adapter"
+    assert len(load_tokenizer(adapter)) > json.loads((base / "config.json").read_text())["vocab_size"]
+    saved = [adapter, *(runs.folder("b", "sft") / "checkpoints").glob("checkpoint-*")]
+    names = [name for folder in saved for name in weights.header(folder / "adapter_model.safetensors")]
+    assert len(saved) > 1 and names and all("lora_" in name for name in names)
+    gguf = exported()
+    rows = weights.header(gguf.path / "merged" / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    assert rows == len(load_tokenizer(adapter))
+    assert not any(file["failed"] for file in json.loads((gguf.path / "fidelity.json").read_text())["files"])
 
 
 def test_conversations_without_a_template_are_refused_with_what_to_set(runs_root, bare, tmp_path):

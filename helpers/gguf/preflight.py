@@ -108,7 +108,8 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
         try:
             tokenizer = loading.load_tokenizer(folder)
             more = loading.grown(tokenizer, base)
-            merging.write_settings(base, joined, tokenizer, rows=max(rows, len(tokenizer)) if more else rows)
+            wanted = max(rows, len(tokenizer)) if more else rows
+            merging.write_settings(base, joined, tokenizer, rows=wanted)
             held = weights.Weights(base)
             shapes = [(name, list(held.shape(name))) for name in sorted(held.entries)]
             runs_in = Path(convert.__file__).with_name("converter_process.py").read_text()
@@ -120,7 +121,10 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
             if lost := vocabulary.without_rows(loading.load_tokenizer(base, mended=False), rows):
                 return [("tokenizer", False, lost)]
             for shard in [] if held.states else held.base.glob("*.safetensors*"):
-                (joined / shard.name).symlink_to(shard.resolve())
+                if wanted > rows and shard.suffix == ".safetensors":
+                    weights.stand_in(shard, joined / shard.name, rows, wanted)
+                else:
+                    (joined / shard.name).symlink_to(shard.resolve())
             file = convert.convert(joined, joined.with_suffix(".gguf"), only_vocabulary=True)
             with closing(GgufModel(file, only_vocabulary=True)) as read_back:
                 checks = [*_compared(read_back, tokenizer)]

@@ -227,15 +227,9 @@ def write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...], str]
     """
     import torch
 
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, kind in entries:
-        start, end = end, end + BYTES[kind] * math.prod(shape)
-        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head, end = _head(entries)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for (name, shape, kind), tensor in zip(entries, tensors, strict=True):
             if tuple(tensor.shape) != tuple(shape):
                 raise TunebookError(
@@ -246,6 +240,30 @@ def write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...], str]
             file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
             del tensor
     return end
+
+
+def stand_in(shard: Path, out: Path, rows: int, wanted: int) -> None:
+    """A file without data (sparse) for a shard whose embedding and head have `wanted` rows in place of `rows`."""
+    entries = []
+    for name, entry in header(shard).items():
+        end = entry.shape[:1] == (rows,) and not re.search(r"\.\d+\.", name)
+        entries.append((name, (wanted, *entry.shape[1:]) if end else entry.shape, entry.kind))
+    head, size = _head(entries)
+    with open(out, "wb") as file:
+        file.write(head)
+        file.truncate(len(head) + size)
+
+
+def _head(entries: list[tuple[str, tuple[int, ...], str]]) -> tuple[bytes, int]:
+    """A safetensors file's bytes before its data, and how many of those there will be."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, kind in entries:
+        start, end = end, end + BYTES[kind] * math.prod(shape)
+        table[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
 
 
 # ---------------------------------------------------------------- adapters
@@ -263,6 +281,13 @@ def made_by(adapter: Path | None) -> dict[str, Any]:
     """The manifest of the training stage that an adapter's folder stands in; {} for an adapter from elsewhere."""
     manifest = adapter.parent / "manifest.json" if adapter else None
     return json.loads(manifest.read_text()) if manifest and manifest.is_file() else {}
+
+
+def adapter_without_embedding(adapter: Path) -> bool:
+    """Whether an adapter leaves the base's embedding and head as they are, but for what its own config names."""
+    own = json.loads((adapter / "adapter_config.json").read_bytes()).get("modules_to_save")
+    names = header(adapter / "adapter_model.safetensors")
+    return bool(own) or not any(name.endswith(".weight") and "lora_" not in name for name in names)
 
 
 def check_adapter(adapter: Path) -> dict[str, Any]:

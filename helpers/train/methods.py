@@ -8,6 +8,7 @@ it. Its statistics stay off and it makes no call home.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -79,9 +80,8 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     fit(model, tokenizer)  # its padding may be a new token
     added = add_tokens(model, tokenizer, tokens) if tokens else []
     if added:
-        free = f", {sum(i < rows_before for i in added)} of them in free rows of the embedding" * (
-            added[0] < rows_before
-        )
+        free = f", {sum(i < rows_before for i in added)} of them in free rows of the embedding"
+        free *= added[0] < rows_before
         notes.append(f"{len(added)} added tokens{free}, each started as the mean of its pieces")
     if params.method in ("full", "freeze"):
         model.requires_grad_(params.method == "full")
@@ -97,6 +97,8 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
                 model = loading.load_adapter(model, job.adapter, trainable=True)
             else:
                 model = _new_adapter(model, params, job.source, added)
+        if not job.adapter or weights.adapter_without_embedding(job.adapter):  # else PEFT writes all of a longer one
+            model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     if params.method in ("lora", "qlora") and not job.adapter:
         if (experts := model.peft_config["default"].target_parameters) and params.target_modules == "all-linear":
             notes.append(f"adapted: every linear layer and the experts ({', '.join(sorted(experts))}), no router")
@@ -220,9 +222,9 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         said = f"PEFT cannot adapt {modules} of this model ({str(error).splitlines()[0][:200]}); change target_modules."
         if "ParamWrapper" in str(error):
             said = (
-                "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False "
+                "The model's experts are one parameter, which takes plain LoRA alone; set dropout to 0, dora to False"
             )
-            said += "and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
+            said += " and init to 'default', or name target_modules without the experts (q_proj,k_proj,v_proj,o_proj)."
         raise TunebookError(said) from error
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
@@ -289,8 +291,6 @@ def save(model: Any, tokenizer: Any, folder: Path, whole: dict[str, Any] | None 
         extra: dict[str, Any] = {"state_dict": whole} if whole else {}
         if (folder.parent / PISSA).is_dir():
             extra["path_initial_model_for_weight_conversion"] = str(folder.parent / PISSA)
-        if model.peft_config["default"].trainable_token_indices or model.peft_config["default"].modules_to_save:
-            extra["save_embedding_layers"] = False  # their rows are in the adapter; the embedding would be a gigabyte
         model.save_pretrained(partial, safe_serialization=True, selected_adapters=["default"], **extra)
         weights.sort_adapter_config(partial)
     else:

@@ -1,7 +1,9 @@
 """JupyterLab as set-up leaves it: a real server, asked what a browser asks it."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -36,8 +38,10 @@ def server(request, tmp_path):
 def address(folder, process):
     while process.poll() is None:
         for file in folder.glob("jpserver-*.json"):
-            if text := file.read_text():
-                return json.loads(text)["url"]
+            if text := file.read_text():  # written before the server listens
+                told = json.loads(text)
+                with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", told["port"])):
+                    return told["url"]
         time.sleep(0.1)
     raise AssertionError("JupyterLab did not start")
 

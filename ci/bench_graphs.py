@@ -168,18 +168,16 @@ def train(arm: str, given: argparse.Namespace) -> dict:
     return found
 
 
-def decode(given: argparse.Namespace) -> dict:
+def decode(given: argparse.Namespace, dtype: str) -> dict:
     """Greedy answers of a random adapter's model, a step as one graph and kernel by kernel: seconds, and how many are
     the same."""
     import bench_rivals
-    import torch
 
     from helpers.evaluate.generate import HfModel
     from helpers.model import loading
     from helpers.tasks.questions import Decoding
 
-    folder, found = Path(given.model) / "16", {"arm": "decode", "model": Path(given.model).name}
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    folder, found = Path(given.model) / "16", {"arm": f"decode_{dtype}", "model": Path(given.model).name}
     model = HfModel(loading.load_model(folder, dtype=dtype), loading.load_tokenizer(folder))
     prompts = [model.encode(chat[:1])[-200:] for chat in bench_rivals.chats(given.data)[: 4 if given.tiny else 96]]
     answers = {}
@@ -202,7 +200,7 @@ def notebooks(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(SAMPLER)
         command = ["ci/pipeline.py", "--recipe", "cpu", "--run", "session", "-p", "sft.max_minutes", "0", "--fresh"]
-        environment = {**os.environ, "SAMPLES": folder, "PYTHONPATH": folder, "TUNEBOOK_GRAPHS": "on"}
+        environment = {**os.environ, "SAMPLES": folder, "PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
         for graphs in ("auto", "off"):
             began, words = time.time(), [w for s in ("sft", "orpo") for w in ("-p", f"{s}.cuda_graphs", graphs)]
             done = subprocess.run(
@@ -236,7 +234,7 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "arm", "notebooks"))
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--data", default="")
-    parser.add_argument("--only", default=",".join(["decode", *ARMS]))
+    parser.add_argument("--only", default=",".join(["decode_bf16", "decode_fp32", *ARMS]))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--limit", type=float, default=150, help="seconds of an arm")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
@@ -247,7 +245,7 @@ def main() -> None:
         return
     if given.what == "arm":
         try:
-            made = decode(given) if given.only == "decode" else train(given.only, given)
+            made = decode(given, given.only[7:]) if given.only.startswith("decode_") else train(given.only, given)
             print("RESULT " + json.dumps(made), flush=True)
         except BaseException:
             traceback.print_exc()

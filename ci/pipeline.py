@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -63,8 +64,8 @@ def main(argv: list[str]) -> int:
     plan = resolve(folder, options.single, options.run)
     chosen = {stage: plan[stage] for stage in STAGES[first : last + 1] if stage in plan}
     check_parents(chosen, STAGES[:first])
-    started, board = time.monotonic(), progress.of(chosen)
-    for stage, its in chosen.items():
+    started, board, order = time.monotonic(), progress.of(chosen), list(chosen.items())
+    for (stage, its), following in zip(order, [*order[1:], None], strict=True):
         its.again = its.again or options.fresh or bool(options.first)
         if why := steps.needless(stage, its):
             runs.set_aside(runs.folder(its.run, stage))  # of other data; 04 must not take it
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
             done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
             board.skip(stage, done)
         else:
-            execute(stage, its)
+            execute(stage, its, following)
     display.say(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
     if "eval" in chosen:
         display.say(summary(options.run))
@@ -119,8 +120,40 @@ def resolve(recipe: str | Path, single: list[list[str]], run: str) -> dict[str, 
     return plan
 
 
-def execute(stage: str, chosen: params.Params) -> None:
-    """One notebook through papermill. Its executed copy ends in the stage's folder whatever happens."""
+_begun: dict[str, Any] = {}  # stage → the kernel that waits for it
+
+
+@contextlib.contextmanager
+def kernel(stage: str, chosen: params.Params) -> Iterator[Any]:
+    """The stage's kernel, ended afterwards."""
+    from jupyter_core.utils import run_sync
+
+    begin(stage, chosen)
+    for other in _begun.keys() - {stage}:  # of a stage that was done already
+        run_sync(_begun.pop(other).shutdown_kernel)(now=True)
+    manager = _begun.pop(stage)
+    try:
+        yield manager
+    finally:
+        run_sync(manager.shutdown_kernel)()
+
+
+def begin(stage: str, chosen: params.Params) -> None:
+    """Start the kernel of a stage, which imports what its notebook will (`ci.warm`)."""
+    from jupyter_client.manager import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
+    if stage not in _begun:
+        first = f'__import__("ci.warm").warm.libraries({stage!r}, {getattr(chosen, "backend", "hf")!r})'
+        # errors only: it warns of TCP, which is on loopback and signed
+        how = ["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={first}"]
+        _begun[stage] = AsyncKernelManager(kernel_name="python3")
+        run_sync(_begun[stage].start_kernel)(extra_arguments=how, cwd=str(PROJECT))
+
+
+def execute(stage: str, chosen: params.Params, following: tuple[str, params.Params] | None = None) -> None:
+    """One notebook through papermill, while the following one's kernel gets ready. Its executed copy ends in the
+    stage's folder whatever happens."""
     import papermill
 
     name, run, said, board = runs.FOLDERS[stage], runs.run_folder(chosen.run), "stopped", progress.of({stage: chosen})
@@ -129,7 +162,12 @@ def execute(stage: str, chosen: params.Params) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     board.start(stage, chosen)
     try:
-        with _stderr_into(log, f"[{name}] {time.strftime('%Y-%m-%d %H:%M:%S')}"), _log_into(log, board, chosen):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_stderr_into(log, f"[{name}] {time.strftime('%Y-%m-%d %H:%M:%S')}"))
+            stack.enter_context(_log_into(log, board, chosen))
+            manager = stack.enter_context(kernel(stage, chosen))
+            if following:
+                begin(*following)
             papermill.execute_notebook(
                 PROJECT / "notebooks" / f"{name}.ipynb",
                 output,
@@ -139,8 +177,8 @@ def execute(stage: str, chosen: params.Params) -> None:
                 log_output=True,
                 stdout_file=board,
                 cwd=str(PROJECT),
-                # errors only: it warns of TCP, which is on loopback and signed
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                km=manager,
+                start_timeout=300,
             )
         runs.load(chosen.run, stage, verify=False)  # one that ended early raises nothing, but it leaves no manifest
         said = "finished"

@@ -213,7 +213,7 @@ class Session:
         self._reader = None
         gc.collect()
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
+        if torch is not None and self.candidate.kind == "hf" and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,13 +141,16 @@ class Evaluation(steps.Job):
         """Ask every candidate everything. One that cannot be loaded or run is left out with its reason."""
         f = self.findings
         f.measured, f.skipped, f.warnings = {}, {}, []
-        for candidate in f.candidates:
-            try:
-                with Session(candidate, "answers", self.end_of_turn, self.chat) as session:
-                    f.measured[candidate.name] = self._measure(session)
-            except TROUBLE as error:
-                f.skipped[candidate.name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
-                display.say(f"{candidate.name} is left out: {f.skipped[candidate.name]}")
+        with ThreadPoolExecutor(1) as beside:  # llama.cpp leaves a GPU alone, and models on a GPU most cores
+            idle = machine.gpu() and not self.more_tasks and not self.params.general_tasks
+            begun = {c.name: beside.submit(self._ask, c) for c in f.candidates if c.kind == "gguf" and idle}
+            for candidate in f.candidates:
+                try:
+                    name = candidate.name
+                    f.measured[name] = begun[name].result() if name in begun else self._ask(candidate)
+                except TROUBLE as error:
+                    f.skipped[name] = str(error).strip().split("\n")[0][:400] or type(error).__name__
+                    display.say(f"{name} is left out: {f.skipped[name]}")
         if not f.measured:
             raise TunebookError("No candidate could be judged. " + " ".join(f"{n}: {r}." for n, r in f.skipped.items()))
         f.leave_out()
@@ -158,6 +162,10 @@ class Evaluation(steps.Job):
             sql.close()
         rows = [(name, *(display.number(value) for value in m.speed.values())) for name, m in f.measured.items()]
         return display.shown(rows, ("candidate", "seconds", "questions/s", "tokens", "answers from the cache"))
+
+    def _ask(self, candidate: candidates.Candidate) -> Measured:
+        with Session(candidate, "answers", self.end_of_turn, self.chat) as session:
+            return self._measure(session)
 
     def _measure(self, session: Session) -> Measured:
         p, m, name, kind = self.params, Measured(), session.candidate.name, session.candidate.kind

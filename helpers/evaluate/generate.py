@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,8 +50,7 @@ class HfModel:
         marks = str(thinking_marks(tokenizer))
         self._kept = {text for text in special_tokens(tokenizer) if text in marks}  # control tokens that mark thinking
         self.fast = prefix_cache.supports(model)
-        # As in `prefix_cache.Steps`; not yet measured on a GPU.
-        self.fixed = model.device.type == "cuda" and os.environ.get("TUNEBOOK_GRAPHS") == "on"
+        self.fixed = model.device.type == "cuda"  # as in `prefix_cache.Steps`
         self._packed: dict[Any, Callable] | None = None
         self._proven = False
 

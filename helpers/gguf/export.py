@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from helpers.params import GgufParams
 from helpers.tasks import questions, text_to_sql
 from helpers.tasks.questions import Decoding
 
+SMALL = 2 << 30  # bytes of a 16-bit file; above it one file is compared at a time
 MERGES = "merges.json"  # in work/: what was measured of the merges
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
 TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter the files"
@@ -112,7 +114,7 @@ class ExportJob(steps.Job):
             ("adapter", source.adapter or "none"),
             (
                 "merged onto",
-                " or ".join(onto[one] for one in source.onto) + ", by measurement" * (len(source.onto) > 1),
+                " or ".join(map(onto.__getitem__, source.onto)) + ", by measurement" * (len(source.onto) > 1),
             ),
             ("files", ", ".join(self.kinds)),
             ("kept", ", ".join(self.outputs)),
@@ -181,13 +183,13 @@ class ExportJob(steps.Job):
         made = fidelity.Reference(self.merged, rows, prompts, work=self._fresh(), conversations=shown)
         with closing(made) as reference:
             reference.model = None  # what the files are measured against is on disk
-            small = [k for k in files if k not in convert.TYPES_16]
-            weights = {kind: reference.weights_kl(files[kind], self.file("f16")) for kind in small}
-            watched = machine.progress(list(files.items()), "Comparing with the trained model")
-            self.results = [fidelity.measure(reference, file, kind, weights.get(kind)) for kind, file in watched]
+            # A small model does not keep many cores busy; the copies of a large one would not all have room.
+            lanes = min(len(files), libraries.threads() // 4) if files["f16"].stat().st_size < SMALL else 1
+            compared = partial(self._compared, reference, files, libraries.threads() // lanes if lanes > 1 else 0)
+            with ThreadPoolExecutor(max(lanes, 1)) as pool:
+                self.results = list(machine.progress(pool.map(compared, files), "Comparing the files", len(files)))
         for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):
             result.bytes, result.bits_per_weight = file.bytes, file.bits_per_weight
-        self._task_scores()
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)
         found = {
             "text": self.text,
@@ -350,13 +352,15 @@ class ExportJob(steps.Job):
         known = [s for s in scores if s is not None]
         return (round(sum(known) / len(known), 4) if known else None), len(known)
 
-    def _task_scores(self) -> None:
-        """Each file's execution accuracy on the test questions."""
-        asked = self._asked()
-        for result in self.results if asked else ():
-            with closing(GgufModel(self.file(result.type), chat=self.chat)) as model:
+    def _compared(self, reference: fidelity.Reference, files: dict[str, Path], threads: int, kind: str) -> Result:
+        """A file against the merged model, with its execution accuracy on the test questions."""
+        weights = None if kind in convert.TYPES_16 else reference.weights_kl(files[kind], files["f16"], threads)
+        result, asked = fidelity.measure(reference, files[kind], kind, weights, threads), self._asked()
+        if asked:
+            with closing(GgufModel(files[kind], chat=self.chat, threads=threads)) as model:
                 made = model.generate([model.encode(*q.asked) for q in asked], Decoding())
             result.task_score, result.task_count = self._score(asked, [answer.text for answer in made])
+        return result
 
 
 def _source(stage: runs.Stage, params: GgufParams) -> Source:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -93,7 +94,7 @@ class Reference:
         import numpy as np
         import torch
 
-        self.tokenizer, self.max_tokens = load_tokenizer(merged), max_tokens
+        self.tokenizer, self.max_tokens, self._turn = load_tokenizer(merged), max_tokens, threading.Lock()
         self.rows, self.prompts = [list(r) for r in rows if len(r) > 1], [list(p) for p in prompts]
         if not self.rows:
             raise TunebookError(
@@ -119,16 +120,16 @@ class Reference:
         self.conversations = every if self.tokenizer.chat_template else {}
         self.texts = [*probes.token_texts(self.tokenizer), *(self.tokenizer.decode(r) for r in self.rows[:8])]
 
-    def weights_kl(self, file: Path, source: Path) -> float:
+    def weights_kl(self, file: Path, source: Path, threads: int = 0) -> float:
         """Mean KL, nats a token, of the weights of `file`, unpacked by llama.cpp's own code and run in 16 bits.
 
         source: the 16-bit GGUF that `file` was quantised from; a tensor that is not of it is kept in `foreign`.
         """
         import numpy as np
 
-        unpacked = quantize(file, Path(self.folder.name) / "unpacked.gguf", "f16", again=True).path
+        unpacked = quantize(file, Path(self.folder.name) / f"{file.stem}.16.gguf", "f16", again=True).path
         self.foreign[file] = _foreign_tensor(file, unpacked, source)
-        with closing(GgufModel(unpacked)) as model:
+        with closing(GgufModel(unpacked, threads=threads)) as model:
             kl = np.array(model.ask("compare", self.rows, str(self.file)))[:, 0]
         unpacked.unlink()
         return max(float(kl.mean()), 0.0)
@@ -138,7 +139,8 @@ class Reference:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text as training reads it; special: with the model's own BOS."""
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        with self._turn:  # a tokenizer that several threads ask raises "Already borrowed"
+            return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _by_row(self) -> Iterator[tuple[slice, list[int]]]:
         """(place of its log-probabilities, token ids) of each row."""
@@ -148,11 +150,11 @@ class Reference:
             at += len(row) - 1
 
 
-def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None) -> Result:
+def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None, threads: int = 0) -> Result:
     """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
     result = Result(kind, reference_perplexity=reference.perplexity, weights_kl=weights_kl)
     gates = {"token ids": _token_ids, "prompt": _prompts, "logits": _logits, "stopping": _stopping}
-    with closing(GgufModel(path)) as model:
+    with closing(GgufModel(path, threads=threads)) as model:
         for name, gate in gates.items():
             if why := gate(model, reference, result):
                 result.failed[name] = why

@@ -73,13 +73,14 @@ def library() -> Any:
 
 
 class LlamaCpp(ExitStack):
-    """A GGUF file loaded by llama.cpp; `close` frees it. parallel: answers generated at once; only_vocabulary: without
-    the weights, which the file need not hold; of those that it announces, names and shapes are checked and the graph
-    is built. Raises TunebookError for a file that is missing, damaged or not understood."""
+    """A GGUF file loaded by llama.cpp; `close` frees it. parallel: answers generated at once; threads: 0 for all cores;
+    only_vocabulary: without the weights, which the file need not hold; of those that it announces, names and shapes are
+    checked and the graph is built. Raises TunebookError for a file that is missing, damaged or not understood."""
 
-    def __init__(self, path: str | Path, parallel: int = 8, only_vocabulary: bool = False):
+    def __init__(self, path: str | Path, parallel: int = 8, only_vocabulary: bool = False, threads: int = 0):
         super().__init__()
         self.path, self.parallel, self.context = Path(path), parallel, 0
+        self.threads = threads or libraries.threads()
         header.check(self.path)
         self.lib = library()
         params = self.lib.llama_model_default_params()
@@ -163,7 +164,7 @@ class LlamaCpp(ExitStack):
             self.context = max(-(-tokens // 256), 1) * 256
             self._ctx = self.lib.llama_init_from_model(self._model, self._context_params())
             self._require(self._ctx, f"no memory for a context of {self.context} tokens")
-            self.lib.llama_set_n_threads(self._ctx, libraries.threads(), libraries.threads())
+            self.lib.llama_set_n_threads(self._ctx, self.threads, self.threads)
             self._memory = self.lib.llama_get_memory(self._ctx)
         self.lib.llama_memory_clear(self._memory, True)
 

@@ -36,13 +36,12 @@ class GgufModel:
     tokenizer: what is judged is the whole chain that a person downloads.
 
     end_of_turn: text of the token that ends an assistant's turn ("<|im_end|>"). chat: how the run's template shows
-    turns. only_vocabulary: as `LlamaCpp` takes it. Raises TunebookError, with the runtime's last lines when its process
-    ends.
+    turns. options: `LlamaCpp`'s. Raises TunebookError, with the runtime's last lines when its process ends.
     """
 
-    def __init__(self, path: Path, end_of_turn: str = "", chat: Chat | None = None, only_vocabulary: bool = False):
+    def __init__(self, path: Path, end_of_turn: str = "", chat: Chat | None = None, **options: Any):
         self.path, self._end = Path(path), end_of_turn
-        start = {"path": str(path), "parallel": PARALLEL, "only_vocabulary": only_vocabulary}
+        start = {"path": str(path), "parallel": PARALLEL, **options}
         self._chat = chat
         self._talks = "tokenizer.chat_template" in header.check(path).metadata
         name = f"llama.cpp with {self.path.name}"

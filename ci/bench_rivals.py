@@ -134,8 +134,9 @@ def sft(arm: str, path: str, data: str, steps: int) -> None:
     from datasets import Dataset
 
     packed, unsloth = arm.endswith("packed"), arm.startswith("unsloth")
-    model, tokenizer, adapter = load(arm, path, 2048, 16)
-    batch, accumulation = (8, 2) if packed else (2, 4)
+    # Unsloth lays a batch's packed rows behind each other, and its loss cuts what is longer than max_seq_length.
+    model, tokenizer, adapter = load(arm, path, 8192 if packed else 2048, 16)
+    batch, accumulation = (4, 4) if packed else (2, 4)
     if experts(path):
         batch, accumulation = batch // 2, 2 * accumulation
     args = SFTConfig(
@@ -372,9 +373,6 @@ def main() -> None:
     parser.add_argument("--gib", default="15,24,40,80")
     parser.add_argument("--turn")
     given = parser.parse_args()
-    if given.arm.startswith("unsloth"):
-        pass
-
     wait_turn(given.turn)
     if given.arm.endswith("context"):
         context(given.model, [float(g) for g in given.gib.split(",")])

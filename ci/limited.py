@@ -2,8 +2,9 @@
 
     python ci/limited.py [--gpu-gib 15] [--host-gb 12.7] [--cores 2] [-m MODULE | FILE] ARGUMENTS
 
-GPU memory is limited in torch's allocator, which planners and backends are told of; a process whose resident memory,
-with its children's, passes the host limit ends with status 137, as under a kernel that kills it.
+GPU memory is limited in torch's allocator, which planners and backends are told of; a process whose own memory, with
+its children's, passes the host limit ends with status 137, as under a kernel that kills it. Pages of files that it has
+mapped, such as safetensors, are not counted: a kernel takes them back before it kills.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def watch(limit_gb: float) -> None:
         held = 0
         for process in [own, *own.children(recursive=True)]:
             try:
-                held += process.memory_info().rss
+                memory = process.memory_info()
+                held += memory.rss - memory.shared
             except psutil.Error:  # it has just ended
                 continue
         if held > limit_gb * 1e9:

@@ -28,7 +28,6 @@ CHECKED = {
 # liger-kernel warns about each of its optional backends (CuTe DSL, cuTile) that is not installed; Triton's is there.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
 
-
 _asked: list[float] = []  # when a hub was asked, since it answered
 
 
@@ -163,7 +162,7 @@ def liger_cross_entropy() -> Any:
 
 
 def liger_kernels(model: Any) -> str:
-    """liger-kernel's RMSNorm, rotary embedding and activation put into `model`; returns what was done or why not."""
+    """liger-kernel's kernels put into `model`, but for experts, which PEFT may have wrapped; what was done."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
@@ -172,8 +171,9 @@ def liger_kernels(model: Any) -> str:
         return f"liger kernels left out: none for {model.config.model_type}"
     from transformers.integrations.liger import apply_liger_kernel
 
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    return "liger RMSNorm, rotary embedding and activation"
+    alike = ".experts." not in " ".join(name for name, _ in model.named_parameters())
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": alike})
+    return "liger RMSNorm, rotary embedding" + " and activation" * alike
 
 
 def lora_linears(model: Any) -> Iterator[tuple[str, Any]]:

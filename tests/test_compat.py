@@ -165,3 +165,19 @@ def test_a_new_adapter_on_a_base_without_storage_begins_with_the_values_that_it_
     made, ought = adapter(empty, True), adapter(loading.load_model(narrow_llama, dtype="bf16", device="cpu"), False)
     assert made.keys() == ought.keys() and all(torch.equal(made[name], ought[name]) for name in ought)
     assert all(weight.is_meta for name, weight in empty.named_parameters() if "lora" not in name)
+
+
+def test_liger_leaves_experts_alone():
+    """Its kernel for experts would be bound to PEFT's wrapper around them, which has none of their attributes."""
+    pytest.importorskip("liger_kernel.transformers.monkey_patch", exc_type=ImportError)
+    import peft
+    import transformers
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8, "num_attention_heads": 1}
+    more = {"num_key_value_heads": 1, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    base = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**size, **more))
+    adapter = peft.LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], target_modules=["q_proj"])
+    model = peft.get_peft_model(base, adapter).get_base_model()
+    assert "activation" not in compat.liger_kernels(model)
+    layer = model.model.layers[0]
+    assert "forward" not in vars(layer.mlp.experts) and "forward" in vars(layer.input_layernorm)

@@ -80,7 +80,7 @@ class Deadline(TrainerCallback, ExportableState):
         self.anchors: list[tuple[int, float]] = [(0, 0.0)]
         self.plain: list[float] = []  # seconds from the end of one step to that of the next
         self.paused: list[float] = []  # the same, of those with an evaluation or a checkpoint between
-        self.pausing = False
+        self.pausing, self.scored = False, 0.0
         self.score: Any = None  # the `task_score.TaskScore` of the run
 
     def timetable(self, total: int) -> dict[str, Any]:
@@ -115,9 +115,10 @@ class Deadline(TrainerCallback, ExportableState):
         lr_scheduler.lr_lambdas = [in_time(rate) for rate in lr_scheduler.lr_lambdas]
 
     def on_step_end(self, args, state, control, **kwargs):
-        now, step = self.elapsed, state.global_step
-        (self.paused if self.pausing else self.plain).append(now - self.last)
-        self.last, self.pausing = now, control.should_evaluate or control.should_save
+        now, step, scored = self.elapsed, state.global_step, self.score.spent if self.score else 0.0
+        # The score of the task has a budget of its own, so an expensive first time says nothing of the later ones.
+        (self.paused if self.pausing else self.plain).append(now - self.last - max(0.0, scored - self.scored))
+        self.last, self.scored, self.pausing = now, scored, control.should_evaluate or control.should_save
         if control.should_training_stop:
             return
         total = distributed.shared(lambda: self._review(step, now))  # by the first one's clock
@@ -139,7 +140,8 @@ class Deadline(TrainerCallback, ExportableState):
         step_s = statistics.mean(self.plain[max(1, len(self.plain) // 2) :] or self.plain or self.paused)
         pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused else self.pause_s
         marks = len(self.score.ahead()) if self.score else 0
-        return steps_that_fit(self.seconds - now - marks * pause_s, step_s, pause_s, self.timetable, step, self.whole)
+        left_s = self.seconds - now - marks * pause_s - (self.score.reserve(marks) if self.score else 0.0)
+        return steps_that_fit(left_s, step_s, pause_s, self.timetable, step, self.whole)
 
 
 # ---------------------------------------------------------------- the probing row

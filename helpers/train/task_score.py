@@ -115,11 +115,18 @@ class TaskScore(TrainerCallback, ExportableState):
 
     def affordable(self, left: int) -> int:
         """Questions that can be asked now when `left` more times are to come; 0 for too few to tell anything."""
-        asked = [one for one in self.found if one["n"]]
-        each = max(0.02, 2 * self.limit / self.job.planned.tokens_per_s)  # until it is measured
-        each = asked[-1]["seconds"] / asked[-1]["n"] if asked else each
-        count = min(len(self.items), int((SHARE * self.time - self.spent) / (left + 1) / each))
+        count = min(len(self.items), int((SHARE * self.time - self.spent) / (left + 1) / self.each))
         return count if count >= min(FEWEST, len(self.items)) else 0
+
+    @property
+    def each(self) -> float:
+        """Seconds that a question takes, as the last ones did."""
+        asked = [one["seconds"] / one["n"] for one in self.found if one["n"]]
+        return asked[-1] if asked else max(0.02, 2 * self.limit / self.job.planned.tokens_per_s)
+
+    def reserve(self, left: int) -> float:
+        """Seconds that `left` more times and the end will take."""
+        return (left + 1) * self.affordable(left) * self.each
 
     def ask(self, step: int, loss: float, last: bool = False) -> dict[str, float]:
         """What an evaluation adds to its figures: eval_score where there is time for it, and eval_kept, the step when

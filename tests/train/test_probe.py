@@ -68,12 +68,13 @@ class Clock:
         return self.now
 
 
-def play(guess, step_s, pause_s=4.0, whole=1000, **given):
+def play(guess, step_s, pause_s=4.0, whole=1000, score=None, costs=(), **given):
     """(seconds that a run takes, rates of its linear schedule, totals that it decided) on a machine whose steps take
     `step_s(time)` and whose evaluations `pause_s`; the first estimates were `guess` and 2 seconds."""
     params = train_data.settings("sft", max_minutes=4.0, **given)
     clock = Clock()
     limit = deadline.Deadline(params, clock)
+    limit.score = score
     limit.total, limit.pause_s = deadline.steps_that_fit(240.0, guess, 2.0, limit.timetable, 0, whole), 2.0
     course = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / whole])
     times = config.timetable(params, limit.total)
@@ -92,6 +93,10 @@ def play(guess, step_s, pause_s=4.0, whole=1000, **given):
         rates.append(course.lr_lambdas[0](state.global_step))
         totals.append(state.max_steps)
         clock.now += pause_s * control.should_evaluate
+        if score and control.should_evaluate:
+            seconds = costs.pop(0) if costs else 0.0
+            score.spent += seconds
+            clock.now += seconds
     return clock.now, rates, totals
 
 
@@ -114,6 +119,12 @@ def test_a_run_ends_when_its_time_is_over_whatever_the_first_estimate_was(guess,
     falls = [a - b for a, b in itertools.pairwise(rates)]
     assert all(fall > 0 for fall in falls)
     assert max(falls) <= 4 / min(totals), "no jump"
+
+
+def test_what_the_first_score_cost_is_not_kept_free_for_a_last_one_that_there_is_no_budget_for():
+    score = SimpleNamespace(spent=0.0, ahead=lambda: [], reserve=lambda left: 0.0)
+    took, *_ = play(1.0, lambda time: 1.5, score=score, costs=[45.0], eval_steps=30)
+    assert took == pytest.approx(240.0, rel=0.03)
 
 
 def test_a_run_with_time_to_spare_makes_every_step_of_its_epochs_and_no_more():

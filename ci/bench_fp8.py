@@ -66,7 +66,7 @@ def variants(tokens: int, rows: int, columns: int) -> dict:
     codes, scale = fp8.quantize(w)
     back, back_scale = fp8.quantize(w.t().contiguous())  # the second layout, with scales of its own
     weight, y = codes.view(torch.uint8), torch.empty(tokens, rows, device=device, dtype=torch.bfloat16)
-    xq, gq = fp8._rows(x, None), fp8._rows(g, scale)
+    xq, gq = fp8._rows(x), fp8._rows(g, scale)
     turned, ones = fp8.turned(codes), torch.ones(columns, device=device)
 
     def product(a, b, scale_b, fast=True):
@@ -80,11 +80,11 @@ def variants(tokens: int, rows: int, columns: int) -> dict:
         "bf16 back": lambda: torch.mm(g, w),
         "fp8 forward": lambda: fp8.forward(x, weight, scale, y),
         "fp8 back, turned each time": lambda: fp8.backward(g, weight, scale),
-        "fp8 back, two layouts": lambda: product(fp8._rows(g, None), back, back_scale),
+        "fp8 back, two layouts": lambda: product(fp8._rows(g), back, back_scale),
         "product forward": lambda: product(xq, codes, scale),
         "product back": lambda: product(gq, turned, ones),
         "product forward, slow accumulation": lambda: product(xq, codes, scale, False),
-        "quantise x": lambda: fp8._rows(x, None),
+        "quantise x": lambda: fp8._rows(x),
         "quantise g": lambda: fp8._rows(g, scale),
         "quantise x, plain": lambda: fp8.quantize(x),
         "turn": lambda: fp8.turned(codes),
@@ -154,7 +154,7 @@ def agrees(given: argparse.Namespace) -> None:
             given_x = x.to(place).detach().requires_grad_(True)
             y = layer(given_x)
             y.backward(g.to(place))
-            codes = fp8._rows(x.to(place), None)[0].float().cpu()
+            codes = fp8._rows(x.to(place))[0].float().cpu()
             made[place] = (layer.weight.cpu(), y.detach().float().cpu(), given_x.grad.float().cpu(), codes)
         own, here = made["cpu"], made[device]
         wanted, wanted_grad = (

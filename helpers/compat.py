@@ -204,7 +204,7 @@ def keep_four_bit_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def fp8_product(a: Any, b: Any, scale_a: Any, scale_b: Any, out: Any = None) -> Any:
+def fp8_product(a: Any, scale_a: Any, b: Any, scale_b: Any, out: Any) -> Any:
     """a bᵀ in bfloat16, of FP8 codes (rows, n) and (columns, n) with an fp32 scale a row of each. PyTorch's private
     call, which writes into `out`; its public one does not."""
     import torch

@@ -76,13 +76,8 @@ def load(base: Any, adapter: Path, tokenizer: Any, saw: str, dtype: str = "auto"
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # as in merging: many small tensors
     try:
-        if saw == "fp8":
-            from helpers.model import fp8
-
-            model, _ = fp8.load(base, device, dtype=dtype)
-        else:
-            quantize, double = "nf4" if saw == "nf4" else "none", merging.double_quant(adapter)
-            model = loading.load_model(base, quantize, double, dtype=dtype, device=device)
+        double, quantize = merging.double_quant(adapter), "none" if saw == "16bit" else saw
+        model = loading.load_model(base, quantize, double, dtype=dtype, device=device)
         alone = model.device.type == "cpu" and saw != "fp8"
         if saw == "nf4" and alone:
             logging.set_verbosity_error()

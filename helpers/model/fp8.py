@@ -1,10 +1,10 @@
-"""A frozen base in 8-bit floats (e4m3), a scale for each row of a weight, for the FP8 tensor cores of a GPU.
+"""A frozen base in 8-bit floats (e4m3), a scale for each row of a weight, for the FP8 products of a GPU.
 
 y = x Wᵀ takes x and W as rows of codes with a scale each. Going back, g W needs W turned, with a scale for each of its
 columns; W's scales lie along the sum there, so they go into g before it is quantised, and the turned codes need none:
 both passes see the same weights, and one copy of them is kept. Turning it once a pass moves two bytes a weight.
-Activations and gradients are quantised as they come, with a scale for each token. Recipe: row-wise scaling as in
-torchao's float8 training; formats: arXiv:2209.05433. On a CPU the same quantised numbers are multiplied in fp32.
+Activations and gradients are quantised as they come, with a scale for each token. Row-wise recipe as in torchao's
+float8 training; format: arXiv:2209.05433. On a CPU the same quantised numbers are multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -47,57 +47,45 @@ class Fp8Linear(torch.nn.Linear):
     def forward(self, x: Any) -> Any:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            y = _Product.apply(x.to(dtype), self.weight, self.fp8_scale)
-            return y if self.bias is None else y + self.bias.to(dtype)
+        y = _Product.apply(x.to(dtype), self.weight, self.fp8_scale)
+        return y if self.bias is None else y + self.bias.to(dtype)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale):
         ctx.save_for_backward(weight, scale)
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view: some models add to it in place
-        forward(x.reshape(-1, x.shape[-1]), weight, scale, y.view(-1, weight.shape[0]))
+        y = x.new_empty(*x.shape[:-1], len(weight))  # not a view: some models add to it in place
+        forward(x.reshape(-1, x.shape[-1]), weight, scale, y.view(-1, len(weight)))
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
-        return backward(grad.reshape(-1, grad.shape[-1]), weight, scale).view(*grad.shape[:-1], -1), None, None
+        return backward(grad.reshape(-1, grad.shape[-1]), *ctx.saved_tensors).view(*grad.shape[:-1], -1), None, None
 
 
-def forward(x: Any, weight: Any, scale: Any, out: Any = None) -> Any:
-    """x (tokens, in) times the layer's weight: (tokens, out), into `out` where it is given."""
-    return _multiply(x, weight.view(E4M3), scale, out)
+def forward(x: Any, weight: Any, scale: Any, out: Any) -> None:
+    """x (tokens, in) times the layer's weight into `out` (tokens, out)."""
+    _multiply(_rows(x), weight.view(E4M3), scale, out)
 
 
 def backward(grad: Any, weight: Any, scale: Any) -> Any:
     """grad (tokens, out) times the layer's weight: (tokens, in)."""
-    codes = weight.view(E4M3)
-    return _multiply(grad, turned(codes), None, None, scale)
+    codes = turned(weight.view(E4M3))
+    return _multiply(_rows(grad, scale), codes, scale.new_ones(len(codes)), grad.new_empty(len(grad), len(codes)))
 
 
-def _multiply(x: Any, codes: Any, scale: Any, out: Any, factor: Any = None) -> Any:
-    """(x · factor) codesᵀ · scale in x's type."""
-    rows, of_rows = _rows(x, factor)
-    if not x.is_cuda:
-        y = (rows.float() * of_rows[:, None]) @ (codes.float() if scale is None else dense(codes, scale)).t()
-        return y.to(x.dtype) if out is None else out.copy_(y)
-    of_columns = x.new_ones(len(codes), dtype=torch.float32) if scale is None else scale
-    y = compat.fp8_product(rows, codes, of_rows, of_columns, out if x.dtype == torch.bfloat16 else None)
-    if out is None or out.dtype == y.dtype:
-        return y.to(x.dtype)
-    return out.copy_(y)
+def _multiply(rows: tuple[Any, Any], codes: Any, scale: Any, out: Any) -> Any:
+    if not out.is_cuda:
+        return out.copy_(dense(*rows) @ dense(codes, scale).t())
+    if out.dtype != torch.bfloat16:
+        return out.copy_(compat.fp8_product(*rows, codes, scale, None))
+    return compat.fp8_product(*rows, codes, scale, out)
 
 
 def dense(codes: Any, scale: Any) -> Any:
     """The fp32 matrix that codes and scales stand for."""
     return codes.view(E4M3).float() * scale[:, None]
-
-
-def round_trip(weight: Any) -> Any:
-    """A weight as training saw it, in fp32."""
-    return dense(*quantize(weight))
 
 
 def quantize(x: Any, factor: Any = None) -> tuple[Any, Any]:
@@ -108,29 +96,17 @@ def quantize(x: Any, factor: Any = None) -> tuple[Any, Any]:
     return (wide / scale[:, None]).to(E4M3), scale
 
 
-def _rows(x: Any, factor: Any) -> tuple[Any, Any]:
-    """`quantize` in one kernel, where there is Triton; its division is rounded otherwise in the last place."""
-    return _quantize_rows(x.contiguous(), factor) if triton is not None and x.is_cuda else quantize(x, factor)
-
-
-def turned(codes: Any) -> Any:
-    """codes (rows, columns) as (columns, rows), in that order in memory."""
-    if triton is not None and codes.is_cuda:
-        return _turned(codes)
-    return codes.view(torch.uint8).t().contiguous().view(E4M3)
-
-
-def load(source: Any, device: str = "", **how: Any) -> tuple[Any, str]:
-    """(the model of `loading.load_model` with its base in FP8, what `convert` says of it). On a GPU without room for
-    its 16 bits it is read into host memory, and a layer at a time goes over."""
-    here = torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+def load(source: Any, device: str = "", **how: Any) -> Any:
+    """The model of `loading.load_model` with its `layers` in FP8; `in_fp8` says how many are, and how many not. On a
+    GPU without room for the 16 bits they are read into host memory, and go over layer by layer."""
     files = weights.shards(Path(getattr(source, "path", source)))
     large = sum(file.stat().st_size for file in files) / 2**30 > 0.9 * (machine.free_gpu_gib() or 0)
     model = loading.load_model(source, device="cpu" if large else device, **how)
-    said = convert(model, here)
-    if here.type == "cuda":
+    gpu = torch.cuda.is_available() and device != "cpu"
+    convert(model, torch.device("cuda" if gpu else "cpu"))
+    if gpu:
         torch.cuda.empty_cache()
-    return model, said
+    return model
 
 
 def layers(model: Any) -> tuple[dict[str, Any], list[str]]:
@@ -139,31 +115,27 @@ def layers(model: Any) -> tuple[dict[str, Any], list[str]]:
     inside = {id(module) for module in model.get_decoder().modules()}
     ends = tuple(f".{name}" for name in linear_layers(model))
     found = {n: m for n, m in model.named_modules() if id(m) in inside and f".{n}".endswith(ends)}
-    plain = {n: m for n, m in found.items() if type(m) is torch.nn.Linear}
-    taken = {n: m for n, m in plain.items() if not any(size % MULTIPLE for size in m.weight.shape)}
-    return taken, [name for name in found if name not in taken]
+    fit = {n: type(m) is torch.nn.Linear and not any(s % MULTIPLE for s in m.weight.shape) for n, m in found.items()}
+    return {n: m for n, m in found.items() if fit[n]}, [n for n in found if not fit[n]]
 
 
-def convert(model: Any, device: Any) -> str:
-    """Put a causal LM's `layers` into FP8, one after another on their way to `device`, and the rest of it there.
-    Returns how many, and how many stay. Raises TunebookError where none can be."""
+def convert(model: Any, device: Any) -> None:
+    """Put a causal LM's `layers` into FP8, one by one, and all of it on `device`. TunebookError where none can be."""
     taken, kept = layers(model)
     if not taken:
         raise TunebookError(
             f"FP8 takes none of the {len(kept)} linear layers of this model ({', '.join(kept[:2])}): they are of "
             f"another kind, or their sizes are no multiples of {MULTIPLE}; set quantize to 'none'."
         )
-    count = len(taken)
+    stay = f" and {len(kept)} in 16 bits, which FP8 products do not take ({kept[0]})" if kept else ""
+    model.in_fp8 = f"base in FP8, row-wise scales: {len(taken)} linear layers{stay}"
     for name in list(taken):  # each layer's 16 bits go as its codes come
         model.set_submodule(name, Fp8Linear.of(taken.pop(name), device))
     if model.device.type != device.type:
         model.to(device)
-    stay = f" and {len(kept)} in 16 bits, which FP8 products do not take ({kept[0]})" if kept else ""
-    return f"base in FP8, row-wise scales: {count} linear layers{stay}"
 
 
 # ---------------------------------------------------------------- kernels
-
 
 if triton is not None:
 
@@ -187,20 +159,24 @@ if triton is not None:
         tl.store(out + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
-def _quantize_rows(x: Any, factor: Any) -> tuple[Any, Any]:
-    rows, columns = x.shape
-    codes, scale = torch.empty_like(x, dtype=E4M3), x.new_empty(rows, dtype=torch.float32)
-    block = triton.next_power_of_2(columns)
+def _rows(x: Any, factor: Any = None) -> tuple[Any, Any]:
+    """`quantize` in one kernel, where there is Triton; its division is rounded otherwise in the last place."""
+    if triton is None or not x.is_cuda:
+        return quantize(x, factor)
+    x = x.contiguous()
+    codes, scale = torch.empty_like(x, dtype=E4M3), x.new_empty(len(x), dtype=torch.float32)
+    block = triton.next_power_of_2(x.shape[1])
     warps = min(max(block // 1024, 1), 16)
-    with torch.cuda.device(x.device):
-        _quantize_kernel[(rows,)](x, factor, codes, scale, columns, factor is not None, block, num_warps=warps)
+    _quantize_kernel[(len(x),)](x, factor, codes, scale, x.shape[1], factor is not None, block, num_warps=warps)
     return codes, scale
 
 
-def _turned(codes: Any) -> Any:
-    rows, columns = codes.shape
-    out, block = codes.new_empty(columns, rows), 128
-    with torch.cuda.device(codes.device):
-        grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
-        _turn_kernel[grid](codes.view(torch.uint8), out.view(torch.uint8), rows, columns, block, num_warps=8)
-    return out
+def turned(codes: Any) -> Any:
+    """codes (rows, columns) as (columns, rows), in that order in memory."""
+    given = codes.view(torch.uint8)
+    if triton is None or not codes.is_cuda:
+        return given.t().contiguous().view(E4M3)
+    out = given.new_empty(given.shape[::-1])
+    grid = [triton.cdiv(size, 128) for size in given.shape]
+    _turn_kernel[tuple(grid)](given, out, *given.shape, 128, num_warps=8)
+    return out.view(E4M3)

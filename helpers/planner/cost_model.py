@@ -186,13 +186,9 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
     """Weights, gradients and optimizer state, of all processes together where they are sharded."""
     trained, optimizer = trained_parameters(shape, s), OPTIMIZER_BYTES[s.params.optimizer]
     base: float = (shape.embedding + shape.head + shape.other) * s.number_bytes
-    if s.quantize == "fp8":
-        eight = [(i, o) for _, i, o in shape.adapted if not (i % 16 or o % 16)]
-        less = sum(i * o * (s.number_bytes - 1) - 4 * o for i, o in eight)
-        base += shape.linear_parameters * s.number_bytes - less
-    else:
-        four = NF4_BITS[s.params.double_quant] / 8
-        base += shape.linear_parameters * (four if s.quantize == "nf4" else s.number_bytes)
+    base += shape.linear_parameters * (NF4_BITS[s.params.double_quant] / 8 if s.quantize == "nf4" else s.number_bytes)
+    if s.quantize == "fp8":  # a byte a weight, and a scale a row
+        base -= sum((s.number_bytes - 1) * i * o - 4 * o for _, i, o in shape.adapted if not (i % 16 or o % 16))
     if shape.stored and s.quantize == "nf4":
         base = shape.stored + (shape.embedding + shape.head + shape.other) * (s.number_bytes - 2)
     if s.params.method in ("full", "freeze"):

@@ -60,8 +60,18 @@ def _refusals(p: Any, loss: str, capability: Capability) -> Iterator[str]:
     if own_weights and (of_adapter or p.start_from not in NO_ADAPTER):
         taken = f"take {', '.join(of_adapter or ['start_from'])} back, or set method to 'lora'"
         yield f"method {p.method!r} trains the model's own weights and has no adapter; {taken}"
-    if p.quantize == "fp8":
-        yield from _no_fp8(p, capability)
+    least, here = (".".join(map(str, version)) for version in (cost_model.FP8_SINCE, capability or ("no GPU",)))
+    reasons = {
+        f"it needs a GPU of compute capability {least} where here is {here}": not has_fp8(capability),
+        f"it is a base for LoRA, and method is {p.method!r}": p.method not in ("auto", "lora"),
+        f"its products come out in bf16, and precision is {p.precision!r}": p.precision in ("fp16", "fp32")
+        and capability,
+        f"{'dora' if p.dora else f'init {p.init!r}'} needs 16-bit weights": p.dora or p.init != "default",
+        "backend 'unsloth' has no such base": p.backend == "unsloth",
+        "each GPU holds all of it, against shard_weights or cpu_offload": distributed.sharded(p),
+    }
+    for why in (why for why, true in reasons.items() if true and p.quantize == "fp8"):
+        yield f"quantize is 'fp8', and {why}; set quantize to 'auto'"
     if p.init == "loftq" and p.method == "lora":
         yield "init 'loftq' starts at the error of a 4-bit base, and this one has 16 bits; set method to 'qlora'"
     if p.init == "pissa" and p.method == "qlora":
@@ -115,24 +125,7 @@ def has_fp8(capability: Capability) -> bool:
     return capability >= cost_model.FP8_SINCE if capability else bool(os.environ.get(EMULATED))
 
 
-def _no_fp8(p: Any, capability: Capability) -> Iterator[str]:
-    """Why this job can have no base of 8-bit floats."""
-    remedy = "set quantize to 'auto'"
-    if p.method not in ("auto", "lora"):
-        yield f"quantize 'fp8' is a base for LoRA, and method is {p.method!r}; set method to 'lora', or {remedy}"
-    if not has_fp8(capability):
-        least, found = (".".join(map(str, version)) for version in (cost_model.FP8_SINCE, capability or ()))
-        here = f"this GPU has {found}" if capability else "there is no GPU here"
-        yield f"quantize 'fp8' needs compute capability {least} and {here}; {remedy}"
-    if p.precision in ("fp16", "fp32") and capability is not None:
-        yield f"FP8 products come out in bf16, and precision is {p.precision!r}; set precision to 'auto', or {remedy}"
-    if p.dora or p.init != "default":
-        found = "dora" if p.dora else f"init {p.init!r}"
-        yield f"{found} reads and changes the base's 16-bit weights, and quantize is 'fp8'; {remedy}"
-    if p.backend == "unsloth":
-        yield f"quantize 'fp8' is offered through backend hf alone, and backend is 'unsloth'; {remedy}"
-    if distributed.size() > 1:
-        yield f"quantize 'fp8' is for one GPU, and this is a run on several; {remedy}"
+# ---------------------------------------------------------------- precision
 
 
 # ---------------------------------------------------------------- precision

@@ -99,7 +99,8 @@ def leave() -> None:
 
 def sharded(params: Any) -> bool:
     """True when a job of these parameters is sharded (FSDP2) rather than data parallel."""
-    return size() > 1 and (params.method not in ("qlora", "auto") or params.shard_weights or params.cpu_offload)
+    whole = params.method in ("qlora", "auto") or params.quantize == "fp8"
+    return size() > 1 and (not whole or params.shard_weights or params.cpu_offload)
 
 
 def options(params: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from helpers.train import distributed
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}
 QUIET |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+PACKED = {"method": "qlora", "init": "default", "quantize": "auto"}  # what goes with a base that is packed as it comes
 PISSA = "work/pissa"  # in a stage's folder: PiSSA's adapter before training
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -36,7 +37,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
     import transformers
 
-    from helpers.model import checkpointing, chunked_loss, fp8, fused_lora
+    from helpers.model import checkpointing, chunked_loss, fused_lora
 
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
@@ -52,8 +53,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         return load_unsloth(job.source, params, job.adapter)
     packed_attention.register()
     attention = packed_attention.SHARED if plan.shares else plan.attention
-    quantize = "nf4" if params.method == "qlora" else "none"
-    model_config = loading.load_config(job.source)
+    quantize, model_config = plan.setting.quantize, loading.load_config(job.source)
     if bits := loading.quantizer(model_config):
         _check_packed(job.source.name, bits, params)
         notes.append(f"the base's own {bits} weights, as they were published")
@@ -67,12 +67,10 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
                 "take that back, or set shard_weights and cpu_offload to False on GPUs with room for the whole base."
             )
         notes.append(f"the base was loaded whole in each process and then sharded, for {whole}")
-    given, base = {"dtype": precision, "attention": attention}, job.base
-    if plan.setting.quantize == "fp8":
-        model, said = fp8.load(job.source, **given)
-        notes.append(said)
-    else:
-        model = base.model if base else loading.load_model(job.source, quantize, params.double_quant, **given)
+    given = {"double_quant": params.double_quant, "dtype": precision, "attention": attention}
+    base = job.base
+    model = base.model if base else loading.load_model(job.source, quantize, **given)
+    notes += [model.in_fp8] if quantize == "fp8" else []
     model.config.use_cache = False
     rows_before = model.get_input_embeddings().weight.shape[0]
     # Of a mixture of experts the router's loss is ours (`router_aux_loss`); its own fails in generation with a cache.
@@ -137,10 +135,11 @@ def _needs_whole_base(params: Any, config: Any, tokenizer: Any) -> str:
 def _check_packed(name: str, packed: str, params: Any) -> None:
     """Raises TunebookError for what needs the weights that `packed` ones were made from."""
     needs = {"method": params.method in ("full", "freeze"), "init": params.init in ("loftq", "pissa")}
+    needs["quantize"] = params.quantize == "fp8"
     for setting in (key for key, true in needs.items() if true):
         raise TunebookError(
             f"{setting} is {getattr(params, setting)!r}, which needs 16-bit weights, and {name} holds {packed} ones; "
-            f"set {setting} to {'qlora' if setting == 'method' else 'default'!r}, or name the 16-bit model."
+            f"set {setting} to {PACKED[setting]!r}, or name the 16-bit model."
         )
 
 

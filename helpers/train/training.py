@@ -164,28 +164,25 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
     adapter that it begins with, whose base weights have to stay the same."""
     found, of = {}, resume.identity(params, stage.parents["data"], tokenizer)
     if adapter:
-        made = weights.made_by(adapter)
-        found[f"{adapter} was"] = made.get("method"), made.get("quantize")
+        found[f"{adapter} was"] = weights.made_by(adapter)
     if params.method == "auto" and params.resumes:
         mirror = params.mirror or drive.mirror()
         mirrored = resume.Mirror(mirror, stage, of).folder.parent.glob("*") if mirror else ()
         for checkpoint in (c for folder in (stage.path / "checkpoints", *mirrored) for c in resume.numbered(folder)):
-            sealed = (resume.sealed(checkpoint) or {"of": {}})["of"]
-            if {**sealed, "method": "auto", "quantize": params.quantize} == of:
-                found = {"the checkpoints of this run were": (sealed["method"], sealed["quantize"])}
+            begun = (resume.sealed(checkpoint) or {}).get("of", {})
+            if {**begun, "method": "auto", "quantize": params.quantize} == of:
+                found = {"the checkpoints of this run were": begun}
                 break
-    for what, (method, quantize) in found.items():
-        eight, asked = quantize == "fp8", "lora on FP8" if params.quantize == "fp8" else params.method
-        begun = method + " on FP8" * eight if method in ("lora", "qlora") else ""
-        if begun and params.method == "auto" and (params.quantize == "auto" or eight == (params.quantize == "fp8")):
-            gpu = machine.gpu()
-            here = not eight or config.has_fp8(gpu.capability if gpu else None)
-            said = f"as {what} trained" if here else f"{what} trained by {begun}, which is not to be had here"
-            quantize = ("fp8" if here else "none") if eight else params.quantize
-            made = dataclasses.replace(params, method=method, quantize=quantize)
-            return made, [f"Method auto: {begun if here else method}, {said}."]
-        if begun not in ("", asked):
-            return params, [f"Warning: method is {asked}, and {what} trained by {begun}, on other base weights."]
+    for what, begun in found.items():
+        method, eight, gpu = begun.get("method"), begun.get("quantize") == "fp8", machine.gpu()
+        if params.method == "auto" and method in ("lora", "qlora"):
+            keeps = eight and params.quantize == "auto" and config.has_fp8(gpu.capability if gpu else None)
+            params = dataclasses.replace(params, method=method, quantize="fp8" if keeps else params.quantize)
+            if eight == (params.quantize == "fp8"):
+                return params, [f"Method auto: {method}{' on FP8' * eight}, as {what} trained."]
+        if method in ("lora", "qlora") and (method, eight) != (params.method, params.quantize == "fp8"):
+            own, theirs = params.method + " on FP8" * (params.quantize == "fp8"), method + " on FP8" * eight
+            return params, [f"Warning: method is {own}, and {what} trained by {theirs}, on other base weights."]
     return params, []
 
 
@@ -211,13 +208,6 @@ def _decided(plan: Plan) -> dict[str, Any]:
 def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: Any) -> Plan:
     """The plan of a job on that data. given: as `planner.plan` takes it."""
     given["sequence"] = int(data.metrics.get("lengths", {}).get("max_length") or 0)
-    if params.quantize == "fp8":
-        if packed := loading.quantizer(load_config(source)):
-            raise TunebookError(
-                f"quantize is 'fp8', which is made of 16-bit weights, and this base holds {packed} ones; set quantize "
-                "to 'auto', or name the 16-bit model that they were made from."
-            )
-        params = dataclasses.replace(params, method="lora")
     plan = planner.plan(params, source=source, **given)
     if plan.shares and plan.accumulation > 1 and not (params.row_tokens or plan.batches.accumulation):
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which

@@ -25,13 +25,13 @@ def coarse(tokenizer, tmp_path_factory):
     return random_llama(tmp_path_factory.mktemp("coarse"), tokenizer, **size)
 
 
-def adapter_trained_on_nf4(base, folder, tokenizer):
-    """A LoRA adapter after a few real steps on the 4-bit base; returns that model's log-probabilities of IDS."""
+def adapter_trained(base, folder, tokenizer, quantize="nf4"):
+    """A LoRA adapter after a few real steps on the quantised base; returns that model's log-probabilities of IDS."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(loading.load_model(base, quantize="nf4", dtype="fp32"), config)
+    model = get_peft_model(loading.load_model(base, quantize, dtype="fp32"), config)
     model.train()  # in evaluation bitsandbytes would compute in bfloat16 on some CPUs
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     batch = torch.tensor([IDS * 4])
@@ -49,7 +49,7 @@ def run(runs_root, coarse, tokenizer):
     """A run whose adapter was trained on the 4-bit base; yields (manifest, the trained model's log-probabilities)."""
     train_data.data_stage("r", coarse, tokenizer)
     stage = begun("sft", train_data.settings("sft", run="r"))
-    said = adapter_trained_on_nf4(coarse, stage.path / "adapter", tokenizer)
+    said = adapter_trained(coarse, stage.path / "adapter", tokenizer)
     return stage.finish({"loss": 1.0}, method="qlora"), said
 
 
@@ -101,7 +101,7 @@ def test_a_merge_that_is_not_the_trained_model_fails_its_gate(run):
 def test_an_adapter_of_a_16_bit_base_is_merged_onto_that(runs_root, coarse, tokenizer):
     train_data.data_stage("r", coarse, tokenizer)
     stage = begun("sft", train_data.settings("sft", run="r"))
-    adapter_trained_on_nf4(coarse, stage.path / "adapter", tokenizer)
+    adapter_trained(coarse, stage.path / "adapter", tokenizer)
     stage.finish({"loss": 1.0}, method="lora")
     made = job()
     made.merge()
@@ -126,3 +126,18 @@ def test_the_evaluation_judges_what_was_trained_and_the_merge_apart(run, tmp_pat
             kl[name] = abs(sum(values) - float(wanted[torch.arange(9), torch.tensor(IDS[1:])].sum()))
             assert session.answers([[{"role": "user", "content": "hi"}]], Decoding(4))[0][0].tokens == 4
     assert kl["sft"] < 1e-3 < kl["merged"] < 1 < kl["base"]
+
+
+def test_a_base_in_fp8_is_seen_again_and_the_merge_onto_it_is_measured_too(runs_root, coarse, tokenizer):
+    train_data.data_stage("r", coarse, tokenizer)
+    stage = begun("sft", train_data.settings("sft", run="r"))
+    wanted = adapter_trained(coarse, stage.path / "adapter", tokenizer, "fp8")
+    manifest = stage.finish({"loss": 1.0}, method="lora", quantize="fp8")
+    made, loaded = job(), trained.load(coarse, manifest.path / "adapter", tokenizer, "fp8", dtype="fp32")
+    assert float(trained.divergence(wanted, trained.logprobs(loaded, IDS)).mean()) < 1e-6
+    made.merge()
+    assert [m.onto for m in made.merges] == ["trained", "fp8", "16bit"]
+    eight, plain = made.merges[1:]
+    assert eight.chosen and 0 < eight.mean_kl < plain.mean_kl and eight.name == "merged onto FP8, unpacked, kept"
+    stages = {"data": made.stage.parents["data"], "sft": manifest}
+    assert {c.name: c.onto for c in candidates.find(stages, "base,sft")} == {"base": "16bit", "sft": "fp8"}

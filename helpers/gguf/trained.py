@@ -69,6 +69,8 @@ def load(base: Any, adapter: Path, tokenizer: Any, saw: str, dtype: str = "auto"
     import torch
     from transformers.utils import logging
 
+    from helpers.model import fp8
+
     if loading.quantizer(loading.load_config(base)):  # as it unpacks, whatever kernels this machine has
         with tempfile.TemporaryDirectory(dir=cache.folder()) as folder:
             merged = merging.merge(base, adapter, Path(folder) / "merged", "nf4").path
@@ -77,7 +79,7 @@ def load(base: Any, adapter: Path, tokenizer: Any, saw: str, dtype: str = "auto"
     torch.set_num_threads(max(1, threads // 2))  # as in merging: many small tensors
     try:
         double, quantize = merging.double_quant(adapter), "none" if saw == "16bit" else saw
-        model = loading.load_model(base, quantize, double, dtype=dtype, device=device)
+        model = fp8.load(base, quantize, double, device, dtype=dtype)
         alone = model.device.type == "cpu" and saw != "fp8"
         if saw == "nf4" and alone:
             logging.set_verbosity_error()

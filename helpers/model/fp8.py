@@ -9,6 +9,8 @@ float8 training; format: arXiv:2209.05433. On a CPU the same quantised numbers a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ class Fp8Linear(torch.nn.Linear):
     `fp8_scale` (out), fp32."""
 
     fp8_scale: Any
+    rounds = True  # its activations; see `unrounded`
 
     @classmethod
     def of(cls, linear: Any, device: Any) -> Fp8Linear:
@@ -47,8 +50,23 @@ class Fp8Linear(torch.nn.Linear):
     def forward(self, x: Any) -> Any:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = _Product.apply(x.to(dtype), self.weight, self.fp8_scale)
-        return y if self.bias is None else y + self.bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            if not self.rounds:
+                bias = None if self.bias is None else self.bias.to(dtype)
+                return torch.nn.functional.linear(x.to(dtype), dense(self.weight, self.fp8_scale).to(dtype), bias)
+            y = _Product.apply(x.to(dtype), self.weight, self.fp8_scale)
+            return y if self.bias is None else y + self.bias.to(dtype)
+
+
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """Layers in FP8 multiply activations as they come. Rounded, two passes a last bit of bf16 apart drift by all of
+    FP8's error: 39 % through 32 random layers, 7 % unrounded. Without gradients only."""
+    Fp8Linear.rounds = False
+    try:
+        yield
+    finally:
+        Fp8Linear.rounds = True
 
 
 class _Product(torch.autograd.Function):
@@ -96,9 +114,11 @@ def quantize(x: Any, factor: Any = None) -> tuple[Any, Any]:
     return (wide / scale[:, None]).to(E4M3), scale
 
 
-def load(source: Any, device: str = "", **how: Any) -> Any:
-    """The model of `loading.load_model` with its `layers` in FP8; `in_fp8` says how many are, and how many not. On a
-    GPU without room for the 16 bits they are read into host memory, and go over layer by layer."""
+def load(source: Any, quantize: str, double_quant: bool = True, device: str = "", **how: Any) -> Any:
+    """As `loading.load_model`, and with quantize "fp8" its `layers` in FP8; `in_fp8` says how many are and are not. On
+    a GPU without room for the 16 bits they are read into host memory, and go over layer by layer."""
+    if quantize != "fp8":
+        return loading.load_model(source, quantize, double_quant, device=device, **how)
     files = weights.shards(Path(getattr(source, "path", source)))
     large = sum(file.stat().st_size for file in files) / 2**30 > 0.9 * (machine.free_gpu_gib() or 0)
     model = loading.load_model(source, device="cpu" if large else device, **how)

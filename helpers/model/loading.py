@@ -300,26 +300,26 @@ def load_model(
     """The causal language model on `device`, by default the GPU when there is one, every weight from its files.
 
     quantize: "nf4" loads the linear layers in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), their scales in 8 bits with
-    double_quant; "fp8" in 8-bit floats; "none" in `dtype`. attention: a transformers attention implementation, None its
-    own choice. Raises TunebookError for a damaged folder and for tensors that are missing or of another shape, by name.
+    double_quant; "none" in `dtype`. attention: a transformers attention implementation; None lets transformers choose.
+    Raises TunebookError for a damaged folder and for tensors that are missing or of another shape, by name.
     """
     import torch
     from transformers import BitsAndBytesConfig
 
-    if quantize == "fp8":
-        from helpers.model import fp8  # which needs torch
-
-        return fp8.load(source, device, dtype=dtype, attention=attention)
     path = source.path if isinstance(source, ModelSource) else Path(source)
     held, compute, config = weights.Weights(path), _fitting(path, dtype), load_config(path)
     options: dict[str, Any] = {"dtype": compute, "trust_remote_code": False, "local_files_only": True}
     if quantizer(config):  # it stays as its file has it
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
     elif quantize == "nf4":
-        four = {"bnb_4bit_use_double_quant": double_quant, "bnb_4bit_compute_dtype": compute}
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **four)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=compute,
+        )
     elif quantize != "none":
-        raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4', 'fp8' or 'none'.")
+        raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4' or 'none'.")
     if torch.cuda.is_available() and device != "cpu":
         options["device_map"] = {"": torch.cuda.current_device()}
     if attention:

@@ -128,9 +128,6 @@ def has_fp8(capability: Capability) -> bool:
 # ---------------------------------------------------------------- precision
 
 
-# ---------------------------------------------------------------- precision
-
-
 def precision_of(capability: Capability, asked: str = "auto") -> tuple[str, str]:
     """(dtype of the frozen base and of autocast, why): "bf16" where it is native, "fp16" with loss scaling on older
     GPUs, "fp32" when asked or on a CPU without bfloat16."""

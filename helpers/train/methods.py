@@ -37,7 +37,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
     """(the model of a `job.TrainJob` with its adapter, ready to train, and what was done to it)."""
     import transformers
 
-    from helpers.model import checkpointing, chunked_loss, fused_lora
+    from helpers.model import checkpointing, chunked_loss, fp8, fused_lora
 
     transformers.logging.disable_progress_bar()
     params, plan, notes = job.params, job.planned, []
@@ -69,7 +69,7 @@ def load(job: Any, precision: str) -> tuple[Any, list[str]]:
         notes.append(f"the base was loaded whole in each process and then sharded, for {whole}")
     given = {"double_quant": params.double_quant, "dtype": precision, "attention": attention}
     base = job.base
-    model = base.model if base else loading.load_model(job.source, quantize, **given)
+    model = base.model if base else fp8.load(job.source, quantize, **given)
     notes += [model.in_fp8] if quantize == "fp8" else []
     model.config.use_cache = False
     rows_before = model.get_input_embeddings().weight.shape[0]

@@ -175,7 +175,7 @@ def _as_begun(params: Any, adapter: Path | None, stage: runs.Stage, tokenizer: A
                 break
     for what, begun in found.items():
         method, eight, gpu = begun.get("method"), begun.get("quantize") == "fp8", machine.gpu()
-        if params.method == "auto" and method in ("lora", "qlora"):
+        if params.method == "auto" and method in ("lora", "qlora") and (eight or params.quantize != "fp8"):
             keeps = eight and params.quantize == "auto" and config.has_fp8(gpu.capability if gpu else None)
             params = dataclasses.replace(params, method=method, quantize="fp8" if keeps else params.quantize)
             if eight == (params.quantize == "fp8"):
@@ -208,6 +208,8 @@ def _decided(plan: Plan) -> dict[str, Any]:
 def _planned(params: TrainingParams, data: runs.Manifest, source: Any, **given: Any) -> Plan:
     """The plan of a job on that data. given: as `planner.plan` takes it."""
     given["sequence"] = int(data.metrics.get("lengths", {}).get("max_length") or 0)
+    if params.quantize == "fp8":
+        params = dataclasses.replace(params, method="lora")
     plan = planner.plan(params, source=source, **given)
     if plan.shares and plan.accumulation > 1 and not (params.row_tokens or plan.batches.accumulation):
         # A whole optimizer step in one row, where that fits: a prefix that its rows share is then computed once, which

@@ -9,7 +9,7 @@ import train_data
 from helpers.errors import TunebookError
 from helpers.evaluate import candidates
 from helpers.gguf import export, fidelity, trained
-from helpers.model import loading
+from helpers.model import fp8, loading
 from helpers.params import resolve
 from helpers.runs import Manifest
 from helpers.tasks.questions import Decoding
@@ -31,7 +31,7 @@ def adapter_trained(base, folder, tokenizer, quantize="nf4"):
 
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(loading.load_model(base, quantize, dtype="fp32"), config)
+    model = get_peft_model(fp8.load(base, quantize, dtype="fp32"), config)
     model.train()  # in evaluation bitsandbytes would compute in bfloat16 on some CPUs
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     batch = torch.tensor([IDS * 4])

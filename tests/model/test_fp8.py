@@ -15,7 +15,7 @@ def adapted(base, in_fp8, fused=True):
     """The model with a LoRA adapter whose B is not zero, in training."""
     from peft import LoraConfig, get_peft_model
 
-    model = fp8.load(base, dtype="fp32") if in_fp8 else loading.load_model(base, dtype="fp32")
+    model = fp8.load(base, "fp8", dtype="fp32") if in_fp8 else loading.load_model(base, dtype="fp32")
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     model = get_peft_model(model, config).train()
@@ -63,6 +63,21 @@ def test_a_product_and_its_gradient_are_those_of_the_quantised_numbers():
     assert float((x.grad[1] - exact).norm() / exact.norm()) < 0.06
 
 
+def test_a_token_is_what_it_is_alone_whatever_stands_beside_it():
+    """Each row has its own scale: its codes, its products and its gradients know no other row, of any number."""
+    torch.manual_seed(0)
+    layer, rows = fp8.Fp8Linear.of(torch.nn.Linear(64, 48), "cpu"), torch.randn(21, 64)
+    rows[7] *= 1e4
+    given = rows.clone().requires_grad_(True)
+    layer(given).backward(together := torch.randn(21, 48))
+    for one in (0, 7, 20):
+        alone = rows[one : one + 1].clone().requires_grad_(True)
+        y = layer(alone)
+        y.backward(together[one : one + 1])
+        assert torch.allclose(y[0], layer(rows)[one], rtol=1e-5, atol=1e-5)
+        assert torch.allclose(alone.grad[0], given.grad[one], rtol=1e-5, atol=1e-6)
+
+
 def test_pytorch_multiplies_codes_and_scales_as_the_written_out_product():
     torch.manual_seed(0)
     (a, scale_a), (b, scale_b) = (fp8.quantize(torch.randn(rows, 64)) for rows in (5, 48))
@@ -80,7 +95,7 @@ def test_rows_of_zeros_and_of_extreme_numbers_keep_their_values(values):
 
 def test_evaluation_says_what_training_said_and_the_adapter_off_is_the_base(tiny_llama):
     model = adapted(tiny_llama, True)
-    base = fp8.load(tiny_llama, dtype="fp32")
+    base = fp8.load(tiny_llama, "fp8", dtype="fp32")
     trained = model(IDS).logits
     with torch.no_grad():
         assert torch.allclose(model.eval()(IDS).logits, trained, atol=1e-4)
@@ -94,7 +109,7 @@ def test_evaluation_says_what_training_said_and_the_adapter_off_is_the_base(tiny
 def test_the_codes_are_the_same_after_loading_again_and_no_cast_touches_them(tiny_llama, tmp_path):
     from safetensors.torch import load_model, save_model
 
-    first, again = (fp8.load(tiny_llama, dtype="bf16") for _ in range(2))
+    first, again = (fp8.load(tiny_llama, "fp8", dtype="bf16") for _ in range(2))
     state = {n: t for n, t in first.state_dict().items() if "_proj" in n}
     assert len(state) == 28 and all(torch.equal(t, again.state_dict()[n]) for n, t in state.items())
     save_model(first, tmp_path / "model.safetensors")
@@ -108,7 +123,7 @@ def test_the_codes_are_the_same_after_loading_again_and_no_cast_touches_them(tin
 
 def test_layers_that_products_do_not_take_stay_in_16_bits_and_are_counted(tokenizer, tmp_path):
     folder = random_llama(tmp_path / "odd", tokenizer, hidden_size=64, intermediate_size=120)
-    model = loading.load_model(folder, "fp8", dtype="bf16")
+    model = fp8.load(folder, "fp8", dtype="bf16")
     assert "8 linear layers and 6 in 16 bits" in model.in_fp8 and "model.layers.0.mlp.gate_proj" in model.in_fp8
     assert type(model.lm_head) is type(model.model.layers[1].mlp.down_proj) is torch.nn.Linear
     _, found = gradients(model.requires_grad_(False).model.embed_tokens.requires_grad_(True) and model)
@@ -127,7 +142,7 @@ def test_a_model_without_layers_for_fp8_is_refused():
 
 def test_a_merge_onto_fp8_is_the_base_that_training_saw(tiny_llama, tmp_path):
     merged = merging.merge(tiny_llama, None, tmp_path / "merged", "fp8").path
-    layer = fp8.load(tiny_llama, dtype="bf16").model.layers[1].self_attn.q_proj
+    layer = fp8.load(tiny_llama, "fp8", dtype="bf16").model.layers[1].self_attn.q_proj
     seen = fp8.dense(layer.weight, layer.fp8_scale).bfloat16()
     plain, found = (loading.load_model(folder, dtype="bf16").model for folder in (tiny_llama, merged))
     assert torch.equal(found.layers[1].self_attn.q_proj.weight, seen)

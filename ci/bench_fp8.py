@@ -156,6 +156,8 @@ def agrees(given: argparse.Namespace) -> None:
             y.backward(g.to(place))
             codes = fp8._rows(x.to(place))[0].float().cpu()
             made[place] = (layer.weight.cpu(), y.detach().float().cpu(), given_x.grad.float().cpu(), codes)
+            alone = torch.cat([layer(given_x[at : at + n]) for at, n in ((0, 33), (33, 64), (97, 1), (98, 202))])
+            apart = float((alone.detach() - y.detach()).float().norm() / y.detach().float().norm())
         own, here = made["cpu"], made[device]
         wanted, wanted_grad = (
             (x.float() @ linear.weight.float().t()).detach(),
@@ -170,7 +172,8 @@ def agrees(given: argparse.Namespace) -> None:
             codes_that_differ=round(float((own[3] != here[3]).float().mean()), 6),
             forward_from_cpu=far(here[1], own[1]),
             back_from_cpu=far(here[2], own[2]),
-            forward_from_dense=far(here[1] - linear.bias.detach().float(), wanted),
+            rows_from_rows_alone=round(apart, 6),
+            forward_from_dense=far(here[1] - linear.bias.detach().float().cpu(), wanted),
             back_from_dense=far(here[2], wanted_grad),
         )
 

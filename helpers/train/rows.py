@@ -242,6 +242,8 @@ def check_boundaries(model: Any, shared: bool = False) -> None:
     """
     import torch
 
+    from helpers.model import fp8
+
     body = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = getattr(body, getattr(body, "base_model_prefix", ""), body)
     device, vocab = next(body.parameters()).device, body.config.get_text_config().vocab_size
@@ -261,7 +263,7 @@ def check_boundaries(model: Any, shared: bool = False) -> None:
         hook.remove()
         return seen[0]
 
-    with torch.no_grad(), _without_dropout(model):
+    with torch.no_grad(), _without_dropout(model), fp8.unrounded():
         body.set_attn_implementation("eager")
         alone = [states_of({"input_ids": torch.tensor([d["input_ids"]], device=device)}) for d in documents]
         body.set_attn_implementation(attention)

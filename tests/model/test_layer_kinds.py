@@ -1,5 +1,6 @@
 """Which families' rows may be packed: told from the config, and proven on the model in both layouts."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from ci.model_families import FAMILIES, config_of
 from helpers.errors import TunebookError
-from helpers.model import packed_attention
+from helpers.model import fp8, packed_attention
 from helpers.train.rows import RowCollator, check_boundaries
 
 PADDED = {
@@ -90,6 +91,31 @@ def test_the_guard_catches_an_attention_of_another_kind(family):
     model = model_of(family, {"Bloom": "eager", "StableLM": "sdpa"}.get(family, packed_attention.SHARED))
     with pytest.raises(TunebookError, match="see each other"):
         check_boundaries(model, shared=family != "Bloom")
+
+
+@pytest.mark.parametrize("family", ["Qwen3-Next", "LFM2", "Falcon-H1", "Llama 4 text", "StableLM"])
+def test_a_base_in_fp8_hides_no_leak_from_the_guard(family):
+    model = model_of(family, "sdpa" if family == "StableLM" else packed_attention.SHARED, 0.3)
+    fp8.convert(model, model.device)
+    with pytest.raises(TunebookError, match="see each other"):
+        check_boundaries(model, shared=family not in STATES)
+
+
+def test_the_guard_takes_no_rounding_to_fp8_for_a_leak(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    packed_attention.register()
+    torch.manual_seed(0)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 10, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=600, initializer_range=0.15, **size)
+    config._attn_implementation = packed_attention.SHARED
+    model = LlamaForCausalLM(config).bfloat16()
+    fp8.convert(model, model.device)
+    check_boundaries(model, shared=True)
+    assert fp8.Fp8Linear.rounds
+    monkeypatch.setattr(fp8, "unrounded", contextlib.nullcontext)
+    with pytest.raises(TunebookError, match="see each other"):
+        check_boundaries(model, shared=True)
 
 
 def test_the_guard_catches_a_lost_prefix_and_leaves_the_model_as_it_was():

@@ -193,7 +193,7 @@ class TrainingParams(Params):
     packing: bool = more(True, "Put several rows into one, without attention across them")
     row_tokens: int = more(0, "Longest packed row; 0: the planner chooses what fits", "tokens", high=MANY)
     recompute: str = more("auto", "Layers with activation checkpointing; offload: CPU offload too", choices=RECOMPUTE)
-    cuda_graphs: str = more("off", "Rows as CUDA graphs; auto: where launches take long", choices="auto on off")
+    cuda_graphs: str = more("auto", "Rows as CUDA graphs; auto: where launches take long", choices="auto on off")
     cpu_offload: bool = more(False, "Of a sharded job (several GPUs) weights and optimizer state stay in host memory")
     shard_weights: bool = more(False, "qlora: share the 4-bit base out over the GPUs even where each has room for it")
     plan_for: str = more("", "Plan for a named GPU (T4, L4, A100-40, A100-80, H100, H200) instead of the one here")

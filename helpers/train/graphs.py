@@ -84,6 +84,7 @@ class _Row:
         if not row["input_ids"].is_cuda:
             return
         self.grad = torch.zeros_like(self.given["labels"], dtype=torch.float32)
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the stream is waited for
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries made ready

@@ -3,10 +3,10 @@ held-out loss.
 
     python ci/bench_fp8.py products [--tokens 16384] [--tiny]      JSON lines: each product forward and back, variants
     python ci/bench_fp8.py agrees [--tiny]                         the GPU beside the same numbers in fp32, and dense
-    python ci/bench_fp8.py quality MODEL [--steps 150] [--seeds 17,18,19] [--gpus 4] [--tiny]
+    python ci/bench_fp8.py quality MODEL [--steps 150] [--seeds 17,18,19] [--arms 16-bit,NF4,FP8] [--gpus 4]
                                                                    held-out losses of 16 bits, NF4 and FP8, seeds paired
 
-quality makes notebook 01's default data once (run "fp8") and trains nine jobs, as many at a time as --side each GPU.
+quality makes notebook 01's default data once (run "fp8") and trains a job an arm and seed, --side at a time each GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ from helpers.model import fp8
 # (outputs, inputs) of an 8B Llama's linear layers, and how many of each a decoder layer has.
 SHAPES = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
 LAYERS = 32
-ARMS = {"16-bit": {"method": "lora"}, "NF4": {"method": "qlora"}, "FP8": {"method": "lora", "quantize": "fp8"}}
+EIGHT = {"method": "lora", "quantize": "fp8"}
+ARMS = {"16-bit": {"method": "lora"}, "NF4": {"method": "qlora"}, "FP8": EIGHT}
+# What evaluation and layers in 16 bits change: rounded: activations in evaluation too; else name parts that stay.
+TRIED: dict[str, tuple[str, ...]] = {
+    "FP8-rounded": (),
+    "FP8-down": ("down_proj",),
+    "FP8-o-down": ("o_proj", "down_proj"),
+}
+TRIED |= {"FP8-ends": ("layers.0.", "layers.1.", "layers.28.", "layers.29."), "FP8-qkvo": ("self_attn",)}
+ARMS |= dict.fromkeys(TRIED, EIGHT)
 
 
 def say(**line: object) -> None:
@@ -181,12 +190,28 @@ def agrees(given: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- held-out loss
 
 
+def vary(arm: str) -> None:
+    """Make FP8 what an arm of TRIED asks, in this process."""
+    own = fp8.layers
+
+    def layers(model):
+        taken, kept = own(model)
+        stay = [name for name in taken if any(part in f"{name}." for part in TRIED[arm])]
+        return {n: m for n, m in taken.items() if n not in stay}, kept + stay
+
+    fp8.layers = layers
+    if arm == "FP8-rounded":
+        fp8.Fp8Linear.train = lambda self, mode=True: torch.nn.Module.train(self, True)
+
+
 def train(given: argparse.Namespace) -> None:
     """One job of `quality`, in a process of its own: prints its held-out loss."""
     from helpers import params
     from helpers.train import training
 
     name, seed, run = given.model.split(",")
+    if name in TRIED:
+        vary(name)
     values = {"run": run, "seed": int(seed), "max_steps": given.steps, "eval_steps": given.steps, "again": True}
     values |= {"save_steps": given.steps, "eval_rows": 0, "score_rows": 0, "export_check": False, "epochs": 100.0}
     job = training.open(params.resolve("sft", {**values, "best_checkpoint": False, **ARMS[name]}))
@@ -207,7 +232,7 @@ def train(given: argparse.Namespace) -> None:
 
 
 def quality(given: argparse.Namespace) -> None:
-    """Nine jobs side by side, then the paired differences."""
+    """The jobs side by side, then the paired differences."""
     from helpers import params, runs
     from helpers.data import prepare
 
@@ -220,7 +245,7 @@ def quality(given: argparse.Namespace) -> None:
     say(arm="fp8 quality data", seconds=round(time.time() - began, 1))
     work, running, found = [], [], []
     for seed in given.seeds.split(","):
-        for name in ARMS:
+        for name in given.arms.split(","):
             run = f"fp8-{name.lower()}-{seed}"
             (folder / run).mkdir(parents=True, exist_ok=True)
             if not (folder / run / source.name).exists():
@@ -247,7 +272,7 @@ def quality(given: argparse.Namespace) -> None:
                 say(**line)
     losses = {(one["base"], one["seed"]): one["eval_loss"] for one in found}
     seeds = sorted({seed for _, seed in losses})
-    for name in ("NF4", "FP8"):
+    for name in [arm for arm in given.arms.split(",") if arm != "16-bit"]:
         apart = [
             losses[name, s] / losses["16-bit", s] - 1 for s in seeds if {(name, s), ("16-bit", s)} <= losses.keys()
         ]
@@ -264,6 +289,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", default="17,18,19")
+    parser.add_argument("--arms", default="16-bit,NF4,FP8", help=f"of quality: any of {', '.join(ARMS)}")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--side", type=int, default=3, help="jobs of quality at a time on each GPU")
     parser.add_argument("--tiny", action="store_true")

@@ -62,7 +62,7 @@ def saw(manifest: Manifest) -> str:
 
 
 def load(base: Any, adapter: Path, tokenizer: Any, saw: str, dtype: str = "auto", device: str = "") -> Any:
-    """The adapter on its base as training saw it: "nf4", "fp8" (with its rounded activations) or "16bit".
+    """The adapter on its base as training saw it: "nf4", "fp8" or "16bit".
 
     Not merged, but in fp32 on a CPU: there one matrix gives the same sums, and is what 4 bits unpack to in every pass.
     """

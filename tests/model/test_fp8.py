@@ -1,5 +1,7 @@
 """A frozen base in FP8: its arithmetic on a CPU, beside the dense weights and beside products written out."""
 
+import copy
+
 import pytest
 import torch
 
@@ -57,6 +59,7 @@ def test_a_product_and_its_gradient_are_those_of_the_quantised_numbers():
     y, grad = layer(x), torch.randn(2, 5, 48) * 1e-7
     y.backward(grad)
     assert torch.allclose(y[0], rounded(x[0]) @ weight.t() + linear.bias, atol=1e-5)
+    assert torch.allclose(copy.deepcopy(layer).eval()(x), x @ weight.t() + linear.bias, atol=1e-5)
     codes = layer.weight.view(fp8.E4M3).float()
     assert torch.allclose(x.grad[1], rounded(grad[1] * layer.fp8_scale) @ codes, atol=1e-12)
     exact = grad[1] @ linear.weight.data
@@ -93,12 +96,16 @@ def test_rows_of_zeros_and_of_extreme_numbers_keep_their_values(values):
     assert torch.allclose(fp8.dense(*fp8.quantize(row)), row, rtol=0.07, atol=0)
 
 
-def test_evaluation_says_what_training_said_and_the_adapter_off_is_the_base(tiny_llama):
+def test_evaluation_takes_activations_as_they_come_and_the_adapter_off_is_the_base(tiny_llama, tmp_path):
     model = adapted(tiny_llama, True)
-    base = fp8.load(tiny_llama, "fp8", dtype="fp32")
+    base = fp8.load(tiny_llama, "fp8", dtype="fp32").eval()
     trained = model(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merged = merging.merge(tiny_llama, tmp_path / "adapter", tmp_path / "merged", "fp8").path
     with torch.no_grad():
-        assert torch.allclose(model.eval()(IDS).logits, trained, atol=1e-4)
+        found = model.eval()(IDS).logits
+        wanted = loading.load_model(merged, dtype="fp32")(IDS).logits
+        assert 5 * float((found - wanted).norm()) < float((trained - found).norm()) < 0.1 * float(found.norm())
         with model.disable_adapter():
             assert torch.equal(model(IDS).logits, base(IDS).logits)
     _, fused = gradients(model.train())

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers import machine, runs
+from helpers import cache, machine, runs
 from helpers.display import say
 from helpers.errors import TunebookError
 from helpers.model.loading import template_hash, tokenizer_hash
@@ -43,12 +43,13 @@ def identity(params: Any, data: Any, tokenizer: Any) -> dict[str, Any]:
 
 def seal(folder: Path, of: dict[str, Any]) -> None:
     """Write the completeness marker of a checkpoint, last: the hash and size of every file, flushed to disk."""
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
+    for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-        files[file.relative_to(folder).as_posix()] = {"sha256": runs.sha256_file(file), "bytes": file.stat().st_size}
-    runs.write_json(folder / SEAL, {"files": files, "of": of})
+    known = [{"sha256": h, "bytes": f.stat().st_size} for f, h in zip(files, cache.sha256_files(files), strict=True)]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    runs.write_json(folder / SEAL, {"files": dict(zip(names, known, strict=True)), "of": of})
 
 
 def sealed(folder: Path) -> dict[str, Any] | None:
@@ -58,10 +59,11 @@ def sealed(folder: Path) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((folder / SEAL).read_text())
-        for name, known in found["files"].items():
-            file = folder / name
-            if file.stat().st_size != known["bytes"] or runs.sha256_file(file) != known["sha256"]:
-                return None
+        files, known = [folder / name for name in found["files"]], found["files"].values()
+        if [file.stat().st_size for file in files] != [one["bytes"] for one in known]:
+            return None
+        if cache.sha256_files(files) != [one["sha256"] for one in known]:
+            return None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     except OSError as error:

@@ -13,7 +13,7 @@ import torch
 import train_data
 import yaml
 
-from helpers import plots, runs
+from helpers import cache, plots, runs
 from helpers.errors import Stopped, TunebookError
 from helpers.machine import PROJECT
 from helpers.train import callbacks, resume, training
@@ -223,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_read_is_kept_and_said(data, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(runs, "sha256_file", broken)
+    monkeypatch.setattr(cache, "sha256_file", broken)
     with pytest.raises(TunebookError, match=r"checkpoint-4 cannot be read \(Input/output error\); it is left as it is"):
         resume.newest(job.checkpoints, job.identity)
     assert [p.name for p in resume.numbered(job.checkpoints)] == ["checkpoint-4"]

@@ -15,15 +15,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import hashlib
 import json
 import os
-import sqlite3
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,109 +29,21 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 os.environ.setdefault("TUNEBOOK_HEADLESS", "1")
 
+from ci.learning_tasks import sources
 from helpers import cache, machine, params, plots, runs, worker
 from helpers.errors import TunebookError, command
 
 Row = dict[str, Any]
-GITHUB = "https://raw.githubusercontent.com"
-ADDRESSES = {
-    "geoquery": f"{GITHUB}/jkkummerfeld/text2sql-data/5050bad2309a93636ea4788d3660c9202bf11e0e/data",
-    "banking77": f"{GITHUB}/PolyAI-LDN/task-specific-datasets/57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data",
-}
-GEO_DATABASE = "geography-db.added-in-2020.sqlite"
-SHA256 = {
-    ("geoquery", "geography.json"): "b20ad8ed357029c9efa49aa64434729f624591850f66b1137cabcc0e45273c1b",
-    ("geoquery", GEO_DATABASE): "98955372123cd9a8e761b00c2c67fbf221f1b8699927add538b53154c702dd3c",
-    ("banking77", "train.csv"): "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
-    ("banking77", "test.csv"): "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
-}
 # A script after TRL's documentation of SFTTrainer with peft, the settings as the SFT of small models has them.
 TRL = {"rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 1e-3, "batch": 8, "schedule": "linear", "warmup": 0.03}
 # What Unsloth's notebooks ship: 4 bits, rank 16, alpha 16, 2e-4, batches of 2 × 4, 8-bit AdamW.
 UNSLOTH = TRL | {"alpha": 16, "learning_rate": 2e-4}
 PROBE_STEPS = 3  # of the speed that says how many steps fit; the first one is left out
+CHILD = "ci.bench_learning:child"
 NEW_TOKENS = {"atlas": 64, "banking77": 24}  # longest answer; others 160
 
 
-# ---------------------------------------------------------------- tasks
-
-
-def sources(task: str, folder: Path, fetch: bool) -> dict[str, str]:
-    """Parameters of notebook 01 for `NAME`, `NAME=FOLDER` or `NAME=TRAIN,TEST[,DATABASE]`; a public task's files are
-    converted into `folder`."""
-    name, _, where = task.partition("=")
-    if name == "atlas" and not where:
-        return {}
-    if name not in ADDRESSES:
-        parts = [part.strip() for part in where.split(",")]
-        if not 2 <= len(parts) <= 3:
-            known = ", ".join(["atlas", *ADDRESSES])
-            raise TunebookError(f"--task {task}: name one of {known}, or write NAME=TRAIN,TEST[,DATABASE].")
-        return dict(zip(("dataset", "test_dataset", "database"), parts, strict=False))
-    given = public_files(name, where, fetch)
-    folder.mkdir(parents=True, exist_ok=True)
-    train, test = (geoquery if name == "geoquery" else banking77)(*given)
-    found = {"database": str(given[1])} if name == "geoquery" else {}
-    for parameter, side, rows in (("dataset", "train", train), ("test_dataset", "test", test)):
-        file = folder / f"{side}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found[parameter] = str(file)
-    return found
-
-
-def public_files(name: str, where: str, fetch: bool) -> list[Path]:
-    """A public task's files in the named folder, or in the cache after a download; each must have its known hash."""
-    folder = Path(where) if where else cache.folder() / "learning" / name
-    paths = {folder / file: (file, known) for (task, file), known in SHA256.items() if task == name}
-    for path, (file, known) in paths.items():
-        if not path.is_file() and fetch and not where:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(f"{ADDRESSES[name]}/{file}", timeout=60) as answer:
-                cache.write_atomic(path, answer.read())
-        if not path.is_file():
-            raise TunebookError(
-                f"{path} is missing; add --fetch, or name the folder that has it: --task {name}=FOLDER."
-            )
-        if hashlib.sha256(path.read_bytes()).hexdigest() != known:
-            raise TunebookError(f"{path} is not the file of {ADDRESSES[name]}; delete it and add --fetch.")
-    return list(paths)
-
-
-def geoquery(questions: Path, database: Path) -> tuple[list[Row], list[Row]]:
-    """GeoQuery by its question split (Finegan-Dollak et al. 2018, arXiv:1806.09029): training and development rows to
-    train on; of the test's those whose query returns something. The schema is told as the embedded data tell theirs."""
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        columns = {t: [c[1] for c in connection.execute(f"PRAGMA table_info({t})")] for t in tables}
-        schema = ", ".join(f"{table}({', '.join(names)})" for table, names in columns.items())
-        parts: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
-        for query in json.loads(questions.read_text(encoding="utf-8")):
-            for asked in query["sentences"]:
-                question, sql = asked["text"], " ".join(query["sql"][0].split()).rstrip(" ;")
-                for name, value in asked["variables"].items():
-                    question, sql = question.replace(name, value), sql.replace(name, value)
-                if asked["question-split"] == "test":
-                    try:
-                        answer = connection.execute(sql).fetchall()
-                    except sqlite3.Error:
-                        continue
-                    if not any(value is not None for row in answer for value in row):
-                        continue
-                system = f"Answer with one SQLite query. Tables: {schema}"
-                parts[asked["question-split"]].append({"system": system, "question": question, "sql": sql})
-    return parts["train"] + parts["dev"], parts["test"]
-
-
-def banking77(train: Path, test: Path) -> tuple[list[Row], list[Row]]:
-    """BANKING77 (Casanueva et al. 2020, arXiv:2003.04807): a customer's question and which of 77 intents it has."""
-
-    def rows(file: Path) -> list[Row]:
-        with open(file, encoding="utf-8", newline="") as lines:
-            read = list(csv.DictReader(lines))
-        system = "Name the intent of the bank customer's message."
-        return [{"system": system, "prompt": one["text"], "completion": one["category"]} for one in read]
-
-    return rows(train), rows(test)
+# ---------------------------------------------------------------- arms, each in a child
 
 
 def prepare(task: str, found: dict[str, str], given: argparse.Namespace) -> None:
@@ -152,13 +60,13 @@ def prepare(task: str, found: dict[str, str], given: argparse.Namespace) -> None
             job.template(), job.vocabulary(), job.encode(), job.lengths(), job.pairs(), job.finish()
 
 
-# ---------------------------------------------------------------- arms, each in a child
-
-
 def child(spec: Row, event: Callable[[Any], None]) -> Row:
-    """Train one arm and answer the held-out questions: what its line says. The worker's handler."""
+    """The worker's handler: train one arm, or answer the held-out questions with the `adapter` that one has trained, in
+    a process that Unsloth has not patched."""
+    if "adapter" in spec:
+        return score(Path(spec["adapter"]), spec["onto"], spec)
     adapter, onto, made = (ours if spec["arm"] == "ours" else rival)(spec)
-    return made | score(adapter, onto, spec)
+    return {"adapter": str(adapter), "onto": onto, "made": made}
 
 
 def ours(spec: Row) -> tuple[Path, str, Row]:
@@ -210,7 +118,13 @@ def rival(spec: Row) -> tuple[Path, str, Row]:
         adapter = {"peft_config": LoraConfig(**shape, target_modules="all-linear", task_type="CAUSAL_LM")}
     table = Dataset.from_parquet(str(runs.load(f"{spec['task']}-whole", "data", verify=False).path / "train.parquet"))
     chats = [json.loads(text) for text in table["messages"]]
-    rows = Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats])
+    if unsloth:  # as its notebooks: rendered text, the loss on the responses alone
+        from unsloth.chat_templates import train_on_responses_only
+
+        rows = Dataset.from_dict({"text": [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]})
+        marks = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+    else:
+        rows = Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats])
     folder = runs.run_folder(f"{spec['task']}-{spec['arm']}")
 
     class Clock(TrainerCallback):
@@ -234,9 +148,11 @@ def rival(spec: Row) -> tuple[Path, str, Row]:
         here = {"bf16": cuda, "use_cpu": not cuda, "seed": spec["seed"], "output_dir": str(folder / "checkpoints")}
         quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10}
         whole = {"max_steps": steps, "max_length": 2048, "gradient_checkpointing": False}
+        whole |= {"dataset_text_field": "text", "weight_decay": 0.01} if unsloth else {}
         args = SFTConfig(**whole, **kind, **rate, **batch, **here, **quiet)
         made = {"processing_class": tokenizer, "train_dataset": rows, "callbacks": [clock]}
-        return SFTTrainer(model=model, args=args, **made, **more)
+        job = SFTTrainer(model=model, args=args, **made, **more)
+        return train_on_responses_only(job, **marks) if unsloth else job
 
     clock = Clock(1e9)
     first = trainer(PROBE_STEPS, clock, **adapter)
@@ -340,9 +256,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3, help="at most so many passes, whatever the minutes")
     parser.add_argument("--questions", type=int, default=150, help="held-out questions an arm; 0: all")
     parser.add_argument("--model", default="", help="base model; default: notebook 01's")
-    parser.add_argument(
-        "--ours", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of 02"
-    )
+    pair: Any = {"nargs": 2, "metavar": ("NAME", "VALUE")}
+    parser.add_argument("--ours", action="append", default=[], help="a parameter of notebook 02", **pair)
     parser.add_argument("--work", default="", help="folder of runs and adapters; default: in the cache")
     parser.add_argument("--out", default="", help="file that the lines are added to, besides the terminal")
     parser.add_argument("--plot", default="", help="PNG of score against minutes")
@@ -359,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         raise TunebookError("--arms has unsloth, which needs a GPU and `pip install -e .[unsloth]`; leave it out.")
     os.environ["TUNEBOOK_RUNS"] = given.work or str(cache.folder() / "learning" / "runs")
     os.environ["TUNEBOOK_ANSWER_CACHE"] = "off"
-    lines: list[Row] = []
+    lines, failed = list[Row](), False
 
     def tell(line: Row) -> None:
         print(json.dumps(line), flush=True)
@@ -368,11 +283,8 @@ def main(argv: list[str] | None = None) -> int:
                 file.write(json.dumps(line) + "\n")
 
     gpu = machine.gpu()
-    here = {
-        "device": gpu.name if gpu else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
-        **machine.versions()["versions"],
-    }
+    here = {"device": gpu.name if gpu else "cpu", "cores": len(os.sched_getaffinity(0))}
+    here |= machine.versions()["versions"]
     for task in tasks:
         name = task.partition("=")[0]
         found = sources(task, Path(os.environ["TUNEBOOK_RUNS"]) / "files" / name, given.fetch)
@@ -382,19 +294,23 @@ def main(argv: list[str] | None = None) -> int:
             for minutes in map(float, given.minutes.split(",")):
                 for arm in arms:
                     spec = {"task": name, "arm": arm, "seed": seed, "minutes": minutes, "epochs": given.epochs}
-                    asked = {
-                        "questions": given.questions,
-                        "new_tokens": NEW_TOKENS.get(name, 160),
-                        "ours": dict(given.ours),
-                    }
-                    made = worker.run("ci.bench_learning:child", spec | asked, wall_s=None, name=f"{arm} on {name}")
-                    lines.append({"bench": "learning", **spec, **made, "new_tokens": asked["new_tokens"], **here})
+                    asked = {"questions": given.questions, "new_tokens": NEW_TOKENS.get(name, 160)}
+                    line, whole = {"bench": "learning", **spec}, {**spec, **asked, "ours": dict(given.ours)}
+                    try:
+                        trained = worker.run(CHILD, whole, wall_s=None, name=f"{arm} on {name}")
+                        made = trained.pop("made")
+                        made |= worker.run(CHILD, whole | trained, wall_s=None, name=f"answers of {arm} on {name}")
+                    except TunebookError as error:  # the other arms are measured nevertheless
+                        failed = True
+                        tell(line | {"error": str(error)})
+                        continue
+                    lines.append(line | made | {"new_tokens": asked["new_tokens"], **here})
                     tell(lines[-1])
     for line in comparisons(lines):
         tell(line)
-    if given.plot:
+    if given.plot and lines:
         plot(lines, Path(given.plot))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

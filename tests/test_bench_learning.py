@@ -6,6 +6,7 @@ import sqlite3
 import pytest
 
 from ci import bench_learning as bench
+from ci import learning_tasks
 from helpers.errors import TunebookError
 
 
@@ -29,7 +30,7 @@ def geography(tmp_path):
 
 
 def test_of_geoquery_only_test_questions_with_an_answer_are_asked(geography):
-    train, test = bench.geoquery(*geography)
+    train, test = learning_tasks.geoquery(*geography)
     assert [row["question"] for row in train] == ["sentences to learn x"]
     assert [(row["question"], row["sql"]) for row in test] == [
         ("cities of texas", 'SELECT NAME FROM CITY WHERE STATE = "texas"')
@@ -39,17 +40,17 @@ def test_of_geoquery_only_test_questions_with_an_answer_are_asked(geography):
 
 def test_a_public_file_that_is_not_the_one_that_was_measured_is_refused(tmp_path):
     with pytest.raises(TunebookError, match="--fetch"):
-        bench.sources(f"banking77={tmp_path}", tmp_path / "made", fetch=False)
+        learning_tasks.sources(f"banking77={tmp_path}", tmp_path / "made", fetch=False)
     for name in ("train.csv", "test.csv"):
         (tmp_path / name).write_text("text,category\nhello,greeting\n")
     with pytest.raises(TunebookError, match="is not the file of"):
-        bench.sources(f"banking77={tmp_path}", tmp_path / "made", fetch=False)
+        learning_tasks.sources(f"banking77={tmp_path}", tmp_path / "made", fetch=False)
 
 
 @pytest.mark.parametrize("task", ["mine", "mine=only.jsonl", "mine=a,b,c,d", "geo=folder"])
 def test_a_task_that_is_no_task_names_those_that_there_are(task, tmp_path):
     with pytest.raises(TunebookError, match=r"geoquery.*NAME=TRAIN,TEST"):
-        bench.sources(task, tmp_path, fetch=False)
+        learning_tasks.sources(task, tmp_path, fetch=False)
 
 
 def test_seeds_are_compared_question_by_question_and_drawn(tmp_path):

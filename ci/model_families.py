@@ -23,6 +23,11 @@ LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_he
 LINEAR |= {"linear_value_head_dim": 16, "num_hidden_layers": 4}
 LINEAR |= {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+INDEXED = {"index_topk": 2048, "index_head_dim": 16, "index_n_heads": 2}
+FIRST_DENSE = {"mlp_layer_types": ["dense"] + ["sparse"] * 3}
+SHARED = {"shared_expert_intermediate_size": 32, "num_attention_heads_per_layer": [4, 4], **SLIDING}
+SHARED |= {"mlp_layer_types": ["dense", "sparse"]}
 FEW = {"num_experts_per_tok": 2}
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 SECTIONS |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
@@ -65,16 +70,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("mixtral", {"num_local_experts": 4, **FEW, "sliding_window": None}),
     "Qwen2": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
     "Qwen2.5": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
-    "Qwen2 MoE": (
-        "qwen2_moe",
-        {"num_experts": 4, **FEW, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    ),
+    "Qwen2 MoE": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 32}),
     "Qwen3": ("qwen3", HEAD),
     "Qwen3-MoE": ("qwen3_moe", {"num_experts": 4, **FEW, "moe_intermediate_size": 32, "norm_topk_prob": True, **HEAD}),
-    "Qwen3-Next": (
-        "qwen3_next",
-        {**LINEAR, "num_experts": 4, **FEW, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    ),
+    "Qwen3-Next": ("qwen3_next", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}),
     "Qwen3.5 text": ("qwen3_5_text", {**LINEAR, "rope_parameters": SECTIONS}),
     "Gemma 2": ("gemma2", {**HEAD, "query_pre_attn_scalar": 16, **WINDOW}),
     "Gemma 3": ("gemma3_text", {**SIXTH, **HEAD, "query_pre_attn_scalar": 16}),
@@ -94,13 +93,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Gemma 4 text": (
         "gemma4_text",
-        {
-            **HEAD,
-            "global_head_dim": 16,
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            **SLIDING,
-        },
+        {**HEAD, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **SLIDING},
     ),
     "Phi-3": ("phi3", WINDOW),
     "Phi-4": ("phi3", {"sliding_window": None}),
@@ -239,6 +232,91 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "Falcon": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "MPT": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 2048, "expansion_ratio": 2}),
+    "AFMoE": (
+        "afmoe",
+        {**FOURTH, **HEAD, **EXPERTS, "num_dense_layers": 1, "num_shared_experts": 1, "mup_enabled": True},
+    ),
+    "Arcee": ("arcee", {}),
+    "BioGPT": ("biogpt", {}),
+    "BitNet": ("bitnet", {}),
+    "Cohere": ("cohere", {"logit_scale": 0.25}),
+    "DBRX": (
+        "dbrx",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 2048,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        },
+    ),
+    "DeepSeek-V3.2": ("deepseek_v32", {**GROUPS, **LATENT, **INDEXED, "num_key_value_heads": 4}),
+    "dots.llm1": ("dots1", {**GROUPS, **HEAD, "num_key_value_heads": 4}),
+    "EXAONE MoE": (
+        "exaone_moe",
+        {**FOURTH, **EXPERTS, "num_shared_experts": 1, "n_group": 1, "topk_group": 1, **FIRST_DENSE},
+    ),
+    "Falcon Mamba": ("falcon_mamba", {"state_size": 8, "intermediate_size": 128}),
+    "FlexOlmo": ("flex_olmo", {"num_experts": 4, **FEW}),
+    "Gemma": ("gemma", HEAD),
+    "GLM": ("glm", HEAD),
+    "GLM-4.7 Flash": ("glm4_moe_lite", {**GROUPS, **LATENT, "num_key_value_heads": 4}),
+    "GPT-BigCode": ("gpt_bigcode", {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "GPT-J": ("gptj", {"n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "Granite with sinks": ("granite_swa", WINDOW),
+    "Granite 3 MoE shared": ("granitemoeshared", {"num_local_experts": 4, **FEW, "shared_intermediate_size": 32}),
+    "Helium": ("helium", HEAD),
+    "JetMoE": ("jetmoe", {"num_local_experts": 4, **FEW, "kv_channels": 16}),
+    "Laguna": ("laguna", {**HEAD, **EXPERTS, **SHARED}),
+    "LongCat-Flash": (
+        "longcat_flash",
+        {
+            **LATENT,
+            "num_layers": 1,
+            "ffn_hidden_size": 96,
+            "n_routed_experts": 4,
+            "zero_expert_num": 1,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+        },
+    ),
+    "Mamba": ("mamba", {"state_size": 8, "intermediate_size": 128}),
+    "MiniCPM3": ("minicpm3", {**LATENT, "num_key_value_heads": 4, "dim_model_base": 16}),
+    "MiniMax": (
+        "minimax",
+        {**HEAD, **FEW, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "ModernBERT decoder": ("modernbert-decoder", {"local_attention": 24, "layer_types": SLIDING["layer_types"]}),
+    "Nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
+    "OLMo": ("olmo", {"clip_qkv": 8.0}),
+    "OLMo hybrid": ("olmo_hybrid", {**LINEAR, "linear_num_key_heads": 4}),
+    "Persimmon": ("persimmon", {"partial_rotary_factor": 0.5}),
+    "Phi-2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    "Phi-3.5 MoE": ("phimoe", {"num_local_experts": 4, **FEW, "lm_head_bias": True}),
+    "Qwen3.5 MoE text": (
+        "qwen3_5_moe_text",
+        {**LINEAR, **EXPERTS, "rope_parameters": SECTIONS, "shared_expert_intermediate_size": 32},
+    ),
+    "RWKV": ("rwkv", {"attention_hidden_size": 64}),
+    "VaultGemma": ("vaultgemma", {**HEAD, **WINDOW, "query_pre_attn_scalar": 16}),
+    "XGLM": ("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}),
+    "Zamba 2": (
+        "zamba2",
+        {
+            "attention_hidden_size": 128,
+            "attention_head_dim": 32,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "mamba_d_state": 16,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 16,
+            "mamba_ngroups": 1,
+            "chunk_size": 32,
+        },
+    ),
 }
 
 # What llama.cpp has fixed in its code for a family, in whose place the tiny model above has something shorter.

@@ -38,7 +38,7 @@ LIMIT_S = 900  # a family's child is killed after this
 EXACT = 2e-5  # relative difference of two fp32 losses
 PARTS = ("SFT", "ORPO", "merge", "generation", "GGUF")
 # Their converters read no other vocabulary.
-SENTENCEPIECE = ("Gemma 2", "Gemma 3", "Gemma 3n text", "Gemma 4 text")
+SENTENCEPIECE = ("Gemma", "Gemma 2", "Gemma 3", "Gemma 3n text", "Gemma 4 text", "MiniCPM3", "Nemotron")
 SPACED = ("Ernie 4.5", "Ernie 4.5 MoE", "Jamba")  # and no other than one that puts a space before a text
 OWN_WORDS = (
     "not measured: transformers gives its folder Qwen2's splitting of words, which no vocabulary here is made for"
@@ -239,7 +239,7 @@ def _merge(made: dict[str, Any]) -> str:
 
 
 def _generation(made: dict[str, Any]) -> str:
-    """Greedy answers of `HfModel` and of transformers' generate, one prompt at a time."""
+    """Greedy answers of `HfModel` and of transformers' whole forward passes, one prompt at a time without a cache."""
     import torch
 
     from helpers.evaluate.generate import HfModel
@@ -251,11 +251,11 @@ def _generation(made: dict[str, Any]) -> str:
     ours = [answer.text for answer in model.generate(prompts, Decoding(12))]
     plain, theirs = _plain(made["merged"]), []
     for prompt in prompts:
-        stops = sorted(model.stops)
-        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
-        ids = torch.tensor([prompt])
-        made_ids = plain.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
-        theirs.append(made["tokenizer"].decode(made_ids, skip_special_tokens=True).strip())
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and not model.stops & {*ids[len(prompt) :]}:
+            with torch.no_grad():
+                ids.append(int(plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        theirs.append(made["tokenizer"].decode(ids[len(prompt) :], skip_special_tokens=True).strip())
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     how = "shared prefix" if model.fast else "transformers"
     return f"equal ({how})" if same == len(prompts) else f"{same} of {len(prompts)} answers equal ({how})"

@@ -16,14 +16,8 @@ from typing import Any
 
 from helpers.display import say
 
-CHECKED = {
-    "transformers": "5.17.0",
-    "trl": "1.14.0",
-    "accelerate": "1.15.0",
-    "peft": "0.21.2",
-    "bitsandbytes": "0.50.2",
-    "liger-kernel": "0.8.5",
-}
+CHECKED = {"transformers": "5.17.0", "trl": "1.14.0", "accelerate": "1.15.0", "peft": "0.21.2"}
+CHECKED |= {"bitsandbytes": "0.50.2", "liger-kernel": "0.8.5"}
 
 # liger-kernel warns about each of its optional backends (CuTe DSL, cuTile) that is not installed; Triton's is there.
 logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
@@ -110,10 +104,8 @@ def drop_metrics(trainer: Any) -> None:
 def use_one_gpu(arguments: Any) -> Any:
     """Trainer arguments held to one GPU a process: nn.DataParallel would tear packed rows and their losses apart."""
     if arguments.n_gpu > 1:
-        say(
-            f"{arguments.n_gpu} GPUs are here and this process uses one; "
-            f"torchrun --nproc-per-node {arguments.n_gpu} -m helpers.train uses them all."
-        )
+        every = f"torchrun --nproc-per-node {arguments.n_gpu} -m helpers.train"
+        say(f"{arguments.n_gpu} GPUs are here and this process uses one; {every} uses them all.")
         arguments._n_gpu = 1
     return arguments
 
@@ -149,14 +141,12 @@ def liger_cross_entropy() -> Any:
     """liger-kernel's fused output head as (hidden, weight, target, ignored label, "sum" or "none") → loss; None where
     it is not installed. Its autograd function takes its arguments by place."""
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Head
     except ImportError:
         return None
 
     def loss(hidden: Any, weight: Any, target: Any, ignore: int, reduction: str) -> Any:
-        return LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, weight, target, None, None, ignore, 0.0, 0.0, reduction
-        )[0]
+        return Head.apply(hidden, weight, target, None, None, ignore, 0.0, 0.0, reduction)[0]
 
     return loss
 
@@ -238,20 +228,27 @@ def adapters_off_meta(apart: bool) -> Iterator[None]:
         BaseTunerLayer._get_base_layer_device_and_dtype, LoraModel._replace_module = own, replace
 
 
-@contextlib.contextmanager
-def targets_as_named(config: Any) -> Iterator[None]:
-    """Let PEFT take the targets of a LoRA config that names parameters (experts) as they are. It renames those of
-    adapters made with transformers 4, where dense MLPs beside the experts bore the same names: it would drop them, and
-    adapt the router."""
+def adapters_as_named() -> None:
+    """Let PEFT take the targets of a LoRA config that names parameters (experts), and the tensors of an adapter that
+    have a place by their names, as they are. It renames those of adapters made with transformers 4, where dense MLPs
+    beside the experts bore the same names: it would drop them, adapt the router, or rename a second time (Laguna)."""
     from peft.utils import transformers_weight_conversion as conversion
 
-    own = conversion.convert_peft_config_for_transformers
-    try:
-        if config.target_parameters:
-            conversion.convert_peft_config_for_transformers = lambda *_, **__: None
-        yield
-    finally:
-        conversion.convert_peft_config_for_transformers = own
+    own, renamed = (
+        getattr(conversion, f"convert_peft_{one}_for_transformers") for one in ("config", "adapter_state_dict")
+    )
+
+    def targets(peft_config: Any, *given: Any, **named: Any) -> Any:
+        return None if peft_config.target_parameters else own(peft_config, *given, **named)
+
+    def tensors(model: Any, adapter_state_dict: Any, **given: Any) -> Any:
+        there = {name.replace(".default", "") for name in model.state_dict()}
+        fits = all(name in there for name in adapter_state_dict if ".lora_" in name)
+        return adapter_state_dict if fits else renamed(model=model, adapter_state_dict=adapter_state_dict, **given)
+
+    if own.__module__ != __name__:
+        conversion.convert_peft_config_for_transformers = targets
+        conversion.convert_peft_adapter_state_dict_for_transformers = tensors
 
 
 def adapted(model: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from helpers import machine
 from helpers.data.chat_template import inspect
 from helpers.data.labels import Encoder
-from helpers.display import say
+from helpers.display import percent, say
 from helpers.errors import TunebookError
 from helpers.evaluate import prefix_cache
 from helpers.model.layer_kinds import head_dim
@@ -30,6 +30,7 @@ MIN_SHARED = 16  # tokens; below this a prefix is not worth a batch of its own
 BATCH_TOKENS = 16384  # padded tokens of a batch that transformers' own generate works on
 SCORED_TOKENS = 2048  # padded tokens of a batch whose probabilities are read
 SAME_KL = 0.02  # of fast and plain logits; rounding in bf16 stays below 0.005
+SAME_LOGITS = 0.1  # relative distance of generate's logits from plain ones; rounding stays below 0.03
 PACKED_ROWS = 64  # what the layout of packed weights is chosen for; 4 to 1,024 rows run as fast in it
 PACKED_SHARE = 0.25  # of the free memory that the second copy of the weights may take
 Ids = Sequence[int]
@@ -53,6 +54,7 @@ class HfModel:
         self.fixed = model.device.type == "cuda"  # as in `prefix_cache.Steps`
         self._packed: dict[Any, Callable] | None = None
         self._proven = False
+        self._plain: tuple[int, dict[str, Any]] | None = None
 
     @functools.cached_property
     def _encoder(self) -> Encoder:
@@ -168,6 +170,22 @@ class HfModel:
             say(f"Decoding through transformers.generate: fast logits differ (KL {kl:.3g})")
         return kl < SAME_KL
 
+    def _batched(self, prompts: Sequence[Ids]) -> tuple[int, dict[str, Any]]:
+        """(tokens of a batch, options) with which `generate` has the plain forward pass's logits for a second token:
+        some classes take no padding (RWKV), others go wrong in their cache (MiniMax)."""
+        short, long = min(prompts, key=len), max(prompts, key=len)
+        how = {"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False, "output_logits": True}
+        for tokens, more in ((BATCH_TOKENS, {}), (1, {}), (1, {"use_cache": False})):
+            ids, mask = self._pad([short, long][: 1 + (tokens > 1)], "left")
+            made = self.model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **how, **more)
+            known = self._read([[*short, made.sequences[0, -2].item()]])[0, -1].float()
+            apart = (made.logits[1][0].float() - known).std().item() / known.std().item()
+            if apart < SAME_LOGITS:
+                break
+            way = "in padded batches" if tokens > 1 else "without its cache" if more else "with its cache"
+            say(f"Decoding {way} gives other logits than the plain forward pass (by {percent(apart)}).")
+        return tokens, more
+
     @contextlib.contextmanager
     def _behind(self, prefix: Ids) -> Iterator[prefix_cache.State]:
         """What is read inside stands behind this prefix."""
@@ -258,10 +276,11 @@ class HfModel:
     def _generate_plain(self, prompts: Sequence[Ids], decoding: Decoding, finish: Callable) -> None:
         import torch
 
-        limit, options = decoding.max_new_tokens, {"do_sample": False, "eos_token_id": sorted(self.stops)}
+        tokens, more = self._plain = self._plain or self._batched(prompts)
+        limit, options = decoding.max_new_tokens, {"do_sample": False, "eos_token_id": sorted(self.stops)} | more
         if decoding.temperature > 0:
             options |= {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-        for batch in batches({i: len(prompt) + limit for i, prompt in enumerate(prompts)}, BATCH_TOKENS):
+        for batch in batches({i: len(prompt) + limit for i, prompt in enumerate(prompts)}, tokens):
             ids, mask = self._pad([prompts[i] for i in batch], "left")
             torch.manual_seed(decoding.seed)
             out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, **options)

@@ -169,7 +169,7 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
     if state.allowed is None or (state.used == 0 and layer not in state.prefix):
         # Right padding under a causal mask: no real token ever sees a pad.
         out = causal_sdpa(query, *repeat_heads(query, key, value), sliding_window, scale=scaling)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
     keys, values = (kept[:, :, :end] for kept in state.suffix[layer])
     before, before_values = state.prefix.get(layer, (key[:1, :, :0], value[:1, :, :0]))
     width, many = state.width, heads // kv_heads * tokens
@@ -184,4 +184,4 @@ def attention(state, module, query, key, value, mask=None, scaling=None, sliding
     weights = torch.softmax(scores * scale, dim=-1, dtype=torch.float32).to(query.dtype)
     flat = weights[..., :width].transpose(0, 1).reshape(kv_heads, rows * many, width)
     out = (flat @ before_values[0]).view(kv_heads, rows, many, dim).transpose(0, 1) + weights[..., width:] @ values
-    return out.reshape(rows, heads, tokens, dim).transpose(1, 2), None
+    return out.reshape(rows, heads, tokens, dim).transpose(1, 2).contiguous(), None

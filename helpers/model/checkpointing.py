@@ -7,23 +7,27 @@ whole or a slice of tokens at a time. `helpers.planner.plan` picks the least tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers import compat
 from helpers.errors import TunebookError
+from helpers.model import layer_kinds
 
+_checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
 PIECE = 1 << 23  # numbers of one pinned block: torch rounds blocks up to powers of two, twice a long row's memory
 
 
 def decoder_layers(model: Any) -> Any:
     """The decoder layers of a causal LM or its PEFT wrapper. Raises TunebookError when there is no such list."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    parts = causal.get_decoder().modules()  # of the language model, where there is a vision part
+    parts = layer_kinds.decoder(causal).modules()  # of the language model, where there is a vision part
     lists = (part for part in parts if isinstance(part, torch.nn.ModuleList) and len(part))
     layers = next((part for part in lists if hasattr(part[0], "gradient_checkpointing")), None)
     if layers is None:
@@ -50,12 +54,6 @@ def set_recompute(model: Any, layers: int | str = 0, offload: bool = False, tile
         if mlp is not None and not any(hasattr(mlp, part) for part in ("experts", "gate", "router")):
             _tile(mlp, tile_mlp)
     return count
-
-
-def _checkpointed(run: Any, *args: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=True)
 
 
 def _offloaded(store: _HiddenStore) -> Any:
@@ -213,8 +211,6 @@ def _tile(mlp: Any, tokens: int) -> None:
     def forward(self: Any, x: Any, *more: Any) -> Any:
         if x.shape[1] <= tokens or more:  # Bloom's takes the residual, too
             return self._untiled_forward(x, *more)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._untiled_forward(piece) for piece in x.split(tokens, dim=1)], dim=1)
         return _TiledMlp.apply(self._untiled_forward, tokens, x, *(p for p in self.parameters() if p.requires_grad))
 
     mlp._untiled_forward = own

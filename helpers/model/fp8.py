@@ -20,7 +20,7 @@ import torch
 from helpers import compat, machine
 from helpers.errors import TunebookError
 from helpers.model import loading, weights
-from helpers.model.layer_kinds import linear_layers
+from helpers.model.layer_kinds import decoder, linear_layers
 
 E4M3, LARGEST, LEAST = torch.float8_e4m3fn, 448.0, 1e-30
 MULTIPLE = 16  # of both sizes of a matrix that FP8 products take
@@ -134,7 +134,7 @@ def load(source: Any, quantize: str, double_quant: bool = True, device: str = ""
 def layers(model: Any) -> tuple[dict[str, Any], list[str]]:
     """(name → module of the layers that FP8 takes, names of those that stay) of what "all-linear" adapts in a causal
     LM: embeddings, head, norms, routers and experts are no part of it. FP8 products take sizes of n · MULTIPLE."""
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in decoder(model).modules()}
     ends = tuple(f".{name}" for name in linear_layers(model))
     found = {n: m for n, m in model.named_modules() if id(m) in inside and f".{n}".endswith(ends)}
     fit = {n: type(m) is torch.nn.Linear and not any(s % MULTIPLE for s in m.weight.shape) for n, m in found.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ KINDS = ("full_attention", "sliding_attention", "attention", "moe", "mlp", "dens
 ROUTED = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k")
 SCANNED = 512  # tokens that a layer with a state is looked at with: more than its chunks have
 
+DROPS = ("moshi", "nemotron")  # of transformers 5.17, those whose attention does not get what a row brings along
 ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")
 
 
@@ -33,7 +36,10 @@ def unpackable(config: Any) -> str:
         return f"{len(states)} of {len(kinds)} layers of {text.model_type} ({states[0]}) carry a state along the row"
     if other := next((kind for kind in kinds if kind not in KINDS), ""):
         return f"{text.model_type} has layers of {other}, which packed attention does not compute"
-    if not model_class(config)._supports_attention_backend:
+    kind = model_class(config)
+    if kind._supports_attention_backend and not kind._supports_sdpa:
+        return f"{text.model_type} has attention of its own (sinks), which packed attention does not compute"
+    if not kind._supports_attention_backend or text.model_type in DROPS:
         return f"{text.model_type} takes no boundaries of documents"
     return ""
 
@@ -43,6 +49,12 @@ def model_class(config: Any) -> Any:
     return auto_class(config)._model_mapping[type(config)]
 
 
+def decoder(model: Any) -> Any:
+    """The part of a causal LM that has its layers; a few call their output head the decoder."""
+    found = model.get_decoder()
+    return model.base_model if found is model.get_output_embeddings() else found
+
+
 def head_dim(config: Any) -> int:
     """Size of one attention head of a transformers text config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -50,17 +62,21 @@ def head_dim(config: Any) -> int:
 
 def linear_layers(model: Any) -> list[str]:
     """What "all-linear" adapts, as the shortest names that say it: every linear layer of the language model but the
-    output head, routers, and what a Mamba layer's fused kernel reads past an adapter (all but its `in_proj`)."""
+    output head, routers, weights that several layers share (Zamba 2: two adapters of one could not be merged), and what
+    a Mamba layer's fused kernel reads past an adapter (all but its `in_proj`)."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head, modules = model.get_output_embeddings(), dict(model.get_decoder().named_modules())
+    head, modules = model.get_output_embeddings(), dict(decoder(model).named_modules())
+    weights = Counter(id(module.weight) for module in modules.values() if hasattr(module, "weight"))
     kept, others = [], set()
     for name, module in modules.items():
         parts, parent = name.split("."), modules.get(name.rpartition(".")[0])
         tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
         fused = hasattr(parent, "A_log") and hasattr(parent, "D") and parts[-1] != "in_proj"
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and not (fused or module is head or ROUTER.search(f".{name}")):
+        plain = isinstance(module, (torch.nn.Linear, Conv1D)) and weights[id(module.weight)] == 1
+        plain &= "Grouped" not in type(module).__name__  # DeepSeek V4's, whose product is another one
+        if plain and not (fused or module is head or ROUTER.search(f".{name}")):
             kept.append(tails)
         else:
             others.update(tails)
@@ -72,8 +88,10 @@ def expert_weights(model: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    layers = ((n, m) for n, m in model.get_decoder().named_modules() if not isinstance(m, convolutions))
-    yield from ((f"{n}.{p}", w) for n, m in layers for p, w in m.named_parameters(recurse=False) if w.dim() == 3)
+    layers = [(n, m) for n, m in decoder(model).named_modules() if not isinstance(m, convolutions)]
+    own = ((n, m) for n, m in layers if not hasattr(m, "A_log"))  # a Mamba layer's stacks are no experts
+    stacks = ((f"{n}.{p}", w) for n, m in own for p, w in m.named_parameters(recurse=False))
+    yield from ((name, w) for name, w in stacks if w.dim() == 3 and min(w.shape) > 1)
 
 
 def experts(model: Any) -> list[str]:
@@ -113,7 +131,7 @@ class Shape:
         kinds = (torch.nn.Linear, Conv1D)
         modules = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
         self.linears = [(name, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in modules]
-        inside, short = {id(m) for m in model.get_decoder().modules()}, tuple(f".{n}" for n in linear_layers(model))
+        inside, short = {id(m) for m in decoder(model).modules()}, tuple(f".{n}" for n in linear_layers(model))
         names = {name for name, module in modules if id(module) in inside and f".{name}".endswith(short)}
         self.adapted = [linear for linear in self.linears if linear[0] in names]
         tied = head is None or head.weight is embedding.weight
@@ -134,7 +152,7 @@ class Shape:
         self.intermediate = max([*(widths if isinstance(widths, list) else [widths]), *routed])
         if stacks:
             self.intermediate += round(self.routed * each * self.hidden * 2 / 3)
-        mixers = [m for m in model.get_decoder().modules() if any(type(c) is torch.nn.Conv1d for c in m.children())]
+        mixers = [m for m in decoder(model).modules() if any(type(c) is torch.nn.Conv1d for c in m.children())]
         self.recurrent = len(mixers)
         self.kept_bytes, self.scan_bytes = _scanned(mixers[0], self.hidden) if mixers else (0.0, 0.0)
 
@@ -185,9 +203,13 @@ def _scanned(mixer: Any, hidden: int) -> tuple[float, float]:
             largest = max([largest, *(s.nbytes() for s in stored if s._cdata not in own)])
             return made
 
-    given = torch.zeros(1, SCANNED, hidden, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    convolution, *rest = sorted(mixer.children(), key=lambda part: type(part) is not torch.nn.Conv1d)
+    width = hidden if any(isinstance(part, torch.nn.Linear) for part in rest) else convolution.in_channels
+    given = torch.zeros(1, SCANNED, width, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    others = {"position_ids": torch.zeros(1, SCANNED, device="meta"), "attention_mask": None, "past_key_values": None}
+    taken = {n: v for n, v in others.items() if n in inspect.signature(mixer.forward).parameters}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Largest(), torch.device("meta"):
-        mixer(given)
+        mixer(given, **taken)
     sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own]
     return sum(sizes) / SCANNED, largest / SCANNED
 

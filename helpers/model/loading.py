@@ -24,6 +24,9 @@ from helpers.model.weights import ADAPTER_REMEDY, check_adapter, reading
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 OTHERS = ["*/*", "consolidated*"]  # the same weights once more, in the form of another library
+# What transformers 5.17 itself does not compute, or not right.
+BROKEN = {"cpmant": "reads a prompt in both directions", "xlstm": "is computed by the xlstm package alone"}
+BROKEN |= {"recurrent_gemma": "carries its state from one batch into the next in transformers"}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # an endless model would be built for ever
 RANDOM = "these would be random numbers. Download it again, or choose a causal model with its output layer."
 NO_HEAD = re.compile(r"For(Sequence|Token|Image)Classification$|ForQuestionAnswering$|ForMultipleChoice$|Reward\w*$")
@@ -126,24 +129,21 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     def has(*kinds: type) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
-    mirror = "try again later, or set HF_ENDPOINT to a mirror."
+    mirror, login, cache = "try again later, or set HF_ENDPOINT to a mirror.", machine.login(), constants.HF_HUB_CACHE
     if code in (errno.ENOSPC, errno.EDQUOT):
-        folder = constants.HF_HUB_CACHE
-        return TunebookError(f"No space left on the disk for {what} in {folder}; free some, or set HF_HOME elsewhere.")
+        return TunebookError(f"No space left on the disk for {what} in {cache}; free some, or set HF_HOME elsewhere.")
     if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return TunebookError(f"{constants.HF_HUB_CACHE} cannot be written; set HF_HOME to a folder that can.")
+        return TunebookError(f"{cache} cannot be written; set HF_HOME to a folder that can.")
     if has(errors.GatedRepoError) or status == 403:
-        remedy = f"accept its terms on its page; for the token {machine.login()}."
-        return TunebookError(f"The hub does not let you read {what}: {remedy}")
+        told = f"accept its terms on its page; for the token {login}."
+        return TunebookError(f"The hub does not let you read {what}: {told}")
     if has(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
-        remedy = f"check the spelling; where it is private, {machine.login()}."
-        return TunebookError(f"The hub does not know {what}, or it is private; {remedy}")
+        told = f"check the spelling; where it is private, {login}."
+        return TunebookError(f"The hub does not know {what}, or it is private; {told}")
     if status == 401:
-        remedy = f"make another and {machine.login()}."
-        return TunebookError(f"The hub does not accept your token for {what} (HTTP 401); {remedy}")
+        return TunebookError(f"The hub does not accept your token for {what} (HTTP 401); make another and {login}.")
     if status == 429:
-        remedy = f"wait, or {machine.login()}."
-        return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); {remedy}")
+        return HubUnreachable(f"The hub gives {what} to nobody who asks so often (HTTP 429); wait, or {login}.")
     if status:
         return HubUnreachable(f"The hub failed on {what} (HTTP {status}); {mirror}")
     if has(errors.OfflineModeIsEnabled):
@@ -151,8 +151,8 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     if has(httpx.TimeoutException, TimeoutError):
         return HubUnreachable(f"The hub did not answer in time about {what}; {mirror}")
     if has(httpx.TransportError, ConnectionError, errors.LocalEntryNotFoundError):
-        remedy = "connect, set HF_ENDPOINT to a mirror, or name a local folder."
-        return HubUnreachable(f"No hub is reachable for {what}, which is not on this machine; {remedy}")
+        told = "connect, set HF_ENDPOINT to a mirror, or name a local folder."
+        return HubUnreachable(f"No hub is reachable for {what}, which is not on this machine; {told}")
     said = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return TunebookError(f"{what[0].upper()}{what[1:]} cannot be downloaded ({type(error).__name__}: {said}).")
 
@@ -201,7 +201,7 @@ def auto_class(config: Any) -> Any:
     both = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     both |= getattr(text, "use_bidirectional_attention", 0) is True or getattr(text, "attn_type", "") == "bi"
     why = "has an encoder beside its decoder" * bool(getattr(config, "is_encoder_decoder", False))
-    why = why or "reads a text in both directions" * both
+    why = why or "reads a text in both directions" * both or BROKEN.get(text.model_type, "")
     why = why or f"is a {made}, whose head predicts no next token" * bool(NO_HEAD.search(made))
     for found in () if why else (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in found._model_mapping:
@@ -312,12 +312,8 @@ def load_model(
     if quantizer(config):  # it stays as its file has it
         config.quantization_config["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
     elif quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=compute,
-        )
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+        options["quantization_config"] = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=compute)
     elif quantize != "none":
         raise TunebookError(f"quantize is {quantize!r}; it takes 'nf4' or 'none'.")
     if torch.cuda.is_available() and device != "cpu":
@@ -330,8 +326,7 @@ def load_model(
         model, found = auto_class(config).from_pretrained(
             path, config=config, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    ought = model.state_dict()
-    wrong = [f"lacks {n} {list(ought[n].shape) if n in ought else ''}".strip() for n in sorted(found["missing_keys"])]
+    wrong = [f"lacks {name}" for name in sorted(found["missing_keys"])]
     wrong += [f"has {n} as {list(was)} and not {list(wanted)}" for n, was, wanted in sorted(found["mismatched_keys"])]
     if wrong:
         raise TunebookError(f"The model in {path} {_names(wrong)}; {RANDOM}")
@@ -384,8 +379,8 @@ def load_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
         config = PeftConfig.from_pretrained(adapter)
         config.inference_mode, base = not trainable, config.base_model_name_or_path
         config.base_model_name_or_path = None  # PEFT would warn of another name, and puts the folder's in its place
-        with compat.targets_as_named(config):
-            wrapped = get_peft_model(model, config)
+        compat.adapters_as_named()
+        wrapped = get_peft_model(model, config)
         config.base_model_name_or_path = base
         found = wrapped.load_adapter(adapter, "default", is_trainable=trainable)
     if wrong := [*found.missing_keys, *found.unexpected_keys]:

@@ -124,8 +124,8 @@ def _skeleton(base: Path, model: Any, adapter: Path) -> Any:
         tensors = {k: v.float() for k, v in load_file(adapter / "adapter_model.safetensors").items()}
         lora = PeftConfig.from_pretrained(adapter)
         lora.base_model_name_or_path = None  # which base this is was checked; PEFT would warn of another name
-        with compat.targets_as_named(lora):
-            wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        compat.adapters_as_named()
+        wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
         # PEFT's own loader would move the tensors to the base's device, which here is meta.
         places = {_saved_name(name): name for name in wrapped.state_dict() if ".default" in name}
         found = {places.get(_saved_name(key), key): tensor for key, tensor in tensors.items()}

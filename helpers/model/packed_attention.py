@@ -49,6 +49,7 @@ UNPLAIN = {
     "attn_logit_softcapping": "soft-capped attention logits",
     "attention_chunk_size": "chunked attention",
     "use_bidirectional_attention": "bidirectional attention",
+    "index_topk": "sparse attention",
 }
 
 
@@ -173,14 +174,12 @@ def choose(capability: tuple[int, int] | None = None, config: Any = None, dtype:
     """
     text = config and config.get_text_config()
     unplain = [name for setting, name in UNPLAIN.items() if getattr(text, setting, None)]
-    if getattr(text, "model_type", "") == "gpt_oss":
-        unplain.append("attention sinks")
     if unplain:
         return Choice("eager", f"{text.model_type} has {unplain[0]}, which packed attention does not compute", False)
     register()
     if why := unpackable(config):
         kind = model_class(config)
-        name = SDPA if kind._supports_attention_backend else "sdpa" if kind._supports_sdpa else "eager"
+        name = "eager" if not kind._supports_sdpa else SDPA if kind._supports_attention_backend else "sdpa"
         return Choice(name, f"{why}; rows are padded", False)
     register()
     if capability is None:
@@ -260,12 +259,8 @@ def packed_varlen(module, query, key, value, attention_mask, dropout=0.0, scalin
     batch, heads, tokens, head = query.shape
     query, key, value = (t.transpose(1, 2).reshape(batch * tokens, t.shape[1], head) for t in (query, key, value))
     attend, named = _varlen()
-    options: dict[str, Any] = {"scale": scaling}
     left = -1 if not sliding_window else sliding_window - 1  # the token itself counts in transformers' window
-    if "window_size" in named:
-        options["window_size"] = (left, 0)
-    else:
-        options["is_causal"] = True
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
     if "enable_gqa" in named:  # 2.11 takes grouped heads without being told
         options["enable_gqa"] = heads != key.shape[1]
     if value.dtype != query.dtype:  # float32 rotary tables promote queries and keys
@@ -337,7 +332,7 @@ def repeat_heads(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=1)
 def _varlen() -> Any:
-    """PyTorch's function and the names it takes: `window_size` from 2.11, `enable_gqa` from 2.12."""
+    """PyTorch's function and the names it takes: `enable_gqa` from 2.12."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,16 +187,6 @@ class Weights:
                 stem = name.removesuffix(".weight") if part in ("SCB", "weight_format") else name
                 found[part] = file.get_tensor(f"{stem}.{part}")
         return found
-
-
-def weight_reader(base: Path) -> Callable[[str], Any]:
-    """Layer name -> its weight, read from the folder's safetensors when it is asked for."""
-    weights = Weights(base)
-
-    def weight_of(layer: str) -> Any:
-        return weights.read(f"{layer}.weight")
-
-    return weight_of
 
 
 def count_weights(base: Path) -> tuple[int, int]:

@@ -215,8 +215,8 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
     )
     torch.manual_seed(params.seed)  # the adapter's first noise is part of the run
     try:
-        with compat.targets_as_named(adapter):
-            wrapped = get_peft_model(model, adapter)
+        compat.adapters_as_named()
+        wrapped = get_peft_model(model, adapter)
     except ValueError as error:
         said = f"PEFT cannot adapt {modules} of this model ({str(error).splitlines()[0][:200]}); change target_modules."
         if "ParamWrapper" in str(error):
@@ -231,7 +231,7 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
 
 def _outside_language(model: Any) -> str:
     """A pattern of the modules outside the language model (a vision part): they get no adapter."""
-    inside = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
+    inside = {id(module) for module in (*layer_kinds.decoder(model).modules(), model.get_output_embeddings())}
     held = {id(m) for m in model.modules() if any(id(part) in inside for part in m.modules())}
     return "|".join(f"{re.escape(n)}(\\..*)?" for n, m in model.named_modules() if id(m) not in held)
 
@@ -252,11 +252,11 @@ def _loftq(model: Any, folder: Path) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    weight_of = weights.weight_reader(folder)
+    held = weights.Weights(folder)
     for name, layer in compat.lora_linears(model):
         weight = layer.get_base_layer().weight
         if hasattr(weight, "quant_state"):
-            exact = weight_of(name).to(weight.device, torch.float32)
+            exact = held.read(f"{name}.weight").to(weight.device, torch.float32)
             lost = exact - dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).float().view(exact.shape)
             rank = layer.r["default"]
             u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=8)

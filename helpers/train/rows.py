@@ -1,17 +1,5 @@
 """Training examples as rows, and rows as batches.
 
-    documents      a0 a1 a2    b0 b1    c0 c1 c2 c3         three examples in one row of nine tokens
-
-    input_ids      a0 a1 a2 b0 b1 c0 c1 c2 c3               mask: rows ask, columns are seen
-    position_ids    0  1  2  0  1  0  1  2  3                   a a a b b c c c c
-    labels          - a1 a2  - b1  - c1 c2 c3               a   x
-    cu_seq_lens     0        3     5           9            a   x x
-                                                            a   x x x
-    Positions begin anew in every document, nobody          b         x
-    sees another document, and the first token of           b         x x
-    each is not predicted (- is the label -100, as          c             x
-    are prompts).                                               and so on
-
 `helpers.planner.row_plan` decides which examples share a row, `helpers.model.packed_attention` lays the row out and
 keeps its documents apart, or holds what all of them begin with only once.
 """

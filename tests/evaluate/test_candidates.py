@@ -117,6 +117,26 @@ def test_fast_answers_equal_transformers_token_for_token(tiny, systems):
     assert fast == plain and len({a.text for a in fast}) > 5
 
 
+@pytest.mark.parametrize(("family", "way"), [("RWKV", "padded batches"), ("MiniMax", "padded batches"), ("Mamba", "")])
+def test_a_model_that_takes_no_padding_answers_as_its_plain_forward_passes(family, way, tokenizer, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ci.model_families import config_of
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family, vocab_size=len(tokenizer))).float()
+    slow, prompts = generate.HfModel(model, tokenizer), [list(range(40 + i, 70 + 9 * i)) for i in range(3)]
+    found = [answer.text for answer in slow.generate(prompts, Decoding(6))]
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6 and ids[-1] not in slow.stops:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    assert ("Decoding in padded batches gives other logits" in capsys.readouterr().out) == bool(way)
+
+
 def test_steps_of_fixed_sizes_as_a_cuda_graph_needs_them_give_the_same_answers(tiny, monkeypatch):
     prompts = [tiny.encode(c) for c in conversations(21, 3)]
     known, drawn = tiny.generate(prompts, Decoding(24)), tiny.generate(prompts, Decoding(12, 1.0, 3))

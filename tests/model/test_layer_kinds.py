@@ -12,11 +12,14 @@ from helpers.model import fp8, packed_attention
 from helpers.train.rows import RowCollator, check_boundaries
 
 PADDED = {
-    "linear_attention": ("Qwen3-Next", "Qwen3.5 text", "Granite 4 hybrid", "Nemotron-H", "Bamba", "Jamba", "Mamba 2"),
+    "linear_attention": (
+        *("Qwen3-Next", "Qwen3.5 text", "Granite 4 hybrid", "Nemotron-H", "Bamba", "Jamba", "Mamba 2", "Mamba"),
+        *("Falcon Mamba", "MiniMax", "OLMo hybrid", "Qwen3.5 MoE text", "Zamba 2"),
+    ),
     "conv": ("LFM2", "LFM2 MoE"),
     "hybrid": ("Falcon-H1",),
-    "no boundaries": ("Bloom", "StableLM", "Falcon", "MPT"),
-    "attention": ("Gemma 2", "gpt-oss", "Llama 4 text"),
+    "no boundaries": ("Bloom", "StableLM", "Falcon", "MPT", "BioGPT", "GPT-J", "Nemotron", "RWKV", "XGLM"),
+    "attention": ("Gemma 2", "gpt-oss", "Llama 4 text", "VaultGemma", "Granite with sinks", "DeepSeek-V3.2"),
 }
 WINDOWED = ("Mistral", "Ministral", "Qwen2", "StarCoder 2", "Cohere 2", "Gemma 3", "OLMo 3", "EXAONE 4", "Phi-3")
 STATES = [family for kind in ("linear_attention", "conv", "hybrid") for family in PADDED[kind]] + ["Kimi-Linear"]

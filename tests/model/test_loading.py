@@ -178,6 +178,13 @@ def test_fp32_becomes_bf16_only_where_nobody_asked_for_it_and_aloud(tiny_llama, 
     assert loading.load_model(tiny_llama, dtype="fp32").dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["recurrent_gemma", "xlstm", "cpmant"])
+def test_what_transformers_computes_wrong_is_refused_before_any_weight_is_read(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(TunebookError, match=f"The model of type {kind} "):
+        loading.load_config(tmp_path)
+
+
 def test_padding_is_never_an_ordinary_word():
     """A tokenizer whose padding, end and unknown token are one, and that knows the word "reserved"."""
     from tokenizers import Tokenizer, models

@@ -20,8 +20,13 @@ HELD = {  # what is adapted in the second layer and the first, besides attention
     "Jamba": ("0.feed_forward.up_proj", "0.mamba.in_proj", "1.feed_forward.experts"),
     "Gemma 3n text": ("0.mlp.gate_proj", "1.altup.modality_router", "1.laurel.linear_left"),
     "GPT-2": ("0.attn.c_attn", "1.mlp.c_proj"),
+    "Laguna": ("0.mlp.up_proj", "1.mlp.shared_experts.up_proj", "1.mlp.experts"),
+    "ModernBERT decoder": ("0.attn.q_proj", "1.mlp.Wi"),
+    "RWKV": ("0.attention.key", "1.feed_forward.receptance"),
+    "Zamba 2": ("0.mamba.in_proj", "1.linear", "3.mamba_decoder.mamba.in_proj"),
 }
 NEVER = ("mlp.gate", "shared_expert_gate", "feed_forward.router", "mamba.out_proj", "mamba.x_proj", "lm_head")
+NEVER += ("shared_transformer.self_attn.q_proj", "1.attention")  # shared by two layers; no stack of experts
 
 
 def model_of(family):

@@ -284,7 +284,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "Mamba": ("mamba", {"state_size": 8, "intermediate_size": 128}),
-    "MiniCPM3": ("minicpm3", {**LATENT, "num_key_value_heads": 4, "dim_model_base": 16}),
     "MiniMax": (
         "minimax",
         {**HEAD, **FEW, "num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]},
@@ -294,7 +293,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo": ("olmo", {"clip_qkv": 8.0}),
     "OLMo hybrid": ("olmo_hybrid", {**LINEAR, "linear_num_key_heads": 4}),
     "Persimmon": ("persimmon", {"partial_rotary_factor": 0.5}),
-    "Phi-2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    "Phi-2": ("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 256}),
     "Phi-3.5 MoE": ("phimoe", {"num_local_experts": 4, **FEW, "lm_head_bias": True}),
     "Qwen3.5 MoE text": (
         "qwen3_5_moe_text",

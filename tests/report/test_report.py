@@ -432,6 +432,14 @@ def test_the_model_cards_numbers_are_the_reports(root):
     assert str(root) not in text
 
 
+def test_page_and_card_say_what_an_importance_matrix_covers(changed):
+    told = "imatrix weighs 4 of 7 matrices, not blk.0.ffn_gate_exps.weight, blk.0.ffn_up_exps.weight and 1 more"
+    samples.seal(changed / "04_gguf_export", lambda data: data["metrics"].update(imatrix=told))
+    samples.seal(changed / "05_evaluation")
+    card, page = model_card.render(facts.gather("atlas"), "gguf"), text_of(report.build("atlas"))
+    assert f"The {told}." in card.replace("\\", "") and f"The {told}." in page
+
+
 def test_page_and_card_say_what_merging_cost(changed):
     one = {"tokens": 900, "top1": 0.9, "task_score": 0.5, "task_count": 24, "chosen": False}
     merges = [{**one, "onto": "trained"}, {**one, "onto": "nf4", "mean_kl": 0.001, "chosen": True}]

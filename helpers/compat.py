@@ -229,9 +229,8 @@ def adapters_off_meta(apart: bool) -> Iterator[None]:
 
 
 def adapters_as_named() -> None:
-    """Let PEFT take the targets of a LoRA config that names parameters (experts), and the tensors of an adapter that
-    have a place by their names, as they are. It renames those of adapters made with transformers 4, where dense MLPs
-    beside the experts bore the same names: it would drop them, adapt the router, or rename a second time (Laguna)."""
+    """Let PEFT take a LoRA config that names parameters (experts), and tensors that have a place by name, as they are.
+    It renames what transformers 4 named: it would drop dense MLPs, adapt the router, or rename twice (Laguna)."""
     from peft.utils import transformers_weight_conversion as conversion
 
     own, renamed = (

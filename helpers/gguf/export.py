@@ -91,8 +91,7 @@ class ExportJob(steps.Job):
     @property
     def best(self) -> Path:
         """The recommended file, or the first where none passes its gates."""
-        done = self.stage.done
-        found = done.metrics["recommended"] if done else fidelity.recommend(self.results)
+        found = self.stage.done.metrics["recommended"] if self.stage.done else fidelity.recommend(self.results)
         return self.file(found["type"] or self.kinds[0])
 
     def file(self, kind: str) -> Path:
@@ -112,10 +111,7 @@ class ExportJob(steps.Job):
             ("base", f"{source.base.name} ({source.base.revision})"),
             ("trained by", source.trained_by),
             ("adapter", source.adapter or "none"),
-            (
-                "merged onto",
-                " or ".join(map(onto.__getitem__, source.onto)) + ", by measurement" * (len(source.onto) > 1),
-            ),
+            ("merged onto", " or ".join(onto[o] for o in source.onto) + ", by measurement" * (len(source.onto) > 1)),
             ("files", ", ".join(self.kinds)),
             ("kept", ", ".join(self.outputs)),
         ]

@@ -87,11 +87,11 @@ def expert_weights(model: Any) -> Iterator[tuple[str, Any]]:
     """(name in the decoder, parameter) of the matrices of a mixture's experts, one stack of them for each."""
     import torch
 
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    layers = [(n, m) for n, m in decoder(model).named_modules() if not isinstance(m, convolutions)]
-    own = ((n, m) for n, m in layers if not hasattr(m, "A_log"))  # a Mamba layer's stacks are no experts
-    stacks = ((f"{n}.{p}", w) for n, m in own for p, w in m.named_parameters(recurse=False))
-    yield from ((name, w) for name, w in stacks if w.dim() == 3 and min(w.shape) > 1)
+    others = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in decoder(model).named_modules():
+        if not isinstance(module, others) and not hasattr(module, "A_log"):  # a Mamba layer's stacks are no experts
+            own = module.named_parameters(recurse=False)
+            yield from ((f"{name}.{n}", w) for n, w in own if w.dim() == 3 and min(w.shape) > 1)
 
 
 def experts(model: Any) -> list[str]:

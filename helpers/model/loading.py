@@ -135,8 +135,9 @@ def hub_error(error: BaseException, what: str) -> TunebookError:
     if code in (errno.EACCES, errno.EROFS, errno.EPERM):
         return TunebookError(f"{cache} cannot be written; set HF_HOME to a folder that can.")
     if has(errors.GatedRepoError) or status == 403:
-        told = f"accept its terms on its page; for the token {login}."
-        return TunebookError(f"The hub does not let you read {what}: {told}")
+        return TunebookError(
+            f"The hub does not let you read {what}: accept its terms on its page; for a token {login}."
+        )
     if has(errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError):
         told = f"check the spelling; where it is private, {login}."
         return TunebookError(f"The hub does not know {what}, or it is private; {told}")

@@ -125,11 +125,11 @@ def _tokenizer(gguf: Path) -> Any:
     backend.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    special: dict[str, Any] = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     special |= dict.fromkeys(("unk_token", "pad_token"), "<|endoftext|>")
-    settings = {"model_max_length": 8192, "clean_up_tokenization_spaces": False}
-    settings["chat_template"] = fields["tokenizer.chat_template"].contents()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **settings)
+    special |= {"model_max_length": 8192, "clean_up_tokenization_spaces": False}
+    template = fields["tokenizer.chat_template"].contents()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,6 @@ def choose(capability: tuple[int, int] | None = None, config: Any = None, dtype:
         kind = model_class(config)
         name = "eager" if not kind._supports_sdpa else SDPA if kind._supports_attention_backend else "sdpa"
         return Choice(name, f"{why}; rows are padded", False)
-    register()
     if capability is None:
         return Choice(SDPA, "no GPU: one exact attention call per document", True)
     said = f"compute capability {capability[0]}.{capability[1]}"

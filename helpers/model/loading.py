@@ -339,7 +339,7 @@ def check_shapes(held: weights.Weights, config: Any) -> None:
     for one that the model needs and the files do not have; from the files' headers alone."""
     import torch
 
-    with torch.device("meta"):
+    with torch.device("meta"), reading("The model", held.base, "this transformers cannot build what config.json says."):
         model = auto_class(config).from_config(config, trust_remote_code=False)
     known, conversion = model.state_dict(), compat.Conversion(model, held.entries)
     for name, key in conversion.target.items():

@@ -11,7 +11,7 @@ from huggingface_hub import errors
 
 from helpers import machine
 from helpers.errors import TunebookError
-from helpers.model import loading, offline
+from helpers.model import loading, offline, weights
 
 # ---------------------------------------------------------------- the hub
 
@@ -183,6 +183,16 @@ def test_what_transformers_computes_wrong_is_refused_before_any_weight_is_read(t
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(TunebookError, match=f"The model of type {kind} "):
         loading.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", [{"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, {"hidden_act": "spiral"}])
+def test_a_config_that_cannot_be_built_is_one_message_before_any_weight_is_read(narrow_llama, tmp_path, spoilt):
+    base = shutil.copytree(narrow_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (base / "config.json").write_text(json.dumps(config | spoilt))
+    with pytest.raises(TunebookError, match=r"The model in .*base cannot be loaded \('?spiral'?\); this transformers"):
+        loading.check_shapes(weights.Weights(base), loading.load_config(base))
 
 
 def test_padding_is_never_an_ordinary_word():

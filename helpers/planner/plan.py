@@ -115,9 +115,8 @@ class Plan(display.Shown):
         of_setting = ("row_tokens", "recompute", "offload", "tile_mlp", "quantize", "graphs")
         found = {name: getattr(self, name) for name in of_plan} | {"card": self.card.name, "probed": self.measured}
         found |= {name: getattr(self.setting, name) for name in of_setting} | {"reason": " ".join(self.reasons)}
-        found["learning_rate"] = self.learning_rate
         costs = {"peak_gib": round(self.peak_gib, 3), "tokens_per_s": round(self.tokens_per_s, 1)}
-        return found | costs | {"seconds": [round(s, 1) for s in self.seconds]}
+        return found | costs | {"seconds": [round(s, 1) for s in self.seconds], "learning_rate": self.learning_rate}
 
     def _row(self, option: Option) -> tuple[str, ...]:
         speed = option.tokens_per_s / self.time_scale
@@ -253,8 +252,7 @@ class Search:
     room: float = 1.0  # of the memory that an option may need
 
     def with_params(self, **change: Any) -> Search:
-        params = replace(self.params, **change)
-        return replace(self, params=params, base=replace(self.base, params=params))
+        return replace(self, params=(p := replace(self.params, **change)), base=replace(self.base, params=p))
 
     def shared(self) -> Search | None:
         """With a 4-bit base sharded over the GPUs, which would be whole in each; None where there is none such."""
@@ -267,17 +265,20 @@ class Search:
             method = "lora" if p.init == "pissa" else "qlora"
             return self.with_params(method=method), f"Method auto: {method}, which init {p.init!r} needs."
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
-        options = [o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload]
-        big = sixteen.best(options)
+        big = sixteen.best(o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload)
         card, bits = f"{display.percent(ROOM, 0)} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
         if big is None:
             least = min(o.need_gib for o in sixteen.options())
             why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four
         else:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
-            small = four.weigh(replace(big.setting, params=four.params), four.layout(big.setting.row_tokens))
-            why += f" (QLoRA: {small.need_gib:.1f} GiB, {big.tokens_per_s / small.tokens_per_s:.1f} times as long)"
+            eight = self.with_params(method="lora", quantize="fp8")._beside(big)
+            why += f" (QLoRA: {four._beside(big)})" + learning_rate.eight_bits(p, self.base.backend, self.card, eight)
         return one, f"Method auto: {why}. {learning_rate.four_bits(self.shape.parameters)}"
+
+    def _beside(self, option: Option) -> str:
+        o = self.weigh(replace(option.setting, params=self.params), self.layout(option.setting.row_tokens))
+        return f"{o.need_gib:.1f} GiB, {option.tokens_per_s / o.tokens_per_s:.1f} times as long"
 
     def best(self, options: Iterable[Option]) -> Option | None:
         """Of the fastest options that fit the one with the lowest peak."""
@@ -348,8 +349,7 @@ class Search:
         return Option(s, rows, peak, need, step_tokens / seconds, fits, spread, offloaded)
 
     def alternatives(self, options: list[Option], best: Option) -> tuple[Option, ...]:
-        """What a person would ask about: the fastest per grade of activation checkpointing, the base in the other
-        precision."""
+        """What a person would ask about: the fastest per grade of activation checkpointing, the other base."""
         chosen: dict[Any, Option] = {}
         for option in sorted(options, key=lambda o: (o.fits, o.tokens_per_s, -o.setting.row_tokens)):
             chosen[option.setting.recompute, option.setting.offload, option.setting.tile_mlp] = option

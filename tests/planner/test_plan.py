@@ -315,6 +315,15 @@ def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
     ("card", "size", "given", "method", "said"),
     [
         ("H100", "8b", {}, "lora", r"lora, on the 16-bit base: it needs [\d.]+ GiB, under 85 % of 79.1 GiB \(QLoRA: "),
+        (
+            "H100",
+            "8b",
+            {"batch_size": 256},
+            "lora",
+            r"times as long\); quantize 'fp8': [\d.]+ GiB, 0\.[5-9] times as long, and held-out loss 2",
+        ),
+        ("A100-80", "8b", {}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),
+        ("H100", "8b", {"quantize": "none"}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),
         ("T4", "8b", {}, "qlora", r"qlora, on a 4-bit base: LoRA on 16 bits needs 1[5-9].* over 85 % of 14.6 GiB"),
         ("T4", "1.7b", {}, "lora", "not measured at this size"),
         ("T4", "360m", {"method": "qlora"}, "qlora", ""),

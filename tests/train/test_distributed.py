@@ -14,8 +14,9 @@ import train_data
 
 from helpers import machine, runs
 from helpers import params as parameters
+from helpers.errors import TunebookError
 from helpers.model import weights
-from helpers.train import distributed, training
+from helpers.train import config, distributed, training
 
 SMALL = {
     "epochs": 1.0,
@@ -101,6 +102,16 @@ def test_two_processes_give_the_losses_of_one_and_their_checkpoint_resumes_in_on
     resumed = losses(folder)
     for step in (3, 4):
         assert resumed[step] == pytest.approx(one[step], rel=1e-3)
+
+
+def test_a_base_in_fp8_is_whole_in_each_of_two_processes(runs_root, narrow_llama, tokenizer, two_cores, monkeypatch):
+    monkeypatch.setenv(config.EMULATED, "1")
+    given = {"method": "lora", "quantize": "fp8", "max_steps": 2}
+    one, folder = (trained(runs_root, narrow_llama, tokenizer, f"of{n}", n, **given) for n in (1, 2))
+    assert losses(folder) == pytest.approx(losses(one), rel=3e-3)
+    with pytest.raises(TunebookError, match="each GPU holds all of it, against shard_weights"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        config.check(parameters.resolve("sft", {**given, "shard_weights": True}), (9, 0))
 
 
 def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoints_move_both_ways(

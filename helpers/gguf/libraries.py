@@ -49,9 +49,11 @@ def converter() -> Path:
 
 
 def for_running() -> Path:
-    """The library inside `xllamacpp`."""
-    from xllamacpp import xllamacpp
-
+    """The library inside `xllamacpp`. Raises TunebookError where that is not installed."""
+    try:
+        from xllamacpp import xllamacpp
+    except ImportError as error:
+        raise TunebookError(f"xllamacpp, which runs GGUF, is missing ({error}); pip install xllamacpp.") from None
     return Path(xllamacpp.__file__)
 
 

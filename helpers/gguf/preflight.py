@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
         joined = Path(temporary) / "model"
         joined.mkdir()
         try:
-            tokenizer = loading.load_tokenizer(folder)
+            tokenizer, llama_cpp = loading.load_tokenizer(folder), libraries.for_running()
             more = loading.grown(tokenizer, base)
             wanted = max(rows, len(tokenizer)) if more else rows
             merging.write_settings(base, joined, tokenizer, rows=wanted)
@@ -114,7 +113,7 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
             shapes = [(name, list(held.shape(name))) for name in sorted(held.entries)]
             files = map(Path(convert.__file__).with_name, ("convert.py", "converter_process.py"))
             runs_in = [file.read_text() for file in files]
-            made_of = cache.content_hash(joined), version("xllamacpp"), libraries.CONVERTER, probes.TEXTS
+            made_of = cache.content_hash(joined), llama_cpp.stat().st_mtime_ns, libraries.CONVERTER, probes.TEXTS
             key = cache.key(*made_of, shapes, runs_in)
             seen = cache.Answers("preflight", key)
             if kept := seen.get("checks"):

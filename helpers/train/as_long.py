@@ -54,7 +54,6 @@ class Tell(TrainerCallback):
         self.job, self.event, self.told = job, event, 0
 
     def on_log(self, args, state, control, **kwargs):
-        lines = self.job.lines()
-        for line in lines[self.told :]:
+        for line in self.job.lines()[self.told :]:
             self.event(line)
-        self.told = len(lines)
+            self.told += 1

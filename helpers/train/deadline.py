@@ -57,13 +57,12 @@ def steps_that_fit(
 
 def first_estimate(job: Any) -> tuple[int, float]:
     """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
-    limit, plan, held_out = job.deadline, job.planned, job.held_out
-    left_s = limit.seconds - limit.elapsed
-    step_s = STEP * plan.tokens / plan.steps / plan.tokens_per_s
-    pause_s = SAVE_S + (FORWARD * sum(examples.lengths_of(held_out)) / plan.tokens_per_s if held_out is not None else 0)
-    marks = len(limit.score.ahead()) if limit.score else 0
-    pause_s += task_score.SHARE * limit.seconds / (marks + 1) if limit.score else 0
-    total = steps_that_fit(left_s - marks * pause_s, step_s, pause_s, limit.timetable, 0, plan.steps)
+    limit, plan = job.deadline, job.planned
+    left_s, step_s = limit.seconds - limit.elapsed, STEP * plan.tokens / plan.steps / plan.tokens_per_s
+    held_out = sum(examples.lengths_of(job.held_out)) if job.held_out is not None else 0
+    pause_s = SAVE_S + FORWARD * held_out / plan.tokens_per_s
+    left_s -= limit.score.reserve(pause_s) if limit.score else 0.0
+    total = steps_that_fit(left_s, step_s, pause_s, limit.timetable, 0, plan.steps)
     return (max(total, min(2, plan.steps)) if left_s > 0 else total), pause_s  # the second one can still be taken back
 
 
@@ -108,6 +107,7 @@ class Deadline(TrainerCallback, ExportableState):
             for name, value in state.stateful_callbacks["Deadline"]["attributes"].items():
                 setattr(self, name, value)
         self.whole, state.max_steps, self.last = state.max_steps, self.total, self.elapsed
+        self.scored = self.score.spent if self.score else 0.0  # of a resumed run, or on what it begins with
 
         def in_time(rate: Callable[[float], float]) -> Callable[[int], float]:
             return lambda step: rate(self.done(step) * self.whole)
@@ -139,8 +139,7 @@ class Deadline(TrainerCallback, ExportableState):
         # The machine as it is now; a process's first step prepares kernels and memory.
         step_s = statistics.mean(self.plain[max(1, len(self.plain) // 2) :] or self.plain or self.paused)
         pause_s = max(0.0, statistics.mean(self.paused) - step_s) if self.paused else self.pause_s
-        marks = len(self.score.ahead()) if self.score else 0
-        left_s = self.seconds - now - marks * pause_s - (self.score.reserve(marks) if self.score else 0.0)
+        left_s = self.seconds - now - (self.score.reserve(pause_s) if self.score else 0.0)
         return steps_that_fit(left_s, step_s, pause_s, self.timetable, step, self.whole)
 
 
@@ -230,7 +229,8 @@ def _lighter(job: Any, plan: Plan) -> Plan:
     peak = cost_model.peak_gib(shape, replace(setting, accumulates=plan.accumulation > 1))
     offloaded = cost_model.offloaded_gib(shape, setting)
     option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
-    why = f"The probing row did not fit with activation checkpointing of {plan.option.recompute_text}: "
-    why += f"now {option.recompute_text}."
+    why = (
+        f"The probing row did not fit with checkpointing of {plan.option.recompute_text}: now {option.recompute_text}."
+    )
     say(why)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

@@ -87,8 +87,8 @@ class TaskScore(TrainerCallback, ExportableState):
         return [mark for mark in marks if self.passed < mark < NEAR_END * self.time]
 
     def state(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("found", "spent", "passed", "accepted", "lowest", "stale")}
-        return {"args": {}, "attributes": {**kept, "before": self.elapsed}}
+        names = ("found", "spent", "passed", "accepted", "lowest", "stale")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names} | {"before": self.elapsed}}
 
     def restore(self, state: Any) -> None:
         for name, value in state.stateful_callbacks.get("TaskScore", {}).get("attributes", {}).items():
@@ -124,9 +124,10 @@ class TaskScore(TrainerCallback, ExportableState):
         asked = [one["seconds"] / one["n"] for one in self.found if one["n"]]
         return asked[-1] if asked else max(0.02, 2 * self.limit / self.job.planned.tokens_per_s)
 
-    def reserve(self, left: int) -> float:
-        """Seconds that `left` more times and the end will take."""
-        return (left + 1) * self.affordable(left) * self.each
+    def reserve(self, pause_s: float) -> float:
+        """Seconds that what is to come will take, the end with it: questions, and evaluations for their sake alone."""
+        left = len(self.ahead())
+        return left * pause_s + max((left + 1) * self.affordable(left), self.affordable(0)) * self.each
 
     def ask(self, step: int, loss: float, last: bool = False) -> dict[str, float]:
         """What an evaluation adds to its figures: eval_score where there is time for it, and eval_kept, the step when

@@ -11,7 +11,7 @@ import train_data
 
 from helpers import runs
 from helpers.errors import Stopped
-from helpers.train import config, deadline, resume, training
+from helpers.train import config, deadline, resume, task_score, training
 
 SMALL = {
     "batch_size": 4,
@@ -68,13 +68,22 @@ class Clock:
         return self.now
 
 
-def play(guess, step_s, pause_s=4.0, whole=1000, score=None, costs=(), **given):
+def play(guess, step_s, pause_s=4.0, whole=1000, question_s=0.0, asked_first=False, **given):
     """(seconds that a run takes, rates of its linear schedule, totals that it decided) on a machine whose steps take
-    `step_s(time)` and whose evaluations `pause_s`; the first estimates were `guess` and 2 seconds."""
+    `step_s(time)` and whose evaluations `pause_s`; the first estimates were `guess` and 2 seconds. question_s: how long
+    each of the task's 32 held-out questions takes."""
     params = train_data.settings("sft", max_minutes=4.0, **given)
     clock = Clock()
     limit = deadline.Deadline(params, clock)
-    limit.score = score
+    planned, trainer = SimpleNamespace(tokens_per_s=1e4), SimpleNamespace(state=None)
+    job = SimpleNamespace(params=params, deadline=limit, planned=planned, trainer=trainer, adapter=None)
+    score = task_score.TaskScore(job, [None] * 32, [[0]] * 32, {}, 64)
+
+    def answer(step, count):
+        clock.now += count * question_s
+        return {"step": step, "score": 0.5, "n": count, "seconds": count * question_s, "values": [1.0, 0.0] * count}
+
+    score._asked, limit.score = answer, score if question_s else None
     limit.total, limit.pause_s = deadline.steps_that_fit(240.0, guess, 2.0, limit.timetable, 0, whole), 2.0
     course = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / whole])
     times = config.timetable(params, limit.total)
@@ -82,6 +91,9 @@ def play(guess, step_s, pause_s=4.0, whole=1000, score=None, costs=(), **given):
         global_step=0, max_steps=whole, save_steps=times["save_steps"], eval_steps=times["eval_steps"]
     )
     control = SimpleNamespace(should_evaluate=False, should_save=False, should_training_stop=False)
+    trainer.state, args = state, SimpleNamespace(eval_strategy="steps", load_best_model_at_end=True)
+    if asked_first:
+        score.ask(0, 1.0)
     limit.on_train_begin(None, state, control, lr_scheduler=course)
     rates, totals = [course.lr_lambdas[0](0)], [state.max_steps]
     while not control.should_training_stop:
@@ -89,14 +101,14 @@ def play(guess, step_s, pause_s=4.0, whole=1000, score=None, costs=(), **given):
         state.global_step += 1
         control.should_training_stop = state.global_step >= state.max_steps
         control.should_evaluate = control.should_training_stop or state.global_step % state.eval_steps == 0
-        limit.on_step_end(None, state, control)
+        if question_s:
+            score.on_step_end(args, state, control)
+        limit.on_step_end(args, state, control)
         rates.append(course.lr_lambdas[0](state.global_step))
         totals.append(state.max_steps)
         clock.now += pause_s * control.should_evaluate
-        if score and control.should_evaluate:
-            seconds = costs.pop(0) if costs else 0.0
-            score.spent += seconds
-            clock.now += seconds
+        if question_s and control.should_evaluate:
+            score.ask(state.global_step, 1.0, control.should_training_stop)
     return clock.now, rates, totals
 
 
@@ -121,10 +133,17 @@ def test_a_run_ends_when_its_time_is_over_whatever_the_first_estimate_was(guess,
     assert max(falls) <= 4 / min(totals), "no jump"
 
 
-def test_what_the_first_score_cost_is_not_kept_free_for_a_last_one_that_there_is_no_budget_for():
-    score = SimpleNamespace(spent=0.0, ahead=lambda: [], reserve=lambda left: 0.0)
-    took, *_ = play(1.0, lambda time: 1.5, score=score, costs=[45.0], eval_steps=30)
-    assert took == pytest.approx(240.0, rel=0.03)
+@pytest.mark.parametrize("question_s", [0.05, 0.3, 0.7, 3.0])
+@pytest.mark.parametrize("busy_after_s", [0, 100, 240])
+def test_questions_on_the_way_shorten_a_run_by_what_they_take_alone(question_s, busy_after_s):
+    """Once their share of the time is spent, the end has none, and no time is kept for them."""
+    took, *_ = play(1.0, lambda time: 1.5 if time < busy_after_s else 2.5, 1.5, question_s=question_s)
+    assert took == pytest.approx(240.0, rel=0.06)
+
+
+def test_what_was_asked_before_the_first_step_is_no_part_of_it():
+    _, _, totals = play(1.0, lambda time: 20.0, 0.0, question_s=0.1, asked_first=True)
+    assert totals[1] in (10, 11, 12), "a step takes 20 seconds of 240 from the first on"
 
 
 def test_a_run_with_time_to_spare_makes_every_step_of_its_epochs_and_no_more():

@@ -229,8 +229,6 @@ def _lighter(job: Any, plan: Plan) -> Plan:
     peak = cost_model.peak_gib(shape, replace(setting, accumulates=plan.accumulation > 1))
     offloaded = cost_model.offloaded_gib(shape, setting)
     option = replace(plan.option, setting=setting, peak_gib=peak, offloaded_gib=offloaded)
-    why = (
-        f"The probing row did not fit with checkpointing of {plan.option.recompute_text}: now {option.recompute_text}."
-    )
+    why = f"A probing row did not fit with checkpointing of {plan.option.recompute_text}: now {option.recompute_text}."
     say(why)
     return replace(plan, option=option, reasons=(*plan.reasons, why))

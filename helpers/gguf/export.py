@@ -163,8 +163,7 @@ class ExportJob(steps.Job):
     def prove(self) -> display.Html:
         """Every file compared with the merged model, in fidelity.json and as a table; raises when a gate fails."""
         self.convert()
-        started = time.monotonic()
-        rows = self._held_out()
+        started, rows = time.monotonic(), self._held_out()
         asked = self._questions(max(self.params.fidelity_answers, 4))
         tokenizer = loading.load_tokenizer(self.merged)
         self.chat = Chat(chat_template.inspect(tokenizer)) if tokenizer.chat_template else None
@@ -187,12 +186,9 @@ class ExportJob(steps.Job):
         for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):
             result.bytes, result.bits_per_weight = file.bytes, file.bits_per_weight
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)
-        found = {
-            "text": self.text,
-            "merges": [asdict(m) for m in self.merges],
-            "budgets": {r.type: fidelity.budget(r) for r in self.results},
-            "files": [r.as_dict() for r in self.results],
-        }
+        found: dict[str, Any] = {"text": self.text, "merges": [asdict(m) for m in self.merges]}
+        found["budgets"] = {r.type: fidelity.budget(r) for r in self.results}
+        found["files"] = [r.as_dict() for r in self.results]
         runs.write_json(self.stage.path / "fidelity.json", found)
         if self.params.fidelity_gates:
             fidelity.require(self.results, self.merges)

@@ -111,8 +111,7 @@ def _tokenizer(base: Path, folder: Path, rows: int) -> list[Check]:
             merging.write_settings(base, joined, tokenizer, rows=wanted)
             held = weights.Weights(base)
             shapes = [(name, list(held.shape(name))) for name in sorted(held.entries)]
-            files = map(Path(convert.__file__).with_name, ("convert.py", "converter_process.py"))
-            runs_in = [file.read_text() for file in files]
+            runs_in = [Path(convert.__file__).with_name(n).read_text() for n in ("convert.py", "converter_process.py")]
             made_of = cache.content_hash(joined), llama_cpp.stat().st_mtime_ns, libraries.CONVERTER, probes.TEXTS
             key = cache.key(*made_of, shapes, runs_in)
             seen = cache.Answers("preflight", key)

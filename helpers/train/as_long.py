@@ -38,9 +38,8 @@ def train(stage: runs.Stage, seconds: float) -> Path:
         lines.append(line)
         view.show(lines)
 
-    request = {"runs": str(scratch), "params": values}
     with worker.Worker("helpers.train.training:further", name="SFT, as long") as child:
-        done = child.ask(request, told, timeout_s=None)
+        done = child.ask({"runs": str(scratch), "params": values}, told, timeout_s=None)
     view.close()
     shutil.move(done, made)
     shutil.rmtree(scratch.parent)

@@ -59,10 +59,10 @@ def first_estimate(job: Any) -> tuple[int, float]:
     """(steps of a built `job.TrainJob` that fit, seconds of an evaluation with its checkpoint), by its plan."""
     limit, plan = job.deadline, job.planned
     left_s, step_s = limit.seconds - limit.elapsed, STEP * plan.tokens / plan.steps / plan.tokens_per_s
-    held_out = sum(examples.lengths_of(job.held_out)) if job.held_out is not None else 0
-    pause_s = SAVE_S + FORWARD * held_out / plan.tokens_per_s
-    left_s -= limit.score.reserve(pause_s) if limit.score else 0.0
-    total = steps_that_fit(left_s, step_s, pause_s, limit.timetable, 0, plan.steps)
+    lengths = examples.lengths_of(job.held_out) if job.held_out is not None else []
+    pause_s = SAVE_S + FORWARD * sum(lengths) / plan.tokens_per_s
+    free_s = left_s - (limit.score.reserve(pause_s) if limit.score else 0.0)
+    total = steps_that_fit(free_s, step_s, pause_s, limit.timetable, 0, plan.steps)
     return (max(total, min(2, plan.steps)) if left_s > 0 else total), pause_s  # the second one can still be taken back
 
 

@@ -320,7 +320,7 @@ def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
             "8b",
             {"batch_size": 256},
             "lora",
-            r"times as long\); quantize 'fp8': [\d.]+ GiB, 0\.[5-9] times as long, and held-out loss 2",
+            r"times as long\); quantize 'fp8': [\d.]+ GiB, 0\.[5-9] times as long, and held-out loss 0",
         ),
         ("A100-80", "8b", {}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),
         ("H100", "8b", {"quantize": "none"}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),

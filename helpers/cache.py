@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(paths: Iterable[Path]) -> list[str]:
-    """`sha256_file` of each, eight at once: hashing does not hold Python's lock."""
+def listed(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """{name: {sha256, bytes}} of named files, eight at once: hashing does not hold Python's lock."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(sha256_file, paths))
+        hashes = zip(files.items(), pool.map(sha256_file, files.values()), strict=True)
+        return {name: {"sha256": found, "bytes": file.stat().st_size} for (name, file), found in hashes}
 
 
 def hash_json(value: Any) -> str:

@@ -104,8 +104,8 @@ def drop_metrics(trainer: Any) -> None:
 def use_one_gpu(arguments: Any) -> Any:
     """Trainer arguments held to one GPU a process: nn.DataParallel would tear packed rows and their losses apart."""
     if arguments.n_gpu > 1:
-        every = f"torchrun --nproc-per-node {arguments.n_gpu} -m helpers.train"
-        say(f"{arguments.n_gpu} GPUs are here and this process uses one; {every} uses them all.")
+        count = arguments.n_gpu
+        say(f"{count} GPUs are here and this process uses one; `tunebook train --gpus {count} …` uses them all.")
         arguments._n_gpu = 1
     return arguments
 

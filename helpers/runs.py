@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from helpers import display, drive, machine
-from helpers.cache import hash_json, move_aside, sha256_file, sha256_files, write_atomic, write_json, writing
+from helpers.cache import hash_json, listed, move_aside, sha256_file, write_atomic, write_json, writing
 from helpers.errors import TunebookError
 from helpers.parameter import check_run
 from helpers.params import Params
@@ -235,9 +235,7 @@ class Stage:
         write_json(self.path / "metrics.json", metrics)
         files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.is_symlink()]
         made = {p.relative_to(self.path).as_posix(): p for p in files if not p.name.endswith(".partial")}
-        made = {name: file for name, file in made.items() if not name.startswith(UNHASHED)}
-        hashes = zip(made.items(), sha256_files(made.values()), strict=True)
-        artifacts = {name: {"sha256": found, "bytes": file.stat().st_size} for (name, file), found in hashes}
+        artifacts = listed({name: file for name, file in made.items() if not name.startswith(UNHASHED)})
         lineage = [about, *(parent.data for parent in reversed(self.parents.values()))]
         inherited = {key: next((d[key] for d in lineage if d.get(key)), None) for key in INHERITED}
         manifest = {

@@ -19,8 +19,7 @@ WORD = re.compile(r"[^\W\d_]\w*")
 
 def report(tokenizer: Any, texts: Iterable[str]) -> dict[str, Any]:
     """Figures for about two million characters of `texts`: vocabulary size, texts, characters, tokens,
-    tokens_per_character, bytes_per_token, unknown_share (tokens without a piece of their own), pieces_per_word.
-    """
+    tokens_per_character, bytes_per_token, unknown_share (tokens without a piece of their own), pieces_per_word."""
     sample, characters = [], 0
     for text in texts:
         if characters >= SAMPLE_CHARS:

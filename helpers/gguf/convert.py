@@ -267,8 +267,7 @@ def parse_types(text: str) -> list[str]:
 
 def quantize(source: Path, out: Path, kind: str, imatrix: Path | None = None, again: bool = False) -> Quantised:
     """Write `out` from the 16-bit file `source`, whole or not at all. kind: a name of `TYPES`; imatrix: what
-    `importance` wrote; again: `source` is quantised already. Raises TunebookError with llama.cpp's own message.
-    """
+    `importance` wrote; again: `source` is quantised already. Raises TunebookError with llama.cpp's own message."""
     header.check(source)
     partial = out.with_name(f".{out.name}.partial")
     request: dict[str, Any] = {"library": str(libraries.for_quantizing()), "source": str(source), "out": str(partial)}

@@ -55,6 +55,15 @@ def decoder(model: Any) -> Any:
     return model.base_model if found is model.get_output_embeddings() else found
 
 
+def rope_limit(config: Any) -> int:
+    """Tokens of an example above which its whole batch has other rotary frequencies (longrope, dynamic); 0: none."""
+    text = config.get_text_config()
+    known = getattr(text, "rope_parameters", None) or {}
+    both = (one for one in (known, *known.values()) if isinstance(one, dict))
+    kinds = [one for one in both if one.get("rope_type") in ("longrope", "dynamic")]
+    return min((one.get("original_max_position_embeddings", text.max_position_embeddings) for one in kinds), default=0)
+
+
 def head_dim(config: Any) -> int:
     """Size of one attention head of a transformers text config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -72,8 +72,7 @@ def end_of_turn(tokenizer: Any) -> int:
 
 def stop_tokens(tokenizer: Any, configured: int | Sequence[int] | None = None) -> list[int]:
     """Ids at which generation stops: the ends of a turn, the tokenizer's end of sequence, and `configured`, the
-    `eos_token_id` of the model's generation_config. A base model without a template has the latter two alone.
-    """
+    `eos_token_id` of the model's generation_config. A base model without a template has the latter two alone."""
     found: list[int | None] = []
     if tokenizer.chat_template:
         with contextlib.suppress(TunebookError):  # said where the data is prepared; the end of sequence is left

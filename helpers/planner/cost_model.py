@@ -52,8 +52,7 @@ PROCESS_GIB = 0.75  # resident memory of a notebook's process with the libraries
 class Card:
     """A GPU, or the CPU in its place. total_gib: memory that a job can have. tflops: 16-bit matrix products on random
     data. gb_s: copy bandwidth, bytes read plus written. host_gb_s: to and from host memory. spread: half-width of a
-    time estimate, as a share of it. host_gib: host memory for offloaded layer inputs; 0: not known, not limited.
-    """
+    time estimate, as a share of it. host_gib: host memory for offloaded layer inputs; 0: not known, not limited."""
 
     name: str
     capability: tuple[int, int] | None

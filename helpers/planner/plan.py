@@ -382,7 +382,7 @@ def refusal(search: Search, options: list[Option]) -> str:
     changes: list[tuple[str, Any]] = [("cpu_offload", True)] * (apart := search.base.sharded)
     changes += [("method", "qlora")] * (params.method != "qlora") + [("optimizer", "adamw_8bit")] * (not apart)
     more = next((n for n in (2, 4, 8, 16) if n > search.world and fits(lengths, n)), 0)
-    share = f"{more} such GPUs, each with its share: torchrun --nproc-per-node {more}" * bool(more)
+    share = f"{more} such GPUs, each with its share: tunebook train --gpus {more}" * bool(more)
     for name, value in changes:
         if fits(**{name: value}):
             return f"{what}; set {name} to {value}, which fits{f' (or {share})' * bool(more)}."

@@ -90,8 +90,7 @@ class Item:
 
 def read(path: Path, limit: int = 0, seed: int = 17) -> list[Item]:
     """Items of a test.parquet, where there are none the plain texts of the eval.parquet beside it; with `limit`, a
-    seeded choice of that many, in the data's order. Raises TunebookError when there are none.
-    """
+    seeded choice of that many, in the data's order. Raises TunebookError when there are none."""
     import pyarrow.parquet as pq
 
     try:

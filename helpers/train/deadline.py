@@ -4,12 +4,8 @@
 job's own trainer. It corrects the plan and finds in seconds what would run out of memory later; no weight and no random
 state changes. What it says of a run's length is a first estimate, since a row is not a step and the machine may become
 busy. `Deadline` estimates anew from the steps that were made, at the shares of the time in `REVIEWS`, and stretches or
-shortens what is left of the schedule:
-
-    learning rate   /‾‾‾‾-.._               the schedule is a function of the share of the run that is done, and that
-                   /     :   `-. .          share goes on from where it is, faster or slower: no jump in the rate, and
-                  /      :      `-. ` .     the run ends where the schedule does
-                         review   new  old
+shortens what is left of the schedule. The learning rate is a function of the share of the run that is done, and that
+share goes on from where it is, faster or slower: no jump in the rate, and the run ends where the schedule does.
 """
 
 from __future__ import annotations

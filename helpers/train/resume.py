@@ -47,9 +47,8 @@ def seal(folder: Path, of: dict[str, Any]) -> None:
     for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    known = [{"sha256": h, "bytes": f.stat().st_size} for f, h in zip(files, cache.sha256_files(files), strict=True)]
-    names = [file.relative_to(folder).as_posix() for file in files]
-    runs.write_json(folder / SEAL, {"files": dict(zip(names, known, strict=True)), "of": of})
+    known = cache.listed({file.relative_to(folder).as_posix(): file for file in files})
+    runs.write_json(folder / SEAL, {"files": known, "of": of})
 
 
 def sealed(folder: Path) -> dict[str, Any] | None:
@@ -59,10 +58,7 @@ def sealed(folder: Path) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((folder / SEAL).read_text())
-        files, known = [folder / name for name in found["files"]], found["files"].values()
-        if [file.stat().st_size for file in files] != [one["bytes"] for one in known]:
-            return None
-        if cache.sha256_files(files) != [one["sha256"] for one in known]:
+        if cache.listed({name: folder / name for name in found["files"]}) != found["files"]:
             return None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -26,7 +26,7 @@ from helpers.data.vocabulary import of_run, without_rows
 from helpers.errors import TunebookError
 from helpers.gguf import preflight
 from helpers.model import loading, weights
-from helpers.model.layer_kinds import shape_of
+from helpers.model.layer_kinds import rope_limit, shape_of
 from helpers.model.loading import ModelSource, load_config, load_tokenizer, resolve_model, template_hash
 from helpers.params import TrainingParams, resolve
 from helpers.planner import cost_model, row_plan
@@ -104,14 +104,11 @@ def _base(params: TrainingParams, data: runs.Manifest) -> tuple[ModelSource, Any
     if lost := without_rows(load_tokenizer(source, mended=False), load_config(source).get_text_config().vocab_size):
         raise TunebookError(f"The tokenizer of {source.name} does not fit its model: {lost}")
     chosen, known_hash = data.data.get("chat_template"), data.data.get("template_hash")
-    if known_hash not in (None, template_hash(tokenizer)) or not (chosen or known_hash in (None, template_hash(own))):
+    shown = known_hash in (None, template_hash(tokenizer)) and (chosen or known_hash in (None, template_hash(own)))
+    if not shown or not own.get_vocab().items() <= tokenizer.get_vocab().items():
+        what, how = ("vocabulary", "written") if shown else ("chat template", "rendered")
         raise TunebookError(
-            f"The chat template of {source.name} is not the one that the data of run {params.run!r} was rendered with; "
-            f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
-        )
-    if not own.get_vocab().items() <= tokenizer.get_vocab().items():
-        raise TunebookError(
-            f"The vocabulary of {source.name} is not the one that the data of run {params.run!r} was written with; "
+            f"The {what} of {source.name} is not the one that the data of run {params.run!r} was {how} with; "
             f"run notebook 01 again with model set to {source.name!r}, or leave model empty here."
         )
     return source, tokenizer
@@ -195,6 +192,14 @@ def _plan(params: TrainingParams, train: Any, source: ModelSource, adapter: Path
         warnings = preflight.check(source, adapter=adapter, where=stage.path, tokenizer=tokenizer).require().warnings
     data, world = stage.parents["data"], distributed.size()
     lengths, padded = examples.lengths_of(train), examples.lengths_of(train, padded=True)
+    each = [n // 2 for n in padded] if "chosen_ids" in train.column_names else lengths
+    limit, alone = rope_limit(load_config(source)), not params.packing and params.micro_batch == 1
+    if min(each) <= limit < max(each) and not alone:
+        raise TunebookError(
+            f"{sum(n > limit for n in each):,} of {len(each):,} rows are longer than {limit:,} tokens, and beside them "
+            f"{source.name} gives shorter ones other rotary frequencies than alone; set max_length to {limit} in "
+            "notebook 01, or packing to False and micro_batch to 1."
+        )
     plan = _planned(params, data, source, lengths=lengths, padded_lengths=padded, world_size=world)
     return dataclasses.replace(plan, reasons=(*plan.reasons, *warnings))
 

@@ -209,7 +209,7 @@ def test_shapes_that_no_single_gpu_holds_are_planned_from_their_configs(size, me
     if fits:
         assert plan(values, LENGTHS, SHAPES[size], world_size=world).option.fits
         return
-    remedy = "cpu_offload to True" if method == "full" else r"set method to qlora.*torchrun --nproc-per-node 2"
+    remedy = "cpu_offload to True" if method == "full" else r"set method to qlora.*tunebook train --gpus 2"
     with pytest.raises(TunebookError, match=remedy):
         plan(values, LENGTHS, SHAPES[size], world_size=world)
 

@@ -286,4 +286,4 @@ def test_a_single_process_keeps_to_one_of_several_gpus(tmp_path, capsys):
     args._n_gpu = 2  # what transformers sets on a machine with two: rows would be spread by nn.DataParallel
     assert args.train_batch_size == 2 * args.per_device_train_batch_size
     assert compat.use_one_gpu(args).train_batch_size == args.per_device_train_batch_size
-    assert "torchrun --nproc-per-node 2" in capsys.readouterr().out
+    assert "tunebook train --gpus 2" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Settings of published jobs, through whole small jobs: whole modules, unpaired answers, cut prompts, experts."""
 
+import json
 import math
 import shutil
 
@@ -126,3 +127,23 @@ def test_a_mixture_of_experts_trains_answers_and_balances_by_document(runs_root,
     plain, one, four = (found[key] for key in ((0.0, 1), (0.5, 1), (0.5, 4)))
     assert one == pytest.approx(four, rel=1e-5) and one[1] == pytest.approx(plain[1], rel=1e-5)
     assert one[0] - plain[0] > 0.4  # twice the experts chosen: at least 0.5 · 2 · (1/4 · 4) / 2
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rows_on_both_sides_of_a_rotary_limit_are_refused_before_loading(
+    narrow_llama, runs_root, tokenizer, tmp_path, kind
+):
+    """transformers takes the frequencies of the longest example for a whole batch."""
+    folder, rows = tmp_path / "base", train_data.sft_rows(tokenizer, 12)
+    sizes = sorted(len(row["input_ids"]) for row in rows)
+    assert sizes[0] < sizes[-1]
+    shutil.copytree(narrow_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    factors = {"short_factor": [1.0] * half, "long_factor": [2.0] * half} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": sizes[-2], **factors}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    train_data.data_stage("r", str(folder), tokenizer, rows, rows[:2])
+    with pytest.raises(TunebookError, match=f"are longer than {sizes[-2]} tokens.*set max_length to {sizes[-2]} in"):
+        training.open(train_data.settings("sft"))
+    training.open(train_data.settings("sft", packing=False, micro_batch=1))

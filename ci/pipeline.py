@@ -65,16 +65,19 @@ def main(argv: list[str]) -> int:
     chosen = {stage: plan[stage] for stage in STAGES[first : last + 1] if stage in plan}
     check_parents(chosen, STAGES[:first])
     started, board, order = time.monotonic(), progress.of(chosen), list(chosen.items())
-    for (stage, its), following in zip(order, [*order[1:], None], strict=True):
-        its.again = its.again or options.fresh or bool(options.first)
-        if why := steps.needless(stage, its):
-            runs.set_aside(runs.folder(its.run, stage))  # of other data; 04 must not take it
-            board.skip(stage, f"skipped: {why}")
-        elif manifest := finished(stage, its):
-            done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
-            board.skip(stage, done)
-        else:
-            execute(stage, its, following)
+    try:
+        for (stage, its), following in zip(order, [*order[1:], None], strict=True):
+            its.again = its.again or options.fresh or bool(options.first)
+            if why := steps.needless(stage, its):
+                runs.set_aside(runs.folder(its.run, stage))  # of other data; 04 must not take it
+                board.skip(stage, f"skipped: {why}")
+            elif manifest := finished(stage, its):
+                done = f"is done already with these parameters ({manifest.data['finished_at']}); --fresh runs it anew"
+                board.skip(stage, done)
+            else:
+                execute(stage, its, following)
+    finally:
+        end_others()
     display.say(f"\nThe run took {display.duration(time.monotonic() - started)}: {runs.run_folder(options.run)}")
     if "eval" in chosen:
         display.say(summary(options.run))
@@ -129,13 +132,20 @@ def kernel(stage: str, chosen: params.Params) -> Iterator[Any]:
     from jupyter_core.utils import run_sync
 
     begin(stage, chosen)
-    for other in _begun.keys() - {stage}:  # of a stage that was done already
-        run_sync(_begun.pop(other).shutdown_kernel)(now=True)
     manager = _begun.pop(stage)
+    end_others()
     try:
         yield manager
     finally:
         run_sync(manager.shutdown_kernel)()
+
+
+def end_others() -> None:
+    """End the kernels of stages that were done already, or that do not come any more."""
+    while _begun:
+        from jupyter_core.utils import run_sync
+
+        run_sync(_begun.popitem()[1].shutdown_kernel)(now=True)
 
 
 def begin(stage: str, chosen: params.Params) -> None:

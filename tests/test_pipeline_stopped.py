@@ -96,7 +96,7 @@ def test_a_mistake_found_in_a_notebook_is_one_sentence_and_leaves_no_manifest(tm
 @pytest.mark.parametrize("first", ["01", "1", "data", "01_data_prep"])
 def test_from_means_the_same_however_the_notebook_is_named(runs_root, first, monkeypatch, capsys):
     executed = []
-    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.again)))
+    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen, following: executed.append((stage, chosen.again)))
     monkeypatch.setattr(pipeline, "finished", lambda stage, chosen: None if chosen.again else Finished())
     assert pipeline.main(["--run", "r", "--recipe", "cpu", "--from", first, "--to", "02"]) == 0
     assert executed == [("data", True), ("sft", True)]
@@ -179,7 +179,8 @@ def test_only_the_stages_of_a_recipe_run_and_the_run_is_called_like_it(tmp_path,
     for stage in ("data", "orpo"):
         (tmp_path / "mine" / f"{stage}.yaml").write_text("seed: 3\n")
     executed = []
-    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: executed.append((stage, chosen.run, chosen.seed)))
+    took = lambda stage, chosen, following: executed.append((stage, chosen.run, chosen.seed))  # noqa: E731
+    monkeypatch.setattr(pipeline, "execute", took)
     assert pipeline.main(["--recipe", str(tmp_path / "mine"), "-p", "orpo.seed", "4"]) == 0
     assert executed == [("data", "mine", 3), ("orpo", "mine", 4)]
     assert pipeline.main(["--recipe", str(tmp_path / "mine"), "-p", "sft.seed", "4"]) == 1
@@ -198,7 +199,7 @@ def finished_stages(run, *stages, **given):
 def executed(monkeypatch):
     """What would be run."""
     stages = []
-    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen: stages.append(stage))
+    monkeypatch.setattr(pipeline, "execute", lambda stage, chosen, following: stages.append(stage))
     monkeypatch.setattr(pipeline, "summary", lambda run: "")
     return stages
 

@@ -174,9 +174,7 @@ def test_a_sharded_peak_follows_from_the_one_that_was_measured_on_one_gpu(shapes
 
 def test_full_tuning_of_an_8b_is_refused_on_one_gpu_of_80_gib_and_shared_by_two_and_four(shapes):
     alone = {"method": "full", "batch_size": 333, "plan_for": "H100"}
-    with pytest.raises(
-        TunebookError, match=r"set method to qlora, which fits \(or 2 such GPUs, .*--nproc-per-node 2\)"
-    ):
+    with pytest.raises(TunebookError, match=r"set method to qlora, which fits \(or 2 such GPUs, .*--gpus 2\)"):
         plan(alone, LENGTHS, llama("8b"))
     two, four = (plan(alone, LENGTHS, llama("8b"), world_size=n) for n in (2, 4))
     state = 16 * shapes["8b"].parameters / cost_model.GIB  # fp32 weights and gradients, and Adam's two
@@ -226,7 +224,7 @@ def test_a_four_bit_base_is_whole_in_each_gpu_that_has_room_and_sharded_over_tho
     assert cost_model.state_bytes(small.shape, small.setting) < 0.45 * cost_model.whole_state_bytes(
         small.shape, small.setting
     )
-    with pytest.raises(TunebookError, match="nproc-per-node 2"):
+    with pytest.raises(TunebookError, match="tunebook train --gpus 2"):
         plan(values, LENGTHS, SHAPES["70b"], card=a100)
     with pytest.raises(TunebookError, match="set cpu_offload to True"):
         plan(values, LENGTHS, SHAPES["70b"], world_size=4, card=replace(cost_model.CARDS["T4"], host_gib=200))

@@ -4,7 +4,8 @@
 
 GPU memory is limited in torch's allocator, which planners and backends are told of; a process whose own memory, with
 its children's, passes the host limit ends with status 137, as under a kernel that kills it. Pages of files that it has
-mapped, such as safetensors, are not counted: a kernel takes them back before it kills.
+mapped, such as safetensors, are not counted, since a kernel takes them back before it kills; nor is memory that it
+shares, for files in /dev/shm are that, too.
 """
 
 from __future__ import annotations

@@ -142,9 +142,9 @@ def kernel(stage: str, chosen: params.Params) -> Iterator[Any]:
 
 def end_others() -> None:
     """End the kernels of stages that were done already, or that do not come any more."""
-    while _begun:
-        from jupyter_core.utils import run_sync
+    from jupyter_core.utils import run_sync
 
+    while _begun:
         run_sync(_begun.popitem()[1].shutdown_kernel)(now=True)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 
-from helpers import machine
+from helpers.errors import TunebookError
+from helpers.planner import cost_model
+from helpers.planner.plan import UNSLOTH_MODELS, choose_backend
 
+TRAINING = ("helpers.train.training", "helpers.train.trainers", "peft", "trl.trainer.sft_trainer")
 HEAVY = {
     "data": ("helpers.data.prepare", "transformers.models.auto.tokenization_auto"),
-    "sft": ("helpers.train.training", "helpers.train.trainers", "peft", "trl.trainer.sft_trainer"),
-    "orpo": ("helpers.train.training", "helpers.train.trainers", "peft", "trl.trainer.sft_trainer"),
+    "sft": TRAINING,
+    "orpo": TRAINING,
     "gguf": ("helpers.gguf.export", "helpers.model.merging", "peft", "transformers.models.auto.modeling_auto"),
     "eval": ("helpers.evaluate.evaluation", "helpers.report", "peft", "transformers.models.auto.modeling_auto"),
 }
@@ -19,8 +21,10 @@ HEAVY = {
 
 def libraries(stage: str, backend: str = "hf") -> None:
     """Import what `stage` will; nothing where Unsloth may train, which has to be imported before all others."""
-    gpu = machine.gpu()
-    later = backend != "hf" and gpu and gpu.capability < (8, 0) and importlib.util.find_spec("unsloth")
-    for name in () if later or backend == "unsloth" else HEAVY[stage]:
-        with contextlib.suppress(ImportError):  # the notebook will say it
+    try:  # the model is not known yet: as for one that Unsloth has kernels for
+        chosen, _ = choose_backend(backend, cost_model.card_here(), min(UNSLOTH_MODELS), {})
+    except TunebookError:  # the notebook will say it
+        return
+    for name in HEAVY[stage] if chosen == "hf" else ():
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)

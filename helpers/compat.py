@@ -161,9 +161,9 @@ def liger_kernels(model: Any) -> str:
         return f"liger kernels left out: none for {model.config.model_type}"
     from transformers.integrations.liger import apply_liger_kernel
 
-    alike = ".experts." not in " ".join(name for name, _ in model.named_parameters())
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": alike})
-    return "liger RMSNorm, rotary embedding" + " and activation" * alike
+    dense = not any(".experts." in name for name, _ in model.named_parameters())
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False, "swiglu": dense})
+    return "liger RMSNorm, rotary embedding" + " and activation" * dense
 
 
 def lora_linears(model: Any) -> Iterator[tuple[str, Any]]:

@@ -141,12 +141,13 @@ class Evaluation(steps.Job):
         """Ask every candidate everything. One that cannot be loaded or run is left out with its reason."""
         f = self.findings
         f.measured, f.skipped, f.warnings = {}, {}, []
-        with ThreadPoolExecutor(1) as beside:  # llama.cpp leaves a GPU alone, and models on a GPU most cores
+        with contextlib.ExitStack() as stack:  # llama.cpp leaves a GPU alone, and models on a GPU most cores
+            beside = ThreadPoolExecutor(1)
+            stack.callback(beside.shutdown, wait=False, cancel_futures=True)  # an interrupt waits for nobody
             idle = machine.gpu() and not self.more_tasks and not self.params.general_tasks
             begun = {c.name: beside.submit(self._ask, c) for c in f.candidates if c.kind == "gguf" and idle}
-            for candidate in f.candidates:
+            for name, candidate in ((c.name, c) for c in f.candidates):
                 try:
-                    name = candidate.name
                     f.measured[name] = begun[name].result() if name in begun else self._ask(candidate)
                 except TROUBLE as error:
                     f.skipped[name] = str(error).strip().split("\n")[0][:400] or type(error).__name__

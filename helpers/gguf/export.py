@@ -179,10 +179,11 @@ class ExportJob(steps.Job):
         with closing(made) as reference:
             reference.model = None  # what the files are measured against is on disk
             # A small model does not keep many cores busy; the copies of a large one would not all have room.
-            lanes = min(len(files), libraries.threads() // 4) if files["f16"].stat().st_size < SMALL else 1
-            compared = partial(self._compared, reference, files, libraries.threads() // lanes if lanes > 1 else 0)
-            with ThreadPoolExecutor(max(lanes, 1)) as pool:
-                self.results = list(machine.progress(pool.map(compared, files), "Comparing the files", len(files)))
+            lanes = max(1, min(len(files), libraries.threads() // 4)) if files["f16"].stat().st_size < SMALL else 1
+            compared = partial(self._compared, reference, files, libraries.threads() // lanes)
+            with ThreadPoolExecutor(lanes) as pool:  # one at a time is done here, where an interrupt ends it
+                made_of = (pool.map if lanes > 1 else map)(compared, files)
+                self.results = list(machine.progress(made_of, "Comparing the files", len(files)))
         for file, result in ((f, r) for f in self.files for r in self.results if f.type == r.type):
             result.bytes, result.bits_per_weight = file.bytes, file.bits_per_weight
         self.seconds["fidelity"] = round(time.monotonic() - started, 2)

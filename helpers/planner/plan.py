@@ -28,6 +28,7 @@ UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
 UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
 ROOM = 0.85  # of the memory that `method auto` plans a 16-bit base with
+FP8_MEASURED, FASTER = (9, 0), 1.1  # GPUs where `method auto` takes FP8, and from how much more speed on
 PROBED_SPREAD = (0.03, 0.08)  # of memory and of time, once a probing step has measured them
 HEAD = ["", "backend", "base", "row tokens", "accumulation", "activation checkpointing", "peak GiB", "tokens/s", "time"]
 
@@ -260,21 +261,38 @@ class Search:
         return self.with_params(shard_weights=True) if whole and self.world > 1 and self.base.backend == "hf" else None
 
     def by_room(self) -> tuple[Search, str]:
-        """(method auto as LoRA on 16 bits where that fits with room, else on 4; why, and what the other would cost)."""
+        """(method auto as LoRA on FP8 where that was measured and is faster, else on 16 bits, where they fit with room,
+        else on 4; why, and what the others would cost)."""
         if (p := self.params).init != "default":
             method = "lora" if p.init == "pissa" else "qlora"
             return self.with_params(method=method), f"Method auto: {method}, which init {p.init!r} needs."
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
-        big = sixteen.best(o for o in sixteen.options() if p.recompute == "offload" or not o.setting.offload)
+        big, eight = sixteen._in_room(), sixteen.with_params(quantize="fp8")
         card, bits = f"{display.percent(ROOM, 0)} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
-        if big is None:
+        able, loss = self.takes_fp8, learning_rate.EIGHT_BITS
+        small = eight._in_room() if able else None
+        measured = (self.card.capability or (0, 0)) >= FP8_MEASURED
+        if small and measured and small.tokens_per_s > (FASTER * big.tokens_per_s if big else 0):
+            why, one = f"lora, on a base in FP8: it needs {small.need_gib:.1f} GiB, under {card}, {loss}", eight
+            why += f" (16 bits, by quantize 'none': {sixteen._beside(small)}; QLoRA: {four._beside(small)})"
+        elif big is None:
             least = min(o.need_gib for o in sixteen.options())
             why, one = f"qlora, on a 4-bit base: LoRA on {bits} bits needs {least:.1f} GiB, over {card}", four
         else:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
-            eight = self.with_params(method="lora", quantize="fp8")._beside(big)
-            why += f" (QLoRA: {four._beside(big)})" + learning_rate.eight_bits(p, self.base.backend, self.card, eight)
+            why += f" (QLoRA: {four._beside(big)})" + f"; quantize 'fp8': {eight._beside(big)}, {loss}" * able
         return one, f"Method auto: {why}. {learning_rate.four_bits(self.shape.parameters)}"
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether the GPU has products of a base in FP8 and nothing that was named forbids them."""
+        p = self.params
+        able = p.quantize == "auto" and p.precision in ("auto", "bf16") and self.base.backend == "hf"
+        able &= not (p.dora or p.shard_weights or p.cpu_offload)
+        return able and (self.card.capability or (0, 0)) >= cost_model.FP8_SINCE
+
+    def _in_room(self) -> Option | None:
+        return self.best(o for o in self.options() if self.params.recompute == "offload" or not o.setting.offload)
 
     def _beside(self, option: Option) -> str:
         o = self.weigh(replace(option.setting, params=self.params), self.layout(option.setting.row_tokens))
@@ -357,6 +375,9 @@ class Search:
         if other := {"qlora": "lora", "lora": "qlora"}.get(self.params.method):
             setting = replace(s, params=replace(self.params, method=other, quantize="auto"))
             chosen["base"] = self.weigh(setting, self.layout(s.row_tokens))
+        if s.quantize == "fp8":
+            setting = replace(s, params=replace(self.params, quantize="none"))
+            chosen["16 bits"] = self.weigh(setting, self.layout(s.row_tokens))
         return tuple(sorted(chosen.values(), key=lambda o: (not o.fits, -o.tokens_per_s)))
 
 

@@ -318,8 +318,17 @@ def test_a_small_model_whose_launches_decide_gets_wide_error_bars():
             "8b",
             {"batch_size": 256},
             "lora",
-            r"times as long\); quantize 'fp8': [\d.]+ GiB, 0\.[5-9] times as long, and held-out loss 0",
+            r"lora, on a base in FP8: it needs [\d.]+ GiB, .*and held-out loss 0",
         ),
+        (
+            "H100",
+            "8b",
+            {"batch_size": 256},
+            "lora",
+            r"\(16 bits, by quantize 'none': [\d.]+ GiB, 1\.[2-6] times as long; ",
+        ),
+        ("H100", "8b", {"batch_size": 256, "dora": True}, "lora", "on the 16-bit base"),
+        ("L4", "8b", {}, "lora", r"lora, on the 16-bit base: .* times as long\); quantize 'fp8': [\d.]+ GiB"),
         ("A100-80", "8b", {}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),
         ("H100", "8b", {"quantize": "none"}, "lora", r"\(QLoRA: [\d.]+ GiB, [\d.]+ times as long\)\. What"),
         ("T4", "8b", {}, "qlora", r"qlora, on a 4-bit base: LoRA on 16 bits needs 1[5-9].* over 85 % of 14.6 GiB"),
@@ -338,10 +347,22 @@ def test_auto_takes_a_16_bit_base_where_it_fits_with_room_and_says_why(card, siz
 
 def test_auto_leaves_room_on_the_gpu_and_in_host_memory():
     h200, cpu = cost_model.card_named("H200"), cost_model.CPU
+    one = {"quantize": "none", "recompute": "none", "row_tokens": max(LENGTHS)}  # a single way to train
     for size, card in (("8b", h200), ("135m", cpu)):
-        lora = plan({"method": "lora"}, LENGTHS, llama(size), card=replace(card, total_gib=100))
-        need = min(o.need_gib for o in lora.alternatives if o.setting.quantize == "none")
+        need = plan({"method": "lora", **one}, LENGTHS, llama(size), card=replace(card, total_gib=100)).option.need_gib
         for total, method in ((need / 0.84, "lora"), (need / 0.87, "qlora"), (need / 1.05, "qlora")):
-            made = plan({}, LENGTHS, llama(size), card=replace(card, total_gib=total))
+            made = plan(one, LENGTHS, llama(size), card=replace(card, total_gib=total))
             assert made.method == method, (size, total)
         assert made.option.need_gib <= made.card.total_gib
+
+
+def test_auto_takes_fp8_where_16_bits_leave_no_room_and_it_was_measured():
+    h100, l4 = (cost_model.card_named(name) for name in ("H100", "L4"))
+    for card, quantize in ((h100, "fp8"), (l4, "nf4")):
+        made = plan({}, LENGTHS, llama("8b"), card=replace(card, total_gib=16))
+        assert made.setting.quantize == quantize and made.option.need_gib <= 16
+        assert ("16 bits, by quantize 'none'" in " ".join(made.reasons)) == (quantize == "fp8")
+    kept = {"quantize": "auto", "init": "loftq"}
+    assert plan(kept, LENGTHS, llama("8b"), card=replace(h100, total_gib=16)).setting.quantize == "nf4"
+    small = plan({"batch_size": 8}, LENGTHS, llama("135m"), card=h100)
+    assert small.setting.quantize == "none", "launches decide there"

@@ -188,15 +188,19 @@ def _resolved(model: str) -> dict[str, Any]:
 
 class Session:
     """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
-    the cache; end: text of the token that ends a turn, and chat: how the run's template shows turns, for GGUF files.
+    the cache; end: text of the token that ends a turn, chat: how the run's template shows turns, and threads (0: of all
+    cores), for GGUF files.
 
     What an endpoint answered belongs to the model that the server serves now and to the candidate's name.
     """
 
-    def __init__(self, candidate: Candidate, place: str | Path, end: str = "", chat: Chat | None = None):
+    def __init__(
+        self, candidate: Candidate, place: str | Path, end: str = "", chat: Chat | None = None, threads: int = 0
+    ):
         if candidate.trouble:
             raise TunebookError(candidate.trouble)
         self.candidate, self.end_of_turn, self.chat = candidate, end, chat if candidate.role == "gguf" else None
+        self.threads = threads
         self._reader: Any = None
         if candidate.kind == "endpoint":
             servers = Answers(place, cache.key("endpoint", candidate.address))
@@ -225,7 +229,7 @@ class Session:
 
     def _load(self, path: Any, adapter: Path | None) -> HfModel | GgufModel:
         if self.candidate.kind == "gguf":
-            return GgufModel(path, self.end_of_turn, self.chat)
+            return GgufModel(path, self.end_of_turn, self.chat, threads=self.threads)
         if adapter is not None:
             tokenizer = loading.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else path)
             return HfModel(trained.load(path, adapter, tokenizer, self.candidate.onto), tokenizer)

@@ -27,6 +27,7 @@ from helpers.evaluate import candidates, forgetting, harness, preferences, stati
 from helpers.evaluate import scores as results
 from helpers.evaluate.candidates import TROUBLE, Session
 from helpers.evaluate.scores import ERROR_KINDS, Findings, Measured
+from helpers.gguf import libraries
 from helpers.model import loading
 from helpers.model.stop_tokens import end_of_turn
 from helpers.params import EvalParams
@@ -142,10 +143,11 @@ class Evaluation(steps.Job):
         f = self.findings
         f.measured, f.skipped, f.warnings = {}, {}, []
         with contextlib.ExitStack() as stack:  # llama.cpp leaves a GPU alone, and models on a GPU most cores
-            beside = ThreadPoolExecutor(1)
+            files = self._beside()
+            lanes = max(1, min(len(files), libraries.threads() // 4))
+            beside, threads = ThreadPoolExecutor(lanes), max(libraries.threads() - 2, 1) // lanes
             stack.callback(beside.shutdown, wait=False, cancel_futures=True)  # an interrupt waits for nobody
-            idle = machine.gpu() and not self.more_tasks and not self.params.general_tasks
-            begun = {c.name: beside.submit(self._ask, c) for c in f.candidates if c.kind == "gguf" and idle}
+            begun = {c.name: beside.submit(self._ask, c, threads) for c in files}
             for name, candidate in ((c.name, c) for c in f.candidates):
                 try:
                     f.measured[name] = begun[name].result() if name in begun else self._ask(candidate)
@@ -164,8 +166,15 @@ class Evaluation(steps.Job):
         rows = [(name, *(display.number(value) for value in m.speed.values())) for name, m in f.measured.items()]
         return display.shown(rows, ("candidate", "seconds", "questions/s", "tokens", "answers from the cache"))
 
-    def _ask(self, candidate: candidates.Candidate) -> Measured:
-        with Session(candidate, "answers", self.end_of_turn, self.chat) as session:
+    def _beside(self) -> list[candidates.Candidate]:
+        """GGUF files that are asked while models answer on a GPU: small ones, and none that the harness asks too."""
+        harnessed = self.more_tasks or (self.params.general_tasks and self.params.forgetting_gguf)
+        files = [c for c in self.findings.candidates if c.kind == "gguf" and not c.trouble]
+        size = sum(c.size_bytes or 0 for c in files) / 2**30
+        return files if machine.gpu() and not harnessed and 2 * size < machine.free_memory_gib() else []
+
+    def _ask(self, candidate: candidates.Candidate, threads: int = 0) -> Measured:
+        with Session(candidate, "answers", self.end_of_turn, self.chat, threads) as session:
             return self._measure(session)
 
     def _measure(self, session: Session) -> Measured:

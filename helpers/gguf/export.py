@@ -36,6 +36,7 @@ from helpers.tasks.questions import Decoding
 
 SMALL = 2 << 30  # bytes of a 16-bit file; above it one file is compared at a time
 MERGES = "merges.json"  # in work/: what was measured of the merges
+AHEAD = "f16.gguf"  # in work/: made while its merge was measured
 OUTPUTS = ("adapter", "merged", "gguf", "adapter_gguf")
 TRAINED = "TRAINING rows, as the data has no held-out part: the figures flatter the files"
 
@@ -139,6 +140,8 @@ class ExportJob(steps.Job):
     def convert(self) -> display.Html:
         """The 16-bit GGUF, the importance matrix when asked for, and every quantisation; a table of them."""
         self.merge()
+        if (ahead := self.work / AHEAD).is_file() and not self.file("f16").exists():
+            os.replace(ahead, self.file("f16"))
         for kind in ("f16", "bf16"):
             if kind == "f16" or kind in self.kinds:
                 name = self.params.model_name
@@ -324,7 +327,13 @@ class ExportJob(steps.Job):
         for onto in source.onto:
             self._merged(onto)
             models[onto] = partial(loading.load_model, self.work / f"merged-{onto}", **how)
-        self.merges = trained.compare(models, self._held_out(), score)
+        with ThreadPoolExecutor(1) as pool:  # a GPU leaves the cores to the conversion of the one that there is
+            merged, name = self.work / f"merged-{source.onto[0]}", self.params.model_name
+            only = merged if machine.gpu() and len(source.onto) == 1 else None
+            ahead = only and pool.submit(convert.convert, only, self.work / AHEAD, name=name)
+            self.merges = trained.compare(models, self._held_out(), score)
+            if ahead:
+                ahead.result()
         runs.write_json(file, [asdict(m) for m in self.merges])
         self.seconds["merges compared"] = round(time.monotonic() - started, 2)
 
@@ -348,11 +357,11 @@ class ExportJob(steps.Job):
     def _compared(self, reference: fidelity.Reference, files: dict[str, Path], threads: int, kind: str) -> Result:
         """A file against the merged model, with its execution accuracy on the test questions."""
         weights = None if kind in convert.TYPES_16 else reference.weights_kl(files[kind], files["f16"], threads)
-        result, asked = fidelity.measure(reference, files[kind], kind, weights, threads), self._asked()
-        if asked:
-            with closing(GgufModel(files[kind], chat=self.chat, threads=threads)) as model:
+        with closing(GgufModel(files[kind], chat=self.chat, threads=threads)) as model:
+            result, asked = fidelity.measure(reference, model, kind, weights), self._asked()
+            if asked:
                 made = model.generate([model.encode(*q.asked) for q in asked], Decoding())
-            result.task_score, result.task_count = self._score(asked, [answer.text for answer in made])
+                result.task_score, result.task_count = self._score(asked, [answer.text for answer in made])
         return result
 
 

@@ -150,15 +150,18 @@ class Reference:
             at += len(row) - 1
 
 
-def measure(reference: Reference, path: Path, kind: str, weights_kl: float | None = None, threads: int = 0) -> Result:
-    """Compare one GGUF file with the reference. weights_kl: what `Reference.weights_kl` found for it."""
+def measure(
+    reference: Reference, file: Path | GgufModel, kind: str, weights_kl: float | None = None, threads: int = 0
+) -> Result:
+    """Compare one GGUF file, or one that is loaded, with the reference. weights_kl: what `Reference.weights_kl` found
+    for it."""
+    if isinstance(file, Path):
+        with closing(GgufModel(file, threads=threads)) as model:
+            return measure(reference, model, kind, weights_kl)
     result = Result(kind, reference_perplexity=reference.perplexity, weights_kl=weights_kl)
     gates = {"token ids": _token_ids, "prompt": _prompts, "logits": _logits, "stopping": _stopping}
-    with closing(GgufModel(path, threads=threads)) as model:
-        for name, gate in gates.items():
-            if why := gate(model, reference, result):
-                result.failed[name] = why
-    if why := reference.foreign.get(path, ""):
+    result.failed = {name: why for name, gate in gates.items() if (why := gate(file, reference, result))}
+    if why := reference.foreign.get(file.path, ""):
         result.failed["weights"] = why
     return result
 

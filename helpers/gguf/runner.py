@@ -205,7 +205,7 @@ class Running:
         key, inner_key = os.environ.get(KEY_NAME) or secrets.token_urlsafe(24), secrets.token_urlsafe(24)
         p.hostnames, p.port, p.api_keys = ["127.0.0.1"], 0, [inner_key]
         p.n_ctx, p.n_parallel, p.sampling.temp = context, parallel, temperature
-        p.use_jinja, p.offline, p.ui = True, True, False
+        p.use_jinja, p.offline, p.ui, p.warmup = True, True, False, False  # the first answer warms it up as well
         p.verbosity = 1  # errors, which the message of a failure quotes
         p.cors_origins = ""  # no web page may read from it
         if "OMP_NUM_THREADS" in os.environ:  # llama.cpp does not read it; its own default is the physical cores

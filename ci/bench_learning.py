@@ -6,9 +6,11 @@ Tasks: `atlas` (embedded), `geoquery` and `banking77` (public: named as geoquery
 downloaded by --fetch and kept in the cache), or any NAME=TRAIN,TEST[,DATABASE] that notebook 01 reads. GeoQuery comes
 without a licence of its own in jkkummerfeld/text2sql-data, BANKING77 under CC BY 4.0; neither is part of this project.
 
-Each arm trains in a process of its own for so many minutes, loading and first look at the speed excluded, and answers
-the same held-out questions; notebook 05's code scores them. A JSON line an arm, then one a comparison: the difference
-to TRL over all seeds with its 95 % interval, questions resampled. --plot draws score against minutes.
+Each arm trains in a process of its own for the given minutes and answers the same held-out questions; notebook 05's
+code scores them. Loading is not part of the minutes, nor are a rival's steps until its speed has settled, after which
+it starts anew; its learning rate falls linearly with the share of the minutes (or of the epochs) that is used. A JSON
+line an arm, then one a comparison: the difference to TRL over all seeds with its 95 % interval, questions resampled.
+--plot draws score against minutes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ Row = dict[str, Any]
 TRL = {"rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 1e-3, "batch": 8, "schedule": "linear", "warmup": 0.03}
 # What Unsloth's notebooks ship: 4 bits, rank 16, alpha 16, 2e-4, batches of 2 × 4, 8-bit AdamW.
 UNSLOTH = TRL | {"alpha": 16, "learning_rate": 2e-4}
-PROBE_STEPS = 3  # of the speed that says how many steps fit; the first one is left out
+PROBE_STEPS, PROBE_S = 40, 120.0  # of a rival before its training, at most: Unsloth compiles in them
+WINDOW = 3  # steps whose median is the speed
 CHILD = "ci.bench_learning:child"
 NEW_TOKENS = {"atlas": 64, "banking77": 24}  # longest answer; others 160
 
@@ -74,7 +77,7 @@ def ours(spec: Row) -> tuple[Path, str, Row]:
     from helpers.gguf import trained
     from helpers.train import training
 
-    run = f"{spec['task']}-{spec['minutes']:g}-{spec['seed']}"
+    run = spec.get("run") or f"{spec['task']}-{spec['minutes']:g}-{spec['seed']}"
     data, link = runs.load(spec["task"], "data", verify=False), runs.folder(run, "data")
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
@@ -89,6 +92,22 @@ def ours(spec: Row) -> tuple[Path, str, Row]:
     made |= {name: done.metrics.get(name) for name in ("steps", "train_s", "trained_tokens", "eval_loss")}
     made |= {"learning_rate": done.data["learning_rate_used"], "method": done.data["method"]}
     return done.path / "adapter", trained.saw(done), made
+
+
+def settled(step_s: list[float]) -> bool:
+    """Whether the steps, in seconds, have stopped getting faster: the median of the last WINDOW is at least 90 % of
+    that of the WINDOW before, and none of the last took twice that median, as one with a compilation does."""
+    if len(step_s) < 2 * WINDOW:
+        return False
+    before, last = step_s[-2 * WINDOW : -WINDOW], step_s[-WINDOW:]
+    middle = statistics.median(last)
+    return middle >= 0.9 * statistics.median(before) and max(last) <= 2 * middle
+
+
+def rate_factor(share: float, warmup: float) -> float:
+    """Factor on the peak learning rate once this share of the training is over: a linear rise during the share
+    `warmup`, then a linear fall to 0."""
+    return share / warmup if share < warmup else max(0.0, (1 - share) / (1 - warmup))
 
 
 def rival(spec: Row) -> tuple[Path, str, Row]:
@@ -128,21 +147,44 @@ def rival(spec: Row) -> tuple[Path, str, Row]:
     folder = runs.run_folder(f"{spec['task']}-{spec['arm']}")
 
     class Clock(TrainerCallback):
-        """Ends a training with its time, should it be slower than its first steps."""
+        """Sets the learning rate by the share of `limit_s` or of the steps that is used, whichever is larger, and ends
+        with the step that ends nearest to the limit. Without a limit: a probe, which ends when its speed has settled.
+        """
 
-        def __init__(self, limit_s: float) -> None:
-            self.limit_s, self.times = limit_s, [time.monotonic()]
+        def __init__(self, limit_s: float = 0.0) -> None:
+            self.limit_s, self.began, self.ended = limit_s, 0.0, 0.0
+            self.step_s: list[float] = []
+
+        @property
+        def train_s(self) -> float:
+            return self.ended - self.began
+
+        @property
+        def speed(self) -> float:
+            return statistics.median(self.step_s[-WINDOW:])
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.times = [time.monotonic()]
+            self.began = self.ended = time.monotonic()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **has: Any) -> None:
+            if self.limit_s:
+                share = max((time.monotonic() - self.began) / self.limit_s, state.global_step / state.max_steps)
+                rate = args.learning_rate * rate_factor(share, use["warmup"])
+                for group in has["optimizer"].param_groups:
+                    group["lr"] = rate
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.times.append(time.monotonic())
-            control.should_training_stop |= self.times[-1] - self.times[0] > self.limit_s
+            now = time.monotonic()
+            self.step_s.append(now - self.ended)
+            self.ended = now
+            if self.limit_s:
+                control.should_training_stop |= self.train_s + self.speed / 2 > self.limit_s
+            else:
+                control.should_training_stop |= settled(self.step_s) or self.train_s > PROBE_S
 
     def trainer(steps: int, clock: Clock, **more: Any) -> Any:
-        kind = {"lr_scheduler_type": use["schedule"], "optim": "adamw_8bit" if unsloth else "adamw_torch"}
-        rate = {"learning_rate": use["learning_rate"], "warmup_steps": max(1, round(use["warmup"] * steps))}
+        kind = {"lr_scheduler_type": "constant", "optim": "adamw_8bit" if unsloth else "adamw_torch"}
+        rate = {"learning_rate": use["learning_rate"]}  # the peak, which Clock scales
         at_once = 2 if unsloth else use["batch"]
         batch = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": use["batch"] // at_once}
         here = {"bf16": cuda, "use_cpu": not cuda, "seed": spec["seed"], "output_dir": str(folder / "checkpoints")}
@@ -154,23 +196,25 @@ def rival(spec: Row) -> tuple[Path, str, Row]:
         job = SFTTrainer(model=model, args=args, **made, **more)
         return train_on_responses_only(job, **marks) if unsloth else job
 
-    clock = Clock(1e9)
-    first = trainer(PROBE_STEPS, clock, **adapter)
+    probe = Clock()
+    first = trainer(PROBE_STEPS, probe, **adapter)
     model = first.model
     kept = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     first.train()
-    step_s = (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
                 weight.copy_(kept[name])
-    steps = min(int(spec["minutes"] * 60 / step_s), int(spec["epochs"] * len(rows) / use["batch"]))
-    clock = Clock(spec["minutes"] * 60)
-    job = trainer(max(steps, 1), clock)
+    del first  # and its optimizer: the training has one of its own
+    limit_s, most = spec["minutes"] * 60, max(1, int(spec["epochs"] * len(rows) / use["batch"]))
+    clock = Clock(limit_s)
+    job = trainer(most, clock)
     job.train()
     job.model.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
-    done = {"steps": job.state.global_step, "planned_steps": steps, "train_s": clock.times[-1] - clock.times[0]}
+    done = {"steps": job.state.global_step, "planned_steps": max(1, min(round(limit_s / probe.speed), most))}
+    done |= {"train_s": round(clock.train_s, 2), "probe_s": round(probe.train_s, 2), "probe_steps": len(probe.step_s)}
+    done |= {"step_s": round(probe.speed, 3)}
     tokens = next((line["num_tokens"] for line in reversed(job.state.log_history) if "num_tokens" in line), None)
     made = {"trained_tokens": tokens, "learning_rate": use["learning_rate"], "settings": use}
     return folder / "adapter", "nf4" if unsloth else "16bit", done | made

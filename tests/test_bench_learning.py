@@ -4,6 +4,8 @@ import json
 import sqlite3
 
 import pytest
+import train_data
+from safetensors.torch import load_file
 
 from ci import bench_learning as bench
 from ci import learning_tasks
@@ -51,6 +53,54 @@ def test_a_public_file_that_is_not_the_one_that_was_measured_is_refused(tmp_path
 def test_a_task_that_is_no_task_names_those_that_there_are(task, tmp_path):
     with pytest.raises(TunebookError, match=r"geoquery.*NAME=TRAIN,TEST"):
         learning_tasks.sources(task, tmp_path, fetch=False)
+
+
+@pytest.fixture
+def trl_arm(runs_root, narrow_llama, tokenizer, monkeypatch):
+    """Trains the TRL arm on 4 batches of 2 rows, with the small model, for that many minutes and epochs."""
+    monkeypatch.setitem(bench.TRL, "batch", 2)
+    for run in ("t", "t-whole"):
+        train_data.data_stage(run, narrow_llama, tokenizer, train_data.sft_rows(tokenizer, 8))
+    return lambda minutes, epochs: bench.rival(
+        {"arm": "trl", "task": "t", "minutes": minutes, "epochs": epochs, "seed": 17}
+    )
+
+
+@pytest.mark.parametrize(
+    ("step_s", "yes"),
+    [
+        ([9, 1, 1, 1, 1], False),  # too few to compare
+        ([9, 1, 1, 1, 1, 1], True),
+        ([9, 8, 1, 1, 1, 1], False),
+        ([9, 8, 1, 1, 1, 1, 1], True),
+        ([4, 4, 4, 3, 3, 3], False),
+        ([1, 1, 1, 1, 1, 9], False),  # something was compiled once more
+        ([1, 1, 1, 1.2, 1.1, 1.3], True),
+    ],
+)
+def test_a_speed_has_settled_once_steps_get_no_faster(step_s, yes):
+    assert bench.settled(step_s) is yes
+
+
+def test_the_learning_rate_rises_for_the_warmup_and_is_zero_at_the_end():
+    factors = [bench.rate_factor(share, 0.1) for share in (0, 0.05, 0.1, 0.55, 1, 1.2)]
+    assert factors == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
+
+
+def test_a_rival_with_time_left_ends_with_the_epochs_and_so_does_its_schedule(trl_arm, monkeypatch):
+    shares = []
+    monkeypatch.setattr(bench, "rate_factor", lambda share, warmup: shares.append(share) or 0.0)
+    adapter, _, made = trl_arm(minutes=600, epochs=1)
+    assert made["steps"] == made["planned_steps"] == 4
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75], abs=0.1)
+    assert 2 * bench.WINDOW <= made["probe_steps"] <= bench.PROBE_STEPS
+    weights = load_file(adapter / "adapter_model.safetensors")  # a rate of 0: as they were before the probe
+    assert not any(weight.any() for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_a_rival_without_time_left_ends_before_its_epochs(trl_arm):
+    _, _, made = trl_arm(minutes=1e-6, epochs=100)
+    assert made["steps"] == made["planned_steps"] == 1
 
 
 def test_seeds_are_compared_question_by_question_and_drawn(tmp_path):

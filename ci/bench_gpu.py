@@ -137,7 +137,7 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
     )
     if given.tiny:
         values |= {"batch_size": 4, "max_length": 4096} if stage == "orpo" else {"batch_size": 4}
-    data_stage(run, str(Path(given.model) / "16"), given.data, 24 if given.tiny else 100_000)
+    data_stage(run, str(Path(given.model) / "16"), given.data, 24 if given.tiny else given.rows)
     params.resolve(stage, values)
     began = time.time()
     if killed_on:
@@ -373,6 +373,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--data", default="")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=100_000, help="of the data at most: few make several epochs")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--killed-on", type=int, default=0)

@@ -114,6 +114,10 @@ ARMS = [
     job("70b_lora_x4", "70b", 4, method="lora", batch_size=64, goal=TEN),
     job("70b_qlora_x1", "70b", 1, method="qlora", batch_size=64),
     *(job(f"8b_{loss}", "8b", 1, stage=loss, goal="80 % of orpo") for loss in ("orpo", "dpo", "kto", "simpo")),
+    *(  # 40 pairs: from the second epoch on their references are kept
+        job(f"8b_{loss}_epochs", "8b", 1, "--rows", "40", "--steps", "18", stage=loss, goal="80 % of 8b_orpo_epochs")
+        for loss in ("orpo", "dpo", "kto")
+    ),
     job("8b_orpo_long", "8b", 1, "--steps", "60", stage="orpo", goal="mean within 3 % of the median step"),
     # Their experts stay in 16 bits, 54 GiB; about 32,000 tokens a step, as the rival's.
     job("30b-a3b_lora", "30b-a3b", 1, **EXPERTS, method="lora", goal="ten steps beside 30b-a3b_unsloth"),

@@ -184,9 +184,6 @@ def _setting(dialect: dict[str, Any], name: str, value: Any) -> Found:
     return NEAR if why else TAKEN, why or same, sets
 
 
-# ---------------------------------------------------------------- rows
-
-
 def _rows_of(dialect: dict[str, Any], name: str, given: Settings, file: Path) -> Found | None:
     """What becomes of a setting that names rows; None for any other."""
     value, to = given[name], dialect["rows"].get(name)

@@ -144,9 +144,6 @@ def login() -> str:
     return "run `hf auth login`, or set HF_TOKEN"
 
 
-# ---------------------------------------------------------------- memory
-
-
 def memory_gib() -> float:
     """Host memory in all, in GiB: what the system has, or less where a container has a limit."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _container_memory())]) / 2**30

@@ -233,9 +233,6 @@ def _value(text: str) -> Any:
     return None if text.lower() == "none" else text
 
 
-# ---------------------------------------------------------------- rendering
-
-
 def render(
     tokenizer: Any, conversations: list[Conversation], seconds: float = BATCH_SECONDS
 ) -> list[Rendering | RowError]:

@@ -190,9 +190,6 @@ def gibberish(text: str) -> Fault:
     return None
 
 
-# ---------------------------------------------------------------- toxicity
-
-
 def drop_toxic(
     rows: Iterable[list[Row]], report: StepReport, scorer: str | Scorer, threshold: float = 0.5
 ) -> Iterator[list[Row]]:

@@ -69,11 +69,7 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        template: Template,
-        train_on: str = "last",
-        rejects: Rejects | None = None,
-        control_tokens: str = "reject",
+        self, template: Template, train_on: str = "last", rejects: Rejects | None = None, control_tokens: str = "reject"
     ) -> None:
         self.template, self.train_on, self.rejects = template, train_on, rejects or Rejects()
         self.chat = Chat(template, control_tokens)

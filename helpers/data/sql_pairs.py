@@ -100,9 +100,6 @@ def respelt(query: str) -> str:
     return tree.sql("sqlite") if tree is not None else query
 
 
-# ---------------------------------------------------------------- mistakes
-
-
 def planted_mistakes(conn: text_to_sql.Database) -> Proposals:
     """Proposals made from a right query: another aggregate, comparison, column, value, direction, join, no condition.
 

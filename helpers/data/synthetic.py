@@ -179,7 +179,7 @@ def _asked(
     price = f"{cost:,.2f}" if p.price_in or p.price_out else "unknown, without price_in and price_out"
     say(
         f"{planned['new']:,} questions to ask ({planned['kept']:,} already answered), about {planned['tokens_in']:,} "
-        f"tokens in and at most {planned['tokens_out']:,} out; cost at most {price}.",
+        f"tokens in and at most {planned['tokens_out']:,} out; cost at most {price}."
     )
     if p.max_cost and total > p.max_cost:
         found = f"The job could cost {total:,.2f}, more than max_cost = {p.max_cost:,.2f}"

@@ -54,9 +54,6 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-# ---------------------------------------------------------------- added tokens
-
-
 def add_tokens(model: Any, tokenizer: Any, tokens: str | Iterable[str], special: bool = False) -> list[int]:
     """Add tokens to `tokenizer` and rows for them to `model`; returns their ids, in the order of `tokens`.
 

@@ -183,9 +183,6 @@ def _resolved(model: str) -> dict[str, Any]:
         return {"trouble": str(error)}
 
 
-# ---------------------------------------------------------------- one candidate at work
-
-
 class Session:
     """`with Session(candidate, "answers") as s: s.answers(...)`. place: where answers are kept, a folder or its name in
     the cache; end: text of the token that ends a turn, chat: how the run's template shows turns, and threads (0: of all

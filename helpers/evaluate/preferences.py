@@ -92,9 +92,6 @@ def right(margins: Iterable[float]) -> list[float | None]:
     return [(float(np.sign(margin)) + 1) / 2 if math.isfinite(margin) else None for margin in margins]
 
 
-# ---------------------------------------------------------------- the judge
-
-
 class Pair(NamedTuple):
     """What the judge compares."""
 

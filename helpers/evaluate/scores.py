@@ -246,9 +246,6 @@ def metrics(scores: dict[str, Any]) -> dict[str, Any]:
     return {"candidates": table, "skipped": skipped, "label": scores["task"]["label"], **kept}
 
 
-# ---------------------------------------------------------------- the two files
-
-
 def write(folder: Path, scores: dict[str, Any], answers: list[dict[str, Any]]) -> None:
     check(scores, answers)
     cache.write_json(folder / SCORES, scores)

@@ -190,9 +190,6 @@ def _sentence(one: dict[str, Any], verdict: str) -> str:
     return f"{verdict} by {size} points, 95 % interval {points(low)} to {points(high)}; n = {n}"
 
 
-# ---------------------------------------------------------------- the verdict
-
-
 def sentences(scores: Record) -> list[str]:
     """What there is to say, of scores.json or metrics.json: how good it is, what to ship, what was forgotten."""
     parts = (scores.get("headline"), *((scores.get(key) or {}).get("sentence") for key in ("ship", "lost")))

@@ -108,9 +108,6 @@ def experts(model: Any) -> list[str]:
     return sorted({".".join(name.split(".")[-3:]) for name, _ in expert_weights(model)})
 
 
-# ---------------------------------------------------------------- counted
-
-
 class Shape:
     """What the causal LM that `config` describes is made of. linears: (name, inputs, outputs) of every linear layer
     inside the layers, adapted: those of "all-linear"; experts: (count, rows, columns) of every stack of expert

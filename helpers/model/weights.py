@@ -256,9 +256,6 @@ def _head(entries: list[tuple[str, tuple[int, ...], str]]) -> tuple[bytes, int]:
     return len(text).to_bytes(8, "little") + text, end
 
 
-# ---------------------------------------------------------------- adapters
-
-
 def sort_adapter_config(adapter: Path) -> None:
     """PEFT writes its sets of names in any order; sorted, the adapters of two identical runs have one hash."""
     file = adapter / "adapter_config.json"

@@ -48,8 +48,7 @@ def preview(job: Any, rows: int = 6) -> display.Html:
         blocks.append(draw(f"preference · {row['id']}", sides))
     title = f"Which tokens are trained: {job.params.run}"
     write_atomic(
-        job.path / "preview.html",
-        shell.page("preview.html.j2", title, blocks=blocks, train_on=job.params.train_on),
+        job.path / "preview.html", shell.page("preview.html.j2", title, blocks=blocks, train_on=job.params.train_on)
     )
     inline = shell.macro("tokens.html.j2", "inline")
     return display.Html(
@@ -117,8 +116,7 @@ def write(job: Any) -> display.Html:
     written = {name: count for name, count in encoded["written"].items() if count}
     size = next((name for name, top in SIZES.items() if sum(written.values()) < top), "n>10M")
     write_atomic(
-        job.path / "README.md",
-        shell.card("data_card.md.j2", written=written, configs=CONFIGS, size=size, **values),
+        job.path / "README.md", shell.card("data_card.md.j2", written=written, configs=CONFIGS, size=size, **values)
     )
     rows = [
         ("report", job.path / "report.html"),

@@ -74,9 +74,6 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(inner)
 
 
-# ---------------------------------------------------------------- queries
-
-
 class Statement(NamedTuple):
     """One statement in an answer. rank: 0 in a fence or JSON, 1 in the open, 2 in the middle of prose; start, end: its
     place; runs: the database compiles it; closed: nothing but its end follows on its line."""

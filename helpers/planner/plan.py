@@ -230,6 +230,9 @@ def plan(
         reasons.append(f"Activation checkpointing: {best.recompute_text}; {why}.")
     if params.group_by_length and in_one:
         reasons.append("group_by_length changes nothing: packed rows hold no padding that it could save.")
+    if fill := search.steps.fill:
+        lost = f"packed sequences are {display.percent(fill)} full; {display.percent(1 - fill)} of their room is lost"
+        reasons.append(f"The {lost} (up to {row_plan.WINDOW:,} examples are fitted together).")
     rate, told = learning_rate.used(params, shape.parameters)
     reasons.append(told)
     if params.method in ("qlora", "lora"):

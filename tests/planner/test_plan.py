@@ -1,17 +1,18 @@
 """Plans: measured settings predicted, the asked batch kept, refusals that name the remedy, no GPU needed."""
 
 import json
+import random
 import re
 from dataclasses import replace
 
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from helpers import machine
+from helpers import display, machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
 from helpers.model import layer_kinds
-from helpers.planner import cost_model
+from helpers.planner import cost_model, row_plan
 from helpers.planner import plan as planner
 
 # In ci/results/. The first set the constants of cost_model; the settings of the second (bench_probe.SETTINGS, and its
@@ -366,3 +367,18 @@ def test_auto_takes_fp8_where_16_bits_leave_no_room_and_it_was_measured():
     assert plan(kept, LENGTHS, llama("8b"), card=replace(h100, total_gib=16)).setting.quantize == "nf4"
     small = plan({"batch_size": 8}, LENGTHS, llama("135m"), card=h100)
     assert small.setting.quantize == "none", "launches decide there"
+
+
+def test_packed_sequences_are_planned_window_by_window_and_their_fill_is_said():
+    draw = random.Random(3)
+    lengths = [draw.randint(20, 900) for _ in range(2 * row_plan.WINDOW + 100)]
+    steps = row_plan.Batches(4, "packed", 1024).epoch(lengths, 17, 0)
+    assert sorted(i for step in steps for i in step) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in step) for step in steps) <= 4 * 1024
+    assert steps == row_plan.Batches(4, "packed", 1024).epoch(lengths, 17, 0)
+    few = lengths[:3000]
+    made = plan({"batch_size": 4, "batch_unit": "packed", "plan_for": "H100"}, few, llama("360m"), sequence=1024)
+    full = sum(few) / (1024 * 4 * made.steps)
+    assert 0.9 < full <= 1 and f"The packed sequences are {display.percent(full)} full;" in " ".join(made.reasons)
+    rows = plan({"batch_size": 8, "plan_for": "H100"}, few, llama("360m"))
+    assert "packed sequences" not in " ".join(rows.reasons)

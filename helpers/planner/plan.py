@@ -288,10 +288,10 @@ class Search:
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether the GPU has products of a base in FP8 and nothing that was named forbids them."""
+        """Whether the GPU has products of a base in FP8 and nothing forbids them; experts stay in 16 bits."""
         p = self.params
         able = p.quantize == "auto" and p.precision in ("auto", "bf16") and self.base.backend == "hf"
-        able &= not (p.dora or p.shard_weights or p.cpu_offload)
+        able &= not (p.dora or p.shard_weights or p.cpu_offload or self.shape.experts)
         return able and (self.card.capability or (0, 0)) >= cost_model.FP8_SINCE
 
     def _in_room(self) -> Option | None:

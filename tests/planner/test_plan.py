@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
 from helpers import display, machine
 from helpers import params as parameters
@@ -365,6 +365,9 @@ def test_auto_takes_fp8_where_16_bits_leave_no_room_and_it_was_measured():
         assert ("16 bits, by quantize 'none'" in " ".join(made.reasons)) == (quantize == "fp8")
     kept = {"quantize": "auto", "init": "loftq"}
     assert plan(kept, LENGTHS, llama("8b"), card=replace(h100, total_gib=16)).setting.quantize == "nf4"
+    sizes = {"num_local_experts": 8, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 16}
+    experts = plan({"batch_size": 256}, LENGTHS, MixtralConfig(**sizes), card=h100)
+    assert experts.setting.quantize == "none" and "quantize 'fp8'" not in " ".join(experts.reasons)
     small = plan({"batch_size": 8}, LENGTHS, llama("135m"), card=h100)
     assert small.setting.quantize == "none", "launches decide there"
 

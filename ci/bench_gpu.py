@@ -166,6 +166,8 @@ def job(arm: str, stage: str, given: argparse.Namespace, processes: int = 1, kil
         row_tokens=plan["row_tokens"],
         accumulation=plan["accumulation"],
         recompute=plan["recompute"],
+        # Another program's memory on the GPU shows here alone: the plan counts with what is free.
+        checkpointing=(plan["reason"].partition("Activation checkpointing: ")[2].partition(". ")[0]),
         backend=plan["backend"],
         peak_gib=manifest.metrics["peak_gib"],
         predicted_gib=plan_prediction(plan, manifest),

@@ -14,9 +14,9 @@ tensor at a time. DATA: LLaMA-Factory's alpaca_en_demo.json and dpo_en_demo.json
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -258,6 +258,17 @@ def start(arm: Arm, given: argparse.Namespace, out: Path, cards: list[int]) -> s
         )
 
 
+def kill(pid: int) -> None:
+    """End a process and all that it started. torchrun gives each worker a session of its own: one that outlived its
+    arm would keep a GPU's memory, with which the next arm's plan could not count."""
+    import psutil
+
+    starter = psutil.Process(pid)
+    for process in [*starter.children(recursive=True), starter]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def line_of(arm: Arm, out: Path, status: int | str, seconds: float, beside: int) -> dict:
     """The arm's line: what its child printed as its result, or how it failed. beside: arms that ran meanwhile."""
     said = (out / f"{arm.name}.log").read_text(errors="replace")
@@ -288,7 +299,7 @@ def run_all(arms: list[Arm], given: argparse.Namespace, out: Path) -> None:
         for arm, (child, since, cards, beside) in list(running.items()):
             status: int | str | None = child.poll()
             if status is None and time.time() - since > arm.seconds:
-                os.killpg(child.pid, signal.SIGKILL)
+                kill(child.pid)
                 child.wait()
                 status = "timeout"
             if status is None:

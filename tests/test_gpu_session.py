@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from ci import bands, gpu_session
@@ -69,3 +70,13 @@ def test_a_trajectory_repeats_itself(runs_root, narrow_llama, tokenizer, arm):
     train_data.data_stage("r", narrow_llama, tokenizer)
     first = bands.losses("r", arm, steps=3)
     assert len(first) == 3 and not bands.outside(bands.losses("r", arm, steps=3), first)
+
+
+def test_an_arm_that_is_ended_leaves_no_worker_behind_in_a_session_of_its_own():
+    inner = "import subprocess, sys, time; c = [sys.executable, '-c', 'import time; time.sleep(60)']; "
+    inner += "print(subprocess.Popen(c, start_new_session=True).pid, flush=True); time.sleep(60)"
+    arm = subprocess.Popen([sys.executable, "-c", inner], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    worker = psutil.Process(int(arm.stdout.readline()))
+    gpu_session.kill(arm.pid)
+    arm.communicate()
+    assert psutil.wait_procs([worker], timeout=20)[1] == [] and arm.returncode

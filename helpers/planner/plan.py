@@ -361,8 +361,7 @@ class Search:
         longest = replace(s, row_tokens=padded, accumulates=rows > 1)
         peak, offloaded = cost_model.peak_gib(self.shape, longest), cost_model.offloaded_gib(self.shape, longest)
         slack, context = cost_model.FRAGMENTATION, cost_model.CONTEXT_GIB  # on top of what a GPU's job allocates
-        if s.sharded and self.params.method in ("full", "freeze"):
-            slack += MEMORY_SPREAD  # sharded gradients are counted and were not measured
+        slack += MEMORY_SPREAD * (s.sharded and self.params.method in ("full", "freeze"))  # long rows: not measured
         need = peak * 1.1 if self.card.capability is None else peak * (1 + slack) + context
         fits = cost_model.offload_fits(self.shape, longest, self.card, self.world)
         fits &= need <= self.room * self.card.total_gib

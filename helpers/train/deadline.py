@@ -181,14 +181,14 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
             for row in [heaviest, heaviest, ordinary[0], *ordinary] if cuda else ordinary[:2]:
                 if plan.accumulation == 1:
                     model.zero_grad(set_to_none=True)
+                getattr(trainer, "references", {}).clear()  # in training most rows are met for the first time
+                began = _now(cuda)
                 batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
                 inputs = send_to_device(batches[0], device)
-                tokens, began = inputs["tokens"], _now(cuda)
-                getattr(trainer, "references", {}).clear()  # in training most rows are met for the first time
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
                 loss.backward()
-                speeds.append(tokens / (_now(cuda) - began))
+                speeds.append(inputs["tokens"] / (_now(cuda) - began))
                 del loss, inputs, batches
     finally:
         model.zero_grad(set_to_none=True)

@@ -75,9 +75,9 @@ class PackedRows:
 
     lengths: tokens of the examples, default those of `input_ids`. padded: rows will be padded to their longest example,
     so `budget` and the evenness of rows count padding too. partners: every example also gets `other_ids`, the answer of
-    the one before it in its optimizer step (KTO's mismatched pairs). Read in order, one row a batch, with
-    `gradient_accumulation_steps = accumulation`, an optimizer step is exactly one of `batches`, also when accelerate
-    deals rows out to `world_size` processes. A step's last rows may be empty.
+    the one before it in its step of the first epoch (KTO's mismatched pairs, their reference asked once). Read in
+    order, one row a batch, with `gradient_accumulation_steps = accumulation`, an optimizer step is exactly one of
+    `batches`, also when accelerate deals rows out to `world_size` processes. A step's last rows may be empty.
     """
 
     examples: Any
@@ -93,15 +93,15 @@ class PackedRows:
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [len(example["input_ids"]) for example in self.examples]
+        first = self.batches.epoch(self.lengths, self.seed, 0, self.shuffle) if self.partners else []
+        self.before = {i: other for step in first for i, other in zip(step, step[-1:] + step[:-1], strict=True)}
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Cut the rows of this epoch, in its own order; accelerate's data loader calls it."""
         self.rows: list[list[int]] = []
         per_step = self.accumulation * self.world_size
-        self.before: dict[int, int] = {}
         for batch in self.batches.epoch(self.lengths, self.seed, epoch, self.shuffle):
-            self.before |= zip(batch, batch[-1:] + batch[:-1], strict=True) if self.partners else ()
             self.rows += batch_rows(batch, self.lengths, per_step, self.budget, self.padded)
 
     def costs(self) -> list[int]:

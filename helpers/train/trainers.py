@@ -18,7 +18,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # ORPO is among TRL's ex
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -26,6 +26,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from helpers import compat
 from helpers.model.chunked_loss import per_document
 from helpers.model.packed_attention import IGNORE
+from helpers.planner.cost_model import PASSES
 from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
 from helpers.train.examples import lengths_of
@@ -179,7 +180,7 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
 
     ORPO's nll is the mean over the step's prompt and chosen tokens, every preference term the mean over its pairs (KTO:
     answers). KTO's divergence is TRL's, of each prompt with another answer, but over the whole step. The reference is
-    the model as it began: the base, or the adapter that is trained further; asked once for each document.
+    the model as it began: the base, or the adapter that is trained further; asked once in a run for each document.
     """
 
     loss: str
@@ -197,8 +198,7 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
         self.step_tokens, self.step_pairs = self._everywhere(
             sum(b["nll_tokens"] for b in batches), sum(b["pair_count"] for b in batches)
         )
-        if self.loss == "kto":
-            self.kl = self._divergence(self.model_wrapped, [b["kl"] for b in batches if "kl" in b])
+        self._ask(batches)
         return batches, torch.tensor(self.step_pairs)
 
     def forward_pairs(self, model: Any, inputs: dict[str, Any], router: bool = False) -> tuple[torch.Tensor, ...]:
@@ -234,41 +234,40 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
         for again in (False, True):
             for i, weight in enumerate(trained):
                 weight.data, self.initial[i] = self.initial[i], weight.data
+            torch.clear_autocast_cache()  # it knows weights by their places, and would keep 16-bit copies of the others
             if not again:
                 yield
 
     @torch.no_grad()
-    def reference(self, model: Any, inputs: dict[str, Any], keep: bool = True) -> torch.Tensor:
-        """Log-probability of each answer by the model as it began, (documents,)."""
-        keys = inputs["keys"]
-        if not keep or any(key not in self.references for key in keys):
-            with self._as_it_began():
-                logps = self.forward_pairs(model, inputs)[1]
-            if not keep:
-                return logps
-            self.references |= zip(keys, logps.tolist(), strict=True)
-        return torch.tensor([self.references[key] for key in keys], device=inputs["labels"].device)
+    def _ask(self, batches: list[dict[str, Any]]) -> None:
+        """Ask the reference for a step's answers, once in a run, and tell every process; estimate KTO's divergence from
+        it: over mismatched answers, at least 0. Processes ask together, of empty rows too: sharded ones have to."""
+        if self.loss not in PASSES:
+            return
+        others = [batch.get("kl", batch) for batch in batches] if self.loss == "kto" else []
+        rows, count = send_to_device([*others, *batches], self.accelerator.device), len(others)
+        with self.accelerator.autocast():
+            if any(self._everywhere(sum(key not in self.references for row in rows for key in row["keys"]))):
+                with self._as_it_began():
+                    found = [(row["keys"], self.forward_pairs(self.model, row)[1].tolist()) for row in rows]
+                pairs = [pair for keys, logps in found for pair in zip(keys, logps, strict=True)]
+                self.references |= gather_object(pairs)
+            apart = [self.forward_pairs(self.model, row)[1] - self.reference(row) for row in rows[:count]]
+        if others:
+            total, answers = self._everywhere(float(sum(one.sum() for one in apart)), sum(map(len, apart)))
+            self.kl = max(total / max(answers, 1), 0.0)
 
-    @torch.no_grad()
-    def _divergence(self, model: Any, batches: list[dict[str, Any]]) -> float:
-        """KTO's estimate of the divergence from the reference: over mismatched answers, at least 0."""
-        ratio, count = 0.0, 0
-        for batch in batches:
-            moved = send_to_device(batch, self.accelerator.device)
-            with self.accelerator.autocast():
-                apart = self.forward_pairs(model, moved)[1] - self.reference(model, moved, keep=False)
-            ratio, count = ratio + float(apart.sum()), count + len(apart)
-        total, answers = self._everywhere(ratio, count)
-        return max(total / max(answers, 1), 0.0)
+    def reference(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Log-probability of each answer by the model as it began, (documents,)."""
+        return torch.tensor([self.references[key] for key in inputs["keys"]], device=inputs["labels"].device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        reference = self._reference_of(model, inputs)
         nll, logps, count, balance = self.forward_pairs(model, inputs, bool(self.router_weight))
         loss, metrics = nll, {}
         if len(logps):
-            sums = self._sums(inputs, nll, logps, count, reference)
+            sums = self._sums(inputs, nll, logps, count)
             loss = nll / max(self.step_tokens, 1) if self.loss == "orpo" else 0.0
             loss = loss - sums["preference"] / self.step_pairs + self.router_weight * balance / self.step_seen
             metrics = {k: v.detach() for k, v in self.means(sums).items() if k != "loss" and torch.is_tensor(v)}
@@ -277,21 +276,16 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, metrics) if return_outputs else loss
 
-    def _reference_of(self, model: Any, inputs: dict[str, Any]) -> Any:
-        wanted = self.loss in ("dpo", "kto") and inputs["pair_count"]
-        return self.reference(model, inputs) if wanted else 0.0
-
     def measure(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self.loss == "kto":
-            self.kl = self._divergence(model, [inputs["kl"]] if "kl" in inputs else [])
+        self._ask([inputs])
         nll, logps, count, _ = self.forward_pairs(model, inputs)
-        sums = self._sums(inputs, nll, logps, count, self._reference_of(model, inputs))
+        sums = self._sums(inputs, nll, logps, count)
         # The same names in every process, one whose rows are empty among them.
         return sums if len(logps) else dict.fromkeys(sums, 0.0)
 
-    def _sums(self, inputs: dict[str, Any], nll: Any, logps: Any, count: Any, reference: Any) -> dict[str, Any]:
+    def _sums(self, inputs: dict[str, Any], nll: Any, logps: Any, count: Any) -> dict[str, Any]:
         p, good, loss = self.params, inputs["good"], self.loss
-        scores = logps - reference if loss in ("dpo", "kto") else logps / count
+        scores = logps - self.reference(inputs) if loss in PASSES else logps / count
         chosen, rejected = scores[:good], scores[good:]
         sums = {"pairs": inputs["pair_count"], "good": good, "bad": len(rejected)}
         if loss == "orpo":
@@ -358,7 +352,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
     trainer.router_weight = params.router_aux_loss
     if loss != "sft":
         trainer.loss, trainer.params, trainer.references, trainer.initial = loss, params, {}, None
-        if loss in ("dpo", "kto") and (job.adapter or params.init != "default"):
+        if loss in PASSES and (job.adapter or params.init != "default"):
             trainer.initial = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     _use_packed_rows(job, model, trainer, loss)
     trainer.trained = list(distributed.named(model).values())  # sharded again before an optimizer is made

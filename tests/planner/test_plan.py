@@ -6,8 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import transformers
 from transformers import LlamaConfig, MixtralConfig, Qwen2Config
 
+from ci import gpu_session
 from helpers import display, machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
@@ -171,6 +173,58 @@ def test_a_sharded_peak_follows_from_the_one_that_was_measured_on_one_gpu(shapes
     one = min(settings, key=lambda s: abs(cost_model.peak_gib(shapes["8b"], s) - seen["one_gpu_lora"]))
     two = cost_model.peak_gib(shapes["8b"], replace(one, shards=2))
     assert two == pytest.approx(seen["two_gpus_sharded"], rel=0.01)
+
+
+def recorded_sharded():
+    """(arm's base, method, recorded line) of every sharded job in ci/results/ that says its peak."""
+    arms = {arm.name: arm for arm in gpu_session.ARMS}
+    arms["two_gpus_sharded"] = gpu_session.job("two_gpus_sharded", "8b", 2, method="lora")
+    for file in sorted((machine.PROJECT / "ci" / "results").glob("h*00_*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            name = line.get("arm") or line.get("recipe")
+            if name == "llama-factory-full-4gpu" and "peak_gib" in line:
+                yield "8b", "full", {"processes": line["gpus"], "accumulation": 1, **line}
+            elif name == "two_gpus_sharded" or line.get("sharded"):
+                settings = dict(word.split("=") for word in arms[name].command if "=" in word)
+                yield arms[name].shape, settings["method"], line
+
+
+# Tokens of the longest row that a plan's row_tokens came to: alpaca_en_demo.json in SmolLM2's tokens.
+LONGEST = {12288: 11817, 2048: 1821, 856: 856}
+
+
+def test_every_sharded_peak_that_was_measured_is_planned_within_seven_percent():
+    seen = []
+    for size, method, line in recorded_sharded():
+        kind, sizes = gpu_session.SHAPES[size]
+        config = getattr(transformers, f"{kind}Config")(**{"tie_word_embeddings": False, **sizes})
+        tokens, world, rows = LONGEST[line["row_tokens"]], line["processes"], line["accumulation"]
+        values = {"method": method, "rank": 16, "batch_size": rows * world, "row_tokens": tokens, "plan_for": "H100"}
+        values |= {"recompute": "none", "shard_weights": method == "qlora"}
+        made = plan(values, [tokens] * rows * world, config, world_size=world)
+        assert made.setting.sharded and made.accumulation == rows
+        assert made.peak_gib == pytest.approx(line["peak_gib"], rel=0.07), (size, method, world)
+        seen.append((size, method, world))
+    assert {("8b", "lora", 2), ("32b", "lora", 4), ("70b", "qlora", 4), ("8b", "full", 4)} <= set(seen)
+
+
+def test_a_reference_takes_time_and_no_memory_so_it_costs_no_checkpointing():
+    """It is asked without gradients before a row's activations are there: the same rows, the same setting."""
+    values = {"method": "qlora", "start_from": "base", "batch_size": 8, "row_tokens": 9984}
+    for total in (12, 24, 40, 79.1):
+        made = {
+            loss: planner.plan(
+                parameters.resolve("orpo", {**values, "loss": loss}),
+                [1248] * 64,
+                llama("8b"),
+                card=replace(cost_model.card_named("H100"), total_gib=total),
+            )
+            for loss in ("orpo", "simpo", "dpo", "kto")
+        }
+        settings = {(p.setting.recompute, p.setting.offload, p.setting.tile_mlp) for p in made.values()}
+        assert len(settings) == 1 and len({p.peak_gib for p in made.values()}) == 1
+        assert made["orpo"].tokens_per_s > made["dpo"].tokens_per_s > made["kto"].tokens_per_s
+    assert made["dpo"].setting.recompute == 0
 
 
 def test_full_tuning_of_an_8b_is_refused_on_one_gpu_of_80_gib_and_shared_by_two_and_four(shapes):

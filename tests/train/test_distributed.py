@@ -142,6 +142,31 @@ def test_a_sharded_sixteen_bit_base_learns_like_one_process_and_their_checkpoint
         ), f"{run} on {processes}"
 
 
+@pytest.mark.parametrize(("loss", "method"), [("dpo", "lora"), ("kto", "qlora")], ids=["sharded", "data parallel"])
+def test_references_are_asked_once_and_known_to_every_process(
+    runs_root, untied_llama, tokenizer, two_cores, loss, method
+):
+    """Three epochs: rows come to other processes in the later ones, and a step's last row may be empty. A process of a
+    sharded job that asked alone would wait for the others for ever."""
+    given = {"loss": loss, "method": method, "start_from": "base", "batch_size": 5, "max_steps": 6, "epochs": 3.0}
+    given |= {"save_steps": 6, "eval_rows": 3, "recompute": "none", "precision": "fp32", "best_checkpoint": False}
+    found = []
+    for run, processes in (("one", 1), ("two", 2)):
+        pairs = train_data.pair_rows(tokenizer, 8 if loss == "dpo" else 4)
+        train_data.data_stage(run, untied_llama, tokenizer, pairs=pairs, held_out_pairs=pairs[:3])
+        values = parameters.resolve("orpo", {"run": run, "rank": 4, "learning_rate": 1e-3, **given})
+        if processes == 1:
+            job = training.open(values)
+            job.train()
+            asked = len(job.trainer.references)
+            job.finish()
+        else:
+            status, said = torchrun("orpo", values, processes)
+            assert status == 0, said[-3000:]
+        found.append(losses(runs.folder(run, "orpo")))
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and asked > 0
+
+
 def test_a_sharded_four_bit_base_learns_like_one_process_and_its_checkpoints_move_both_ways(
     runs_root, untied_llama, tokenizer, two_cores
 ):

@@ -266,6 +266,37 @@ def test_packed_losses_are_those_of_trls_own_trainers(data, tokenizer, narrow_ll
         assert start == "sft" or trainer.kl > 0
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_sixteen_bit_copies_of_the_adapter_as_it_began_do_not_stand_for_the_one_that_is_trained(after_sft, loss):
+    """autocast keeps copies of fp32 weights by their places, and the reference's weights are put into those."""
+    job = prepared(loss=loss, start_from="sft", precision="bf16", method="lora", batch_size=4).build()
+    with torch.no_grad():
+        for weight in job.trainer.trained:
+            weight += 0.1 * torch.randn_like(weight)
+    found = job.trainer.evaluate()
+    assert abs(found["eval_rewards/chosen"]) > 0.01 < abs(found["eval_rewards/rejected"]), found
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_reference_is_asked_once_for_each_answer_in_all_epochs(data, monkeypatch, loss):
+    from helpers.train import trainers
+
+    job = prepared(loss=loss, epochs=3, max_steps=0, batch_size=8, eval_steps=100).build()
+    forward, asked = trainers.RowPreferenceTrainer.forward_pairs, []
+
+    def counted(self, model, inputs, *more):
+        found = forward(self, model, inputs, *more)
+        if any(getattr(module, "disable_adapters", None) is True for module in model.modules()):
+            asked.extend(inputs["keys"])
+        return found
+
+    monkeypatch.setattr(trainers.RowPreferenceTrainer, "forward_pairs", counted)
+    job.trainer.train()
+    # Twice a pair, and twice an answer of KTO: each prompt with its own and with another one.
+    answers = 2 * (len(job.train_rows) + len(job.held_out))
+    assert job.trainer.state.epoch == 3 and len(asked) == answers, "not once, or anew in a later epoch"
+
+
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
     first = training.open(train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))
     first.train()

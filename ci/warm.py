@@ -7,7 +7,7 @@ import importlib
 
 from helpers.errors import TunebookError
 from helpers.planner import cost_model
-from helpers.planner.plan import UNSLOTH_MODELS, choose_backend
+from helpers.planner.proposals import UNSLOTH_MODELS, choose_backend
 
 TRAINING = ("helpers.train.training", "helpers.train.trainers", "peft", "trl.trainer.sft_trainer")
 HEAVY = {

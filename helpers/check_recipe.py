@@ -19,7 +19,7 @@ from helpers import display, params, runs
 from helpers.data import prepare
 from helpers.data.tables import open_parquet
 from helpers.errors import TunebookError
-from helpers.planner import cost_model, learning_rate
+from helpers.planner import cost_model, proposals
 from helpers.planner import plan as planner
 from helpers.train import config, examples
 
@@ -119,7 +119,7 @@ def _fits(
             plan = planner.plan(params, lengths, source, gpus, None, padded)
             methods |= {card.name: plan.method} if chosen.stage == "sft" else {}
             speed, takes = f"{plan.tokens_per_s:,.0f}", display.duration(plan.seconds[0])
-            rate = (f"{chosen.stage} learning rate", learning_rate.used(params, plan.shape.parameters)[1])
+            rate = (f"{chosen.stage} learning rate", proposals.used(params, plan.shape.parameters)[1])
             found += [rate] if rate not in found else []
             yield chosen.stage, card.name, "yes", f"{plan.peak_gib:.1f} GiB", speed, takes, plan.method
         except TunebookError as error:

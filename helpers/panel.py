@@ -20,7 +20,7 @@ from helpers.data import files, sources
 from helpers.display import escape
 from helpers.errors import TunebookError
 from helpers.params import STAGES, DataParams, Param, Params
-from helpers.planner import learning_rate
+from helpers.planner import proposals
 from helpers.train import training
 
 OWN, HERE, DEMO = "own", "for this machine", "demo"
@@ -292,7 +292,7 @@ class Outlooks:
             return
         share = display.percent(trained / every, 2)
         said = f"Trained: <b>{trained:,}</b> of {every:,} parameters ({share}). Time is training alone, predicted."
-        said += f"<br>{escape(learning_rate.used(self.params, every)[1])}"
+        said += f"<br>{escape(proposals.used(self.params, every)[1])}"
         rows = [self._line(name, o) for name, o in zip(self.prices, outlooks, strict=True)]
         head = "".join(f"<th scope='col'>{name}</th>" for name in ("GPU", "memory", "", "time", "cost"))
         table = f"<table><tr>{head}</tr>{''.join(rows)}</table>"

@@ -262,8 +262,6 @@ class Evaluation(steps.Job):
             display.say(self.findings.warnings[-1])
             return None
 
-    # ------------------------------------------------------------ results
-
     @steps.step
     def scores(self) -> Html:
         """The verdict and what limits it, then the candidates with their intervals."""

@@ -228,20 +228,12 @@ class ExportJob(steps.Job):
         if adapter and "adapter_gguf" in self.outputs:
             write = partial(convert.convert_adapter, adapter, self.merged, self.file("f16"))
             self._make(self.stage.path / "adapter.gguf", write)
-        metrics = {
-            "base": self.base,
-            "trained_by": self.source.trained_by,
-            "text": self.text,
-            "seconds": self.seconds,
-            "recommended": fidelity.recommend(self.results),
-            "imatrix": self.weighed,
-            "merges": [asdict(m) for m in self.merges],
-        }
+        metrics = {"base": self.base, "trained_by": self.source.trained_by, "text": self.text, "seconds": self.seconds}
+        metrics |= {"recommended": fidelity.recommend(self.results), "imatrix": self.weighed}
+        metrics |= {"merges": [asdict(m) for m in self.merges]}
         manifest = self.stage.finish(metrics)
         shutil.rmtree(self.work, ignore_errors=True)
         return manifest
-
-    # ------------------------------------------------------------ pieces
 
     def _fresh(self) -> Path:
         """The one folder for what is under way, without the scraps of a killed run."""
@@ -328,12 +320,11 @@ class ExportJob(steps.Job):
             self._merged(onto)
             models[onto] = partial(loading.load_model, self.work / f"merged-{onto}", **how)
         with ThreadPoolExecutor(1) as pool:  # a GPU leaves the cores to the conversion of the one that there is
-            merged, name = self.work / f"merged-{source.onto[0]}", self.params.model_name
-            only = merged if machine.gpu() and len(source.onto) == 1 else None
-            ahead = only and pool.submit(convert.convert, only, self.work / AHEAD, name=name)
+            write = partial(convert.convert, self.work / f"merged-{source.onto[0]}", name=self.params.model_name)
+            ahead = [pool.submit(write, self.work / AHEAD)] if machine.gpu() and len(source.onto) == 1 else []
             self.merges = trained.compare(models, self._held_out(), score)
-            if ahead:
-                ahead.result()
+            for one in ahead:
+                one.result()
         runs.write_json(file, [asdict(m) for m in self.merges])
         self.seconds["merges compared"] = round(time.monotonic() - started, 2)
 

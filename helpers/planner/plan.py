@@ -7,9 +7,8 @@ the real GPU corrects it (`Plan.correct`), and the error is kept.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,12 +19,11 @@ from helpers.model import packed_attention
 from helpers.model.layer_kinds import Shape, shape_of
 from helpers.model.loading import load_config, quantizer
 from helpers.params import TrainingParams
-from helpers.planner import cost_model, learning_rate, row_plan
+from helpers.planner import cost_model, proposals, row_plan
 from helpers.planner.cost_model import Card, DoesNotFit, Option, Setting, base_setting
 
 ROWS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072, 196608, 262144)
 UNSLOTH_ROW = 16384  # its rows are padded: longer ones only pad more
-UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
 MEMORY_SPREAD = 0.07  # half-width of an estimate of the peak, as a share of it
 ROOM = 0.85  # of the memory that `method auto` plans a 16-bit base with
 FP8_MEASURED, FASTER = (9, 0), 1.1  # GPUs where `method auto` takes FP8, and from how much more speed on
@@ -151,31 +149,6 @@ class Plan(display.Shown):
         return display.said(self.headline(), *self.reasons) + table
 
 
-def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
-    """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
-    method, loss = params.get("method", "auto"), params.get("loss", "sft")
-    obstacles = {
-        "Unsloth needs a GPU": card.capability is None,
-        f"method {method} is not offered through Unsloth here": method not in ("auto", "qlora", "lora"),
-        f"loss {loss} is not offered through Unsloth here": loss not in ("sft", "orpo"),
-        f"Unsloth has no kernels for {model_type}": model_type not in UNSLOTH_MODELS,
-        "DoRA is not offered through Unsloth here": params.get("dora"),
-        "PiSSA and LoftQ are not offered through Unsloth here": params.get("init", "default") != "default",
-        "Unsloth computes in 16 bits and precision is fp32": params.get("precision") == "fp32",
-        "Unsloth is not installed": importlib.util.find_spec("unsloth") is None,
-    }
-    cannot = next((why for why, true in obstacles.items() if true), "")
-    if asked == "unsloth" and cannot:
-        raise TunebookError(f"backend is unsloth, but {cannot}; set backend to auto or hf.")
-    if asked in ("hf", "unsloth"):
-        return asked, f"Backend {asked}, as asked."
-    if card.capability is not None and card.capability >= (8, 0):
-        return "hf", "Backend hf: packed rows through variable-length FlashAttention are the fastest on this GPU."
-    if cannot:
-        return "hf", f"Backend hf: {cannot}."
-    return "unsloth", "Backend unsloth: it has kernels for this GPU, and variable-length FlashAttention has none."
-
-
 def plan(
     params: TrainingParams,
     lengths: Sequence[int],
@@ -202,7 +175,7 @@ def plan(
         params = replace(params, method="qlora")
     card = card or (cost_model.card_named(params.plan_for) if params.plan_for else cost_model.card_here())
     kernel = packed_attention.choose(card.capability, config, "float32" if params.precision == "fp32" else "auto")
-    backend, why = choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
+    backend, why = proposals.choose_backend(params.backend, card, config.get_text_config().model_type, params.as_dict())
     in_one = kernel.packed and params.packing and backend == "hf"
     base = base_setting(params, card, world_size, backend, kernel.name == packed_attention.FLASH, not in_one)
     shape = shape or shape_of(source)
@@ -233,10 +206,10 @@ def plan(
     if fill := search.steps.fill:
         lost = f"packed sequences are {display.percent(fill)} full; {display.percent(1 - fill)} of their room is lost"
         reasons.append(f"The {lost} (up to {row_plan.WINDOW:,} examples are fitted together).")
-    rate, told = learning_rate.used(params, shape.parameters)
+    rate, told = proposals.used(params, shape.parameters)
     reasons.append(told)
     if params.method in ("qlora", "lora"):
-        reasons.append(learning_rate.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
+        reasons.append(proposals.capacity(cost_model.trained_parameters(shape, best.setting), sum(lengths)))
     rest = tuple(reasons), search.alternatives(options, best), rate
     return Plan(card, shape, best, batches, world_size, steps, tokens, kernel.name, in_one, backend, *rest)
 
@@ -272,7 +245,7 @@ class Search:
         four, sixteen = self.with_params(method="qlora"), replace(self.with_params(method="lora"), room=ROOM)
         big, eight = sixteen._in_room(), sixteen.with_params(quantize="fp8")
         card, bits = f"{display.percent(ROOM, 0)} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
-        able, loss = self.takes_fp8, learning_rate.EIGHT_BITS
+        able, loss = self.takes_fp8, proposals.EIGHT_BITS
         small = eight._in_room() if able else None
         measured = (self.card.capability or (0, 0)) >= FP8_MEASURED
         if small and measured and small.tokens_per_s > (FASTER * big.tokens_per_s if big else 0):
@@ -284,7 +257,7 @@ class Search:
         else:
             why, one = f"lora, on the {bits}-bit base: it needs {big.need_gib:.1f} GiB, under {card}", sixteen
             why += f" (QLoRA: {four._beside(big)})" + f"; quantize 'fp8': {eight._beside(big)}, {loss}" * able
-        return one, f"Method auto: {why}. {learning_rate.four_bits(self.shape.parameters)}"
+        return one, f"Method auto: {why}. {proposals.four_bits(self.shape.parameters)}"
 
     @property
     def takes_fp8(self) -> bool:

@@ -46,7 +46,7 @@ def loss_of(params: TrainingParams) -> str:
 
 def check(params: TrainingParams, capability: Capability = None) -> None:
     """Refuse combinations of parameters that cannot work, before anything is loaded. What Unsloth cannot do,
-    `planner.plan.choose_backend` refuses.
+    `planner.proposals.choose_backend` refuses.
 
     capability: the GPU's compute capability, None without one. Raises TunebookError with the reason and the remedy.
     """

@@ -23,7 +23,7 @@ from helpers.data.vocabulary import add_tokens, fit, new_tokens
 from helpers.errors import TunebookError
 from helpers.model import layer_kinds, loading, merging, packed_attention, weights
 from helpers.planner import cost_model
-from helpers.planner.plan import choose_backend
+from helpers.planner.proposals import choose_backend
 from helpers.train import distributed
 
 QUIET = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_AUTO_INSTALL": "0"}

@@ -11,18 +11,17 @@ import pytest
 from helpers import machine
 from helpers import params as parameters
 from helpers.errors import TunebookError
-from helpers.planner import cost_model
-from helpers.planner import plan as planner
+from helpers.planner import cost_model, proposals
 from helpers.train import methods
 
 
 def pick(card, backend="auto", installed=True, monkeypatch=None, model="llama", **values):
     monkeypatch.setattr(
-        planner.importlib.util,
+        proposals.importlib.util,
         "find_spec",
         lambda name: importlib.machinery.ModuleSpec(name, None) if installed else None,
     )
-    return planner.choose_backend(
+    return proposals.choose_backend(
         backend, cost_model.CPU if card == "CPU" else cost_model.card_named(card), model, {"method": "qlora", **values}
     )
 

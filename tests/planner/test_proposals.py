@@ -4,7 +4,7 @@ import pytest
 from test_plan import LENGTHS, llama, plan
 
 from helpers import params as parameters
-from helpers.planner import learning_rate, row_plan
+from helpers.planner import proposals, row_plan
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from helpers.planner import learning_rate, row_plan
     ],
 )
 def test_a_rate_is_proposed_by_method_rank_and_size(stage, given, billions, rate):
-    assert learning_rate.propose(parameters.resolve(stage, given), int(billions * 1e9))[0] == pytest.approx(rate)
+    assert proposals.propose(parameters.resolve(stage, given), int(billions * 1e9))[0] == pytest.approx(rate)
 
 
 def test_the_plan_shows_the_rate_its_source_and_a_warning_five_times_off():

@@ -1,4 +1,5 @@
-"""The peak learning rate published for a method, rank and size of model; what an adapter can hold and 4 bits lose.
+"""What is taken where nothing was named: the backend, and the peak learning rate published for a method, rank and size
+of model; what an adapter can hold and 4 bits lose.
 
 LoRA: 2e-4 up to 13 billion parameters, 1e-4 at 33 and 65 (QLoRA, arXiv:2305.14314, table 9), falling with the size of
 the model, and ten times that of full tuning ("LoRA Without Regret", Thinking Machines, 2025): here 2e-4 · (8e9 /
@@ -10,13 +11,44 @@ root (the same report's invariances of Adam). Lion takes 3 to 10 times less (arX
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from typing import Any
+
+from helpers.errors import TunebookError
+from helpers.planner.cost_model import Card
 
 SMALLEST = 10**8  # parameters: below it the rate does not rise any more
 FAR = 5.0  # a rate so many times off is warned about
 PUBLISHED = {"sft": (2e-4, 0.4), "preference": (7e-6, 0.65)}  # (rate of LoRA at 8 billion parameters, fall with size)
 EIGHT_BITS = "and held-out loss 0.9 % above 16 bits' (measured at 135M; three seeds, -2.5 to +4.5)"
 SOURCE = {"sft": "QLoRA and LoRA Without Regret", "preference": "ORPO and the Alignment Handbook"}
+UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "phi3")
+
+
+def choose_backend(asked: str, card: Card, model_type: str, params: Mapping[str, Any]) -> tuple[str, str]:
+    """("hf" or "unsloth", why). auto: hf wherever its kernels run, Unsloth on older GPUs when it is installed."""
+    method, loss = params.get("method", "auto"), params.get("loss", "sft")
+    obstacles = {
+        "Unsloth needs a GPU": card.capability is None,
+        f"method {method} is not offered through Unsloth here": method not in ("auto", "qlora", "lora"),
+        f"loss {loss} is not offered through Unsloth here": loss not in ("sft", "orpo"),
+        f"Unsloth has no kernels for {model_type}": model_type not in UNSLOTH_MODELS,
+        "DoRA is not offered through Unsloth here": params.get("dora"),
+        "PiSSA and LoftQ are not offered through Unsloth here": params.get("init", "default") != "default",
+        "Unsloth computes in 16 bits and precision is fp32": params.get("precision") == "fp32",
+        "Unsloth is not installed": importlib.util.find_spec("unsloth") is None,
+    }
+    cannot = next((why for why, true in obstacles.items() if true), "")
+    if asked == "unsloth" and cannot:
+        raise TunebookError(f"backend is unsloth, but {cannot}; set backend to auto or hf.")
+    if asked in ("hf", "unsloth"):
+        return asked, f"Backend {asked}, as asked."
+    if card.capability is not None and card.capability >= (8, 0):
+        return "hf", "Backend hf: packed rows through variable-length FlashAttention are the fastest on this GPU."
+    if cannot:
+        return "hf", f"Backend hf: {cannot}."
+    return "unsloth", "Backend unsloth: it has kernels for this GPU, and variable-length FlashAttention has none."
 
 
 def propose(params: Any, parameters: int) -> tuple[float, str]:

@@ -144,7 +144,7 @@ class Evaluation(steps.Job):
         f.measured, f.skipped, f.warnings = {}, {}, []
         with contextlib.ExitStack() as stack:  # llama.cpp leaves a GPU alone, and models on a GPU most cores
             files = self._beside()
-            lanes = max(1, min(len(files), libraries.threads() // 4))
+            lanes = libraries.lanes(len(files))
             beside, threads = ThreadPoolExecutor(lanes), max(libraries.threads() - 2, 1) // lanes
             stack.callback(beside.shutdown, wait=False, cancel_futures=True)  # an interrupt waits for nobody
             begun = {c.name: beside.submit(self._ask, c, threads) for c in files}

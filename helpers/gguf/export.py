@@ -182,7 +182,7 @@ class ExportJob(steps.Job):
         with closing(made) as reference:
             reference.model = None  # what the files are measured against is on disk
             # A small model does not keep many cores busy; the copies of a large one would not all have room.
-            lanes = max(1, min(len(files), libraries.threads() // 4)) if files["f16"].stat().st_size < SMALL else 1
+            lanes = libraries.lanes(len(files)) if files["f16"].stat().st_size < SMALL else 1
             compared = partial(self._compared, reference, files, libraries.threads() // lanes)
             with ThreadPoolExecutor(lanes) as pool:  # one at a time is done here, where an interrupt ends it
                 made_of = (pool.map if lanes > 1 else map)(compared, files)

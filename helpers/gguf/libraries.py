@@ -89,6 +89,11 @@ def threads() -> int:
     return max(1, int(asked) if asked.isdigit() else joblib.cpu_count())
 
 
+def lanes(models: int) -> int:
+    """How many of so many models answer side by side: a small one does not keep more than a few cores busy."""
+    return max(1, min(models, threads() // 4))
+
+
 def _library_in(folder: Path) -> Path | None:
     places = [folder / place for place in ("", "bin", "build/bin", "lib")]
     names = ("libllama.so", "libllama.v*.so", "libllama.so.*", "libllama.dylib")

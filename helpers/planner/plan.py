@@ -246,9 +246,9 @@ class Search:
         big, eight = sixteen._in_room(), sixteen.with_params(quantize="fp8")
         card, bits = f"{display.percent(ROOM, 0)} of {self.card.total_gib:.1f} GiB", 8 * self.base.number_bytes
         able, loss = self.takes_fp8, proposals.EIGHT_BITS
-        small = eight._in_room() if able else None
-        measured = (self.card.capability or (0, 0)) >= FP8_MEASURED
-        if small and measured and small.tokens_per_s > (FASTER * big.tokens_per_s if big else 0):
+        measured = able and (self.card.capability or (0, 0)) >= FP8_MEASURED
+        small = eight._in_room() if measured else None
+        if small and small.tokens_per_s > (FASTER * big.tokens_per_s if big else 0):
             why, one = f"lora, on a base in FP8: it needs {small.need_gib:.1f} GiB, under {card}, {loss}", eight
             why += f" (16 bits, by quantize 'none': {sixteen._beside(small)}; QLoRA: {four._beside(small)})"
         elif big is None:

@@ -347,9 +347,8 @@ def write_settings(
         parts = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
         config.pop("quantization_config", None)
         for part in parts:
-            label = "torch_dtype" if "torch_dtype" in part else "dtype"
-            if dtype is not None and (part is config or label in part):
-                part[label] = str(dtype).removeprefix("torch.")
+            labels = {"dtype", "torch_dtype"} & set(part) or ({"dtype"} if part is config else set())
+            part.update({label: str(dtype).removeprefix("torch.") for label in labels if dtype is not None})
             if rows and part.get("vocab_size", rows) < rows:
                 part["vocab_size"] = rows
             if untied:

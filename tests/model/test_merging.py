@@ -170,7 +170,19 @@ def test_a_base_that_is_only_quantised_or_unknown_is_refused(tiny_llama, plain, 
             merging.merge(folder, plain, tmp_path / "merged")
 
 
-def test_the_merged_folder_keeps_the_bases_own_files_but_for_what_training_changed(sharded, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "named, written",
+    [
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16"}, {"dtype": "float16"}),
+    ],
+)
+def test_the_merged_folder_keeps_the_bases_own_files_but_for_what_training_changed(
+    sharded, tokenizer, tmp_path, named, written
+):
     """An own tokenizer class and settings that transformers would leave out, as Phi-4 and Nemotron-H have."""
     from helpers.data.vocabulary import add_tokens
     from helpers.model import loading, merging
@@ -180,14 +192,14 @@ def test_the_merged_folder_keeps_the_bases_own_files_but_for_what_training_chang
     settings = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"layers_block_type": ["x"], "torch_dtype": "bfloat16"}))
+    (base / "config.json").write_text(json.dumps(config | {"layers_block_type": ["x"]} | named))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.6}))
     make_adapter(base, tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     plain = merging.merge(base, tmp_path / "adapter", tmp_path / "plain").path
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         found, ours = ((folder / name).read_text() for folder in (plain, base))
-        assert json.loads(found) == json.loads(ours) | ({"dtype": "bfloat16"} if name == "config.json" else {}), name
+        assert json.loads(found) == json.loads(ours) | (written if name == "config.json" else {}), name
 
     own = loading.load_tokenizer(base)
     (number,) = add_tokens(None, own, "<|done|>")

@@ -33,7 +33,8 @@ def hub_in_time() -> None:
     session = get_session()
     hooks = session.event_hooks
     if _give_up not in hooks["request"]:
-        session.event_hooks = {"request": [*hooks["request"], _give_up], "response": [*hooks["response"], _answered]}
+        answered = [*hooks["response"], lambda response: _asked.clear()]
+        session.event_hooks = {"request": [*hooks["request"], _give_up], "response": answered}
 
 
 def _give_up(request: Any) -> None:
@@ -43,10 +44,6 @@ def _give_up(request: Any) -> None:
         seconds = min(1.0, seconds)
     parts = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {part: min(given.get(part) or seconds, seconds) for part in parts}
-
-
-def _answered(response: Any) -> None:
-    _asked.clear()
 
 
 class CheckpointsOfEitherKind:

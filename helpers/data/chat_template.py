@@ -96,7 +96,7 @@ class Template:
             ("shows tool lists / calls / results", " / ".join(yes[value] for value in seen)),
             ("thoughts", PLACES.get(self.thinking, f"taken from the message's {self.thinking}")),
             ("keeps <think> of earlier turns", yes[self.keeps_thinking]),
-            *([("writes the date", DATED)] if writes_date(self.tokenizer) else []),
+            *([("writes the date", DATED)] if "strftime_now" in str(self.tokenizer.chat_template) else []),
             ("beginning of sequence", bos),
         ]
 
@@ -191,11 +191,6 @@ def _without_roles(head: str, before: str, behind: str = "") -> str:
     """The text before the first question, less what stands before and behind a system message (role names)."""
     left = head[common_length([head, before]) :]
     return left[: len(left) - common_length([left[::-1], behind[::-1]])].strip()
-
-
-def writes_date(tokenizer: Any) -> bool:
-    """Whether the template asks the clock: its prompts are others tomorrow."""
-    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def set_arguments(tokenizer: Any, arguments: str) -> None:

@@ -101,7 +101,8 @@ class Reference:
                 "There is no text of two tokens or more to compare on; prepare the data with an evaluation part."
             )
         self.folder = tempfile.TemporaryDirectory(prefix="fidelity.", dir=work)
-        self.model: Any = _load(merged)
+        size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
+        self.model: Any = load_model(merged, **placement(size)).eval()
         self.foreign: dict[Path, str] = {}
         following = torch.tensor([token for row in self.rows for token in row[1:]])
         shape = (len(following), self.model.get_input_embeddings().weight.shape[0])
@@ -275,11 +276,6 @@ def require(results: Sequence[Result], merges: Sequence[Merge] = ()) -> None:
             f"The exported files are not the model that was trained. {'; '.join(broken)}. The files stay for "
             "inspection and nothing reads them; export again, or read fidelity.json and set fidelity_gates=False."
         )
-
-
-def _load(merged: Path) -> Any:
-    size = sum(f.stat().st_size for f in merged.glob("*.safetensors")) / 2**30
-    return load_model(merged, **placement(size)).eval()
 
 
 # ---------------------------------------------------------------- size against what it costs

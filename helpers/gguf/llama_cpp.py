@@ -272,7 +272,9 @@ class LlamaCpp(ExitStack):
         if not rows:
             return
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
-        shared, free = _common_length(rows), list(range(min(self.parallel, len(rows))))
+        # Tokens that all rows begin with, always short of the shortest.
+        shared = min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else 0
+        free = list(range(min(self.parallel, len(rows))))
         self._room(shared + len(free) * (max(map(len, rows)) + max_tokens - shared))
         # what all prompts begin with, in the spare sequence
         self._run([(token, i, self.parallel, False) for i, token in enumerate(rows[0][:shared])])
@@ -314,11 +316,6 @@ class LlamaCpp(ExitStack):
             self._decode(piece)
             found += [(sequence, self._logits(i)[0]) for i, (_, _, sequence, wanted) in enumerate(piece) if wanted]
         return found
-
-
-def _common_length(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with, always short of the shortest; 0 for a row alone."""
-    return min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else 0
 
 
 def _choose(logits: np.ndarray, temperature: float, random: np.random.Generator) -> int:

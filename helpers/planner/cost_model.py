@@ -26,7 +26,8 @@ FRAGMENTATION = 0.04  # reserved over allocated at the peak with expandable segm
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2.03, "lion": 4, "adafactor": 0.1, "sgd": 0}
 OPTIMIZER_BYTES |= {"paged_adamw": 0, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 EVERY = ("", "all-linear")  # target_modules that mean every linear layer, and the experts
-PASSES = {"dpo": 1, "kto": 3}  # forward passes for the reference, and KTO's of mismatched answers by both
+# Forward passes a loss takes besides its own: of the reference, once a run, and of the trained model, KTO's of others.
+REFERENCE, BESIDE = {"dpo": 1, "kto": 2}, {"kto": 1}
 TILE = 8192  # tokens of the MLP at a time once it is cut: long enough to fill the GPU
 WORKSPACE_GIB = 0.1  # cuBLAS workspaces and small buffers inside the allocator (measured, 135M to 8B)
 MATRIX_SHARE = 0.70  # of the GPU's matrix rate that products inside a sustained step reach (measured, H200)
@@ -196,7 +197,7 @@ def whole_state_bytes(shape: Shape, s: Setting) -> float:
         return base + trained * (masters * (1 + (not s.sharded)) + 4 + optimizer)
     # Adapters are fp32. A first row's gradients come as its activations go, so they add nothing to the peak.
     state = trained * (4 + 4 * s.accumulates + optimizer)
-    if getattr(s.params, "loss", "") in PASSES and s.params.start_from != "base":
+    if getattr(s.params, "loss", "") in REFERENCE and s.params.start_from != "base":
         state += 4 * trained  # the adapter as it began
     return base + state
 
@@ -286,14 +287,20 @@ def offloaded_gib(shape: Shape, s: Setting) -> float:
     return (s.offload * s.recompute * s.row_tokens * shape.hidden * 2 + share) / GIB
 
 
+def new_share(params: TrainingParams) -> float:
+    """Share of a run's rows that it meets for the first time, when references are asked; 1 if it may end early."""
+    return 1.0 if params.max_steps or params.max_minutes else 1 / max(1.0, params.epochs)
+
+
 def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, bool]:
-    """(seconds for one micro-batch of `s.row_tokens` tokens, forward and backward; whether launches decide them).
+    """(seconds for a micro-batch of `s.row_tokens` tokens forward and back, as a mean; whether launches decide them).
 
     mean_square: Σ length² / Σ length over the documents, the attention span a token meets on average (twice over).
     """
     tokens = s.row_tokens
     full = s.params.method == "full"
-    passes = PASSES.get(getattr(s.params, "loss", ""), 0)
+    loss = getattr(s.params, "loss", "")
+    passes = BESIDE.get(loss, 0) + REFERENCE.get(loss, 0) * new_share(s.params)
     again = s.recompute / shape.layers
     summed = adapts_experts(shape, s)  # then the gradient of the sums is computed too
     matrix = 2 * shape.linear_parameters * ((3 if full else 2) + again + passes)
@@ -371,25 +378,6 @@ class Option:
             return "none"
         where = f", inputs in host memory ({self.offloaded_gib:.1f} GiB)" if s.offload else ""
         return f"{s.recompute} layers{where}" + (f", MLP by {s.tile_mlp}" if s.tile_mlp else "")
-
-
-def graphed(asked: str, shape: Shape, card: Card, plain: Option, graphs: Option, tokens: float) -> tuple[Option, str]:
-    """The option with its rows as CUDA graphs where that saves time in a run of so many tokens, and what to say."""
-    s, saved = plain.setting, tokens / plain.tokens_per_s - tokens / graphs.tokens_per_s
-    obstacles = {
-        "there is no GPU": card.capability is None,
-        "rows are padded, or attention goes document by document": s.padded or s.backend != "hf" or not s.flash,
-        "several processes train together": s.shards > 1,
-        "checkpointing and dropout keep random states on the host": s.recompute or s.params.dropout,
-        "a token's experts are chosen on the host": shape.experts,
-        f"they need {graphs.need_gib:.1f} GiB": not graphs.fits,
-        f"they save {max(saved, 0):.0f} s of the run": asked == "auto" and saved < CAPTURE_S,
-    }
-    if asked == "off" or (asked == "auto" and card.capability is None):
-        return plain, ""
-    if why := next((why for why, true in obstacles.items() if true), ""):
-        return plain, f"CUDA graphs: none, {why}."
-    return graphs, f"CUDA graphs: they save {max(saved, 0):,.0f} s of launching kernels one by one."
 
 
 class DoesNotFit(TunebookError):

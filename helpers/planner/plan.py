@@ -193,7 +193,7 @@ def plan(
     steps = params.max_steps or math.ceil(search.steps.per_epoch * params.epochs)
     tokens = round(sum(lengths) * steps / search.steps.per_epoch)
     graphs = search.weigh(replace(best.setting, graphs=True), search.layout(best.setting.row_tokens))
-    best, said = cost_model.graphed(params.cuda_graphs, shape, card, best, graphs, tokens)
+    best, said = proposals.graphed(params.cuda_graphs, shape, card, best, graphs, tokens)
     attention = f"Attention {kernel.name}: {kernel.reason}."
     reasons = [*filter(None, [chosen, why, *shape.said(best.setting.quantize == "nf4"), attention, said])]
     if best.setting.recompute:

@@ -1,5 +1,5 @@
-"""What is taken where nothing was named: the backend, and the peak learning rate published for a method, rank and size
-of model; what an adapter can hold and 4 bits lose.
+"""What is taken where nothing was named: the backend, CUDA graphs, and the peak learning rate published for a method,
+rank and size of model; what an adapter can hold and 4 bits lose.
 
 LoRA: 2e-4 up to 13 billion parameters, 1e-4 at 33 and 65 (QLoRA, arXiv:2305.14314, table 9), falling with the size of
 the model, and ten times that of full tuning ("LoRA Without Regret", Thinking Machines, 2025): here 2e-4 · (8e9 /
@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from helpers.errors import TunebookError
-from helpers.planner.cost_model import Card
+from helpers.model.layer_kinds import Shape
+from helpers.planner.cost_model import CAPTURE_S, Card, Option
 
 SMALLEST = 10**8  # parameters: below it the rate does not rise any more
 FAR = 5.0  # a rate so many times off is warned about
@@ -96,3 +97,22 @@ def four_bits(parameters: int) -> str:
         return f"{found}, which took half the time."
     found = "no loss was found from 7 billion parameters (QLoRA, arXiv:2305.14314, table 4)"
     return f"What 4 bits cost in quality: {found if parameters > 6e9 else 'not measured at this size'}."
+
+
+def graphed(asked: str, shape: Shape, card: Card, plain: Option, graphs: Option, tokens: float) -> tuple[Option, str]:
+    """The option with its rows as CUDA graphs where that saves time in a run of so many tokens, and what to say."""
+    s, saved = plain.setting, tokens / plain.tokens_per_s - tokens / graphs.tokens_per_s
+    obstacles = {
+        "there is no GPU": card.capability is None,
+        "rows are padded, or attention goes document by document": s.padded or s.backend != "hf" or not s.flash,
+        "several processes train together": s.shards > 1,
+        "checkpointing and dropout keep random states on the host": s.recompute or s.params.dropout,
+        "a token's experts are chosen on the host": shape.experts,
+        f"they need {graphs.need_gib:.1f} GiB": not graphs.fits,
+        f"they save {max(saved, 0):.0f} s of the run": asked == "auto" and saved < CAPTURE_S,
+    }
+    if asked == "off" or (asked == "auto" and card.capability is None):
+        return plain, ""
+    if why := next((why for why, true in obstacles.items() if true), ""):
+        return plain, f"CUDA graphs: none, {why}."
+    return graphs, f"CUDA graphs: they save {max(saved, 0):,.0f} s of launching kernels one by one."

@@ -16,9 +16,10 @@ from __future__ import annotations
 import bisect
 import functools
 import heapq
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,8 @@ def cost(lengths: Sequence[int], padded: bool = False) -> int:
 
 def spread(lengths: Sequence[int], rows: int, padded: bool = False) -> list[list[int]]:
     """Indices in exactly `rows` rows of nearly equal cost: longest first into the emptiest (padded: least budget)."""
+    if rows == 1:
+        return [list(range(len(lengths)))]
     out: list[list[int]] = [[] for _ in range(rows)]
     if padded:
         budgets = range(cost(lengths, padded))
@@ -112,13 +115,14 @@ class Batches:
             window = 50 * self.size
             windows = (order[i : i + window] for i in range(0, len(order), window))
             order = [i for part in windows for i in sorted(part, key=lambda i: -lengths[i])]
-        parts, count = [[i] for i in order], self.size
-        if self.unit != "rows":
+        if self.unit == "rows":
+            steps = [order[n : n + self.size] for n in range(0, len(order), self.size)]
+        else:
             sequence, count = (self.sequence, self.size) if self.unit == "packed" else (self.size, 1)
             windows = (order[i : i + WINDOW] for i in range(0, len(order), WINDOW))
             parts = [[w[i] for i in row] for w in windows for row in best_fit([lengths[i] for i in w], sequence)]
             draw.shuffle(parts)
-        steps = [[i for part in parts[n : n + count] for i in part] for n in range(0, len(parts), count)]
+            steps = [[i for part in parts[n : n + count] for i in part] for n in range(0, len(parts), count)]
         if self.by_length and shuffle:
             draw.shuffle(steps)
         return steps
@@ -152,10 +156,9 @@ def batches_of(params: Any, world: int, sequence: int = 0, by_length: bool = Fal
     return Batches(size, params.batch_unit, sequence, times, by_length)
 
 
-def heaviest(lengths: Sequence[int], batches: Batches, seed: int, epochs: int = 1, count: int = 24) -> list[list[int]]:
-    """The optimizer steps with the most tokens in these epochs (of 50 at most): what a row budget has to hold."""
-    steps = [b for e in range(max(1, min(epochs, 50))) for b in batches.epoch(lengths, seed, e)]
-    return sorted(steps, key=lambda b: -sum(lengths[i] for i in b))[:count]
+def heaviest(lengths: Sequence[int], epochs: Iterable[list[list[int]]], count: int = 24) -> list[list[int]]:
+    """The optimizer steps with the most tokens in these epochs: what a row budget has to hold."""
+    return heapq.nlargest(count, (b for steps in epochs for b in steps), key=lambda b: sum(lengths[i] for i in b))
 
 
 def batch_rows(
@@ -195,16 +198,16 @@ class Steps:
     """The optimizer steps of a whole job, as far as they depend on neither GPU nor model: each answer is found once."""
 
     def __init__(self, lengths: tuple[int, ...], batches: Batches, seed: int, max_steps: int, epochs: int) -> None:
-        self.lengths, self.batches = lengths, batches
-        self.per_epoch = len(batches.epoch(lengths, seed, 0))
+        first = batches.epoch(lengths, seed, 0)
+        self.per_epoch = len(first)
         room = {"packed": batches.size * batches.sequence, "tokens": batches.size}.get(batches.unit, 0)
         self.fill = sum(lengths) / (room * self.per_epoch) if room else 0.0  # at least: the last step may have fewer
         whole = math.ceil(max_steps / self.per_epoch if max_steps else epochs)
-        self.heaviest = heaviest(lengths, batches, seed, whole)  # a quarter of a second an epoch for 100,000 rows
-        self.layout = functools.lru_cache(None)(self._layout)
-
-    def _layout(self, row_tokens: int, world: int, padded: bool) -> Layout:
-        return lay_out(self.lengths, self.heaviest, row_tokens, world, padded, self.batches.accumulation)
+        later = (batches.epoch(lengths, seed, epoch) for epoch in range(1, min(whole, 50)))
+        self.heaviest = heaviest(lengths, itertools.chain([first], later))
+        # (row tokens, processes, whether rows are padded) -> Layout
+        laid_out = functools.partial(lay_out, lengths, self.heaviest, accumulation=batches.accumulation)
+        self.layout: Callable[[int, int, bool], Layout] = functools.lru_cache(None)(laid_out)
 
 
 steps_of = functools.lru_cache(32)(Steps)  # a slider that leaves the rows alone asks for the same

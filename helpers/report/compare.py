@@ -22,7 +22,8 @@ def render(names: list[str]) -> str:
     if best.get("value") is not None:
         limits = display.interval(best.get("low"), best.get("high"))
         headline = f"Highest: {found[0].run} with {display.percent(best['value'])} ({limits})."
-    settings, held_out = _settings(found), [_held_out(f) for f in found]
+    settings, losses = _settings(found), [plots.series(f.logs.get("sft", []), "eval_loss")[1] for f in found]
+    held_out = [values[-1] if values else None for values in losses]
     trained = {TITLES[s]: {f.run: f.logs[s] for f in found if f.logs.get(s)} for s in ("sft", "orpo")}
     return shell.page(
         "compare.html.j2",
@@ -47,10 +48,6 @@ def _settings(found: list[Facts]) -> dict[str, list[Any]]:
             kept[stage, name] = values
     names = [name for _, name in kept]
     return {n if names.count(n) == 1 else f"{stage}.{n}": values for (stage, n), values in kept.items()}
-
-
-def _held_out(facts: Facts) -> float | None:
-    return next(iter(reversed(plots.series(facts.logs.get("sft", []), "eval_loss")[1])), None)
 
 
 def _warnings(found: list[Facts]) -> list[str]:

@@ -109,10 +109,11 @@ def supervised(data: Manifest, name: str, train_on: str = "completion") -> tuple
             raise ValueError("input_ids and completion_mask differ in length")
         labels = ids if train_on == "all" else numpy.where(mask, ids, IGNORE)
         ends = numpy.concatenate([[0], lengths.cumsum()])
+        starts = ends[:-1][lengths > 0]
+        keep: Any = numpy.zeros(len(lengths), bool)
         trained = labels != IGNORE
-        trained[ends[:-1][lengths > 0]] = False  # a document's first token is not predicted
-        upto = numpy.concatenate([[0], trained.cumsum()])
-        keep = upto[ends[1:]] > upto[ends[:-1]]
+        trained[starts] = False  # a document's first token is not predicted
+        keep[lengths > 0] = numpy.logical_or.reduceat(trained, starts)
         counts["rows"] += len(keep)
         counts["without trained tokens"] += int((~keep).sum())
         lists = pyarrow.ListArray.from_arrays(pyarrow.array(ends, pyarrow.int32()), pyarrow.array(labels))

@@ -26,7 +26,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from helpers import compat
 from helpers.model.chunked_loss import per_document
 from helpers.model.packed_attention import IGNORE
-from helpers.planner.cost_model import PASSES
+from helpers.planner.cost_model import REFERENCE
 from helpers.planner.row_plan import Batches
 from helpers.train import config, distributed, methods
 from helpers.train.examples import lengths_of
@@ -242,14 +242,16 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
     def _ask(self, batches: list[dict[str, Any]]) -> None:
         """Ask the reference for a step's answers, once in a run, and tell every process; estimate KTO's divergence from
         it: over mismatched answers, at least 0. Processes ask together, of empty rows too: sharded ones have to."""
-        if self.loss not in PASSES:
+        if self.loss not in REFERENCE:
             return
         others = [batch.get("kl", batch) for batch in batches] if self.loss == "kto" else []
         rows, count = send_to_device([*others, *batches], self.accelerator.device), len(others)
         with self.accelerator.autocast():
-            if any(self._everywhere(sum(key not in self.references for row in rows for key in row["keys"]))):
+            new = self._everywhere(*(sum(key not in self.references for key in row["keys"]) for row in rows))
+            if any(new):
+                asked = [row for row, keys in zip(rows, new, strict=True) if keys]
                 with self._as_it_began():
-                    found = [(row["keys"], self.forward_pairs(self.model, row)[1].tolist()) for row in rows]
+                    found = [(row["keys"], self.forward_pairs(self.model, row)[1].tolist()) for row in asked]
                 pairs = [pair for keys, logps in found for pair in zip(keys, logps, strict=True)]
                 self.references |= gather_object(pairs)
             apart = [self.forward_pairs(self.model, row)[1] - self.reference(row) for row in rows[:count]]
@@ -285,7 +287,7 @@ class RowPreferenceTrainer(PackedRowsTrainer, ORPOTrainer):
 
     def _sums(self, inputs: dict[str, Any], nll: Any, logps: Any, count: Any) -> dict[str, Any]:
         p, good, loss = self.params, inputs["good"], self.loss
-        scores = logps - self.reference(inputs) if loss in PASSES else logps / count
+        scores = logps - self.reference(inputs) if loss in REFERENCE else logps / count
         chosen, rejected = scores[:good], scores[good:]
         sums = {"pairs": inputs["pair_count"], "good": good, "bad": len(rejected)}
         if loss == "orpo":
@@ -352,7 +354,7 @@ def make(job: Any, model: Any, precision: str) -> Any:
     trainer.router_weight = params.router_aux_loss
     if loss != "sft":
         trainer.loss, trainer.params, trainer.references, trainer.initial = loss, params, {}, None
-        if loss in PASSES and (job.adapter or params.init != "default"):
+        if loss in REFERENCE and (job.adapter or params.init != "default"):
             trainer.initial = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     _use_packed_rows(job, model, trainer, loss)
     trainer.trained = list(distributed.named(model).values())  # sharded again before an optimizer is made

@@ -297,6 +297,21 @@ def test_a_reference_is_asked_once_for_each_answer_in_all_epochs(data, monkeypat
     assert job.trainer.state.epoch == 3 and len(asked) == answers, "not once, or anew in a later epoch"
 
 
+@pytest.mark.parametrize(("epochs", "passes"), [(1.0, 1), (3.0, 2)])
+def test_a_probing_row_is_met_for_the_first_time_and_in_later_epochs_again(data, monkeypatch, epochs, passes):
+    job = prepared(loss="dpo", epochs=epochs, max_steps=0, batch_size=4).build()
+    given, known = job.trainer.get_batch_samples, []
+
+    def counted(*args):
+        known.append(len(job.trainer.references))
+        return given(*args)
+
+    monkeypatch.setattr(job.trainer, "get_batch_samples", counted)
+    job._probe()
+    assert len(known) == 2 * passes and known[::passes] == [0, 0]
+    assert all(known[passes - 1 :: passes]) == (passes == 2), "the reference is kept for the second pass"
+
+
 def test_it_starts_from_the_sft_adapter_from_the_base_or_from_a_folder(data, tokenizer):
     first = training.open(train_data.settings("sft", max_steps=6, epochs=6, learning_rate=1e-2))
     first.train()

@@ -33,9 +33,8 @@ def test_every_optimizer_step_sees_the_same_examples_on_any_number_of_gpus(world
     draw = random.Random(0)
     examples = [{"input_ids": [n] * draw.randint(5, 90)} for n in range(50)]
     lengths = [len(e["input_ids"]) for e in examples]
-    layout = row_plan.lay_out(
-        lengths, row_plan.heaviest(lengths, row_plan.Batches(8), seed=3, epochs=2), 200, world_size
-    )
+    epochs = [row_plan.Batches(8).epoch(lengths, 3, epoch) for epoch in (0, 1)]
+    layout = row_plan.lay_out(lengths, row_plan.heaviest(lengths, epochs), 200, world_size)
     rows = training_rows.PackedRows(
         examples,
         batches=row_plan.Batches(8),
@@ -119,7 +118,8 @@ def test_padded_rows_count_their_padding(lengths, budget, rows):
 
 def test_padded_rows_put_like_lengths_together():
     lengths = [10, 1000, 12, 990, 11, 980, 9, 1000]
-    layout = row_plan.lay_out(lengths, row_plan.heaviest(lengths, row_plan.Batches(8), seed=1), 4000, 1, padded=True)
+    epoch = row_plan.Batches(8).epoch(lengths, 1, 0)
+    layout = row_plan.lay_out(lengths, row_plan.heaviest(lengths, [epoch]), 4000, 1, padded=True)
     rows = training_rows.PackedRows(
         [{"input_ids": [0] * n} for n in lengths],
         batches=row_plan.Batches(8),

@@ -171,7 +171,8 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
     # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows
     # are accumulated; a CPU's touches its memory for the first time.
     warm, heaviest = 3 if cuda else 1, trainer.rows[order[-1]]
-    speeds, new = [], cost_model.new_share(plan.setting.params) if hasattr(trainer, "references") else 1.0
+    asks = getattr(trainer, "loss", "") in cost_model.REFERENCE
+    speeds, new = [], cost_model.new_share(plan.setting.params) if asks else 1.0
     visits = ((False, new), (True, 1 - new))[: 1 + (new < 1)]  # whether a row's references are known, share of the run
     device, training = trainer.accelerator.device, model.training
     if cuda:
@@ -184,8 +185,8 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
                 for known, share in visits:
                     if plan.accumulation == 1:
                         model.zero_grad(set_to_none=True)
-                    if not known:
-                        getattr(trainer, "references", {}).clear()
+                    if asks and not known:
+                        trainer.references.clear()
                     began = _now(cuda)
                     batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
                     inputs = send_to_device(batches[0], device)

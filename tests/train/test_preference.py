@@ -297,9 +297,9 @@ def test_a_reference_is_asked_once_for_each_answer_in_all_epochs(data, monkeypat
     assert job.trainer.state.epoch == 3 and len(asked) == answers, "not once, or anew in a later epoch"
 
 
-@pytest.mark.parametrize(("epochs", "passes"), [(1.0, 1), (3.0, 2)])
-def test_a_probing_row_is_met_for_the_first_time_and_in_later_epochs_again(data, monkeypatch, epochs, passes):
-    job = prepared(loss="dpo", epochs=epochs, max_steps=0, batch_size=4).build()
+@pytest.mark.parametrize(("loss", "epochs", "passes"), [("orpo", 3.0, 1), ("dpo", 1.0, 1), ("dpo", 3.0, 2)])
+def test_a_probing_row_is_met_for_the_first_time_and_in_later_epochs_again(data, monkeypatch, loss, epochs, passes):
+    job = prepared(loss=loss, epochs=epochs, max_steps=0, batch_size=4).build()
     given, known = job.trainer.get_batch_samples, []
 
     def counted(*args):

@@ -88,11 +88,6 @@ class CheckpointsOfEitherKind:
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
 
-def load_weights(trainer: Any, folder: Path) -> None:
-    """Put a checkpoint's weights into the trainer's model outside its loop."""
-    trainer._load_from_checkpoint(str(folder))
-
-
 def drop_metrics(trainer: Any) -> None:
     """Forget what TRL's preference trainers stored for their next log line."""
     getattr(trainer, "_stored_metrics", {}).clear()

@@ -153,7 +153,11 @@ def preference_curves(lines: Lines, title: str = "") -> Any:
 
 def curves(logs: Mapping[str, Lines], names: Sequence[str], title: str = "", columns: int = 1) -> Any:
     """A panel for each of `names` (keys of CURVES). logs: one run's, or several runs' by their names."""
-    said = [f"{run} {CURVES[n].title.lower()} {_trend(series(log, n)[1])}" for n in names for run, log in logs.items()]
+    said = []
+    for name, run in ((name, run) for name in names for run in logs):
+        numbers = [v for v in series(logs[run], name)[1] if math.isfinite(v)]
+        trend = f"from {display.number(numbers[0])} to {display.number(numbers[-1])}" if numbers else "not logged"
+        said.append(f"{run} {CURVES[name].title.lower()} {trend}")
     width = 4.6 if columns < 3 else 3.5
     alt = f"{title or 'Curves'} by step: {', '.join(said)}"
     figure, panels = _figure(alt, -(-len(names) // columns), columns, width)
@@ -180,11 +184,6 @@ def curves(logs: Mapping[str, Lines], names: Sequence[str], title: str = "", col
         panel.set(title=curve.title, xlabel="step", ylabel=curve.unit)
         panel.xaxis.get_major_locator().set_params(integer=True)
     return figure
-
-
-def _trend(values: Sequence[float]) -> str:
-    numbers = [v for v in values if math.isfinite(v)]
-    return f"from {display.number(numbers[0])} to {display.number(numbers[-1])}" if numbers else "not logged"
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -82,7 +82,9 @@ def splits(
     talk = any(row["kind"] != "text" for row in tables["test"].rows())  # without it the texts are what is held out
     tests = Encoder(template, "last", rejects, p.control_tokens)
     rows_asked = ([row for row in batch if row["kind"] != "text" or not talk] for batch in tables["test"])
-    asked = _askable(tests.questions(rows_asked), limit, _window(model), rejects, encoder.notes)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    window = (config.get("text_config") or config).get("max_position_embeddings") or 0  # 0: it does not say
+    asked = _askable(tests.questions(rows_asked), limit, window, rejects, encoder.notes)
     written["test"] = write(folder / "test.parquet", "test", asked)
     rejects.check()
     if len(tables["test"]) and not written["test"]:
@@ -119,12 +121,6 @@ def _askable(
             rejects.keep([row])
             kept.append(_test_row(row))
         yield kept
-
-
-def _window(model: Path) -> int:
-    """Tokens that a model reads at most; 0 where its config.json does not say."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return (config.get("text_config") or config).get("max_position_embeddings") or 0
 
 
 def _proposed(tables: Mapping[str, Table], template: Template, p: DataParams) -> int:

@@ -340,10 +340,10 @@ def _answer(record: Record, shape: Shape, part: str) -> list[Turn]:
     if part == "response" and shape.has_choices(record):
         choices = public_sets.choices_of(record, shape["choices"])
         value = public_sets.picked(value, choices, "+" in shape["choices"])
-    if part == "response" and shape["tools"] and public_sets.is_called(value) and shape.value(record, "tools"):
+    if part == "response" and shape["tools"] and public_sets.CALLS.match(str(value)) and shape.value(record, "tools"):
         return shape.turns([{"role": "function_call", "content": value}])
     value = value.get("value") if isinstance(value, Mapping) and "aliases" in value else value  # TriviaQA's
-    if isinstance(value, (list, tuple, Mapping)) or is_marked(value) or public_sets.is_written(value):
+    if isinstance(value, (list, tuple, Mapping)) or is_marked(value) or public_sets.MESSAGES.match(str(value)):
         value = [value] if isinstance(value, Mapping) else value
         bare = isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value)
         return shape.turns(value if bare else talk(value))

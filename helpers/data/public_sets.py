@@ -30,6 +30,7 @@ LABELS = dict.fromkeys(("true", "yes", "1", "1.0", "desirable"), True)
 LABELS |= dict.fromkeys(("false", "no", "0", "0.0", "undesirable"), False)
 MISSING = (None, "", "nan", "NaN", "<NA>")  # a value as pandas writes it
 NOTHING = (*MISSING, "None", "null", "NULL")  # of a column that a row need not have
+CALLS = re.compile(r'\s*(?:\[\s*)?\{\s*"name"\s*:')  # function calls, as JSON writes them
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")  # as JSON or Python writes them
 TEMPLATED = re.compile(r"<\|im_start\|>|\[INST\]|<\|user\|>|<start_of_turn>|<\|start_header_id\|>")
 MESSAGE = {"message_id", "parent_id", "text", "role"}  # of one message of a tree
@@ -171,19 +172,9 @@ def form(value: Any) -> Any:
     return (list, type(value[0]) if value else None) if isinstance(value, (list, tuple)) else type(value)
 
 
-def is_called(value: Any) -> bool:
-    """Whether an answer is the JSON text of function calls."""
-    return isinstance(value, str) and bool(re.match(r'\s*(?:\[\s*)?\{\s*"name"\s*:', value))
-
-
 def is_answer(value: Any) -> bool:
     """Whether a value is a text, a list, a message or SQuAD's object of texts; not another object: a parsed query."""
     return value is not None and (not isinstance(value, Mapping) or bool(value.keys() & {"text", "content", "value"}))
-
-
-def is_written(text: Any) -> bool:
-    """Whether a text is a list of messages, as JSON or Python writes it."""
-    return isinstance(text, str) and bool(MESSAGES.match(text))
 
 
 def is_marked(text: Any) -> bool:

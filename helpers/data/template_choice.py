@@ -73,7 +73,7 @@ def choose(tokenizer: Any, chat_template: str, template_tokens: str = "auto") ->
     if not own_end:
         tokenizer.eos_token = OWN_END  # so that a template which wants one can be rendered
     shown, markers, end = _read_off(tokenizer, said)
-    missing = [marker for marker in markers if not _one_token(tokenizer, marker)]
+    missing = [marker for marker in markers if tokenizer.tokenize(marker) != [marker]]
     used = "eos" if template_tokens == "eos" or (missing and template_tokens == "auto") else "vocabulary"
     if missing and template_tokens == "add":
         used = "add"
@@ -127,8 +127,3 @@ def _read_off(tokenizer: Any, said: str) -> tuple[str, list[str], str]:
     begin = tokenizer.bos_token if adds_bos(tokenizer) else None
     markers = dict.fromkeys(found for text in texts for found in pattern.findall(text) if found != begin)
     return texts[0], list(markers), end.group()
-
-
-def _one_token(tokenizer: Any, text: str) -> bool:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == text

@@ -62,7 +62,10 @@ def for_quantizing() -> Path:
     didn't; whether it fits this machine shows when it is loaded. Raises TunebookError when it cannot be had."""
     folder = os.environ.get(OWN_BUILD, "")
     prebuilt = cache.folder() / f"llama.cpp-node-{LIBRARY[1]}"
-    if found := _library_in(Path(folder) if folder else _unpacked(prebuilt, _fetch_library)):
+    root = Path(folder) if folder else _unpacked(prebuilt, _fetch_library)
+    places = [root / place for place in ("", "bin", "build/bin", "lib")]
+    names = ("libllama.so", "libllama.v*.so", "libllama.so.*", "libllama.dylib")
+    if found := next((file for place in places for name in names for file in sorted(place.glob(name))), None):
         return found
     raise TunebookError(
         f"llama_cpp is {folder!r}, which holds no libllama; name the folder of a llama.cpp build made with "
@@ -92,12 +95,6 @@ def threads() -> int:
 def lanes(models: int) -> int:
     """How many of so many models answer side by side: a small one does not keep more than a few cores busy."""
     return max(1, min(models, threads() // 4))
-
-
-def _library_in(folder: Path) -> Path | None:
-    places = [folder / place for place in ("", "bin", "build/bin", "lib")]
-    names = ("libllama.so", "libllama.v*.so", "libllama.so.*", "libllama.dylib")
-    return next((file for place in places for name in names for file in sorted(place.glob(name))), None)
 
 
 # ---------------------------------------------------------------- fetching

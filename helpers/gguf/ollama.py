@@ -255,7 +255,11 @@ def write(merged: Path, gguf: Path, out: Path, *, name: str = "tunebook", contex
     ends = stop_tokens(tokenizer, config.get("eos_token_id"))
     made.stops = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
     if not made.reason:
-        made.path = write_atomic(out, _text(made, gguf, out))
+        path = os.path.relpath(gguf.resolve(), out.resolve().parent)
+        if not path.isprintable() or '"' in path:
+            raise TunebookError(f"A Modelfile cannot hold the file name {path!r}; rename it without quotes, line ends.")
+        text = _rendered("modelfile.j2", **vars(made) | {"gguf": path if path.startswith("../") else f"./{path}"})
+        made.path = write_atomic(out, text)
     made.commands = _commands(merged, gguf, name, made)
     return made
 
@@ -313,13 +317,6 @@ def _commands(merged: Path, gguf: Path, name: str, made: Modelfile) -> dict[str,
     text = _rendered("runtimes.j2", **values, template=template if template.is_file() else None)
     parts = [part.partition("\n") for part in re.split("(?m)^== ", text)[1:]]
     return {runtime: commands.rstrip() for runtime, _, commands in parts}
-
-
-def _text(made: Modelfile, gguf: Path, out: Path) -> str:
-    path = os.path.relpath(gguf.resolve(), out.resolve().parent)
-    if not path.isprintable() or '"' in path:
-        raise TunebookError(f"A Modelfile cannot hold the file name {path!r}; rename it without quotes and line ends.")
-    return _rendered("modelfile.j2", **vars(made) | {"gguf": path if path.startswith("../") else f"./{path}"})
 
 
 def _rendered(file: str, **values: Any) -> str:

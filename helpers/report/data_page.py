@@ -51,9 +51,8 @@ def preview(job: Any, rows: int = 6) -> display.Html:
         job.path / "preview.html", shell.page("preview.html.j2", title, blocks=blocks, train_on=job.params.train_on)
     )
     inline = shell.macro("tokens.html.j2", "inline")
-    return display.Html(
-        inline(shell.notebook_style(), blocks[:3]), f"{len(blocks)} rows in {job.path / 'preview.html'}"
-    )
+    style = (shell.FOLDER / "page.css").read_text(encoding="utf-8").partition("/* Tokens of real rows.")[2]
+    return display.Html(inline(style.partition("*/")[2], blocks[:3]), f"{len(blocks)} rows in {job.path}/preview.html")
 
 
 def pieces(tokenizer: Any, ids: Iterable[int]) -> Iterator[tuple[int, str]]:

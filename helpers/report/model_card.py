@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from helpers import runs
 from helpers.evaluate import statistics
@@ -19,7 +18,9 @@ def render(facts: Facts, kind: str = "gguf", repository: str = "", licence: str 
 
     licence: of the base model and so of this one; "" takes what `base_licence` finds. data_licence: of the data.
     """
-    judged = judged_as(facts, kind)
+    held = [c for c in facts.scored if c["role"] == kind] if kind != "adapter" else []
+    held = held or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"]
+    judged = statistics.protagonist({**facts.scores, "candidates": held})  # None: it was not judged
     artifacts = facts.stages["gguf"].data["artifacts"] if "gguf" in facts.stages else {}
     files = sorted((Path(f).name for f in artifacts if f.endswith(".gguf")), key=lambda f: ("q8" in f, f))
     ship = facts.scores.get("ship")
@@ -55,13 +56,6 @@ def base_licence(facts: Facts) -> str:
     if isinstance(named, str):
         return named
     return "apache-2.0" if facts.model.get("name") == DEFAULT_MODEL else ""
-
-
-def judged_as(facts: Facts, kind: str) -> dict[str, Any] | None:
-    """The evaluated candidate that this repository holds; None when it was not judged."""
-    found = [c for c in facts.scored if c["role"] == kind] if kind != "adapter" else []
-    found = found or [c for c in facts.scored if c["role"] == facts.exported and kind != "gguf"]
-    return statistics.protagonist({**facts.scores, "candidates": found})
 
 
 def _template(facts: Facts) -> str:

@@ -47,11 +47,6 @@ def card(template: str, /, **values: Any) -> str:
     return _environment("card").get_template(template).render(**values).strip() + "\n"
 
 
-def notebook_style() -> str:
-    """The last part of the pages' style, which a notebook's output brings along."""
-    return (FOLDER / "page.css").read_text(encoding="utf-8").partition("/* Tokens of real rows.")[2].partition("*/")[2]
-
-
 def markdown_text(value: Any) -> str:
     """Text inside Markdown: no markup of its own, no line breaks, no table bars."""
     text = re.sub(r"\s+", " ", display.clean(value))

@@ -66,11 +66,6 @@ def parse(schema: str) -> Tables:
     return found
 
 
-def is_number(declared: str) -> bool:
-    """Whether columns of a declared type hold numbers."""
-    return any(word in declared.upper() for word in _NUMERIC)
-
-
 def literals(reference: str, tables: Tables) -> dict[str, list[Any]]:
     """{column in lower case: values that the reference compares it with}; "" holds literals beside no column."""
     from sqlglot import exp
@@ -123,6 +118,7 @@ def _row(columns: dict[str, str], wanted: dict[str, list[Any]], shared: list[str
         elif name == "id" or name.endswith("_id"):
             value = rng.randint(1, 12)
         else:
-            value = rng.randint(0, 100) if is_number(kind) else rng.choice(shared)
+            number = any(word in kind.upper() for word in _NUMERIC)
+            value = rng.randint(0, 100) if number else rng.choice(shared)
         row.append(None if rng.random() < 0.03 else value)
     return row

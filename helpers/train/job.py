@@ -198,6 +198,8 @@ class TrainJob(steps.Job):
         if speeds:  # the first steps compile kernels
             plan = plan.correct(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
         self._free()
+        # LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it.
+        own = {"merge_onto": "nf4" if self.params.init == "loftq" else "16bit"}
         if getattr(self.params, "sft_as_long", False):
             as_long.train(self.stage, self.result["train_s"])
         manifest = self.stage.finish(
@@ -212,7 +214,7 @@ class TrainJob(steps.Job):
             trained=kind,
             method=self.params.method,
             quantize=self.params.quantize,
-            merge_onto=self._merge_onto(),
+            merge_onto=(weights.made_by(self.adapter) if self.adapter else own).get("merge_onto", "16bit"),
         )
         if self.mirror and not self.params.mirror and drive.holds(self.stage.path):
             shutil.rmtree(self.mirror.folder, ignore_errors=True)  # the finished stage is there itself
@@ -242,12 +244,6 @@ class TrainJob(steps.Job):
         figures = FIGURES[self.params.stage]
         draw = figures[look or [*figures][-1]][1]
         return lambda lines: draw(lines, f"{self.params.run}: {self.params.stage}")
-
-    def _merge_onto(self) -> str:
-        """LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it."""
-        if self.adapter:
-            return weights.made_by(self.adapter).get("merge_onto", "16bit")
-        return "nf4" if self.params.init == "loftq" else "16bit"
 
     def build(self) -> TrainJob:
         """Load the model and make the trainer with all that watches it, once."""
@@ -332,14 +328,12 @@ class TrainJob(steps.Job):
         """The weights of a run that was killed after its last step: the trainer's own loop would add one more."""
         from transformers import TrainerState
 
-        from helpers import compat
-
         state = self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.trainer.score:
             self.trainer.score.restore(state)
         best = checkpoint.parent / Path(state.best_model_checkpoint or "-").name
         keep_best = self.trainer.args.load_best_model_at_end and best.is_dir()
-        compat.load_weights(self.trainer, best if keep_best else checkpoint)
+        self.trainer._load_from_checkpoint(str(best if keep_best else checkpoint))
 
     def _outcome(self) -> dict[str, Any]:
         """What the run came to, from the trainer's state and the log."""

@@ -198,6 +198,10 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         raise TunebookError(
             f"modules_to_save names {', '.join(wrong)}; this model has {', '.join(ends)} to train whole."
         )
+    # Modules outside the language model (a vision part) get no adapter.
+    inside = {id(module) for module in (*layer_kinds.decoder(model).modules(), model.get_output_embeddings())}
+    held = {id(m) for m in model.modules() if any(id(part) in inside for part in m.modules())}
+    outside = "|".join(f"{re.escape(n)}(\\..*)?" for n, m in model.named_modules() if id(m) not in held)
     adapter = LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
@@ -206,7 +210,7 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         use_dora=params.dora,
         target_modules=named,
         target_parameters=(layer_kinds.experts(model) if every else []) or None,
-        exclude_modules=_outside_language(model) or None,
+        exclude_modules=outside or None,
         task_type="CAUSAL_LM",
         trainable_token_indices={n: ids for n, ids in rows.items() if not (whole and (tied or n in whole))} or None,
         modules_to_save=whole or None,
@@ -227,13 +231,6 @@ def _new_adapter(model: Any, params: Any, base: loading.ModelSource, added: list
         raise TunebookError(said) from error
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     return wrapped
-
-
-def _outside_language(model: Any) -> str:
-    """A pattern of the modules outside the language model (a vision part): they get no adapter."""
-    inside = {id(module) for module in (*layer_kinds.decoder(model).modules(), model.get_output_embeddings())}
-    held = {id(m) for m in model.modules() if any(id(part) in inside for part in m.modules())}
-    return "|".join(f"{re.escape(n)}(\\..*)?" for n, m in model.named_modules() if id(m) not in held)
 
 
 def _token_rows(model: Any, added: list[int]) -> dict[str, list[int]] | None:

@@ -35,7 +35,8 @@ FP8_RATE = 1.6  # of the rate of 16-bit products
 ATTENTION_SHARE = 0.42  # the same for FlashAttention forward and backward together (measured, H200)
 UNPACK_BYTES = 11.5  # traffic that unpacking a 4-bit weight costs as much as: 41 ms a row at 8B (measured, H200)
 UNPACK_CPU_BYTES = 110.0  # the same on a CPU: 6 ns a weight and pass (135M, two cores: 212 tokens/s for 451)
-# Processor time to launch one layer forward and back: the median of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms.
+# Processor time to launch one layer forward and back: the median of four machines, 4.3 to 7.7 and 6.1 to 12.2 ms,
+# before adapted layers shared their products (152 operations a layer for 182).
 LAUNCH_S = {"none": 6e-3, "nf4": 9e-3, "fp8": 8e-3}
 GRAPH_S = {"none": 4e-4, "nf4": 6e-4, "fp8": 6e-4}  # the same of a CUDA graph: short kernels, one after another
 CAPTURE_S, GRAPH_PADDING = 4.0, 0.2  # to make the graphs of a job; of a row

@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import re
+import statistics
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,13 @@ def chunks(
     for number, piece in enumerate(pieces, 1):
         goes_on = {"goes_on": True} if number < len(pieces) else {}  # no end of sequence is trained there
         yield number, {"text": piece, "document": file.name, "piece": number, **goes_on}
+
+
+def is_document(file: Path) -> bool:
+    """Whether a .txt is one document and not a text a line."""
+    with files.Unpacked(file) as content:
+        lines = files.opened(content).read(files.BLOCK).rstrip().split("\n")
+    return len(lines) < 2 or not all(map(str.strip, lines)) or statistics.median(map(len, lines)) < LINE_CHARS
 
 
 @functools.cache

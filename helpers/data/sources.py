@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -146,10 +145,7 @@ def _find_part(part: str, named: dict[str, Described]) -> list[Source]:
         for source in every:  # a .txt that is named alone, or described, holds a text a line
             file = source.file
             if file and source.shape is None and file.name != Path(part).name and files.kind(file) == ".txt":
-                with files.Unpacked(file) as content:
-                    lines = files.opened(content).read(files.BLOCK).rstrip().split("\n")
-                short = statistics.median(map(len, lines)) < documents.LINE_CHARS
-                source.whole = len(lines) < 2 or short or not all(map(str.strip, lines))
+                source.whole = documents.is_document(file)
         return every
     is_file_name = Path(part).suffix in (*READABLE, *files.PACKED) or part.startswith(("datasets/", "data/", "."))
     if not is_file_name and (hub := HUB.fullmatch(part)):

@@ -272,8 +272,7 @@ class LlamaCpp(ExitStack):
         if not rows:
             return
         draws = [np.random.default_rng([seed, zlib.crc32(repr(row).encode())]) for row in rows]
-        # Tokens that all rows begin with, always short of the shortest.
-        shared = min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else 0
+        shared = min(common_length(rows), min(map(len, rows)) - 1) if len(rows) > 1 else 0  # short of the shortest
         free = list(range(min(self.parallel, len(rows))))
         self._room(shared + len(free) * (max(map(len, rows)) + max_tokens - shared))
         # what all prompts begin with, in the spare sequence

@@ -125,14 +125,14 @@ class _Group:
 
 def _lora_forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of one PEFT LoRA layer; its own when this call is anything but one plain active adapter in training."""
-    name = "" if args or kwargs or not torch.is_grad_enabled() else compat.plain_adapter(self)
-    if not name:
-        return self._own_forward(x, *args, **kwargs)
     group, device = self._group, x.device.type
     expected, same, known = self in group.made, group.x is x, group.made.pop(self, None)
     group.x = group.x if group.made else None
     if expected and same:
         return known
+    name = "" if args or kwargs or not torch.is_grad_enabled() else compat.plain_adapter(self)
+    if not name:
+        return self._own_forward(x, *args, **kwargs)
     layers = [self] if expected else group.beside(self, name)  # one that reads something else is computed alone
     bases = [layer.get_base_layer() for layer in layers]
     states = [_state(base) for base in bases]

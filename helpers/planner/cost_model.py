@@ -289,8 +289,9 @@ def offloaded_gib(shape: Shape, s: Setting) -> float:
 
 
 def new_share(params: TrainingParams) -> float:
-    """Share of a run's rows that it meets for the first time, when references are asked; 1 if it may end early."""
-    return 1.0 if params.max_steps or params.max_minutes else 1 / max(1.0, params.epochs)
+    """Share of a run's rows whose references are asked, the first time; 1 if it may end early, or asks for none."""
+    asks = getattr(params, "loss", "") in REFERENCE and not (params.max_steps or params.max_minutes)
+    return 1 / max(1.0, params.epochs) if asks else 1.0
 
 
 def row_seconds(shape: Shape, s: Setting, card: Card, mean_square: float) -> tuple[float, bool]:

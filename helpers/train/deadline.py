@@ -171,9 +171,8 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
     # First rows warm up: a GPU's of a shape compiles kernels, its second meets the gradients of the first where rows
     # are accumulated; a CPU's touches its memory for the first time.
     warm, heaviest = 3 if cuda else 1, trainer.rows[order[-1]]
-    asks = getattr(trainer, "loss", "") in cost_model.REFERENCE
-    speeds, new = [], cost_model.new_share(plan.setting.params) if asks else 1.0
-    visits = ((False, new), (True, 1 - new))[: 1 + (new < 1)]  # whether a row's references are known, share of the run
+    speeds, new = [], cost_model.new_share(plan.setting.params)
+    visits = {False: new, True: 1 - new} if new < 1 else {False: 1.0}  # are a row's references known: share of the run
     device, training = trainer.accelerator.device, model.training
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -182,21 +181,20 @@ def _measure(trainer: Any, model: Any, plan: Plan) -> dict[str, float | None]:
         with torch.random.fork_rng(devices=[device] if cuda else []):
             for row in [heaviest, heaviest, ordinary[0], *ordinary] if cuda else ordinary[:2]:
                 took = 0.0
-                for known, share in visits:
+                for known, share in visits.items():
                     if plan.accumulation == 1:
                         model.zero_grad(set_to_none=True)
-                    if asks and not known:
-                        trainer.references.clear()
+                    if not known:
+                        getattr(trainer, "references", {}).clear()
                     began = _now(cuda)
                     batches, items = trainer.get_batch_samples(iter([trainer.row_collator([row])]), 1, device)
                     inputs = send_to_device(batches[0], device)
                     with trainer.accelerator.autocast():
                         loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
                     loss.backward()
-                    took += share * (_now(cuda) - began)
-                    tokens = inputs["tokens"]
+                    took += share * (_now(cuda) - began) / inputs["tokens"]
                     del loss, inputs, batches
-                speeds.append(tokens / took)
+                speeds.append(1 / took)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)

@@ -198,10 +198,10 @@ class TrainJob(steps.Job):
         if speeds:  # the first steps compile kernels
             plan = plan.correct(peak_gib=peak, tokens_per_s=statistics.median(speeds[min(3, len(speeds) - 1) :]))
         self._free()
-        # LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it.
-        own = {"merge_onto": "nf4" if self.params.init == "loftq" else "16bit"}
         if getattr(self.params, "sft_as_long", False):
             as_long.train(self.stage, self.result["train_s"])
+        # LoftQ's adapter belongs to the 4-bit base, and so does one that was trained further from it.
+        own = {"merge_onto": "nf4" if self.params.init == "loftq" else "16bit"}
         manifest = self.stage.finish(
             {**self.result, "peak_gib": peak},
             template_hash=template_hash(self.tokenizer),
